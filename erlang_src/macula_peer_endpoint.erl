@@ -1,0 +1,118 @@
+%% @doc This node as an endpoint: listening, answering, and insight into what goes on.
+%%
+%% == Messages to the handler ==
+%% The handler is a process, or a function that is called with each message by one process of its own. It gets:
+%% <dl>
+%%   <dt>`{macula_peer_message, #{type, message, from, dialect, reply_to}}'</dt>
+%%   <dd>A message arrived: see {@link inbound()}.</dd>
+%%   <dt>`{macula_peer_event, #{event := undelivered, peer, count, reason}}'</dt>
+%%   <dd>`count' messages to `peer', for which `ok' had been returned, did not arrive as far as can be known. `reason' is
+%%       `expired' (the timeout passed), `connection_closed' (the link died and `delivery' is `at_most_once'), `rejected'
+%%       (the peer did not read it) or `stopped' (this engine was stopped).</dd>
+%% </dl>
+-module(macula_peer_endpoint).
+
+-export([listen/1]).
+-export([close/0]).
+-export([local_address/0]).
+-export([set_handler/1]).
+-export([reply/3]).
+-export([stats/0]).
+-export([start/0]).
+-export([stop/0]).
+
+-export_type([listen_opts/0, handler/0, inbound/0, reply_token/0, stats/0]).
+
+-type handler() :: pid() | {module(), atom(), [term()]}.
+%% The function gets the message as its first argument, before the listed ones.
+
+-type listen_opts() :: #{port => inet:port_number(), ip => inet:ip_address(), certfile => file:filename(),
+                         keyfile => file:filename(), handler => handler()}.
+%% Without `port', or with 0, the port that the one socket has already. Without `ip' every address of both families.
+%% Without `certfile' and `keyfile' (PEM) a self-signed certificate is made.
+
+-opaque reply_token() :: reference().
+
+-type inbound() :: #{type := macula_peer_wire:type(), message := term(), from := {inet:ip_address(), inet:port_number()},
+                     dialect := macula | 'macula-peer/1', reply_to := reply_token() | none}.
+%% `from' is the address that the packets came from. `reply_to' is `none' when the sender reads no answer.
+
+-type stats() :: #{peers := [map()], accepted := [map()], pool := map(), verify_none_links := non_neg_integer(),
+                   undelivered := non_neg_integer(), unhandled := non_neg_integer(), malformed := non_neg_integer(),
+                   refused := non_neg_integer()}.
+%% `peers': `endpoint', `path' (`direct' or `none'), `sent', `acknowledged', `received', `failed', `dials',
+%% `unacknowledged_bytes', and while there is a link `dialect', `address' and `round_trip_us'. `accepted': `dialect',
+%% `address', `round_trip_us', `received'. `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
+%% `pool_size'.
+
+%% @doc Accepts connections. Returns the local address.
+%%
+%% Errors: `already_listening', `{listen_failed, inet:posix()}', `{bad_certificate, Text}', `{invalid_option, {Key,
+%% Value}}'.
+-spec listen(listen_opts()) -> {ok, {inet:ip_address(), inet:port_number()}} | {error, term()}.
+listen(Opts) when is_map(Opts) ->
+    Listen = fun() -> macula_peer_nif:listen(maps:remove(handler, Opts)) end,
+    case maps:find(handler, Opts) of
+        {ok, Handler} ->
+            case set_handler(Handler) of
+                ok -> macula_peer_engine:running(Listen);
+                {error, _} = Error -> Error
+            end;
+        error ->
+            macula_peer_engine:running(Listen)
+    end.
+
+%% @doc Stops accepting and ends the accepted connections. The socket and its port stay.
+-spec close() -> ok | {error, term()}.
+close() ->
+    case macula_peer_nif:close() of
+        not_started -> ok;
+        Result -> Result
+    end.
+
+%% @doc The address of the one socket, which listens, dials and is seen by others.
+-spec local_address() -> {ok, {inet:ip_address(), inet:port_number()}} | {error, term()}.
+local_address() ->
+    macula_peer_engine:running(fun macula_peer_nif:local_address/0).
+
+%% @doc Sets who gets what arrives: messages to the listener, and answers to messages that were sent without waiting.
+-spec set_handler(handler() | undefined) -> ok | {error, term()}.
+set_handler(undefined) ->
+    ok = macula_peer_handler:stop(),
+    macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(undefined) end);
+set_handler(Pid) when is_pid(Pid), node(Pid) =:= node() ->
+    ok = macula_peer_handler:stop(),
+    macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(Pid) end);
+set_handler({Module, Function, Args} = MFA) when is_atom(Module), is_atom(Function), is_list(Args) ->
+    Pid = macula_peer_handler:start(MFA),
+    macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(Pid) end);
+set_handler(Other) ->
+    {error, {invalid_option, {handler, Other}}}.
+
+%% @doc Answers a message, once, on the stream that it came on.
+%%
+%% Errors: `already_replied', `gone' (who asked is gone), `invalid_token', and those of {@link macula_peer_wire:encode/2},
+%% after which the token is still good.
+-spec reply(reply_token() | none, macula_peer_wire:type(), map()) -> ok | {error, term()}.
+reply(Token, Type, Msg) ->
+    case macula_peer_nif:reply(Token, Type, Msg) of
+        dirty -> macula_peer_nif:reply_dirty(Token, Type, Msg);
+        Result -> Result
+    end.
+
+%% @doc What is counted, and the peers with their links.
+-spec stats() -> stats() | {error, term()}.
+stats() ->
+    macula_peer_engine:running(fun macula_peer_nif:stats/0).
+
+%% @doc Starts the engine with the settings of the application environment, unless it runs. Every other function does so
+%% by itself.
+-spec start() -> ok | {error, term()}.
+start() ->
+    macula_peer_engine:ensure_started().
+
+%% @doc Stops the engine: what is on its way has a second to arrive, calls that wait are answered with an error. The next
+%% call starts it again.
+-spec stop() -> ok.
+stop() ->
+    macula_peer_engine:stop().

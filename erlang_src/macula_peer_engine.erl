@@ -1,0 +1,94 @@
+%% @private
+%% @doc The life of the engine, which runs in the native library and not in a process.
+%%
+%% Under the application's supervisor this process starts it and stops it. Without the application the first call starts
+%% it, with the same settings from the application environment.
+-module(macula_peer_engine).
+
+-behaviour(gen_server).
+
+-export([start_link/0]).
+-export([ensure_started/0]).
+-export([running/1]).
+-export([stop/0]).
+
+-export([init/1]).
+-export([handle_call/3]).
+-export([handle_cast/2]).
+-export([terminate/2]).
+
+-define(APP, macula_peer_connector).
+
+%% What the native part is told; the other keys of the environment are ours.
+-define(NATIVE_KEYS, [ip, port, max_frame_size, max_nesting, pool_size, idle_timeout, keep_alive, connect_timeout,
+                      delivery, max_unacknowledged, answer_timeout, workers, max_accepted, max_streams,
+                      frame_timeout]).
+
+-spec start_link() -> gen_server:start_ret().
+start_link() ->
+    gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
+
+%% @doc Starts the engine unless it runs.
+-spec ensure_started() -> ok | {error, term()}.
+ensure_started() ->
+    case macula_peer_nif:start(settings()) of
+        ok ->
+            logger:notice("macula_peer_connector: verify is none, so the certificates of peers are not checked; "
+                          "this is the compatibility mode for macula 0.14.3. stats/0 counts such links."),
+            set_default_handler();
+        {error, already_started} ->
+            ok;
+        {error, _} = Error ->
+            Error
+    end.
+
+%% @doc Calls the native library; starts the engine first if it does not run.
+-spec running(fun(() -> Result | not_started)) -> Result | {error, term()}.
+running(Call) ->
+    case Call() of
+        not_started ->
+            case ensure_started() of
+                ok -> running(Call);
+                {error, _} = Error -> Error
+            end;
+        Result ->
+            Result
+    end.
+
+%% @doc Stops the engine, if it runs; what is on its way has a second to arrive.
+-spec stop() -> ok.
+stop() ->
+    ok = macula_peer_handler:stop(),
+    _ = macula_peer_nif:stop(),
+    ok.
+
+-spec settings() -> map().
+settings() ->
+    maps:from_list([{Key, Value} || Key <- ?NATIVE_KEYS, {ok, Value} <- [application:get_env(?APP, Key)]]).
+
+-spec set_default_handler() -> ok | {error, term()}.
+set_default_handler() ->
+    case application:get_env(?APP, handler) of
+        {ok, Handler} -> macula_peer_endpoint:set_handler(Handler);
+        undefined -> ok
+    end.
+
+-spec init([]) -> {ok, []} | {stop, term()}.
+init([]) ->
+    _ = process_flag(trap_exit, true),
+    case ensure_started() of
+        ok -> {ok, []};
+        {error, Reason} -> {stop, Reason}
+    end.
+
+-spec handle_call(term(), gen_server:from(), []) -> {reply, {error, unknown_call}, []}.
+handle_call(_Request, _From, State) ->
+    {reply, {error, unknown_call}, State}.
+
+-spec handle_cast(term(), []) -> {noreply, []}.
+handle_cast(_Request, State) ->
+    {noreply, State}.
+
+-spec terminate(term(), []) -> ok.
+terminate(_Reason, _State) ->
+    stop().

@@ -1,0 +1,122 @@
+%% @private
+%% @doc The native library. Thin by rule: what these functions mean is said where they are called.
+-module(macula_peer_nif).
+
+-export([start/1]).
+-export([stop/0]).
+-export([send/5]).
+-export([send_dirty/5]).
+-export([request/5]).
+-export([request_dirty/5]).
+-export([listen/1]).
+-export([close/0]).
+-export([local_address/0]).
+-export([set_handler/1]).
+-export([reply/3]).
+-export([reply_dirty/3]).
+-export([stats/0]).
+-export([encode/2]).
+-export([encode_dirty/2]).
+-export([decode/1]).
+-export([decode_dirty/1]).
+
+-export_type([not_loaded/0, ip_port/0]).
+
+-on_load(init/0).
+
+-define(APP, macula_peer_connector).
+-define(LOAD_ERROR, {?MODULE, load_error}).
+
+-type not_loaded() :: {error, {nif_not_loaded, unicode:chardata()}}.
+%% The library is missing or does not fit; the text says what to do.
+-type ip_port() :: {inet:ip_address(), inet:port_number()}.
+
+%% Loading never fails: a node whose library is missing keeps running, and every call says what is wrong.
+-spec init() -> ok.
+init() ->
+    Library = library(),
+    case erlang:load_nif(Library, version()) of
+        ok ->
+            _ = persistent_term:erase(?LOAD_ERROR),
+            ok;
+        {error, {Reason, Text}} ->
+            Message = io_lib:format(
+                "the native library ~ts.so was not loaded (~p: ~ts). Build it on this machine, with "
+                "`rebar3 compile` or `make nif`, from the same version of ~s, with Rust's cargo in the PATH.",
+                [Library, Reason, Text, ?APP]),
+            persistent_term:put(?LOAD_ERROR, unicode:characters_to_binary(Message)),
+            logger:error("~ts", [Message])
+    end.
+
+-spec library() -> file:filename_all().
+library() ->
+    Priv = case code:priv_dir(?APP) of
+        {error, bad_name} -> filename:join(filename:dirname(filename:dirname(code:which(?MODULE))), "priv");
+        Dir -> Dir
+    end,
+    filename:join(Priv, "macula_peer_nif").
+
+%% The library refuses to load for another version than its own. The version is taken from the application's own file,
+%% because nothing need be started or even loaded.
+-spec version() -> string().
+version() ->
+    _ = application:load(?APP),
+    case application:get_key(?APP, vsn) of
+        {ok, Vsn} -> Vsn;
+        undefined -> "0.1.0"
+    end.
+
+-spec start(map()) -> ok | {error, term()}.
+start(_Options) -> not_loaded().
+
+-spec stop() -> ok | not_started | not_loaded().
+stop() -> not_loaded().
+
+-spec send(reference(), term(), term(), term(), term()) -> ok | wait | dirty | not_started | {error, term()}.
+send(_Tag, _Endpoint, _Type, _Msg, _Timeout) -> not_loaded().
+
+-spec send_dirty(reference(), term(), term(), term(), term()) -> ok | wait | not_started | {error, term()}.
+send_dirty(_Tag, _Endpoint, _Type, _Msg, _Timeout) -> not_loaded().
+
+-spec request(reference(), term(), term(), term(), term()) -> wait | dirty | not_started | {error, term()}.
+request(_Tag, _Endpoint, _Type, _Msg, _Timeout) -> not_loaded().
+
+-spec request_dirty(reference(), term(), term(), term(), term()) -> wait | not_started | {error, term()}.
+request_dirty(_Tag, _Endpoint, _Type, _Msg, _Timeout) -> not_loaded().
+
+-spec listen(map()) -> {ok, ip_port()} | not_started | {error, term()}.
+listen(_Options) -> not_loaded().
+
+-spec close() -> ok | not_started | not_loaded().
+close() -> not_loaded().
+
+-spec local_address() -> {ok, ip_port()} | not_started | {error, term()}.
+local_address() -> not_loaded().
+
+-spec set_handler(pid() | undefined) -> ok | not_started | not_loaded().
+set_handler(_Handler) -> not_loaded().
+
+-spec reply(term(), term(), term()) -> ok | dirty | {error, term()}.
+reply(_Token, _Type, _Msg) -> not_loaded().
+
+-spec reply_dirty(term(), term(), term()) -> ok | {error, term()}.
+reply_dirty(_Token, _Type, _Msg) -> not_loaded().
+
+-spec stats() -> map() | not_started | not_loaded().
+stats() -> not_loaded().
+
+-spec encode(term(), term()) -> {ok, binary()} | dirty | {error, term()}.
+encode(_Type, _Msg) -> not_loaded().
+
+-spec encode_dirty(term(), term()) -> {ok, binary()} | {error, term()}.
+encode_dirty(_Type, _Msg) -> not_loaded().
+
+-spec decode(binary()) -> {ok, {atom(), term()}} | dirty | {error, term()}.
+decode(_Frame) -> not_loaded().
+
+-spec decode_dirty(binary()) -> {ok, {atom(), term()}} | {error, term()}.
+decode_dirty(_Frame) -> not_loaded().
+
+-spec not_loaded() -> not_loaded().
+not_loaded() ->
+    {error, {nif_not_loaded, persistent_term:get(?LOAD_ERROR, <<"the native library was not loaded">>)}}.

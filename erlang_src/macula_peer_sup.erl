@@ -1,0 +1,20 @@
+%% @private
+-module(macula_peer_sup).
+
+-behaviour(supervisor).
+
+-export([start_link/0]).
+
+-export([init/1]).
+
+%% The engine has a second for what is on its way, and some for its threads.
+-define(ENGINE_SHUTDOWN, 5000).
+
+-spec start_link() -> supervisor:startlink_ret().
+start_link() ->
+    supervisor:start_link({local, ?MODULE}, ?MODULE, []).
+
+-spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
+init([]) ->
+    Engine = #{id => macula_peer_engine, start => {macula_peer_engine, start_link, []}, shutdown => ?ENGINE_SHUTDOWN},
+    {ok, {#{strategy => one_for_one}, [Engine]}}.

@@ -1,0 +1,62 @@
+//! Every atom that goes to Erlang, made once. None is ever made from what a peer sent.
+
+use std::sync::OnceLock;
+
+use macula_peer_wire::MessageType;
+use rustler::{Atom, Env};
+
+rustler::atoms! {
+    ok, error, wait, dirty, undefined, infinity, null, true_ = "true", false_ = "false", none,
+    not_started, already_started,
+
+    invalid_header, unsupported_version, incomplete_payload, unknown_type, msgpack_decode_error, incomplete,
+    not_just_binary, invalid_string, badarg, bad_ext, too_deep, too_large, frame_too_large,
+
+    invalid_message, invalid_message_type, missing_field, not_a_map, not_encodable, invalid_timeout,
+    tuple, pid, port, reference, function, bitstring, improper_list, integer_out_of_range, float, other,
+
+    invalid_endpoint, invalid_format, invalid_port,
+    connect_failed, transport_down, connection_refused, no_application_protocol, handshake_failed,
+    send_failed, overloaded, connection_closed, connection_shutdown, timeout,
+
+    already_listening, listen_failed, eaddrinuse, eacces, eaddrnotavail, bad_certificate, start_failed,
+    already_replied, gone, invalid_token, invalid_option,
+
+    macula_peer_message, macula_peer_event, type_ = "type", message, from, dialect, reply_to,
+    macula, macula_peer_1 = "macula-peer/1",
+    event, undelivered, peer, count, reason, expired, rejected, stopped,
+
+    peers, accepted, pool, verify_none_links, unhandled, malformed, refused,
+    endpoint, path, direct, address, round_trip_us, sent, acknowledged, received, failed, dials, unacknowledged_bytes,
+    hits, misses, evictions, total, hit_rate, pool_size,
+
+    max_frame_size, max_nesting, ip, idle_timeout, keep_alive, connect_timeout, delivery, at_least_once, at_most_once,
+    max_unacknowledged, answer_timeout, workers, max_accepted, max_streams, frame_timeout, certfile, keyfile,
+}
+
+static TYPES: OnceLock<Vec<(Atom, MessageType)>> = OnceLock::new();
+
+/// Makes the atoms of the message types; called once, when the library is loaded.
+pub(crate) fn load(env: Env<'_>) -> bool {
+    let atom = |name: &str| Atom::from_str(env, name).ok();
+    let mut types: Option<Vec<_>> = MessageType::ALL.into_iter().map(|kind| Some((atom(kind.name())?, kind))).collect();
+    // The alias is only ever read, so it comes last.
+    if let (Some(types), Some(alias)) = (&mut types, atom("dht_store")) {
+        types.push((alias, MessageType::Store));
+    }
+    types.is_some_and(|types| TYPES.set(types).is_ok() || TYPES.get().is_some())
+}
+
+/// The message type that an atom names.
+pub(crate) fn message_type(atom: Atom) -> Option<MessageType> {
+    types().iter().find(|(name, _)| *name == atom).map(|(_, kind)| *kind)
+}
+
+/// The atom that names a message type.
+pub(crate) fn name_of(kind: MessageType) -> Atom {
+    types().iter().find(|(_, each)| *each == kind).map_or_else(undefined, |(name, _)| *name)
+}
+
+fn types() -> &'static [(Atom, MessageType)] {
+    TYPES.get().map_or(&[], Vec::as_slice)
+}

@@ -1,0 +1,169 @@
+//! The one table from Rust's errors to Erlang's terms. The original's terms are kept where it had one.
+
+use std::io;
+
+use macula_peer::{
+    ConnectError, EndpointError, ListenError, ReplyError, RequestError, SendError, StartError, UndeliveredReason,
+};
+use macula_peer_wire::{FrameError, PayloadError};
+use rustler::{Encoder, Env, NewBinary, Term};
+
+use crate::atoms;
+use crate::encode::Refusal;
+
+/// An error that has a term.
+pub(crate) trait Reason {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a>;
+}
+
+/// `{error, Reason}`.
+pub(crate) fn error<'a>(env: Env<'a>, reason: &impl Reason) -> Term<'a> {
+    (atoms::error(), reason.reason(env)).encode(env)
+}
+
+impl Reason for EndpointError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let why = match self {
+            Self::Format => atoms::invalid_format(),
+            Self::Port => atoms::invalid_port(),
+        };
+        (atoms::invalid_endpoint(), why).encode(env)
+    }
+}
+
+impl Reason for ConnectError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let why = match self {
+            Self::Unresolved | Self::Unreachable | Self::TimedOut => atoms::transport_down().encode(env),
+            Self::Refused => atoms::connection_refused().encode(env),
+            Self::NoProtocol => atoms::no_application_protocol().encode(env),
+            Self::Handshake(text) => (atoms::handshake_failed(), binary(env, text)).encode(env),
+        };
+        (atoms::connect_failed(), why).encode(env)
+    }
+}
+
+impl Reason for SendError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let why = match self {
+            Self::Connect(error) => return error.reason(env),
+            Self::Timeout => return atoms::timeout().encode(env),
+            Self::NoRoom => atoms::timeout(),
+            Self::Overloaded => atoms::overloaded(),
+            Self::LinkLost => atoms::connection_closed(),
+            Self::Stopped => atoms::connection_shutdown(),
+        };
+        (atoms::send_failed(), why).encode(env)
+    }
+}
+
+impl Reason for RequestError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::Send(error) => error.reason(env),
+            Self::Timeout => atoms::timeout().encode(env),
+            Self::LinkLost => atoms::connection_closed().encode(env),
+            Self::Malformed(error) => error.reason(env),
+        }
+    }
+}
+
+impl Reason for FrameError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::InvalidHeader => atoms::invalid_header().encode(env),
+            Self::UnsupportedVersion(version) => (atoms::unsupported_version(), version).encode(env),
+            Self::TooLarge { len, max } => (atoms::frame_too_large(), len, max).encode(env),
+            Self::IncompletePayload => atoms::incomplete_payload().encode(env),
+            Self::UnknownType(id) => (atoms::unknown_type(), id).encode(env),
+            Self::Payload(error) => (atoms::msgpack_decode_error(), error.reason(env)).encode(env),
+        }
+    }
+}
+
+impl Reason for PayloadError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::Incomplete => atoms::incomplete().encode(env),
+            Self::TrailingBytes => atoms::not_just_binary().encode(env),
+            Self::InvalidString(bytes) => (atoms::invalid_string(), bytes_term(env, bytes)).encode(env),
+            Self::Extension(marker) => (atoms::badarg(), (atoms::bad_ext(), marker)).encode(env),
+            Self::Reserved => (atoms::badarg(), 0xC1).encode(env),
+            Self::TooDeep { max } => (atoms::too_deep(), max).encode(env),
+        }
+    }
+}
+
+impl Reason for Refusal<'_> {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let why = match self {
+            Self::Type(term) => return (atoms::invalid_message_type(), term.in_env(env)).encode(env),
+            Self::Missing(field) => (atoms::missing_field(), rustler::Atom::from_str(env, field).ok()).encode(env),
+            Self::NotAMap => atoms::not_a_map().encode(env),
+            Self::NotEncodable { field, kind } => (atoms::not_encodable(), field.in_env(env), *kind).encode(env),
+            Self::TooLarge(max) => (atoms::too_large(), max).encode(env),
+            Self::TooDeep(max) => (atoms::too_deep(), max).encode(env),
+        };
+        (atoms::invalid_message(), why).encode(env)
+    }
+}
+
+impl Reason for StartError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let why = match self {
+            Self::Bind(error) => posix(env, error),
+            Self::Runtime(_) | Self::Tls(_) => binary(env, &self.to_string()),
+        };
+        (atoms::start_failed(), why).encode(env)
+    }
+}
+
+impl Reason for ListenError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::AlreadyListening => atoms::already_listening().encode(env),
+            Self::Bind(error) => (atoms::listen_failed(), posix(env, error)).encode(env),
+            Self::Certificate(text) => (atoms::bad_certificate(), binary(env, text)).encode(env),
+        }
+    }
+}
+
+impl Reason for ReplyError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::AlreadyReplied => atoms::already_replied(),
+            Self::Gone => atoms::gone(),
+        }
+        .encode(env)
+    }
+}
+
+impl Reason for UndeliveredReason {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::Expired => atoms::expired(),
+            Self::LinkLost => atoms::connection_closed(),
+            Self::Rejected => atoms::rejected(),
+            Self::Stopped => atoms::stopped(),
+        }
+        .encode(env)
+    }
+}
+
+/// As `inet:posix()` where there is such an atom.
+fn posix<'a>(env: Env<'a>, error: &io::Error) -> Term<'a> {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => atoms::eaddrinuse().encode(env),
+        io::ErrorKind::PermissionDenied => atoms::eacces().encode(env),
+        io::ErrorKind::AddrNotAvailable => atoms::eaddrnotavail().encode(env),
+        _ => binary(env, &error.to_string()),
+    }
+}
+
+pub(crate) fn binary<'a>(env: Env<'a>, text: &str) -> Term<'a> {
+    bytes_term(env, text.as_bytes())
+}
+
+fn bytes_term<'a>(env: Env<'a>, bytes: &[u8]) -> Term<'a> {
+    NewBinary::from_slice(env, bytes).into()
+}

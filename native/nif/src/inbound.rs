@@ -1,0 +1,111 @@
+//! What arrives: one message each to the handler process.
+
+use std::cell::RefCell;
+use std::net::{IpAddr, SocketAddr};
+
+use macula_peer::{Dialect, Event, Handler, Inbound, ReplyToken, Unhandled};
+use macula_peer_wire::{Limits, decode_payload};
+use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, ResourceArc, Term};
+
+use crate::atoms;
+use crate::decode::Terms;
+use crate::errors::{Reason, binary};
+
+/// Payloads from this size on are copied once, as a whole, and the binaries in them refer to the copy.
+const SHARED_PAYLOAD: usize = 16 << 10;
+
+thread_local! {
+    /// Making an environment costs as much as a small message.
+    static ENV: RefCell<OwnedEnv> = RefCell::new(OwnedEnv::new());
+}
+
+/// The process that gets what arrives.
+pub(crate) struct Process {
+    pub(crate) pid: LocalPid,
+    pub(crate) limits: Limits,
+}
+
+impl Handler for Process {
+    fn message(&self, inbound: Inbound) -> Result<(), Unhandled> {
+        let Inbound { kind, payload, from, dialect, reply } = inbound;
+        self.send(|env| {
+            let shared = (payload.len() >= SHARED_PAYLOAD).then(|| NewBinary::from_slice(env, &payload).into());
+            let message = decode_payload(&payload, self.limits, &mut Terms::new(env, shared))?;
+            let reply = match reply {
+                Some(token) => ResourceArc::new(Token(token)).encode(env),
+                None => atoms::none().encode(env),
+            };
+            let dialect = self::dialect(dialect);
+            let fields: [(Atom, Term<'_>); 5] = [
+                (atoms::type_(), atoms::name_of(kind).encode(env)),
+                (atoms::message(), message),
+                (atoms::from(), address(env, from)),
+                (atoms::dialect(), dialect.encode(env)),
+                (atoms::reply_to(), reply),
+            ];
+            Ok((atoms::macula_peer_message(), map(env, &fields)).encode(env))
+        })
+    }
+
+    fn event(&self, event: Event) {
+        let Event::Undelivered { peer, count, reason } = event;
+        // Whoever would have been told is gone.
+        let _ = self.send(|env| {
+            let fields = [
+                (atoms::event(), atoms::undelivered().encode(env)),
+                (atoms::peer(), binary(env, &peer.to_string())),
+                (atoms::count(), count.encode(env)),
+                (atoms::reason(), reason.reason(env)),
+            ];
+            Ok((atoms::macula_peer_event(), map(env, &fields)).encode(env))
+        });
+    }
+}
+
+impl Process {
+    fn send(&self, build: impl for<'a> FnOnce(Env<'a>) -> Result<Term<'a>, Unhandled>) -> Result<(), Unhandled> {
+        ENV.with_borrow_mut(|own| {
+            let built = own.run(|env| build(env).map(|message| own.save(message)));
+            match built {
+                Ok(message) => own.send_and_clear(&self.pid, |env| message.load(env)).map_err(|_| Unhandled::NoHandler),
+                Err(error) => {
+                    own.clear();
+                    Err(error)
+                }
+            }
+        })
+    }
+}
+
+/// The way to answer a message, as an Erlang term.
+pub(crate) struct Token(pub(crate) ReplyToken);
+
+#[rustler::resource_impl]
+impl Resource for Token {}
+
+pub(crate) fn dialect(dialect: Dialect) -> Atom {
+    match dialect {
+        Dialect::Macula => atoms::macula(),
+        Dialect::MaculaPeer1 => atoms::macula_peer_1(),
+    }
+}
+
+/// `{Ip, Port}` as in `inet`.
+pub(crate) fn address(env: Env<'_>, address: SocketAddr) -> Term<'_> {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, d] = ip.octets();
+            (a, b, c, d).encode(env)
+        }
+        IpAddr::V6(ip) => {
+            let [a, b, c, d, e, f, g, h] = ip.segments();
+            rustler::types::tuple::make_tuple(env, &[a, b, c, d, e, f, g, h].map(|part| part.encode(env)))
+        }
+    };
+    (ip, address.port()).encode(env)
+}
+
+/// A map of fields whose names differ.
+pub(crate) fn map<'a>(env: Env<'a>, fields: &[(Atom, Term<'a>)]) -> Term<'a> {
+    fields.iter().fold(Term::map_new(env), |map, (name, value)| map.map_put(*name, *value).unwrap_or(map))
+}

@@ -1,0 +1,383 @@
+//! The NIF of `macula_peer_connector`: Erlang terms to calls of the engine, answers to processes. It knows nothing of
+//! QUIC.
+//!
+//! No function here waits. What may run long comes in two kinds, `name` for a normal scheduler, which answers `dirty`
+//! where the work is too large for it, and `name_dirty`.
+#![forbid(unsafe_code)]
+
+mod atoms;
+mod calls;
+mod decode;
+mod encode;
+mod errors;
+mod inbound;
+mod options;
+mod stats;
+
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use macula_peer::{EndpointRef, Engine, Message};
+use macula_peer_wire::Limits;
+use rustler::{Atom, Binary, Encoder, Env, LocalPid, NewBinary, ResourceArc, Term};
+
+use crate::calls::{Caller, InProgress};
+use crate::decode::Terms;
+use crate::encode::{LIGHT_FRAME, Refusal};
+use crate::errors::{Reason, error};
+use crate::inbound::{Process, Token};
+
+/// Longer timeouts than this are no timeout: 49 days, as in `receive`.
+const LONGEST_TIMEOUT: u64 = u32::MAX as u64;
+
+/// Binaries up to this size are decoded on a normal scheduler.
+const LIGHT_DECODE: usize = 64 << 10;
+
+/// A lock and not a once-cell, so that the engine can be stopped and started again.
+static ENGINE: RwLock<Option<Arc<Engine>>> = RwLock::new(None);
+
+rustler::init!("macula_peer_nif", load = load);
+
+/// The library belongs to the application of the same version; another one is stale.
+fn load(env: Env<'_>, version: Term<'_>) -> bool {
+    options::text(version).as_deref() == Some(env!("CARGO_PKG_VERSION")) && atoms::load(env)
+}
+
+fn engine() -> Option<Arc<Engine>> {
+    ENGINE.read().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+fn limits() -> Limits {
+    engine().map_or_else(Limits::default, |engine| engine.config().limits)
+}
+
+// ---- life of the engine ----
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
+    let config = match options::config(options) {
+        Ok(config) => config,
+        Err(invalid) => return error(env, &invalid),
+    };
+    let mut engine = ENGINE.write().unwrap_or_else(PoisonError::into_inner);
+    if engine.is_some() {
+        return (atoms::error(), atoms::already_started()).encode(env);
+    }
+    match Engine::start(config) {
+        Ok(started) => *engine = Some(Arc::new(started)),
+        Err(failed) => return error(env, &failed),
+    }
+    atoms::ok().encode(env)
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn stop() -> Atom {
+    let engine = ENGINE.write().unwrap_or_else(PoisonError::into_inner).take();
+    match engine {
+        Some(engine) => {
+            engine.stop();
+            atoms::ok()
+        }
+        None => atoms::not_started(),
+    }
+}
+
+// ---- sending ----
+
+#[rustler::nif]
+fn send<'a>(
+    env: Env<'a>,
+    tag: Term<'a>,
+    endpoint: Term<'a>,
+    kind: Term<'a>,
+    message: Term<'a>,
+    timeout: Term<'a>,
+) -> Term<'a> {
+    submit(env, tag, endpoint, kind, message, timeout, Some(LIGHT_FRAME), send_message)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn send_dirty<'a>(
+    env: Env<'a>,
+    tag: Term<'a>,
+    endpoint: Term<'a>,
+    kind: Term<'a>,
+    message: Term<'a>,
+    timeout: Term<'a>,
+) -> Term<'a> {
+    submit(env, tag, endpoint, kind, message, timeout, None, send_message)
+}
+
+#[rustler::nif]
+fn request<'a>(
+    env: Env<'a>,
+    tag: Term<'a>,
+    endpoint: Term<'a>,
+    kind: Term<'a>,
+    message: Term<'a>,
+    timeout: Term<'a>,
+) -> Term<'a> {
+    submit(env, tag, endpoint, kind, message, timeout, Some(LIGHT_FRAME), send_request)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn request_dirty<'a>(
+    env: Env<'a>,
+    tag: Term<'a>,
+    endpoint: Term<'a>,
+    kind: Term<'a>,
+    message: Term<'a>,
+    timeout: Term<'a>,
+) -> Term<'a> {
+    submit(env, tag, endpoint, kind, message, timeout, None, send_request)
+}
+
+/// Validates and encodes, in the original's order: first the message, then the endpoint.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the arguments of the four functions above, which differ in the last two"
+)]
+fn submit<'a>(
+    env: Env<'a>,
+    tag: Term<'a>,
+    endpoint: Term<'a>,
+    kind: Term<'a>,
+    message: Term<'a>,
+    timeout: Term<'a>,
+    light: Option<usize>,
+    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &EndpointRef<'_>, Message) -> Term<'a>,
+) -> Term<'a> {
+    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    let (kind, frame) = match encode_within(engine.config().limits, light, kind, message) {
+        Ok(encoded) => encoded,
+        Err(None) => return atoms::dirty().encode(env),
+        Err(Some(refusal)) => return error(env, &refusal),
+    };
+    let Ok(deadline) = deadline(timeout) else {
+        return (atoms::error(), (atoms::invalid_timeout(), timeout)).encode(env);
+    };
+    let message = Message { frame, kind, deadline };
+    let binary = endpoint.decode::<Binary<'_>>().ok();
+    let string = if binary.is_none() { options::text(endpoint) } else { None };
+    let text = match (&binary, &string) {
+        (Some(binary), _) => std::str::from_utf8(binary.as_slice()).ok(),
+        (None, string) => string.as_deref(),
+    };
+    match text.ok_or(macula_peer::EndpointError::Format).and_then(EndpointRef::parse) {
+        Ok(endpoint) => send(env, tag, &engine, &endpoint, message),
+        Err(invalid) => error(env, &invalid),
+    }
+}
+
+fn send_message<'a>(
+    env: Env<'a>,
+    tag: Term<'a>,
+    engine: &Engine,
+    endpoint: &EndpointRef<'_>,
+    message: Message,
+) -> Term<'a> {
+    let message = match engine.send_now(endpoint, message) {
+        Ok(()) => return atoms::ok().encode(env),
+        Err(message) => message,
+    };
+    let caller = Caller::new(env, tag);
+    let call = InProgress::monitor(env, &caller.pid());
+    let monitored = call.clone();
+    let waiting = engine.send(endpoint, message, move |sent| {
+        drop(monitored);
+        caller.answer(move |env| match sent {
+            Ok(()) => atoms::ok().encode(env),
+            Err(failed) => error(env, &failed),
+        });
+    });
+    if let Some(waiting) = waiting {
+        call.waiting(waiting);
+    }
+    atoms::wait().encode(env)
+}
+
+fn send_request<'a>(
+    env: Env<'a>,
+    tag: Term<'a>,
+    engine: &Engine,
+    endpoint: &EndpointRef<'_>,
+    message: Message,
+) -> Term<'a> {
+    let caller = Caller::new(env, tag);
+    let call = InProgress::monitor(env, &caller.pid());
+    let monitored = call.clone();
+    let limits = engine.config().limits;
+    let waiting = engine.request(endpoint, message, move |answer| {
+        drop(monitored);
+        caller.answer(move |env| match answer {
+            Ok(frame) => decode_answer(env, &frame, limits),
+            Err(failed) => error(env, &failed),
+        });
+    });
+    if let Some(waiting) = waiting {
+        call.waiting(waiting);
+    }
+    atoms::wait().encode(env)
+}
+
+fn decode_answer<'a>(env: Env<'a>, frame: &macula_peer_wire::RawFrame, limits: Limits) -> Term<'a> {
+    use macula_peer_wire::{FrameError, MessageType, decode_payload};
+    let Some(kind) = MessageType::from_id(frame.type_id) else {
+        return error(env, &FrameError::UnknownType(frame.type_id));
+    };
+    match decode_payload(&frame.payload, limits, &mut Terms::new(env, None)) {
+        Ok(message) => (atoms::ok(), (atoms::name_of(kind), message)).encode(env),
+        Err(failed) => error(env, &FrameError::Payload(failed)),
+    }
+}
+
+/// `Err(None)`: too large for a normal scheduler.
+fn encode_within<'a>(
+    limits: Limits,
+    light: Option<usize>,
+    kind: Term<'a>,
+    message: Term<'a>,
+) -> Result<(macula_peer_wire::MessageType, bytes::Bytes), Option<Refusal<'a>>> {
+    let max_frame = limits.max_frame.min(light.unwrap_or(usize::MAX));
+    encode::frame(kind, message, Limits { max_frame, ..limits }).map_err(|refusal| match refusal {
+        Refusal::TooLarge(_) if max_frame < limits.max_frame => None,
+        refusal => Some(refusal),
+    })
+}
+
+/// `infinity` or a number of milliseconds.
+fn deadline(timeout: Term<'_>) -> Result<Option<Instant>, ()> {
+    if timeout.is_atom() {
+        return if atoms::infinity() == timeout { Ok(None) } else { Err(()) };
+    }
+    match timeout.decode::<u64>() {
+        Ok(ms) if ms <= LONGEST_TIMEOUT => Ok(Some(Instant::now() + Duration::from_millis(ms))),
+        _ => Err(()),
+    }
+}
+
+// ---- listening ----
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn listen<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
+    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    let listen = match options::listen(options) {
+        Ok(listen) => listen,
+        Err(invalid) => return error(env, &invalid),
+    };
+    match engine.listen(listen) {
+        Ok(address) => (atoms::ok(), inbound::address(env, address)).encode(env),
+        Err(failed) => error(env, &failed),
+    }
+}
+
+#[rustler::nif]
+fn close() -> Atom {
+    match engine() {
+        Some(engine) => {
+            engine.close();
+            atoms::ok()
+        }
+        None => atoms::not_started(),
+    }
+}
+
+#[rustler::nif]
+fn local_address(env: Env<'_>) -> Term<'_> {
+    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    match engine.local_address() {
+        Ok(address) => (atoms::ok(), inbound::address(env, address)).encode(env),
+        Err(_) => (atoms::error(), atoms::gone()).encode(env),
+    }
+}
+
+#[rustler::nif]
+fn set_handler(handler: Term<'_>) -> Atom {
+    let Some(engine) = engine() else { return atoms::not_started() };
+    let limits = engine.config().limits;
+    match handler.decode::<LocalPid>() {
+        Ok(pid) => engine.set_handler(Some(Arc::new(Process { pid, limits }))),
+        Err(_) => engine.set_handler(None),
+    }
+    atoms::ok()
+}
+
+#[rustler::nif]
+fn reply<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
+    answer(env, token, kind, message, Some(LIGHT_FRAME))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn reply_dirty<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
+    answer(env, token, kind, message, None)
+}
+
+fn answer<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>, light: Option<usize>) -> Term<'a> {
+    let frame = match encode_within(limits(), light, kind, message) {
+        Ok((_, frame)) => frame,
+        Err(None) => return atoms::dirty().encode(env),
+        Err(Some(refusal)) => return error(env, &refusal),
+    };
+    let Ok(token) = token.decode::<ResourceArc<Token>>() else {
+        return (atoms::error(), atoms::invalid_token()).encode(env);
+    };
+    match token.0.reply(frame) {
+        Ok(()) => atoms::ok().encode(env),
+        Err(failed) => error(env, &failed),
+    }
+}
+
+// ---- insight ----
+
+#[rustler::nif]
+fn stats(env: Env<'_>) -> Term<'_> {
+    match engine() {
+        Some(engine) => stats::term(env, &engine.stats()),
+        None => atoms::not_started().encode(env),
+    }
+}
+
+// ---- wire ----
+
+#[rustler::nif]
+fn encode<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
+    encoded(env, kind, message, Some(LIGHT_FRAME))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn encode_dirty<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
+    encoded(env, kind, message, None)
+}
+
+fn encoded<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>, light: Option<usize>) -> Term<'a> {
+    match encode_within(limits(), light, kind, message) {
+        Ok((_, frame)) => {
+            let frame: Term<'_> = NewBinary::from_slice(env, &frame).into();
+            (atoms::ok(), frame).encode(env)
+        }
+        Err(None) => atoms::dirty().encode(env),
+        Err(Some(refusal)) => error(env, &refusal),
+    }
+}
+
+#[rustler::nif]
+fn decode<'a>(env: Env<'a>, frame: Binary<'a>) -> Term<'a> {
+    if frame.len() > LIGHT_DECODE {
+        return atoms::dirty().encode(env);
+    }
+    decoded(env, frame)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn decode_dirty<'a>(env: Env<'a>, frame: Binary<'a>) -> Term<'a> {
+    decoded(env, frame)
+}
+
+fn decoded<'a>(env: Env<'a>, frame: Binary<'a>) -> Term<'a> {
+    let payload_starts = macula_peer_wire::HEADER_LEN.min(frame.len());
+    let payload = frame.make_subbinary(payload_starts, frame.len() - payload_starts).ok();
+    match macula_peer_wire::decode(frame.as_slice(), limits(), &mut Terms::new(env, payload)) {
+        Ok((kind, message)) => (atoms::ok(), (atoms::name_of(kind), message)).encode(env),
+        Err(failed) => (atoms::error(), failed.reason(env)).encode(env),
+    }
+}

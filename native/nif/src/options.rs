@@ -1,0 +1,129 @@
+//! Options from Erlang: a map with atom keys. What is not known or not valid is named in the error.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use macula_peer::{Certificate, Config, Delivery, Listen};
+use rustler::{Atom, Encoder, Env, MapIterator, Term};
+
+use crate::atoms;
+use crate::errors::Reason;
+
+/// An option that is unknown or has a wrong value: `{invalid_option, {Key, Value}}`.
+pub(crate) struct InvalidOption<'a> {
+    key: Term<'a>,
+    value: Term<'a>,
+}
+
+impl Reason for InvalidOption<'_> {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        (atoms::invalid_option(), (self.key.in_env(env), self.value.in_env(env))).encode(env)
+    }
+}
+
+/// The engine's settings. Times are in milliseconds, sizes in bytes.
+pub(crate) fn config(options: Term<'_>) -> Result<Config, InvalidOption<'_>> {
+    let mut config = Config::default();
+    each(options, |key, value| set(&mut config, key, value))?;
+    Ok(config)
+}
+
+/// Where and as whom to listen.
+pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
+    let mut listen = Listen::default();
+    let (mut certificate, mut key) = (None, None);
+    each(options, |name, value| {
+        match name {
+            name if name == atoms::port() => listen.port = Some(value.decode().ok()?),
+            name if name == atoms::ip() => listen.ip = Some(ip(value)?),
+            name if name == atoms::certfile() => certificate = Some(path(value)?),
+            name if name == atoms::keyfile() => key = Some(path(value)?),
+            _ => return None,
+        }
+        Some(())
+    })?;
+    match (certificate, key) {
+        (Some(certificate), Some(key)) => listen.certificate = Certificate::Files { certificate, key },
+        (None, None) => {}
+        (certificate, _) => {
+            // One without the other: name the one that is missing.
+            let env = options.get_env();
+            let missing = if certificate.is_none() { atoms::certfile() } else { atoms::keyfile() };
+            return Err(InvalidOption { key: missing.encode(env), value: atoms::undefined().encode(env) });
+        }
+    }
+    Ok(listen)
+}
+
+fn each<'a>(options: Term<'a>, mut set: impl FnMut(Atom, Term<'a>) -> Option<()>) -> Result<(), InvalidOption<'a>> {
+    let all = MapIterator::new(options).ok_or(InvalidOption { key: options, value: options })?;
+    for (key, value) in all {
+        let known = Atom::from_term(key).ok().and_then(|name| set(name, value));
+        known.ok_or(InvalidOption { key, value })?;
+    }
+    Ok(())
+}
+
+fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
+    match key {
+        key if key == atoms::ip() => config.ip = Some(ip(value)?),
+        key if key == atoms::port() => config.port = value.decode().ok()?,
+        key if key == atoms::max_frame_size() => config.limits.max_frame = positive(value)?,
+        key if key == atoms::max_nesting() => config.limits.max_depth = positive(value)?,
+        key if key == atoms::pool_size() => config.pool_size = positive(value)?,
+        key if key == atoms::idle_timeout() => config.idle_timeout = time(value)?,
+        key if key == atoms::keep_alive() => config.keep_alive = time(value)?,
+        key if key == atoms::connect_timeout() => config.connect_timeout = time(value)?,
+        key if key == atoms::answer_timeout() => config.answer_timeout = time(value)?,
+        key if key == atoms::frame_timeout() => config.frame_timeout = time(value)?,
+        key if key == atoms::max_unacknowledged() => config.max_unacknowledged = positive(value)?,
+        key if key == atoms::workers() => config.workers = positive(value)?,
+        key if key == atoms::max_accepted() => config.max_accepted = positive(value)?,
+        key if key == atoms::max_streams() => config.max_streams = u32::try_from(positive(value)?).ok()?,
+        key if key == atoms::delivery() => {
+            config.delivery = match Atom::from_term(value).ok()? {
+                value if value == atoms::at_least_once() => Delivery::AtLeastOnce,
+                value if value == atoms::at_most_once() => Delivery::AtMostOnce,
+                _ => return None,
+            }
+        }
+        _ => return None,
+    }
+    Some(())
+}
+
+fn positive(value: Term<'_>) -> Option<usize> {
+    value.decode::<usize>().ok().filter(|&n| n > 0)
+}
+
+fn time(value: Term<'_>) -> Option<Duration> {
+    // A day is beyond every sensible value, and keeps sums of times far from their limits.
+    value.decode::<u64>().ok().filter(|ms| (1..=86_400_000).contains(ms)).map(Duration::from_millis)
+}
+
+/// `inet:ip_address()`.
+fn ip(value: Term<'_>) -> Option<IpAddr> {
+    if let Ok((a, b, c, d)) = value.decode::<(u8, u8, u8, u8)>() {
+        return Some([a, b, c, d].into());
+    }
+    let parts = rustler::types::tuple::get_tuple(value).ok()?;
+    let parts: Vec<u16> = parts.into_iter().map(|part| part.decode().ok()).collect::<Option<_>>()?;
+    <[u16; 8]>::try_from(parts).ok().map(IpAddr::from)
+}
+
+fn path(value: Term<'_>) -> Option<PathBuf> {
+    text(value).map(PathBuf::from)
+}
+
+/// A binary in UTF-8 or a string.
+pub(crate) fn text(value: Term<'_>) -> Option<String> {
+    if let Ok(text) = value.decode::<String>() {
+        return Some(text);
+    }
+    let mut text = String::new();
+    for c in value.into_list_iterator().ok()? {
+        text.push(char::from_u32(c.decode().ok()?)?);
+    }
+    Some(text)
+}

@@ -1,0 +1,77 @@
+//! What an engine can be told, with the defaults and their reasons.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use macula_peer_wire::Limits;
+
+/// The settings of an [`Engine`](crate::Engine). Every field has a default; `Config::default()` is what macula 0.14.3
+/// peers expect.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Local address of the one UDP socket. `None` (default): every address of both families, or every IPv4 address where
+    /// the host has no IPv6.
+    pub ip: Option<IpAddr>,
+    /// Local port of the one UDP socket. Default 0: the system chooses.
+    pub port: u16,
+    /// Largest frame and deepest nesting, both ways. Default 16 MiB and 64.
+    pub limits: Limits,
+    /// How many peers are kept at once; the least recently used one gives way. Default 100, as in the original's pool.
+    pub pool_size: usize,
+    /// A link that carried nothing for this long is closed. Default 60 s, as in the original's pool.
+    pub idle_timeout: Duration,
+    /// How often an otherwise quiet link is probed, so that NAT mappings (30 s and more, RFC 4787 asks for 120 s) stay.
+    /// Default 20 s.
+    pub keep_alive: Duration,
+    /// How long one dial may take, name lookup included. Default 5 s.
+    pub connect_timeout: Duration,
+    /// What happens to a message that was written but not acknowledged when its link died. Default
+    /// [`Delivery::AtLeastOnce`].
+    pub delivery: Delivery,
+    /// Bytes one peer may hold queued and unacknowledged before callers are told to wait or `overloaded`. Default 64 MiB:
+    /// four of the largest frames.
+    pub max_unacknowledged: usize,
+    /// How long the answer to a message sent without waiting is listened for. Default 30 s: an `rpc_reply` comes when
+    /// the procedure has run, and macula's own RPC calls give up before.
+    pub answer_timeout: Duration,
+    /// Worker threads of the runtime. Default 2: one drives the socket and the connections, which is what the
+    /// throughput depends on, the other shortens the wait of a lone caller.
+    pub workers: usize,
+    /// Connections that may be accepted at once. Default 1,024.
+    pub max_accepted: usize,
+    /// Streams that one accepted connection may have open. Default 256: quinn's memory for an idle connection follows
+    /// this limit (37 KB at 100, 163 KB at 1,024).
+    pub max_streams: u32,
+    /// How long a stream may take to complete a frame that it began. Default 30 s: the largest frame at 600 KB/s.
+    pub frame_timeout: Duration,
+}
+
+/// What happens to a message that was written but not acknowledged when its link died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// It is sent again on the next link before its deadline. The receiver may see it twice.
+    AtLeastOnce,
+    /// It is not sent again, but counted and reported as undelivered.
+    AtMostOnce,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            ip: None,
+            port: 0,
+            limits: Limits::default(),
+            pool_size: 100,
+            idle_timeout: Duration::from_secs(60),
+            keep_alive: Duration::from_secs(20),
+            connect_timeout: Duration::from_secs(5),
+            delivery: Delivery::AtLeastOnce,
+            max_unacknowledged: 64 << 20,
+            answer_timeout: Duration::from_secs(30),
+            workers: 2,
+            max_accepted: 1024,
+            max_streams: 256,
+            frame_timeout: Duration::from_secs(30),
+        }
+    }
+}

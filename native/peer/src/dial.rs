@@ -1,0 +1,264 @@
+//! From an endpoint to a connection: lookup, both address families, retries.
+
+use std::any::Any;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, ConnectError as Refusal, ConnectionError, TransportConfig, TransportErrorCode};
+use quinn_proto::RttEstimator;
+use tokio::sync::broadcast;
+use tokio::task::JoinSet;
+use tokio::time::{sleep_until, timeout_at};
+
+use crate::config::Config;
+use crate::decide::retry::Backoff;
+use crate::decide::witness::Witness;
+use crate::endpoint::Endpoint;
+use crate::error::ConnectError;
+use crate::link::{Link, lock};
+use crate::socket::{Refusals, Socket};
+use crate::tls::Dialect;
+
+/// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+
+/// A 0.14.3 gateway handshakes one connection after the other, a few milliseconds each, and refuses what comes
+/// meanwhile.
+const REFUSED_FIRST_PAUSE: Duration = Duration::from_millis(20);
+const REFUSED_LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// The TLS name for a host that is not a name TLS knows. Nothing checks it.
+const ANY_NAME: &str = "macula";
+
+/// RFC 9001, section 4.8: TLS alerts are QUIC errors from 0x100 on. 120 is `no_application_protocol`.
+const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
+
+/// What a dial needs of its surroundings.
+pub(crate) struct Dialer {
+    pub(crate) quic: quinn::Endpoint,
+    pub(crate) socket: Arc<Socket>,
+    pub(crate) refusals: Refusals,
+    pub(crate) tls: Arc<QuicClientConfig>,
+    pub(crate) config: Arc<Config>,
+}
+
+impl Dialer {
+    /// A link to the endpoint, or why there is none by the deadline.
+    pub(crate) async fn dial(self, endpoint: Endpoint, deadline: Instant) -> Result<Link, ConnectError> {
+        match timeout_at(deadline.into(), self.race(&endpoint)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(ConnectError::TimedOut),
+        }
+    }
+
+    /// Tries the addresses one after the other, each with a head start before the next; the first link wins.
+    async fn race(self, endpoint: &Endpoint) -> Result<Link, ConnectError> {
+        let mut addresses = self.resolve(endpoint).await?.into_iter();
+        let name = tls_name(endpoint);
+        let dialer = Arc::new(self);
+        let mut attempts = JoinSet::new();
+        let mut failure = ConnectError::Unresolved;
+        loop {
+            if let Some(address) = addresses.next() {
+                attempts.spawn(dialer.clone().attempt(address, name.clone()));
+            }
+            let more = addresses.len() > 0;
+            let next = Instant::now() + ATTEMPT_DELAY;
+            tokio::select! {
+                done = attempts.join_next() => match done {
+                    Some(Ok(Ok(link))) => return Ok(link),
+                    Some(Ok(Err(error))) => failure = error,
+                    Some(Err(_panicked)) => failure = ConnectError::Handshake("attempt failed".into()),
+                    None if !more => return Err(failure),
+                    None => {}
+                },
+                () = sleep_until(next.into()), if more => {}
+            }
+        }
+    }
+
+    /// The addresses of the host, families alternating, IPv6 first (RFC 8305, section 4).
+    async fn resolve(&self, endpoint: &Endpoint) -> Result<Vec<SocketAddr>, ConnectError> {
+        let found: Vec<SocketAddr> = match endpoint.ip() {
+            Some(ip) => vec![(ip, endpoint.port()).into()],
+            None => tokio::net::lookup_host((endpoint.host(), endpoint.port()))
+                .await
+                .map_err(|_| ConnectError::Unresolved)?
+                .collect(),
+        };
+        let (v6, v4): (Vec<_>, Vec<_>) =
+            found.into_iter().filter_map(|a| self.socket.reachable(a)).partition(|a| is_v6(a.ip()));
+        let mut addresses = Vec::with_capacity(v6.len() + v4.len());
+        let (mut v6, mut v4) = (v6.into_iter(), v4.into_iter());
+        loop {
+            let (a, b) = (v6.next(), v4.next());
+            if a.is_none() && b.is_none() {
+                break;
+            }
+            addresses.extend(a.into_iter().chain(b));
+        }
+        match addresses.is_empty() {
+            true => Err(ConnectError::Unresolved),
+            false => Ok(addresses),
+        }
+    }
+
+    async fn attempt(self: Arc<Self>, address: SocketAddr, name: String) -> Result<Link, ConnectError> {
+        let mut backoff = Backoff::new(REFUSED_FIRST_PAUSE, REFUSED_LONGEST_PAUSE);
+        let give_up = Instant::now() + self.config.connect_timeout;
+        loop {
+            match self.connect(address, &name).await {
+                Err(ConnectError::Refused) if Instant::now() < give_up => {
+                    tokio::time::sleep(backoff.pause(fastrand::f64())).await;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn connect(&self, address: SocketAddr, name: &str) -> Result<Link, ConnectError> {
+        let mut refusals = self.refusals.subscribe();
+        let witness = Arc::new(Mutex::new(Witness::default()));
+        let config = self.client_config(witness.clone());
+        let connecting = self.quic.connect_with(config, address, name).map_err(not_begun)?;
+        let connection = tokio::select! {
+            connection = connecting => connection.map_err(not_connected)?,
+            () = refused(&mut refusals, address) => return Err(ConnectError::Unreachable),
+        };
+        let dialect = Dialect::of(&connection).ok_or(ConnectError::NoProtocol)?;
+        let Config { limits, answer_timeout, .. } = *self.config;
+        Ok(Link::new(connection, dialect, witness, limits, answer_timeout))
+    }
+
+    fn client_config(&self, witness: Arc<Mutex<Witness>>) -> ClientConfig {
+        let mut transport = TransportConfig::default();
+        transport
+            .keep_alive_interval(Some(self.config.keep_alive))
+            // Nothing is opened by the other side on a link that we dialled.
+            .max_concurrent_bidi_streams(0u8.into())
+            .max_concurrent_uni_streams(0u8.into())
+            .congestion_controller_factory(Arc::new(Witnessed { witness }));
+        set_idle_timeout(&mut transport, &self.config);
+        let mut config = ClientConfig::new(self.tls.clone());
+        config.transport_config(Arc::new(transport));
+        config
+    }
+}
+
+/// A silent peer is noticed by what it does not acknowledge; this is for links that carry nothing. Three keep-alives
+/// may be lost.
+pub(crate) fn set_idle_timeout(transport: &mut TransportConfig, config: &Config) {
+    let timeout = config.keep_alive * 3;
+    // A time beyond QUIC's 2^62 ms means none.
+    transport.max_idle_timeout(timeout.try_into().ok());
+}
+
+/// Returns when ICMP says that nobody is at `address`.
+pub(crate) async fn refused(refusals: &mut broadcast::Receiver<SocketAddr>, address: SocketAddr) {
+    loop {
+        match refusals.recv().await {
+            Ok(refused) if refused == address => return,
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}
+
+fn is_v6(ip: IpAddr) -> bool {
+    ip.to_canonical().is_ipv6()
+}
+
+fn tls_name(endpoint: &Endpoint) -> String {
+    let valid = rustls::pki_types::ServerName::try_from(endpoint.host()).is_ok();
+    if valid { endpoint.host().into() } else { ANY_NAME.into() }
+}
+
+fn not_begun(error: Refusal) -> ConnectError {
+    match error {
+        Refusal::InvalidRemoteAddress(_) => ConnectError::Unreachable,
+        other => ConnectError::Handshake(other.to_string()),
+    }
+}
+
+fn not_connected(error: ConnectionError) -> ConnectError {
+    let code = match &error {
+        ConnectionError::TimedOut => return ConnectError::TimedOut,
+        ConnectionError::ConnectionClosed(close) => close.error_code,
+        ConnectionError::TransportError(error) => error.code,
+        other => return ConnectError::Handshake(other.to_string()),
+    };
+    match code {
+        TransportErrorCode::CONNECTION_REFUSED => ConnectError::Refused,
+        code if u64::from(code) == NO_APPLICATION_PROTOCOL => ConnectError::NoProtocol,
+        _ => ConnectError::Handshake(error.to_string()),
+    }
+}
+
+/// quinn's default controller, with a [`Witness`] looking on.
+struct Witnessed {
+    witness: Arc<Mutex<Witness>>,
+}
+
+impl ControllerFactory for Witnessed {
+    fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
+        let inner = Arc::new(CubicConfig::default()).build(now, mtu);
+        Box::new(WitnessedController { inner, witness: self.witness.clone() })
+    }
+}
+
+struct WitnessedController {
+    inner: Box<dyn Controller>,
+    witness: Arc<Mutex<Witness>>,
+}
+
+impl Controller for WitnessedController {
+    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+        lock(&self.witness).sent(now);
+        self.inner.on_sent(now, bytes, last_packet_number);
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        lock(&self.witness).acknowledged(sent);
+        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest: Option<u64>) {
+        lock(&self.witness).acknowledgements_end(now, in_flight);
+        self.inner.on_end_acks(now, in_flight, app_limited, largest);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
+        // Without lost bytes it is the network's mark of congestion: nothing was lost.
+        if lost_bytes > 0 {
+            lock(&self.witness).lost(now);
+        }
+        self.inner.on_congestion_event(now, sent, persistent, lost_bytes);
+    }
+
+    fn on_mtu_update(&mut self, mtu: u16) {
+        self.inner.on_mtu_update(mtu);
+    }
+
+    fn window(&self) -> u64 {
+        self.inner.window()
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        self.inner.metrics()
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self { inner: self.inner.clone_box(), witness: self.witness.clone() })
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.inner.initial_window()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}

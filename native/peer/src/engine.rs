@@ -1,0 +1,187 @@
+//! The engine: the runtime, the socket, the peers and the listener, behind calls that do not wait.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use macula_peer_wire::RawFrame;
+use quinn::EndpointConfig;
+use tokio::runtime::Runtime;
+use tokio::task::AbortHandle;
+
+use crate::call::{Abandoned, Call};
+use crate::config::Config;
+use crate::endpoint::EndpointRef;
+use crate::error::{ListenError, RequestError, SendError, StartError};
+use crate::link::lock;
+use crate::listen;
+use crate::message::{Handler, Message};
+use crate::node::Node;
+use crate::peer::{Peer, Retired, Waiting};
+use crate::runtime::BatchingRuntime;
+use crate::socket::{self, Socket};
+use crate::stats::Stats;
+use crate::tls::{self, Certificate};
+
+/// Name lookups run on threads of their own and cannot be interrupted; more at once wait for one another.
+const LOOKUP_THREADS: usize = 16;
+
+/// After the peers had their time, tasks are dropped; a lookup that hangs is left behind.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// A running engine. Dropping it without [`Engine::stop`] loses what is on its way.
+pub struct Engine {
+    node: Arc<Node>,
+    runtime: Mutex<Option<Runtime>>,
+    listener: Mutex<Option<AbortHandle>>,
+}
+
+/// Where to listen.
+#[derive(Debug, Clone, Default)]
+pub struct Listen {
+    /// The local address; `None`: every address of both families.
+    pub ip: Option<IpAddr>,
+    /// The port. `None`, like 0: the one that the engine's socket has already. Live links move to another one.
+    pub port: Option<u16>,
+    /// What to show to those who connect.
+    pub certificate: Certificate,
+}
+
+impl Engine {
+    /// Starts the runtime and binds the socket.
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(config.workers.max(1))
+            .max_blocking_threads(LOOKUP_THREADS)
+            .thread_name("macula_peer")
+            .enable_all()
+            .build()
+            .map_err(StartError::Runtime)?;
+        let node = {
+            let _inside = runtime.enter();
+            let refusals = socket::refusals();
+            let socket = Socket::bind(config.ip, config.port, refusals.clone()).map_err(StartError::Bind)?;
+            let mut endpoint = EndpointConfig::default();
+            // The first bit pattern of a packet will tell QUIC from punch packets on this socket.
+            endpoint.grease_quic_bit(false);
+            let quic =
+                quinn::Endpoint::new_with_abstract_socket(endpoint, None, socket.clone(), Arc::new(BatchingRuntime))
+                    .map_err(StartError::Bind)?;
+            let tls = tls::unverified_client()?;
+            Node::new(Arc::new(config), quic, socket, refusals, tls, runtime.handle().clone())
+        };
+        Ok(Self { node, runtime: Mutex::new(Some(runtime)), listener: Mutex::default() })
+    }
+
+    /// The settings it was started with.
+    pub fn config(&self) -> &Config {
+        &self.node.config
+    }
+
+    /// Sends over a live link, without waiting. Gives the message back if there is no such link, or no room.
+    ///
+    /// `Ok` means accepted: the message will arrive, or be counted and reported as undelivered.
+    pub fn send_now(&self, endpoint: &EndpointRef<'_>, message: Message) -> Result<(), Message> {
+        let Some(peer) = self.node.find(endpoint) else { return Err(message) };
+        peer.send_now(message)?;
+        self.node.counters.hits.add(1);
+        Ok(())
+    }
+
+    /// Sends as soon as there is a link with room. `reply` is called once, from any thread, unless the call is
+    /// cancelled.
+    pub fn send(
+        &self,
+        endpoint: &EndpointRef<'_>,
+        message: Message,
+        reply: impl FnOnce(Result<(), SendError>) + Send + 'static,
+    ) -> Option<Waiting> {
+        let call = Call::new(reply);
+        self.enqueue(endpoint, &call, |peer| peer.send(message.clone(), &call))
+    }
+
+    /// Sends a request and waits for the frame that answers it. `reply` as in [`Engine::send`].
+    pub fn request(
+        &self,
+        endpoint: &EndpointRef<'_>,
+        message: Message,
+        reply: impl FnOnce(Result<RawFrame, RequestError>) + Send + 'static,
+    ) -> Option<Waiting> {
+        let call = Call::new(reply);
+        self.enqueue(endpoint, &call, |peer| peer.request(message.clone(), &call))
+    }
+
+    /// Accepts connections.
+    pub fn listen(&self, listen: Listen) -> Result<SocketAddr, ListenError> {
+        let mut listener = lock(&self.listener);
+        if listener.is_some() {
+            return Err(ListenError::AlreadyListening);
+        }
+        let config = listen::server_config(&listen.certificate, &self.node.config)?;
+        let bound = self.node.quic.local_addr().map_err(ListenError::Bind)?;
+        let port = listen.port.filter(|&port| port != 0).unwrap_or(bound.port());
+        if port != bound.port() || listen.ip.is_some_and(|ip| ip != bound.ip()) {
+            // The port is still taken by the socket that is to be replaced, if only the address changes.
+            let port = if port == bound.port() { 0 } else { port };
+            self.node.rebind(listen.ip, port).map_err(ListenError::Bind)?;
+        }
+        self.node.quic.set_server_config(Some(config));
+        *listener = Some(self.node.spawn(listen::accept(self.node.clone())));
+        self.node.quic.local_addr().map_err(ListenError::Bind)
+    }
+
+    /// Stops accepting and ends the accepted connections; false if it did not listen.
+    pub fn close(&self) -> bool {
+        let Some(listener) = lock(&self.listener).take() else { return false };
+        self.node.quic.set_server_config(None);
+        listener.abort();
+        true
+    }
+
+    /// The address of the one socket.
+    pub fn local_address(&self) -> std::io::Result<SocketAddr> {
+        self.node.quic.local_addr()
+    }
+
+    /// Who gets what arrives from now on.
+    pub fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
+        self.node.set_handler(handler);
+    }
+
+    /// Everything that is counted.
+    pub fn stats(&self) -> Stats {
+        self.node.stats()
+    }
+
+    /// Sends what is on its way, for a second at most, answers every call that still waits and ends all threads. Blocks;
+    /// must not be called on a thread of the runtime.
+    pub fn stop(&self) {
+        let Some(runtime) = lock(&self.runtime).take() else { return };
+        runtime.block_on(async {
+            self.node.stop().await;
+            // Says goodbye to those who are connected.
+            let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.node.quic.wait_idle()).await;
+        });
+        runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    }
+
+    fn enqueue<T: Abandoned>(
+        &self,
+        endpoint: &EndpointRef<'_>,
+        call: &Arc<Call<T>>,
+        enqueue: impl Fn(&Arc<Peer>) -> Result<Waiting, Retired>,
+    ) -> Option<Waiting> {
+        loop {
+            let Some(peer) = self.node.peer(endpoint) else {
+                call.answer(T::abandoned());
+                return None;
+            };
+            let counter = if peer.is_linked() { &self.node.counters.hits } else { &self.node.counters.misses };
+            // A peer that has just left the pool is out of the table before it says so.
+            if let Ok(waiting) = enqueue(&peer) {
+                counter.add(1);
+                return Some(waiting);
+            }
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! A link: one live QUIC connection to a peer, and what is on its way over it.
+//!
+//! Callers write to it from their own threads, without waiting: quinn's futures are polled once. What cannot be done at
+//! once goes to the peer's task.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use macula_peer_wire::{Limits, RawFrame, Reassembler};
+use quinn::{Connection, RecvStream, SendStream};
+use tokio::sync::Notify;
+
+use crate::decide::lanes::{Choice, Lanes};
+use crate::decide::witness::{Mark, Witness};
+use crate::message::Message;
+use crate::tls::Dialect;
+
+/// Receive halves that wait for an answer to a message sent without waiting, lanes not counted. A 0.14.3 gateway allows
+/// 100 streams; the rest is for sending. The oldest gives way.
+const MAX_ANSWERS: usize = 48;
+
+/// A stream that is finished and still not acknowledged after this long is asked whether the peer stopped it.
+const ASK_AFTER: Duration = Duration::from_secs(1);
+
+/// Messages looked at in one go of a sweep, so that the callers are not kept from the lock.
+const SWEEP_BATCH: usize = 256;
+
+pub(crate) struct Link {
+    pub(crate) connection: Connection,
+    pub(crate) dialect: Dialect,
+    witness: Arc<Mutex<Witness>>,
+    limits: Limits,
+    answer_timeout: Duration,
+    /// Somebody on this link has reason to believe that the peer is gone.
+    pub(crate) doubted: Notify,
+    out: Mutex<Out>,
+}
+
+#[derive(Default)]
+struct Out {
+    dead: bool,
+    unacknowledged: VecDeque<Unacknowledged>,
+    lanes: Lanes<Lane>,
+    answers: VecDeque<Answer>,
+    /// A stream that was waited for and not needed any more.
+    spare: Option<(SendStream, RecvStream)>,
+}
+
+/// A stream that is kept for lone messages, and when it took the last one.
+#[derive(Clone)]
+struct Lane {
+    send: Arc<Mutex<SendStream>>,
+    mark: Mark,
+}
+
+struct Unacknowledged {
+    message: Message,
+    written: Instant,
+    proof: Proof,
+}
+
+/// What tells that a message has arrived.
+enum Proof {
+    /// Its finished stream is acknowledged.
+    Finished(SendStream),
+    /// The packets since then are, or the lane was finished and is acknowledged.
+    Lane(Lane),
+}
+
+struct Answer {
+    stream: RecvStream,
+    frames: Reassembler,
+    /// `None`: as long as its lane.
+    until: Option<Instant>,
+}
+
+/// How an attempt to write at once ended.
+pub(crate) enum Written {
+    /// All of it is with the transport. `wake`: the peer's task has something new to look after.
+    Done { wake: bool },
+    /// The peer allows no further stream at present.
+    NoCredit(Message),
+    /// A stream was opened and took only a part, or nothing yet.
+    Partial(Partial),
+    /// The link is dead.
+    Lost(Message),
+}
+
+/// A message of which a stream has taken a part.
+pub(crate) struct Partial {
+    pub(crate) message: Message,
+    pub(crate) send: SendStream,
+    pub(crate) receive: RecvStream,
+    pub(crate) rest: Bytes,
+}
+
+/// What a sweep found.
+#[derive(Default)]
+pub(crate) struct Swept {
+    pub(crate) acknowledged: u64,
+    pub(crate) acknowledged_bytes: usize,
+    pub(crate) rejected: Vec<Message>,
+    /// When the oldest message that is still not acknowledged was written.
+    pub(crate) oldest: Option<Instant>,
+}
+
+impl Link {
+    pub(crate) fn new(
+        connection: Connection,
+        dialect: Dialect,
+        witness: Arc<Mutex<Witness>>,
+        limits: Limits,
+        answer_timeout: Duration,
+    ) -> Self {
+        Self { connection, dialect, witness, limits, answer_timeout, doubted: Notify::new(), out: Mutex::default() }
+    }
+
+    /// Writes a message at once, if the transport takes it.
+    pub(crate) fn write(&self, message: Message) -> Written {
+        let now = Instant::now();
+        match self.dialect {
+            Dialect::MaculaPeer1 => self.write_once(message, now),
+            Dialect::Macula => self.write_politely(message, now),
+        }
+    }
+
+    /// Takes over a message whose stream has now taken all of it.
+    pub(crate) fn written(&self, message: Message, send: SendStream, receive: RecvStream) -> Written {
+        self.finish(message, send, receive, Instant::now())
+    }
+
+    /// For one frame that is read from this link.
+    pub(crate) fn reassembler(&self) -> Reassembler {
+        Reassembler::new(self.limits)
+    }
+
+    /// Datagrams received so far.
+    pub(crate) fn heard(&self) -> u64 {
+        self.connection.stats().udp_rx.datagrams
+    }
+
+    /// A stream that was waited for: the next message takes it.
+    pub(crate) fn put_spare(&self, stream: (SendStream, RecvStream)) {
+        self.out().spare = Some(stream);
+    }
+
+    /// Lets go of what was acknowledged. Lanes are looked at in any order, finished streams from the oldest on up to
+    /// the first that is not.
+    pub(crate) fn sweep(&self, now: Instant) -> Swept {
+        let mut swept = Swept::default();
+        loop {
+            let mut batch: VecDeque<_> = {
+                let mut out = self.out();
+                let n = out.unacknowledged.len().min(SWEEP_BATCH);
+                out.unacknowledged.drain(..n).collect()
+            };
+            let before = batch.len();
+            let round_trip = self.connection.rtt();
+            batch.retain_mut(|entry| {
+                if self.has_arrived(entry, now, round_trip) {
+                    swept.acknowledged += 1;
+                    swept.acknowledged_bytes += entry.message.frame.len();
+                    return false;
+                }
+                if now.saturating_duration_since(entry.written) > ASK_AFTER && is_stopped(&entry.proof) {
+                    swept.rejected.push(entry.message.clone());
+                    return false;
+                }
+                true
+            });
+            let stuck = !batch.is_empty();
+            let mut out = self.out();
+            while let Some(entry) = batch.pop_back() {
+                out.unacknowledged.push_front(entry);
+            }
+            if stuck || before < SWEEP_BATCH {
+                swept.oldest = out.unacknowledged.front().map(|entry| entry.written);
+                return swept;
+            }
+        }
+    }
+
+    /// Ends the link and gives back what was not acknowledged, oldest first.
+    pub(crate) fn die(&self) -> (Swept, Vec<Message>) {
+        let swept = self.sweep(Instant::now());
+        let mut out = self.out();
+        out.dead = true;
+        out.answers.clear();
+        out.spare = None;
+        let rest = out.unacknowledged.drain(..).map(|entry| entry.message).collect();
+        (swept, rest)
+    }
+
+    /// Reads the answers to messages that were sent without waiting. Wakes the task of `cx` when there are more.
+    pub(crate) fn poll_answers(&self, cx: &mut Context<'_>) -> Vec<RawFrame> {
+        let mut frames = Vec::new();
+        let mut out = self.out();
+        out.answers.retain_mut(|answer| answer.poll(cx, &mut frames));
+        frames
+    }
+
+    /// Stops listening for answers whose time is over. Returns when the next one's is.
+    pub(crate) fn expire_answers(&self, now: Instant) -> Option<Instant> {
+        let mut out = self.out();
+        out.answers.retain(|answer| answer.until.is_none_or(|until| until > now));
+        out.answers.iter().filter_map(|answer| answer.until).min()
+    }
+
+    fn write_politely(&self, message: Message, now: Instant) -> Written {
+        let mut out = self.out();
+        if out.dead {
+            return Written::Lost(message);
+        }
+        let arrived = |lane: &Lane| self.packets_arrived(lane.mark, now, self.connection.rtt());
+        match out.lanes.choose(now, message.frame.len(), || self.connection.rtt(), arrived) {
+            Choice::Once => {
+                drop(out);
+                self.write_once(message, now)
+            }
+            Choice::Open => self.open_lane(out, message, now),
+            Choice::Lane(index) => self.write_lane(out, index, message, now),
+        }
+    }
+
+    fn write_once(&self, message: Message, now: Instant) -> Written {
+        let opened = now_or_never(self.connection.open_bi()).or_else(|| self.out().spare.take().map(Ok));
+        let (mut send, receive) = match opened {
+            Some(Ok(stream)) => stream,
+            Some(Err(_)) => return Written::Lost(message),
+            None => return Written::NoCredit(message),
+        };
+        match write_now(&mut send, &message.frame) {
+            Write::All => self.finish(message, send, receive, now),
+            Write::Part(rest) => Written::Partial(Partial { message, send, receive, rest }),
+            Write::Failed => Written::Lost(message),
+        }
+    }
+
+    fn open_lane(&self, mut out: MutexGuard<'_, Out>, message: Message, now: Instant) -> Written {
+        let opened = now_or_never(self.connection.open_bi()).or_else(|| out.spare.take().map(Ok));
+        let (mut send, receive) = match opened {
+            Some(Ok(stream)) => stream,
+            Some(Err(_)) => return Written::Lost(message),
+            None => return Written::NoCredit(message),
+        };
+        let mark = self.mark();
+        match write_now(&mut send, &message.frame) {
+            Write::All => {}
+            Write::Part(rest) => return Written::Partial(Partial { message, send, receive, rest }),
+            Write::Failed => return Written::Lost(message),
+        }
+        if self.mark() != mark {
+            drop(out);
+            return self.finish(message, send, receive, now);
+        }
+        let lane = Lane { send: Arc::new(Mutex::new(send)), mark };
+        out.lanes.opened(lane.clone(), now);
+        out.answers.push_back(Answer { stream: receive, frames: self.reassembler(), until: None });
+        out.remember(message, Proof::Lane(lane), now);
+        Written::Done { wake: true }
+    }
+
+    fn write_lane(&self, mut out: MutexGuard<'_, Out>, index: usize, message: Message, now: Instant) -> Written {
+        let mark = self.mark();
+        let lane = out.lanes.take(index, now);
+        lane.mark = mark;
+        let lane = lane.clone();
+        let write = write_now(&mut lock(&lane.send), &message.frame);
+        if !matches!(write, Write::All) {
+            // The peer stopped the lane, or allows it no more bytes. Of a frame that was begun there a gateway makes
+            // nothing; it goes out whole on a stream of its own.
+            drop(out.lanes.remove(index));
+            drop(out);
+            return self.write_once(message, now);
+        }
+        if self.mark() != mark {
+            // A packet left meanwhile, with the frame or without it. Finished, the lane itself will tell.
+            drop(out.lanes.remove(index));
+            let _ = lock(&lane.send).finish();
+        }
+        let wake = out.remember(message, Proof::Lane(lane), now);
+        Written::Done { wake }
+    }
+
+    fn finish(&self, message: Message, mut send: SendStream, receive: RecvStream, now: Instant) -> Written {
+        if send.finish().is_err() {
+            return Written::Lost(message);
+        }
+        let mut out = self.out();
+        if out.dead {
+            return Written::Lost(message);
+        }
+        let mut wake = false;
+        let unread = if message.kind.is_answered() {
+            let mut evicted = None;
+            if out.answers.iter().filter(|answer| answer.until.is_some()).count() >= MAX_ANSWERS {
+                let oldest = out.answers.iter().position(|answer| answer.until.is_some());
+                evicted = oldest.and_then(|index| out.answers.remove(index));
+            }
+            let until = Some(now + self.answer_timeout);
+            out.answers.push_back(Answer { stream: receive, frames: self.reassembler(), until });
+            wake = true;
+            evicted.map(|answer| answer.stream)
+        } else {
+            Some(receive)
+        };
+        wake |= out.remember(message, Proof::Finished(send), now);
+        drop(out);
+        // Dropping a receive half sends STOP_SENDING, without which a gateway, that never finishes its own half, gives
+        // the stream's credit never back.
+        drop(unread);
+        Written::Done { wake }
+    }
+
+    fn has_arrived(&self, entry: &Unacknowledged, now: Instant, round_trip: Duration) -> bool {
+        match &entry.proof {
+            Proof::Finished(send) => is_acknowledged(send),
+            Proof::Lane(lane) => self.packets_arrived(lane.mark, now, round_trip) || is_acknowledged(&lock(&lane.send)),
+        }
+    }
+
+    fn packets_arrived(&self, mark: Mark, now: Instant, round_trip: Duration) -> bool {
+        lock(&self.witness).arrived(mark, now, round_trip)
+    }
+
+    fn mark(&self) -> Mark {
+        lock(&self.witness).mark()
+    }
+
+    fn out(&self) -> MutexGuard<'_, Out> {
+        lock(&self.out)
+    }
+}
+
+impl Out {
+    /// Keeps a message until it is acknowledged. Returns whether it is the only one.
+    fn remember(&mut self, message: Message, proof: Proof, written: Instant) -> bool {
+        self.unacknowledged.push_back(Unacknowledged { message, written, proof });
+        self.unacknowledged.len() == 1
+    }
+}
+
+impl Answer {
+    /// Reads what is there; false when nothing more will come.
+    fn poll(&mut self, cx: &mut Context<'_>, frames: &mut Vec<RawFrame>) -> bool {
+        loop {
+            match pin!(self.stream.read_chunk(usize::MAX, true)).poll(cx) {
+                Poll::Pending => return true,
+                Poll::Ready(Ok(Some(chunk))) => self.frames.push(chunk.bytes),
+                Poll::Ready(Ok(None) | Err(_)) => return false,
+            }
+            loop {
+                match self.frames.next_frame() {
+                    Ok(Some(frame)) => frames.push(frame),
+                    Ok(None) => break,
+                    Err(_) => return false,
+                }
+            }
+        }
+    }
+}
+
+pub(crate) enum Write {
+    All,
+    Part(Bytes),
+    Failed,
+}
+
+pub(crate) fn write_now(send: &mut SendStream, frame: &Bytes) -> Write {
+    let mut rest = [frame.clone()];
+    match now_or_never(send.write_chunks(&mut rest)) {
+        Some(Ok(written)) if written.chunks == 1 => Write::All,
+        Some(Err(_)) => Write::Failed,
+        Some(Ok(_)) | None => {
+            let [rest] = rest;
+            Write::Part(rest)
+        }
+    }
+}
+
+/// Whether all data of a finished stream, its end included, is acknowledged: the transport has forgotten the stream.
+/// Asking for its priority is the cheapest way to find out; `stopped` would keep a waker for each.
+pub(crate) fn is_acknowledged(send: &SendStream) -> bool {
+    send.priority().is_err()
+}
+
+fn is_stopped(proof: &Proof) -> bool {
+    match proof {
+        Proof::Finished(send) => matches!(now_or_never(send.stopped()), Some(Ok(Some(_)))),
+        Proof::Lane(lane) => matches!(now_or_never(lock(&lane.send).stopped()), Some(Ok(Some(_)))),
+    }
+}
+
+pub(crate) fn now_or_never<F: Future>(future: F) -> Option<F::Output> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => Some(output),
+        Poll::Pending => None,
+    }
+}
+
+/// A poisoned lock is taken all the same: no state here is left half changed by a panic that could matter more than
+/// every later caller's failure.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

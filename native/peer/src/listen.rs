@@ -1,0 +1,366 @@
+//! Accepted connections: what arrives, and the answers to it.
+//!
+//! Each connection is bounded: streams by QUIC's own limit, unread bytes by flow control, large frames by permits, and
+//! a frame that was begun by a time to complete it.
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use macula_peer_wire::Reassembler;
+use quinn::{Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::config::Config;
+use crate::dial::set_idle_timeout;
+use crate::error::ListenError;
+use crate::link::{Write, lock, now_or_never, write_now};
+use crate::message::{Inbound, ReplyTo, ReplyToken};
+use crate::node::Node;
+use crate::peer::deadline;
+use crate::socket::canonical;
+use crate::stats::{AcceptedStats, Counter, LinkStats};
+use crate::tls::{self, Certificate, Dialect};
+
+/// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// From this many handshakes at once on, who has not proven its address must (RFC 9000, section 8.1.2).
+const UNPROVEN_HANDSHAKES: usize = 64;
+
+/// Bytes of a frame that a stream may gather before it needs a permit, and permits per connection. With 256 streams and
+/// frames of 16 MiB at most 128 MiB.
+const LARGE_FRAME: usize = 256 << 10;
+const LARGE_FRAMES: usize = 4;
+
+/// Bytes that may be on their way to one connection unread, over all its streams and on one.
+const CONNECTION_WINDOW: u32 = 8 << 20;
+const STREAM_WINDOW: u32 = 1 << 20;
+
+/// A token that is kept longer than this answers nothing: the stream and its memory are let go.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How long an answer may take to be written to a sender that does not read.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Streams begun in one turn of a connection's loop.
+const ACCEPT_BATCH: usize = 64;
+
+/// Application error codes on streams: the frame took too long, or was none.
+const SLOW_FRAME: u8 = 1;
+const NOT_A_FRAME: u8 = 2;
+
+/// One accepted connection.
+pub(crate) struct Accepted {
+    connection: Connection,
+    dialect: Dialect,
+    received: Counter,
+    large: Semaphore,
+}
+
+/// The TLS and transport settings of a listener.
+pub(crate) fn server_config(certificate: &Certificate, config: &Config) -> Result<ServerConfig, ListenError> {
+    let mut transport = TransportConfig::default();
+    transport
+        .max_concurrent_bidi_streams(config.max_streams.into())
+        // As a 0.14.3 gateway has it.
+        .max_concurrent_uni_streams(3u8.into())
+        .receive_window(CONNECTION_WINDOW.into())
+        .stream_receive_window(STREAM_WINDOW.into());
+    set_idle_timeout(&mut transport, config);
+    let mut server = ServerConfig::with_crypto(Arc::new(tls::server(certificate)?));
+    server.transport_config(Arc::new(transport));
+    Ok(server)
+}
+
+/// Accepts connections until it is aborted; they end with it.
+pub(crate) async fn accept(node: Arc<Node>) {
+    let mut connections = JoinSet::new();
+    let mut stopping = node.stopping();
+    loop {
+        tokio::select! {
+            incoming = node.quic.accept() => match incoming {
+                Some(incoming) => admit(&node, incoming, &mut connections),
+                None => return,
+            },
+            Some(_) = connections.join_next() => {}
+            _ = stopping.changed() => return,
+        }
+    }
+}
+
+fn admit(node: &Arc<Node>, incoming: Incoming, connections: &mut JoinSet<()>) {
+    let accepted = lock(&node.accepted).len();
+    if connections.len() >= node.config.max_accepted {
+        node.counters.refused.add(1);
+        incoming.refuse();
+    } else if connections.len() - accepted.min(connections.len()) >= UNPROVEN_HANDSHAKES && incoming.may_retry() {
+        // Fails only where `may_retry` is false.
+        let _ = incoming.retry();
+    } else {
+        connections.spawn(serve(node.clone(), incoming));
+    }
+}
+
+async fn serve(node: Arc<Node>, incoming: Incoming) {
+    let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming).await else { return };
+    let Some(dialect) = Dialect::of(&connection) else { return };
+    let accepted = Arc::new(Accepted {
+        connection: connection.clone(),
+        dialect,
+        received: Counter::default(),
+        large: Semaphore::new(LARGE_FRAMES),
+    });
+    let _entry = Entry::new(node.clone(), accepted.clone());
+    let (replies, mut replied) = mpsc::unbounded_channel();
+    let mut serving =
+        Serving { node, accepted, streams: JoinSet::new(), answerable: VecDeque::new(), next: 0, replies };
+    loop {
+        let expiry = serving.answerable.front().map(|oldest| oldest.until);
+        tokio::select! {
+            stream = connection.accept_bi() => match stream {
+                Ok((send, receive)) => serving.begin(Some(send), receive),
+                Err(_) => return,
+            },
+            stream = connection.accept_uni() => match stream {
+                Ok(receive) => serving.begin(None, receive),
+                Err(_) => return,
+            },
+            Some((stream, frame)) = replied.recv() => serving.reply(stream, frame),
+            Some(_) = serving.streams.join_next() => {}
+            () = deadline(expiry) => { serving.answerable.pop_front(); }
+        }
+        // What has come meanwhile costs no turn of the loop each.
+        for _ in 0..ACCEPT_BATCH {
+            let Some(Ok((send, receive))) = now_or_never(connection.accept_bi()) else { break };
+            serving.begin(Some(send), receive);
+        }
+    }
+}
+
+/// The state of the task of one accepted connection.
+struct Serving {
+    node: Arc<Node>,
+    accepted: Arc<Accepted>,
+    /// Streams that were not complete at once.
+    streams: JoinSet<()>,
+    /// Streams that carried their one message and may be answered, oldest first.
+    answerable: VecDeque<Answerable>,
+    next: u64,
+    replies: mpsc::UnboundedSender<(u64, Option<Bytes>)>,
+}
+
+struct Answerable {
+    stream: u64,
+    send: SendStream,
+    until: Instant,
+}
+
+impl Serving {
+    /// Reads a new stream as far as it goes without waiting: a whole message needs no task of its own.
+    fn begin(&mut self, send: Option<SendStream>, receive: RecvStream) {
+        self.release_stopped();
+        let mut stream = Stream {
+            node: self.node.clone(),
+            accepted: self.accepted.clone(),
+            receive,
+            frames: Reassembler::new(self.node.config.limits),
+            reading: true,
+        };
+        while let Some(chunk) = now_or_never(stream.receive.read_chunk(usize::MAX, true)) {
+            if !stream.took(chunk) {
+                break;
+            }
+        }
+        // That no answer is read is said in the same packet as the message, as a rule.
+        let send = send.filter(|send| now_or_never(send.stopped()).is_none());
+        if stream.reading {
+            self.streams.spawn(stream.serve(send));
+            return;
+        }
+        let id = self.next;
+        self.next += 1;
+        let reply = || send.as_ref().map(|_| ReplyTo::Connection(id, self.replies.clone()));
+        stream.deliver(reply);
+        if let Some(send) = send {
+            self.answerable.push_back(Answerable { stream: id, send, until: Instant::now() + REPLY_TIMEOUT });
+        }
+    }
+
+    /// Senders that listen for answers to many messages give up on the oldest first, and need its credit back.
+    fn release_stopped(&mut self) {
+        while let Some(oldest) = self.answerable.front() {
+            if now_or_never(oldest.send.stopped()).is_none() {
+                return;
+            }
+            self.answerable.pop_front();
+        }
+    }
+
+    fn reply(&mut self, stream: u64, frame: Option<Bytes>) {
+        let Ok(index) = self.answerable.binary_search_by_key(&stream, |entry| entry.stream) else { return };
+        let Some(Answerable { mut send, .. }) = self.answerable.remove(index) else { return };
+        let Some(frame) = frame else { return };
+        // Dropped, the stream is finished.
+        match write_now(&mut send, &frame) {
+            Write::All | Write::Failed => {}
+            Write::Part(rest) => {
+                self.streams.spawn(async move {
+                    if !matches!(timeout(WRITE_TIMEOUT, send.write_chunk(rest)).await, Ok(Ok(()))) {
+                        // Already closed is as good.
+                        let _ = send.reset(SLOW_FRAME.into());
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// The accepted connection in the node's table, as long as it is served.
+struct Entry {
+    node: Arc<Node>,
+    id: usize,
+}
+
+impl Entry {
+    fn new(node: Arc<Node>, accepted: Arc<Accepted>) -> Self {
+        let id = accepted.connection.stable_id();
+        lock(&node.accepted).insert(id, accepted);
+        Self { node, id }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        lock(&self.node.accepted).remove(&self.id);
+    }
+}
+
+/// One stream of an accepted connection.
+struct Stream {
+    node: Arc<Node>,
+    accepted: Arc<Accepted>,
+    receive: RecvStream,
+    frames: Reassembler,
+    reading: bool,
+}
+
+impl Stream {
+    /// Reads the stream to its end, and writes the answers to what it carried.
+    async fn serve(mut self, mut send: Option<SendStream>) {
+        let (replies, mut replied) = mpsc::unbounded_channel();
+        // The end of this channel that lives here: gone when no further token is to be made.
+        let mut replies = send.is_some().then_some(replies);
+        let node = self.node.clone();
+        let accepted = self.accepted.clone();
+        let (mut begun, mut permit) = (None, None);
+        let mut answer_until = None;
+        loop {
+            if !self.deliver(|| replies.clone().map(ReplyTo::Stream)) {
+                return;
+            }
+            if !self.reading {
+                replies = None;
+                answer_until.get_or_insert_with(|| Instant::now() + REPLY_TIMEOUT);
+            }
+            if !self.reading && send.is_none() {
+                return;
+            }
+            if self.frames.is_empty() {
+                (begun, permit) = (None, None);
+            } else {
+                begun.get_or_insert_with(Instant::now);
+            }
+            if self.reading && permit.is_none() && self.frames.buffered() > LARGE_FRAME {
+                // The time for the frame starts when it may be read.
+                permit = accepted.large.acquire().await.ok();
+                begun = Some(Instant::now());
+            }
+            tokio::select! {
+                chunk = self.receive.read_chunk(usize::MAX, true), if self.reading => {
+                    self.took(chunk);
+                }
+                reply = replied.recv(), if send.is_some() => {
+                    // None: every token is used or dropped, and no message comes any more.
+                    let written = match (reply, &mut send) {
+                        (Some(frame), Some(send)) => timeout(WRITE_TIMEOUT, send.write_chunk(frame)).await,
+                        _ => Ok(Err(quinn::WriteError::ClosedStream)),
+                    };
+                    if !matches!(written, Ok(Ok(()))) {
+                        send = None;
+                    }
+                }
+                () = is_stopped(&send) => send = None,
+                () = deadline(begun.map(|begun| begun + node.config.frame_timeout)), if self.reading => {
+                    node.counters.malformed.add(1);
+                    // Already closed is as good.
+                    let _ = self.receive.stop(SLOW_FRAME.into());
+                    return;
+                }
+                () = deadline(answer_until) => return,
+            }
+            if send.is_none() {
+                replies = None;
+                replied.close();
+            }
+        }
+    }
+
+    /// Returns whether there may be more.
+    fn took(&mut self, chunk: Result<Option<quinn::Chunk>, quinn::ReadError>) -> bool {
+        match chunk {
+            Ok(Some(chunk)) => self.frames.push(chunk.bytes),
+            Ok(None) | Err(_) => self.reading = false,
+        }
+        self.reading
+    }
+
+    /// Hands over every whole frame. False when the stream carries something else.
+    fn deliver(&mut self, reply: impl Fn() -> Option<ReplyTo>) -> bool {
+        loop {
+            let frame = match self.frames.next_frame() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => return true,
+                Err(error) => {
+                    tracing::debug!(from = %self.accepted.connection.remote_address(), %error, "not a frame");
+                    self.node.counters.malformed.add(1);
+                    // Already closed is as good.
+                    let _ = self.receive.stop(NOT_A_FRAME.into());
+                    return false;
+                }
+            };
+            let from = self.accepted.remote();
+            let dialect = self.accepted.dialect;
+            self.accepted.received.add(1);
+            let reply = reply().map(ReplyToken::new);
+            self.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, reply });
+        }
+    }
+}
+
+async fn is_stopped(send: &Option<SendStream>) {
+    match send {
+        Some(send) => {
+            let _ = send.stopped().await;
+        }
+        None => pending().await,
+    }
+}
+
+impl Accepted {
+    pub(crate) fn stats(&self) -> AcceptedStats {
+        AcceptedStats {
+            link: LinkStats { dialect: self.dialect, remote: self.remote(), round_trip: self.connection.rtt() },
+            received: self.received.get(),
+        }
+    }
+
+    fn remote(&self) -> SocketAddr {
+        canonical(self.connection.remote_address())
+    }
+}

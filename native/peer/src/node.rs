@@ -1,0 +1,239 @@
+//! What everything in an engine shares.
+
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hashbrown::HashMap;
+use macula_peer_wire::{MessageType, RawFrame};
+use quinn::crypto::rustls::QuicClientConfig;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+
+use crate::config::Config;
+use crate::dial::Dialer;
+use crate::endpoint::{Endpoint, EndpointRef};
+use crate::link::lock;
+use crate::listen::Accepted;
+use crate::message::{Event, Handler, Inbound, Unhandled};
+use crate::peer::{self, Peer};
+use crate::socket::{Refusals, Socket};
+use crate::stats::{NodeCounters, Stats};
+
+pub(crate) struct Node {
+    pub(crate) config: Arc<Config>,
+    pub(crate) quic: quinn::Endpoint,
+    pub(crate) refusals: Refusals,
+    pub(crate) counters: NodeCounters,
+    pub(crate) accepted: Mutex<HashMap<usize, Arc<Accepted>>>,
+    tls: Arc<QuicClientConfig>,
+    socket: Mutex<BoundSocket>,
+    peers: RwLock<HashMap<Endpoint, Arc<Peer>>>,
+    handler: RwLock<Option<Arc<dyn Handler>>>,
+    tasks: Mutex<JoinSet<()>>,
+    runtime: Handle,
+    stopping: watch::Sender<bool>,
+    started: Instant,
+}
+
+struct BoundSocket {
+    socket: Arc<Socket>,
+    errors: AbortHandle,
+}
+
+impl Node {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        quic: quinn::Endpoint,
+        socket: Arc<Socket>,
+        refusals: Refusals,
+        tls: QuicClientConfig,
+        runtime: Handle,
+    ) -> Arc<Self> {
+        let mut tasks = JoinSet::new();
+        let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
+        Arc::new(Self {
+            config,
+            quic,
+            refusals,
+            counters: NodeCounters::default(),
+            accepted: Mutex::default(),
+            tls: Arc::new(tls),
+            socket: Mutex::new(BoundSocket { socket, errors }),
+            peers: RwLock::default(),
+            handler: RwLock::default(),
+            tasks: Mutex::new(tasks),
+            runtime,
+            stopping: watch::channel(false).0,
+            started: Instant::now(),
+        })
+    }
+
+    /// The peer at an endpoint, if it is in the pool.
+    pub(crate) fn find(&self, endpoint: &EndpointRef<'_>) -> Option<Arc<Peer>> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner).get(endpoint).cloned()
+    }
+
+    /// The peer at an endpoint. Makes room for a new one by letting the least recently used one go. `None` when the
+    /// engine is stopping.
+    pub(crate) fn peer(self: &Arc<Self>, endpoint: &EndpointRef<'_>) -> Option<Arc<Peer>> {
+        if let Some(peer) = self.find(endpoint) {
+            return Some(peer);
+        }
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        if *self.stopping.borrow() {
+            return None;
+        }
+        if let Some(peer) = peers.get(endpoint) {
+            return Some(peer.clone());
+        }
+        while peers.len() >= self.config.pool_size.max(1) {
+            let oldest = peers.values().min_by_key(|peer| peer.last_used()).map(|peer| peer.endpoint.clone());
+            if let Some(evicted) = oldest.and_then(|endpoint| peers.remove(&endpoint)) {
+                self.counters.evictions.add(1);
+                evicted.retire();
+            }
+        }
+        let peer = Peer::new(endpoint.to_owned(), self.clone());
+        peers.insert(peer.endpoint.clone(), peer.clone());
+        self.spawn(peer::run(peer.clone()));
+        Some(peer)
+    }
+
+    /// Takes an idle peer out of the pool, unless it was used meanwhile.
+    pub(crate) fn forget(&self, peer: &Arc<Peer>) {
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        if self.instant(peer.last_used()) + self.config.idle_timeout > Instant::now() {
+            return;
+        }
+        if peers.get(&peer.endpoint).is_some_and(|current| Arc::ptr_eq(current, peer)) {
+            peers.remove(&peer.endpoint);
+        }
+        peer.retire();
+    }
+
+    pub(crate) fn dialer(&self) -> Dialer {
+        Dialer {
+            quic: self.quic.clone(),
+            socket: lock(&self.socket).socket.clone(),
+            refusals: self.refusals.clone(),
+            tls: self.tls.clone(),
+            config: self.config.clone(),
+        }
+    }
+
+    /// Moves the endpoint, with its live links, to another local address.
+    pub(crate) fn rebind(&self, ip: Option<IpAddr>, port: u16) -> std::io::Result<()> {
+        let _inside = self.runtime.enter();
+        let socket = Socket::bind(ip, port, self.refusals.clone())?;
+        self.quic.rebind_abstract(socket.clone())?;
+        let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
+        let old = std::mem::replace(&mut *lock(&self.socket), BoundSocket { socket, errors });
+        old.errors.abort();
+        Ok(())
+    }
+
+    /// Runs a task for as long as the engine runs.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
+        let mut tasks = lock(&self.tasks);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_on(task, &self.runtime)
+    }
+
+    pub(crate) fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
+        *self.handler.write().unwrap_or_else(PoisonError::into_inner) = handler;
+    }
+
+    /// Hands a frame to the handler.
+    pub(crate) fn deliver(&self, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
+        let Some(kind) = MessageType::from_id(frame.type_id) else {
+            self.counters.malformed.add(1);
+            return;
+        };
+        let handled = match self.handler() {
+            Some(handler) => handler.message(inbound(kind, frame.payload)),
+            None => Err(Unhandled::NoHandler),
+        };
+        match handled {
+            Ok(()) => {}
+            Err(Unhandled::Malformed(error)) => {
+                self.counters.malformed.add(1);
+                tracing::debug!(kind = kind.name(), %error, "payload not read");
+            }
+            Err(Unhandled::NoHandler) => {
+                if self.counters.unhandled.add(1) == 0 {
+                    tracing::warn!("messages arrive and nobody handles them");
+                }
+            }
+        }
+    }
+
+    pub(crate) fn undelivered(&self, event: Event, count: u64) {
+        self.counters.undelivered.add(count);
+        tracing::debug!(?event);
+        if let Some(handler) = self.handler() {
+            handler.event(event);
+        }
+    }
+
+    /// One more link whose peer could be anybody.
+    pub(crate) fn counted_unverified(&self) {
+        if self.counters.unverified.add(1) == 0 {
+            tracing::warn!("verify is none: the certificates of peers are not checked, as macula 0.14.3 needs it");
+        }
+    }
+
+    /// Milliseconds since the start: what fits an atomic.
+    pub(crate) fn clock(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    pub(crate) fn instant(&self, clock: u64) -> Instant {
+        self.started + Duration::from_millis(clock)
+    }
+
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
+    /// Ends every task; peers have their time to send what is on its way.
+    pub(crate) async fn stop(&self) {
+        let peers = {
+            let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+            self.stopping.send_replace(true);
+            std::mem::take(&mut *peers)
+        };
+        let last = peers.into_values().collect::<Vec<_>>();
+        for peer in &last {
+            peer.retire();
+        }
+        let mut tasks = std::mem::take(&mut *lock(&self.tasks));
+        lock(&self.socket).errors.abort();
+        while tasks.join_next().await.is_some() {}
+        self.set_handler(None);
+        self.quic.close(0u8.into(), b"");
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let counters = &self.counters;
+        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        Stats {
+            peers: peers.values().map(|peer| peer.stats()).collect(),
+            accepted: lock(&self.accepted).values().map(|accepted| accepted.stats()).collect(),
+            hits: counters.hits.get(),
+            misses: counters.misses.get(),
+            evictions: counters.evictions.get(),
+            unverified: counters.unverified.get(),
+            undelivered: counters.undelivered.get(),
+            unhandled: counters.unhandled.get(),
+            malformed: counters.malformed.get(),
+            refused: counters.refused.get(),
+        }
+    }
+
+    fn handler(&self) -> Option<Arc<dyn Handler>> {
+        self.handler.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}

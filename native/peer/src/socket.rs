@@ -1,0 +1,288 @@
+//! The one UDP socket: quinn's, plus the word of ICMP.
+//!
+//! A plain unconnected UDP socket never learns that a port is closed, so a dial to it would last until the handshake
+//! times out. With `IP_RECVERR` Linux queues each ICMP error with the destination that it is about. Two things follow
+//! that this module takes care of: the error also surfaces, once, from the next send or receive whatever its
+//! destination, where it must hurt nobody; and it leaves tokio's write readiness set for good, where a full socket
+//! would spin.
+
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use quinn::{AsyncUdpSocket, UdpPoller};
+use socket2::{Domain, Protocol, Type};
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+use tokio::sync::broadcast;
+
+/// How long a writer waits for room when readiness cannot be told any more. A socket buffer of 200 KB drains in 2 ms at
+/// 1 Gbit/s.
+const FULL_SOCKET_PAUSE: Duration = Duration::from_millis(1);
+
+/// Pending errors that one send looks through before it gives its packet up; a lost packet is quinn's daily business.
+const MAX_PENDING_ERRORS: usize = 8;
+
+/// Socket buffers: the kernel's default of 208 KB holds 150 full packets, less than one burst of a fast sender.
+const SOCKET_BUFFER: usize = 4 << 20;
+
+/// Room for unread refusals. Whoever lags behind misses some and finds out by timeout.
+const REFUSALS: usize = 256;
+
+/// Destinations that answered "nobody is here": ICMP port unreachable, or no route.
+pub(crate) type Refusals = broadcast::Sender<SocketAddr>;
+
+pub(crate) struct Socket {
+    io: UdpSocket,
+    state: UdpSocketState,
+    local: SocketAddr,
+    full: AtomicBool,
+    refusals: Refusals,
+}
+
+impl Socket {
+    /// Binds a port (0: any) of an address, or of every address of both families. Must be called inside the runtime.
+    pub(crate) fn bind(ip: Option<IpAddr>, port: u16, refusals: Refusals) -> io::Result<Arc<Self>> {
+        let socket = match ip {
+            Some(ip) => open((ip, port).into())?,
+            None => open((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|error| match error.kind() {
+                io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied => Err(error),
+                _ => open((Ipv4Addr::UNSPECIFIED, port).into()),
+            })?,
+        };
+        let local = socket.local_addr()?;
+        let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        report_icmp_errors(&socket, local);
+        Ok(Arc::new(Self { io: UdpSocket::from_std(socket)?, state, local, full: AtomicBool::new(false), refusals }))
+    }
+
+    /// Publishes refused destinations, as long as the socket lives.
+    pub(crate) async fn watch_errors(self: Arc<Self>) {
+        loop {
+            if self.io.ready(Interest::ERROR).await.is_err() {
+                return;
+            }
+            // WouldBlock tells tokio that the queue was read to its end.
+            let _ = self.io.try_io(Interest::ERROR, || -> io::Result<()> {
+                for destination in icmp_refused(&self.io) {
+                    tracing::debug!(%destination, "port unreachable");
+                    // No receiver means that nobody dials.
+                    let _ = self.refusals.send(destination);
+                }
+                Err(io::ErrorKind::WouldBlock.into())
+            });
+        }
+    }
+
+    /// The address in the family that this socket sends with: IPv4 is mapped on a socket of both families. `None` if
+    /// the socket cannot reach it.
+    pub(crate) fn reachable(&self, address: SocketAddr) -> Option<SocketAddr> {
+        match (self.local, address) {
+            (SocketAddr::V6(_), SocketAddr::V4(v4)) => Some((v4.ip().to_ipv6_mapped(), v4.port()).into()),
+            (SocketAddr::V4(_), SocketAddr::V6(v6)) => v6.ip().to_ipv4_mapped().map(|ip| (ip, v6.port()).into()),
+            _ => Some(address),
+        }
+    }
+
+    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        for _ in 0..MAX_PENDING_ERRORS {
+            match self.state.try_send(UdpSockRef::from(&self.io), transmit) {
+                Ok(()) => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(e),
+                Err(e) if is_someone_elses(&e) => continue,
+                Err(e) => {
+                    if is_no_route(&e) {
+                        let _ = self.refusals.send(transmit.destination);
+                    }
+                    tracing::debug!(destination = %transmit.destination, error = %e, "packet not sent");
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The address as the outside writes it: an IPv4 address that came over a socket of both families is IPv4 again.
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+fn open(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let socket = socket2::Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
+        socket.set_only_v6(false)?;
+    }
+    // Best effort: the kernel caps what an unprivileged process asks for.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+/// A pending ICMP error about an earlier packet: reading it has cleared it.
+fn is_someone_elses(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::Interrupted)
+}
+
+fn is_no_route(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable | io::ErrorKind::AddrNotAvailable
+    )
+}
+
+#[cfg(target_os = "linux")]
+fn report_icmp_errors(socket: &std::net::UdpSocket, local: SocketAddr) {
+    use nix::sys::socket::{setsockopt, sockopt};
+    // A socket of both families needs both: each family keeps its own switch.
+    let v4 = setsockopt(socket, sockopt::Ipv4RecvErr, &true);
+    let v6 = if local.is_ipv6() { setsockopt(socket, sockopt::Ipv6RecvErr, &true) } else { Ok(()) };
+    if let Err(error) = v4.and(v6) {
+        tracing::warn!(%error, "closed ports will only be noticed by timeout");
+    }
+}
+
+/// The destinations of all queued "connection refused" errors; empties the error queue.
+#[cfg(target_os = "linux")]
+fn icmp_refused(socket: &UdpSocket) -> Vec<SocketAddr> {
+    use nix::errno::Errno;
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg};
+    use std::os::fd::AsRawFd;
+
+    let mut refused = Vec::new();
+    // Room for the error and the address of the router that reported it, in either family.
+    let mut control = vec![0u8; 256];
+    let mut payload = [0u8; 64];
+    loop {
+        let mut parts = [IoSliceMut::new(&mut payload)];
+        let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
+        let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags);
+        let message = match message {
+            Ok(message) => message,
+            Err(Errno::EINTR) => continue,
+            Err(_) => return refused,
+        };
+        let unreachable = message.cmsgs().is_ok_and(|mut all| {
+            all.any(|control| match control {
+                ControlMessageOwned::Ipv4RecvErr(error, _) | ControlMessageOwned::Ipv6RecvErr(error, _) => {
+                    error.ee_errno == Errno::ECONNREFUSED as u32
+                }
+                _ => false,
+            })
+        });
+        let destination = message.address.as_ref().and_then(|address| {
+            let v4 = address.as_sockaddr_in().map(|a| SocketAddr::from((a.ip(), a.port())));
+            v4.or_else(|| address.as_sockaddr_in6().map(|a| SocketAddr::from((a.ip(), a.port()))))
+        });
+        if let (true, Some(destination)) = (unreachable, destination) {
+            refused.push(destination);
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn report_icmp_errors(_: &std::net::UdpSocket, _: SocketAddr) {}
+
+#[cfg(not(target_os = "linux"))]
+fn icmp_refused(_: &UdpSocket) -> Vec<SocketAddr> {
+    Vec::new()
+}
+
+pub(crate) fn refusals() -> Refusals {
+    broadcast::channel(REFUSALS).0
+}
+
+impl AsyncUdpSocket for Socket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        Box::pin(Writable { socket: self, waiting: None })
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let sent = self.io.try_io(Interest::WRITABLE, || self.send(transmit));
+        if sent.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
+            self.full.store(true, Ordering::Relaxed);
+        }
+        sent
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.io.poll_recv_ready(cx))?;
+            let receive = || self.state.recv(UdpSockRef::from(&self.io), bufs, meta);
+            match self.io.try_io(Interest::READABLE, receive) {
+                Ok(received) => return Poll::Ready(Ok(received)),
+                // An error would end the endpoint with all its connections, and it is about one destination.
+                Err(error) => tracing::trace!(%error, "nothing received"),
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        Ok(self.local)
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.state.max_gso_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.state.gro_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.state.may_fragment()
+    }
+}
+
+impl fmt::Debug for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Socket").field(&self.local).finish()
+    }
+}
+
+/// Waits for room on the socket, for one connection.
+struct Writable {
+    socket: Arc<Socket>,
+    waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+}
+
+impl UdpPoller for Writable {
+    fn poll_writable(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.waiting.is_none() && !this.socket.full.load(Ordering::Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
+        let socket = &this.socket;
+        let waiting = this.waiting.get_or_insert_with(|| Box::pin(room(socket.clone())));
+        ready!(waiting.as_mut().poll(cx));
+        this.waiting = None;
+        Poll::Ready(Ok(()))
+    }
+}
+
+async fn room(socket: Arc<Socket>) {
+    let ready = socket.io.ready(Interest::WRITABLE).await;
+    if ready.is_ok_and(|ready| ready.is_write_closed()) {
+        tokio::time::sleep(FULL_SOCKET_PAUSE).await;
+    }
+    socket.full.store(false, Ordering::Relaxed);
+}
+
+impl fmt::Debug for Writable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Writable").finish_non_exhaustive()
+    }
+}

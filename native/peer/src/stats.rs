@@ -1,0 +1,110 @@
+//! What is counted.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::endpoint::Endpoint;
+use crate::tls::Dialect;
+
+/// A counter that threads share and nothing is ordered by.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    /// Returns what it was before.
+    pub(crate) fn add(&self, n: u64) -> u64 {
+        self.0.fetch_add(n, Ordering::Relaxed)
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct PeerCounters {
+    pub(crate) sent: Counter,
+    pub(crate) acknowledged: Counter,
+    pub(crate) received: Counter,
+    pub(crate) failed: Counter,
+    pub(crate) dials: Counter,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct NodeCounters {
+    pub(crate) hits: Counter,
+    pub(crate) misses: Counter,
+    pub(crate) evictions: Counter,
+    pub(crate) unverified: Counter,
+    pub(crate) undelivered: Counter,
+    pub(crate) unhandled: Counter,
+    pub(crate) malformed: Counter,
+    pub(crate) refused: Counter,
+}
+
+/// A snapshot of everything that is counted.
+#[derive(Debug, Clone, Default)]
+pub struct Stats {
+    /// Every peer in the pool.
+    pub peers: Vec<PeerStats>,
+    /// Every accepted connection.
+    pub accepted: Vec<AcceptedStats>,
+    /// Calls that found a live link.
+    pub hits: u64,
+    /// Calls that did not.
+    pub misses: u64,
+    /// Peers that gave way to others because the pool was full.
+    pub evictions: u64,
+    /// Links made without checking the peer's certificate.
+    pub unverified: u64,
+    /// Messages that had been accepted and were not delivered.
+    pub undelivered: u64,
+    /// Messages that arrived while there was no handler.
+    pub unhandled: u64,
+    /// Frames that arrived and could not be read.
+    pub malformed: u64,
+    /// Connections that were not accepted because there were too many.
+    pub refused: u64,
+}
+
+/// One peer.
+#[derive(Debug, Clone)]
+pub struct PeerStats {
+    /// Its address as the callers know it.
+    pub endpoint: Endpoint,
+    /// The live link, if there is one.
+    pub link: Option<LinkStats>,
+    /// Messages and requests written to a link, those sent again included.
+    pub sent: u64,
+    /// Of these, how many the peer's transport has acknowledged.
+    pub acknowledged: u64,
+    /// Messages and answers that came from it.
+    pub received: u64,
+    /// Calls that got an error and accepted messages that were not delivered.
+    pub failed: u64,
+    /// Dials begun.
+    pub dials: u64,
+    /// Bytes queued or not yet acknowledged.
+    pub unacknowledged_bytes: usize,
+}
+
+/// A live link to a peer.
+#[derive(Debug, Clone, Copy)]
+pub struct LinkStats {
+    /// What it speaks.
+    pub dialect: Dialect,
+    /// The peer's address.
+    pub remote: SocketAddr,
+    /// Smoothed round trip time.
+    pub round_trip: Duration,
+}
+
+/// One accepted connection.
+#[derive(Debug, Clone, Copy)]
+pub struct AcceptedStats {
+    /// What it speaks, where it comes from, how far away that is.
+    pub link: LinkStats,
+    /// Messages that came from it.
+    pub received: u64,
+}

@@ -1,0 +1,327 @@
+//! Behaves towards a sender as an unmodified macula 0.14.3 gateway does, with its faults, and counts what it got.
+//!
+//! `gateway_stand_in [--bind ADDR] [--backlog N] [--handshake-ms MS] [--rpc-delay-ms MS]`; the commands are `stats`,
+//! `reset`, `silence on`, `silence off` and `quit`. It ends without a word to its peers, as a killed process would.
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::{self, IoSliceMut};
+use std::net::{SocketAddr, UdpSocket};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::{Bytes, BytesMut};
+use macula_peer_testkit::frame::{self, Fault, Frame, Value, kind};
+use macula_peer_testkit::{control, options::Options, quic};
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{
+    AckFrequencyConfig, AsyncUdpSocket, Connection, Endpoint, Incoming, ReadError, RecvStream, Runtime, SendStream,
+    UdpPoller,
+};
+use tokio::sync::mpsc;
+
+/// The gateway looks at a new stream a moment after its first bytes came. That is why it got every message that had a
+/// stream of its own, even those that a sender's packets cut in two.
+const FIRST_LOOK: Duration = Duration::from_millis(1);
+
+fn main() -> Result<(), quic::Error> {
+    let options =
+        Options::read(std::env::args().skip(1), &["--bind", "--backlog", "--handshake-ms", "--rpc-delay-ms"])?;
+    let bind: SocketAddr = options.get("--bind", ([127, 0, 0, 1], 0).into())?;
+    let gateway = Arc::new(Gateway {
+        backlog: options.get("--backlog", 4)?,
+        handshake: Duration::from_millis(options.get("--handshake-ms", 2)?),
+        rpc_delay: Duration::from_millis(options.get("--rpc-delay-ms", 2000)?),
+        pending: AtomicUsize::new(0),
+        silent: Arc::default(),
+        counters: Mutex::default(),
+    });
+    let runtime = quic::tokio_runtime(1)?;
+    let endpoint = runtime.block_on(async { listen(bind, gateway.silent.clone()) })?;
+    runtime.spawn(accept(endpoint.clone(), gateway.clone()));
+    control::serve(endpoint.local_addr()?.port(), |command| gateway.command(command))?;
+    runtime.shutdown_background();
+    Ok(())
+}
+
+fn listen(bind: SocketAddr, silent: Arc<AtomicBool>) -> Result<Endpoint, quic::Error> {
+    const STREAM_WINDOW: u32 = 64 * 1024;
+    let mut transport = quic::transport(100, 3);
+    let mut acknowledgements = AckFrequencyConfig::default();
+    acknowledgements.ack_eliciting_threshold(0u32.into());
+    // A stream's credit goes back once its reset is acknowledged. A sender out of credit has nothing to send along with
+    // that, and would take its whole acknowledgement delay over it each time, which the gateway is not seen to cause.
+    transport.stream_receive_window(STREAM_WINDOW.into()).ack_frequency_config(Some(acknowledgements));
+    let server = quic::server_config(&["macula".into()], transport)?;
+    // Drivers that yield let a burst of packets gather into one receive chunk, as MsQuic's worker does.
+    let runtime = Arc::new(quic::YieldingRuntime);
+    let socket = Arc::new(SilenceableSocket { socket: runtime.wrap_udp_socket(UdpSocket::bind(bind)?)?, silent });
+    Ok(Endpoint::new_with_abstract_socket(quinn::EndpointConfig::default(), Some(server), socket, runtime)?)
+}
+
+async fn accept(endpoint: Endpoint, gateway: Arc<Gateway>) {
+    let (queue, queued) = mpsc::unbounded_channel();
+    tokio::spawn(handshake(queued, gateway.clone()));
+    while let Some(incoming) = endpoint.accept().await {
+        if gateway.pending.load(Ordering::Relaxed) >= gateway.backlog {
+            gateway.counters().refused += 1;
+            incoming.refuse();
+            continue;
+        }
+        gateway.pending.fetch_add(1, Ordering::Relaxed);
+        if queue.send(incoming).is_err() {
+            return;
+        }
+    }
+}
+
+/// One connection after the other.
+async fn handshake(mut queued: mpsc::UnboundedReceiver<Incoming>, gateway: Arc<Gateway>) {
+    const GIVE_UP: Duration = Duration::from_secs(10);
+    while let Some(incoming) = queued.recv().await {
+        tokio::time::sleep(gateway.handshake).await;
+        let connection = match incoming.accept() {
+            Ok(connecting) => tokio::time::timeout(GIVE_UP, connecting).await.ok().and_then(Result::ok),
+            Err(_) => None,
+        };
+        gateway.pending.fetch_sub(1, Ordering::Relaxed);
+        if let Some(connection) = connection {
+            gateway.counters().connections += 1;
+            tokio::spawn(accept_unidirectional(connection.clone(), gateway.clone()));
+            tokio::spawn(accept_bidirectional(connection, gateway.clone()));
+        }
+    }
+}
+
+async fn accept_bidirectional(connection: Connection, gateway: Arc<Gateway>) {
+    while let Ok((send, receive)) = connection.accept_bi().await {
+        gateway.counters().streams += 1;
+        tokio::spawn(serve(send, receive, connection.remote_address(), gateway.clone()));
+    }
+}
+
+async fn accept_unidirectional(connection: Connection, gateway: Arc<Gateway>) {
+    while let Ok(mut receive) = connection.accept_uni().await {
+        let gateway = gateway.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(FIRST_LOOK).await;
+            while let Ok(Some(chunk)) = receive_chunk(&mut receive).await {
+                gateway.counters().chunk(&chunk);
+            }
+        });
+    }
+}
+
+/// Lives until the peer has finished its half and stopped ours: before that the stream's credit stays used.
+async fn serve(send: SendStream, mut receive: RecvStream, peer: SocketAddr, gateway: Arc<Gateway>) {
+    let (answered, mut answers) = mpsc::unbounded_channel();
+    let mut stopped = pin!(send.stopped());
+    tokio::time::sleep(FIRST_LOOK).await;
+    let mut send = Some(send);
+    let mut receiving = true;
+    while receiving || send.is_some() {
+        tokio::select! {
+            chunk = receive_chunk(&mut receive), if receiving => match chunk {
+                Ok(Some(chunk)) => {
+                    let answer = gateway.counters().chunk(&chunk).and_then(|frame| gateway.answer(&frame, peer));
+                    if let Some((delay, answer)) = answer {
+                        tokio::spawn(answer_after(delay, answer, answered.clone()));
+                    }
+                }
+                Ok(None) | Err(_) => receiving = false,
+            },
+            _ = &mut stopped, if send.is_some() => send = None,
+            Some(answer) = answers.recv() => if let Some(send) = &mut send {
+                // A peer that has stopped the stream by now misses its answer, as it would with the gateway.
+                let _ = send.write_all(&answer).await;
+            },
+        }
+    }
+}
+
+async fn answer_after(delay: Duration, answer: Vec<u8>, answered: mpsc::UnboundedSender<Vec<u8>>) {
+    // Even a sleep of nothing would last until the timer's next tick.
+    if !delay.is_zero() {
+        tokio::time::sleep(delay).await;
+    }
+    // The stream can be gone by now.
+    let _ = answered.send(answer);
+}
+
+/// Everything contiguous that is there when the reader wakes, which is what MsQuic indicates at once.
+async fn receive_chunk(receive: &mut RecvStream) -> Result<Option<Bytes>, ReadError> {
+    const LARGEST: usize = 64 * 1024;
+    let Some(first) = receive.read_chunk(LARGEST, true).await? else { return Ok(None) };
+    let mut all = BytesMut::from(first.bytes);
+    while all.len() < LARGEST
+        && let Poll::Ready(Ok(Some(next))) = quic::poll_now(pin!(receive.read_chunk(LARGEST - all.len(), true)))
+    {
+        all.extend_from_slice(&next.bytes);
+    }
+    Ok(Some(all.freeze()))
+}
+
+struct Gateway {
+    backlog: usize,
+    handshake: Duration,
+    rpc_delay: Duration,
+    pending: AtomicUsize,
+    silent: Arc<AtomicBool>,
+    counters: Mutex<Counters>,
+}
+
+impl Gateway {
+    fn command(&self, command: &str) -> Option<String> {
+        match command {
+            "stats" => return Some(self.counters().term()),
+            "reset" => *self.counters() = Counters::default(),
+            "silence on" => self.silent.store(true, Ordering::Relaxed),
+            "silence off" => self.silent.store(false, Ordering::Relaxed),
+            _ => return None,
+        }
+        Some(control::OK.into())
+    }
+
+    fn counters(&self) -> MutexGuard<'_, Counters> {
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn answer(&self, frame: &Frame<'_>, peer: SocketAddr) -> Option<(Duration, Vec<u8>)> {
+        let now = Value::Int(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as i128);
+        let bin = |key| match frame.field(key) {
+            Some(Value::Bin(bytes)) => Value::Bin(bytes),
+            _ => Value::Bin(b""),
+        };
+        let answer = match frame.kind {
+            kind::PING => {
+                let timestamp = frame.field("timestamp").filter(|value| matches!(value, Value::Int(_))).unwrap_or(now);
+                frame::encode(kind::PONG, &[("timestamp", timestamp), ("server_time", now)])
+            }
+            kind::NAT_PROBE => frame::encode(
+                kind::NAT_PROBE_REPLY,
+                &[
+                    ("node_id", bin("node_id")),
+                    ("reflexive_ip", Value::Bin(peer.ip().to_canonical().to_string().as_bytes())),
+                    ("reflexive_port", Value::Int(peer.port().into())),
+                    ("server_time", now),
+                ],
+            ),
+            kind::RPC_REQUEST => {
+                let fields = [
+                    ("request_id", bin("request_id")),
+                    ("from_node", Value::Bin(b"gateway_stand_in")),
+                    ("result", Value::Bin(b"ok")),
+                ];
+                return Some((self.rpc_delay, frame::encode(kind::RPC_REPLY, &fields)));
+            }
+            kind::FIND_VALUE => frame::encode(kind::FIND_VALUE_REPLY, &[("value", Value::Bin(b"value"))]),
+            // The empty list, which the original writes as the empty string.
+            kind::FIND_NODE => frame::encode(kind::FIND_NODE_REPLY, &[("nodes", Value::Str(""))]),
+            kind::CALL => frame::encode(kind::REPLY, &[("call_id", bin("call_id")), ("result", Value::Bin(b"ok"))]),
+            _ => return None,
+        };
+        Some((Duration::ZERO, answer))
+    }
+}
+
+#[derive(Default)]
+struct Counters {
+    connections: u64,
+    refused: u64,
+    streams: u64,
+    received: u64,
+    incomplete: u64,
+    invalid: u64,
+    extra_bytes: u64,
+    bytes: u64,
+    types: BTreeMap<&'static str, u64>,
+    distinct: HashSet<i128>,
+}
+
+impl Counters {
+    /// One chunk is one frame, whatever else is in it.
+    fn chunk<'a>(&mut self, chunk: &'a [u8]) -> Option<Frame<'a>> {
+        const MOST_DISTINCT: usize = 1 << 20;
+        self.bytes += chunk.len() as u64;
+        match frame::decode(chunk) {
+            Ok(frame) => {
+                self.received += 1;
+                self.extra_bytes += frame.extra as u64;
+                *self.types.entry(frame::type_name(frame.kind).unwrap_or_default()).or_default() += 1;
+                if let Some(Value::Int(number)) = frame.field("n")
+                    && self.distinct.len() < MOST_DISTINCT
+                {
+                    self.distinct.insert(number);
+                }
+                return Some(frame);
+            }
+            Err(Fault::Incomplete) => self.incomplete += 1,
+            Err(Fault::Invalid) => self.invalid += 1,
+        }
+        None
+    }
+
+    fn term(&self) -> String {
+        control::term([
+            ("connections", self.connections.to_string()),
+            ("refused", self.refused.to_string()),
+            ("streams", self.streams.to_string()),
+            ("received", self.received.to_string()),
+            ("distinct", self.distinct.len().to_string()),
+            ("incomplete", self.incomplete.to_string()),
+            ("invalid", self.invalid.to_string()),
+            ("extra_bytes", self.extra_bytes.to_string()),
+            ("bytes", self.bytes.to_string()),
+            ("types", control::term(self.types.iter().map(|(name, count)| (*name, count.to_string())))),
+        ])
+    }
+}
+
+/// A socket that can play dead while it stays bound.
+#[derive(Debug)]
+struct SilenceableSocket {
+    socket: Arc<dyn AsyncUdpSocket>,
+    silent: Arc<AtomicBool>,
+}
+
+impl AsyncUdpSocket for SilenceableSocket {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.socket.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        if self.silent.load(Ordering::Relaxed) { Ok(()) } else { self.socket.try_send(transmit) }
+    }
+
+    fn poll_recv(
+        &self,
+        context: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let count = ready!(self.socket.poll_recv(context, buffers, meta))?;
+            if !self.silent.load(Ordering::Relaxed) {
+                return Poll::Ready(Ok(count));
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.socket.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.socket.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.socket.may_fragment()
+    }
+}
