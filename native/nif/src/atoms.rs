@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 
 use macula_peer_wire::MessageType;
-use rustler::{Atom, Env};
+use rustler::{Atom, Env, NifResult};
 
 rustler::atoms! {
     ok, error, wait, dirty, undefined, infinity, null, true_ = "true", false_ = "false", none,
@@ -34,29 +34,40 @@ rustler::atoms! {
     max_unacknowledged, answer_timeout, workers, max_accepted, max_streams, frame_timeout, certfile, keyfile,
 }
 
-static TYPES: OnceLock<Vec<(Atom, MessageType)>> = OnceLock::new();
+static TYPES: OnceLock<Vec<TypeAtoms>> = OnceLock::new();
+
+/// A message type and the atoms that go with it.
+pub(crate) struct TypeAtoms {
+    name: Atom,
+    pub(crate) kind: MessageType,
+    /// Its required fields.
+    pub(crate) fields: Vec<Atom>,
+}
 
 /// Makes the atoms of the message types; called once, when the library is loaded.
 pub(crate) fn load(env: Env<'_>) -> bool {
-    let atom = |name: &str| Atom::from_str(env, name).ok();
-    let mut types: Option<Vec<_>> = MessageType::ALL.into_iter().map(|kind| Some((atom(kind.name())?, kind))).collect();
+    let names = MessageType::ALL.into_iter().map(|kind| (kind.name(), kind));
     // The alias is only ever read, so it comes last.
-    if let (Some(types), Some(alias)) = (&mut types, atom("dht_store")) {
-        types.push((alias, MessageType::Store));
-    }
-    types.is_some_and(|types| TYPES.set(types).is_ok() || TYPES.get().is_some())
+    let names = names.chain([("dht_store", MessageType::Store)]);
+    let types: NifResult<Vec<_>> = names
+        .map(|(name, kind)| {
+            let fields = kind.required().fields.iter().map(|field| Atom::from_str(env, field));
+            Ok(TypeAtoms { name: Atom::from_str(env, name)?, kind, fields: fields.collect::<NifResult<_>>()? })
+        })
+        .collect();
+    types.is_ok_and(|types| TYPES.set(types).is_ok() || TYPES.get().is_some())
 }
 
 /// The message type that an atom names.
-pub(crate) fn message_type(atom: Atom) -> Option<MessageType> {
-    types().iter().find(|(name, _)| *name == atom).map(|(_, kind)| *kind)
+pub(crate) fn message_type(name: Atom) -> Option<&'static TypeAtoms> {
+    types().iter().find(|each| each.name == name)
 }
 
 /// The atom that names a message type.
 pub(crate) fn name_of(kind: MessageType) -> Atom {
-    types().iter().find(|(_, each)| *each == kind).map_or_else(undefined, |(name, _)| *name)
+    types().iter().find(|each| each.kind == kind).map_or_else(undefined, |each| each.name)
 }
 
-fn types() -> &'static [(Atom, MessageType)] {
+fn types() -> &'static [TypeAtoms] {
     TYPES.get().map_or(&[], Vec::as_slice)
 }

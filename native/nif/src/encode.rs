@@ -5,13 +5,18 @@
 use std::cell::RefCell;
 
 use bytes::Bytes;
+use hashbrown::HashMap;
 use macula_peer_wire::{EncodeError, FrameWriter, Limits, MessageType};
+use rustler::sys::ErlNifTerm;
 use rustler::{Atom, Binary, Encoder, Env, MapIterator, Term, TermType};
 
-use crate::atoms;
+use crate::atoms::{self, TypeAtoms};
 
 /// What a normal scheduler encodes; more goes to a dirty one. The walk and copy of 64 KiB take some 100 µs.
 pub(crate) const LIGHT_FRAME: usize = 64 << 10;
+
+/// Names of atoms that are remembered per thread: more than the keys of any application's messages.
+const MAX_NAMES: usize = 4096;
 
 /// Frames up to this size are copied out of the thread's buffer, larger ones take it with them.
 const COPIED_FRAME: usize = 4096;
@@ -21,7 +26,7 @@ pub(crate) enum Refusal<'a> {
     /// Not one of macula's message types.
     Type(Term<'a>),
     /// A required field is not there.
-    Missing(&'static str),
+    Missing(Atom),
     /// The message is no map.
     NotAMap,
     /// The field's key or value has no MessagePack form.
@@ -34,6 +39,9 @@ pub(crate) enum Refusal<'a> {
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// Names of atoms that were encoded before, by their terms, which never change: asking for a name costs as much as
+    /// all the rest of a field.
+    static NAMES: RefCell<HashMap<ErlNifTerm, Box<[u8]>>> = RefCell::new(HashMap::new());
 }
 
 /// Encodes a message.
@@ -42,9 +50,10 @@ pub(crate) fn frame<'a>(
     message: Term<'a>,
     limits: Limits,
 ) -> Result<(MessageType, Bytes), Refusal<'a>> {
-    let kind = Atom::from_term(kind).ok().and_then(atoms::message_type).ok_or(Refusal::Type(kind))?;
+    let known = Atom::from_term(kind).ok().and_then(atoms::message_type).ok_or(Refusal::Type(kind))?;
+    let kind = known.kind;
     let fields = MapIterator::new(message).ok_or(Refusal::NotAMap)?;
-    check_required(kind, message)?;
+    check_required(known, message)?;
     BUFFER.with_borrow_mut(|buffer| {
         let mut writer = FrameWriter::new(buffer, kind, limits);
         let mut field = message;
@@ -59,23 +68,17 @@ pub(crate) fn frame<'a>(
 }
 
 /// The original takes atom keys; for some types also binary ones, if the first field is spelled so.
-fn check_required<'a>(kind: MessageType, message: Term<'a>) -> Result<(), Refusal<'a>> {
-    let required = kind.required();
-    let Some(first) = required.fields.first() else { return Ok(()) };
-    let has_atom = |field: &str| {
-        // No such atom, no such key.
-        Atom::existing_from_str(message.get_env(), field).is_ok_and(|key| message.map_get(key).is_ok())
-    };
-    let binary = required.binary_keys && !has_atom(first) && has_binary(message, first);
-    let has = |field: &&&str| if binary { has_binary(message, field) } else { has_atom(field) };
-    match required.fields.iter().find(|field| !has(field)) {
-        Some(missing) => Err(Refusal::Missing(missing)),
+fn check_required<'a>(known: &TypeAtoms, message: Term<'a>) -> Result<(), Refusal<'a>> {
+    let Some(first) = known.fields.first() else { return Ok(()) };
+    let required = known.kind.required();
+    let has_atom = |field: &Atom| message.map_get(*field).is_ok();
+    let has_binary = |name: &str| message.map_get(BinaryKey(name)).is_ok();
+    let binary = required.binary_keys && !has_atom(first) && has_binary(required.fields[0]);
+    let mut both = known.fields.iter().zip(required.fields);
+    match both.find(|(field, name)| if binary { !has_binary(name) } else { !has_atom(field) }) {
+        Some((missing, _)) => Err(Refusal::Missing(*missing)),
         None => Ok(()),
     }
-}
-
-fn has_binary(message: Term<'_>, field: &str) -> bool {
-    message.map_get(BinaryKey(field)).is_ok()
 }
 
 struct BinaryKey<'k>(&'k str);
@@ -164,14 +167,27 @@ fn atom(writer: &mut FrameWriter<'_>, term: Term<'_>) -> Result<(), Failure> {
     if atom == atoms::true_() || atom == atoms::false_() {
         return Ok(writer.bool(atom == atoms::true_())?);
     }
+    NAMES.with_borrow_mut(|names| {
+        if let Some(name) = names.get(&atom.as_c_arg()) {
+            return Ok(writer.bin(name)?);
+        }
+        if names.len() == MAX_NAMES {
+            names.clear();
+        }
+        let name = names.entry(atom.as_c_arg()).or_insert(name_of(term)?);
+        Ok(writer.bin(name)?)
+    })
+}
+
+fn name_of(term: Term<'_>) -> Result<Box<[u8]>, Failure> {
     if let Ok(name) = term.atom_to_string() {
-        return Ok(writer.bin(name.as_bytes())?);
+        return Ok(name.into_bytes().into());
     }
     // Up to OTP 25 a NIF gets names in Latin-1 only; the external term format has them in UTF-8: version 131, then
     // SMALL_ATOM_UTF8_EXT (119) with one byte of length, or ATOM_UTF8_EXT (118) with two.
     let external = term.to_binary();
     match external.as_slice() {
-        [131, 119, _, name @ ..] | [131, 118, _, _, name @ ..] => Ok(writer.bin(name)?),
+        [131, 119, _, name @ ..] | [131, 118, _, _, name @ ..] => Ok(name.into()),
         _ => Err(Failure::Kind(atoms::other())),
     }
 }

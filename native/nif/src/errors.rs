@@ -98,7 +98,7 @@ impl Reason for Refusal<'_> {
     fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
         let why = match self {
             Self::Type(term) => return (atoms::invalid_message_type(), term.in_env(env)).encode(env),
-            Self::Missing(field) => (atoms::missing_field(), rustler::Atom::from_str(env, field).ok()).encode(env),
+            Self::Missing(field) => (atoms::missing_field(), *field).encode(env),
             Self::NotAMap => atoms::not_a_map().encode(env),
             Self::NotEncodable { field, kind } => (atoms::not_encodable(), field.in_env(env), *kind).encode(env),
             Self::TooLarge(max) => (atoms::too_large(), max).encode(env),

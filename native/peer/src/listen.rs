@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer_wire::Reassembler;
-use quinn::{Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
+use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -65,8 +65,13 @@ pub(crate) struct Accepted {
 
 /// The TLS and transport settings of a listener.
 pub(crate) fn server_config(certificate: &Certificate, config: &Config) -> Result<ServerConfig, ListenError> {
+    // The credit of a stream comes back when our half of it is acknowledged as closed. A sender that has run out of
+    // credit has nothing to send its acknowledgements with and would delay them by 25 ms, so it is asked not to.
+    let mut acknowledgements = AckFrequencyConfig::default();
+    acknowledgements.ack_eliciting_threshold(0u8.into());
     let mut transport = TransportConfig::default();
     transport
+        .ack_frequency_config(Some(acknowledgements))
         .max_concurrent_bidi_streams(config.max_streams.into())
         // As a 0.14.3 gateway has it.
         .max_concurrent_uni_streams(3u8.into())

@@ -252,8 +252,6 @@ impl Peer {
             return Ok(Waiting { call, peer: None });
         }
         self.push(&mut state, Job { message: Some(message), deadline, since: Instant::now(), who });
-        drop(state);
-        self.wake.notify_one();
         Ok(Waiting { call, peer: Some(self.clone()) })
     }
 
@@ -264,13 +262,17 @@ impl Peer {
         }
         let deadline = message.deadline;
         self.push(state, Job::accepted(Some(message), deadline));
-        self.wake.notify_one();
         Ok(())
     }
 
+    /// Queues a job. The task need not be woken where it already waits for what lets it go on with the queue.
     fn push(&self, state: &mut State, job: Job) {
         self.held.fetch_add(job.size(), Ordering::Relaxed);
-        state.expiry = earliest(state.expiry, job.deadline);
+        let expiry = earliest(state.expiry, job.deadline);
+        if state.queue.is_empty() || state.expiry != expiry || !job.is_accepted() {
+            state.expiry = expiry;
+            self.wake.notify_one();
+        }
         state.queue.push_back(job);
     }
 
