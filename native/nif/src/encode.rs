@@ -4,7 +4,7 @@
 
 use std::cell::RefCell;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use hashbrown::HashMap;
 use macula_peer_wire::{EncodeError, FrameWriter, Limits, MessageType};
 use rustler::sys::ErlNifTerm;
@@ -20,6 +20,9 @@ const MAX_NAMES: usize = 4096;
 
 /// Frames up to this size are copied out of the thread's buffer, larger ones take it with them.
 const COPIED_FRAME: usize = 4096;
+
+/// One part of an arena: an unacknowledged frame keeps at most this much memory from being used again.
+const ARENA_SIZE: usize = 64 << 10;
 
 /// Why a message is not encoded.
 pub(crate) enum Refusal<'a> {
@@ -39,6 +42,8 @@ pub(crate) enum Refusal<'a> {
 
 thread_local! {
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// Where small frames lie until they are acknowledged: two allocations less for each.
+    static ARENA: RefCell<BytesMut> = RefCell::new(BytesMut::new());
     /// Names of atoms that were encoded before, by their terms, which never change: asking for a name costs as much as
     /// all the rest of a field.
     static NAMES: RefCell<HashMap<ErlNifTerm, Box<[u8]>>> = RefCell::new(HashMap::new());
@@ -60,10 +65,18 @@ pub(crate) fn frame<'a>(
         let walked = walk_fields(&mut writer, message, fields, &mut field);
         walked.map_err(|failure| failure.refusal(field))?;
         writer.finish();
-        Ok((
-            kind,
-            if buffer.len() <= COPIED_FRAME { Bytes::copy_from_slice(buffer) } else { std::mem::take(buffer).into() },
-        ))
+        Ok((kind, if buffer.len() <= COPIED_FRAME { copy(buffer) } else { std::mem::take(buffer).into() }))
+    })
+}
+
+/// The frame in a part of the thread's arena.
+fn copy(frame: &[u8]) -> Bytes {
+    ARENA.with_borrow_mut(|arena| {
+        if arena.capacity() < frame.len() {
+            arena.reserve(ARENA_SIZE);
+        }
+        arena.extend_from_slice(frame);
+        arena.split().freeze()
     })
 }
 

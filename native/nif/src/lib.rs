@@ -145,15 +145,18 @@ fn submit<'a>(
     message: Term<'a>,
     timeout: Term<'a>,
     light: Option<usize>,
-    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &EndpointRef<'_>, Message) -> Term<'a>,
+    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &EndpointRef<'_>, Message, Instant) -> Term<'a>,
 ) -> Term<'a> {
-    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    // Locked for reading meanwhile, which is cheaper than counting one more reference; nothing here waits.
+    let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
+    let Some(engine) = &*engine else { return atoms::not_started().encode(env) };
     let (kind, frame) = match encode_within(engine.config().limits, light, kind, message) {
         Ok(encoded) => encoded,
         Err(None) => return atoms::dirty().encode(env),
         Err(Some(refusal)) => return error(env, &refusal),
     };
-    let Ok(deadline) = deadline(timeout) else {
+    let now = Instant::now();
+    let Ok(deadline) = deadline(timeout, now) else {
         return (atoms::error(), (atoms::invalid_timeout(), timeout)).encode(env);
     };
     let message = Message { frame, kind, deadline };
@@ -164,7 +167,7 @@ fn submit<'a>(
         (None, string) => string.as_deref(),
     };
     match text.ok_or(macula_peer::EndpointError::Format).and_then(EndpointRef::parse) {
-        Ok(endpoint) => send(env, tag, &engine, &endpoint, message),
+        Ok(endpoint) => send(env, tag, engine, &endpoint, message, now),
         Err(invalid) => error(env, &invalid),
     }
 }
@@ -175,8 +178,9 @@ fn send_message<'a>(
     engine: &Engine,
     endpoint: &EndpointRef<'_>,
     message: Message,
+    now: Instant,
 ) -> Term<'a> {
-    let message = match engine.send_now(endpoint, message) {
+    let message = match engine.send_now(endpoint, message, now) {
         Ok(()) => return atoms::ok().encode(env),
         Err(message) => message,
     };
@@ -202,6 +206,7 @@ fn send_request<'a>(
     engine: &Engine,
     endpoint: &EndpointRef<'_>,
     message: Message,
+    _: Instant,
 ) -> Term<'a> {
     let caller = Caller::new(env, tag);
     let call = InProgress::monitor(env, &caller.pid());
@@ -246,12 +251,12 @@ fn encode_within<'a>(
 }
 
 /// `infinity` or a number of milliseconds.
-fn deadline(timeout: Term<'_>) -> Result<Option<Instant>, ()> {
+fn deadline(timeout: Term<'_>, now: Instant) -> Result<Option<Instant>, ()> {
     if timeout.is_atom() {
         return if atoms::infinity() == timeout { Ok(None) } else { Err(()) };
     }
     match timeout.decode::<u64>() {
-        Ok(ms) if ms <= LONGEST_TIMEOUT => Ok(Some(Instant::now() + Duration::from_millis(ms))),
+        Ok(ms) if ms <= LONGEST_TIMEOUT => Ok(Some(now + Duration::from_millis(ms))),
         _ => Err(()),
     }
 }

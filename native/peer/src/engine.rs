@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use macula_peer_wire::RawFrame;
 use quinn::EndpointConfig;
@@ -81,11 +81,10 @@ impl Engine {
     /// Sends over a live link, without waiting. Gives the message back if there is no such link, or no room.
     ///
     /// `Ok` means accepted: the message will arrive, or be counted and reported as undelivered.
-    pub fn send_now(&self, endpoint: &EndpointRef<'_>, message: Message) -> Result<(), Message> {
-        let Some(peer) = self.node.find(endpoint) else { return Err(message) };
-        peer.send_now(message)?;
-        self.node.counters.hits.add(1);
-        Ok(())
+    ///
+    /// `now` is the caller's clock, read once for all that a call needs it for.
+    pub fn send_now(&self, endpoint: &EndpointRef<'_>, message: Message, now: Instant) -> Result<(), Message> {
+        self.node.send_now(endpoint, message, now)
     }
 
     /// Sends as soon as there is a link with room. `reply` is called once, from any thread, unless the call is

@@ -121,8 +121,7 @@ impl Link {
     }
 
     /// Writes a message at once, if the transport takes it.
-    pub(crate) fn write(&self, message: Message) -> Written {
-        let now = Instant::now();
+    pub(crate) fn write(&self, message: Message, now: Instant) -> Written {
         match self.dialect {
             Dialect::MaculaPeer1 => self.write_once(message, now),
             Dialect::Macula => self.write_politely(message, now),

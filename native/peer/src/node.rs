@@ -17,7 +17,7 @@ use crate::dial::Dialer;
 use crate::endpoint::{Endpoint, EndpointRef};
 use crate::link::lock;
 use crate::listen::Accepted;
-use crate::message::{Event, Handler, Inbound, Unhandled};
+use crate::message::{Event, Handler, Inbound, Message, Unhandled};
 use crate::peer::{self, Peer};
 use crate::socket::{Refusals, Socket};
 use crate::stats::{NodeCounters, Stats};
@@ -71,8 +71,17 @@ impl Node {
         })
     }
 
-    /// The peer at an endpoint, if it is in the pool.
-    pub(crate) fn find(&self, endpoint: &EndpointRef<'_>) -> Option<Arc<Peer>> {
+    /// Sends over the live link to an endpoint, if there is one with room.
+    pub(crate) fn send_now(&self, endpoint: &EndpointRef<'_>, message: Message, now: Instant) -> Result<(), Message> {
+        // The table stays locked for reading meanwhile, which is cheaper than counting one more reference.
+        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(peer) = peers.get(endpoint) else { return Err(message) };
+        peer.send_now(message, now)?;
+        self.counters.hits.add(1);
+        Ok(())
+    }
+
+    fn find(&self, endpoint: &EndpointRef<'_>) -> Option<Arc<Peer>> {
         self.peers.read().unwrap_or_else(PoisonError::into_inner).get(endpoint).cloned()
     }
 
@@ -186,8 +195,8 @@ impl Node {
     }
 
     /// Milliseconds since the start: what fits an atomic.
-    pub(crate) fn clock(&self) -> u64 {
-        self.started.elapsed().as_millis() as u64
+    pub(crate) fn clock(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.started).as_millis() as u64
     }
 
     pub(crate) fn instant(&self, clock: u64) -> Instant {

@@ -125,13 +125,13 @@ impl Peer {
             held: AtomicUsize::new(0),
             counters: PeerCounters::default(),
         });
-        peer.touch();
+        peer.touch(Instant::now());
         peer
     }
 
     /// Sends over the live link, or gives the message back if the caller has to wait.
-    pub(crate) fn send_now(&self, message: Message) -> Result<(), Message> {
-        self.touch();
+    pub(crate) fn send_now(&self, message: Message, now: Instant) -> Result<(), Message> {
+        self.touch(now);
         let size = message.frame.len();
         let link = {
             let mut state = lock(&self.state);
@@ -145,7 +145,7 @@ impl Peer {
             link.clone()
         };
         self.held.fetch_add(size, Ordering::Relaxed);
-        match link.write(message) {
+        match link.write(message, now) {
             Written::Done { wake } => {
                 self.counters.sent.add(1);
                 if wake {
@@ -240,7 +240,7 @@ impl Peer {
         call: Arc<dyn Cancel>,
         overloaded: impl FnOnce(),
     ) -> Result<Waiting, Retired> {
-        self.touch();
+        self.touch(Instant::now());
         let mut state = lock(&self.state);
         if state.retired {
             return Err(Retired);
@@ -282,8 +282,8 @@ impl Peer {
         held == 0 || held + size <= self.node.config.max_unacknowledged
     }
 
-    fn touch(&self) {
-        self.used.store(self.node.clock(), Ordering::Relaxed);
+    fn touch(&self, now: Instant) {
+        self.used.store(self.node.clock(now), Ordering::Relaxed);
     }
 }
 
@@ -507,7 +507,7 @@ impl Task {
                 self.requests.spawn(async move { RequestOutcome { end: exchange.await, job } });
                 continue;
             }
-            match link.write(message) {
+            match link.write(message, Instant::now()) {
                 Written::Done { .. } => {
                     self.oldest = self.oldest.or(Some(Instant::now()));
                     self.sent(job);
@@ -608,7 +608,7 @@ impl Task {
         self.redial.reset();
         self.heard = (0, Instant::now());
         self.answers_until = None;
-        self.peer.touch();
+        self.peer.touch(Instant::now());
         self.link = Some(link.clone());
         lock(&self.peer.state).link = Some(link);
     }
