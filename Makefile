@@ -1,13 +1,77 @@
+# The two targets of a newcomer are `demo` and `test`; both install what is missing where they may.
+
 SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
 REBAR ?= rebar3
 CARGO ?= cargo
-UNAME := $(shell uname -s)
-LIBRARY := $(if $(filter Darwin,$(UNAME)),libmacula_peer_nif.dylib,libmacula_peer_nif.so)
+export PATH := $(PATH):$(HOME)/.cargo/bin
 
-.PHONY: nif
+LIBRARY := target/release/libmacula_peer_nif.$(if $(filter Darwin,$(shell uname -s)),dylib,so)
+EBIN := _build/default/lib/macula_peer_connector/ebin
+
+# Seconds per fuzz target, and messages per row of the benchmark.
+FUZZ_SECONDS ?= 10
+BENCH_MESSAGES ?= 200000
+BENCH_ROUNDS ?= 5
+
+.PHONY: test demo bench check setup nif compile testkit test-rust test-erlang fuzz clean
+
+test: check test-rust test-erlang fuzz
+
+demo: compile
+	@mkdir -p _build/demo
+	@erlc -o _build/demo test/demo/macula_peer_demo.erl
+	@erl -noshell -pa $(EBIN) _build/demo -s macula_peer_demo main
+
+bench: compile testkit
+	@mkdir -p _build/bench
+	@erlc -o _build/bench test/bench/macula_peer_bench.erl
+	@erl -noshell -pa $(EBIN) _build/bench -s macula_peer_bench main $(BENCH_MESSAGES) $(BENCH_ROUNDS)
+
+check: setup nif
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
+	$(REBAR) xref
+	$(REBAR) dialyzer
+	$(REBAR) edoc
+
+test-rust: setup
+	$(CARGO) test --workspace --exclude macula-peer-nif --locked
+
+test-erlang: setup testkit
+	$(REBAR) eunit
+	$(REBAR) ct
+
+# libFuzzer by rustc's own coverage instrumentation, on the stable toolchain. A new finding is left in
+# native/fuzz/artifacts.
+fuzz: setup
+	@cd native/fuzz; for target in decode reassembly; do \
+	  mkdir -p corpus/$$target artifacts; \
+	  RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	    -Cllvm-args=-sanitizer-coverage-trace-compares" \
+	  $(CARGO) run --release --locked --target $$(rustc --print host-tuple) --bin $$target -- corpus/$$target \
+	    -artifact_prefix=artifacts/ -max_len=4096 -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 2>&1 | tail -n 8; \
+	done
+
+compile: setup
+	$(REBAR) compile
+
+# Called by rebar3 too, so it must not call rebar3. cargo knows what changed; the copy is made only then, because a
+# running node has the old one mapped.
 nif:
 	@command -v $(CARGO) >/dev/null || { echo "cargo is not in the PATH: install Rust to build the NIF" >&2; exit 1; }
 	$(CARGO) build --release --locked -p macula-peer-nif
 	@mkdir -p priv
-	@cmp -s target/release/$(LIBRARY) priv/macula_peer_nif.so || \
-	  install -m 644 target/release/$(LIBRARY) priv/macula_peer_nif.so
+	@cmp -s $(LIBRARY) priv/macula_peer_nif.so || \
+	  { install -m 644 $(LIBRARY) priv/.macula_peer_nif.new && mv priv/.macula_peer_nif.new priv/macula_peer_nif.so; }
+
+testkit: setup
+	$(CARGO) build --release --locked -p macula-peer-testkit
+
+setup:
+	@.ci/setup
+
+clean:
+	rm -rf _build doc priv target native/fuzz/target

@@ -1,0 +1,188 @@
+%% @doc What `make bench' runs: messages from Erlang processes to a receiver in another OS process, beside a bare quinn
+%% loop of the same shape that sends to the same receiver, in the same run. Compare within one run only.
+%%
+%% Every shape opens one bidirectional stream per message, of which the receiver allows 256 at a time, on one connection:
+%% write, finish, stop the receive half. `sync' writes from plain threads by polling once, as the NIF does on a scheduler
+%% thread; `bi' awaits in tokio tasks.
+-module(macula_peer_bench).
+
+-export([main/1]).
+-export([count/1]).
+
+-define(SENDERS, [1, 10, 100]).
+-define(FRAME_SIZE, 128).
+-define(BARE_SHAPES, [{"bi", "plain"}, {"bi", "yield"}, {"sync", "plain"}, {"sync", "yield"}]).
+
+-spec main([atom()]) -> no_return().
+main([Messages, Rounds]) ->
+    ok = logger:set_primary_config(level, warning),
+    Config = {to_integer(Messages), to_integer(Rounds)},
+    ok = machine(Config),
+    try
+        [ok = dialect(Alpn, Config) || Alpn <- ["macula-peer/1", "macula"]],
+        ok = node_to_node(Config),
+        io:format("~nbench: ok~n"),
+        halt(0)
+    catch
+        Class:Reason:Stack ->
+            io:format("~nbench: failed: ~p~n", [{Class, Reason, Stack}]),
+            halt(1)
+    end.
+
+machine({Messages, Rounds}) ->
+    Cpu = string:trim(os:cmd("grep -m1 'model name' /proc/cpuinfo | cut -d: -f2")),
+    io:format("~s, ~b schedulers, OTP ~s, ~s~n~b B frames, ~b messages a row, median of ~b rounds (least-most)~n",
+              [Cpu, erlang:system_info(schedulers_online), erlang:system_info(otp_release),
+               string:trim(os:cmd("rustc --version")), ?FRAME_SIZE, Messages, Rounds]).
+
+dialect(Alpn, {Messages, Rounds}) ->
+    io:format("~n~s~n~s~n", [Alpn, header()]),
+    [begin
+         Round = fun() ->
+             [{"send_message", ours(Alpn, Senders, Messages)}
+              | [{"bare quinn, " ++ Shape ++ " " ++ Driver, bare(Alpn, Shape, Driver, Senders, Messages)}
+                 || {Shape, Driver} <- ?BARE_SHAPES]]
+         end,
+         rows(Senders, [Round() || _ <- lists:seq(1, Rounds)])
+     end || Senders <- ?SENDERS],
+    ok.
+
+%% Rounds interleave the contenders, so that whatever the machine does besides hits them alike.
+rows(Senders, [First | _] = Rounds) ->
+    Medians = [begin
+        Results = [proplists:get_value(Name, Round) || Round <- Rounds],
+        {Name, [spread([maps:get(Key, Result) || Result <- Results]) || Key <- [rate, p50, p99]]}
+    end || {Name, _} <- First],
+    Best = lists:max([Rate || {"bare" ++ _, [{Rate, _, _} | _]} <- Medians]),
+    [io:format("~3b ~-24s ~s ~6.2f ~s ~s~n", [Senders, Name, thousands(Rate), element(1, Rate) / Best, us(P50), us(P99)])
+     || {Name, [Rate, P50, P99]} <- Medians],
+    ok.
+
+header() -> "  n                           1000 a second   x best       p50 us (least-most)      p99 us (least-most)".
+
+ours(Alpn, Senders, Messages) ->
+    with_sink(Alpn, fun(Port, Ask) ->
+        Endpoint = "127.0.0.1:" ++ integer_to_list(Port),
+        Msg = message(),
+        %% The link, and one stream more than is counted.
+        ok = macula_peer_connector:send_message(Endpoint, store, Msg),
+        ok = until(fun() -> frames(Ask) =:= 1 end),
+        Start = erlang:monotonic_time(microsecond),
+        Times = send_all(Endpoint, Msg, Senders, Messages div Senders),
+        ok = until(fun() -> frames(Ask) > Senders * (Messages div Senders) end),
+        Elapsed = erlang:monotonic_time(microsecond) - Start,
+        ok = macula_peer_endpoint:stop(),
+        result(Messages, Elapsed, Times)
+    end).
+
+%% A frame of 128 bytes of a type that is not answered.
+message() ->
+    Fields = #{topic => <<"bench">>, qos => 0, retain => false, message_id => <<>>},
+    {ok, Empty} = macula_peer_wire:encode(publish, Fields#{payload => <<>>}),
+    Msg = Fields#{payload => binary:copy(<<"v">>, ?FRAME_SIZE - byte_size(Empty))},
+    {ok, Frame} = macula_peer_wire:encode(publish, Msg),
+    ?FRAME_SIZE = byte_size(Frame),
+    Msg.
+
+send_all(Endpoint, Msg, Senders, Each) ->
+    Parent = self(),
+    Pids = [spawn_link(fun() -> Parent ! {self(), send_each(Endpoint, Msg, Each, [])} end)
+            || _ <- lists:seq(1, Senders)],
+    lists:append([receive {Pid, Times} -> Times end || Pid <- Pids]).
+
+send_each(_Endpoint, _Msg, 0, Times) -> Times;
+send_each(Endpoint, Msg, N, Times) ->
+    Before = erlang:monotonic_time(nanosecond),
+    ok = macula_peer_connector:send_message(Endpoint, publish, Msg),
+    send_each(Endpoint, Msg, N - 1, [erlang:monotonic_time(nanosecond) - Before | Times]).
+
+bare(Alpn, Shape, Driver, Senders, Messages) ->
+    with_sink(Alpn, fun(Port, _Ask) ->
+        Args = io_lib:format("source --addr 127.0.0.1:~b --shape ~s --driver ~s --senders ~b --messages ~b --size ~b --alpn ~s",
+                             [Port, Shape, Driver, Senders, Messages, ?FRAME_SIZE, Alpn]),
+        #{per_second := Rate, call_p50_ns := P50, call_p99_ns := P99} = term(os:cmd(bare_quinn() ++ " " ++ Args)),
+        #{rate => Rate, p50 => P50 / 1000, p99 => P99 / 1000}
+    end).
+
+%% From one BEAM to a process in another: encoded, sent, received, decoded, delivered.
+node_to_node({Messages, _Rounds}) ->
+    io:format("~nfrom BEAM to BEAM, decoded and delivered to one process~n"),
+    {ok, Listener, _} = peer:start_link(#{connection => standard_io, args => ["-pa" | code:get_path()]}),
+    {ok, Port} = peer:call(Listener, ?MODULE, count, [listen]),
+    Endpoint = "127.0.0.1:" ++ integer_to_list(Port),
+    Msg = message(),
+    [begin
+         Total = Senders * (Messages div Senders),
+         Start = erlang:monotonic_time(microsecond),
+         _ = send_all(Endpoint, Msg, Senders, Messages div Senders),
+         Total = peer:call(Listener, ?MODULE, count, [Total], 60000),
+         Elapsed = erlang:monotonic_time(microsecond) - Start,
+         io:format("~3b ~b a second~n", [Senders, Total * 1000000 div Elapsed])
+     end || Senders <- ?SENDERS],
+    peer:stop(Listener).
+
+-spec count(listen | pos_integer()) -> {ok, inet:port_number()} | non_neg_integer().
+count(listen) ->
+    ok = logger:set_primary_config(level, warning),
+    true = register(?MODULE, Counter = spawn(fun() -> counter(0) end)),
+    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => Counter}),
+    {ok, Port};
+count(Expected) ->
+    ?MODULE ! {count, Expected, self()},
+    receive {counted, N} -> N end.
+
+counter(N) ->
+    receive
+        {count, Expected, From} -> counter(N, Expected, From);
+        {macula_peer_message, _} -> counter(N + 1)
+    end.
+
+counter(N, N, From) -> From ! {counted, N}, counter(0);
+counter(N, Expected, From) -> receive {macula_peer_message, _} -> counter(N + 1, Expected, From) end.
+
+%% The receiver is an OS process of its own; `Ask' sends it a command.
+with_sink(Alpn, Fun) ->
+    Sink = open_port({spawn_executable, bare_quinn()}, [{args, ["sink", "--alpn", Alpn]}, {line, 1000}, binary]),
+    Line = fun() -> receive {Sink, {data, {eol, Text}}} -> Text end end,
+    Ask = fun(Command) -> true = port_command(Sink, [Command, $\n]), term(Line()) end,
+    <<"ready ", Port/binary>> = Line(),
+    Result = Fun(binary_to_integer(Port), Ask),
+    true = port_close(Sink),
+    Result.
+
+frames(Ask) ->
+    #{frames := Frames} = Ask("stats"),
+    Frames.
+
+until(Condition) ->
+    case Condition() of
+        true -> ok;
+        false -> timer:sleep(1), until(Condition)
+    end.
+
+term(Text) ->
+    {ok, Tokens, _} = erl_scan:string(unicode:characters_to_list(Text)),
+    {ok, Term} = erl_parse:parse_term(Tokens),
+    Term.
+
+result(Messages, Elapsed, Times) ->
+    Sorted = lists:sort(Times),
+    N = length(Sorted),
+    #{rate => Messages * 1000000 div Elapsed, p50 => lists:nth((N + 1) div 2, Sorted) / 1000,
+      p99 => lists:nth(max(1, N * 99 div 100), Sorted) / 1000}.
+
+spread(Values) ->
+    Sorted = lists:sort(Values),
+    {lists:nth((length(Sorted) + 1) div 2, Sorted), hd(Sorted), lists:last(Sorted)}.
+
+thousands({Median, Least, Most}) ->
+    io_lib:format("~14s", [io_lib:format("~b (~b-~b)", [N div 1000 || N <- [Median, Least, Most]])]).
+
+us({Median, Least, Most}) ->
+    io_lib:format("~24s", [io_lib:format("~.2f (~.2f-~.2f)", [float(T) || T <- [Median, Least, Most]])]).
+
+bare_quinn() ->
+    filename:absname("target/release/bare_quinn").
+
+to_integer(Atom) ->
+    list_to_integer(atom_to_list(Atom)).
