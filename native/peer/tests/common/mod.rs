@@ -1,0 +1,175 @@
+//! What the engine's tests share.
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::VecDeque;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use macula_peer::{Config, EndpointRef, Engine, Event, Handler, Inbound, Listen, Message, SendError, Unhandled};
+use macula_peer_wire::value::{Value, ValueBuilder, encode};
+use macula_peer_wire::{Limits, MessageType, RawFrame, decode_payload};
+
+/// Longer than anything here takes on a busy machine; only a failing test waits for it.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Gathers what arrives.
+#[derive(Default)]
+pub struct Inbox {
+    pub messages: Mutex<Vec<Inbound>>,
+    pub events: Mutex<Vec<Event>>,
+}
+
+impl Handler for Inbox {
+    fn message(&self, message: Inbound) -> Result<(), Unhandled> {
+        decode_payload(&message.payload, Limits::default(), &mut ValueBuilder)?;
+        self.messages.lock().unwrap().push(message);
+        Ok(())
+    }
+
+    fn event(&self, event: Event) {
+        self.events.lock().unwrap().push(event);
+    }
+}
+
+impl Inbox {
+    pub fn len(&self) -> usize {
+        self.messages.lock().unwrap().len()
+    }
+
+    /// The numbers under `n` in what arrived, sorted.
+    pub fn numbers(&self) -> Vec<u64> {
+        let mut numbers: Vec<_> = self.messages.lock().unwrap().iter().filter_map(|m| number(&m.payload)).collect();
+        numbers.sort_unstable();
+        numbers
+    }
+}
+
+pub fn number(payload: &[u8]) -> Option<u64> {
+    match decode_payload(payload, Limits::default(), &mut ValueBuilder).ok()? {
+        Value::Map(fields) => fields.iter().find_map(|(key, value)| match (key, value) {
+            (Value::Bin(key), Value::Uint(n)) if key == b"n" => Some(*n),
+            _ => None,
+        }),
+        _ => None,
+    }
+}
+
+pub fn engine(config: Config) -> Engine {
+    Engine::start(config).unwrap()
+}
+
+/// An engine that listens on loopback, what it got, and how to reach it.
+pub fn listener(config: Config) -> (Engine, Arc<Inbox>, String) {
+    let engine = engine(config);
+    let inbox = Arc::new(Inbox::default());
+    engine.set_handler(Some(inbox.clone()));
+    let port = engine.listen(Listen::default()).unwrap().port();
+    (engine, inbox, format!("127.0.0.1:{port}"))
+}
+
+pub fn frame(kind: MessageType, n: u64, size: usize) -> Bytes {
+    let fields =
+        vec![(Value::Bin(b"n".to_vec()), Value::Uint(n)), (Value::Bin(b"payload".to_vec()), Value::Bin(vec![7; size]))];
+    encode(kind, &Value::Map(fields), Limits::default()).unwrap().into()
+}
+
+pub fn message(kind: MessageType, n: u64, timeout: Duration) -> Message {
+    Message { frame: frame(kind, n, 64), kind, deadline: Some(Instant::now() + timeout) }
+}
+
+/// Sends as the NIF does: at once if possible, else waiting.
+pub fn send(engine: &Engine, endpoint: &str, message: Message) -> Result<(), SendError> {
+    let endpoint = EndpointRef::parse(endpoint).unwrap();
+    let Err(message) = engine.send_now(&endpoint, message, Instant::now()) else { return Ok(()) };
+    let (answer, answered) = mpsc::channel();
+    engine.send(&endpoint, message, move |sent| answer.send(sent).unwrap());
+    answered.recv_timeout(PATIENCE).expect("a call is always answered")
+}
+
+pub fn request(engine: &Engine, endpoint: &str, message: Message) -> Result<RawFrame, macula_peer::RequestError> {
+    let endpoint = EndpointRef::parse(endpoint).unwrap();
+    let (answer, answered) = mpsc::channel();
+    engine.request(&endpoint, message, move |reply| answer.send(reply).unwrap());
+    answered.recv_timeout(PATIENCE).expect("a call is always answered")
+}
+
+#[track_caller]
+pub fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A UDP forwarder in front of one server, for one client: loses packets by a seed, delays, or swallows everything.
+pub struct Forwarder {
+    pub address: SocketAddr,
+    swallow: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Forwarder {
+    pub fn new(server: SocketAddr, seed: u64, loss: f64, delay: Duration) -> Self {
+        let front = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let back = UdpSocket::bind("127.0.0.1:0").unwrap();
+        back.connect(server).unwrap();
+        for socket in [&front, &back] {
+            socket.set_nonblocking(true).unwrap();
+        }
+        let address = front.local_addr().unwrap();
+        let (swallow, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let flags = (swallow.clone(), stop.clone());
+        let thread = std::thread::spawn(move || {
+            let (swallow, stop) = flags;
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut client = None;
+            let mut queue: VecDeque<(Instant, bool, Vec<u8>)> = VecDeque::new();
+            let mut buffer = [0; 65536];
+            while !stop.load(Ordering::Relaxed) {
+                let mut idle = true;
+                while let Ok((n, from)) = front.recv_from(&mut buffer) {
+                    client = Some(from);
+                    idle = false;
+                    queue.push_back((Instant::now() + delay, true, buffer[..n].to_vec()));
+                }
+                while let Ok(n) = back.recv(&mut buffer) {
+                    idle = false;
+                    queue.push_back((Instant::now() + delay, false, buffer[..n].to_vec()));
+                }
+                while queue.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
+                    let (_, to_server, packet) = queue.pop_front().unwrap();
+                    if swallow.load(Ordering::Relaxed) || random.f64() < loss {
+                        continue;
+                    }
+                    // A refused packet is a lost packet.
+                    let _ = match (to_server, client) {
+                        (true, _) => back.send(&packet),
+                        (false, Some(client)) => front.send_to(&packet, client),
+                        (false, None) => Ok(0),
+                    };
+                }
+                if idle {
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
+        });
+        Self { address, swallow, stop, thread: Some(thread) }
+    }
+
+    pub fn swallow(&self, all: bool) {
+        self.swallow.store(all, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}

@@ -1,0 +1,165 @@
+//! What a client that means no good can do to a listener: little.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use common::{frame, listener, until};
+use macula_peer::Config;
+use macula_peer_wire::MessageType::Publish;
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Connection, Endpoint, TransportConfig, VarInt};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+use tokio::task::block_in_place;
+
+#[derive(Debug)]
+struct Anyone;
+
+impl ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        rustls::crypto::ring::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A quinn client without any of this project's manners.
+async fn connect(address: &str, alpn: &str) -> Result<Connection, quinn::ConnectionError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anyone))
+        .with_no_client_auth();
+    tls.alpn_protocols = vec![alpn.into()];
+    let mut config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
+    let mut transport = TransportConfig::default();
+    transport.keep_alive_interval(Some(Duration::from_secs(1)));
+    config.transport_config(Arc::new(transport));
+    let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    endpoint.connect_with(config, address.parse().unwrap(), "macula").unwrap().await
+}
+
+async fn stopped(connection: &Connection, bytes: Bytes) -> Option<VarInt> {
+    let (mut send, _receive) = connection.open_bi().await.unwrap();
+    send.write_chunk(bytes).await.unwrap();
+    tokio::time::timeout(common::PATIENCE, send.stopped()).await.expect("stopped in time").unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_no_frame_is_stopped_and_counted_and_harms_no_other_stream() {
+    let (server, inbox, address) = listener(Config::default());
+    let connection = connect(&address, "macula").await.unwrap();
+    let not_a_frame = Some(VarInt::from_u32(2));
+    assert_eq!(stopped(&connection, Bytes::from_static(b"GET / HTTP/1.1\r\n\r\n")).await, not_a_frame);
+    // 4 GiB announced.
+    assert_eq!(stopped(&connection, Bytes::from_static(&[1, 0x42, 0, 0, 255, 255, 255, 255])).await, not_a_frame);
+    assert_eq!(server.stats().malformed, 2);
+
+    let (mut send, _receive) = connection.open_bi().await.unwrap();
+    let mut bytes = vec![1, 0x42, 0, 0, 0, 0, 0, 1, 0xC1];
+    bytes.extend_from_slice(&[1, 0xFF, 0, 0, 0, 0, 0, 1, 0x80]);
+    bytes.extend_from_slice(&frame(Publish, 7, 10));
+    send.write_all(&bytes).await.unwrap();
+    until("the good frame behind a bad payload and an unknown type arrives", || inbox.numbers() == [7]);
+    assert_eq!(server.stats().malformed, 4);
+    block_in_place(|| server.stop());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frame_that_is_never_completed_is_stopped() {
+    let config = Config { frame_timeout: Duration::from_millis(200), ..Config::default() };
+    let (server, _, address) = listener(config);
+    let connection = connect(&address, "macula").await.unwrap();
+    assert_eq!(stopped(&connection, frame(Publish, 1, 10).slice(..20)).await, Some(VarInt::from_u32(1)));
+    block_in_place(|| server.stop());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_large_frames_begun_at_once_do_not_fill_the_memory() {
+    let (server, inbox, address) = listener(Config::default());
+    let connection = connect(&address, "macula").await.unwrap();
+    let big = frame(Publish, 1, 8 << 20);
+    let mut streams = Vec::new();
+    // All but the last byte of each: quinn's flow control is all that the sender feels.
+    for _ in 0..20 {
+        let (mut send, receive) = connection.open_bi().await.unwrap();
+        let part = big.slice(..big.len() - 1);
+        streams.push((tokio::spawn(async move { send.write_chunk(part).await.map(|()| send) }), receive));
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let complete = streams.iter().filter(|(writer, _)| writer.is_finished()).count();
+    assert!(complete <= 4, "{complete} large frames gathered at once");
+    assert_eq!(inbox.len(), 0);
+    block_in_place(|| server.stop());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn chunks_and_frames_may_lie_anyhow_on_a_stream() {
+    let (server, inbox, address) = listener(Config::default());
+    let connection = connect(&address, "macula").await.unwrap();
+    let (mut send, _receive) = connection.open_bi().await.unwrap();
+    let bytes: Vec<u8> = (0..50).flat_map(|n| frame(Publish, n, 30)).collect();
+    for chunk in bytes.chunks(7) {
+        send.write_all(chunk).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    until("all arrive", || inbox.numbers() == (0..50).collect::<Vec<_>>());
+
+    let mut uni = connection.open_uni().await.unwrap();
+    uni.write_all(&frame(Publish, 50, 30)).await.unwrap();
+    until("the one on a unidirectional stream too", || inbox.len() == 51);
+    assert!(inbox.messages.lock().unwrap()[50].reply.is_none());
+    block_in_place(|| server.stop());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unknown_protocol_is_refused() {
+    let (server, _, address) = listener(Config::default());
+    let error = connect(&address, "h3").await.err().unwrap();
+    let quinn::ConnectionError::ConnectionClosed(close) = error else { panic!("{error}") };
+    assert_eq!(u64::from(close.error_code), 0x100 + 120, "no_application_protocol");
+    block_in_place(|| server.stop());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_are_limited() {
+    let (server, _, address) = listener(Config { max_streams: 10, ..Config::default() });
+    let connection = connect(&address, "macula").await.unwrap();
+    let mut open = Vec::new();
+    for _ in 0..10 {
+        open.push(connection.open_bi().await.unwrap());
+    }
+    assert!(tokio::time::timeout(Duration::from_millis(200), connection.open_bi()).await.is_err());
+    block_in_place(|| server.stop());
+}

@@ -1,0 +1,141 @@
+//! Requests, answers, deadlines and cancellation.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::net::UdpSocket;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{engine, frame, listener, message, number, request, send, until};
+use macula_peer::{
+    Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ReplyError, RequestError, SendError,
+    Unhandled,
+};
+use macula_peer_wire::MessageType::{Ping, Pong, Publish};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Answers every message with its own number, twice.
+struct Echo {
+    second_refused: AtomicBool,
+}
+
+impl Handler for Echo {
+    fn message(&self, message: Inbound) -> Result<(), Unhandled> {
+        let token = message.reply.expect("a request can be answered");
+        let answer = frame(Pong, number(&message.payload).unwrap(), 1 << 20);
+        assert_eq!(token.reply(answer.clone()), Ok(()));
+        let second = token.reply(answer) == Err(ReplyError::AlreadyReplied);
+        self.second_refused.store(second, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn event(&self, _: Event) {}
+}
+
+#[test]
+fn a_request_gets_its_answer_in_however_many_chunks() {
+    let server = engine(Config::default());
+    let echo = Arc::new(Echo { second_refused: AtomicBool::new(false) });
+    server.set_handler(Some(echo.clone()));
+    let endpoint = format!("127.0.0.1:{}", server.listen(Listen::default()).unwrap().port());
+    let client = engine(Config::default());
+    for n in 0..5 {
+        let answer = request(&client, &endpoint, message(Ping, n, 10 * SECOND)).unwrap();
+        assert_eq!((answer.type_id, number(&answer.payload)), (Pong.id(), Some(n)));
+        assert!(answer.payload.len() > 1 << 20);
+    }
+    assert!(echo.second_refused.load(Ordering::Relaxed));
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn without_an_answer_the_deadline_is_kept_and_nothing_is_held() {
+    let (server, inbox, endpoint) = listener(Config::default());
+    let client = engine(Config::default());
+    let begun = Instant::now();
+    assert_eq!(request(&client, &endpoint, message(Ping, 0, SECOND / 4)), Err(RequestError::Timeout));
+    assert!((SECOND / 4..SECOND).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    let peer = &client.stats().peers[0];
+    assert_eq!((peer.unacknowledged_bytes, peer.failed), (0, 1));
+    let token = inbox.messages.lock().unwrap().remove(0).reply.unwrap();
+    // The asker has stopped reading, which the listener learns with the next packet.
+    until("the token is void", || token.reply(frame(Pong, 0, 1)) != Ok(()));
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn a_closed_port_fails_fast_and_a_silent_one_at_the_deadline() {
+    let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let client = engine(Config::default());
+    let begun = Instant::now();
+    assert_eq!(send(&client, &closed, message(Ping, 0, 10 * SECOND)), Err(ConnectError::Unreachable.into()));
+    assert!(begun.elapsed() < SECOND);
+    let begun = Instant::now();
+    let silent = silent.local_addr().unwrap().to_string();
+    assert_eq!(send(&client, &silent, message(Ping, 0, SECOND / 2)), Err(ConnectError::TimedOut.into()));
+    assert!((SECOND / 2..SECOND).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert_eq!(send(&client, &silent, message(Ping, 0, Duration::ZERO)), Err(SendError::Timeout));
+    client.stop();
+}
+
+#[test]
+fn an_icmp_error_of_one_destination_does_not_hurt_another() {
+    let (server, inbox, endpoint) = listener(Config::default());
+    let client = engine(Config::default());
+    send(&client, &endpoint, message(Publish, 0, SECOND)).unwrap();
+    let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    for n in 1..=200 {
+        assert!(send(&client, &closed, message(Ping, n, SECOND)).is_err());
+        send(&client, &endpoint, message(Publish, n, SECOND)).unwrap();
+    }
+    until("all arrive", || inbox.len() == 201);
+    assert_eq!(client.stats().peers.iter().map(|peer| peer.dials).max(), Some(200));
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn a_cancelled_call_is_neither_answered_nor_sent() {
+    let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap();
+    let client = engine(Config::default());
+    let text = address.to_string();
+    let endpoint = EndpointRef::parse(&text).unwrap();
+    let answered = Arc::new(AtomicBool::new(false));
+    let note = answered.clone();
+    let call =
+        client.send(&endpoint, message(Publish, 1, 10 * SECOND), move |_| note.store(true, Ordering::Relaxed)).unwrap();
+    until("dialling", || client.stats().peers[0].dials == 1);
+    call.cancel();
+    until("let go", || client.stats().peers[0].unacknowledged_bytes == 0);
+    drop(silent);
+    let server = engine(Config { port: address.port(), ..Config::default() });
+    let inbox = Arc::new(common::Inbox::default());
+    server.set_handler(Some(inbox.clone()));
+    server.listen(Listen::default()).unwrap();
+    send(&client, &text, message(Publish, 2, 10 * SECOND)).unwrap();
+    until("the next one arrives", || inbox.len() == 1);
+    assert_eq!(inbox.numbers(), [2]);
+    assert!(!answered.load(Ordering::Relaxed));
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn a_name_is_looked_up_and_both_families_are_tried() {
+    let (server, inbox, endpoint) = listener(Config::default());
+    let port = endpoint.rsplit_once(':').unwrap().1;
+    let client: Engine = engine(Config::default());
+    send(&client, &format!("localhost:{port}"), message(Publish, 0, 5 * SECOND)).unwrap();
+    until("arrived", || inbox.len() == 1);
+    let nowhere = send(&client, "no-such-name.invalid:1", message(Publish, 0, 5 * SECOND));
+    assert_eq!(nowhere, Err(ConnectError::Unresolved.into()));
+    client.stop();
+    server.stop();
+}
