@@ -20,12 +20,12 @@ test: check test-rust test-erlang fuzz
 
 demo: compile
 	@mkdir -p _build/demo
-	@erlc -o _build/demo test/demo/macula_peer_demo.erl
+	@erlc -o _build/demo demo/macula_peer_demo.erl
 	@erl -noshell -pa $(EBIN) _build/demo -s macula_peer_demo main
 
 bench: compile testkit
 	@mkdir -p _build/bench
-	@erlc -o _build/bench test/bench/macula_peer_bench.erl
+	@erlc -o _build/bench bench/macula_peer_bench.erl
 	@erl -noshell -pa $(EBIN) _build/bench -s macula_peer_bench main $(BENCH_MESSAGES) $(BENCH_ROUNDS)
 
 check: setup nif

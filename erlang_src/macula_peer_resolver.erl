@@ -5,6 +5,8 @@
 
 -export([endpoint/2]).
 
+-export([ask/1]).
+
 %% How long a lookup may take when the call itself waits for ever.
 -define(LOOKUP_TIMEOUT, 5000).
 
@@ -37,7 +39,7 @@ found(_) ->
 %% Exits, exceptions and slowness stay in the process that asks.
 -spec contained(fun(() -> term()), timeout()) -> {ok, term()} | error.
 contained(Lookup, Timeout) ->
-    {Pid, Monitor} = spawn_monitor(fun() -> exit({?MODULE, Lookup()}) end),
+    {Pid, Monitor} = spawn_monitor(?MODULE, ask, [Lookup]),
     receive
         {'DOWN', Monitor, process, Pid, {?MODULE, Result}} -> {ok, Result};
         {'DOWN', Monitor, process, Pid, _Reason} -> error
@@ -46,3 +48,8 @@ contained(Lookup, Timeout) ->
         _ = erlang:demonitor(Monitor, [flush]),
         error
     end.
+
+%% @private
+-spec ask(fun(() -> term())) -> no_return().
+ask(Lookup) ->
+    exit({?MODULE, Lookup()}).
