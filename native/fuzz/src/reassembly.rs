@@ -7,10 +7,7 @@ use libfuzzer_sys::{Corpus, fuzz_target};
 use macula_peer_wire::{FrameError, HEADER_LEN, Header, Limits, RawFrame, Reassembler};
 
 /// Small enough for inputs to go beyond it.
-const LIMITS: Limits = Limits {
-    max_frame: 256,
-    max_depth: 64,
-};
+const LIMITS: Limits = Limits { max_frame: 256, max_depth: 64 };
 
 fuzz_target!(|input: &[u8]| -> Corpus {
     // The first bytes say how the rest is cut: a count, then that many lengths of pieces.
@@ -39,10 +36,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
 });
 
 fn chunks(mut stream: Bytes, lens: &[u8]) -> Vec<Bytes> {
-    let mut chunks: Vec<_> = lens
-        .iter()
-        .map(|&len| stream.split_to(stream.len().min(len.into())))
-        .collect();
+    let mut chunks: Vec<_> = lens.iter().map(|&len| stream.split_to(stream.len().min(len.into()))).collect();
     chunks.push(stream);
     chunks
 }
@@ -68,9 +62,6 @@ fn whole(mut stream: &[u8]) -> (Vec<RawFrame>, Result<(), FrameError>, usize) {
         };
         let payload = Bytes::copy_from_slice(payload);
         stream = &stream[HEADER_LEN + payload.len()..];
-        frames.push(RawFrame {
-            type_id: header.type_id,
-            payload,
-        });
+        frames.push(RawFrame { type_id: header.type_id, payload });
     }
 }

@@ -4,7 +4,7 @@
 //! `0x00`, payload length (`u32`, big-endian), then one MessagePack value, as a rule a map.
 //!
 //! - [`FrameWriter`] writes a frame while the caller walks its own terms.
-//! - [`decode`] and [`decode_payload`] read one, building the caller's own terms through [`Build`].
+//! - [`decode()`] and [`decode_payload`] read one, building the caller's own terms through [`Build`].
 //! - [`Reassembler`] cuts a byte stream into frames.
 //! - [`value`] is an owned tree for callers without terms of their own.
 //!
