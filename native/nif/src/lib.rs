@@ -14,7 +14,7 @@ mod inbound;
 mod options;
 mod stats;
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use macula_peer::{EndpointRef, Engine, Message};
@@ -35,6 +35,9 @@ const LIGHT_DECODE: usize = 64 << 10;
 
 /// A lock and not a once-cell, so that the engine can be stopped and started again.
 static ENGINE: RwLock<Option<Arc<Engine>>> = RwLock::new(None);
+
+/// Held while the engine is started or stopped.
+static LIFE: Mutex<()> = Mutex::new(());
 
 rustler::init!("macula_peer_nif", load = load);
 
@@ -59,12 +62,13 @@ fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
         Ok(config) => config,
         Err(invalid) => return error(env, &invalid),
     };
-    let mut engine = ENGINE.write().unwrap_or_else(PoisonError::into_inner);
-    if engine.is_some() {
+    // Starting takes milliseconds, in which the callers' lock stays free.
+    let _one_at_a_time = LIFE.lock().unwrap_or_else(PoisonError::into_inner);
+    if engine().is_some() {
         return (atoms::error(), atoms::already_started()).encode(env);
     }
     match Engine::start(config) {
-        Ok(started) => *engine = Some(Arc::new(started)),
+        Ok(started) => *ENGINE.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(started)),
         Err(failed) => return error(env, &failed),
     }
     atoms::ok().encode(env)
@@ -72,6 +76,7 @@ fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
 
 #[rustler::nif(schedule = "DirtyIo")]
 fn stop() -> Atom {
+    let _one_at_a_time = LIFE.lock().unwrap_or_else(PoisonError::into_inner);
     let engine = ENGINE.write().unwrap_or_else(PoisonError::into_inner).take();
     match engine {
         Some(engine) => {
@@ -276,7 +281,7 @@ fn listen<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
     }
 }
 
-#[rustler::nif]
+#[rustler::nif(schedule = "DirtyIo")]
 fn close() -> Atom {
     match engine() {
         Some(engine) => {
@@ -334,7 +339,7 @@ fn answer<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>, 
 
 // ---- insight ----
 
-#[rustler::nif]
+#[rustler::nif(schedule = "DirtyCpu")]
 fn stats(env: Env<'_>) -> Term<'_> {
     match engine() {
         Some(engine) => stats::term(env, &engine.stats()),

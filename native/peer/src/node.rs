@@ -22,6 +22,10 @@ use crate::peer::{self, Peer};
 use crate::socket::{Refusals, Socket};
 use crate::stats::{NodeCounters, Stats};
 
+/// Payloads from this size on are handed over on threads of their own: decoding 256 KiB of the smallest terms takes some
+/// milliseconds, in which a connection would not be driven.
+pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
+
 pub(crate) struct Node {
     pub(crate) config: Arc<Config>,
     pub(crate) quic: quinn::Endpoint,
@@ -92,14 +96,16 @@ impl Node {
             return Some(peer);
         }
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
-        if *self.stopping.borrow() {
+        if self.is_stopping() {
             return None;
         }
         if let Some(peer) = peers.get(endpoint) {
             return Some(peer.clone());
         }
         while peers.len() >= self.config.pool_size.max(1) {
-            let oldest = peers.values().min_by_key(|peer| peer.last_used()).map(|peer| peer.endpoint.clone());
+            // Addresses that nobody was reached at do not cost anybody a link.
+            let oldest = peers.values().min_by_key(|peer| (peer.is_linked(), peer.last_used()));
+            let oldest = oldest.map(|peer| peer.endpoint.clone());
             if let Some(evicted) = oldest.and_then(|endpoint| peers.remove(&endpoint)) {
                 self.counters.evictions.add(1);
                 evicted.retire();
@@ -156,22 +162,36 @@ impl Node {
     }
 
     /// Hands a frame to the handler.
-    pub(crate) fn deliver(&self, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
+    pub(crate) fn deliver(self: &Arc<Self>, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
         let Some(kind) = MessageType::from_id(frame.type_id) else {
             self.counters.malformed.add(1);
             return;
         };
-        let handled = match self.handler() {
-            Some(handler) => handler.message(inbound(kind, frame.payload)),
-            None => Err(Unhandled::NoHandler),
+        let Some(handler) = self.handler() else {
+            return self.not_handled(&Unhandled::NoHandler);
         };
-        match handled {
-            Ok(()) => {}
-            Err(Unhandled::Malformed(error)) => {
-                self.counters.malformed.add(1);
-                tracing::debug!(kind = kind.name(), %error, "payload not read");
+        let message = inbound(kind, frame.payload);
+        if message.payload.len() < LARGE_PAYLOAD {
+            if let Err(why) = handler.message(message) {
+                self.not_handled(&why);
             }
-            Err(Unhandled::NoHandler) => {
+            return;
+        }
+        let node = self.clone();
+        self.runtime.spawn_blocking(move || {
+            if let Err(why) = handler.message(message) {
+                node.not_handled(&why);
+            }
+        });
+    }
+
+    fn not_handled(&self, why: &Unhandled) {
+        match why {
+            Unhandled::Malformed(error) => {
+                self.counters.malformed.add(1);
+                tracing::debug!(%error, "payload not read");
+            }
+            Unhandled::NoHandler => {
                 if self.counters.unhandled.add(1) == 0 {
                     tracing::warn!("messages arrive and nobody handles them");
                 }
@@ -201,6 +221,10 @@ impl Node {
 
     pub(crate) fn instant(&self, clock: u64) -> Instant {
         self.started + Duration::from_millis(clock)
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
     }
 
     pub(crate) fn stopping(&self) -> watch::Receiver<bool> {

@@ -51,7 +51,7 @@ const REDIAL_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a message without a deadline is owed after its link died.
 const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
-/// How long an evicted peer or a stopping engine waits for what is on its way.
+/// How long a stopping engine waits for what is on its way.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) struct Peer {
@@ -807,9 +807,13 @@ impl Task {
 
     /// Whether the task has nothing more to do, for good.
     fn is_done(&mut self, now: Instant) -> bool {
-        if lock(&self.peer.state).retired {
+        if self.node().is_stopping() {
             let until = *self.drain_until.get_or_insert(now + DRAIN_TIMEOUT);
             return self.is_quiet() || now >= until;
+        }
+        // Evicted, it keeps the deadlines of what it has.
+        if lock(&self.peer.state).retired {
+            return self.is_quiet();
         }
         let idle = self.node().config.idle_timeout;
         if self.is_quiet() && now >= self.node().instant(self.peer.last_used()) + idle {

@@ -10,6 +10,7 @@ use crate::call::Call;
 use crate::error::RequestError;
 use crate::link::{Link, is_acknowledged};
 use crate::message::Message;
+use crate::node::LARGE_PAYLOAD;
 use crate::peer::{DOUBT_AFTER, deadline};
 
 /// How a request ended. The first two have answered the caller.
@@ -43,7 +44,11 @@ pub(crate) async fn run(link: Arc<Link>, call: Arc<Call<Result<RawFrame, Request
     };
     let error = match outcome {
         Ok(frame) => {
-            call.answer(Ok(frame));
+            if frame.payload.len() < LARGE_PAYLOAD {
+                call.answer(Ok(frame));
+            } else {
+                tokio::task::spawn_blocking(move || call.answer(Ok(frame)));
+            }
             return End::Answered;
         }
         Err(Failure::Unsent) => return End::Unsent,
