@@ -3,4 +3,6 @@
 
 pub(crate) mod lanes;
 pub(crate) mod retry;
+#[cfg(test)]
+mod simulation;
 pub(crate) mod witness;
