@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use macula_peer_wire::RawFrame;
 use quinn::{ConnectionError, RecvStream, SendStream};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
@@ -71,7 +72,7 @@ struct State {
     /// The link that callers write to: live and not in doubt.
     link: Option<Arc<Link>>,
     queue: VecDeque<Job>,
-    partials: Vec<(Job, Partial)>,
+    partials: Vec<(Arc<Link>, Job, Partial)>,
     /// When the queue is to be looked through for deadlines.
     expiry: Option<Instant>,
     cancelled: bool,
@@ -164,7 +165,7 @@ impl Peer {
             Written::Partial(partial) => {
                 self.held.fetch_sub(size, Ordering::Relaxed);
                 let job = Job::accepted(None, partial.message.deadline);
-                lock(&self.state).partials.push((job, partial));
+                lock(&self.state).partials.push((link, job, partial));
                 self.wake.notify_one();
                 Ok(())
             }
@@ -338,10 +339,12 @@ struct Task {
     answers_until: Option<Instant>,
     writers: JoinSet<WriteOutcome>,
     requests: JoinSet<RequestOutcome>,
+    refusals: broadcast::Receiver<SocketAddr>,
     drain_until: Option<Instant>,
 }
 
 struct WriteOutcome {
+    link: Arc<Link>,
     job: Job,
     message: Message,
     result: Result<(SendStream, RecvStream), WriteFailure>,
@@ -362,6 +365,7 @@ struct RequestOutcome {
 /// Looks after the peer until it leaves the pool.
 pub(crate) async fn run(peer: Arc<Peer>) {
     let now = Instant::now();
+    let refusals = peer.node.refusals.subscribe();
     let task = Task {
         peer,
         dial: None,
@@ -376,6 +380,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         answers_until: None,
         writers: JoinSet::new(),
         requests: JoinSet::new(),
+        refusals,
         drain_until: None,
     };
     task.run().await;
@@ -384,7 +389,6 @@ pub(crate) async fn run(peer: Arc<Peer>) {
 impl Task {
     async fn run(mut self) {
         let peer = self.peer.clone();
-        let mut refusals = peer.node.refusals.subscribe();
         let mut stopping = peer.node.stopping();
         loop {
             let now = Instant::now();
@@ -403,7 +407,7 @@ impl Task {
                 frames = answers(link.as_deref()) => self.answers_came(frames),
                 Some(Ok(outcome)) = self.writers.join_next() => self.write_ended(outcome),
                 Some(Ok(outcome)) = self.requests.join_next() => self.request_ended(outcome),
-                () = unreachable(&mut refusals, remote) => self.doubt(),
+                () = unreachable(&mut self.refusals, remote) => self.doubt(),
                 () = doubted(link.as_deref()) => self.doubt(),
                 _ = stopping.changed() => peer.retire(),
                 () = sleep_until(next.into()) => {}
@@ -433,7 +437,8 @@ impl Task {
         let mut next = idle.max(now + SWEEP_EVERY);
         let unproven = self.in_doubt || (self.link.is_some() && self.peer.held.load(Ordering::Relaxed) > 0);
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
-        let redial = self.dial.is_none().then_some(self.redial_at).flatten();
+        // Past, it waits for somebody to want the peer.
+        let redial = self.redial_at.filter(|&at| at > now);
         let times = [state.expiry, sweep, redial, self.answers_until, self.drain_until];
         for time in times.into_iter().flatten() {
             next = next.min(time);
@@ -482,9 +487,9 @@ impl Task {
 
     fn start_partials(&mut self) {
         let partials = std::mem::take(&mut lock(&self.peer.state).partials);
-        for (job, partial) in partials {
+        for (link, job, partial) in partials {
             self.hold(partial.message.frame.len());
-            self.writers.spawn(write_rest(job, partial));
+            self.writers.spawn(write_rest(link, job, partial));
         }
     }
 
@@ -508,12 +513,9 @@ impl Task {
                 continue;
             }
             match link.write(message, Instant::now()) {
-                Written::Done { .. } => {
-                    self.oldest = self.oldest.or(Some(Instant::now()));
-                    self.sent(job);
-                }
+                Written::Done { .. } => self.sent(job),
                 Written::Partial(partial) => {
-                    self.writers.spawn(write_rest(job, partial));
+                    self.writers.spawn(write_rest(link.clone(), job, partial));
                 }
                 Written::NoCredit(message) => {
                     job.message = Some(message);
@@ -561,11 +563,11 @@ impl Task {
 
     /// The peer may be gone: callers wait until it is heard of again, on this link or a new one.
     fn doubt(&mut self) {
-        if self.link.is_some() && !self.in_doubt {
-            tracing::debug!(peer = %self.peer.endpoint, "silent, trying a new link");
-            self.in_doubt = true;
-            lock(&self.peer.state).link = None;
-        }
+        let Some(link) = self.link.as_ref().filter(|_| !self.in_doubt) else { return };
+        tracing::debug!(peer = %self.peer.endpoint, "silent, trying a new link");
+        self.in_doubt = true;
+        self.heard = (link.heard(), Instant::now());
+        lock(&self.peer.state).link = None;
     }
 
     fn trust_again(&mut self) {
@@ -606,6 +608,8 @@ impl Task {
         self.node().counted_unverified();
         self.retire_link();
         self.redial.reset();
+        // What was refused before says nothing about this link.
+        self.refusals = self.node().refusals.subscribe();
         self.heard = (0, Instant::now());
         self.answers_until = None;
         self.peer.touch(Instant::now());
@@ -709,20 +713,13 @@ impl Task {
     }
 
     fn write_ended(&mut self, outcome: WriteOutcome) {
-        let WriteOutcome { mut job, message, result } = outcome;
+        let WriteOutcome { link, mut job, message, result } = outcome;
         let size = message.frame.len();
         match result {
-            Ok((send, receive)) => {
-                if let Some(link) = &self.link {
-                    if let Written::Lost(message) = link.written(message, send, receive) {
-                        return self.write_lost(job, message);
-                    }
-                    self.oldest = self.oldest.or(Some(Instant::now()));
-                    self.sent(job);
-                } else {
-                    self.write_lost(job, message);
-                }
-            }
+            Ok((send, receive)) => match link.written(message, send, receive) {
+                Written::Lost(message) => self.write_lost(job, message),
+                _ => self.sent(job),
+            },
             Err(WriteFailure::Lost) => self.write_lost(job, message),
             Err(WriteFailure::Cancelled) => self.let_go(size),
             Err(failure) => {
@@ -894,10 +891,7 @@ async fn answers(link: Option<&Link>) -> Vec<RawFrame> {
     .await
 }
 
-async fn unreachable(
-    refusals: &mut tokio::sync::broadcast::Receiver<std::net::SocketAddr>,
-    remote: Option<std::net::SocketAddr>,
-) {
+async fn unreachable(refusals: &mut broadcast::Receiver<SocketAddr>, remote: Option<SocketAddr>) {
     match remote {
         Some(remote) => refused(refusals, remote).await,
         None => std::future::pending().await,
@@ -905,7 +899,7 @@ async fn unreachable(
 }
 
 /// Writes the rest of a frame that a stream took only a part of.
-async fn write_rest(job: Job, partial: Partial) -> WriteOutcome {
+async fn write_rest(link: Arc<Link>, job: Job, partial: Partial) -> WriteOutcome {
     let Partial { message, mut send, receive, rest } = partial;
     let result = tokio::select! {
         written = send.write_chunk(rest) => match written {
@@ -920,7 +914,7 @@ async fn write_rest(job: Job, partial: Partial) -> WriteOutcome {
         // A dropped stream would be finished, and the part taken for the whole.
         let _ = send.reset(0u8.into());
     }
-    WriteOutcome { job, message, result: result.map(|()| (send, receive)) }
+    WriteOutcome { link, job, message, result: result.map(|()| (send, receive)) }
 }
 
 async fn cancelled(who: &Who) {

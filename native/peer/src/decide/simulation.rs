@@ -151,7 +151,7 @@ impl Path {
         self.arrived.extend(&self.contents[&packet]);
         self.to_acknowledge.push(packet);
         // At once for every second packet, else after the longest delay (RFC 9000, section 13.2).
-        let pause = if self.to_acknowledge.len() % 2 == 0 { 0 } else { self.random.u64(0..ACK_DELAY) };
+        let pause = if self.to_acknowledge.len().is_multiple_of(2) { 0 } else { self.random.u64(0..ACK_DELAY) };
         self.at(self.now + pause, Event::Acknowledge);
     }
 
