@@ -107,5 +107,6 @@ pub(crate) fn address(env: Env<'_>, address: SocketAddr) -> Term<'_> {
 
 /// A map of fields whose names differ.
 pub(crate) fn map<'a>(env: Env<'a>, fields: &[(Atom, Term<'a>)]) -> Term<'a> {
-    fields.iter().fold(Term::map_new(env), |map, (name, value)| map.map_put(*name, *value).unwrap_or(map))
+    let (names, values): (Vec<_>, Vec<_>) = fields.iter().map(|(name, value)| (name.to_term(env), *value)).unzip();
+    Term::map_from_term_arrays(env, &names, &values).unwrap_or_else(|_| Term::map_new(env))
 }

@@ -35,9 +35,10 @@ pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
 }
 
 fn peer<'a>(env: Env<'a>, stats: &PeerStats) -> Term<'a> {
+    let path = if stats.link.is_some() { atoms::direct() } else { atoms::none() };
     let mut fields = vec![
         (atoms::endpoint(), binary(env, &stats.endpoint.to_string())),
-        (atoms::path(), atoms::none().encode(env)),
+        (atoms::path(), path.encode(env)),
         (atoms::sent(), stats.sent.encode(env)),
         (atoms::acknowledged(), stats.acknowledged.encode(env)),
         (atoms::received(), stats.received.encode(env)),
@@ -46,7 +47,6 @@ fn peer<'a>(env: Env<'a>, stats: &PeerStats) -> Term<'a> {
         (atoms::unacknowledged_bytes(), stats.unacknowledged_bytes.encode(env)),
     ];
     if let Some(live) = &stats.link {
-        fields.push((atoms::path(), atoms::direct().encode(env)));
         fields.extend(link(env, live));
     }
     map(env, &fields)
