@@ -63,7 +63,7 @@ version() ->
     _ = application:load(?APP),
     case application:get_key(?APP, vsn) of
         {ok, Vsn} -> Vsn;
-        undefined -> "0.1.0"
+        undefined -> ""
     end.
 
 -spec start(map()) -> ok | {error, term()}.

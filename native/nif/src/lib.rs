@@ -41,9 +41,11 @@ static LIFE: Mutex<()> = Mutex::new(());
 
 rustler::init!("macula_peer_nif", load = load);
 
-/// The library belongs to the application of the same version; another one is stale.
+/// The library belongs to the application of the same version; another one is stale. The version is empty where the
+/// application's file is not in the code path.
 fn load(env: Env<'_>, version: Term<'_>) -> bool {
-    options::text(version).as_deref() == Some(env!("CARGO_PKG_VERSION")) && atoms::load(env)
+    let fits = |version: String| version.is_empty() || version == env!("CARGO_PKG_VERSION");
+    options::text(version).is_some_and(fits) && atoms::load(env)
 }
 
 fn engine() -> Option<Arc<Engine>> {
