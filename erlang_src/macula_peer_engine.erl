@@ -2,7 +2,7 @@
 %% @doc The life of the engine, which runs in the native library and not in a process.
 %%
 %% Under the application's supervisor this process starts it and stops it. Without the application the first call starts
-%% it, with the same settings from the application environment.
+%% it, with the same settings from the application environment. What the engine warns of is logged by this process.
 -module(macula_peer_engine).
 
 -behaviour(gen_server).
@@ -15,6 +15,7 @@
 -export([init/1]).
 -export([handle_call/3]).
 -export([handle_cast/2]).
+-export([handle_info/2]).
 -export([terminate/2]).
 
 -define(APP, macula_peer_connector).
@@ -76,6 +77,7 @@ set_default_handler() ->
 -spec init([]) -> {ok, []} | {stop, term()}.
 init([]) ->
     _ = process_flag(trap_exit, true),
+    _ = macula_peer_nif:set_logger(self()),
     case ensure_started() of
         ok -> {ok, []};
         {error, Reason} -> {stop, Reason}
@@ -87,6 +89,13 @@ handle_call(_Request, _From, State) ->
 
 -spec handle_cast(term(), []) -> {noreply, []}.
 handle_cast(_Request, State) ->
+    {noreply, State}.
+
+-spec handle_info(term(), []) -> {noreply, []}.
+handle_info({macula_peer_log, Text}, State) ->
+    logger:warning("macula_peer_connector: ~ts", [Text]),
+    {noreply, State};
+handle_info(_Info, State) ->
     {noreply, State}.
 
 -spec terminate(term(), []) -> ok.

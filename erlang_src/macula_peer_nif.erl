@@ -12,6 +12,7 @@
 -export([close/0]).
 -export([local_address/0]).
 -export([set_handler/1]).
+-export([set_logger/1]).
 -export([reply/3]).
 -export([reply_dirty/3]).
 -export([stats/0]).
@@ -95,6 +96,9 @@ local_address() -> not_loaded().
 
 -spec set_handler(pid() | undefined) -> ok | not_started | not_loaded().
 set_handler(_Handler) -> not_loaded().
+
+-spec set_logger(pid()) -> ok | not_loaded().
+set_logger(_Logger) -> not_loaded().
 
 -spec reply(term(), term(), term()) -> ok | dirty | {error, term()}.
 reply(_Token, _Type, _Msg) -> not_loaded().

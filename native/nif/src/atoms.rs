@@ -22,7 +22,7 @@ rustler::atoms! {
     already_listening, listen_failed, eaddrinuse, eacces, eaddrnotavail, bad_certificate, start_failed,
     already_replied, gone, invalid_token, invalid_option,
 
-    macula_peer_message, macula_peer_event, type_ = "type", message, from, dialect, reply_to,
+    macula_peer_message, macula_peer_event, macula_peer_log, type_ = "type", message, from, dialect, reply_to,
     macula, macula_peer_1 = "macula-peer/1",
     event, undelivered, peer, count, reason, expired, rejected, stopped,
 

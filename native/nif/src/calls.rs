@@ -9,6 +9,11 @@ use rustler::{Encoder, Env, LocalPid, Monitor, OwnedEnv, Resource, ResourceArc, 
 /// The name of the runtime's threads. Messages may be sent from them, but not in the same way from a scheduler.
 const RUNTIME_THREAD: &str = "macula_peer";
 
+/// Whether this is a thread of the runtime, and no scheduler.
+pub(crate) fn on_runtime_thread() -> bool {
+    std::thread::current().name() == Some(RUNTIME_THREAD)
+}
+
 /// Where one answer goes: `{Tag, Answer}` to the process that called.
 pub(crate) struct Caller {
     pid: LocalPid,
@@ -29,7 +34,7 @@ impl Caller {
 
     /// Sends the answer that `answer` builds.
     pub(crate) fn answer(self, answer: impl for<'a> FnOnce(Env<'a>) -> Term<'a> + Send + 'static) {
-        if std::thread::current().name() == Some(RUNTIME_THREAD) {
+        if on_runtime_thread() {
             return self.send(answer);
         }
         // Answered while the call was being made, or while the engine stops: this may be a scheduler.

@@ -11,6 +11,7 @@ mod decode;
 mod encode;
 mod errors;
 mod inbound;
+mod log;
 mod options;
 mod stats;
 
@@ -44,6 +45,7 @@ rustler::init!("macula_peer_nif", load = load);
 /// The library belongs to the application of the same version; another one is stale. The version is empty where the
 /// application's file is not in the code path.
 fn load(env: Env<'_>, version: Term<'_>) -> bool {
+    log::install();
     let fits = |version: String| version.is_empty() || version == env!("CARGO_PKG_VERSION");
     options::text(version).is_some_and(fits) && atoms::load(env)
 }
@@ -311,6 +313,12 @@ fn set_handler(handler: Term<'_>) -> Atom {
         Ok(pid) => engine.set_handler(Some(Arc::new(Process { pid, limits }))),
         Err(_) => engine.set_handler(None),
     }
+    atoms::ok()
+}
+
+#[rustler::nif]
+fn set_logger(logger: LocalPid) -> Atom {
+    log::set_logger(logger);
     atoms::ok()
 }
 
