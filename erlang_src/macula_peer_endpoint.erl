@@ -91,7 +91,7 @@ set_handler(Other) ->
 
 %% @doc Answers a message, once, on the stream that it came on.
 %%
-%% Errors: `already_replied', `gone' (who asked is gone), `invalid_token', and those of {@link macula_peer_wire:encode/2},
+%% Errors: `already_replied', `gone' (the connection is gone), `invalid_token', and those of {@link macula_peer_wire:encode/2},
 %% after which the token is still good.
 -spec reply(reply_token() | none, macula_peer_wire:type(), map()) -> ok | {error, term()}.
 reply(Token, Type, Msg) ->

@@ -35,7 +35,7 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
     let (mut certificate, mut key) = (None, None);
     each(options, |name, value| {
         match name {
-            name if name == atoms::port() => listen.port = Some(value.decode().ok()?),
+            name if name == atoms::port() => listen.port = Some(port(value)?),
             name if name == atoms::ip() => listen.ip = Some(ip(value)?),
             name if name == atoms::certfile() => certificate = Some(path(value)?),
             name if name == atoms::keyfile() => key = Some(path(value)?),
@@ -68,7 +68,7 @@ fn each<'a>(options: Term<'a>, mut set: impl FnMut(Atom, Term<'a>) -> Option<()>
 fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
     match key {
         key if key == atoms::ip() => config.ip = Some(ip(value)?),
-        key if key == atoms::port() => config.port = value.decode().ok()?,
+        key if key == atoms::port() => config.port = port(value)?,
         key if key == atoms::max_frame_size() => config.limits.max_frame = positive(value)?,
         key if key == atoms::max_nesting() => config.limits.max_depth = positive(value)?,
         key if key == atoms::pool_size() => config.pool_size = positive(value)?,
@@ -102,13 +102,22 @@ fn time(value: Term<'_>) -> Option<Duration> {
     value.decode::<u64>().ok().filter(|ms| (1..=86_400_000).contains(ms)).map(Duration::from_millis)
 }
 
+fn port(value: Term<'_>) -> Option<u16> {
+    narrow(value)
+}
+
+/// rustler's own decoders of `u8` and `u16` cut off what is too large for them.
+fn narrow<T: TryFrom<u32>>(value: Term<'_>) -> Option<T> {
+    T::try_from(value.decode::<u32>().ok()?).ok()
+}
+
 /// `inet:ip_address()`.
 fn ip(value: Term<'_>) -> Option<IpAddr> {
-    if let Ok((a, b, c, d)) = value.decode::<(u8, u8, u8, u8)>() {
-        return Some([a, b, c, d].into());
-    }
     let parts = rustler::types::tuple::get_tuple(value).ok()?;
-    let parts: Vec<u16> = parts.into_iter().map(|part| part.decode().ok()).collect::<Option<_>>()?;
+    if let [a, b, c, d] = parts[..] {
+        return Some([narrow(a)?, narrow(b)?, narrow(c)?, narrow(d)?].into());
+    }
+    let parts: Vec<u16> = parts.into_iter().map(narrow).collect::<Option<_>>()?;
     <[u16; 8]>::try_from(parts).ok().map(IpAddr::from)
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
-use quinn::{Connection, RecvStream, SendStream};
+use quinn::{Connection, RecvStream, SendStream, StreamId};
 use tokio::sync::Notify;
 
 use crate::decide::lanes::{Choice, Lanes};
@@ -26,6 +26,13 @@ const MAX_ANSWERS: usize = 48;
 
 /// A stream that is finished and still not acknowledged after this long is asked whether the peer stopped it.
 const ASK_AFTER: Duration = Duration::from_secs(1);
+
+/// A lane whose last message is not proven to have arrived after this long, and a round trip, is finished: the end of a
+/// stream is acknowledged by itself. Nothing may have left since that would have told; well before the link is doubted.
+const LANE_PATIENCE: Duration = Duration::from_millis(150);
+
+/// Frames from this size on leave behind all smaller ones. A 0.14.3 gateway reads none larger than this.
+const LARGE_FRAME: usize = 64 << 10;
 
 /// Messages looked at in one go of a sweep, so that the callers are not kept from the lock.
 const SWEEP_BATCH: usize = 256;
@@ -51,11 +58,16 @@ struct Out {
     spare: Option<(SendStream, RecvStream)>,
 }
 
-/// A stream that is kept for lone messages, and when it took the last one.
+/// A stream that is kept for lone messages.
 #[derive(Clone)]
 struct Lane {
     send: Arc<Mutex<SendStream>>,
+    stream: StreamId,
+    /// Taken after the last message was written. If a packet had left by then, it may have carried the message or not;
+    /// the proof needs one that leaves later.
     mark: Mark,
+    /// Until when an answer to what it carried is listened for.
+    answer_until: Option<Instant>,
 }
 
 struct Unacknowledged {
@@ -166,7 +178,13 @@ impl Link {
                     swept.acknowledged_bytes += entry.message.frame.len();
                     return false;
                 }
-                if now.saturating_duration_since(entry.written) > ASK_AFTER && is_stopped(&entry.proof) {
+                let age = now.saturating_duration_since(entry.written);
+                if let Proof::Lane(lane) = &entry.proof
+                    && age > LANE_PATIENCE + round_trip
+                {
+                    drop(self.out().end_lane(lane.stream));
+                }
+                if age > ASK_AFTER && is_stopped(&entry.proof) {
                     swept.rejected.push(entry.message.clone());
                     return false;
                 }
@@ -233,6 +251,10 @@ impl Link {
             Some(Err(_)) => return Written::Lost(message),
             None => return Written::NoCredit(message),
         };
+        if message.frame.len() >= LARGE_FRAME {
+            // Only a closed stream has no priority, and that the write will find out.
+            let _ = send.set_priority(-1);
+        }
         match write_now(&mut send, &message.frame) {
             Write::All => self.finish(message, send, receive, now),
             Write::Part(rest) => Written::Partial(Partial { message, send, receive, rest }),
@@ -247,17 +269,14 @@ impl Link {
             Some(Err(_)) => return Written::Lost(message),
             None => return Written::NoCredit(message),
         };
-        let mark = self.mark();
         match write_now(&mut send, &message.frame) {
             Write::All => {}
             Write::Part(rest) => return Written::Partial(Partial { message, send, receive, rest }),
             Write::Failed => return Written::Lost(message),
         }
-        if self.mark() != mark {
-            drop(out);
-            return self.finish(message, send, receive, now);
-        }
-        let lane = Lane { send: Arc::new(Mutex::new(send)), mark };
+        let mark = self.mark();
+        let answer_until = message.kind.is_answered().then(|| now + self.answer_timeout);
+        let lane = Lane { stream: send.id(), send: Arc::new(Mutex::new(send)), mark, answer_until };
         out.lanes.opened(lane.clone(), now);
         out.answers.push_back(Answer { stream: receive, frames: self.reassembler(), until: None });
         out.remember(message, Proof::Lane(lane), now);
@@ -265,24 +284,21 @@ impl Link {
     }
 
     fn write_lane(&self, mut out: MutexGuard<'_, Out>, index: usize, message: Message, now: Instant) -> Written {
-        let mark = self.mark();
         let lane = out.lanes.take(index, now);
-        lane.mark = mark;
-        let lane = lane.clone();
-        let write = write_now(&mut lock(&lane.send), &message.frame);
-        if !matches!(write, Write::All) {
+        if !matches!(write_now(&mut lock(&lane.send), &message.frame), Write::All) {
             // The peer stopped the lane, or allows it no more bytes. Of a frame that was begun there a gateway makes
             // nothing; it goes out whole on a stream of its own.
-            drop(out.lanes.remove(index));
+            let stream = lane.stream;
+            drop(out.end_lane(stream));
             drop(out);
             return self.write_once(message, now);
         }
-        if self.mark() != mark {
-            // A packet left meanwhile, with the frame or without it. Finished, the lane itself will tell.
-            drop(out.lanes.remove(index));
-            let _ = lock(&lane.send).finish();
+        lane.mark = self.mark();
+        if message.kind.is_answered() {
+            lane.answer_until = Some(now + self.answer_timeout);
         }
-        let wake = out.remember(message, Proof::Lane(lane), now);
+        let proof = Proof::Lane(lane.clone());
+        let wake = out.remember(message, proof, now);
         Written::Done { wake }
     }
 
@@ -296,15 +312,9 @@ impl Link {
         }
         let mut wake = false;
         let unread = if message.kind.is_answered() {
-            let mut evicted = None;
-            if out.answers.iter().filter(|answer| answer.until.is_some()).count() >= MAX_ANSWERS {
-                let oldest = out.answers.iter().position(|answer| answer.until.is_some());
-                evicted = oldest.and_then(|index| out.answers.remove(index));
-            }
-            let until = Some(now + self.answer_timeout);
-            out.answers.push_back(Answer { stream: receive, frames: self.reassembler(), until });
             wake = true;
-            evicted.map(|answer| answer.stream)
+            let until = Some(now + self.answer_timeout);
+            out.listen(Answer { stream: receive, frames: self.reassembler(), until }).map(|answer| answer.stream)
         } else {
             Some(receive)
         };
@@ -337,6 +347,28 @@ impl Link {
 }
 
 impl Out {
+    /// Finishes a lane. Its receive half, which holds the stream's credit, is let go or listens for what answers may
+    /// still come; what is returned is to be dropped without the lock.
+    fn end_lane(&mut self, stream: StreamId) -> Option<Answer> {
+        let lane = self.lanes.remove(|lane| lane.stream == stream)?;
+        // Stopped by the peer is as good as finished.
+        let _ = lock(&lane.send).finish();
+        let index = self.answers.iter().position(|answer| answer.stream.id() == stream)?;
+        let mut answer = self.answers.remove(index)?;
+        answer.until = Some(lane.answer_until?);
+        self.listen(answer)
+    }
+
+    /// Listens for an answer for a time; the oldest one gives way.
+    fn listen(&mut self, answer: Answer) -> Option<Answer> {
+        self.answers.push_back(answer);
+        if self.answers.iter().filter(|answer| answer.until.is_some()).count() <= MAX_ANSWERS {
+            return None;
+        }
+        let oldest = self.answers.iter().position(|answer| answer.until.is_some());
+        oldest.and_then(|index| self.answers.remove(index))
+    }
+
     /// Keeps a message until it is acknowledged. Returns whether it is the only one.
     fn remember(&mut self, message: Message, proof: Proof, written: Instant) -> bool {
         self.unacknowledged.push_back(Unacknowledged { message, written, proof });

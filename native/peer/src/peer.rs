@@ -8,7 +8,7 @@ use std::future::{Future, poll_fn};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -97,14 +97,17 @@ enum Who {
 
 /// A call that waits; dropping this does nothing, [`Waiting::cancel`] gives it up.
 pub struct Waiting {
-    call: Arc<dyn Cancel>,
+    /// Weak: the call's way back may hold this very value.
+    call: Weak<dyn Cancel>,
     peer: Option<Arc<Peer>>,
 }
 
 impl Waiting {
     /// Gives the call up: nothing is answered any more, and what was not sent is not sent.
     pub fn cancel(&self) {
-        self.call.cancel();
+        if let Some(call) = self.call.upgrade() {
+            call.cancel();
+        }
         if let Some(peer) = &self.peer {
             lock(&peer.state).cancelled = true;
             peer.wake.notify_one();
@@ -250,10 +253,10 @@ impl Peer {
             drop(state);
             self.counters.failed.add(1);
             overloaded();
-            return Ok(Waiting { call, peer: None });
+            return Ok(Waiting { call: Arc::downgrade(&call), peer: None });
         }
         self.push(&mut state, Job { message: Some(message), deadline, since: Instant::now(), who });
-        Ok(Waiting { call, peer: Some(self.clone()) })
+        Ok(Waiting { call: Arc::downgrade(&call), peer: Some(self.clone()) })
     }
 
     /// Takes a message for a live link that has no stream to spare just now.

@@ -86,9 +86,10 @@ impl<S> Lanes<S> {
         self.lanes.push(Lane { stream, written: now });
     }
 
-    /// The lane's stream is of no more use.
-    pub(crate) fn remove(&mut self, index: usize) -> S {
-        self.lanes.swap_remove(index).stream
+    /// Takes a lane out of use.
+    pub(crate) fn remove(&mut self, is_it: impl Fn(&S) -> bool) -> Option<S> {
+        let index = self.lanes.iter().position(|lane| is_it(&lane.stream))?;
+        Some(self.lanes.swap_remove(index).stream)
     }
 }
 
