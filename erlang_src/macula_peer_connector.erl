@@ -79,6 +79,8 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 send_message_nat_aware(_LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
     Timeout = maps:get(timeout, Opts, ?NAT_TIMEOUT),
     case macula_peer_wire:encode(Type, Msg) of
+        {ok, _Frame} when Timeout =/= infinity, not (is_integer(Timeout) andalso Timeout >= 0) ->
+            {error, {invalid_timeout, Timeout}};
         {ok, _Frame} ->
             Send = fun(Endpoint, Left) -> send_message(Endpoint, Type, Msg, Left) end,
             macula_peer_path:first(TargetNodeId, Opts, Timeout, Send);

@@ -59,9 +59,9 @@ running(Call) ->
 %% @doc Stops the engine, if it runs; what is on its way has a second to arrive.
 -spec stop() -> ok.
 stop() ->
-    ok = macula_peer_handler:stop(),
     _ = macula_peer_nif:stop(),
-    ok.
+    %% Afterwards: it is told of what the stop left behind.
+    ok = macula_peer_handler:stop().
 
 -spec settings() -> map().
 settings() ->

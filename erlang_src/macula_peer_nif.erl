@@ -32,14 +32,17 @@
 %% The library is missing or does not fit; the text says what to do.
 -type ip_port() :: {inet:ip_address(), inet:port_number()}.
 
-%% Loading never fails: a node whose library is missing keeps running, and every call says what is wrong.
--spec init() -> ok.
+%% A node whose library is missing keeps running, and every call says what is wrong. Only where the module runs already
+%% with its library does loading fail: libraries are not replaced, and the running module stays.
+-spec init() -> ok | {error, term()}.
 init() ->
     Library = library(),
     case erlang:load_nif(Library, version()) of
         ok ->
             _ = persistent_term:erase(?LOAD_ERROR),
             ok;
+        {error, {upgrade, _}} = Error ->
+            Error;
         {error, {Reason, Text}} ->
             Message = io_lib:format(
                 "the native library ~ts.so was not loaded (~p: ~ts). Build it on this machine, with "

@@ -55,7 +55,12 @@ relay(_Opts) -> bootstrap_peer(os:getenv("MACULA_BOOTSTRAP_PEERS", "")).
 
 -spec host_port(term(), term()) -> binary() | undefined.
 host_port(Host, Port) when is_integer(Port), is_binary(Host) orelse is_list(Host) ->
-    iolist_to_binary([Host, $:, integer_to_list(Port)]);
+    try unicode:characters_to_binary([Host, $:, integer_to_list(Port)]) of
+        Text when is_binary(Text) -> Text;
+        _ -> undefined
+    catch
+        error:badarg -> undefined
+    end;
 host_port(_Host, _Port) ->
     %% Refused by the endpoint parser, with its own term.
     undefined.

@@ -14,7 +14,7 @@ use macula_peer_wire::Reassembler;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
@@ -47,6 +47,13 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// How long an answer may take to be written to a sender that does not read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How often a connection on which nothing begins is looked through for streams whose answer nobody wants any more: a
+/// sender without credit begins nothing.
+const RELEASE_EVERY: Duration = Duration::from_millis(20);
+
+/// More than a sender of this library listens on: some of them must be given up.
+const MANY_ANSWERABLE: usize = 128;
 
 /// Streams begun in one turn of a connection's loop.
 const ACCEPT_BATCH: usize = 64;
@@ -123,6 +130,8 @@ async fn serve(node: Arc<Node>, incoming: Incoming) {
     });
     let _entry = Entry::new(node.clone(), accepted.clone());
     let (replies, mut replied) = mpsc::unbounded_channel();
+    let mut release = tokio::time::interval(RELEASE_EVERY);
+    release.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut serving =
         Serving { node, accepted, streams: JoinSet::new(), answerable: VecDeque::new(), next: 0, replies };
     loop {
@@ -139,6 +148,7 @@ async fn serve(node: Arc<Node>, incoming: Incoming) {
             Some((stream, frame)) = replied.recv() => serving.reply(stream, frame),
             Some(_) = serving.streams.join_next() => {}
             () = deadline(expiry) => { serving.answerable.pop_front(); }
+            _ = release.tick(), if !serving.answerable.is_empty() => serving.release_all_stopped(),
         }
         // What has come meanwhile costs no turn of the loop each.
         for _ in 0..ACCEPT_BATCH {
@@ -197,8 +207,16 @@ impl Serving {
         }
     }
 
+    /// Behind one that is still waited on, others may have been given up.
+    fn release_all_stopped(&mut self) {
+        self.answerable.retain(|entry| now_or_never(entry.send.stopped()).is_none());
+    }
+
     /// Senders that listen for answers to many messages give up on the oldest first, and need its credit back.
     fn release_stopped(&mut self) {
+        if self.answerable.len() >= MANY_ANSWERABLE && self.next.is_multiple_of(MANY_ANSWERABLE as u64 / 4) {
+            self.release_all_stopped();
+        }
         while let Some(oldest) = self.answerable.front() {
             if now_or_never(oldest.send.stopped()).is_none() {
                 return;

@@ -1,0 +1,215 @@
+%% What the suites share: ports, waiting, and other BEAM nodes to talk to.
+-module(macula_peer_test).
+
+-export([engine/1]).
+-export([node_paths/0]).
+-export([start_node/0, start_node/1, call/4, stop_node/1, kill_node/1]).
+-export([start_listener/0, start_listener/1]).
+-export([listen/1, received/0, received/1, ids/1, stats/1, serve/1]).
+-export([root/0]).
+-export([closed_port/0, free_port/0, silent_port/0, endpoint/1, endpoint/2]).
+-export([until/1, until/2, await/2, await/3, elapsed/1, in_parallel/2, mailbox/0]).
+-export([peer_stats/1, rpc/2]).
+
+-define(APP, macula_peer_connector).
+-define(CALL_TIMEOUT, 30000).
+-define(COLLECTOR, macula_peer_test_collector).
+%% Larger binaries are kept as their hash.
+-define(KEPT_WHOLE, 256).
+
+%% ---- the engine of this node ----
+
+%% Starts the engine anew with these settings and no others.
+engine(Env) when is_map(Env) ->
+    engine(maps:to_list(Env));
+engine(Env) ->
+    ok = macula_peer_endpoint:stop(),
+    _ = application:load(?APP),
+    [ok = application:unset_env(?APP, Key) || {Key, _} <- application:get_all_env(?APP)],
+    [ok = application:set_env(?APP, Key, Value) || {Key, Value} <- Env],
+    ok = macula_peer_endpoint:start().
+
+peer_stats(Endpoint) ->
+    #{peers := Peers} = macula_peer_endpoint:stats(),
+    case [Peer || #{endpoint := E} = Peer <- Peers, E =:= Endpoint] of
+        [Peer] -> Peer;
+        [] -> none
+    end.
+
+%% The top of the project, wherever in it the application was built.
+root() ->
+    root(code:lib_dir(?APP)).
+
+root(Dir) ->
+    case {filelib:is_dir(filename:join(Dir, "native/testkit")), filename:dirname(Dir)} of
+        {true, _} -> Dir;
+        {false, Dir} -> error(project_not_found);
+        {false, Above} -> root(Above)
+    end.
+
+%% ---- other nodes ----
+
+node_paths() ->
+    [filename:dirname(code:which(Module)) || Module <- [macula_peer_nif, ?MODULE]].
+
+start_node() ->
+    start_node(node_paths()).
+
+start_node(Paths) ->
+    Args = ["-kernel", "logger_level", "critical" | lists:append([["-pa", Path] || Path <- Paths])],
+    {ok, Node, _} = peer:start(#{connection => standard_io, args => Args}),
+    Node.
+
+call(Node, Module, Function, Args) ->
+    peer:call(Node, Module, Function, Args, ?CALL_TIMEOUT).
+
+stop_node(Node) ->
+    peer:stop(Node).
+
+%% Ends a node without a goodbye, and returns when it has ended.
+kill_node(Node) ->
+    Monitor = monitor(process, Node),
+    [] = os:cmd("kill -9 " ++ call(Node, os, getpid, [])),
+    receive {'DOWN', Monitor, process, Node, _} -> ok end.
+
+%% A node that keeps what it gets.
+start_listener() ->
+    start_listener(0).
+
+start_listener(Port) ->
+    Node = start_node(),
+    {ok, {_, Bound}} = call(Node, ?MODULE, listen, [#{port => Port}]),
+    {Node, Bound}.
+
+%% Runs in the listener's node.
+listen(Opts) ->
+    Started = self(),
+    Pid = spawn(?MODULE, serve, [Started]),
+    receive {Pid, ready} -> ok end,
+    macula_peer_endpoint:listen(Opts#{handler => Pid}).
+
+serve(Started) ->
+    true = register(?COLLECTOR, self()),
+    Started ! {self(), ready},
+    collect([]).
+
+received() ->
+    Tag = make_ref(),
+    ?COLLECTOR ! {?COLLECTOR, self(), Tag},
+    receive {Tag, Messages} -> Messages end.
+
+%% Every message that a listener got, in the order of arrival.
+received(Node) ->
+    call(Node, ?MODULE, received, []).
+
+%% The distinct `id' fields of what a listener got.
+ids(Node) ->
+    lists:usort([Id || #{message := #{<<"id">> := Id}} <- received(Node)]).
+
+stats(Node) ->
+    call(Node, macula_peer_endpoint, stats, []).
+
+%% Every token is kept: an application need not let go of what it does not answer.
+collect(Messages) ->
+    receive
+        {macula_peer_message, #{type := Type, message := Message, reply_to := Token} = Inbound} ->
+            answer(Type, Message, Token),
+            Kept = maps:with([type, from, dialect], Inbound),
+            collect([{Kept#{message => hashed(Message)}, Token} | Messages]);
+        {macula_peer_event, _} ->
+            collect(Messages);
+        {?COLLECTOR, From, Tag} ->
+            From ! {Tag, [Kept || {Kept, _} <- lists:reverse(Messages)]},
+            collect(Messages)
+    end.
+
+hashed(Value) when byte_size(Value) > ?KEPT_WHOLE -> {sha256, crypto:hash(sha256, Value)};
+hashed(Map) when is_map(Map) -> maps:map(fun(_, Value) -> hashed(Value) end, Map);
+hashed(Other) -> Other.
+
+answer(ping, #{<<"timestamp">> := Time}, Token) ->
+    macula_peer_endpoint:reply(Token, pong, #{timestamp => Time, server_time => Time});
+answer(rpc_request, #{<<"procedure">> := <<"bytes">>, <<"args">> := Size}, Token) ->
+    reply(Token, binary:copy(<<"b">>, Size));
+answer(rpc_request, #{<<"procedure">> := <<"late">>, <<"args">> := Ms}, Token) ->
+    spawn(fun() -> timer:sleep(Ms), reply(Token, <<"late">>) end);
+answer(_Type, _Message, _Token) ->
+    no_answer.
+
+reply(Token, Result) ->
+    Reply = #{request_id => <<"r">>, from_node => <<"n">>, result => Result},
+    macula_peer_endpoint:reply(Token, rpc_reply, Reply).
+
+%% A request for the listener: `bytes' is answered with so many, `late' after so many milliseconds, others never.
+rpc(Procedure, Args) ->
+    #{request_id => <<"r">>, procedure => Procedure, args => Args, from_node => <<"n">>}.
+
+%% ---- ports ----
+
+%% Nobody listens there. Below the range that the system hands out, so that nobody will.
+closed_port() ->
+    Port = 20000 + rand:uniform(10000),
+    case gen_udp:open(Port, [inet6, {ipv6_v6only, false}]) of
+        {ok, Socket} -> ok = gen_udp:close(Socket), Port;
+        {error, eafnosupport} -> Port;
+        {error, eaddrinuse} -> closed_port()
+    end.
+
+%% For a listener that is to be started.
+free_port() ->
+    {ok, Socket} = gen_udp:open(0),
+    {ok, Port} = inet:port(Socket),
+    ok = gen_udp:close(Socket),
+    Port.
+
+%% Bound, and never answers.
+silent_port() ->
+    Port = closed_port(),
+    {ok, Socket} = gen_udp:open(Port, [binary, {ip, {127, 0, 0, 1}}, {active, false}]),
+    {Socket, Port}.
+
+endpoint(Port) ->
+    endpoint("127.0.0.1", Port).
+
+endpoint(Host, Port) ->
+    iolist_to_binary([Host, $:, integer_to_list(Port)]).
+
+%% ---- waiting and measuring ----
+
+until(Condition) ->
+    until(Condition, 10000).
+
+%% Polls until the function returns true; fails with its last value.
+until(Condition, Timeout) ->
+    true = await(Condition, fun(Value) -> Value =:= true end, Timeout),
+    ok.
+
+await(Read, Wanted) ->
+    await(Read, Wanted, 15000).
+
+%% Reads until what is read is wanted, and returns it.
+await(Read, Wanted, Timeout) ->
+    poll(Read, Wanted, erlang:monotonic_time(millisecond) + Timeout).
+
+poll(Read, Wanted, Deadline) ->
+    Value = Read(),
+    case {Wanted(Value), erlang:monotonic_time(millisecond) > Deadline} of
+        {true, _} -> Value;
+        {false, true} -> error({not_in_time, Value});
+        {false, false} -> receive after 10 -> poll(Read, Wanted, Deadline) end
+    end.
+
+elapsed(Fun) ->
+    {Us, Result} = timer:tc(Fun),
+    {Us div 1000, Result}.
+
+%% The results of Fun(1) to Fun(N), each in a process of its own, all started before the first result is awaited. A
+%% mailbox that is not empty afterwards fails.
+in_parallel(N, Fun) ->
+    Workers = [spawn_monitor(fun() -> exit({result, Fun(I), mailbox()}) end) || I <- lists:seq(1, N)],
+    [receive {'DOWN', Monitor, process, Pid, Reason} -> {result, Result, []} = Reason, Result end
+     || {Pid, Monitor} <- Workers].
+
+mailbox() ->
+    {messages, Messages} = process_info(self(), messages),
+    Messages.
