@@ -58,11 +58,19 @@ pub(crate) fn frame<'a>(
     let known = Atom::from_term(kind).ok().and_then(atoms::message_type).ok_or(Refusal::Type(kind))?;
     let kind = known.kind;
     let fields = MapIterator::new(message).ok_or(Refusal::NotAMap)?;
-    check_required(known, message)?;
     BUFFER.with_borrow_mut(|buffer| {
         let mut writer = FrameWriter::new(buffer, kind, limits);
         let mut field = message;
-        let walked = walk_fields(&mut writer, message, fields, &mut field);
+        let mut missing = known.fields.len();
+        let mut visit = |key| {
+            field = key;
+            missing -= usize::from(known.fields.iter().any(|field| *field == key));
+        };
+        let walked = walk_fields(&mut writer, message, fields, &mut visit);
+        if missing > 0 {
+            // Said before anything else that is wrong, as in the original.
+            check_required(known, message)?;
+        }
         walked.map_err(|failure| failure.refusal(field))?;
         writer.finish();
         Ok((kind, if buffer.len() <= COPIED_FRAME { copy(buffer) } else { std::mem::take(buffer).into() }))
@@ -124,16 +132,16 @@ impl From<EncodeError> for Failure {
     }
 }
 
-/// The top map; `field` is the key that is being written, for the error.
+/// The top map; `visit` is told each key before it is written.
 fn walk_fields<'a>(
     writer: &mut FrameWriter<'_>,
     message: Term<'a>,
     fields: MapIterator<'a>,
-    field: &mut Term<'a>,
+    visit: &mut impl FnMut(Term<'a>),
 ) -> Result<(), Failure> {
     writer.map(message.map_size().map_err(|_| Failure::Kind(atoms::other()))?)?;
     for (key, value) in fields {
-        *field = key;
+        visit(key);
         walk(writer, key)?;
         walk(writer, value)?;
     }
