@@ -2,8 +2,9 @@
 %% in macula 0.14.3.
 %%
 %% Every function keeps its timeout, which covers name lookup, dialling, handshake, sending and, where there is one, the
-%% answer. `0' tries what can be done at once, `infinity' waits as long as it takes. The caller gets its result as the
-%% return value and never a message.
+%% answer. `0' tries what can be done at once, `infinity' waits as long as it takes. Only a dial has its own limit, the
+%% `connect_timeout' of the settings (5 s): a call to a silent peer fails then at the latest. The caller gets its result as
+%% the return value and never a message.
 %%
 %% `ok' means accepted: the message arrives, or is counted in {@link macula_peer_endpoint:stats/0} and reported to the
 %% handler as undelivered.
@@ -76,6 +77,8 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 %% @doc Sends a message to a node: to the endpoint that the options name or that macula knows, else through a relay, which
 %% gets the message itself.
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) -> ok | {error, term()}.
+send_message_nat_aware(_LocalNodeId, _TargetNodeId, _Type, _Msg, Opts) when not is_map(Opts) ->
+    {error, {invalid_option, {options, Opts}}};
 send_message_nat_aware(_LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
     Timeout = maps:get(timeout, Opts, ?NAT_TIMEOUT),
     case macula_peer_wire:encode(Type, Msg) of

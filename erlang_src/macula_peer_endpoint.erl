@@ -60,7 +60,9 @@ listen(Opts) when is_map(Opts) ->
             end;
         error ->
             macula_peer_engine:running(Listen)
-    end.
+    end;
+listen(Opts) ->
+    {error, {invalid_option, {options, Opts}}}.
 
 %% @doc Stops accepting and ends the accepted connections. The socket and its port stay.
 -spec close() -> ok | {error, term()}.

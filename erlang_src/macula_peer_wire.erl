@@ -36,8 +36,8 @@
 
 %% @doc Encodes a message.
 %%
-%% Required fields, by type: see the table in the README of the wire format, `docs/errors.md'. Fails where the original
-%% raised.
+%% Some types have required fields, spelled as atoms or, for some, all as binaries; the error names the first that is not
+%% there. Fails where the original raised.
 -spec encode(type(), map()) -> {ok, Frame :: binary()} | {error, encode_error() | term()}.
 encode(Type, Msg) ->
     case macula_peer_nif:encode(Type, Msg) of
@@ -52,4 +52,6 @@ decode(Frame) when is_binary(Frame) ->
     case macula_peer_nif:decode(Frame) of
         dirty -> macula_peer_nif:decode_dirty(Frame);
         Result -> Result
-    end.
+    end;
+decode(_NotABinary) ->
+    {error, invalid_header}.

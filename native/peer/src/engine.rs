@@ -23,8 +23,9 @@ use crate::socket::{self, Socket};
 use crate::stats::Stats;
 use crate::tls::{self, Certificate};
 
-/// Name lookups run on threads of their own and cannot be interrupted; more at once wait for one another.
-const LOOKUP_THREADS: usize = 16;
+/// Name lookups, which cannot be interrupted, and large payloads are worked on by threads of their own; more at once wait
+/// for one another. Idle ones end after ten seconds.
+const BLOCKING_THREADS: usize = 64;
 
 /// After the peers had their time, tasks are dropped; a lookup that hangs is left behind.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
@@ -52,7 +53,7 @@ impl Engine {
     pub fn start(config: Config) -> Result<Self, StartError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.workers.max(1))
-            .max_blocking_threads(LOOKUP_THREADS)
+            .max_blocking_threads(BLOCKING_THREADS)
             .thread_name("macula_peer")
             .enable_all()
             .build()
