@@ -49,6 +49,9 @@ pub(crate) const DOUBT_AFTER: Duration = Duration::from_millis(500);
 const REDIAL_FIRST_PAUSE: Duration = Duration::from_millis(100);
 const REDIAL_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// A peer that hangs up sooner than this, perhaps because of what it is sent, is not dialled again at once.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
+
 /// How long a message without a deadline is owed after its link died.
 const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -330,8 +333,11 @@ struct Task {
     dial: Option<(Instant, Dial)>,
     redial: Backoff,
     redial_at: Option<Instant>,
+    /// Nobody is worth a dial before this time.
+    hold_off: Option<Instant>,
     /// The live link; callers see it too unless it is in doubt.
     link: Option<Arc<Link>>,
+    link_since: Instant,
     in_doubt: bool,
     /// Datagrams received over the link when last looked, and when they last became more.
     heard: (u64, Instant),
@@ -374,7 +380,9 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         dial: None,
         redial: Backoff::new(REDIAL_FIRST_PAUSE, REDIAL_LONGEST_PAUSE),
         redial_at: None,
+        hold_off: None,
         link: None,
+        link_since: now,
         in_doubt: false,
         heard: (0, now),
         oldest: None,
@@ -441,7 +449,7 @@ impl Task {
         let unproven = self.in_doubt || (self.link.is_some() && self.peer.held.load(Ordering::Relaxed) > 0);
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
         // Past, it waits for somebody to want the peer.
-        let redial = self.redial_at.filter(|&at| at > now);
+        let redial = self.redial_at.max(self.hold_off).filter(|&at| at > now);
         let times = [state.expiry, sweep, redial, self.answers_until, self.drain_until];
         for time in times.into_iter().flatten() {
             next = next.min(time);
@@ -580,7 +588,8 @@ impl Task {
     }
 
     fn wants_dial(&self, now: Instant) -> bool {
-        if self.dial.is_some() || (self.link.is_some() && !self.in_doubt) {
+        let linked = self.link.is_some() && !self.in_doubt;
+        if self.dial.is_some() || linked || self.hold_off.is_some_and(|until| until > now) {
             return false;
         }
         let state = lock(&self.peer.state);
@@ -610,12 +619,12 @@ impl Task {
         tracing::debug!(peer = %self.peer.endpoint, dialect = link.dialect.alpn(), "link up");
         self.node().counted_unverified();
         self.retire_link();
-        self.redial.reset();
         // What was refused before says nothing about this link.
         self.refusals = self.node().refusals.subscribe();
         self.heard = (0, Instant::now());
         self.answers_until = None;
         self.peer.touch(Instant::now());
+        self.link_since = Instant::now();
         self.link = Some(link.clone());
         lock(&self.peer.state).link = Some(link);
     }
@@ -652,7 +661,13 @@ impl Task {
 
     fn link_died(&mut self) {
         tracing::debug!(peer = %self.peer.endpoint, "link died");
+        let now = Instant::now();
         self.redial_at = None;
+        if now.saturating_duration_since(self.link_since) < SHORT_LIFE {
+            self.hold_off = Some(now + self.redial.pause(fastrand::f64()));
+        } else {
+            self.redial.reset();
+        }
         self.retire_link();
     }
 

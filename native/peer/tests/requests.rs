@@ -5,7 +5,7 @@ mod common;
 
 use std::net::UdpSocket;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{engine, frame, listener, message, number, request, send, until};
@@ -13,6 +13,7 @@ use macula_peer::{
     Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ReplyError, RequestError, SendError,
     Unhandled,
 };
+use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -138,4 +139,38 @@ fn a_name_is_looked_up_and_both_families_are_tried() {
     assert_eq!(nowhere, Err(ConnectError::Unresolved.into()));
     client.stop();
     server.stop();
+}
+
+/// Messages to a peer that hangs up soon after every handshake must not become a storm of handshakes.
+#[test]
+fn a_peer_that_hangs_up_is_not_stormed() {
+    let runtime = tokio_runtime(1).unwrap();
+    let (endpoint, accepted) = runtime.block_on(async {
+        let server = server_config(&["macula".into()], transport(100, 3)).unwrap();
+        let endpoint = quinn::Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = endpoint.local_addr().unwrap().to_string();
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let count = accepted.clone();
+        tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                let Ok(connection) = incoming.await else { continue };
+                count.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(async move {
+                    tokio::time::sleep(SECOND / 50).await;
+                    connection.close(1u8.into(), b"go away");
+                });
+            }
+        });
+        (address, accepted)
+    });
+    let client = engine(Config::default());
+    let begun = Instant::now();
+    while begun.elapsed() < 2 * SECOND {
+        // Delivered or not: the handshakes are what is counted.
+        let _ = send(&client, &endpoint, message(Publish, 0, SECOND));
+        std::thread::sleep(SECOND / 200);
+    }
+    let accepted = accepted.load(Ordering::Relaxed);
+    assert!((1..20).contains(&accepted), "{accepted} connections in two seconds");
+    client.stop();
 }
