@@ -1,7 +1,7 @@
 //! From an endpoint to a connection: lookup, both address families, retries.
 
 use std::any::Any;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -82,12 +82,16 @@ impl Dialer {
 
     /// The addresses of the host, families alternating, IPv6 first (RFC 8305, section 4).
     async fn resolve(&self, endpoint: &Endpoint) -> Result<Vec<SocketAddr>, ConnectError> {
+        let port = endpoint.port();
         let found: Vec<SocketAddr> = match endpoint.ip() {
-            Some(ip) => vec![(ip, endpoint.port()).into()],
-            None => tokio::net::lookup_host((endpoint.host(), endpoint.port()))
-                .await
-                .map_err(|_| ConnectError::Unresolved)?
-                .collect(),
+            Some(ip) => vec![(ip, port).into()],
+            // RFC 6761, section 6.3: known without asking anybody.
+            None if endpoint.host() == "localhost" => {
+                vec![(Ipv6Addr::LOCALHOST, port).into(), (Ipv4Addr::LOCALHOST, port).into()]
+            }
+            None => {
+                tokio::net::lookup_host((endpoint.host(), port)).await.map_err(|_| ConnectError::Unresolved)?.collect()
+            }
         };
         let (v6, v4): (Vec<_>, Vec<_>) =
             found.into_iter().filter_map(|a| self.socket.reachable(a)).partition(|a| is_v6(a.ip()));
