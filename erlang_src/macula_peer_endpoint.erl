@@ -28,7 +28,8 @@
 
 -type listen_opts() :: #{port => inet:port_number(), ip => inet:ip_address(), certfile => file:filename(),
                          keyfile => file:filename(), handler => handler()}.
-%% Without `port', or with 0, the port that the one socket has already. Without `ip' every address of both families.
+%% Without `port', or with 0, the port that the one socket has already, or any port where `ip' is another address than the
+%% socket's. Without `ip' the addresses that the socket has. Live links move along.
 %% Without `certfile' and `keyfile' (PEM) a self-signed certificate is made.
 
 -opaque reply_token() :: reference().

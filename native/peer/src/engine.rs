@@ -40,9 +40,10 @@ pub struct Engine {
 /// Where to listen.
 #[derive(Debug, Clone, Default)]
 pub struct Listen {
-    /// The local address; `None`: every address of both families.
+    /// The local address; `None`: the one that the engine's socket has.
     pub ip: Option<IpAddr>,
-    /// The port. `None`, like 0: the one that the engine's socket has already. Live links move to another one.
+    /// The port. `None`, like 0: the one that the engine's socket has already, or any with another address. Live links
+    /// move along.
     pub port: Option<u16>,
     /// What to show to those who connect.
     pub certificate: Certificate,
@@ -119,11 +120,11 @@ impl Engine {
         }
         let config = listen::server_config(&listen.certificate, &self.node.config)?;
         let bound = self.node.quic.local_addr().map_err(ListenError::Bind)?;
-        let port = listen.port.filter(|&port| port != 0).unwrap_or(bound.port());
-        if port != bound.port() || listen.ip.is_some_and(|ip| ip != bound.ip()) {
-            // The port is still taken by the socket that is to be replaced, if only the address changes.
-            let port = if port == bound.port() { 0 } else { port };
-            self.node.rebind(listen.ip, port).map_err(ListenError::Bind)?;
+        let asked = listen.port.filter(|&port| port != 0);
+        let moves = asked.is_some_and(|port| port != bound.port()) || listen.ip.is_some_and(|ip| ip != bound.ip());
+        if moves {
+            let ip = listen.ip.or(self.node.config.ip);
+            self.node.rebind(ip, asked.unwrap_or(0)).map_err(ListenError::Bind)?;
         }
         self.node.quic.set_server_config(Some(config));
         *listener = Some(self.node.spawn(listen::accept(self.node.clone())));

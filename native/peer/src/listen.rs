@@ -101,7 +101,8 @@ pub(crate) async fn accept(node: Arc<Node>) {
                 None => return,
             },
             Some(_) = connections.join_next() => {}
-            _ = stopping.changed() => return,
+            // Also if it was said before this task first ran.
+            _ = stopping.wait_for(|stopping| *stopping) => return,
         }
     }
 }

@@ -3,15 +3,16 @@
 
 mod common;
 
-use std::net::UdpSocket;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{engine, frame, listener, message, number, request, send, until};
 use macula_peer::{
-    Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ReplyError, RequestError, SendError,
-    Unhandled,
+    Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, ReplyError, RequestError,
+    SendError, Unhandled,
 };
 use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
@@ -140,6 +141,20 @@ fn a_name_is_looked_up_and_both_families_are_tried() {
     let nowhere = send(&client, "no-such-name.invalid:1", message(Publish, 0, 5 * SECOND));
     assert_eq!(nowhere, Err(ConnectError::Unresolved.into()));
     client.stop();
+    server.stop();
+}
+
+/// The port that was asked for, and no other, though the socket that is to be replaced has it.
+#[test]
+fn a_listener_gets_the_port_that_it_asks_for_or_an_error() {
+    let server = engine(Config::default());
+    let port = server.local_address().unwrap().port();
+    let ip = Some(Ipv4Addr::LOCALHOST.into());
+    let taken = server.listen(Listen { ip, port: Some(port), ..Listen::default() });
+    let Err(ListenError::Bind(error)) = taken else { panic!("{taken:?}") };
+    assert_eq!(error.kind(), ErrorKind::AddrInUse);
+    let bound = server.listen(Listen { ip, ..Listen::default() }).unwrap();
+    assert_eq!((Some(bound.ip()), bound == server.local_address().unwrap()), (ip, true));
     server.stop();
 }
 
