@@ -3,7 +3,8 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, ListenError, ReplyError, RequestError, SendError, StartError, UndeliveredReason,
+    ConnectError, EndpointError, ListenError, ReplyError, RequestError, RouteError, SendError, StartError,
+    UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
 use rustler::{Encoder, Env, NewBinary, Term};
@@ -33,13 +34,36 @@ impl Reason for EndpointError {
 
 impl Reason for ConnectError {
     fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
-        let why = match self {
+        (atoms::connect_failed(), self.why(env)).encode(env)
+    }
+}
+
+trait Why {
+    fn why<'a>(&self, env: Env<'a>) -> Term<'a>;
+}
+
+impl Why for ConnectError {
+    fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
             Self::Unresolved | Self::Unreachable | Self::TimedOut => atoms::transport_down().encode(env),
             Self::Refused => atoms::connection_refused().encode(env),
             Self::NoProtocol => atoms::no_application_protocol().encode(env),
+            Self::Untrusted => atoms::untrusted_peer().encode(env),
             Self::Handshake(text) => (atoms::handshake_failed(), binary(env, text)).encode(env),
+        }
+    }
+}
+
+impl Reason for RouteError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let why = match self {
+            // Whether other relays were meant is known to Erlang.
+            Self::NoRelay => (atoms::no_relay_available(), atoms::no_bootstrap_peers()).encode(env),
+            Self::Relay(error) => (atoms::relay_connect_failed(), error.why(env)).encode(env),
+            Self::Setup(refusal) => (atoms::relay_setup_failed(), atoms::refusal(*refusal)).encode(env),
+            Self::Node(error) => error.reason(env),
         };
-        (atoms::connect_failed(), why).encode(env)
+        (atoms::nat_connection_failed(), why).encode(env)
     }
 }
 
@@ -47,6 +71,7 @@ impl Reason for SendError {
     fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
         let why = match self {
             Self::Connect(error) => return error.reason(env),
+            Self::Route(error) => return error.reason(env),
             Self::Timeout => return atoms::timeout().encode(env),
             Self::NoRoom => atoms::timeout(),
             Self::Overloaded => atoms::overloaded(),

@@ -18,7 +18,7 @@ mod stats;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use macula_peer::{EndpointRef, Engine, Message};
+use macula_peer::{EndpointRef, Engine, Message, Target};
 use macula_peer_wire::Limits;
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, NewBinary, ResourceArc, Term};
 
@@ -154,7 +154,7 @@ fn submit<'a>(
     message: Term<'a>,
     timeout: Term<'a>,
     light: Option<usize>,
-    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &EndpointRef<'_>, Message, Instant) -> Term<'a>,
+    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &Target<'_>, Message, Instant) -> Term<'a>,
 ) -> Term<'a> {
     // Locked for reading meanwhile, which is cheaper than counting one more reference; nothing here waits.
     let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
@@ -176,7 +176,7 @@ fn submit<'a>(
         (None, string) => string.as_deref(),
     };
     match text.ok_or(macula_peer::EndpointError::Format).and_then(EndpointRef::parse) {
-        Ok(endpoint) => send(env, tag, engine, &endpoint, message, now),
+        Ok(endpoint) => send(env, tag, engine, &Target::Endpoint(endpoint), message, now),
         Err(invalid) => error(env, &invalid),
     }
 }
@@ -185,18 +185,18 @@ fn send_message<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     engine: &Engine,
-    endpoint: &EndpointRef<'_>,
+    target: &Target<'_>,
     message: Message,
     now: Instant,
 ) -> Term<'a> {
-    let message = match engine.send_now(endpoint, message, now) {
+    let message = match engine.send_now(target, message, now) {
         Ok(()) => return atoms::ok().encode(env),
         Err(message) => message,
     };
     let caller = Caller::new(env, tag);
     let call = InProgress::monitor(env, &caller.pid());
     let monitored = call.clone();
-    let waiting = engine.send(endpoint, message, move |sent| {
+    let waiting = engine.send(target, message, move |sent| {
         drop(monitored);
         caller.answer(move |env| match sent {
             Ok(()) => atoms::ok().encode(env),
@@ -213,7 +213,7 @@ fn send_request<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     engine: &Engine,
-    endpoint: &EndpointRef<'_>,
+    target: &Target<'_>,
     message: Message,
     _: Instant,
 ) -> Term<'a> {
@@ -221,7 +221,7 @@ fn send_request<'a>(
     let call = InProgress::monitor(env, &caller.pid());
     let monitored = call.clone();
     let limits = engine.config().limits;
-    let waiting = engine.request(endpoint, message, move |answer| {
+    let waiting = engine.request(target, message, move |answer| {
         drop(monitored);
         caller.answer(move |env| match answer {
             Ok(frame) => decode_answer(env, &frame, limits),

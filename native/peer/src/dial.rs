@@ -19,6 +19,7 @@ use crate::decide::witness::Witness;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::link::{Link, lock};
+use crate::message::Path;
 use crate::socket::{Refusals, Socket};
 use crate::tls::Dialect;
 
@@ -135,7 +136,7 @@ impl Dialer {
         };
         let dialect = Dialect::of(&connection).ok_or(ConnectError::NoProtocol)?;
         let Config { limits, answer_timeout, .. } = *self.config;
-        Ok(Link::new(connection, dialect, witness, limits, answer_timeout))
+        Ok(Link::new(connection, dialect, Path::Direct, witness, limits, answer_timeout))
     }
 
     fn client_config(&self, witness: Arc<Mutex<Witness>>) -> ClientConfig {

@@ -8,6 +8,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use hashbrown::Equivalent;
 use thiserror::Error;
 
+use crate::message::{NodeId, PeerName};
+
 /// The address of a peer: a host (name, IPv4 or IPv6 literal) and a port, normalized so that two spellings of one
 /// address are one peer: no scheme, no brackets, lower case, IPv6 in its canonical form.
 #[derive(Clone, PartialEq, Eq)]
@@ -21,6 +23,15 @@ pub struct Endpoint {
 pub struct EndpointRef<'a> {
     host: Cow<'a, str>,
     port: u16,
+}
+
+/// Whom a message is for, borrowed from the caller.
+#[derive(Clone)]
+pub enum Target<'a> {
+    /// Whoever is at an address.
+    Endpoint(EndpointRef<'a>),
+    /// A node, wherever it is: its name.
+    Node(&'a NodeId),
 }
 
 /// Why a text is not an endpoint. The two cases are the original's.
@@ -75,6 +86,11 @@ fn parse_port(text: &str) -> Result<u16, EndpointError> {
 }
 
 impl Endpoint {
+    /// The same, to look it up with.
+    pub(crate) fn as_ref(&self) -> EndpointRef<'_> {
+        EndpointRef { host: Cow::Borrowed(&self.host), port: self.port }
+    }
+
     /// Host name or IP literal, without brackets.
     pub fn host(&self) -> &str {
         &self.host
@@ -115,6 +131,35 @@ impl Hash for Endpoint {
 impl Hash for EndpointRef<'_> {
     fn hash<H: Hasher>(&self, state: &mut H) {
         (self.host.as_ref(), self.port).hash(state);
+    }
+}
+
+impl Hash for Target<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        match self {
+            Self::Endpoint(endpoint) => endpoint.hash(state),
+            Self::Node(node) => node.as_bytes().hash(state),
+        }
+    }
+}
+
+impl Equivalent<PeerName> for Target<'_> {
+    fn equivalent(&self, key: &PeerName) -> bool {
+        match (self, key) {
+            (Self::Endpoint(endpoint), PeerName::Endpoint(key)) => endpoint.equivalent(key),
+            (Self::Node(node), PeerName::Node(key)) => *node == key,
+            _ => false,
+        }
+    }
+}
+
+impl Target<'_> {
+    /// The name on its own.
+    pub fn to_owned(&self) -> PeerName {
+        match self {
+            Self::Endpoint(endpoint) => PeerName::Endpoint(endpoint.to_owned()),
+            Self::Node(node) => PeerName::Node((*node).clone()),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::task::AbortHandle;
 
 use crate::call::{Abandoned, Call};
 use crate::config::Config;
-use crate::endpoint::EndpointRef;
+use crate::endpoint::Target;
 use crate::error::{ListenError, RequestError, SendError, StartError};
 use crate::link::lock;
 use crate::listen;
@@ -85,31 +85,31 @@ impl Engine {
     /// `Ok` means accepted: the message will arrive, or be counted and reported as undelivered.
     ///
     /// `now` is the caller's clock, read once for all that a call needs it for.
-    pub fn send_now(&self, endpoint: &EndpointRef<'_>, message: Message, now: Instant) -> Result<(), Message> {
-        self.node.send_now(endpoint, message, now)
+    pub fn send_now(&self, target: &Target<'_>, message: Message, now: Instant) -> Result<(), Message> {
+        self.node.send_now(target, message, now)
     }
 
     /// Sends as soon as there is a link with room. `reply` is called once, from any thread, unless the call is
     /// cancelled.
     pub fn send(
         &self,
-        endpoint: &EndpointRef<'_>,
+        target: &Target<'_>,
         message: Message,
         reply: impl FnOnce(Result<(), SendError>) + Send + 'static,
     ) -> Option<Waiting> {
         let call = Call::new(reply);
-        self.enqueue(endpoint, &call, |peer| peer.send(message.clone(), &call))
+        self.enqueue(target, &call, |peer| peer.send(message.clone(), &call))
     }
 
     /// Sends a request and waits for the frame that answers it. `reply` as in [`Engine::send`].
     pub fn request(
         &self,
-        endpoint: &EndpointRef<'_>,
+        target: &Target<'_>,
         message: Message,
         reply: impl FnOnce(Result<RawFrame, RequestError>) + Send + 'static,
     ) -> Option<Waiting> {
         let call = Call::new(reply);
-        self.enqueue(endpoint, &call, |peer| peer.request(message.clone(), &call))
+        self.enqueue(target, &call, |peer| peer.request(message.clone(), &call))
     }
 
     /// Accepts connections.
@@ -168,12 +168,12 @@ impl Engine {
 
     fn enqueue<T: Abandoned>(
         &self,
-        endpoint: &EndpointRef<'_>,
+        target: &Target<'_>,
         call: &Arc<Call<T>>,
         enqueue: impl Fn(&Arc<Peer>) -> Result<Waiting, Retired>,
     ) -> Option<Waiting> {
         loop {
-            let Some(peer) = self.node.peer(endpoint) else {
+            let Some(peer) = self.node.peer(target) else {
                 call.answer(T::abandoned());
                 return None;
             };

@@ -5,6 +5,8 @@ use std::io;
 use macula_peer_wire::FrameError;
 use thiserror::Error;
 
+use crate::relay::control::Refusal;
+
 /// Why no link to a peer could be made.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ConnectError {
@@ -23,9 +25,44 @@ pub enum ConnectError {
     /// The peer speaks neither `macula` nor `macula-peer/1`.
     #[error("no protocol in common")]
     NoProtocol,
+    /// The peer has another key than the one that is expected of it.
+    #[error("the peer is not trusted")]
+    Untrusted,
     /// The handshake failed for another reason, such as a certificate.
     #[error("handshake failed: {0}")]
     Handshake(String),
+}
+
+/// Why there is no path to a node.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum RouteError {
+    /// No endpoint led to it, if one was known, and there is no relay to ask.
+    #[error("no relay is known")]
+    NoRelay,
+    /// No relay could be reached.
+    #[error("relay not reached: {0}")]
+    Relay(ConnectError),
+    /// A relay was reached and gave no circuit.
+    #[error("no circuit: {0:?}")]
+    Setup(Refusal),
+    /// The node was reached and there is no link to it all the same: it is not the one that was expected, for example.
+    #[error("node reached, not connected: {0}")]
+    Node(ConnectError),
+}
+
+/// Why a relay gave no link to a node.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(crate) enum CircuitError {
+    #[error("relay not reached: {0}")]
+    Relay(ConnectError),
+    #[error("the relay speaks only macula")]
+    NotARelay,
+    #[error("refused: {0:?}")]
+    Refused(Refusal),
+    #[error("the connection to the relay broke")]
+    RelayLost,
+    #[error("circuit opened, node not connected: {0}")]
+    Inner(ConnectError),
 }
 
 /// Why a message was not sent.
@@ -34,13 +71,16 @@ pub enum SendError {
     /// There was no link and none could be made.
     #[error("not connected: {0}")]
     Connect(#[from] ConnectError),
+    /// There was no link to a node and no path to it.
+    #[error("no path: {0}")]
+    Route(#[from] RouteError),
     /// The deadline passed before there was a link to send on; nothing was sent.
     #[error("deadline passed before a link was up")]
     Timeout,
     /// The deadline passed while the link had no room for the message.
     #[error("deadline passed before the link had room")]
     NoRoom,
-    /// The peer has too much queued already.
+    /// Too much is queued for the peer, and nothing gave room within the deadline.
     #[error("too much queued for this peer")]
     Overloaded,
     /// The link broke and the message may not be sent twice.

@@ -12,22 +12,31 @@ mod dial;
 mod endpoint;
 mod engine;
 mod error;
+mod identity;
 mod link;
 mod listen;
 mod message;
 mod node;
 mod peer;
+mod race;
+mod relay;
 mod request;
 mod runtime;
+mod session;
 mod socket;
 mod stats;
 mod tls;
 
 pub use config::{Config, Delivery};
-pub use endpoint::{Endpoint, EndpointError, EndpointRef};
+pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
-pub use error::{ConnectError, ListenError, ReplyError, RequestError, SendError, StartError, UndeliveredReason};
-pub use message::{Event, Handler, Inbound, Message, ReplyToken, Unhandled};
+pub use error::{
+    ConnectError, ListenError, ReplyError, RequestError, RouteError, SendError, StartError, UndeliveredReason,
+};
+pub use identity::Fingerprint;
+pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, ReplyToken, Unhandled};
 pub use peer::Waiting;
+pub use race::Ways;
+pub use relay::control::Refusal;
 pub use stats::{AcceptedStats, LinkStats, PeerStats, Stats};
 pub use tls::{Certificate, Dialect};

@@ -5,7 +5,9 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -17,7 +19,9 @@ use tokio::sync::Notify;
 
 use crate::decide::lanes::{Choice, Lanes};
 use crate::decide::witness::{Mark, Witness};
-use crate::message::Message;
+use crate::identity::Fingerprint;
+use crate::message::{Message, Path};
+use crate::socket::canonical;
 use crate::tls::Dialect;
 
 /// Receive halves that wait for an answer to a message sent without waiting, lanes not counted. A 0.14.3 gateway allows
@@ -40,6 +44,11 @@ const SWEEP_BATCH: usize = 256;
 pub(crate) struct Link {
     pub(crate) connection: Connection,
     pub(crate) dialect: Dialect,
+    pub(crate) path: Path,
+    /// The peer's, where it showed one.
+    pub(crate) key: Option<Fingerprint>,
+    /// Requests that wait for their answer.
+    pub(crate) asked: AtomicUsize,
     witness: Arc<Mutex<Witness>>,
     limits: Limits,
     answer_timeout: Duration,
@@ -125,18 +134,52 @@ impl Link {
     pub(crate) fn new(
         connection: Connection,
         dialect: Dialect,
+        path: Path,
         witness: Arc<Mutex<Witness>>,
         limits: Limits,
         answer_timeout: Duration,
     ) -> Self {
-        Self { connection, dialect, witness, limits, answer_timeout, doubted: Notify::new(), out: Mutex::default() }
+        let key = Fingerprint::of_connection(&connection);
+        Self {
+            connection,
+            dialect,
+            path,
+            key,
+            asked: AtomicUsize::new(0),
+            witness,
+            limits,
+            answer_timeout,
+            doubted: Notify::new(),
+            out: Mutex::default(),
+        }
     }
 
-    /// Writes a message at once, if the transport takes it.
+    /// Where its packets go and come from.
+    pub(crate) fn remote(&self) -> SocketAddr {
+        match self.path {
+            Path::Direct => canonical(self.connection.remote_address()),
+            Path::Relay(relay) => relay,
+        }
+    }
+
+    pub(crate) fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed) > 0
+    }
+
+    /// Writes a message to a 0.14.3 gateway at once, if the transport takes it.
     pub(crate) fn write(&self, message: Message, now: Instant) -> Written {
-        match self.dialect {
-            Dialect::MaculaPeer1 => self.write_once(message, now),
-            Dialect::Macula => self.write_politely(message, now),
+        let mut out = self.out();
+        if out.dead {
+            return Written::Lost(message);
+        }
+        let arrived = |lane: &Lane| self.packets_arrived(lane.mark, now, self.connection.rtt());
+        match out.lanes.choose(now, message.frame.len(), || self.connection.rtt(), arrived) {
+            Choice::Once => {
+                drop(out);
+                self.write_once(message, now)
+            }
+            Choice::Open => self.open_lane(out, message, now),
+            Choice::Lane(index) => self.write_lane(out, index, message, now),
         }
     }
 
@@ -226,22 +269,6 @@ impl Link {
         let mut out = self.out();
         out.answers.retain(|answer| answer.until.is_none_or(|until| until > now));
         out.answers.iter().filter_map(|answer| answer.until).min()
-    }
-
-    fn write_politely(&self, message: Message, now: Instant) -> Written {
-        let mut out = self.out();
-        if out.dead {
-            return Written::Lost(message);
-        }
-        let arrived = |lane: &Lane| self.packets_arrived(lane.mark, now, self.connection.rtt());
-        match out.lanes.choose(now, message.frame.len(), || self.connection.rtt(), arrived) {
-            Choice::Once => {
-                drop(out);
-                self.write_once(message, now)
-            }
-            Choice::Open => self.open_lane(out, message, now),
-            Choice::Lane(index) => self.write_lane(out, index, message, now),
-        }
     }
 
     fn write_once(&self, message: Message, now: Instant) -> Written {

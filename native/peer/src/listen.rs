@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use macula_peer_wire::Reassembler;
+use macula_peer_wire::{RawFrame, Reassembler};
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 
@@ -20,9 +20,11 @@ use crate::config::Config;
 use crate::dial::set_idle_timeout;
 use crate::error::ListenError;
 use crate::link::{Write, lock, now_or_never, write_now};
-use crate::message::{Inbound, ReplyTo, ReplyToken};
+use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
+use crate::identity::Fingerprint;
 use crate::node::Node;
 use crate::peer::deadline;
+use crate::session;
 use crate::socket::canonical;
 use crate::stats::{AcceptedStats, Counter, LinkStats};
 use crate::tls::{self, Certificate, Dialect};
@@ -46,7 +48,7 @@ const STREAM_WINDOW: u32 = 1 << 20;
 const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// How long an answer may take to be written to a sender that does not read.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often a connection on which nothing begins is looked through for streams whose answer nobody wants any more: a
 /// sender without credit begins nothing.
@@ -58,16 +60,26 @@ const MANY_ANSWERABLE: usize = 128;
 /// Streams begun in one turn of a connection's loop.
 const ACCEPT_BATCH: usize = 64;
 
-/// Application error codes on streams: the frame took too long, or was none.
-const SLOW_FRAME: u8 = 1;
-const NOT_A_FRAME: u8 = 2;
+/// Streams that a new connection may open before it is known what it speaks and needs them for. quinn keeps memory for
+/// each, and a registration at a relay needs no more.
+const FIRST_STREAMS: u32 = 32;
+
+/// Application error codes on streams: the frame took too long, or was none; no relay here.
+pub(crate) const SLOW_FRAME: u8 = 1;
+pub(crate) const NOT_A_FRAME: u8 = 2;
+pub(crate) const NOT_A_RELAY: u8 = 4;
+
+/// An application error code on connections: no certificate was shown, which `macula-peer/1` needs.
+const NO_CERTIFICATE: u8 = 5;
 
 /// One accepted connection.
 pub(crate) struct Accepted {
     connection: Connection,
     dialect: Dialect,
+    path: Path,
+    key: Option<Fingerprint>,
     received: Counter,
-    large: Semaphore,
+    large: Arc<Semaphore>,
 }
 
 /// The TLS and transport settings of a listener.
@@ -79,7 +91,7 @@ pub(crate) fn server_config(certificate: &Certificate, config: &Config) -> Resul
     let mut transport = TransportConfig::default();
     transport
         .ack_frequency_config(Some(acknowledgements))
-        .max_concurrent_bidi_streams(config.max_streams.into())
+        .max_concurrent_bidi_streams(config.max_streams.min(FIRST_STREAMS).into())
         // As a 0.14.3 gateway has it.
         .max_concurrent_uni_streams(3u8.into())
         .receive_window(CONNECTION_WINDOW.into())
@@ -116,25 +128,41 @@ fn admit(node: &Arc<Node>, incoming: Incoming, connections: &mut JoinSet<()>) {
         // Fails only where `may_retry` is false.
         let _ = incoming.retry();
     } else {
-        connections.spawn(serve(node.clone(), incoming));
+        connections.spawn(serve(node.clone(), incoming, Path::Direct));
     }
 }
 
-async fn serve(node: Arc<Node>, incoming: Incoming) {
+/// Serves one connection to its end.
+pub(crate) async fn serve(node: Arc<Node>, incoming: Incoming, path: Path) {
     let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming).await else { return };
     let Some(dialect) = Dialect::of(&connection) else { return };
+    let key = Fingerprint::of_connection(&connection);
+    match dialect {
+        Dialect::Macula => connection.set_max_concurrent_bi_streams(node.config.max_streams.into()),
+        Dialect::MaculaPeer1 if key.is_none() => return connection.close(NO_CERTIFICATE.into(), b"no certificate"),
+        Dialect::MaculaPeer1 => {}
+    }
     let accepted = Arc::new(Accepted {
         connection: connection.clone(),
         dialect,
+        path,
+        key,
         received: Counter::default(),
-        large: Semaphore::new(LARGE_FRAMES),
+        large: Arc::new(Semaphore::new(LARGE_FRAMES)),
     });
     let _entry = Entry::new(node.clone(), accepted.clone());
     let (replies, mut replied) = mpsc::unbounded_channel();
     let mut release = tokio::time::interval(RELEASE_EVERY);
     release.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut serving =
-        Serving { node, accepted, streams: JoinSet::new(), answerable: VecDeque::new(), next: 0, replies };
+    let mut serving = Serving {
+        node,
+        accepted,
+        streams: JoinSet::new(),
+        answerable: VecDeque::new(),
+        next: 0,
+        replies,
+        few_streams: dialect == Dialect::MaculaPeer1,
+    };
     loop {
         let expiry = serving.answerable.front().map(|oldest| oldest.until);
         tokio::select! {
@@ -169,6 +197,8 @@ struct Serving {
     answerable: VecDeque<Answerable>,
     next: u64,
     replies: mpsc::UnboundedSender<(u64, Option<Bytes>)>,
+    /// Only [`FIRST_STREAMS`] are allowed so far.
+    few_streams: bool,
 }
 
 struct Answerable {
@@ -187,6 +217,9 @@ impl Serving {
             receive,
             frames: Reassembler::new(self.node.config.limits),
             reading: true,
+            finished: false,
+            begun: None,
+            permit: None,
         };
         while let Some(chunk) = now_or_never(stream.receive.read_chunk(usize::MAX, true)) {
             if !stream.took(chunk) {
@@ -197,14 +230,25 @@ impl Serving {
         let send = send.filter(|send| now_or_never(send.stopped()).is_none());
         if stream.reading {
             self.streams.spawn(stream.serve(send));
-            return;
+            return self.allow_streams();
         }
         let id = self.next;
         self.next += 1;
         let reply = || send.as_ref().map(|_| ReplyTo::Connection(id, self.replies.clone()));
-        stream.deliver(reply);
+        if let Delivered::Opened(opening) = stream.deliver(reply) {
+            self.streams.spawn(stream.opened(opening, send));
+            return;
+        }
+        self.allow_streams();
         if let Some(send) = send {
             self.answerable.push_back(Answerable { stream: id, send, until: Instant::now() + REPLY_TIMEOUT });
+        }
+    }
+
+    /// Whoever asks, may ask much.
+    fn allow_streams(&mut self) {
+        if std::mem::take(&mut self.few_streams) {
+            self.accepted.connection.set_max_concurrent_bi_streams(self.node.config.max_streams.into());
         }
     }
 
@@ -266,12 +310,27 @@ impl Drop for Entry {
 }
 
 /// One stream of an accepted connection.
-struct Stream {
-    node: Arc<Node>,
-    accepted: Arc<Accepted>,
-    receive: RecvStream,
-    frames: Reassembler,
+pub(crate) struct Stream {
+    pub(crate) node: Arc<Node>,
+    pub(crate) accepted: Arc<Accepted>,
+    pub(crate) receive: RecvStream,
+    pub(crate) frames: Reassembler,
     reading: bool,
+    /// It has ended in order.
+    pub(crate) finished: bool,
+    /// Since when the present frame is incomplete, and the permission to gather a large one.
+    begun: Option<Instant>,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+/// What was made of the frames of a stream.
+enum Delivered {
+    /// They were messages.
+    All,
+    /// The first one was the engine's own: the rest is not messages.
+    Opened(RawFrame),
+    /// The stream carries something else.
+    Refused,
 }
 
 impl Stream {
@@ -281,12 +340,12 @@ impl Stream {
         // The end of this channel that lives here: gone when no further token is to be made.
         let mut replies = send.is_some().then_some(replies);
         let node = self.node.clone();
-        let accepted = self.accepted.clone();
-        let (mut begun, mut permit) = (None, None);
         let mut answer_until = None;
         loop {
-            if !self.deliver(|| replies.clone().map(ReplyTo::Stream)) {
-                return;
+            match self.deliver(|| replies.clone().map(ReplyTo::Stream)) {
+                Delivered::All => {}
+                Delivered::Opened(opening) => return self.opened(opening, send).await,
+                Delivered::Refused => return,
             }
             if !self.reading {
                 replies = None;
@@ -295,15 +354,8 @@ impl Stream {
             if !self.reading && send.is_none() {
                 return;
             }
-            if self.frames.is_empty() {
-                (begun, permit) = (None, None);
-            } else {
-                begun.get_or_insert_with(Instant::now);
-            }
-            if self.reading && permit.is_none() && self.frames.buffered() > LARGE_FRAME {
-                // The time for the frame starts when it may be read.
-                permit = accepted.large.acquire().await.ok();
-                begun = Some(Instant::now());
+            if self.reading {
+                self.pace().await;
             }
             tokio::select! {
                 chunk = self.receive.read_chunk(usize::MAX, true), if self.reading => {
@@ -320,11 +372,8 @@ impl Stream {
                     }
                 }
                 () = is_stopped(&send) => send = None,
-                () = deadline(begun.map(|begun| begun + node.config.frame_timeout)), if self.reading => {
-                    node.counters.malformed.add(1);
-                    // Already closed is as good.
-                    let _ = self.receive.stop(SLOW_FRAME.into());
-                    return;
+                () = deadline(self.begun.map(|begun| begun + node.config.frame_timeout)), if self.reading => {
+                    return self.too_slow();
                 }
                 () = deadline(answer_until) => return,
             }
@@ -339,31 +388,92 @@ impl Stream {
     fn took(&mut self, chunk: Result<Option<quinn::Chunk>, quinn::ReadError>) -> bool {
         match chunk {
             Ok(Some(chunk)) => self.frames.push(chunk.bytes),
-            Ok(None) | Err(_) => self.reading = false,
+            Ok(None) => (self.reading, self.finished) = (false, true),
+            Err(_) => self.reading = false,
         }
         self.reading
     }
 
-    /// Hands over every whole frame. False when the stream carries something else.
-    fn deliver(&mut self, reply: impl Fn() -> Option<ReplyTo>) -> bool {
+    /// Hands over every whole frame.
+    fn deliver(&mut self, reply: impl Fn() -> Option<ReplyTo>) -> Delivered {
         loop {
             let frame = match self.frames.next_frame() {
                 Ok(Some(frame)) => frame,
-                Ok(None) => return true,
+                Ok(None) => return Delivered::All,
                 Err(error) => {
                     tracing::debug!(from = %self.accepted.connection.remote_address(), %error, "not a frame");
-                    self.node.counters.malformed.add(1);
-                    // Already closed is as good.
-                    let _ = self.receive.stop(NOT_A_FRAME.into());
-                    return false;
+                    self.refuse();
+                    return Delivered::Refused;
                 }
             };
-            let from = self.accepted.remote();
-            let dialect = self.accepted.dialect;
-            self.accepted.received.add(1);
-            let reply = reply().map(ReplyToken::new);
-            self.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, reply });
+            let opens = matches!(frame.type_id, session::OPEN_SESSION | session::OPEN_CONTROL);
+            if opens && self.accepted.dialect == Dialect::MaculaPeer1 {
+                return Delivered::Opened(frame);
+            }
+            self.hand_over(frame, reply().map(ReplyToken::new));
         }
+    }
+
+    /// Reads a stream of the engine's own to its end.
+    async fn opened(mut self, opening: RawFrame, send: Option<SendStream>) {
+        let Some(mut send) = send else { return self.refuse() };
+        if opening.type_id == session::OPEN_SESSION {
+            return session::receive(self, send, opening.payload).await;
+        }
+        // Already closed is as good.
+        let _ = self.receive.stop(NOT_A_RELAY.into());
+        let _ = send.reset(NOT_A_RELAY.into());
+    }
+
+    /// The stream carries nothing that can be read.
+    pub(crate) fn refuse(&mut self) {
+        self.node.counters.malformed.add(1);
+        // Already closed is as good.
+        let _ = self.receive.stop(NOT_A_FRAME.into());
+    }
+
+    /// Waits for more bytes of a stream of frames. False when there are none, or a frame takes too long.
+    pub(crate) async fn more(&mut self) -> bool {
+        if !self.reading {
+            return false;
+        }
+        self.pace().await;
+        let until = self.begun.map(|begun| begun + self.node.config.frame_timeout);
+        let chunk = tokio::select! {
+            chunk = self.receive.read_chunk(usize::MAX, true) => chunk,
+            () = deadline(until) => {
+                self.too_slow();
+                return false;
+            }
+        };
+        self.took(chunk)
+    }
+
+    /// Waits until more may be read of a large frame, whose time starts then.
+    async fn pace(&mut self) {
+        if self.frames.is_empty() {
+            (self.begun, self.permit) = (None, None);
+            return;
+        }
+        self.begun.get_or_insert_with(Instant::now);
+        if self.permit.is_none() && self.frames.buffered() > LARGE_FRAME {
+            self.permit = self.accepted.large.clone().acquire_owned().await.ok();
+            self.begun = Some(Instant::now());
+        }
+    }
+
+    fn too_slow(&mut self) {
+        self.node.counters.malformed.add(1);
+        // Already closed is as good.
+        let _ = self.receive.stop(SLOW_FRAME.into());
+    }
+
+    /// Hands a frame to the handler.
+    pub(crate) fn hand_over(&self, frame: RawFrame, reply: Option<ReplyToken>) {
+        let Accepted { dialect, key, path, .. } = *self.accepted;
+        let from = self.accepted.remote();
+        self.accepted.received.add(1);
+        self.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply });
     }
 }
 
@@ -379,12 +489,29 @@ async fn is_stopped(send: &Option<SendStream>) {
 impl Accepted {
     pub(crate) fn stats(&self) -> AcceptedStats {
         AcceptedStats {
-            link: LinkStats { dialect: self.dialect, remote: self.remote(), round_trip: self.connection.rtt() },
+            link: LinkStats {
+                dialect: self.dialect,
+                path: self.path,
+                remote: self.remote(),
+                round_trip: self.connection.rtt(),
+            },
             received: self.received.get(),
         }
     }
 
-    fn remote(&self) -> SocketAddr {
-        canonical(self.connection.remote_address())
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    pub(crate) fn key(&self) -> Option<Fingerprint> {
+        self.key
+    }
+
+    /// Where its packets come from.
+    pub(crate) fn remote(&self) -> SocketAddr {
+        match self.path {
+            Path::Direct => canonical(self.connection.remote_address()),
+            Path::Relay(relay) => relay,
+        }
     }
 }

@@ -1,7 +1,9 @@
 //! Messages on their way out and in.
 
+use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -11,6 +13,9 @@ use tokio::sync::mpsc;
 
 use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
+use crate::identity::Fingerprint;
+use crate::node::Node;
+use crate::session::Answers;
 use crate::tls::Dialect;
 
 /// A message to be sent: one encoded frame.
@@ -24,6 +29,67 @@ pub struct Message {
     pub deadline: Option<Instant>,
 }
 
+/// The name of a node: at most 255 bytes.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(Bytes);
+
+impl NodeId {
+    /// The longest name.
+    pub const MAX_LEN: usize = 255;
+
+    /// `None` if the name is empty or too long.
+    pub fn new(name: &[u8]) -> Option<Self> {
+        (1..=Self::MAX_LEN).contains(&name.len()).then(|| Self(Bytes::copy_from_slice(name)))
+    }
+
+    /// The name.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Whom we send to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PeerName {
+    /// Whoever is at an address.
+    Endpoint(Endpoint),
+    /// A node, wherever it is.
+    Node(NodeId),
+}
+
+impl Hash for PeerName {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        match self {
+            Self::Endpoint(endpoint) => endpoint.hash(state),
+            Self::Node(node) => node.as_bytes().hash(state),
+        }
+    }
+}
+
+impl fmt::Display for PeerName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Endpoint(endpoint) => endpoint.fmt(f),
+            Self::Node(node) => write!(f, "{node:?}"),
+        }
+    }
+}
+
+/// How packets travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// Straight to the peer's address.
+    Direct,
+    /// In a circuit of the relay at this address.
+    Relay(SocketAddr),
+}
+
 /// A message that arrived.
 #[derive(Debug)]
 pub struct Inbound {
@@ -31,8 +97,12 @@ pub struct Inbound {
     pub kind: MessageType,
     /// Its payload, one MessagePack value that is yet to be decoded.
     pub payload: Bytes,
-    /// The address it came from, IPv4 written as IPv4.
+    /// The address its packets came from, IPv4 written as IPv4: the sender's or the relay's.
     pub from: SocketAddr,
+    /// How it came.
+    pub path: Path,
+    /// The sender's key, where one was shown.
+    pub key: Option<Fingerprint>,
     /// What the link speaks.
     pub dialect: Dialect,
     /// The way to answer it, unless the sender has said that it reads no answer.
@@ -44,13 +114,20 @@ pub struct Inbound {
 pub struct ReplyToken(Mutex<Option<ReplyTo>>);
 
 /// Where answers go.
-#[derive(Debug)]
 pub(crate) enum ReplyTo {
     /// The task of a stream that may carry more messages.
     Stream(mpsc::UnboundedSender<Bytes>),
     /// The task of a connection, which keeps the sending halves of streams that carried their one message. `None`: there
     /// will be no answer.
     Connection(u64, mpsc::UnboundedSender<(u64, Option<Bytes>)>),
+    /// The sender's session, over whichever connection carries it.
+    Session(Arc<Answers>, Weak<Node>),
+}
+
+impl fmt::Debug for ReplyTo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplyTo").finish_non_exhaustive()
+    }
 }
 
 impl ReplyToken {
@@ -63,6 +140,9 @@ impl ReplyToken {
         let sent = match self.take().ok_or(ReplyError::AlreadyReplied)? {
             ReplyTo::Stream(task) => task.send(frame).is_ok(),
             ReplyTo::Connection(stream, task) => task.send((stream, Some(frame))).is_ok(),
+            ReplyTo::Session(session, node) => {
+                return node.upgrade().map_or(Err(ReplyError::Gone), |node| session.answer(&node, frame));
+            }
         };
         if sent { Ok(()) } else { Err(ReplyError::Gone) }
     }
@@ -107,10 +187,18 @@ pub enum Event {
     /// Messages that had been accepted were not delivered, as far as can be known.
     Undelivered {
         /// Whom they were for.
-        peer: Endpoint,
+        peer: PeerName,
         /// How many.
         count: u64,
         /// Why.
         reason: UndeliveredReason,
+    },
+    /// A sender goes on with a session that this node does not know: it was restarted, or had forgotten it. What was
+    /// handed over before may come again.
+    SessionRestarted {
+        /// Where the sender is.
+        peer: SocketAddr,
+        /// Who it is.
+        key: Fingerprint,
     },
 }

@@ -14,16 +14,19 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use crate::config::Config;
 use crate::dial::Dialer;
-use crate::endpoint::{Endpoint, EndpointRef};
-use crate::link::lock;
+use crate::endpoint::{Endpoint, Target};
+use crate::error::{CircuitError, ConnectError};
+use crate::identity::Fingerprint;
+use crate::link::{Link, lock};
 use crate::listen::Accepted;
-use crate::message::{Event, Handler, Inbound, Message, Unhandled};
+use crate::message::{Event, Handler, Inbound, Message, NodeId, PeerName, Unhandled};
 use crate::peer::{self, Peer};
+use crate::session::Sessions;
 use crate::socket::{Refusals, Socket};
 use crate::stats::{NodeCounters, Stats};
 
-/// Payloads from this size on are handed over on threads of their own: decoding 256 KiB of the smallest terms takes some
-/// milliseconds, in which a connection would not be driven.
+/// While payloads from this size on are handed over, another thread takes the other tasks: decoding 256 KiB of the
+/// smallest terms takes some milliseconds, in which no connection would be driven.
 pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
 
 pub(crate) struct Node {
@@ -32,9 +35,10 @@ pub(crate) struct Node {
     pub(crate) refusals: Refusals,
     pub(crate) counters: NodeCounters,
     pub(crate) accepted: Mutex<HashMap<usize, Arc<Accepted>>>,
+    pub(crate) sessions: Sessions,
     tls: Arc<QuicClientConfig>,
     socket: Mutex<BoundSocket>,
-    peers: RwLock<HashMap<Endpoint, Arc<Peer>>>,
+    peers: RwLock<HashMap<PeerName, Arc<Peer>>>,
     handler: RwLock<Option<Arc<dyn Handler>>>,
     tasks: Mutex<JoinSet<()>>,
     runtime: Handle,
@@ -64,6 +68,7 @@ impl Node {
             refusals,
             counters: NodeCounters::default(),
             accepted: Mutex::default(),
+            sessions: Sessions::default(),
             tls: Arc::new(tls),
             socket: Mutex::new(BoundSocket { socket, errors }),
             peers: RwLock::default(),
@@ -75,44 +80,44 @@ impl Node {
         })
     }
 
-    /// Sends over the live link to an endpoint, if there is one with room.
-    pub(crate) fn send_now(&self, endpoint: &EndpointRef<'_>, message: Message, now: Instant) -> Result<(), Message> {
+    /// Sends over the live link to a peer, if there is one with room.
+    pub(crate) fn send_now(&self, target: &Target<'_>, message: Message, now: Instant) -> Result<(), Message> {
         // The table stays locked for reading meanwhile, which is cheaper than counting one more reference.
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(peer) = peers.get(endpoint) else { return Err(message) };
+        let Some(peer) = peers.get(target) else { return Err(message) };
         peer.send_now(message, now)?;
         self.counters.hits.add(1);
         Ok(())
     }
 
-    fn find(&self, endpoint: &EndpointRef<'_>) -> Option<Arc<Peer>> {
-        self.peers.read().unwrap_or_else(PoisonError::into_inner).get(endpoint).cloned()
+    pub(crate) fn find(&self, target: &Target<'_>) -> Option<Arc<Peer>> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner).get(target).cloned()
     }
 
-    /// The peer at an endpoint. Makes room for a new one by letting the least recently used one go. `None` when the
+    /// The peer of a name. Makes room for a new one by letting the least recently used one go. `None` when the
     /// engine is stopping.
-    pub(crate) fn peer(self: &Arc<Self>, endpoint: &EndpointRef<'_>) -> Option<Arc<Peer>> {
-        if let Some(peer) = self.find(endpoint) {
+    pub(crate) fn peer(self: &Arc<Self>, target: &Target<'_>) -> Option<Arc<Peer>> {
+        if let Some(peer) = self.find(target) {
             return Some(peer);
         }
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         if self.is_stopping() {
             return None;
         }
-        if let Some(peer) = peers.get(endpoint) {
+        if let Some(peer) = peers.get(target) {
             return Some(peer.clone());
         }
         while peers.len() >= self.config.pool_size.max(1) {
             // Addresses that nobody was reached at do not cost anybody a link.
             let oldest = peers.values().min_by_key(|peer| (peer.is_linked(), peer.last_used()));
-            let oldest = oldest.map(|peer| peer.endpoint.clone());
-            if let Some(evicted) = oldest.and_then(|endpoint| peers.remove(&endpoint)) {
+            let oldest = oldest.map(|peer| peer.name.clone());
+            if let Some(evicted) = oldest.and_then(|name| peers.remove(&name)) {
                 self.counters.evictions.add(1);
                 evicted.retire();
             }
         }
-        let peer = Peer::new(endpoint.to_owned(), self.clone());
-        peers.insert(peer.endpoint.clone(), peer.clone());
+        let peer = Peer::new(target.to_owned(), self.clone());
+        peers.insert(peer.name.clone(), peer.clone());
         self.spawn(peer::run(peer.clone()));
         Some(peer)
     }
@@ -123,13 +128,39 @@ impl Node {
         if self.instant(peer.last_used()) + self.config.idle_timeout > Instant::now() {
             return;
         }
-        if peers.get(&peer.endpoint).is_some_and(|current| Arc::ptr_eq(current, peer)) {
-            peers.remove(&peer.endpoint);
+        if peers.get(&peer.name).is_some_and(|current| Arc::ptr_eq(current, peer)) {
+            peers.remove(&peer.name);
         }
         peer.retire();
     }
 
-    pub(crate) fn dialer(&self) -> Dialer {
+    /// A direct link to an endpoint, if whoever is there is the peer.
+    pub(crate) async fn dial(
+        self: Arc<Self>,
+        name: PeerName,
+        endpoint: Endpoint,
+        key: Option<Fingerprint>,
+        until: Instant,
+    ) -> Result<Link, ConnectError> {
+        let link = self.dialer().dial(endpoint, until).await?;
+        self.check_key(&name, key, link)
+    }
+
+    /// A link through a relay.
+    pub(crate) async fn circuit(
+        self: &Arc<Self>,
+        _relay: &Endpoint,
+        _target: &NodeId,
+        _key: Option<Fingerprint>,
+    ) -> Result<Link, CircuitError> {
+        Err(CircuitError::RelayLost)
+    }
+
+    fn check_key(&self, _name: &PeerName, _key: Option<Fingerprint>, link: Link) -> Result<Link, ConnectError> {
+        Ok(link)
+    }
+
+    fn dialer(&self) -> Dialer {
         Dialer {
             quic: self.quic.clone(),
             socket: lock(&self.socket).socket.clone(),
@@ -161,7 +192,7 @@ impl Node {
         *self.handler.write().unwrap_or_else(PoisonError::into_inner) = handler;
     }
 
-    /// Hands a frame to the handler.
+    /// Hands a frame to the handler, in the order of the calls.
     pub(crate) fn deliver(self: &Arc<Self>, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
         let Some(kind) = MessageType::from_id(frame.type_id) else {
             self.counters.malformed.add(1);
@@ -171,18 +202,13 @@ impl Node {
             return self.not_handled(&Unhandled::NoHandler);
         };
         let message = inbound(kind, frame.payload);
-        if message.payload.len() < LARGE_PAYLOAD {
-            if let Err(why) = handler.message(message) {
-                self.not_handled(&why);
-            }
-            return;
+        let handled = match message.payload.len() < LARGE_PAYLOAD {
+            true => handler.message(message),
+            false => tokio::task::block_in_place(|| handler.message(message)),
+        };
+        if let Err(why) = handled {
+            self.not_handled(&why);
         }
-        let node = self.clone();
-        self.runtime.spawn_blocking(move || {
-            if let Err(why) = handler.message(message) {
-                node.not_handled(&why);
-            }
-        });
     }
 
     fn not_handled(&self, why: &Unhandled) {
@@ -201,6 +227,10 @@ impl Node {
 
     pub(crate) fn undelivered(&self, event: Event, count: u64) {
         self.counters.undelivered.add(count);
+        self.event(event);
+    }
+
+    pub(crate) fn event(&self, event: Event) {
         tracing::debug!(?event);
         if let Some(handler) = self.handler() {
             handler.event(event);

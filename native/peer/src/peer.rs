@@ -1,12 +1,12 @@
 //! A peer: its queue, its link, and the task that keeps the one moving over the other.
 //!
 //! Callers hand messages over under a short lock: straight to the link when nothing is queued before them, else to the
-//! queue. The task dials, empties the queue, notices silence and sends again what a dead link left unacknowledged.
+//! queue. The task looks for paths, empties the queue, notices silence and sends again what a dead link left
+//! unacknowledged.
 
 use std::collections::VecDeque;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::task::Poll;
@@ -16,20 +16,22 @@ use macula_peer_wire::RawFrame;
 use quinn::{ConnectionError, RecvStream, SendStream};
 use tokio::sync::{Notify, broadcast};
 use tokio::task::JoinSet;
-use tokio::time::sleep_until;
+use tokio::time::{sleep_until, timeout};
 
 use crate::call::{Call, Cancel};
 use crate::config::Delivery;
 use crate::decide::retry::Backoff;
 use crate::dial::refused;
-use crate::endpoint::Endpoint;
+use crate::endpoint::Target;
 use crate::error::{ConnectError, RequestError, SendError, UndeliveredReason};
 use crate::link::{Link, Partial, Swept, Written, lock};
-use crate::message::{Event, Inbound, Message};
+use crate::message::{Event, Inbound, Message, Path, PeerName};
 use crate::node::Node;
+use crate::race::{self, Race, Ways};
 use crate::request;
-use crate::socket::canonical;
+use crate::session::{Progress, Session};
 use crate::stats::{LinkStats, PeerCounters, PeerStats};
+use crate::tls::Dialect;
 
 /// Messages that are accepted for a live link while it has no stream to spare: some milliseconds of a fast sender.
 const MAX_ACCEPTED: usize = 1024;
@@ -52,6 +54,27 @@ const REDIAL_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A peer that hangs up sooner than this, perhaps because of what it is sent, is not dialled again at once.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
 
+/// Pauses between attempts to replace a relayed path by a direct one. A firewall that was opened is used soon; one that
+/// stays closed costs a handshake's first packets a minute.
+const UPGRADE_FIRST_PAUSE: Duration = Duration::from_secs(1);
+const UPGRADE_LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// A link that was replaced lives on for this long, and as long again while a request waits on it: answers to messages
+/// that went over it are on their way.
+const REPLACED_FOR: Duration = Duration::from_secs(1);
+
+/// How long a relay that speaks only `macula` gets the messages for a node, before other ways are tried again.
+const STAND_IN_FOR: Duration = Duration::from_secs(60);
+
+/// How long more ways are waited for once somebody has begun to look them up.
+const RESOLVING_FOR: Duration = Duration::from_secs(5);
+
+/// How long what was looked up is good for.
+const RESOLVED_FOR: Duration = Duration::from_secs(60);
+
+/// Answers, to messages sent without waiting, that the peer may send at once.
+const MAX_ANSWERING: u32 = 64;
+
 /// How long a message without a deadline is owed after its link died.
 const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -59,22 +82,33 @@ const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) struct Peer {
-    pub(crate) endpoint: Endpoint,
+    pub(crate) name: PeerName,
     node: Arc<Node>,
     state: Mutex<State>,
     wake: Notify,
     /// Milliseconds of the node's clock at the last use.
     used: AtomicU64,
-    /// Bytes queued or unacknowledged.
+    /// Bytes accepted and not acknowledged.
     held: AtomicUsize,
+    /// Bytes of calls that wait.
+    waiting: AtomicUsize,
     counters: PeerCounters,
 }
 
-#[derive(Default)]
 struct State {
     /// The link that callers write to: live and not in doubt.
     link: Option<Arc<Link>>,
     queue: VecDeque<Job>,
+    /// What is on its way over a link of `macula-peer/1`, or is to go on over the next.
+    session: Session,
+    /// How the peer can be reached.
+    ways: Ways,
+    /// There are ways that the race does not know.
+    learned: bool,
+    /// When ways were last looked up, and whether somebody is still at it.
+    resolved: Option<(Instant, bool)>,
+    /// Who gets the messages instead, and until when: a relay that speaks only `macula`.
+    stand_in: Option<(Arc<Peer>, Instant)>,
     partials: Vec<(Arc<Link>, Job, Partial)>,
     /// When the queue is to be looked through for deadlines.
     expiry: Option<Instant>,
@@ -122,14 +156,32 @@ impl Waiting {
 pub(crate) struct Retired;
 
 impl Peer {
-    pub(crate) fn new(endpoint: Endpoint, node: Arc<Node>) -> Arc<Self> {
+    pub(crate) fn new(name: PeerName, node: Arc<Node>) -> Arc<Self> {
+        let mut ways = Ways::default();
+        if let PeerName::Endpoint(endpoint) = &name {
+            ways.endpoints.push(endpoint.clone());
+        }
+        let state = State {
+            link: None,
+            queue: VecDeque::new(),
+            session: Session::new(node.config.delivery == Delivery::AtMostOnce),
+            ways,
+            learned: false,
+            resolved: None,
+            stand_in: None,
+            partials: Vec::new(),
+            expiry: None,
+            cancelled: false,
+            retired: false,
+        };
         let peer = Arc::new(Self {
-            endpoint,
+            name,
             node,
-            state: Mutex::default(),
+            state: Mutex::new(state),
             wake: Notify::new(),
             used: AtomicU64::new(0),
             held: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
             counters: PeerCounters::default(),
         });
         peer.touch(Instant::now());
@@ -148,6 +200,13 @@ impl Peer {
             }
             if !state.queue.is_empty() {
                 return self.accept(&mut state, message);
+            }
+            if link.dialect == Dialect::MaculaPeer1 {
+                let was_idle = self.held.fetch_add(size, Ordering::Relaxed) == 0;
+                if self.number(&mut state, message, now) || was_idle {
+                    self.wake.notify_one();
+                }
+                return Ok(());
             }
             link.clone()
         };
@@ -223,19 +282,20 @@ impl Peer {
     pub(crate) fn stats(&self) -> PeerStats {
         let link = lock(&self.state).link.clone().map(|link| LinkStats {
             dialect: link.dialect,
-            remote: canonical(link.connection.remote_address()),
+            path: link.path,
+            remote: link.remote(),
             round_trip: link.connection.rtt(),
         });
         let counters = &self.counters;
         PeerStats {
-            endpoint: self.endpoint.clone(),
+            name: self.name.clone(),
             link,
             sent: counters.sent.get(),
             acknowledged: counters.acknowledged.get(),
             received: counters.received.get(),
             failed: counters.failed.get(),
             dials: counters.dials.get(),
-            unacknowledged_bytes: self.held.load(Ordering::Relaxed),
+            unacknowledged_bytes: self.held.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed),
         }
     }
 
@@ -252,7 +312,10 @@ impl Peer {
         if state.retired {
             return Err(Retired);
         }
-        if state.queue.len() >= MAX_WAITING || !self.has_room(message.frame.len()) {
+        // Those who wait for room are as much again as what there is room for.
+        let waiting = self.waiting.load(Ordering::Relaxed);
+        let fits = waiting == 0 || waiting + message.frame.len() <= self.node.config.max_unacknowledged;
+        if state.queue.len() >= MAX_WAITING || !fits {
             drop(state);
             self.counters.failed.add(1);
             overloaded();
@@ -260,6 +323,48 @@ impl Peer {
         }
         self.push(&mut state, Job { message: Some(message), deadline, since: Instant::now(), who });
         Ok(Waiting { call: Arc::downgrade(&call), peer: Some(self.clone()) })
+    }
+
+    /// What a caller knows of the ways to this peer. Returns whether the rest should be looked up: then
+    /// [`Peer::resolved`] is to be called, whatever comes of it.
+    pub(crate) fn learn(&self, ways: Ways) -> bool {
+        let now = Instant::now();
+        let mut state = lock(&self.state);
+        state.ways.learn(ways);
+        state.learned = true;
+        let fresh = |(since, at_it)| since + if at_it { RESOLVING_FOR } else { RESOLVED_FOR } > now;
+        let wanted = state.link.is_none() && !state.resolved.is_some_and(fresh);
+        if wanted {
+            state.resolved = Some((now, true));
+        }
+        wanted
+    }
+
+    /// What was found by looking up.
+    pub(crate) fn resolved(&self, ways: Ways) {
+        let mut state = lock(&self.state);
+        state.ways.learn(ways);
+        (state.learned, state.resolved) = (true, Some((Instant::now(), false)));
+        self.wake.notify_one();
+    }
+
+    /// Takes over a message for somebody else, or gives it back.
+    fn adopt(&self, job: Job) -> Result<(), Job> {
+        self.touch(Instant::now());
+        let mut state = lock(&self.state);
+        if state.retired {
+            return Err(job);
+        }
+        self.push(&mut state, job);
+        Ok(())
+    }
+
+    /// Gives a message to the session, whose link is live. Returns whether the task is to go on with it.
+    fn number(&self, state: &mut State, message: Message, now: Instant) -> bool {
+        state.expiry = earliest(state.expiry, message.deadline);
+        let (progress, wake) = state.session.send(message, now);
+        self.counters.sent.add(progress.written);
+        wake
     }
 
     /// Takes a message for a live link that has no stream to spare just now.
@@ -274,7 +379,7 @@ impl Peer {
 
     /// Queues a job. The task need not be woken where it already waits for what lets it go on with the queue.
     fn push(&self, state: &mut State, job: Job) {
-        self.held.fetch_add(job.size(), Ordering::Relaxed);
+        self.hold(&job);
         let expiry = earliest(state.expiry, job.deadline);
         if state.queue.is_empty() || state.expiry != expiry || !job.is_accepted() {
             state.expiry = expiry;
@@ -289,8 +394,26 @@ impl Peer {
         held == 0 || held + size <= self.node.config.max_unacknowledged
     }
 
+    fn hold(&self, job: &Job) {
+        let bytes = if job.is_accepted() { &self.held } else { &self.waiting };
+        bytes.fetch_add(job.size(), Ordering::Relaxed);
+    }
+
+    fn let_go(&self, job: &Job) {
+        let bytes = if job.is_accepted() { &self.held } else { &self.waiting };
+        bytes.fetch_sub(job.size(), Ordering::Relaxed);
+    }
+
     fn touch(&self, now: Instant) {
         self.used.store(self.node.clock(now), Ordering::Relaxed);
+    }
+}
+
+impl State {
+    /// Until when more ways may come.
+    fn resolving(&self, now: Instant) -> Option<Instant> {
+        let (since, at_it) = self.resolved?;
+        Some(since + RESOLVING_FOR).filter(|&until| at_it && until > now)
     }
 }
 
@@ -301,6 +424,12 @@ impl Job {
 
     fn size(&self) -> usize {
         self.message.as_ref().map_or(0, |message| message.frame.len())
+    }
+
+    fn answer_sent(self) {
+        if let Who::Sender(call) = self.who {
+            call.answer(Ok(()));
+        }
     }
 
     fn is_wanted(&self) -> bool {
@@ -325,12 +454,11 @@ impl Job {
     }
 }
 
-type Dial = Pin<Box<dyn Future<Output = Result<Link, ConnectError>> + Send>>;
-
 /// The peer's task.
 struct Task {
     peer: Arc<Peer>,
-    dial: Option<(Instant, Dial)>,
+    /// The ways that are tried, beside the link if there is one.
+    race: Option<Race>,
     redial: Backoff,
     redial_at: Option<Instant>,
     /// Nobody is worth a dial before this time.
@@ -346,8 +474,13 @@ struct Task {
     swept_at: Instant,
     out_of_credit: bool,
     answers_until: Option<Instant>,
+    /// When a better path than the present one is looked for, and the pauses between.
+    upgrade_at: Option<Instant>,
+    upgrade: Backoff,
     writers: JoinSet<WriteOutcome>,
     requests: JoinSet<RequestOutcome>,
+    /// Tasks that read answers, and that end links which have been replaced.
+    helpers: JoinSet<()>,
     refusals: broadcast::Receiver<SocketAddr>,
     drain_until: Option<Instant>,
 }
@@ -377,7 +510,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
     let refusals = peer.node.refusals.subscribe();
     let task = Task {
         peer,
-        dial: None,
+        race: None,
         redial: Backoff::new(REDIAL_FIRST_PAUSE, REDIAL_LONGEST_PAUSE),
         redial_at: None,
         hold_off: None,
@@ -389,8 +522,11 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         swept_at: now,
         out_of_credit: false,
         answers_until: None,
+        upgrade_at: None,
+        upgrade: Backoff::new(UPGRADE_FIRST_PAUSE, UPGRADE_LONGEST_PAUSE),
         writers: JoinSet::new(),
         requests: JoinSet::new(),
+        helpers: JoinSet::new(),
         refusals,
         drain_until: None,
     };
@@ -409,15 +545,18 @@ impl Task {
             }
             let next = self.next_look(now);
             let link = self.link.clone();
-            let remote = link.as_ref().map(|link| link.connection.remote_address());
+            let remote = link.as_ref().filter(|link| link.path == Path::Direct);
+            let remote = remote.map(|link| link.connection.remote_address());
             tokio::select! {
                 () = peer.wake.notified() => {}
-                (result, begun) = dialled(&mut self.dial) => self.dial_ended(result, begun),
+                progress = session_progress(&peer, link.is_some()) => self.session_progressed(progress),
+                progress = raced(&mut self.race) => self.race_progressed(progress),
                 _ = closed(link.as_deref()) => self.link_died(),
                 stream = credit(link.as_deref(), self.out_of_credit) => self.credit_came(stream),
                 frames = answers(link.as_deref()) => self.answers_came(frames),
                 Some(Ok(outcome)) = self.writers.join_next() => self.write_ended(outcome),
                 Some(Ok(outcome)) = self.requests.join_next() => self.request_ended(outcome),
+                Some(_) = self.helpers.join_next() => {}
                 () = unreachable(&mut self.refusals, remote) => self.doubt(),
                 () = doubted(link.as_deref()) => self.doubt(),
                 _ = stopping.changed() => peer.retire(),
@@ -437,8 +576,11 @@ impl Task {
         if let (Some(link), true) = (&self.link, self.answers_until.is_none_or(|until| until <= now)) {
             self.answers_until = link.expire_answers(now);
         }
+        self.pass_on(now);
         if self.wants_dial(now) {
-            self.begin_dial(now);
+            self.begin_race(now);
+        } else if self.upgrade_at.is_some_and(|at| at <= now) {
+            self.look_for_better(now);
         }
     }
 
@@ -450,7 +592,7 @@ impl Task {
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
         // Past, it waits for somebody to want the peer.
         let redial = self.redial_at.max(self.hold_off).filter(|&at| at > now);
-        let times = [state.expiry, sweep, redial, self.answers_until, self.drain_until];
+        let times = [state.expiry, sweep, redial, self.upgrade_at, self.answers_until, self.drain_until];
         for time in times.into_iter().flatten() {
             next = next.min(time);
         }
@@ -460,6 +602,7 @@ impl Task {
     /// Calls and messages whose time is over, or whose callers are gone.
     fn answer_expired(&mut self, now: Instant) {
         let mut gone = Vec::new();
+        let given_up;
         {
             let mut state = lock(&self.peer.state);
             let due = state.expiry.is_some_and(|expiry| expiry <= now);
@@ -467,7 +610,7 @@ impl Task {
                 return;
             }
             state.cancelled = false;
-            state.expiry = None;
+            (given_up, state.expiry) = state.session.expire(now);
             for job in std::mem::take(&mut state.queue) {
                 if job.is_over(now) || !job.is_wanted() {
                     gone.push(job);
@@ -478,11 +621,13 @@ impl Task {
             }
         }
         let linked = self.link.is_some() && !self.in_doubt;
-        let mut expired = 0;
+        let mut expired = given_up.len() as u64;
+        self.let_go(given_up.iter().map(|message| message.frame.len()).sum());
         for job in gone {
-            self.let_go(job.size());
+            self.peer.let_go(&job);
             let error = match () {
                 () if job.had_no_time() => SendError::Timeout,
+                () if linked && !self.peer.has_room(job.size()) => SendError::Overloaded,
                 () if linked => SendError::NoRoom,
                 () => SendError::Connect(ConnectError::TimedOut),
             };
@@ -509,23 +654,44 @@ impl Task {
         self.out_of_credit = false;
         let Some(link) = self.link.clone().filter(|_| !self.in_doubt) else { return };
         loop {
-            let Some(mut job) = lock(&self.peer.state).queue.pop_front() else { return };
-            let Some(message) = job.message.take() else { continue };
-            let size = message.frame.len();
+            let mut state = lock(&self.peer.state);
+            let Some(mut job) = state.queue.pop_front() else { return };
             if !job.is_wanted() {
-                self.let_go(size);
+                self.peer.let_go(&job);
                 continue;
             }
+            if matches!(job.who, Who::Sender(_)) && !self.peer.has_room(job.size()) {
+                // Acknowledgements make room, and wake this task.
+                state.queue.push_front(job);
+                return;
+            }
+            let Some(message) = job.message.take() else { continue };
+            let size = message.frame.len();
             if let Who::Requester(call) = &job.who {
+                drop(state);
                 let exchange = request::run(link.clone(), call.clone(), message.clone());
                 job.message = Some(message);
                 self.peer.counters.sent.add(1);
                 self.requests.spawn(async move { RequestOutcome { end: exchange.await, job } });
                 continue;
             }
+            if link.dialect == Dialect::MaculaPeer1 {
+                // Under the lock that it was taken from the queue under: nobody overtakes it.
+                self.admit(&job, size);
+                // What the stream does not take is written when this task next looks at the session.
+                let _ = self.peer.number(&mut state, message, Instant::now());
+                drop(state);
+                job.answer_sent();
+                continue;
+            }
+            drop(state);
             match link.write(message, Instant::now()) {
-                Written::Done { .. } => self.sent(job),
+                Written::Done { .. } => {
+                    self.admit(&job, size);
+                    self.sent(job);
+                }
                 Written::Partial(partial) => {
+                    self.admit(&job, size);
                     self.writers.spawn(write_rest(link.clone(), job, partial));
                 }
                 Written::NoCredit(message) => {
@@ -546,9 +712,14 @@ impl Task {
     fn sweep(&mut self, now: Instant) {
         self.swept_at = now;
         let Some(link) = self.link.clone() else { return };
-        let swept = link.sweep(now);
-        self.oldest = swept.oldest;
-        self.account(swept);
+        match link.dialect {
+            Dialect::MaculaPeer1 => self.oldest = lock(&self.peer.state).session.oldest(),
+            Dialect::Macula => {
+                let swept = link.sweep(now);
+                self.oldest = swept.oldest;
+                self.account(swept);
+            }
+        }
         if self.oldest.is_none() && !self.in_doubt {
             return;
         }
@@ -575,69 +746,186 @@ impl Task {
     /// The peer may be gone: callers wait until it is heard of again, on this link or a new one.
     fn doubt(&mut self) {
         let Some(link) = self.link.as_ref().filter(|_| !self.in_doubt) else { return };
-        tracing::debug!(peer = %self.peer.endpoint, "silent, trying a new link");
+        tracing::debug!(peer = %self.peer.name, "silent, trying a new link");
         self.in_doubt = true;
         self.heard = (link.heard(), Instant::now());
+        // A race for a better link goes on for any link.
+        self.race = None;
         lock(&self.peer.state).link = None;
     }
 
     fn trust_again(&mut self) {
         self.in_doubt = false;
-        self.dial = None;
+        self.race = None;
         lock(&self.peer.state).link = self.link.clone();
+        self.plan_upgrade();
     }
 
-    fn wants_dial(&self, now: Instant) -> bool {
+    fn wants_dial(&mut self, now: Instant) -> bool {
         let linked = self.link.is_some() && !self.in_doubt;
-        if self.dial.is_some() || linked || self.hold_off.is_some_and(|until| until > now) {
+        if linked || self.hold_off.is_some_and(|until| until > now) {
             return false;
         }
-        let state = lock(&self.peer.state);
+        let mut state = lock(&self.peer.state);
+        if let Some(race) = &mut self.race {
+            if std::mem::take(&mut state.learned) {
+                race.add(&state.ways, state.resolving(now), now);
+            }
+            return false;
+        }
         // Somebody who waits is worth a dial now; what is only owed waits for its turn.
         let waited_for = state.queue.iter().any(|job| !job.is_accepted() && !job.is_over(now));
-        let owed = !state.queue.is_empty() || self.oldest.is_some() || !self.requests.is_empty();
+        let owed = !state.queue.is_empty() || !state.session.is_empty() || !self.requests.is_empty();
+        let owed = owed || self.oldest.is_some();
         waited_for || (owed && self.redial_at.is_none_or(|at| at <= now))
     }
 
-    fn begin_dial(&mut self, now: Instant) {
+    fn begin_race(&mut self, now: Instant) {
         self.peer.counters.dials.add(1);
         self.redial_at = None;
-        let deadline = now + self.node().config.connect_timeout;
-        let dial = self.node().dialer().dial(self.peer.endpoint.clone(), deadline);
-        self.dial = Some((now, Box::pin(dial)));
+        let mut race = Race::new(self.node().clone(), self.peer.name.clone(), now);
+        let mut state = lock(&self.peer.state);
+        state.learned = false;
+        race.add(&state.ways, state.resolving(now), now);
+        drop(state);
+        self.race = Some(race);
     }
 
-    fn dial_ended(&mut self, result: Result<Link, ConnectError>, begun: Instant) {
-        self.dial = None;
-        match result {
-            Ok(link) => self.link_up(Arc::new(link)),
-            Err(error) => self.dial_failed(error, begun),
+    /// On a relayed path: tries the direct ones again.
+    fn look_for_better(&mut self, now: Instant) {
+        self.upgrade_at = Some(now + self.upgrade.pause(fastrand::f64()));
+        if self.race.is_some() || self.in_doubt {
+            return;
+        }
+        let state = lock(&self.peer.state);
+        let direct = Ways { endpoints: state.ways.endpoints.clone(), key: state.ways.key, ..Ways::default() };
+        drop(state);
+        if direct.endpoints.is_empty() {
+            return;
+        }
+        let mut race = Race::new(self.node().clone(), self.peer.name.clone(), now);
+        race.add(&direct, None, now);
+        self.race = Some(race);
+    }
+
+    fn plan_upgrade(&mut self) {
+        let relayed = self.link.as_ref().is_some_and(|link| link.path != Path::Direct);
+        if !relayed {
+            self.upgrade.reset();
+        }
+        self.upgrade_at = relayed.then(|| Instant::now() + self.upgrade.pause(fastrand::f64()));
+    }
+
+    fn race_progressed(&mut self, progress: race::Progress) {
+        let begun = self.race.as_ref().map_or_else(Instant::now, |race| race.begun);
+        match progress {
+            race::Progress::Link(link) if self.has_better_than(&link) => link.connection.close(0u8.into(), b""),
+            race::Progress::Link(link) => {
+                match (&mut self.race, link.path) {
+                    (Some(race), Path::Relay(_)) => race.keep_direct(),
+                    _ => self.race = None,
+                }
+                self.link_up(Arc::new(link));
+            }
+            race::Progress::Lost(error) => {
+                self.race = None;
+                // Looking for something better while there is a link, it has not lost anything.
+                if self.link.is_none() || self.in_doubt {
+                    self.race_lost(error, begun);
+                }
+            }
+            race::Progress::StandIn(relay) => {
+                self.race = None;
+                if self.link.is_none() || self.in_doubt {
+                    self.retire_link();
+                    let Some(peer) = self.node().peer(&Target::Endpoint(relay.as_ref())) else { return };
+                    let until = Instant::now() + STAND_IN_FOR;
+                    lock(&self.peer.state).stand_in = Some((peer, until));
+                }
+            }
+        }
+    }
+
+    fn has_better_than(&self, link: &Link) -> bool {
+        link.path != Path::Direct && self.link.is_some() && !self.in_doubt
+    }
+
+    /// Gives everything that waits to the one who stands in.
+    fn pass_on(&mut self, now: Instant) {
+        let (stand_in, jobs) = {
+            let mut state = lock(&self.peer.state);
+            let Some((peer, until)) = state.stand_in.clone() else { return };
+            if until <= now {
+                state.stand_in = None;
+                return;
+            }
+            let owed = state.session.take();
+            let owed = owed.into_iter().map(|message| {
+                let deadline = message.deadline;
+                Job::accepted(Some(message), deadline)
+            });
+            (peer, owed.chain(std::mem::take(&mut state.queue)).collect::<Vec<_>>())
+        };
+        for job in jobs {
+            self.peer.let_go(&job);
+            if let Err(job) = stand_in.adopt(job) {
+                // It has left the pool.
+                let mut state = lock(&self.peer.state);
+                state.stand_in = None;
+                self.peer.push(&mut state, job);
+            }
         }
     }
 
     fn link_up(&mut self, link: Arc<Link>) {
-        tracing::debug!(peer = %self.peer.endpoint, dialect = link.dialect.alpn(), "link up");
-        self.node().counted_unverified();
-        self.retire_link();
+        tracing::debug!(peer = %self.peer.name, dialect = link.dialect.alpn(), path = ?link.path, "link up");
+        if link.dialect == Dialect::Macula {
+            self.node().counted_unverified();
+        }
+        match &self.link {
+            Some(_) if self.in_doubt => self.retire_link(),
+            Some(_) => self.replace_link(),
+            None => {}
+        }
         // What was refused before says nothing about this link.
         self.refusals = self.node().refusals.subscribe();
-        self.heard = (0, Instant::now());
+        let now = Instant::now();
+        (self.heard, self.link_since) = ((0, now), now);
         self.answers_until = None;
-        self.peer.touch(Instant::now());
-        self.link_since = Instant::now();
-        self.link = Some(link.clone());
-        lock(&self.peer.state).link = Some(link);
+        self.peer.touch(now);
+        let mut state = lock(&self.peer.state);
+        let mut owed = Vec::new();
+        match link.dialect {
+            Dialect::MaculaPeer1 if !state.session.attach(&link) => {
+                drop(state);
+                // As if it had died at once.
+                link.connection.close(0u8.into(), b"");
+                self.link = Some(link);
+                return self.link_died();
+            }
+            Dialect::MaculaPeer1 => {
+                self.helpers.spawn(read_answers(self.peer.clone(), link.clone()));
+            }
+            // The peer is another one than before: what was numbered goes the other way.
+            Dialect::Macula => owed = state.session.take(),
+        }
+        state.link = Some(link.clone());
+        drop(state);
+        self.link = Some(link);
+        self.owe(owed);
+        self.plan_upgrade();
     }
 
-    fn dial_failed(&mut self, error: ConnectError, begun: Instant) {
-        tracing::debug!(peer = %self.peer.endpoint, %error, "dial failed");
+    fn race_lost(&mut self, error: SendError, begun: Instant) {
+        tracing::debug!(peer = %self.peer.name, %error, "no link");
         self.redial_at = Some(Instant::now() + self.redial.pause(fastrand::f64()));
-        if self.in_doubt && matches!(error, ConnectError::Unreachable | ConnectError::TimedOut) {
+        let gone = matches!(error, SendError::Connect(ConnectError::Unreachable | ConnectError::TimedOut));
+        if self.in_doubt && (gone || matches!(error, SendError::Route(_))) {
             // Silent on the old link and not to be had on a new one: what is unacknowledged keeps its deadlines.
             self.retire_link();
         }
         // Silence says nothing about a call that came later: it gets a dial of its own.
-        let silent = error == ConnectError::TimedOut;
+        let silent = matches!(error, SendError::Connect(ConnectError::TimedOut));
         let mut failed = Vec::new();
         {
             let mut state = lock(&self.peer.state);
@@ -650,17 +938,29 @@ impl Task {
             }
         }
         for job in failed {
-            self.let_go(job.size());
+            self.peer.let_go(&job);
             match job.who {
                 Who::Accepted => {}
-                Who::Sender(call) => self.fail(|| call.answer(Err(error.clone().into()))),
-                Who::Requester(call) => self.fail(|| call.answer(Err(SendError::from(error.clone()).into()))),
+                Who::Sender(call) => self.fail(|| call.answer(Err(error.clone()))),
+                Who::Requester(call) => self.fail(|| call.answer(Err(error.clone().into()))),
             }
         }
     }
 
+    fn session_progressed(&mut self, progress: Progress) {
+        let Progress { written, acknowledged, acknowledged_bytes, lost, broken } = progress;
+        self.peer.counters.sent.add(written);
+        self.peer.counters.acknowledged.add(acknowledged);
+        self.let_go(acknowledged_bytes);
+        self.let_go(lost.iter().map(|message| message.frame.len()).sum());
+        self.undelivered(lost.len() as u64, UndeliveredReason::LinkLost);
+        if broken {
+            self.link_died();
+        }
+    }
+
     fn link_died(&mut self) {
-        tracing::debug!(peer = %self.peer.endpoint, "link died");
+        tracing::debug!(peer = %self.peer.name, "link died");
         let now = Instant::now();
         self.redial_at = None;
         if now.saturating_duration_since(self.link_since) < SHORT_LIFE {
@@ -668,20 +968,48 @@ impl Task {
         } else {
             self.redial.reset();
         }
+        // A race for a better link goes on for any link.
+        self.race = None;
         self.retire_link();
     }
 
-    /// Ends the link, if there is one; what it left unacknowledged goes to the front of the queue.
+    /// Ends the link, if there is one; what it left unacknowledged goes to the front of the queue, or stays with the
+    /// session.
     fn retire_link(&mut self) {
-        self.in_doubt = false;
-        self.oldest = None;
-        self.out_of_credit = false;
-        lock(&self.peer.state).link = None;
-        let Some(link) = self.link.take() else { return };
+        let Some(link) = self.unlink() else { return };
         let (swept, unacknowledged) = link.die();
         self.account(swept);
         link.connection.close(0u8.into(), b"");
         self.owe(unacknowledged);
+    }
+
+    /// Lets go of the link for a better one; what was asked over it may still be answered.
+    fn replace_link(&mut self) {
+        let Some(link) = self.unlink() else { return };
+        let (swept, unacknowledged) = link.die();
+        self.account(swept);
+        self.owe(unacknowledged);
+        self.helpers.spawn(async move {
+            tokio::time::sleep(REPLACED_FOR).await;
+            while link.is_asked() {
+                tokio::time::sleep(REPLACED_FOR).await;
+            }
+            link.connection.close(0u8.into(), b"");
+        });
+    }
+
+    fn unlink(&mut self) -> Option<Arc<Link>> {
+        self.in_doubt = false;
+        self.oldest = None;
+        self.out_of_credit = false;
+        self.upgrade_at = None;
+        let mut state = lock(&self.peer.state);
+        state.link = None;
+        state.session.detach(Instant::now());
+        // What is owed without a deadline has one from now on.
+        state.expiry = earliest(state.expiry, Some(Instant::now() + OWED_WITHOUT_DEADLINE));
+        drop(state);
+        self.link.take()
     }
 
     fn owe(&mut self, messages: Vec<Message>) {
@@ -719,14 +1047,7 @@ impl Task {
         let Some(link) = &self.link else { return };
         for frame in frames {
             self.peer.counters.received.add(1);
-            let from = canonical(link.connection.remote_address());
-            self.peer.node.deliver(frame, |kind, payload| Inbound {
-                kind,
-                payload,
-                from,
-                dialect: link.dialect,
-                reply: None,
-            });
+            hand_over(&self.peer, link, frame);
         }
     }
 
@@ -766,6 +1087,16 @@ impl Task {
 
     fn requeue(&self, job: Job) {
         let mut state = lock(&self.peer.state);
+        if !job.is_accepted() {
+            self.let_go(job.size());
+            self.peer.hold(&job);
+        }
+        state.expiry = earliest(state.expiry, job.deadline);
+        state.queue.push_front(job);
+    }
+
+    fn ask_again(&self, job: Job) {
+        let mut state = lock(&self.peer.state);
         state.expiry = earliest(state.expiry, job.deadline);
         state.queue.push_front(job);
     }
@@ -775,28 +1106,34 @@ impl Task {
             request::End::Answered => {
                 self.peer.counters.acknowledged.add(1);
                 self.peer.counters.received.add(1);
-                self.let_go(job.size());
+                self.peer.let_go(&job);
             }
             request::End::Failed => {
                 self.peer.counters.failed.add(1);
-                self.let_go(job.size());
+                self.peer.let_go(&job);
             }
-            request::End::Cancelled => self.let_go(job.size()),
-            request::End::Unsent => self.requeue(job),
+            request::End::Cancelled => self.peer.let_go(&job),
+            request::End::Unsent => self.ask_again(job),
             request::End::Unacknowledged => match (self.node().config.delivery, &job.who) {
                 (Delivery::AtMostOnce, Who::Requester(call)) => {
-                    self.let_go(job.size());
+                    self.peer.let_go(&job);
                     self.fail(|| call.answer(Err(RequestError::LinkLost)));
                 }
-                _ => self.requeue(job),
+                _ => self.ask_again(job),
             },
         }
     }
 
     fn sent(&self, job: Job) {
         self.peer.counters.sent.add(1);
-        if let Who::Sender(call) = job.who {
-            call.answer(Ok(()));
+        job.answer_sent();
+    }
+
+    /// A call that waited is accepted.
+    fn admit(&self, job: &Job, size: usize) {
+        if !job.is_accepted() {
+            self.peer.waiting.fetch_sub(size, Ordering::Relaxed);
+            self.hold(size);
         }
     }
 
@@ -808,7 +1145,7 @@ impl Task {
     fn undelivered(&self, count: u64, reason: UndeliveredReason) {
         if count > 0 {
             self.peer.counters.failed.add(count);
-            self.node().undelivered(Event::Undelivered { peer: self.peer.endpoint.clone(), count, reason }, count);
+            self.node().undelivered(Event::Undelivered { peer: self.peer.name.clone(), count, reason }, count);
         }
     }
 
@@ -862,8 +1199,9 @@ impl Task {
         state.link = None;
         let queue = std::mem::take(&mut state.queue);
         let partials = std::mem::take(&mut state.partials);
+        let owed = state.session.take();
         drop(state);
-        let accepted = queue.iter().filter(|job| job.is_accepted()).count() + partials.len();
+        let accepted = queue.iter().filter(|job| job.is_accepted()).count() + partials.len() + owed.len();
         self.undelivered((left + accepted) as u64, UndeliveredReason::Stopped);
     }
 
@@ -872,11 +1210,51 @@ impl Task {
     }
 }
 
-async fn dialled(dial: &mut Option<(Instant, Dial)>) -> (Result<Link, ConnectError>, Instant) {
-    match dial {
-        Some((begun, dial)) => (dial.await, *begun),
+async fn raced(race: &mut Option<Race>) -> race::Progress {
+    match race {
+        Some(race) => race.next().await,
         None => std::future::pending().await,
     }
+}
+
+async fn session_progress(peer: &Peer, linked: bool) -> Progress {
+    match linked {
+        true => poll_fn(|cx| lock(&peer.state).session.poll(cx, Instant::now())).await,
+        false => std::future::pending().await,
+    }
+}
+
+/// Reads the answers to messages that were sent without waiting, as long as the link lives.
+async fn read_answers(peer: Arc<Peer>, link: Arc<Link>) {
+    link.connection.set_max_concurrent_uni_streams(MAX_ANSWERING.into());
+    let mut streams = JoinSet::new();
+    loop {
+        let receive = tokio::select! {
+            Some(_) = streams.join_next() => continue,
+            stream = link.connection.accept_uni() => match stream {
+                Ok(receive) => receive,
+                Err(_) => return,
+            },
+        };
+        let (peer, link) = (peer.clone(), link.clone());
+        streams.spawn(timeout(peer.node.config.frame_timeout, read_answer(peer, link, receive)));
+    }
+}
+
+async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream) {
+    let mut frames = link.reassembler();
+    while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
+        frames.push(chunk.bytes);
+        while let Ok(Some(frame)) = frames.next_frame() {
+            peer.counters.received.add(1);
+            hand_over(&peer, &link, frame);
+        }
+    }
+}
+
+fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) {
+    let (from, dialect, path, key) = (link.remote(), link.dialect, link.path, link.key);
+    peer.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, path, key, dialect, reply: None });
 }
 
 async fn doubted(link: Option<&Link>) {

@@ -2,6 +2,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use macula_peer_wire::{FrameError, RawFrame};
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
@@ -34,6 +35,7 @@ enum Failure {
 
 pub(crate) async fn run(link: Arc<Link>, call: Arc<Call<Result<RawFrame, RequestError>>>, message: Message) -> End {
     let until = message.deadline;
+    let _asked = Asked::new(&link);
     let outcome = tokio::select! {
         outcome = exchange(&link, message) => outcome,
         () = deadline(until) => {
@@ -58,6 +60,22 @@ pub(crate) async fn run(link: Arc<Link>, call: Arc<Call<Result<RawFrame, Request
     };
     call.answer(Err(error));
     End::Failed
+}
+
+/// Counts a request as long as it runs.
+struct Asked<'a>(&'a Link);
+
+impl<'a> Asked<'a> {
+    fn new(link: &'a Link) -> Self {
+        link.asked.fetch_add(1, Ordering::Relaxed);
+        Self(link)
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        self.0.asked.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 async fn exchange(link: &Link, message: Message) -> Result<RawFrame, Failure> {

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::endpoint::Endpoint;
+use crate::message::{Path, PeerName};
 use crate::tls::Dialect;
 
 /// A counter that threads share and nothing is ordered by.
@@ -71,8 +71,8 @@ pub struct Stats {
 /// One peer.
 #[derive(Debug, Clone)]
 pub struct PeerStats {
-    /// Its address as the callers know it.
-    pub endpoint: Endpoint,
+    /// Its address or its name, as the callers know it.
+    pub name: PeerName,
     /// The live link, if there is one.
     pub link: Option<LinkStats>,
     /// Messages and requests written to a link, those sent again included.
@@ -94,7 +94,9 @@ pub struct PeerStats {
 pub struct LinkStats {
     /// What it speaks.
     pub dialect: Dialect,
-    /// The peer's address.
+    /// How its packets travel.
+    pub path: Path,
+    /// Where they come from: the peer's address or the relay's.
     pub remote: SocketAddr,
     /// Smoothed round trip time.
     pub round_trip: Duration,

@@ -96,12 +96,12 @@ fn a_restarted_peer_costs_no_message() {
     server.stop();
 }
 
-/// Accepted on a live link, then the path goes silent and stays so.
-fn left_undelivered(delivery: Delivery) -> Vec<Event> {
+#[test]
+fn what_does_not_arrive_in_time_is_reported() {
     let (server, _, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), 1, 0.0, Duration::ZERO);
     let endpoint = forwarder.address.to_string();
-    let client = engine(Config { delivery, connect_timeout: Duration::from_secs(1), ..Config::default() });
+    let client = engine(Config { connect_timeout: Duration::from_secs(1), ..Config::default() });
     let inbox = Arc::new(Inbox::default());
     client.set_handler(Some(inbox.clone()));
     send(&client, &endpoint, message(Publish, 0, TIMEOUT)).unwrap();
@@ -114,25 +114,49 @@ fn left_undelivered(delivery: Delivery) -> Vec<Event> {
     until("nothing is held", || counted(&client).2 == 0);
     client.stop();
     server.stop();
-    std::mem::take(&mut *inbox.events.lock().unwrap())
+    assert_eq!(reported(&inbox.events.lock().unwrap(), UndeliveredReason::Expired), 3);
 }
 
 fn reported(events: &[Event], expected: UndeliveredReason) -> u64 {
-    let counts = events.iter().map(|Event::Undelivered { count, reason, .. }| {
-        assert_eq!(*reason, expected);
-        count
+    let counts = events.iter().filter_map(|event| match event {
+        Event::Undelivered { count, reason, .. } => {
+            assert_eq!(*reason, expected);
+            Some(count)
+        }
+        _ => None,
     });
     counts.sum()
 }
 
 #[test]
-fn what_does_not_arrive_in_time_is_reported() {
-    assert_eq!(reported(&left_undelivered(Delivery::AtLeastOnce), UndeliveredReason::Expired), 3);
-}
-
-#[test]
-fn at_most_once_is_reported_and_not_sent_again() {
-    assert_eq!(reported(&left_undelivered(Delivery::AtMostOnce), UndeliveredReason::LinkLost), 3);
+fn at_most_once_is_reported_and_not_sent_to_a_restarted_peer() {
+    let (server, _, address) = listener(Config::default());
+    let address: SocketAddr = address.parse().unwrap();
+    let forwarder = Forwarder::new(address, 1, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = engine(Config { delivery: Delivery::AtMostOnce, ..Config::default() });
+    let events = Arc::new(Inbox::default());
+    client.set_handler(Some(events.clone()));
+    send(&client, &endpoint, message(Publish, 0, TIMEOUT)).unwrap();
+    until("acknowledged", || counted(&client).1 == 1);
+    forwarder.swallow(true);
+    for n in 1..=3 {
+        send(&client, &endpoint, message(Publish, n, TIMEOUT)).unwrap();
+    }
+    server.stop();
+    drop(server);
+    let server = engine(Config { port: address.port(), ..Config::default() });
+    let inbox = Arc::new(Inbox::default());
+    server.set_handler(Some(inbox.clone()));
+    server.listen(Listen::default()).unwrap();
+    forwarder.swallow(false);
+    until("reported", || client.stats().undelivered == 3);
+    send(&client, &endpoint, message(Publish, 4, TIMEOUT)).unwrap();
+    until("the next arrives", || inbox.len() == 1);
+    assert_eq!(inbox.numbers(), [4]);
+    client.stop();
+    server.stop();
+    assert_eq!(reported(&events.events.lock().unwrap(), UndeliveredReason::LinkLost), 3);
 }
 
 #[test]

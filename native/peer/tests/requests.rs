@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use common::{engine, frame, listener, message, number, request, send, until};
 use macula_peer::{
-    Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, ReplyError, RequestError,
+    Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, ReplyError, RequestError, Target,
     SendError, Unhandled,
 };
 use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
@@ -110,7 +110,7 @@ fn a_cancelled_call_is_neither_answered_nor_sent() {
     let address = silent.local_addr().unwrap();
     let client = engine(Config::default());
     let text = address.to_string();
-    let endpoint = EndpointRef::parse(&text).unwrap();
+    let endpoint = Target::Endpoint(EndpointRef::parse(&text).unwrap());
     let answered = Arc::new(AtomicBool::new(false));
     let note = answered.clone();
     let call =

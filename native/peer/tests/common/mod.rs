@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use macula_peer::{Config, EndpointRef, Engine, Event, Handler, Inbound, Listen, Message, SendError, Unhandled};
+use macula_peer::{Config, EndpointRef, Engine, Event, Handler, Inbound, Listen, Message, SendError, Target, Unhandled};
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, decode_payload};
 
@@ -83,7 +83,7 @@ pub fn message(kind: MessageType, n: u64, timeout: Duration) -> Message {
 
 /// Sends as the NIF does: at once if possible, else waiting.
 pub fn send(engine: &Engine, endpoint: &str, message: Message) -> Result<(), SendError> {
-    let endpoint = EndpointRef::parse(endpoint).unwrap();
+    let endpoint = Target::Endpoint(EndpointRef::parse(endpoint).unwrap());
     let Err(message) = engine.send_now(&endpoint, message, Instant::now()) else { return Ok(()) };
     let (answer, answered) = mpsc::channel();
     engine.send(&endpoint, message, move |sent| answer.send(sent).unwrap());
@@ -91,7 +91,7 @@ pub fn send(engine: &Engine, endpoint: &str, message: Message) -> Result<(), Sen
 }
 
 pub fn request(engine: &Engine, endpoint: &str, message: Message) -> Result<RawFrame, macula_peer::RequestError> {
-    let endpoint = EndpointRef::parse(endpoint).unwrap();
+    let endpoint = Target::Endpoint(EndpointRef::parse(endpoint).unwrap());
     let (answer, answered) = mpsc::channel();
     engine.request(&endpoint, message, move |reply| answer.send(reply).unwrap());
     answered.recv_timeout(PATIENCE).expect("a call is always answered")

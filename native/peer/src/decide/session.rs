@@ -1,0 +1,284 @@
+//! The numbering of messages: what makes delivery in order and exactly once across links (docs/protocol.md).
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+/// The sender's side of one channel.
+///
+/// Messages are numbered as they are accepted and kept until they are acknowledged. The written ones come first.
+#[derive(Debug)]
+pub(crate) struct Outgoing<M> {
+    next: u64,
+    owed: VecDeque<Owed<M>>,
+    /// How many of `owed` are written to the present stream.
+    written: usize,
+    /// The number that the receiver gives to the next message on the present stream, once it was told one.
+    announced: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Owed<M> {
+    number: u64,
+    message: M,
+    /// When it was first written, to whichever stream.
+    written: Option<Instant>,
+}
+
+/// What is to be written next.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Next<'a, M> {
+    /// The number, where the receiver would count another.
+    pub(crate) announce: Option<u64>,
+    pub(crate) message: &'a M,
+}
+
+impl<M> Default for Outgoing<M> {
+    fn default() -> Self {
+        Self { next: 0, owed: VecDeque::new(), written: 0, announced: None }
+    }
+}
+
+impl<M> Outgoing<M> {
+    /// Takes a message over, behind all others.
+    pub(crate) fn push(&mut self, message: M) {
+        self.owed.push_back(Owed { number: self.next, message, written: None });
+        self.next += 1;
+    }
+
+    /// The next message to write, which counts as written from here on.
+    pub(crate) fn write(&mut self, now: Instant) -> Option<Next<'_, M>> {
+        let owed = self.owed.get_mut(self.written)?;
+        self.written += 1;
+        owed.written.get_or_insert(now);
+        let announce = (self.announced != Some(owed.number)).then_some(owed.number);
+        self.announced = Some(owed.number + 1);
+        Some(Next { announce, message: &owed.message })
+    }
+
+    /// Everything below `expected` has arrived. Gives back what that lets go of.
+    pub(crate) fn acknowledge(&mut self, expected: u64) -> impl Iterator<Item = M> {
+        // A receiver cannot have what was never written.
+        let arrived = self.owed.iter().take(self.written).take_while(|owed| owed.number < expected).count();
+        self.written -= arrived;
+        self.owed.drain(..arrived).map(|owed| owed.message)
+    }
+
+    /// The present stream is gone: everything is to be written again.
+    pub(crate) fn rewind(&mut self) {
+        self.written = 0;
+        self.announced = None;
+    }
+
+    /// Whether the receiver may have something of what is to be written: it should be asked first.
+    pub(crate) fn may_have_arrived(&self) -> bool {
+        self.owed.front().is_some_and(|owed| owed.written.is_some())
+    }
+
+    /// The receiver's answer for a new stream: nothing below `expected` need be written.
+    pub(crate) fn resume(&mut self, expected: u64) -> impl Iterator<Item = M> {
+        let arrived = self.owed.iter().take_while(|owed| owed.number < expected && owed.written.is_some()).count();
+        self.owed.drain(..arrived).map(|owed| owed.message)
+    }
+
+    /// Gives back what `gone` says is not owed any more, and whether it was ever written.
+    pub(crate) fn give_up(&mut self, mut gone: impl FnMut(&M, bool) -> bool) -> Vec<M> {
+        let mut given_up = Vec::new();
+        let mut kept = VecDeque::with_capacity(self.owed.len());
+        for (index, owed) in std::mem::take(&mut self.owed).into_iter().enumerate() {
+            // What is written to the present stream is on its way, and no longer ours to take back.
+            if index >= self.written && gone(&owed.message, owed.written.is_some()) {
+                given_up.push(owed.message);
+            } else {
+                kept.push_back(owed);
+            }
+        }
+        self.owed = kept;
+        given_up
+    }
+
+    /// Ends it; gives back everything that is owed.
+    pub(crate) fn take(&mut self) -> Vec<M> {
+        self.written = 0;
+        self.owed.drain(..).map(|owed| owed.message).collect()
+    }
+
+    /// Everything that is owed.
+    pub(crate) fn messages(&self) -> impl Iterator<Item = &M> {
+        self.owed.iter().map(|owed| &owed.message)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.owed.is_empty()
+    }
+
+    /// How many are not written to the present stream.
+    pub(crate) fn unwritten(&self) -> usize {
+        self.owed.len() - self.written
+    }
+
+    /// Of all that is owed, when the oldest was first written.
+    pub(crate) fn oldest(&self) -> Option<Instant> {
+        self.owed.front().and_then(|owed| owed.written)
+    }
+}
+
+/// The receiver's side of one channel.
+#[derive(Debug, Default)]
+pub(crate) struct Incoming {
+    expected: u64,
+}
+
+impl Incoming {
+    /// Whether the message of this number is to be handed over.
+    pub(crate) fn accept(&mut self, number: u64) -> bool {
+        let new = number >= self.expected;
+        if new {
+            self.expected = number + 1;
+        }
+        new
+    }
+
+    /// Everything below has been handed over or given up.
+    pub(crate) fn expected(&self) -> u64 {
+        self.expected
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// A stream of what was written, as the receiver sees it.
+    #[derive(Default)]
+    struct Stream {
+        sent: VecDeque<(Option<u64>, u64)>,
+        counter: u64,
+    }
+
+    struct Run {
+        random: fastrand::Rng,
+        outgoing: Outgoing<u64>,
+        incoming: Incoming,
+        /// The present stream last; older ones still carry what was sent over them.
+        streams: Vec<Stream>,
+        arrived: Vec<u64>,
+        given_up: Vec<u64>,
+        let_go: usize,
+    }
+
+    impl Run {
+        fn step(&mut self) {
+            match self.random.u8(0..100) {
+                0..30 => self.write(),
+                30..60 => self.receive(),
+                60..80 => {
+                    // Acknowledgements say the newest number, whenever they come.
+                    let expected = self.incoming.expected();
+                    self.let_go += self.outgoing.acknowledge(expected).count();
+                }
+                80..84 => {
+                    // An old one, from a stream that is gone.
+                    let expected = self.random.u64(0..=self.incoming.expected());
+                    self.let_go += self.outgoing.acknowledge(expected).count();
+                }
+                84..90 => self.reconnect(),
+                90..92 => {
+                    let (random, written_too) = (&mut self.random, false);
+                    let gone = self.outgoing.give_up(|_, written| written == written_too && random.u8(0..10) == 0);
+                    self.given_up.extend(gone);
+                }
+                _ => {}
+            }
+        }
+
+        fn write(&mut self) {
+            if let Some(Next { announce, message }) = self.outgoing.write(Instant::now()) {
+                self.streams.last_mut().unwrap().sent.push_back((announce, *message));
+            }
+        }
+
+        /// Streams are read side by side.
+        fn receive(&mut self) {
+            let index = self.random.usize(0..self.streams.len());
+            let stream = &mut self.streams[index];
+            if let Some((announce, message)) = stream.sent.pop_front() {
+                stream.counter = announce.unwrap_or(stream.counter);
+                if self.incoming.accept(stream.counter) {
+                    self.arrived.push(message);
+                }
+                stream.counter += 1;
+            }
+        }
+
+        fn reconnect(&mut self) {
+            let old = self.streams.last_mut().unwrap();
+            if self.random.bool() {
+                // What had not arrived is lost with the link; otherwise it still comes, late.
+                old.sent.clear();
+            }
+            self.streams.push(Stream::default());
+            self.outgoing.rewind();
+            if self.outgoing.may_have_arrived() {
+                self.let_go += self.outgoing.resume(self.incoming.expected()).count();
+            }
+        }
+    }
+
+    #[test]
+    fn every_message_arrives_once_and_in_order_over_any_sequence_of_links() {
+        let alone: Option<u64> = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
+        for seed in alone.map_or(0..2000, |seed| seed..seed + 1) {
+            let mut run = Run {
+                random: fastrand::Rng::with_seed(seed),
+                outgoing: Outgoing::default(),
+                incoming: Incoming::default(),
+                streams: vec![Stream::default()],
+                arrived: Vec::new(),
+                given_up: Vec::new(),
+                let_go: 0,
+            };
+            let total = 200;
+            for message in 0..total {
+                run.outgoing.push(message);
+                for _ in 0..run.random.u8(0..8) {
+                    run.step();
+                }
+            }
+            run.reconnect();
+            while run.outgoing.unwritten() > 0 {
+                run.write();
+            }
+            while run.streams.iter().any(|stream| !stream.sent.is_empty()) {
+                run.receive();
+            }
+            run.let_go += run.outgoing.acknowledge(run.incoming.expected()).count();
+            assert!(run.outgoing.is_empty(), "SEED={seed}: something is owed for ever");
+            let expected: Vec<u64> = (0..total).filter(|n| !run.given_up.contains(n)).collect();
+            assert_eq!(run.arrived, expected, "SEED={seed}");
+            assert_eq!(run.let_go, expected.len(), "SEED={seed}: what arrived is let go of once");
+        }
+    }
+
+    #[test]
+    fn a_receiver_that_claims_too_much_gets_nothing_dropped_that_was_not_written() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push('a');
+        outgoing.push('b');
+        outgoing.write(Instant::now());
+        assert_eq!(outgoing.acknowledge(u64::MAX).collect::<Vec<_>>(), ['a']);
+        assert_eq!(outgoing.resume(u64::MAX).count(), 0);
+        assert_eq!(outgoing.write(Instant::now()).unwrap().message, &'b');
+    }
+
+    #[test]
+    fn what_is_on_its_way_is_not_given_up() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push(1);
+        outgoing.push(2);
+        outgoing.write(Instant::now());
+        assert_eq!(outgoing.give_up(|_, _| true), [2]);
+        outgoing.rewind();
+        assert_eq!(outgoing.give_up(|_, written| written), [1]);
+    }
+}

@@ -1,0 +1,245 @@
+//! All ways to a peer at once: the first link that is up carries the messages, a better one replaces it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+use tokio::time::timeout_at;
+
+use crate::endpoint::Endpoint;
+use crate::error::{CircuitError, ConnectError, RouteError, SendError};
+use crate::identity::Fingerprint;
+use crate::link::Link;
+use crate::message::{NodeId, PeerName};
+use crate::node::Node;
+use crate::peer::deadline;
+use crate::relay::control::Refusal;
+
+/// What a direct dial has before relays are asked too. On most paths it is up by then, and relays have no work.
+const HEAD_START: Duration = Duration::from_millis(50);
+
+/// What a relay has before the next one is asked too. One that does not know the node says so at once.
+const RELAY_STAGGER: Duration = Duration::from_millis(200);
+
+/// Endpoints and relays remembered for a peer; more come from callers and the resolver, and the oldest give way.
+const MAX_WAYS: usize = 16;
+
+/// How a peer can be reached.
+#[derive(Debug, Clone, Default)]
+pub struct Ways {
+    /// Where it may be itself.
+    pub endpoints: Vec<Endpoint>,
+    /// Relays that may know it, the most likely first.
+    pub relays: Vec<Endpoint>,
+    /// Relays to ask when the others have been, all at once.
+    pub last_resorts: Vec<Endpoint>,
+    /// The key that it must have, where somebody knows.
+    pub key: Option<Fingerprint>,
+}
+
+impl Ways {
+    /// Puts what is known now before what was known.
+    pub(crate) fn learn(&mut self, new: Ways) {
+        merge(&mut self.endpoints, new.endpoints);
+        merge(&mut self.relays, new.relays);
+        merge(&mut self.last_resorts, new.last_resorts);
+        self.key = new.key.or(self.key);
+    }
+}
+
+fn merge(known: &mut Vec<Endpoint>, mut new: Vec<Endpoint>) {
+    known.retain(|endpoint| !new.contains(endpoint));
+    new.append(known);
+    new.truncate(MAX_WAYS);
+    *known = new;
+}
+
+/// How a race goes on.
+pub(crate) enum Progress {
+    /// A link is up.
+    Link(Link),
+    /// There is none, and no way is left to try.
+    Lost(SendError),
+    /// No link, but somebody who may pass messages on: a relay that speaks only `macula`.
+    StandIn(Endpoint),
+}
+
+/// The ways that are tried now.
+pub(crate) struct Race {
+    node: Arc<Node>,
+    name: PeerName,
+    pub(crate) begun: Instant,
+    until: Instant,
+    direct: JoinSet<Result<Link, ConnectError>>,
+    relayed: JoinSet<Result<Link, (CircuitError, Endpoint)>>,
+    /// Relays to be asked, and when.
+    waiting: VecDeque<(Instant, Endpoint)>,
+    /// Every way that was taken into the race.
+    taken: Ways,
+    /// More ways may come until then.
+    resolving: Option<Instant>,
+    failure: Option<SendError>,
+    stand_in: Option<Endpoint>,
+}
+
+impl Race {
+    pub(crate) fn new(node: Arc<Node>, name: PeerName, now: Instant) -> Self {
+        let until = now + node.config.connect_timeout;
+        Self {
+            node,
+            name,
+            begun: now,
+            until,
+            direct: JoinSet::new(),
+            relayed: JoinSet::new(),
+            waiting: VecDeque::new(),
+            taken: Ways::default(),
+            resolving: None,
+            failure: None,
+            stand_in: None,
+        }
+    }
+
+    /// Tries these ways too, except those that it has tried. `resolving`: more may come until then.
+    pub(crate) fn add(&mut self, ways: &Ways, resolving: Option<Instant>, now: Instant) {
+        self.resolving = resolving;
+        self.taken.key = ways.key;
+        for endpoint in new_ones(&ways.endpoints, &mut self.taken.endpoints) {
+            let dial = self.node.clone().dial(self.name.clone(), endpoint, ways.key, self.until);
+            self.direct.spawn(dial);
+        }
+        let PeerName::Node(_) = self.name else { return };
+        let head_start = if self.direct.is_empty() { Duration::ZERO } else { HEAD_START };
+        let mut at = self.waiting.back().map_or(now + head_start, |(last, _)| *last + RELAY_STAGGER);
+        for relay in new_ones(&ways.relays, &mut self.taken.relays) {
+            self.waiting.push_back((at, relay));
+            at += RELAY_STAGGER;
+        }
+        for relay in new_ones(&ways.last_resorts, &mut self.taken.last_resorts) {
+            if !self.taken.relays.contains(&relay) {
+                self.waiting.push_back((at, relay));
+            }
+        }
+    }
+
+    /// Only direct links are of use any more.
+    pub(crate) fn keep_direct(&mut self) {
+        self.relayed.abort_all();
+        self.waiting.clear();
+        self.resolving = None;
+    }
+
+    /// What happens next. May be dropped and called again.
+    pub(crate) async fn next(&mut self) -> Progress {
+        loop {
+            if self.direct.is_empty() && self.relayed.is_empty() {
+                // Nothing else is under way: the next relay need not wait.
+                match (self.waiting.pop_front(), self.resolving) {
+                    (Some((_, relay)), _) => self.ask(relay),
+                    (None, Some(_)) => {}
+                    (None, None) => return self.lost(),
+                }
+            }
+            let next = self.waiting.front().map(|(at, _)| *at);
+            tokio::select! {
+                Some(dialled) = self.direct.join_next() => match dialled {
+                    Ok(Ok(link)) => return Progress::Link(link),
+                    Ok(Err(error)) => self.not_direct(error),
+                    Err(_panicked_or_aborted) => {}
+                },
+                Some(asked) = self.relayed.join_next() => match asked {
+                    Ok(Ok(link)) => return Progress::Link(link),
+                    Ok(Err((error, relay))) => self.no_circuit(error, relay),
+                    Err(_panicked_or_aborted) => {}
+                },
+                () = deadline(next) => {
+                    if let Some((_, relay)) = self.waiting.pop_front() {
+                        self.ask(relay);
+                    }
+                }
+                () = deadline(self.resolving) => self.resolving = None,
+            }
+        }
+    }
+
+    fn ask(&mut self, relay: Endpoint) {
+        let PeerName::Node(target) = &self.name else { return };
+        let circuit = circuit(self.node.clone(), relay.clone(), target.clone(), self.taken.key);
+        let until = self.until;
+        self.relayed.spawn(async move {
+            match timeout_at(until.into(), circuit).await {
+                Ok(outcome) => outcome.map_err(|error| (error, relay)),
+                Err(_) => Err((CircuitError::Relay(ConnectError::TimedOut), relay)),
+            }
+        });
+    }
+
+    fn not_direct(&mut self, error: ConnectError) {
+        let error = match (&self.name, error) {
+            (PeerName::Endpoint(_), error) => error.into(),
+            (PeerName::Node(_), error @ ConnectError::Untrusted) => RouteError::Node(error).into(),
+            // That an endpoint leads nowhere says nothing of the node.
+            (PeerName::Node(_), _) => return,
+        };
+        self.failure = Some(error);
+    }
+
+    fn no_circuit(&mut self, error: CircuitError, relay: Endpoint) {
+        tracing::debug!(peer = %self.name, %relay, %error, "no circuit");
+        if let Some((at, _)) = self.waiting.front_mut() {
+            *at = Instant::now();
+        }
+        let error = match error {
+            CircuitError::NotARelay => {
+                self.stand_in.get_or_insert(relay);
+                return;
+            }
+            CircuitError::Relay(error) => RouteError::Relay(error),
+            CircuitError::RelayLost => RouteError::Relay(ConnectError::TimedOut),
+            CircuitError::Refused(refusal) => RouteError::Setup(refusal),
+            CircuitError::Inner(error) => RouteError::Node(error),
+        };
+        let known = match &self.failure {
+            Some(SendError::Route(known)) => weight(known),
+            _ => 0,
+        };
+        if weight(&error) >= known {
+            self.failure = Some(error.into());
+        }
+    }
+
+    fn lost(&mut self) -> Progress {
+        if let Some(relay) = self.stand_in.take() {
+            return Progress::StandIn(relay);
+        }
+        Progress::Lost(self.failure.take().unwrap_or(RouteError::NoRelay.into()))
+    }
+}
+
+/// Of several failures, the one that says most is told.
+fn weight(error: &RouteError) -> u8 {
+    match error {
+        RouteError::NoRelay => 1,
+        RouteError::Relay(_) => 2,
+        RouteError::Setup(Refusal::NotRegistered) => 3,
+        RouteError::Setup(_) => 4,
+        RouteError::Node(ConnectError::Untrusted) => 6,
+        RouteError::Node(_) => 5,
+    }
+}
+
+fn new_ones(ways: &[Endpoint], taken: &mut Vec<Endpoint>) -> Vec<Endpoint> {
+    let new: Vec<_> = ways.iter().filter(|way| !taken.contains(way)).cloned().collect();
+    taken.extend(new.iter().cloned());
+    new
+}
+
+async fn circuit(
+    node: Arc<Node>,
+    relay: Endpoint,
+    target: NodeId,
+    key: Option<Fingerprint>,
+) -> Result<Link, CircuitError> {
+    node.circuit(&relay, &target, key).await
+}

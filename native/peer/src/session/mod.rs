@@ -1,0 +1,30 @@
+//! Sessions of `macula-peer/1` (docs/protocol.md): delivery in order and exactly once across links.
+
+mod receive;
+mod send;
+
+use bytes::{BufMut, BytesMut};
+use macula_peer_wire::VERSION;
+
+pub(crate) use receive::{Answers, Sessions, receive};
+pub(crate) use send::{Progress, Session};
+
+/// Type ids of frames that are the engine's own. macula's end at `61`.
+pub(crate) const OPEN_SESSION: u8 = 0xF0;
+const NUMBER: u8 = 0xF1;
+pub(crate) const OPEN_CONTROL: u8 = 0xF2;
+
+/// The payload of the frame that opens a session: its id and the channel.
+const OPEN_LEN: usize = 17;
+
+/// The receiver's first word on a stream: whether it knows the session, and the number it expects.
+const GREETING: usize = 1 + NUMBER_LEN;
+const NUMBER_LEN: usize = 8;
+
+type SessionId = [u8; 16];
+
+/// The header of a frame of the engine's own.
+pub(crate) fn put_header(piece: &mut BytesMut, type_id: u8, payload_len: usize) {
+    piece.extend_from_slice(&[VERSION, type_id, 0, 0]);
+    piece.put_u32(payload_len as u32);
+}

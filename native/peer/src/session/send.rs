@@ -1,0 +1,332 @@
+//! The sender's half of a session of `macula-peer/1` (docs/protocol.md): messages are numbered, kept until the receiver
+//! has them, and written again to the next link when one dies.
+//!
+//! Callers write from their own threads, without waiting, as long as the stream takes what it gets. What it does not take
+//! is left to the peer's task, which writes many small messages at once.
+
+use std::pin::pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use macula_peer_wire::HEADER_LEN;
+use quinn::{RecvStream, SendStream};
+
+use crate::decide::session::{Next, Outgoing};
+use crate::link::{Link, now_or_never};
+use crate::message::Message;
+use crate::session::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, put_header};
+
+/// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
+/// 0.14.3 gateway can read at all.
+const LARGE_MESSAGE: usize = 64 << 10;
+
+/// What callers may have on the stream unacknowledged. quinn looks through the pieces of a stream one by one, which many
+/// small ones make slow; beyond this the task writes them in pieces of [`PIECE`].
+const DIRECT_WRITES: usize = 64 << 10;
+const PIECE: usize = 32 << 10;
+
+/// How long a message without a deadline is owed after its link died.
+const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
+
+pub(crate) struct Session {
+    id: SessionId,
+    /// Messages may not be written again to a receiver that was restarted.
+    at_most_once: bool,
+    channels: [Channel; 2],
+    /// Since when there is no link.
+    detached: Option<Instant>,
+}
+
+#[derive(Default)]
+struct Channel {
+    owed: Outgoing<Message>,
+    stream: Option<Stream>,
+}
+
+struct Stream {
+    send: SendStream,
+    receive: RecvStream,
+    /// What is still to be written before anything else.
+    rest: Bytes,
+    /// Bytes of messages written and not acknowledged.
+    in_flight: usize,
+    /// The receiver has said where to go on, or need not be asked.
+    resumed: bool,
+    greeted: bool,
+    /// An acknowledgement that has come in part.
+    word: BytesMut,
+}
+
+/// What became of messages since the last look.
+#[derive(Default)]
+pub(crate) struct Progress {
+    pub(crate) written: u64,
+    pub(crate) acknowledged: u64,
+    pub(crate) acknowledged_bytes: usize,
+    /// Written to a receiver that was restarted, and may not be written again.
+    pub(crate) lost: Vec<Message>,
+    /// The link carries the session no more.
+    pub(crate) broken: bool,
+}
+
+impl Session {
+    pub(crate) fn new(at_most_once: bool) -> Self {
+        let mut id = SessionId::default();
+        fastrand::fill(&mut id);
+        Self { id, at_most_once, channels: Default::default(), detached: None }
+    }
+
+    /// Goes on over a link. False if it has no streams to spare.
+    pub(crate) fn attach(&mut self, link: &Link) -> bool {
+        self.detach(Instant::now());
+        for (number, channel) in (0..).zip(&mut self.channels) {
+            let Some(Ok((send, receive))) = now_or_never(link.connection.open_bi()) else { return false };
+            let mut rest = BytesMut::with_capacity(HEADER_LEN + OPEN_LEN);
+            put_header(&mut rest, OPEN_SESSION, OPEN_LEN);
+            rest.extend_from_slice(&self.id);
+            rest.put_u8(number);
+            if number > 0 {
+                // Only a closed stream has no priority, and that the write will find out.
+                let _ = send.set_priority(-1);
+            }
+            channel.stream = Some(Stream {
+                send,
+                receive,
+                rest: rest.freeze(),
+                in_flight: 0,
+                resumed: !channel.owed.may_have_arrived(),
+                greeted: false,
+                word: BytesMut::new(),
+            });
+        }
+        self.detached = None;
+        true
+    }
+
+    /// The link is gone.
+    pub(crate) fn detach(&mut self, now: Instant) {
+        self.detached.get_or_insert(now);
+        for channel in &mut self.channels {
+            channel.owed.rewind();
+            channel.stream = None;
+        }
+    }
+
+    /// Takes a message over and writes what the stream takes of it. Returns whether the peer's task is to go on.
+    pub(crate) fn send(&mut self, message: Message, now: Instant) -> (Progress, bool) {
+        let mut progress = Progress::default();
+        let channel = self.channel(&message);
+        channel.owed.push(message);
+        let Some(stream) = channel.stream.as_mut() else { return (progress, false) };
+        let first = channel.owed.unwritten() == 1;
+        if !first || !stream.resumed || !stream.is_clear() {
+            // Whoever was first has woken the task.
+            return (progress, first);
+        }
+        let wake = !stream.write_one(&mut channel.owed, now, &mut progress);
+        (progress, wake)
+    }
+
+    /// Reads acknowledgements and writes what there is. Ready when there is something to tell; wakes the task of `cx`
+    /// when there is more to do.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<Progress> {
+        let mut progress = Progress::default();
+        for channel in &mut self.channels {
+            let Some(stream) = &mut channel.stream else { continue };
+            let alive = stream.poll_words(cx, &mut channel.owed, self.at_most_once, &mut progress)
+                && stream.poll_write(cx, &mut channel.owed, now, &mut progress);
+            progress.broken |= !alive;
+        }
+        match progress.is_news() {
+            true => Poll::Ready(progress),
+            false => Poll::Pending,
+        }
+    }
+
+    /// Gives up what is not on its way and whose time is over. Returns it, and when to look again.
+    pub(crate) fn expire(&mut self, now: Instant) -> (Vec<Message>, Option<Instant>) {
+        let owed_until = self.detached.map(|since| since + OWED_WITHOUT_DEADLINE);
+        let until = |message: &Message| message.deadline.or(owed_until);
+        let mut expired = Vec::new();
+        let mut next: Option<Instant> = None;
+        for channel in &mut self.channels {
+            expired.extend(channel.owed.give_up(|message, _| until(message).is_some_and(|until| until <= now)));
+            let times = channel.owed.messages().filter_map(until).filter(|&until| until > now);
+            next = times.chain(next).min();
+        }
+        (expired, next)
+    }
+
+    /// Ends the session; gives back everything that is owed, in order.
+    pub(crate) fn take(&mut self) -> Vec<Message> {
+        let mut owed = Vec::new();
+        for channel in &mut self.channels {
+            // Finishing a stream tells the receiver to forget the session.
+            if let Some(mut stream) = channel.stream.take() {
+                let _ = stream.send.finish();
+            }
+            owed.append(&mut channel.owed.take());
+        }
+        owed
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.channels.iter().all(|channel| channel.owed.is_empty())
+    }
+
+    /// When the oldest message that is not acknowledged was first written.
+    pub(crate) fn oldest(&self) -> Option<Instant> {
+        self.channels.iter().filter_map(|channel| channel.owed.oldest()).min()
+    }
+
+    fn channel(&mut self, message: &Message) -> &mut Channel {
+        &mut self.channels[usize::from(message.frame.len() >= LARGE_MESSAGE)]
+    }
+}
+
+impl Stream {
+    fn is_clear(&self) -> bool {
+        self.rest.len() <= HEADER_LEN + OPEN_LEN && self.in_flight < DIRECT_WRITES
+    }
+
+    /// Writes the next message without waiting. False if a part of it is left.
+    fn write_one(&mut self, owed: &mut Outgoing<Message>, now: Instant, progress: &mut Progress) -> bool {
+        let Some(Next { announce, message }) = owed.write(now) else { return true };
+        progress.written += 1;
+        let frame = message.frame.clone();
+        self.in_flight += frame.len();
+        if self.rest.is_empty() && announce.is_none() {
+            self.rest = frame;
+        } else {
+            let mut piece = BytesMut::from(std::mem::take(&mut self.rest));
+            put_number(&mut piece, announce);
+            piece.extend_from_slice(&frame);
+            self.rest = piece.freeze();
+        }
+        // An error comes again when the task writes.
+        matches!(now_or_never(self.write_rest()), Some(Ok(())))
+    }
+
+    /// Writes until the stream takes no more. False if it is gone.
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        owed: &mut Outgoing<Message>,
+        now: Instant,
+        progress: &mut Progress,
+    ) -> bool {
+        // Nothing is said on a stream before it is needed.
+        while !owed.is_empty() && (!self.rest.is_empty() || (self.resumed && owed.unwritten() > 0)) {
+            if self.resumed && self.rest.len() < PIECE {
+                self.fill(owed, now, progress);
+            }
+            match pin!(self.write_rest()).poll(cx) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(_)) => return false,
+                Poll::Pending => return true,
+            }
+        }
+        true
+    }
+
+    /// Puts messages into one piece. A large one that is alone is not copied.
+    fn fill(&mut self, owed: &mut Outgoing<Message>, now: Instant, progress: &mut Progress) {
+        if owed.unwritten() == 0 {
+            return;
+        }
+        let mut piece = BytesMut::from(std::mem::take(&mut self.rest));
+        while piece.len() < PIECE {
+            let Some(Next { announce, message }) = owed.write(now) else { break };
+            progress.written += 1;
+            self.in_flight += message.frame.len();
+            put_number(&mut piece, announce);
+            if piece.is_empty() && message.frame.len() >= PIECE {
+                self.rest = message.frame.clone();
+                return;
+            }
+            piece.extend_from_slice(&message.frame);
+        }
+        self.rest = piece.freeze();
+    }
+
+    async fn write_rest(&mut self) -> Result<(), quinn::WriteError> {
+        while !self.rest.is_empty() {
+            // What is not taken stays in `rest`, also when this future is dropped.
+            self.send.write_chunks(std::slice::from_mut(&mut self.rest)).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads what the receiver says. False if it says no more.
+    fn poll_words(
+        &mut self,
+        cx: &mut Context<'_>,
+        owed: &mut Outgoing<Message>,
+        at_most_once: bool,
+        progress: &mut Progress,
+    ) -> bool {
+        loop {
+            match pin!(self.receive.read_chunk(usize::MAX, true)).poll(cx) {
+                Poll::Pending => return true,
+                Poll::Ready(Ok(Some(chunk))) => self.word.extend_from_slice(&chunk.bytes),
+                Poll::Ready(Ok(None) | Err(_)) => return false,
+            }
+            if !self.greeted && self.word.len() >= GREETING {
+                self.greeted = true;
+                let known = self.word.get_u8() != 0;
+                let expected = self.word.get_u64();
+                self.greeting(known, expected, owed, at_most_once, progress);
+            }
+            let whole = if self.greeted { self.word.len() / NUMBER_LEN * NUMBER_LEN } else { 0 };
+            if whole > 0 {
+                // The last one says it all.
+                let expected = (&self.word[whole - NUMBER_LEN..]).get_u64();
+                self.word.advance(whole);
+                self.arrived(owed.acknowledge(expected), progress);
+            }
+        }
+    }
+
+    fn greeting(
+        &mut self,
+        known: bool,
+        expected: u64,
+        owed: &mut Outgoing<Message>,
+        at_most_once: bool,
+        progress: &mut Progress,
+    ) {
+        if self.resumed {
+            return;
+        }
+        self.resumed = true;
+        if known {
+            let arrived = owed.resume(expected);
+            self.arrived(arrived, progress);
+        } else if at_most_once {
+            progress.lost.extend(owed.give_up(|_, written| written));
+        }
+    }
+
+    fn arrived(&mut self, messages: impl Iterator<Item = Message>, progress: &mut Progress) {
+        for message in messages {
+            let size = message.frame.len();
+            progress.acknowledged += 1;
+            progress.acknowledged_bytes += size;
+            self.in_flight = self.in_flight.saturating_sub(size);
+        }
+    }
+}
+
+impl Progress {
+    fn is_news(&self) -> bool {
+        self.written > 0 || self.acknowledged > 0 || !self.lost.is_empty() || self.broken
+    }
+}
+
+fn put_number(piece: &mut BytesMut, number: Option<u64>) {
+    if let Some(number) = number {
+        put_header(piece, NUMBER, NUMBER_LEN);
+        piece.put_u64(number);
+    }
+}
