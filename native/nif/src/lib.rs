@@ -14,11 +14,12 @@ mod inbound;
 mod log;
 mod options;
 mod stats;
+mod whom;
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use macula_peer::{EndpointRef, Engine, Message, Target};
+use macula_peer::{Engine, Message};
 use macula_peer_wire::Limits;
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, NewBinary, ResourceArc, Term};
 
@@ -27,6 +28,7 @@ use crate::decode::Terms;
 use crate::encode::{LIGHT_FRAME, Refusal};
 use crate::errors::{Reason, error};
 use crate::inbound::{Process, Token};
+use crate::whom::{Misnamed, Text, Whom};
 
 /// Longer timeouts than this are no timeout: 49 days, as in `receive`.
 const LONGEST_TIMEOUT: u64 = u32::MAX as u64;
@@ -97,48 +99,48 @@ fn stop() -> Atom {
 fn send<'a>(
     env: Env<'a>,
     tag: Term<'a>,
-    endpoint: Term<'a>,
+    to: Term<'a>,
     kind: Term<'a>,
     message: Term<'a>,
     timeout: Term<'a>,
 ) -> Term<'a> {
-    submit(env, tag, endpoint, kind, message, timeout, Some(LIGHT_FRAME), send_message)
+    submit(env, tag, to, kind, message, timeout, Some(LIGHT_FRAME), send_message)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
 fn send_dirty<'a>(
     env: Env<'a>,
     tag: Term<'a>,
-    endpoint: Term<'a>,
+    to: Term<'a>,
     kind: Term<'a>,
     message: Term<'a>,
     timeout: Term<'a>,
 ) -> Term<'a> {
-    submit(env, tag, endpoint, kind, message, timeout, None, send_message)
+    submit(env, tag, to, kind, message, timeout, None, send_message)
 }
 
 #[rustler::nif]
 fn request<'a>(
     env: Env<'a>,
     tag: Term<'a>,
-    endpoint: Term<'a>,
+    to: Term<'a>,
     kind: Term<'a>,
     message: Term<'a>,
     timeout: Term<'a>,
 ) -> Term<'a> {
-    submit(env, tag, endpoint, kind, message, timeout, Some(LIGHT_FRAME), send_request)
+    submit(env, tag, to, kind, message, timeout, Some(LIGHT_FRAME), send_request)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
 fn request_dirty<'a>(
     env: Env<'a>,
     tag: Term<'a>,
-    endpoint: Term<'a>,
+    to: Term<'a>,
     kind: Term<'a>,
     message: Term<'a>,
     timeout: Term<'a>,
 ) -> Term<'a> {
-    submit(env, tag, endpoint, kind, message, timeout, None, send_request)
+    submit(env, tag, to, kind, message, timeout, None, send_request)
 }
 
 /// Validates and encodes, in the original's order: first the message, then the endpoint.
@@ -149,12 +151,12 @@ fn request_dirty<'a>(
 fn submit<'a>(
     env: Env<'a>,
     tag: Term<'a>,
-    endpoint: Term<'a>,
+    to: Term<'a>,
     kind: Term<'a>,
     message: Term<'a>,
     timeout: Term<'a>,
     light: Option<usize>,
-    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &Target<'_>, Message, Instant) -> Term<'a>,
+    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &Whom<'_>, Message, Instant) -> Term<'a>,
 ) -> Term<'a> {
     // Locked for reading meanwhile, which is cheaper than counting one more reference; nothing here waits.
     let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
@@ -169,15 +171,12 @@ fn submit<'a>(
         return (atoms::error(), (atoms::invalid_timeout(), timeout)).encode(env);
     };
     let message = Message { frame, kind, deadline };
-    let binary = endpoint.decode::<Binary<'_>>().ok();
-    let string = if binary.is_none() { options::text(endpoint) } else { None };
-    let text = match (&binary, &string) {
-        (Some(binary), _) => std::str::from_utf8(binary.as_slice()).ok(),
-        (None, string) => string.as_deref(),
-    };
-    match text.ok_or(macula_peer::EndpointError::Format).and_then(EndpointRef::parse) {
-        Ok(endpoint) => send(env, tag, engine, &Target::Endpoint(endpoint), message, now),
-        Err(invalid) => error(env, &invalid),
+    let text = Text::of(to);
+    match Whom::read(to, &text) {
+        Ok(whom) => send(env, tag, engine, &whom, message, now),
+        Err(Misnamed::Endpoint(invalid)) => error(env, &invalid),
+        Err(Misnamed::Node) => (atoms::error(), (atoms::invalid_node_id(), to)).encode(env),
+        Err(Misnamed::Ways(invalid)) => error(env, &invalid),
     }
 }
 
@@ -185,18 +184,18 @@ fn send_message<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     engine: &Engine,
-    target: &Target<'_>,
+    whom: &Whom<'_>,
     message: Message,
     now: Instant,
 ) -> Term<'a> {
-    let message = match engine.send_now(target, message, now) {
+    let message = match engine.send_now(&whom.target(), message, now) {
         Ok(()) => return atoms::ok().encode(env),
         Err(message) => message,
     };
     let caller = Caller::new(env, tag);
     let call = InProgress::monitor(env, &caller.pid());
     let monitored = call.clone();
-    let waiting = engine.send(target, message, move |sent| {
+    let waiting = engine.send(&whom.target(), message, move |sent| {
         drop(monitored);
         caller.answer(move |env| match sent {
             Ok(()) => atoms::ok().encode(env),
@@ -206,14 +205,14 @@ fn send_message<'a>(
     if let Some(waiting) = waiting {
         call.waiting(waiting);
     }
-    atoms::wait().encode(env)
+    whom.wait(engine).encode(env)
 }
 
 fn send_request<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     engine: &Engine,
-    target: &Target<'_>,
+    whom: &Whom<'_>,
     message: Message,
     _: Instant,
 ) -> Term<'a> {
@@ -221,7 +220,7 @@ fn send_request<'a>(
     let call = InProgress::monitor(env, &caller.pid());
     let monitored = call.clone();
     let limits = engine.config().limits;
-    let waiting = engine.request(target, message, move |answer| {
+    let waiting = engine.request(&whom.target(), message, move |answer| {
         drop(monitored);
         caller.answer(move |env| match answer {
             Ok(frame) => decode_answer(env, &frame, limits),
@@ -231,7 +230,7 @@ fn send_request<'a>(
     if let Some(waiting) = waiting {
         call.waiting(waiting);
     }
-    atoms::wait().encode(env)
+    whom.wait(engine).encode(env)
 }
 
 fn decode_answer<'a>(env: Env<'a>, frame: &macula_peer_wire::RawFrame, limits: Limits) -> Term<'a> {
