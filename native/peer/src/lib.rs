@@ -12,6 +12,7 @@ mod dial;
 mod endpoint;
 mod engine;
 mod error;
+mod identity;
 mod link;
 mod listen;
 mod message;
@@ -23,11 +24,15 @@ mod socket;
 mod stats;
 mod tls;
 
-pub use config::{Config, Delivery};
+pub use config::{Config, Delivery, Secret};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef};
 pub use engine::{Engine, Listen};
-pub use error::{ConnectError, ListenError, ReplyError, RequestError, SendError, StartError, UndeliveredReason};
+pub use error::{
+    ConnectError, IdentityError, ListenError, ReplyError, RequestError, SendError, StartError, TlsError,
+    UndeliveredReason,
+};
+pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{Event, Handler, Inbound, Message, ReplyToken, Unhandled};
 pub use peer::Waiting;
 pub use stats::{AcceptedStats, LinkStats, PeerStats, Stats};
-pub use tls::{Certificate, Dialect};
+pub use tls::{Certificate, Dialect, Verify};

@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 
 use crate::decide::lanes::{Choice, Lanes};
 use crate::decide::witness::{Mark, Witness};
+use crate::identity::Fingerprint;
 use crate::message::Message;
 use crate::tls::Dialect;
 
@@ -40,6 +41,8 @@ const SWEEP_BATCH: usize = 256;
 pub(crate) struct Link {
     pub(crate) connection: Connection,
     pub(crate) dialect: Dialect,
+    /// The peer's key.
+    pub(crate) key: Option<Fingerprint>,
     witness: Arc<Mutex<Witness>>,
     limits: Limits,
     answer_timeout: Duration,
@@ -129,7 +132,9 @@ impl Link {
         limits: Limits,
         answer_timeout: Duration,
     ) -> Self {
-        Self { connection, dialect, witness, limits, answer_timeout, doubted: Notify::new(), out: Mutex::default() }
+        let key = Fingerprint::of_sender(&connection, dialect);
+        let (doubted, out) = (Notify::new(), Mutex::default());
+        Self { connection, dialect, key, witness, limits, answer_timeout, doubted, out }
     }
 
     /// Writes a message at once, if the transport takes it.
@@ -245,7 +250,8 @@ impl Link {
     }
 
     fn write_once(&self, message: Message, now: Instant) -> Written {
-        let opened = now_or_never(self.connection.open_bi()).or_else(|| self.out().spare.take().map(Ok));
+        let spare = self.out().spare.take().map(Ok);
+        let opened = spare.or_else(|| now_or_never(self.connection.open_bi()));
         let (mut send, receive) = match opened {
             Some(Ok(stream)) => stream,
             Some(Err(_)) => return Written::Lost(message),

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
+use crate::identity::Fingerprint;
 use crate::tls::Dialect;
 
 /// A message to be sent: one encoded frame.
@@ -35,6 +36,8 @@ pub struct Inbound {
     pub from: SocketAddr,
     /// What the link speaks.
     pub dialect: Dialect,
+    /// The sender's key. `None` in the `macula` dialect, which has none.
+    pub key: Option<Fingerprint>,
     /// The way to answer it, unless the sender has said that it reads no answer.
     pub reply: Option<ReplyToken>,
 }

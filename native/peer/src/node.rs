@@ -15,12 +15,14 @@ use tokio::task::{AbortHandle, JoinSet};
 use crate::config::Config;
 use crate::dial::Dialer;
 use crate::endpoint::{Endpoint, EndpointRef};
+use crate::identity::Identity;
 use crate::link::lock;
 use crate::listen::Accepted;
 use crate::message::{Event, Handler, Inbound, Message, Unhandled};
 use crate::peer::{self, Peer};
 use crate::socket::{Refusals, Socket};
 use crate::stats::{NodeCounters, Stats};
+use crate::tls::Dialect;
 
 /// Payloads from this size on are handed over on threads of their own: decoding 256 KiB of the smallest terms takes some
 /// milliseconds, in which a connection would not be driven.
@@ -28,6 +30,7 @@ pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
 
 pub(crate) struct Node {
     pub(crate) config: Arc<Config>,
+    pub(crate) identity: Identity,
     pub(crate) quic: quinn::Endpoint,
     pub(crate) refusals: Refusals,
     pub(crate) counters: NodeCounters,
@@ -50,6 +53,7 @@ struct BoundSocket {
 impl Node {
     pub(crate) fn new(
         config: Arc<Config>,
+        identity: Identity,
         quic: quinn::Endpoint,
         socket: Arc<Socket>,
         refusals: Refusals,
@@ -60,6 +64,7 @@ impl Node {
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
         Arc::new(Self {
             config,
+            identity,
             quic,
             refusals,
             counters: NodeCounters::default(),
@@ -207,9 +212,11 @@ impl Node {
         }
     }
 
-    /// One more link whose peer could be anybody. The owner of the engine says so once, when it starts it.
-    pub(crate) fn counted_unverified(&self) {
-        self.counters.unverified.add(1);
+    /// Counts a new link if its peer may be anybody.
+    pub(crate) fn counted_unverified(&self, dialect: Dialect) {
+        if self.config.verify.leaves_open(dialect) && self.counters.unverified.add(1) == 0 {
+            tracing::warn!("a peer's certificate is not verified, and it may be anybody; statistics count such links");
+        }
     }
 
     /// Milliseconds since the start: what fits an atomic.

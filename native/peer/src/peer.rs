@@ -617,7 +617,7 @@ impl Task {
 
     fn link_up(&mut self, link: Arc<Link>) {
         tracing::debug!(peer = %self.peer.endpoint, dialect = link.dialect.alpn(), "link up");
-        self.node().counted_unverified();
+        self.node().counted_unverified(link.dialect);
         self.retire_link();
         // What was refused before says nothing about this link.
         self.refusals = self.node().refusals.subscribe();
@@ -725,6 +725,7 @@ impl Task {
                 payload,
                 from,
                 dialect: link.dialect,
+                key: link.key,
                 reply: None,
             });
         }
