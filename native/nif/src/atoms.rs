@@ -16,13 +16,16 @@ rustler::atoms! {
     tuple, pid, port, reference, function, bitstring, improper_list, integer_out_of_range, float, other,
 
     invalid_endpoint, invalid_format, invalid_port,
-    connect_failed, transport_down, connection_refused, no_application_protocol, handshake_failed,
+    connect_failed, transport_down, connection_refused, untrusted_peer, rejected_by_peer, no_application_protocol, handshake_failed,
     send_failed, overloaded, connection_closed, connection_shutdown, timeout,
 
-    already_listening, listen_failed, eaddrinuse, eacces, eaddrnotavail, bad_certificate, start_failed,
+    already_listening, listen_failed, eaddrinuse, eacces, eaddrnotavail, enoent, enotdir, eisdir, erofs, enospc, bad_certificate, start_failed,
     already_replied, gone, invalid_token, invalid_option,
 
-    macula_peer_message, macula_peer_event, macula_peer_log, type_ = "type", message, from, dialect, reply_to,
+    insecure_permissions, not_a_key, not_pkcs8, not_a_certificate, identity_file, cacertfile, verify, pin, realm_secret,
+    hidden, fingerprint,
+
+    macula_peer_message, macula_peer_event, macula_peer_log, type_ = "type", message, from, dialect, key, reply_to,
     macula, macula_peer_1 = "macula-peer/1",
     event, undelivered, peer, count, reason, expired, rejected, stopped,
 

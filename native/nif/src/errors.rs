@@ -3,8 +3,8 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, ListenError, ReplyError, RequestError, RouteError, SendError, StartError,
-    UndeliveredReason,
+    ConnectError, EndpointError, IdentityError, ListenError, ReplyError, RequestError, RouteError, SendError, StartError,
+    TlsError,    UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
 use rustler::{Encoder, Env, NewBinary, Term};
@@ -49,6 +49,7 @@ impl Why for ConnectError {
             Self::Refused => atoms::connection_refused().encode(env),
             Self::NoProtocol => atoms::no_application_protocol().encode(env),
             Self::Untrusted => atoms::untrusted_peer().encode(env),
+            Self::NotTrusted => atoms::rejected_by_peer().encode(env),
             Self::Handshake(text) => (atoms::handshake_failed(), binary(env, text)).encode(env),
         }
     }
@@ -137,9 +138,35 @@ impl Reason for StartError {
     fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
         let why = match self {
             Self::Bind(error) => posix(env, error),
-            Self::Runtime(_) | Self::Tls(_) => binary(env, &self.to_string()),
+            Self::Runtime(_) => binary(env, &self.to_string()),
+            Self::Identity(error) => (atoms::identity_file(), error.reason(env)).encode(env),
+            Self::Tls(error) => error.reason(env),
         };
         (atoms::start_failed(), why).encode(env)
+    }
+}
+
+impl Reason for IdentityError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::File(error) => posix(env, error),
+            Self::InsecurePermissions { .. } => atoms::insecure_permissions().encode(env),
+            Self::NotAKey => atoms::not_a_key().encode(env),
+            Self::NotPkcs8 => atoms::not_pkcs8().encode(env),
+            Self::Certificate(_) => atoms::bad_certificate().encode(env),
+            Self::NotMade(_) => binary(env, &self.to_string()),
+        }
+    }
+}
+
+impl Reason for TlsError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let why = match self {
+            Self::CaFile(error) => posix(env, error),
+            Self::NotACertificate => atoms::not_a_certificate().encode(env),
+            Self::Library(_) | Self::Cipher(_) => return binary(env, &self.to_string()),
+        };
+        (atoms::cacertfile(), why).encode(env)
     }
 }
 
@@ -149,6 +176,7 @@ impl Reason for ListenError {
             Self::AlreadyListening => atoms::already_listening().encode(env),
             Self::Bind(error) => (atoms::listen_failed(), posix(env, error)).encode(env),
             Self::Certificate(text) => (atoms::bad_certificate(), binary(env, text)).encode(env),
+            Self::Tls(error) => (atoms::listen_failed(), error.reason(env)).encode(env),
         }
     }
 }
@@ -181,6 +209,11 @@ fn posix<'a>(env: Env<'a>, error: &io::Error) -> Term<'a> {
         io::ErrorKind::AddrInUse => atoms::eaddrinuse().encode(env),
         io::ErrorKind::PermissionDenied => atoms::eacces().encode(env),
         io::ErrorKind::AddrNotAvailable => atoms::eaddrnotavail().encode(env),
+        io::ErrorKind::NotFound => atoms::enoent().encode(env),
+        io::ErrorKind::NotADirectory => atoms::enotdir().encode(env),
+        io::ErrorKind::IsADirectory => atoms::eisdir().encode(env),
+        io::ErrorKind::ReadOnlyFilesystem => atoms::erofs().encode(env),
+        io::ErrorKind::StorageFull => atoms::enospc().encode(env),
         _ => binary(env, &error.to_string()),
     }
 }
@@ -189,6 +222,6 @@ pub(crate) fn binary<'a>(env: Env<'a>, text: &str) -> Term<'a> {
     bytes_term(env, text.as_bytes())
 }
 
-fn bytes_term<'a>(env: Env<'a>, bytes: &[u8]) -> Term<'a> {
+pub(crate) fn bytes_term<'a>(env: Env<'a>, bytes: &[u8]) -> Term<'a> {
     NewBinary::from_slice(env, bytes).into()
 }

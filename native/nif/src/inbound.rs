@@ -9,7 +9,7 @@ use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, Resou
 
 use crate::atoms;
 use crate::decode::Terms;
-use crate::errors::{Reason, binary};
+use crate::errors::{Reason, binary, bytes_term};
 
 /// Payloads from this size on are copied once, as a whole, and the binaries in them refer to the copy.
 const SHARED_PAYLOAD: usize = 16 << 10;
@@ -27,7 +27,7 @@ pub(crate) struct Process {
 
 impl Handler for Process {
     fn message(&self, inbound: Inbound) -> Result<(), Unhandled> {
-        let Inbound { kind, payload, from, dialect, reply } = inbound;
+        let Inbound { kind, payload, from, dialect, key, reply } = inbound;
         self.send(|env| {
             let shared = (payload.len() >= SHARED_PAYLOAD).then(|| NewBinary::from_slice(env, &payload).into());
             let message = decode_payload(&payload, self.limits, &mut Terms::new(env, shared))?;
@@ -36,11 +36,16 @@ impl Handler for Process {
                 None => atoms::none().encode(env),
             };
             let dialect = self::dialect(dialect);
-            let fields: [(Atom, Term<'_>); 5] = [
+            let key = match key {
+                Some(key) => bytes_term(env, key.as_bytes()),
+                None => atoms::undefined().encode(env),
+            };
+            let fields: [(Atom, Term<'_>); 6] = [
                 (atoms::type_(), atoms::name_of(kind).encode(env)),
                 (atoms::message(), message),
                 (atoms::from(), address(env, from)),
                 (atoms::dialect(), dialect.encode(env)),
+                (atoms::key(), key),
                 (atoms::reply_to(), reply),
             ];
             Ok((atoms::macula_peer_message(), map(env, &fields)).encode(env))

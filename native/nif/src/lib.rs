@@ -305,6 +305,13 @@ fn local_address(env: Env<'_>) -> Term<'_> {
 }
 
 #[rustler::nif]
+fn identity(env: Env<'_>) -> Term<'_> {
+    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    let fingerprint = errors::bytes_term(env, engine.fingerprint().as_bytes());
+    inbound::map(env, &[(atoms::fingerprint(), fingerprint)])
+}
+
+#[rustler::nif]
 fn set_handler(handler: Term<'_>) -> Atom {
     let Some(engine) = engine() else { return atoms::not_started() };
     let limits = engine.config().limits;

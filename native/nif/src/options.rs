@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use macula_peer::{Certificate, Config, Delivery, Listen};
-use rustler::{Atom, Encoder, Env, MapIterator, Term};
+use macula_peer::{Certificate, Config, Delivery, Fingerprint, Listen, Secret, Verify};
+use rustler::{Atom, Binary, Encoder, Env, MapIterator, Term};
 
 use crate::atoms;
 use crate::errors::Reason;
@@ -39,6 +39,7 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
             name if name == atoms::ip() => listen.ip = Some(ip(value)?),
             name if name == atoms::certfile() => certificate = Some(path(value)?),
             name if name == atoms::keyfile() => key = Some(path(value)?),
+            name if name == atoms::verify() => listen.verify = Some(verify(value)?),
             _ => return None,
         }
         Some(())
@@ -60,9 +61,14 @@ fn each<'a>(options: Term<'a>, mut set: impl FnMut(Atom, Term<'a>) -> Option<()>
     let all = MapIterator::new(options).ok_or(InvalidOption { key: options, value: options })?;
     for (key, value) in all {
         let known = Atom::from_term(key).ok().and_then(|name| set(name, value));
-        known.ok_or(InvalidOption { key, value })?;
+        known.ok_or_else(|| InvalidOption { key, value: presentable(key, value) })?;
     }
     Ok(())
+}
+
+/// Errors are logged, and a mistyped secret is a secret still.
+fn presentable<'a>(key: Term<'a>, value: Term<'a>) -> Term<'a> {
+    if atoms::realm_secret() == key { atoms::hidden().encode(key.get_env()) } else { value }
 }
 
 fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
@@ -88,9 +94,41 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
                 _ => return None,
             }
         }
+        key if key == atoms::identity_file() => config.identity_file = Some(path(value)?),
+        key if key == atoms::verify() => config.verify = verify(value)?,
+        key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
         _ => return None,
     }
     Some(())
+}
+
+/// `none`, `{pin, Fingerprints}` or `{cacertfile, File}`.
+fn verify(value: Term<'_>) -> Option<Verify> {
+    if atoms::none() == value {
+        return Some(Verify::None);
+    }
+    match value.decode::<(Atom, Term<'_>)>().ok()? {
+        (mode, keys) if mode == atoms::pin() => {
+            Some(Verify::Pin(keys.into_list_iterator().ok()?.map(fingerprint).collect::<Option<_>>()?))
+        }
+        (mode, file) if mode == atoms::cacertfile() => Some(Verify::CaFile(path(file)?)),
+        _ => None,
+    }
+}
+
+/// 32 bytes, or 64 hexadecimal digits.
+fn fingerprint(value: Term<'_>) -> Option<Fingerprint> {
+    if let Ok(bytes) = value.decode::<Binary<'_>>()
+        && let Ok(bytes) = <[u8; 32]>::try_from(bytes.as_slice())
+    {
+        return Some(bytes.into());
+    }
+    text(value)?.parse().ok()
+}
+
+fn secret(value: Term<'_>) -> Option<Secret> {
+    let bytes = value.decode::<Binary<'_>>().ok().filter(|bytes| !bytes.is_empty())?;
+    Some(Secret::new(bytes.as_slice().into()))
 }
 
 fn positive(value: Term<'_>) -> Option<usize> {

@@ -1,9 +1,13 @@
 //! What an engine can be told, with the defaults and their reasons.
 
+use std::fmt;
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use macula_peer_wire::Limits;
+
+use crate::tls::Verify;
 
 /// The settings of an [`Engine`](crate::Engine). Every field has a default; `Config::default()` is what macula 0.14.3
 /// peers expect.
@@ -44,6 +48,34 @@ pub struct Config {
     pub max_streams: u32,
     /// How long a stream may take to complete a frame that it began. Default 30 s: the largest frame at 600 KB/s.
     pub frame_timeout: Duration,
+    /// The PEM file of this node's key, made if it is not there. Default `None`: a new key at every start.
+    pub identity_file: Option<PathBuf>,
+    /// Whose certificates are good enough. Default [`Verify::FirstSeen`].
+    pub verify: Verify,
+    /// What the nodes and relays of a realm have in common. Default `None`: no realm.
+    pub realm_secret: Option<Secret>,
+}
+
+/// Bytes that are not to be seen in logs.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(Vec<u8>);
+
+impl Secret {
+    /// Keeps `bytes`.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(bytes)
+    }
+
+    /// The bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
 }
 
 /// What happens to a message that was written but not acknowledged when its link died.
@@ -72,6 +104,9 @@ impl Default for Config {
             max_accepted: 1024,
             max_streams: 256,
             frame_timeout: Duration::from_secs(30),
+            identity_file: None,
+            verify: Verify::default(),
+            realm_secret: None,
         }
     }
 }

@@ -31,11 +31,12 @@ const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 const REFUSED_FIRST_PAUSE: Duration = Duration::from_millis(20);
 const REFUSED_LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// The TLS name for a host that is not a name TLS knows. Nothing checks it.
-const ANY_NAME: &str = "macula";
+/// The TLS name for a host that is not a name TLS knows. No certificate is for it (RFC 6761, section 6.4).
+const NO_NAME: &str = "macula.invalid";
 
-/// RFC 9001, section 4.8: TLS alerts are QUIC errors from 0x100 on. 120 is `no_application_protocol`.
-const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
+/// RFC 9001, section 4.8: TLS alerts are QUIC errors from 0x100 on.
+const ALERTS: u64 = 0x100;
+const NO_APPLICATION_PROTOCOL: u64 = ALERTS + 120;
 
 /// What a dial needs of its surroundings.
 pub(crate) struct Dialer {
@@ -136,7 +137,13 @@ impl Dialer {
         };
         let dialect = Dialect::of(&connection).ok_or(ConnectError::NoProtocol)?;
         let Config { limits, answer_timeout, .. } = *self.config;
-        Ok(Link::new(connection, dialect, Path::Direct, witness, limits, answer_timeout))
+        let link = Link::new(connection, dialect, Path::Direct, witness, limits, answer_timeout);
+        if dialect == Dialect::MaculaPeer1 {
+            // To us the handshake is over before the peer has seen our certificate. One that may refuse it allows
+            // streams when it has not.
+            link.put_spare(link.connection.open_bi().await.map_err(not_connected)?);
+        }
+        Ok(link)
     }
 
     fn client_config(&self, witness: Arc<Mutex<Witness>>) -> ClientConfig {
@@ -181,7 +188,7 @@ fn is_v6(ip: IpAddr) -> bool {
 
 fn tls_name(endpoint: &Endpoint) -> String {
     let valid = rustls::pki_types::ServerName::try_from(endpoint.host()).is_ok();
-    if valid { endpoint.host().into() } else { ANY_NAME.into() }
+    if valid { endpoint.host().into() } else { NO_NAME.into() }
 }
 
 fn not_begun(error: Refusal) -> ConnectError {
@@ -192,17 +199,24 @@ fn not_begun(error: Refusal) -> ConnectError {
 }
 
 fn not_connected(error: ConnectionError) -> ConnectError {
-    let code = match &error {
+    let (code, untrusted) = match &error {
         ConnectionError::TimedOut => return ConnectError::TimedOut,
-        ConnectionError::ConnectionClosed(close) => close.error_code,
-        ConnectionError::TransportError(error) => error.code,
+        ConnectionError::ConnectionClosed(close) => (close.error_code, ConnectError::NotTrusted),
+        ConnectionError::TransportError(error) => (error.code, ConnectError::Untrusted),
         other => return ConnectError::Handshake(other.to_string()),
     };
     match code {
         TransportErrorCode::CONNECTION_REFUSED => ConnectError::Refused,
         code if u64::from(code) == NO_APPLICATION_PROTOCOL => ConnectError::NoProtocol,
+        code if is_about_certificate(code) => untrusted,
         _ => ConnectError::Handshake(error.to_string()),
     }
+}
+
+/// RFC 8446, section 6.2: from `bad_certificate` to `certificate_unknown`, `unknown_ca`, `access_denied`,
+/// `decrypt_error` (a signature is wrong) and `certificate_required`.
+fn is_about_certificate(code: TransportErrorCode) -> bool {
+    matches!(u64::from(code).checked_sub(ALERTS), Some(42..=46 | 48 | 49 | 51 | 116))
 }
 
 /// quinn's default controller, with a [`Witness`] looking on.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use macula_peer_wire::RawFrame;
-use quinn::EndpointConfig;
+use quinn::ServerConfig;
 use tokio::runtime::Runtime;
 use tokio::task::AbortHandle;
 
@@ -13,15 +13,16 @@ use crate::call::{Abandoned, Call};
 use crate::config::Config;
 use crate::endpoint::Target;
 use crate::error::{ListenError, RequestError, SendError, StartError};
+use crate::identity::{Fingerprint, Identity};
 use crate::link::lock;
-use crate::listen;
+use crate::listen::{self, Admission};
 use crate::message::{Handler, Message};
 use crate::node::Node;
 use crate::peer::{Peer, Retired, Waiting};
 use crate::runtime::BatchingRuntime;
 use crate::socket::{self, Socket};
 use crate::stats::Stats;
-use crate::tls::{self, Certificate};
+use crate::tls::{self, Certificate, Verify};
 
 /// Name lookups, which cannot be interrupted, and large payloads are worked on by threads of their own; more at once wait
 /// for one another. Idle ones end after ten seconds.
@@ -47,11 +48,18 @@ pub struct Listen {
     pub port: Option<u16>,
     /// What to show to those who connect.
     pub certificate: Certificate,
+    /// Who may connect; `None`: as for those who are dialled.
+    pub verify: Option<Verify>,
 }
 
 impl Engine {
     /// Starts the runtime and binds the socket.
     pub fn start(config: Config) -> Result<Self, StartError> {
+        let identity = match &config.identity_file {
+            Some(path) => Identity::load_or_create(path)?,
+            None => Identity::generate()?,
+        };
+        let tls = tls::client(&identity, &config.verify)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.workers.max(1))
             .max_blocking_threads(BLOCKING_THREADS)
@@ -63,16 +71,20 @@ impl Engine {
             let _inside = runtime.enter();
             let refusals = socket::refusals();
             let socket = Socket::bind(config.ip, config.port, refusals.clone()).map_err(StartError::Bind)?;
-            let mut endpoint = EndpointConfig::default();
+            let mut endpoint = identity.endpoint_config();
             // The first bit pattern of a packet will tell QUIC from punch packets on this socket.
             endpoint.grease_quic_bit(false);
             let quic =
                 quinn::Endpoint::new_with_abstract_socket(endpoint, None, socket.clone(), Arc::new(BatchingRuntime))
                     .map_err(StartError::Bind)?;
-            let tls = tls::unverified_client()?;
-            Node::new(Arc::new(config), quic, socket, refusals, tls, runtime.handle().clone())
+            Node::new(Arc::new(config), identity, quic, socket, refusals, tls, runtime.handle().clone())
         };
         Ok(Self { node, runtime: Mutex::new(Some(runtime)), listener: Mutex::default() })
+    }
+
+    /// What this node is known by.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.node.identity.fingerprint()
     }
 
     /// The settings it was started with.
@@ -118,7 +130,9 @@ impl Engine {
         if listener.is_some() {
             return Err(ListenError::AlreadyListening);
         }
-        let config = listen::server_config(&listen.certificate, &self.node.config)?;
+        let verify = listen.verify.as_ref().unwrap_or(&self.node.config.verify);
+        let tls = tls::server(&self.node.identity, &listen.certificate, verify)?;
+        let admission = Admission::new(tls, verify.is_strict(), &self.node.config);
         let bound = self.node.quic.local_addr().map_err(ListenError::Bind)?;
         let asked = listen.port.filter(|&port| port != 0);
         let moves = asked.is_some_and(|port| port != bound.port()) || listen.ip.is_some_and(|ip| ip != bound.ip());
@@ -126,8 +140,8 @@ impl Engine {
             let ip = listen.ip.or(self.node.config.ip);
             self.node.rebind(ip, asked.unwrap_or(0)).map_err(ListenError::Bind)?;
         }
-        self.node.quic.set_server_config(Some(config));
-        *listener = Some(self.node.spawn(listen::accept(self.node.clone())));
+        self.node.quic.set_server_config(Some(ServerConfig::clone(&admission.config)));
+        *listener = Some(self.node.spawn(listen::accept(self.node.clone(), admission)));
         self.node.quic.local_addr().map_err(ListenError::Bind)
     }
 

@@ -25,10 +25,13 @@ pub enum ConnectError {
     /// The peer speaks neither `macula` nor `macula-peer/1`.
     #[error("no protocol in common")]
     NoProtocol,
-    /// The peer has another key than the one that is expected of it.
+    /// We do not trust the peer's certificate.
     #[error("the peer is not trusted")]
     Untrusted,
-    /// The handshake failed for another reason, such as a certificate.
+    /// The peer does not trust ours.
+    #[error("not trusted by the peer")]
+    NotTrusted,
+    /// The handshake failed for another reason.
     #[error("handshake failed: {0}")]
     Handshake(String),
 }
@@ -117,9 +120,55 @@ pub enum StartError {
     /// The socket could not be bound.
     #[error("socket: {0}")]
     Bind(io::Error),
-    /// The TLS library refused its own defaults.
+    /// The node's key cannot be had.
+    #[error("identity: {0}")]
+    Identity(#[from] IdentityError),
+    /// Peers could not be verified.
     #[error("tls: {0}")]
-    Tls(#[from] rustls::Error),
+    Tls(#[from] TlsError),
+}
+
+/// Why a node has no key.
+#[derive(Debug, Error)]
+pub enum IdentityError {
+    /// The file can neither be read nor made.
+    #[error(transparent)]
+    File(#[from] io::Error),
+    /// Others than the owner may read or write the file.
+    #[error("others may read or write it: mode {mode:o}")]
+    InsecurePermissions {
+        /// The permission bits.
+        mode: u32,
+    },
+    /// There is no private key in the file, or of no kind that TLS can use.
+    #[error("no private key")]
+    NotAKey,
+    /// A key without a certificate must be in PKCS#8.
+    #[error("a key without a certificate, and not in PKCS#8")]
+    NotPkcs8,
+    /// The certificates in the file cannot be read, or are not for the key.
+    #[error("certificate: {0}")]
+    Certificate(String),
+    /// No key or certificate could be made.
+    #[error("not made: {0}")]
+    NotMade(#[from] rcgen::Error),
+}
+
+/// Why there is no TLS.
+#[derive(Debug, Error)]
+pub enum TlsError {
+    /// The file of the certificate authorities cannot be read.
+    #[error("certificate authorities: {0}")]
+    CaFile(io::Error),
+    /// The file of the certificate authorities has something else in it.
+    #[error("certificate authorities: no certificate")]
+    NotACertificate,
+    /// The TLS library refused its own defaults.
+    #[error(transparent)]
+    Library(#[from] rustls::Error),
+    /// The TLS library lacks what QUIC begins with.
+    #[error(transparent)]
+    Cipher(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
 }
 
 /// Why the engine does not listen.
@@ -134,6 +183,9 @@ pub enum ListenError {
     /// Certificate or key cannot be read or do not fit together.
     #[error("certificate: {0}")]
     Certificate(String),
+    /// Who connects could not be verified.
+    #[error("tls: {0}")]
+    Tls(#[from] TlsError),
 }
 
 /// Why an answer was not sent.

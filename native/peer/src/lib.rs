@@ -27,16 +27,17 @@ mod socket;
 mod stats;
 mod tls;
 
-pub use config::{Config, Delivery};
+pub use config::{Config, Delivery, Secret};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
 pub use error::{
-    ConnectError, ListenError, ReplyError, RequestError, RouteError, SendError, StartError, UndeliveredReason,
+    ConnectError, IdentityError, ListenError, ReplyError, RequestError, RouteError, SendError, StartError, TlsError,
+    UndeliveredReason,
 };
-pub use identity::Fingerprint;
+pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, ReplyToken, Unhandled};
 pub use peer::Waiting;
 pub use race::Ways;
 pub use relay::control::Refusal;
 pub use stats::{AcceptedStats, LinkStats, PeerStats, Stats};
-pub use tls::{Certificate, Dialect};
+pub use tls::{Certificate, Dialect, Verify};

@@ -139,7 +139,7 @@ impl Link {
         limits: Limits,
         answer_timeout: Duration,
     ) -> Self {
-        let key = Fingerprint::of_connection(&connection);
+        let key = Fingerprint::of_sender(&connection, dialect);
         Self {
             connection,
             dialect,
@@ -201,6 +201,11 @@ impl Link {
     /// A stream that was waited for: the next message takes it.
     pub(crate) fn put_spare(&self, stream: (SendStream, RecvStream)) {
         self.out().spare = Some(stream);
+    }
+
+    /// A stream to the peer, if there is one to be had at once.
+    pub(crate) fn open_now(&self) -> Option<(SendStream, RecvStream)> {
+        self.out().spare.take().or_else(|| now_or_never(self.connection.open_bi())?.ok())
     }
 
     /// Lets go of what was acknowledged. Lanes are looked at in any order, finished streams from the oldest on up to
@@ -272,7 +277,8 @@ impl Link {
     }
 
     fn write_once(&self, message: Message, now: Instant) -> Written {
-        let opened = now_or_never(self.connection.open_bi()).or_else(|| self.out().spare.take().map(Ok));
+        let spare = self.out().spare.take().map(Ok);
+        let opened = spare.or_else(|| now_or_never(self.connection.open_bi()));
         let (mut send, receive) = match opened {
             Some(Ok(stream)) => stream,
             Some(Err(_)) => return Written::Lost(message),

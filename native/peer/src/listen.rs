@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer_wire::{RawFrame, Reassembler};
+use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -18,7 +19,6 @@ use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
-use crate::error::ListenError;
 use crate::link::{Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
 use crate::identity::Fingerprint;
@@ -27,7 +27,7 @@ use crate::peer::deadline;
 use crate::session;
 use crate::socket::canonical;
 use crate::stats::{AcceptedStats, Counter, LinkStats};
-use crate::tls::{self, Certificate, Dialect};
+use crate::tls::Dialect;
 
 /// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -69,8 +69,11 @@ pub(crate) const SLOW_FRAME: u8 = 1;
 pub(crate) const NOT_A_FRAME: u8 = 2;
 pub(crate) const NOT_A_RELAY: u8 = 4;
 
-/// An application error code on connections: no certificate was shown, which `macula-peer/1` needs.
+/// Application error code of a connection of our dialect that showed no certificate.
 const NO_CERTIFICATE: u8 = 5;
+
+/// Streams that a sender may open and needs no answer on. As a 0.14.3 gateway has it.
+const ONE_WAY_STREAMS: u8 = 3;
 
 /// One accepted connection.
 pub(crate) struct Accepted {
@@ -82,8 +85,35 @@ pub(crate) struct Accepted {
     large: Arc<Semaphore>,
 }
 
-/// The TLS and transport settings of a listener.
-pub(crate) fn server_config(certificate: &Certificate, config: &Config) -> Result<ServerConfig, ListenError> {
+/// How a listener lets others in.
+#[derive(Clone)]
+pub(crate) struct Admission {
+    pub(crate) config: Arc<ServerConfig>,
+    strict: bool,
+}
+
+impl Admission {
+    /// `strict`: not everybody is let in. Streams are then allowed to those who are, which is how they know.
+    pub(crate) fn new(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
+        let (two_way, one_way) = if strict { (0, 0) } else { (config.max_streams.min(FIRST_STREAMS), ONE_WAY_STREAMS) };
+        let mut server = ServerConfig::with_crypto(Arc::new(tls));
+        server.transport_config(Arc::new(transport_config(two_way, one_way, config)));
+        Self { config: Arc::new(server), strict }
+    }
+
+    fn let_in(&self, connection: &Connection, dialect: Dialect, config: &Config) {
+        let streams = match dialect {
+            Dialect::Macula => config.max_streams,
+            Dialect::MaculaPeer1 => config.max_streams.min(FIRST_STREAMS),
+        };
+        if self.strict || dialect == Dialect::Macula {
+            connection.set_max_concurrent_bi_streams(streams.into());
+            connection.set_max_concurrent_uni_streams(ONE_WAY_STREAMS.into());
+        }
+    }
+}
+
+fn transport_config(two_way: u32, one_way: u8, config: &Config) -> TransportConfig {
     // The credit of a stream comes back when our half of it is acknowledged as closed. A sender that has run out of
     // credit has nothing to send its acknowledgements with and would delay them by 25 ms, so it is asked not to.
     let mut acknowledgements = AckFrequencyConfig::default();
@@ -91,25 +121,22 @@ pub(crate) fn server_config(certificate: &Certificate, config: &Config) -> Resul
     let mut transport = TransportConfig::default();
     transport
         .ack_frequency_config(Some(acknowledgements))
-        .max_concurrent_bidi_streams(config.max_streams.min(FIRST_STREAMS).into())
-        // As a 0.14.3 gateway has it.
-        .max_concurrent_uni_streams(3u8.into())
+        .max_concurrent_bidi_streams(two_way.into())
+        .max_concurrent_uni_streams(one_way.into())
         .receive_window(CONNECTION_WINDOW.into())
         .stream_receive_window(STREAM_WINDOW.into());
     set_idle_timeout(&mut transport, config);
-    let mut server = ServerConfig::with_crypto(Arc::new(tls::server(certificate)?));
-    server.transport_config(Arc::new(transport));
-    Ok(server)
+    transport
 }
 
 /// Accepts connections until it is aborted; they end with it.
-pub(crate) async fn accept(node: Arc<Node>) {
+pub(crate) async fn accept(node: Arc<Node>, admission: Admission) {
     let mut connections = JoinSet::new();
     let mut stopping = node.stopping();
     loop {
         tokio::select! {
             incoming = node.quic.accept() => match incoming {
-                Some(incoming) => admit(&node, incoming, &mut connections),
+                Some(incoming) => admit(&node, &admission, incoming, &mut connections),
                 None => return,
             },
             Some(_) = connections.join_next() => {}
@@ -119,7 +146,7 @@ pub(crate) async fn accept(node: Arc<Node>) {
     }
 }
 
-fn admit(node: &Arc<Node>, incoming: Incoming, connections: &mut JoinSet<()>) {
+fn admit(node: &Arc<Node>, admission: &Admission, incoming: Incoming, connections: &mut JoinSet<()>) {
     let accepted = lock(&node.accepted).len();
     if connections.len() >= node.config.max_accepted {
         node.counters.refused.add(1);
@@ -128,20 +155,25 @@ fn admit(node: &Arc<Node>, incoming: Incoming, connections: &mut JoinSet<()>) {
         // Fails only where `may_retry` is false.
         let _ = incoming.retry();
     } else {
-        connections.spawn(serve(node.clone(), incoming, Path::Direct));
+        connections.spawn(serve(node.clone(), admission.clone(), incoming, Path::Direct));
     }
 }
 
 /// Serves one connection to its end.
-pub(crate) async fn serve(node: Arc<Node>, incoming: Incoming, path: Path) {
-    let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming).await else { return };
+pub(crate) async fn serve(node: Arc<Node>, admission: Admission, incoming: Incoming, path: Path) {
+    // It may have come while a listener before this one was there, with other settings.
+    let Ok(handshake) = incoming.accept_with(admission.config.clone()) else { return };
+    let connection = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
+        Err(_) => return,
+    };
     let Some(dialect) = Dialect::of(&connection) else { return };
-    let key = Fingerprint::of_connection(&connection);
-    match dialect {
-        Dialect::Macula => connection.set_max_concurrent_bi_streams(node.config.max_streams.into()),
-        Dialect::MaculaPeer1 if key.is_none() => return connection.close(NO_CERTIFICATE.into(), b"no certificate"),
-        Dialect::MaculaPeer1 => {}
+    let key = Fingerprint::of_sender(&connection, dialect);
+    if dialect == Dialect::MaculaPeer1 && key.is_none() {
+        return connection.close(NO_CERTIFICATE.into(), b"no certificate");
     }
+    admission.let_in(&connection, dialect, &node.config);
     let accepted = Arc::new(Accepted {
         connection: connection.clone(),
         dialect,

@@ -101,10 +101,10 @@ pub struct Inbound {
     pub from: SocketAddr,
     /// How it came.
     pub path: Path,
-    /// The sender's key, where one was shown.
-    pub key: Option<Fingerprint>,
     /// What the link speaks.
     pub dialect: Dialect,
+    /// The sender's key. `None` in the `macula` dialect, which has none.
+    pub key: Option<Fingerprint>,
     /// The way to answer it, unless the sender has said that it reads no answer.
     pub reply: Option<ReplyToken>,
 }

@@ -16,7 +16,7 @@ use crate::config::Config;
 use crate::dial::Dialer;
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{CircuitError, ConnectError};
-use crate::identity::Fingerprint;
+use crate::identity::{Fingerprint, Identity};
 use crate::link::{Link, lock};
 use crate::listen::Accepted;
 use crate::message::{Event, Handler, Inbound, Message, NodeId, PeerName, Unhandled};
@@ -24,6 +24,7 @@ use crate::peer::{self, Peer};
 use crate::session::Sessions;
 use crate::socket::{Refusals, Socket};
 use crate::stats::{NodeCounters, Stats};
+use crate::tls::Dialect;
 
 /// While payloads from this size on are handed over, another thread takes the other tasks: decoding 256 KiB of the
 /// smallest terms takes some milliseconds, in which no connection would be driven.
@@ -31,6 +32,7 @@ pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
 
 pub(crate) struct Node {
     pub(crate) config: Arc<Config>,
+    pub(crate) identity: Identity,
     pub(crate) quic: quinn::Endpoint,
     pub(crate) refusals: Refusals,
     pub(crate) counters: NodeCounters,
@@ -54,6 +56,7 @@ struct BoundSocket {
 impl Node {
     pub(crate) fn new(
         config: Arc<Config>,
+        identity: Identity,
         quic: quinn::Endpoint,
         socket: Arc<Socket>,
         refusals: Refusals,
@@ -64,6 +67,7 @@ impl Node {
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
         Arc::new(Self {
             config,
+            identity,
             quic,
             refusals,
             counters: NodeCounters::default(),
@@ -237,9 +241,11 @@ impl Node {
         }
     }
 
-    /// One more link whose peer could be anybody. The owner of the engine says so once, when it starts it.
-    pub(crate) fn counted_unverified(&self) {
-        self.counters.unverified.add(1);
+    /// Counts a new link if its peer may be anybody.
+    pub(crate) fn counted_unverified(&self, dialect: Dialect) {
+        if self.config.verify.leaves_open(dialect) && self.counters.unverified.add(1) == 0 {
+            tracing::warn!("a peer's certificate is not verified, and it may be anybody; statistics count such links");
+        }
     }
 
     /// Milliseconds since the start: what fits an atomic.

@@ -879,9 +879,7 @@ impl Task {
 
     fn link_up(&mut self, link: Arc<Link>) {
         tracing::debug!(peer = %self.peer.name, dialect = link.dialect.alpn(), path = ?link.path, "link up");
-        if link.dialect == Dialect::Macula {
-            self.node().counted_unverified();
-        }
+        self.node().counted_unverified(link.dialect);
         match &self.link {
             Some(_) if self.in_doubt => self.retire_link(),
             Some(_) => self.replace_link(),

@@ -56,7 +56,7 @@ pub struct Stats {
     pub misses: u64,
     /// Peers that gave way to others because the pool was full.
     pub evictions: u64,
-    /// Links made without checking the peer's certificate.
+    /// Links that were dialled and whose peer may be anybody: its certificate was not checked in any way.
     pub unverified: u64,
     /// Messages that had been accepted and were not delivered.
     pub undelivered: u64,

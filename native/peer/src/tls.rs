@@ -1,16 +1,24 @@
 //! Certificates, ALPN and who is trusted.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, SignatureScheme};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
+    SignatureScheme,
+};
 
-use crate::error::ListenError;
+use crate::error::{ListenError, TlsError};
+use crate::identity::{Fingerprint, Identity};
 
 /// What a link speaks, chosen by ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,9 +48,9 @@ impl Dialect {
 /// Where a listener's certificate comes from.
 #[derive(Debug, Clone, Default)]
 pub enum Certificate {
-    /// Self-signed, made when the listener starts, as macula's own gateways have it.
+    /// The engine's [`Identity`].
     #[default]
-    Generated,
+    Identity,
     /// PEM files: a certificate chain and its private key.
     Files {
         /// The chain, leaf first.
@@ -52,72 +60,206 @@ pub enum Certificate {
     },
 }
 
-/// The better dialect first. The server's order decides, the client's is for the reader of a packet trace.
-fn alpn() -> Vec<Vec<u8>> {
-    [Dialect::MaculaPeer1, Dialect::Macula].map(|dialect| dialect.alpn().into()).into()
+/// Whose certificate is good enough. That the other side holds the key of the certificate it shows is checked always.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Verify {
+    /// Any. Between nodes that run this library each knows the other's key, and a node id belongs to the key that it was
+    /// first seen with; a 0.14.3 peer may be anybody.
+    #[default]
+    FirstSeen,
+    /// Any, and nothing is made of it.
+    None,
+    /// One with a key of these. Who connects must show one, so 0.14.3 clients cannot.
+    Pin(Vec<Fingerprint>),
+    /// One that leads to a certificate authority of this PEM file, and is for the host that was dialled. Who connects
+    /// must show one, for any name.
+    CaFile(PathBuf),
 }
 
-/// TLS for dialling, without any check of the peer's certificate: the compatibility mode `verify => none` that macula
-/// 0.14.3 needs, whose certificates are self-signed and bound to nothing.
-pub(crate) fn unverified_client() -> Result<QuicClientConfig, rustls::Error> {
-    let provider = Arc::new(ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider.clone())
+impl Verify {
+    /// Whether not everybody is let in.
+    pub(crate) fn is_strict(&self) -> bool {
+        matches!(self, Self::Pin(_) | Self::CaFile(_))
+    }
+
+    /// Whether the other end of a link in this dialect may be anybody.
+    pub(crate) fn leaves_open(&self, dialect: Dialect) -> bool {
+        match self {
+            Self::FirstSeen => dialect == Dialect::Macula,
+            Self::None => true,
+            Self::Pin(_) | Self::CaFile(_) => false,
+        }
+    }
+}
+
+/// TLS for dialling.
+pub(crate) fn client(identity: &Identity, verify: &Verify) -> Result<QuicClientConfig, TlsError> {
+    client_config(identity, Verifier::new(verify, Over::Network)?, &BOTH)
+}
+
+/// TLS for listening.
+pub(crate) fn server(
+    identity: &Identity,
+    certificate: &Certificate,
+    verify: &Verify,
+) -> Result<QuicServerConfig, ListenError> {
+    let shown = match certificate {
+        Certificate::Identity => identity.shown(),
+        Certificate::Files { certificate, key } => from_files(certificate, key)?,
+    };
+    Ok(server_config(shown, Verifier::new(verify, Over::Network)?, &BOTH)?)
+}
+
+/// TLS for who begins a connection over a circuit.
+#[cfg_attr(not(test), expect(dead_code, reason = "for circuits"))]
+pub(crate) fn circuit_client(identity: &Identity, verify: &Verify) -> Result<QuicClientConfig, TlsError> {
+    client_config(identity, Verifier::new(verify, Over::Circuit)?, &[Dialect::MaculaPeer1])
+}
+
+/// TLS for who gets a connection over a circuit.
+#[cfg_attr(not(test), expect(dead_code, reason = "for circuits"))]
+pub(crate) fn circuit_server(identity: &Identity, verify: &Verify) -> Result<QuicServerConfig, TlsError> {
+    server_config(identity.shown(), Verifier::new(verify, Over::Circuit)?, &[Dialect::MaculaPeer1])
+}
+
+/// The better dialect first. The server's order decides, the client's is for the reader of a packet trace.
+const BOTH: [Dialect; 2] = [Dialect::MaculaPeer1, Dialect::Macula];
+
+fn alpn(dialects: &[Dialect]) -> Vec<Vec<u8>> {
+    dialects.iter().map(|dialect| dialect.alpn().into()).collect()
+}
+
+fn client_config(
+    identity: &Identity,
+    verifier: Arc<Verifier>,
+    dialects: &[Dialect],
+) -> Result<QuicClientConfig, TlsError> {
+    let mut tls = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-        .with_no_client_auth();
-    tls.alpn_protocols = alpn();
-    QuicClientConfig::try_from(tls).map_err(|_| rustls::Error::General("no initial cipher suite".into()))
+        .with_custom_certificate_verifier(verifier)
+        .with_client_cert_resolver(identity.shown());
+    tls.alpn_protocols = alpn(dialects);
+    Ok(QuicClientConfig::try_from(tls)?)
 }
 
-pub(crate) fn server(certificate: &Certificate) -> Result<QuicServerConfig, ListenError> {
+fn server_config(
+    shown: Arc<SingleCertAndKey>,
+    verifier: Arc<Verifier>,
+    dialects: &[Dialect],
+) -> Result<QuicServerConfig, TlsError> {
+    let mut tls = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_cert_resolver(shown);
+    tls.alpn_protocols = alpn(dialects);
+    Ok(QuicServerConfig::try_from(tls)?)
+}
+
+fn from_files(certificate: &Path, key: &Path) -> Result<Arc<SingleCertAndKey>, ListenError> {
     let refused = |error: &dyn std::fmt::Display| ListenError::Certificate(error.to_string());
-    let (chain, key) = match certificate {
-        Certificate::Generated => generate().map_err(|e| refused(&e))?,
-        Certificate::Files { certificate, key } => {
-            let chain = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect);
-            (chain.map_err(|e| refused(&e))?, PrivateKeyDer::from_pem_file(key).map_err(|e| refused(&e))?)
-        }
-    };
-    let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|e| refused(&e))?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .map_err(|e| refused(&e))?;
-    tls.alpn_protocols = alpn();
-    QuicServerConfig::try_from(tls).map_err(|e| refused(&e))
+    let chain = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect).map_err(|e| refused(&e))?;
+    let key = PrivateKeyDer::from_pem_file(key).map_err(|e| refused(&e))?;
+    let certified = CertifiedKey::from_der(chain, key, &provider()).map_err(|e| refused(&e))?;
+    Ok(Arc::new(certified.into()))
 }
 
-fn generate() -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), rcgen::Error> {
-    let made = rcgen::generate_simple_self_signed(vec!["macula".into()])?;
-    let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
-    Ok((vec![made.cert.into()], key.into()))
+fn authorities(file: &Path) -> Result<Arc<RootCertStore>, TlsError> {
+    let pem = std::fs::read(file).map_err(TlsError::CaFile)?;
+    let mut authorities = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(&pem) {
+        let certificate = certificate.map_err(|_| TlsError::NotACertificate)?;
+        authorities.add(certificate).map_err(|_| TlsError::NotACertificate)?;
+    }
+    if authorities.is_empty() { Err(TlsError::NotACertificate) } else { Ok(Arc::new(authorities)) }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
+}
+
+/// What a connection runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Over {
+    Network,
+    /// The other end was found by its node id: it has no name that its certificate could be for. And it runs this
+    /// library, so it shows one.
+    Circuit,
+}
+
+/// Looks at what the other side shows, on either side.
+#[derive(Debug)]
+struct Verifier {
+    trust: Trust,
+    over: Over,
+    algorithms: WebPkiSupportedAlgorithms,
 }
 
 #[derive(Debug)]
-struct AnyCertificate(Arc<CryptoProvider>);
+enum Trust {
+    Anybody,
+    Keys(Vec<Fingerprint>),
+    /// Certificates are for servers, for clients, or for both, and only one of these looks at which.
+    Authorities {
+        servers: Arc<RootCertStore>,
+        clients: Arc<dyn ClientCertVerifier>,
+    },
+}
 
-impl ServerCertVerifier for AnyCertificate {
+impl Verifier {
+    fn new(verify: &Verify, over: Over) -> Result<Arc<Self>, TlsError> {
+        let trust = match verify {
+            Verify::FirstSeen | Verify::None => Trust::Anybody,
+            Verify::Pin(keys) => Trust::Keys(keys.clone()),
+            Verify::CaFile(file) => {
+                let servers = authorities(file)?;
+                let clients = WebPkiClientVerifier::builder_with_provider(servers.clone(), provider()).build();
+                Trust::Authorities { servers, clients: clients.map_err(|_| TlsError::NotACertificate)? }
+            }
+        };
+        Ok(Arc::new(Self { trust, over, algorithms: provider().signature_verification_algorithms }))
+    }
+
+    fn is_pinned(keys: &[Fingerprint], certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
+        match Fingerprint::of_certificate(certificate) {
+            Some(key) if keys.contains(&key) => Ok(()),
+            Some(_) => Err(CertificateError::ApplicationVerificationFailure.into()),
+            None => Err(CertificateError::BadEncoding.into()),
+        }
+    }
+}
+
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
         _: &[u8],
-        _: UnixTime,
+        now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        match &self.trust {
+            Trust::Anybody => {}
+            Trust::Keys(keys) => Self::is_pinned(keys, certificate)?,
+            Trust::Authorities { servers, .. } => {
+                let parsed = ParsedCertificate::try_from(certificate)?;
+                let algorithms = self.algorithms.all;
+                verify_server_cert_signed_by_trust_anchor(&parsed, servers, intermediates, now, algorithms)?;
+                if self.over == Over::Network {
+                    verify_server_name(&parsed, name)?;
+                }
+            }
+        }
         Ok(ServerCertVerified::assertion())
     }
 
-    // The signatures are checked all the same: the peer must at least hold the key that it shows.
     fn verify_tls12_signature(
         &self,
         message: &[u8],
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+        verify_tls12_signature(message, certificate, signature, &self.algorithms)
     }
 
     fn verify_tls13_signature(
@@ -126,10 +268,159 @@ impl ServerCertVerifier for AnyCertificate {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Verifier {
+    fn client_auth_mandatory(&self) -> bool {
+        self.over == Over::Circuit || !matches!(self.trust, Trust::Anybody)
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        match &self.trust {
+            Trust::Anybody | Trust::Keys(_) => &[],
+            Trust::Authorities { clients, .. } => clients.root_hint_subjects(),
+        }
+    }
+
+    fn verify_client_cert(
+        &self,
+        certificate: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        match &self.trust {
+            Trust::Anybody => {}
+            Trust::Keys(keys) => Self::is_pinned(keys, certificate)?,
+            Trust::Authorities { clients, .. } => return clients.verify_client_cert(certificate, intermediates, now),
+        }
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signature, &self.algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::net::Ipv4Addr;
+
+    use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, ServerConfig};
+
+    use super::*;
+    use crate::identity::{realm_proof, realm_proof_is_valid};
+
+    /// Both ends of one connection.
+    struct Connected {
+        client: Connection,
+        server: Connection,
+        _endpoints: [Endpoint; 2],
+    }
+
+    async fn connect(client: QuicClientConfig, server: QuicServerConfig) -> Result<Connected, ConnectionError> {
+        let any_port = (Ipv4Addr::LOCALHOST, 0).into();
+        let accepting = Endpoint::server(ServerConfig::with_crypto(Arc::new(server)), any_port).unwrap();
+        let dialling = Endpoint::client(any_port).unwrap();
+        let to = accepting.local_addr().unwrap();
+        let client = dialling.connect_with(ClientConfig::new(Arc::new(client)), to, "no.such.name").unwrap();
+        let (client, server) = tokio::join!(client, async { accepting.accept().await.unwrap().await });
+        // Who accepts knows last whether all is well.
+        Ok(Connected { server: server?, client: client?, _endpoints: [accepting, dialling] })
+    }
+
+    fn pin(identity: &Identity) -> Verify {
+        Verify::Pin(vec![identity.fingerprint()])
+    }
+
+    #[tokio::test]
+    async fn over_a_circuit_both_show_a_key_and_no_name_is_looked_at() {
+        let [a, b, c] = [(); 3].map(|()| Identity::generate().unwrap());
+        for verify in [Verify::FirstSeen, Verify::None, pin(&b)] {
+            let client = circuit_client(&a, &verify).unwrap();
+            let connected = connect(client, circuit_server(&b, &pin(&a)).unwrap()).await.unwrap();
+            assert_eq!(Dialect::of(&connected.client), Some(Dialect::MaculaPeer1));
+            assert_eq!(Fingerprint::of_connection(&connected.client), Some(b.fingerprint()));
+            assert_eq!(Fingerprint::of_connection(&connected.server), Some(a.fingerprint()));
+        }
+        let client = circuit_client(&a, &pin(&c)).unwrap();
+        assert!(connect(client, circuit_server(&b, &Verify::None).unwrap()).await.is_err());
+        let client = circuit_client(&a, &Verify::None).unwrap();
+        assert!(connect(client, circuit_server(&b, &pin(&c)).unwrap()).await.is_err());
+        // Without a certificate, whoever is let in.
+        let nobody = rustls::ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Verifier::new(&Verify::None, Over::Circuit).unwrap());
+        let mut nobody = nobody.with_no_client_auth();
+        nobody.alpn_protocols = alpn(&BOTH);
+        let nobody = QuicClientConfig::try_from(nobody).unwrap();
+        assert!(connect(nobody, circuit_server(&b, &Verify::None).unwrap()).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn over_a_circuit_a_signed_certificate_may_be_for_any_name() {
+        let (mut params, key) = (rcgen::CertificateParams::default(), rcgen::KeyPair::generate().unwrap());
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let file = std::env::temp_dir().join(format!("macula-peer-ca-{}.pem", std::process::id()));
+        std::fs::write(&file, params.self_signed(&key).unwrap().pem()).unwrap();
+        let verify = Verify::CaFile(file.clone());
+        let issuer = rcgen::Issuer::new(params, key);
+        let [a, b] = ["a.example", "b.example"].map(|name| {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let certificate = rcgen::CertificateParams::new([name.into()]).unwrap().signed_by(&key, &issuer).unwrap();
+            Identity::new(PrivateKeyDer::from(key), vec![certificate.into()]).unwrap()
+        });
+        let unsigned = Identity::generate().unwrap();
+        let circuit = |from, to| (circuit_client(from, &verify).unwrap(), circuit_server(to, &verify).unwrap());
+        let over_network = (client(&a, &verify).unwrap(), server(&b, &Certificate::Identity, &verify).unwrap());
+        let (signed, caller, called) = (circuit(&a, &b), circuit(&unsigned, &b), circuit(&a, &unsigned));
+        std::fs::remove_file(file).unwrap();
+        assert!(connect(signed.0, signed.1).await.is_ok());
+        assert!(connect(caller.0, caller.1).await.is_err());
+        assert!(connect(called.0, called.1).await.is_err());
+        assert!(connect(over_network.0, over_network.1).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_proof_of_the_realm_is_for_one_connection_node_and_secret() {
+        let [a, b] = [(); 2].map(|()| Identity::generate().unwrap());
+        let connected = async || {
+            let client = circuit_client(&a, &Verify::None).unwrap();
+            connect(client, circuit_server(&b, &Verify::None).unwrap()).await.unwrap()
+        };
+        let (one, other) = (connected().await, connected().await);
+        let proof = realm_proof(&one.client, b"secret", b"node").unwrap();
+        assert!(realm_proof_is_valid(&one.server, b"secret", b"node", &proof));
+        assert!(!realm_proof_is_valid(&one.server, b"other", b"node", &proof));
+        assert!(!realm_proof_is_valid(&one.server, b"secret", b"edon", &proof));
+        assert!(!realm_proof_is_valid(&other.server, b"secret", b"node", &proof));
+        assert!(!realm_proof_is_valid(&one.server, b"secret", b"node", &proof[..31]));
+        assert!(!realm_proof_is_valid(&one.server, b"secret", b"node", b""));
     }
 }

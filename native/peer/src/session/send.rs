@@ -81,7 +81,7 @@ impl Session {
     pub(crate) fn attach(&mut self, link: &Link) -> bool {
         self.detach(Instant::now());
         for (number, channel) in (0..).zip(&mut self.channels) {
-            let Some(Ok((send, receive))) = now_or_never(link.connection.open_bi()) else { return false };
+            let Some((send, receive)) = link.open_now() else { return false };
             let mut rest = BytesMut::with_capacity(HEADER_LEN + OPEN_LEN);
             put_header(&mut rest, OPEN_SESSION, OPEN_LEN);
             rest.extend_from_slice(&self.id);
