@@ -17,6 +17,8 @@ mod listen;
 mod message;
 mod node;
 mod peer;
+#[allow(dead_code)] // Until the engine uses it.
+mod relay;
 mod request;
 mod runtime;
 mod socket;
