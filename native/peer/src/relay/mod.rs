@@ -1,3 +1,7 @@
-//! Connections between nodes through a relay: QUIC within the datagrams of the connections to it.
+//! Relays and circuits: how nodes that cannot reach each other do.
 
+mod circuits;
+mod control;
 mod packet;
+#[cfg(test)]
+mod testing;
