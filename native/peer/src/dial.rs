@@ -191,14 +191,14 @@ fn tls_name(endpoint: &Endpoint) -> String {
     if valid { endpoint.host().into() } else { NO_NAME.into() }
 }
 
-fn not_begun(error: Refusal) -> ConnectError {
+pub(crate) fn not_begun(error: Refusal) -> ConnectError {
     match error {
         Refusal::InvalidRemoteAddress(_) => ConnectError::Unreachable,
         other => ConnectError::Handshake(other.to_string()),
     }
 }
 
-fn not_connected(error: ConnectionError) -> ConnectError {
+pub(crate) fn not_connected(error: ConnectionError) -> ConnectError {
     let (code, untrusted) = match &error {
         ConnectionError::TimedOut => return ConnectError::TimedOut,
         ConnectionError::ConnectionClosed(close) => (close.error_code, ConnectError::NotTrusted),

@@ -53,21 +53,6 @@ pub enum RouteError {
     Node(ConnectError),
 }
 
-/// Why a relay gave no link to a node.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub(crate) enum CircuitError {
-    #[error("relay not reached: {0}")]
-    Relay(ConnectError),
-    #[error("the relay speaks only macula")]
-    NotARelay,
-    #[error("refused: {0:?}")]
-    Refused(Refusal),
-    #[error("the connection to the relay broke")]
-    RelayLost,
-    #[error("circuit opened, node not connected: {0}")]
-    Inner(ConnectError),
-}
-
 /// Why a message was not sent.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SendError {

@@ -155,12 +155,11 @@ fn admit(node: &Arc<Node>, admission: &Admission, incoming: Incoming, connection
         // Fails only where `may_retry` is false.
         let _ = incoming.retry();
     } else {
-        connections.spawn(serve(node.clone(), admission.clone(), incoming, Path::Direct));
+        connections.spawn(accept_one(node.clone(), admission.clone(), incoming));
     }
 }
 
-/// Serves one connection to its end.
-pub(crate) async fn serve(node: Arc<Node>, admission: Admission, incoming: Incoming, path: Path) {
+async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming) {
     // It may have come while a listener before this one was there, with other settings.
     let Ok(handshake) = incoming.accept_with(admission.config.clone()) else { return };
     let connection = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
@@ -168,6 +167,11 @@ pub(crate) async fn serve(node: Arc<Node>, admission: Admission, incoming: Incom
         Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
         Err(_) => return,
     };
+    serve(node, admission, connection, Path::Direct).await;
+}
+
+/// Serves a connection to its end.
+pub(crate) async fn serve(node: Arc<Node>, admission: Admission, connection: Connection, path: Path) {
     let Some(dialect) = Dialect::of(&connection) else { return };
     let key = Fingerprint::of_sender(&connection, dialect);
     if dialect == Dialect::MaculaPeer1 && key.is_none() {

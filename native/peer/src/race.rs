@@ -8,13 +8,14 @@ use tokio::task::JoinSet;
 use tokio::time::timeout_at;
 
 use crate::endpoint::Endpoint;
-use crate::error::{CircuitError, ConnectError, RouteError, SendError};
+use crate::error::{ConnectError, RouteError, SendError};
 use crate::identity::Fingerprint;
 use crate::link::Link;
 use crate::message::{NodeId, PeerName};
 use crate::node::Node;
 use crate::peer::deadline;
 use crate::relay::control::Refusal;
+use crate::relay::registration::CircuitError;
 
 /// What a direct dial has before relays are asked too. On most paths it is up by then, and relays have no work.
 const HEAD_START: Duration = Duration::from_millis(50);
@@ -196,8 +197,11 @@ impl Race {
                 return;
             }
             CircuitError::Relay(error) => RouteError::Relay(error),
-            CircuitError::RelayLost => RouteError::Relay(ConnectError::TimedOut),
+            CircuitError::RelayLost | CircuitError::Ended(_) | CircuitError::Stopped => {
+                RouteError::Relay(ConnectError::TimedOut)
+            }
             CircuitError::Refused(refusal) => RouteError::Setup(refusal),
+            CircuitError::NotRegistered => RouteError::Setup(Refusal::NotRegistered),
             CircuitError::Inner(error) => RouteError::Node(error),
         };
         let known = match &self.failure {

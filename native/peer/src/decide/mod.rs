@@ -4,6 +4,7 @@
 pub(crate) mod lanes;
 pub(crate) mod retry;
 pub(crate) mod session;
+pub(crate) mod silence;
 #[cfg(test)]
 mod simulation;
 pub(crate) mod witness;

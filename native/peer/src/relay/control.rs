@@ -77,9 +77,10 @@ macro_rules! names {
 
         impl $type {
             /// Every one that has a name of its own.
-            pub(crate) const ALL: [Self; [$($name),*].len()] = [$(Self::$variant),*];
+            pub const ALL: [Self; [$($name),*].len()] = [$(Self::$variant),*];
 
-            pub(crate) fn name(self) -> &'static str {
+            /// Its name in the protocol.
+            pub fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $name,)*
                     Self::Unknown => "unknown",

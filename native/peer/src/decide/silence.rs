@@ -1,0 +1,94 @@
+//! Whether the other side of a connection has fallen silent.
+
+use std::time::{Duration, Instant};
+
+/// How long nothing may be heard of what must be answered, at least, before it counts as silence. As for peers: several
+/// times what a busy machine needs to answer, and little enough for a caller to wait.
+pub(crate) const SILENCE: Duration = Duration::from_millis(500);
+
+/// What a connection has counted so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Counted {
+    /// What was sent that QUIC makes the other side acknowledge.
+    pub(crate) asked: u64,
+    /// What came, of any kind.
+    pub(crate) heard: u64,
+}
+
+/// Watches by looking at the counters from time to time. Something that is asked between the last that was heard and a look
+/// escapes the look; QUIC repeats what is not acknowledged, and that counts as asked again.
+#[derive(Debug)]
+pub(crate) struct Silence {
+    heard_at: Counted,
+    unanswered_since: Option<Instant>,
+}
+
+impl Silence {
+    pub(crate) fn new(counted: Counted) -> Self {
+        Self { heard_at: counted, unanswered_since: None }
+    }
+
+    pub(crate) fn look(&mut self, counted: Counted, now: Instant) {
+        if counted.heard != self.heard_at.heard {
+            *self = Self::new(counted);
+        } else if counted.asked != self.heard_at.asked {
+            self.unanswered_since.get_or_insert(now);
+        }
+    }
+
+    /// Something is unanswered.
+    pub(crate) fn waits(&self) -> bool {
+        self.unanswered_since.is_some()
+    }
+
+    /// Something has been unanswered for long, given how long an answer takes.
+    pub(crate) fn is_silent(&self, now: Instant, round_trip: Duration) -> bool {
+        self.unanswered_since.is_some_and(|since| now >= since + SILENCE.max(round_trip * 2))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RTT: Duration = Duration::from_millis(20);
+
+    fn counted(asked: u64, heard: u64) -> Counted {
+        Counted { asked, heard }
+    }
+
+    #[test]
+    fn who_is_asked_nothing_is_not_silent() {
+        let start = Instant::now();
+        let mut silence = Silence::new(counted(3, 3));
+        for s in 0..100 {
+            let now = start + Duration::from_secs(s);
+            silence.look(counted(3, 3), now);
+            assert!(!silence.waits() && !silence.is_silent(now, RTT));
+        }
+    }
+
+    #[test]
+    fn silence_is_to_be_asked_and_not_heard_for_its_time() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut silence = Silence::new(counted(0, 0));
+        silence.look(counted(1, 0), at(0));
+        silence.look(counted(5, 0), at(400));
+        assert!(silence.waits() && !silence.is_silent(at(499), RTT));
+        assert!(silence.is_silent(at(500), RTT));
+        assert!(!silence.is_silent(at(500), Duration::from_millis(300)), "the answer may be on its way");
+        silence.look(counted(5, 1), at(500));
+        assert!(!silence.waits() && !silence.is_silent(at(5000), RTT));
+    }
+
+    #[test]
+    fn what_escaped_a_look_is_noticed_when_it_is_repeated() {
+        let start = Instant::now();
+        let mut silence = Silence::new(counted(0, 0));
+        silence.look(counted(2, 1), start);
+        assert!(!silence.waits());
+        silence.look(counted(3, 1), start);
+        assert!(silence.is_silent(start + SILENCE, RTT));
+    }
+}

@@ -1,0 +1,579 @@
+//! One registration at a relay: the control stream, and the circuits over the connection that it belongs to.
+
+use std::collections::HashMap;
+use std::future::pending;
+use std::io;
+use std::mem;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use macula_peer_wire::{Reassembler, VERSION};
+use quinn::{
+    ClientConfig, ConnectError, Connection, ConnectionError, Incoming, ReadError, RecvStream, SendStream, VarInt,
+    WriteError,
+};
+use ring::hmac;
+use thiserror::Error;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, sleep_until};
+
+use super::circuits::Circuits;
+use super::control::{FromNode, FromRelay, Id, LIMITS, Limit, OPENER, PROOF_LEN, Reason, Refusal};
+use crate::decide::silence::{Counted, Silence};
+use crate::dial::{not_begun, not_connected};
+use crate::error;
+use crate::tls::Dialect;
+
+/// Requests for circuits that one relay is asked at once; the others wait for an answer to one of these.
+const MAX_REQUESTS: usize = 64;
+
+/// How often a relay that owes something is looked at: a fifth of what counts as silence. And how often one that does not,
+/// for the sake of its keep-alives.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+const LOOK_QUIET_EVERY: Duration = Duration::from_secs(2);
+
+/// An inner connection says in a last packet why it ends. The end of its circuit, which goes another way, must not
+/// overtake it; that packet leaves with the next turn of the runtime.
+const LINGER: Duration = Duration::from_millis(100);
+
+/// The TLS name of the other node. Nothing checks it: who a node is, its certificate's key says.
+const ANY_NAME: &str = "macula";
+
+/// RFC 8446, section 7.5.
+const PROOF_LABEL: &[u8] = b"EXPORTER-macula-peer-realm";
+
+/// The error that a node stops a control stream with if it is no relay.
+const NO_RELAY: u32 = 4;
+
+/// What a connection that is not wanted any more is closed with.
+const CLOSED: VarInt = VarInt::from_u32(0);
+
+/// Why there is no circuit to a node.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(crate) enum CircuitError {
+    /// There is no connection to the relay.
+    #[error("relay: {0}")]
+    Relay(error::ConnectError),
+    /// Who answers there is no relay, or none of ours.
+    #[error("not a relay")]
+    NotARelay,
+    /// The relay refuses the registration or the circuit.
+    #[error("refused by the relay: {}", .0.name())]
+    Refused(Refusal),
+    /// The target is not registered at this relay.
+    #[error("target not registered at the relay")]
+    NotRegistered,
+    /// The relay ended the circuit before there was a connection over it.
+    #[error("circuit ended: {}", .0.name())]
+    Ended(Reason),
+    /// The connection to the relay was lost, or the relay did not answer.
+    #[error("relay lost")]
+    RelayLost,
+    /// There is a circuit, but no connection over it.
+    #[error("through the relay: {0}")]
+    Inner(error::ConnectError),
+    /// The client was stopped or unused for too long; another one may be made.
+    #[error("relay client ended")]
+    Stopped,
+}
+
+/// How to register, and what comes over the registration.
+pub(crate) struct Terms {
+    /// What a node must know to be registered, if the relay asks.
+    pub(crate) realm_secret: Option<Bytes>,
+    /// For inner connections.
+    pub(crate) client: ClientConfig,
+    pub(crate) server: Option<quinn::ServerConfig>,
+    /// How long the relay may take to answer.
+    pub(crate) timeout: Duration,
+    /// Called with each connection that another node begins over a circuit. It must not block.
+    pub(crate) on_incoming: Box<dyn Fn(IncomingCircuit) + Send + Sync>,
+    /// Called when the relay says that it dropped packets of a circuit. It must not block.
+    pub(crate) on_dropped: Box<dyn Fn(u32, Limit) + Send + Sync>,
+}
+
+/// A registered node's end of the connection to its relay.
+pub(crate) struct Registration {
+    pub(crate) node_id: Id,
+    /// What the relay sees the node at.
+    pub(crate) address: SocketAddr,
+    connection: Closing,
+    send: SendStream,
+    receive: RecvStream,
+    frames: Reassembler,
+}
+
+impl Registration {
+    /// Registers the node over a connection to what should be a relay.
+    pub(crate) async fn new(
+        connection: Connection,
+        node_id: Id,
+        realm_secret: Option<&[u8]>,
+    ) -> Result<Self, CircuitError> {
+        let connection = Closing(connection);
+        if Dialect::of(&connection.0) != Some(Dialect::MaculaPeer1) || connection.0.max_datagram_size().is_none() {
+            return Err(CircuitError::NotARelay);
+        }
+        let proof = realm_secret.and_then(|secret| proof(&connection.0, &node_id, secret));
+        let (mut send, mut receive) = connection.0.open_bi().await.map_err(|_| CircuitError::RelayLost)?;
+        let mut hello = BytesMut::new();
+        hello.put_slice(&[VERSION, OPENER, 0, 0, 0, 0, 0, 0]);
+        hello.put(FromNode::Connect { node_id: node_id.clone(), proof }.encode());
+        // That the stream was stopped also shows in what is read, with the reason.
+        if let Err(WriteError::ConnectionLost(_)) = send.write_all(&hello).await {
+            return Err(CircuitError::RelayLost);
+        }
+        let mut frames = Reassembler::new(LIMITS);
+        loop {
+            match next_message(&mut frames)? {
+                Some(FromRelay::Registered { address }) => {
+                    return Ok(Self { node_id, address, connection, send, receive, frames });
+                }
+                Some(FromRelay::Refused { error }) => return Err(CircuitError::Refused(error)),
+                Some(_) => return Err(CircuitError::NotARelay),
+                None => read_more(&mut receive, &mut frames).await?,
+            }
+        }
+    }
+}
+
+/// What shows that the node knows the realm's secret, on this connection alone.
+fn proof(connection: &Connection, node_id: &Id, secret: &[u8]) -> Option<[u8; PROOF_LEN]> {
+    let mut exported = [0; 32];
+    // Fails only where the TLS session is not up yet: the relay then refuses.
+    connection.export_keying_material(&mut exported, PROOF_LABEL, node_id.as_bytes()).ok()?;
+    let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, secret), &exported);
+    tag.as_ref().try_into().ok()
+}
+
+/// A relay that does not keep to the protocol is none.
+fn next_message(frames: &mut Reassembler) -> Result<Option<FromRelay>, CircuitError> {
+    let malformed = |error: &dyn std::fmt::Display| {
+        tracing::debug!(%error, "not a relay's message");
+        CircuitError::NotARelay
+    };
+    let Some(frame) = frames.next_frame().map_err(|e| malformed(&e))? else { return Ok(None) };
+    FromRelay::decode(&frame).map(Some).map_err(|e| malformed(&e))
+}
+
+async fn read_more(receive: &mut RecvStream, frames: &mut Reassembler) -> Result<(), CircuitError> {
+    match receive.read_chunk(LIMITS.max_frame, true).await {
+        Ok(Some(chunk)) => {
+            frames.push(chunk.bytes);
+            Ok(())
+        }
+        Err(ReadError::Reset(code)) if code == VarInt::from_u32(NO_RELAY) => Err(CircuitError::NotARelay),
+        Ok(None) | Err(_) => Err(CircuitError::RelayLost),
+    }
+}
+
+/// Closes the connection when it is dropped: other handles to it may live on.
+struct Closing(Connection);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close(CLOSED, b"");
+    }
+}
+
+/// The task that serves a registration. Dropped, the connection to the relay and all inner connections end.
+pub(crate) struct Serving {
+    terms: Arc<Terms>,
+    // In this order: the inner connections end before the outer one does.
+    circuits: Circuits,
+    carrying: JoinSet<()>,
+    connection: Closing,
+    send: SendStream,
+    receive: RecvStream,
+    frames: Reassembler,
+    /// Bytes of messages that the stream has not taken yet. One per request or circuit that ended.
+    unsent: BytesMut,
+    /// For those that make connections over circuits.
+    handle: mpsc::UnboundedSender<Command>,
+    commands: mpsc::UnboundedReceiver<Command>,
+    /// At most `MAX_REQUESTS`.
+    requests: HashMap<Id, Request>,
+    open: HashMap<u32, Open>,
+    /// Resolve to the circuits whose inner connections have ended.
+    ended: JoinSet<(u32, usize)>,
+    silence: Silence,
+    look_at: Instant,
+    doubt: watch::Sender<bool>,
+    /// How many circuits there are.
+    count: watch::Sender<usize>,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.count.send_replace(0);
+    }
+}
+
+enum Command {
+    Request(Id, Request),
+    /// A connection is being made on the circuit that another node has opened.
+    Accepting {
+        circuit: u32,
+        ended: oneshot::Sender<Reason>,
+    },
+    Carries {
+        circuit: u32,
+        connection: Connection,
+    },
+    /// No connection came of the circuit.
+    Abandoned {
+        circuit: u32,
+    },
+}
+
+struct Request {
+    target: Id,
+    answer: oneshot::Sender<Result<Opening, CircuitError>>,
+    until: Instant,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// A circuit that we know.
+struct Open {
+    /// We asked for it.
+    ours: bool,
+    inner: Inner,
+}
+
+enum Inner {
+    /// Its connection is being made, by somebody who wants to know when the circuit ends.
+    Opening(oneshot::Sender<Reason>),
+    Live(Connection),
+}
+
+impl Serving {
+    /// Must be called inside the runtime.
+    pub(crate) fn new(
+        registration: Registration,
+        terms: Arc<Terms>,
+        count: watch::Sender<usize>,
+    ) -> io::Result<(Self, Handle)> {
+        let Registration { connection, send, receive, frames, .. } = registration;
+        let (circuits, driver) = Circuits::new(connection.0.clone(), terms.server.clone())?;
+        let mut carrying = JoinSet::new();
+        carrying.spawn(driver);
+        let (sender, commands) = mpsc::unbounded_channel();
+        let handle = Handle {
+            terms: terms.clone(),
+            endpoint: circuits.endpoint().clone(),
+            commands: sender.clone(),
+            permits: Arc::new(Semaphore::new(MAX_REQUESTS)),
+        };
+        let silence = Silence::new(counted(&connection.0));
+        let serving = Self {
+            terms,
+            circuits,
+            carrying,
+            connection,
+            send,
+            receive,
+            frames,
+            unsent: BytesMut::new(),
+            handle: sender,
+            commands,
+            requests: HashMap::new(),
+            open: HashMap::new(),
+            ended: JoinSet::new(),
+            silence,
+            look_at: Instant::now() + LOOK_QUIET_EVERY,
+            doubt: watch::Sender::new(false),
+            count,
+        };
+        Ok((serving, handle))
+    }
+
+    /// Whether the relay has been silent too long.
+    pub(crate) fn doubt(&self) -> watch::Receiver<bool> {
+        self.doubt.subscribe()
+    }
+
+    /// Serves the registration until it ends; returns why.
+    pub(crate) async fn run(&mut self) -> CircuitError {
+        loop {
+            match self.deliver() {
+                Ok(()) => {}
+                Err(error) => return error,
+            }
+            self.count.send_if_modified(|count| mem::replace(count, self.open.len()) != self.open.len());
+            let overdue = self.requests.values().map(|request| request.until).min();
+            tokio::select! {
+                Some(command) = self.commands.recv() => self.obey(command),
+                more = read_more(&mut self.receive, &mut self.frames) => if let Err(error) = more {
+                    return error;
+                },
+                written = self.send.write(&self.unsent), if !self.unsent.is_empty() => match written {
+                    Ok(written) => {
+                        self.unsent.advance(written);
+                        self.look_soon();
+                    }
+                    Err(_) => return CircuitError::RelayLost,
+                },
+                Some(incoming) = self.circuits.endpoint().accept() => self.announce(incoming),
+                Some(Ok((circuit, connection))) = self.ended.join_next() => self.inner_ended(circuit, connection),
+                _ = self.carrying.join_next() => return CircuitError::RelayLost,
+                () = self.circuits.sent() => self.look_soon(),
+                () = sleep_until(self.look_at.into()) => self.look(),
+                // A relay that acknowledges packets and answers no request is of no use.
+                () = at(overdue) => return CircuitError::RelayLost,
+            }
+        }
+    }
+
+    /// Ends the inner connections so that the other nodes hear of it.
+    pub(crate) async fn finish(&mut self) {
+        self.circuits.endpoint().close(CLOSED, b"");
+        if !self.open.is_empty() {
+            sleep(LINGER).await;
+        }
+    }
+
+    /// Takes what the relay has said.
+    fn deliver(&mut self) -> Result<(), CircuitError> {
+        while let Some(message) = next_message(&mut self.frames)? {
+            match message {
+                FromRelay::Opened { session_id, circuit } => self.opened(&session_id, circuit)?,
+                FromRelay::NotOpened { session_id, error } => self.not_opened(&session_id, error),
+                FromRelay::Disconnect { circuit, reason } => self.circuit_ended(circuit, reason),
+                FromRelay::Dropped { circuit, limit } => (self.terms.on_dropped)(circuit, limit),
+                FromRelay::Refused { error } => return Err(CircuitError::Refused(error)),
+                FromRelay::Registered { .. } => return Err(CircuitError::NotARelay),
+            }
+        }
+        Ok(())
+    }
+
+    fn opened(&mut self, session_id: &Id, circuit: u32) -> Result<(), CircuitError> {
+        // An answer to nothing, or a number that is taken: the relay has lost its books.
+        let request = self.requests.remove(session_id).ok_or(CircuitError::NotARelay)?;
+        if self.open.contains_key(&circuit) {
+            return Err(CircuitError::NotARelay);
+        }
+        let (ended, circuit_ended) = oneshot::channel();
+        self.open.insert(circuit, Open { ours: true, inner: Inner::Opening(ended) });
+        // Dropped because nobody waits any more, it gives the circuit up by itself.
+        let _ = request.answer.send(Ok(Opening { circuit, ended: circuit_ended, commands: Some(self.handle.clone()) }));
+        Ok(())
+    }
+
+    fn not_opened(&mut self, session_id: &Id, error: Refusal) {
+        let Some(request) = self.requests.remove(session_id) else { return };
+        let error = match error {
+            Refusal::NotRegistered => CircuitError::NotRegistered,
+            other => CircuitError::Refused(other),
+        };
+        // Nobody waits any more.
+        let _ = request.answer.send(Err(error));
+    }
+
+    fn circuit_ended(&mut self, circuit: u32, reason: Reason) {
+        match self.open.remove(&circuit).map(|open| open.inner) {
+            // Its own silence would tell it much later.
+            Some(Inner::Live(connection)) => connection.close(CLOSED, b"circuit ended"),
+            // Nobody waits any more.
+            Some(Inner::Opening(ended)) => drop(ended.send(reason)),
+            None => {}
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Request(session_id, request) => {
+                let target_id = request.target.clone();
+                self.say(FromNode::RelayRequest { session_id: session_id.clone(), target_id });
+                self.requests.insert(session_id, request);
+            }
+            Command::Accepting { circuit, ended } => {
+                // One connection per circuit; dropped, `ended` says no to another one.
+                let open = Open { ours: false, inner: Inner::Opening(ended) };
+                self.open.entry(circuit).or_insert(open);
+            }
+            Command::Carries { circuit, connection } => match self.open.get_mut(&circuit) {
+                Some(open) => {
+                    open.inner = Inner::Live(connection.clone());
+                    self.ended.spawn(async move {
+                        connection.closed().await;
+                        sleep(LINGER).await;
+                        (circuit, connection.stable_id())
+                    });
+                }
+                None => connection.close(CLOSED, b"circuit ended"),
+            },
+            Command::Abandoned { circuit } => {
+                if self.open.get(&circuit).is_some_and(|open| matches!(open.inner, Inner::Opening(_))) {
+                    self.end(circuit);
+                }
+            }
+        }
+    }
+
+    /// Another node begins a connection over a circuit.
+    fn announce(&mut self, incoming: Incoming) {
+        let circuit = Circuits::circuit(incoming.remote_address());
+        match circuit.filter(|circuit| !self.open.contains_key(circuit)) {
+            Some(circuit) => {
+                (self.terms.on_incoming)(IncomingCircuit { circuit, incoming, commands: self.handle.clone() });
+            }
+            None => incoming.refuse(),
+        }
+    }
+
+    fn inner_ended(&mut self, circuit: u32, connection: usize) {
+        // The number may be another circuit's by now.
+        let same = |open: &Open| matches!(&open.inner, Inner::Live(live) if live.stable_id() == connection);
+        if self.open.get(&circuit).is_some_and(same) {
+            self.end(circuit);
+        }
+    }
+
+    fn end(&mut self, circuit: u32) {
+        // Who accepted leaves the circuit to who asked for it: both would say the same.
+        if self.open.remove(&circuit).is_some_and(|open| open.ours) {
+            self.say(FromNode::Disconnect { circuit, reason: Reason::Closed });
+        }
+    }
+
+    fn say(&mut self, message: FromNode) {
+        self.unsent.put(message.encode());
+    }
+
+    fn look_soon(&mut self) {
+        self.look_at = self.look_at.min(Instant::now() + LOOK_EVERY);
+    }
+
+    fn look(&mut self) {
+        let now = Instant::now();
+        self.silence.look(counted(&self.connection.0), now);
+        if !self.silence.waits() {
+            self.circuits.heard();
+        }
+        self.look_at = now + if self.silence.waits() { LOOK_EVERY } else { LOOK_QUIET_EVERY };
+        let silent = self.silence.is_silent(now, self.connection.0.rtt());
+        self.doubt.send_if_modified(|doubt| mem::replace(doubt, silent) != silent);
+    }
+}
+
+/// Frames that QUIC repeats or probes for until they are acknowledged; others come seldom, and are repeated as pings.
+fn counted(connection: &Connection) -> Counted {
+    let stats = connection.stats();
+    let sent = stats.frame_tx;
+    Counted { asked: sent.datagram + sent.stream + sent.ping, heard: stats.udp_rx.datagrams }
+}
+
+async fn at(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment.into()).await,
+        None => pending().await,
+    }
+}
+
+/// The way to open circuits at a registration, for many callers at once.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    terms: Arc<Terms>,
+    endpoint: quinn::Endpoint,
+    commands: mpsc::UnboundedSender<Command>,
+    permits: Arc<Semaphore>,
+}
+
+impl Handle {
+    /// Opens a circuit to the node.
+    pub(crate) async fn open(&self, target: &Id) -> Result<Opening, CircuitError> {
+        #[expect(clippy::expect_used, reason = "16 bytes are a good id, and nobody closes the semaphore")]
+        let (session_id, permit) = {
+            let id = Id::new(fastrand::u128(..).to_be_bytes().to_vec()).expect("1 to 255 bytes");
+            (id, self.permits.clone().acquire_owned().await.expect("never closed"))
+        };
+        let (answer, answered) = oneshot::channel();
+        let until = Instant::now() + self.terms.timeout;
+        let request = Request { target: target.clone(), answer, until, _permit: permit };
+        self.commands.send(Command::Request(session_id, request)).map_err(|_| CircuitError::RelayLost)?;
+        answered.await.unwrap_or(Err(CircuitError::RelayLost))
+    }
+
+    /// Makes a connection over the circuit.
+    pub(crate) async fn connect(&self, mut circuit: Opening) -> Result<Connection, CircuitError> {
+        let address = Circuits::address(circuit.circuit);
+        let connecting = match self.endpoint.connect_with(self.terms.client.clone(), address, ANY_NAME) {
+            Ok(connecting) => connecting,
+            Err(ConnectError::EndpointStopping) => return Err(CircuitError::RelayLost),
+            Err(error) => return Err(CircuitError::Inner(not_begun(error))),
+        };
+        tokio::select! {
+            connected = connecting => match connected {
+                Ok(connection) => {
+                    circuit.carries(&connection);
+                    Ok(connection)
+                }
+                // Only the end of the registration closes a connection that nobody has yet.
+                Err(ConnectionError::LocallyClosed) => Err(CircuitError::RelayLost),
+                Err(error) => Err(CircuitError::Inner(not_connected(error))),
+            },
+            ended = &mut circuit.ended => Err(ended.map_or(CircuitError::RelayLost, CircuitError::Ended)),
+        }
+    }
+}
+
+/// A circuit whose connection is being made. Dropped, the circuit is given up.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    circuit: u32,
+    ended: oneshot::Receiver<Reason>,
+    /// `None` once the circuit carries a connection.
+    commands: Option<mpsc::UnboundedSender<Command>>,
+}
+
+impl Opening {
+    fn carries(&mut self, connection: &Connection) {
+        let command = Command::Carries { circuit: self.circuit, connection: connection.clone() };
+        // Nobody there: the registration has ended, and all inner connections with it.
+        let _ = self.commands.take().map(|commands| commands.send(command));
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        if let Some(commands) = self.commands.take() {
+            // Nobody there: the circuit has ended with the registration.
+            let _ = commands.send(Command::Abandoned { circuit: self.circuit });
+        }
+    }
+}
+
+/// A connection that another node begins over a circuit. Dropped, it is refused.
+#[derive(Debug)]
+pub(crate) struct IncomingCircuit {
+    circuit: u32,
+    incoming: Incoming,
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+impl IncomingCircuit {
+    pub(crate) fn circuit(&self) -> u32 {
+        self.circuit
+    }
+
+    /// The connection, once its handshake is done. It ends at once when the relay says that the circuit has.
+    pub(crate) async fn accept(self) -> Result<Connection, ConnectionError> {
+        let Self { circuit, incoming, commands } = self;
+        let (ended, circuit_ended) = oneshot::channel();
+        let opening = Command::Accepting { circuit, ended };
+        commands.send(opening).map_err(|_| ConnectionError::LocallyClosed)?;
+        let mut opening = Opening { circuit, ended: circuit_ended, commands: Some(commands) };
+        tokio::select! {
+            connected = incoming => {
+                let connection = connected?;
+                opening.carries(&connection);
+                Ok(connection)
+            }
+            _ = &mut opening.ended => Err(ConnectionError::LocallyClosed),
+        }
+    }
+}
