@@ -1,0 +1,503 @@
+//! The messages of a control stream, between a node and its relay.
+
+use std::net::SocketAddr;
+use std::str;
+
+use bytes::Bytes;
+use macula_peer_wire::value::{Value, ValueBuilder, encode};
+use macula_peer_wire::{HEADER_LEN, Limits, MessageType, PayloadError, RawFrame, decode_payload};
+
+/// The longest message and the deepest nesting: several times what the longest of today needs, so that later ones may
+/// say more.
+pub(crate) const LIMITS: Limits = Limits { max_frame: 4096, max_depth: 8 };
+
+/// The type id of the empty frame that a control stream begins with.
+pub(crate) const OPENER: u8 = 0xF2;
+
+const VERSION: u64 = 1;
+
+/// Length of a node's proof that it knows the realm's secret.
+pub(crate) const PROOF_LEN: usize = 32;
+
+/// A node's name, or what the asker calls a circuit until it has one: 1 to 255 bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Id(Bytes);
+
+impl Id {
+    pub(crate) const MAX_LEN: usize = 255;
+
+    pub(crate) fn new(bytes: impl Into<Bytes>) -> Option<Self> {
+        let bytes = bytes.into();
+        (1..=Self::MAX_LEN).contains(&bytes.len()).then_some(Self(bytes))
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// What a node says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum FromNode {
+    /// Always the first.
+    Connect { node_id: Id, proof: Option<[u8; PROOF_LEN]> },
+    /// Asks for a circuit.
+    RelayRequest { session_id: Id, target_id: Id },
+    /// Ends a circuit.
+    Disconnect { circuit: u32, reason: Reason },
+}
+
+/// What a relay says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum FromRelay {
+    /// The node is registered, and is seen at this address.
+    Registered { address: SocketAddr },
+    /// The node is not registered, or no longer: nothing follows.
+    Refused { error: Refusal },
+    /// The circuit that was asked for.
+    Opened { session_id: Id, circuit: u32 },
+    /// Why there is no circuit.
+    NotOpened { session_id: Id, error: Refusal },
+    /// A circuit has ended.
+    Disconnect { circuit: u32, reason: Reason },
+    /// Packets of the circuit were dropped.
+    Dropped { circuit: u32, limit: Limit },
+}
+
+/// Texts that the protocol lists, with a place for those that a later version may add.
+macro_rules! names {
+    ($(#[$doc:meta])* $type:ident { $($(#[$variant_doc:meta])* $variant:ident $name:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub(crate) enum $type {
+            $($(#[$variant_doc])* $variant,)*
+            /// One that this version does not know.
+            Unknown,
+        }
+
+        impl $type {
+            /// Every one that has a name of its own.
+            pub(crate) const ALL: [Self; [$($name),*].len()] = [$(Self::$variant),*];
+
+            pub(crate) fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                    Self::Unknown => "unknown",
+                }
+            }
+
+            fn from_name(name: &[u8]) -> Self {
+                Self::ALL.into_iter().find(|known| known.name().as_bytes() == name).unwrap_or(Self::Unknown)
+            }
+        }
+    };
+}
+
+names! {
+    /// Why a relay does not do what it was asked for.
+    Refusal {
+        /// Another key has the node id, or had it a short time ago.
+        NodeIdTaken "node_id_taken",
+        /// The proof is missing or wrong.
+        Realm "realm",
+        /// As many nodes are registered as may be.
+        Registrations "registrations",
+        /// Too many registrations came at once.
+        AcceptRate "accept_rate",
+        /// There is no such target.
+        NotRegistered "not_registered",
+        /// As many circuits exist as may.
+        Sessions "sessions",
+        /// As many circuits end at one of the two nodes as may.
+        SessionsPerNode "sessions_per_node",
+        /// The message could not be read, or had no place where it came.
+        Malformed "malformed",
+    }
+}
+
+names! {
+    /// Why a circuit ended.
+    Reason {
+        /// The other side's registration ended.
+        Gone "gone",
+        /// Nothing was carried for long.
+        Idle "idle",
+        /// The other side ended it.
+        Closed "closed",
+    }
+}
+
+names! {
+    /// Why packets were dropped.
+    Limit {
+        /// Bytes per second of the circuit.
+        Bandwidth "bandwidth",
+        /// Bytes that wait to be sent to the receiving node.
+        PacketQueue "packet_queue",
+        /// Length of a packet.
+        PacketSize "packet_size",
+    }
+}
+
+/// Why a frame is no control message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ControlError {
+    #[error("a control message of {0} bytes")]
+    TooLarge(usize),
+    #[error("a message of type {0:#04x} on a control stream")]
+    Type(u8),
+    #[error(transparent)]
+    Payload(#[from] PayloadError),
+    #[error("a control message that is no map")]
+    NotAMap,
+    /// The field is missing where it must be, or is not what it must be.
+    #[error("a control message with a bad field {0}")]
+    Field(&'static str),
+}
+
+impl FromNode {
+    /// The whole frame.
+    pub(crate) fn encode(&self) -> Bytes {
+        match self {
+            Self::Connect { node_id, proof } => {
+                let mut fields = vec![
+                    ("version", Value::Uint(VERSION)),
+                    ("node_id", id(node_id)),
+                    ("realm_id", text("")),
+                    ("capabilities", Value::Array(Vec::new())),
+                ];
+                fields.extend(proof.map(|proof| ("proof", Value::Bin(proof.into()))));
+                message(MessageType::Connect, fields)
+            }
+            Self::RelayRequest { session_id, target_id } => {
+                message(MessageType::RelayRequest, vec![("session_id", id(session_id)), ("target_id", id(target_id))])
+            }
+            Self::Disconnect { circuit, reason } => disconnect(*circuit, *reason),
+        }
+    }
+
+    pub(crate) fn decode(frame: &RawFrame) -> Result<Self, ControlError> {
+        let fields = Fields::decode(frame)?;
+        match MessageType::from_id(frame.type_id) {
+            Some(MessageType::Connect) => {
+                if fields.uint("version")? != VERSION {
+                    return Err(ControlError::Field("version"));
+                }
+                let proof = match fields.get("proof") {
+                    Some(_) => Some(fields.bin("proof")?.try_into().map_err(|_| ControlError::Field("proof"))?),
+                    None => None,
+                };
+                Ok(Self::Connect { node_id: fields.id("node_id")?, proof })
+            }
+            Some(MessageType::RelayRequest) => {
+                Ok(Self::RelayRequest { session_id: fields.id("session_id")?, target_id: fields.id("target_id")? })
+            }
+            Some(MessageType::Disconnect) => {
+                Ok(Self::Disconnect { circuit: fields.circuit()?, reason: fields.reason()? })
+            }
+            _ => Err(ControlError::Type(frame.type_id)),
+        }
+    }
+}
+
+impl FromRelay {
+    /// The whole frame.
+    pub(crate) fn encode(&self) -> Bytes {
+        let error = |refusal: &Refusal| ("error", text(refusal.name()));
+        match self {
+            Self::Registered { address } => message(MessageType::Reply, vec![("address", text(&address.to_string()))]),
+            Self::Refused { error: refusal } => message(MessageType::Reply, vec![error(refusal)]),
+            Self::Opened { session_id, circuit } => message(
+                MessageType::Reply,
+                vec![("session_id", id(session_id)), ("circuit", Value::Uint((*circuit).into()))],
+            ),
+            Self::NotOpened { session_id, error: refusal } => {
+                message(MessageType::Reply, vec![("session_id", id(session_id)), error(refusal)])
+            }
+            Self::Disconnect { circuit, reason } => disconnect(*circuit, *reason),
+            Self::Dropped { circuit, limit } => message(
+                MessageType::Cast,
+                vec![("limit", text(limit.name())), ("circuit", Value::Uint((*circuit).into()))],
+            ),
+        }
+    }
+
+    pub(crate) fn decode(frame: &RawFrame) -> Result<Self, ControlError> {
+        let fields = Fields::decode(frame)?;
+        match MessageType::from_id(frame.type_id) {
+            Some(MessageType::Reply) => fields.reply(),
+            Some(MessageType::Disconnect) => {
+                Ok(Self::Disconnect { circuit: fields.circuit()?, reason: fields.reason()? })
+            }
+            Some(MessageType::Cast) => {
+                Ok(Self::Dropped { circuit: fields.circuit()?, limit: Limit::from_name(fields.bin("limit")?) })
+            }
+            _ => Err(ControlError::Type(frame.type_id)),
+        }
+    }
+}
+
+fn disconnect(circuit: u32, reason: Reason) -> Bytes {
+    let said = match reason {
+        Reason::Gone => "the other side's registration ended",
+        Reason::Idle => "the circuit carried nothing for long",
+        Reason::Closed => "the other side ended the circuit",
+        Reason::Unknown => "",
+    };
+    let fields =
+        vec![("reason", text(reason.name())), ("message", text(said)), ("circuit", Value::Uint(circuit.into()))];
+    message(MessageType::Disconnect, fields)
+}
+
+fn message(ty: MessageType, fields: Vec<(&'static str, Value)>) -> Bytes {
+    let map = Value::Map(fields.into_iter().map(|(key, value)| (text(key), value)).collect());
+    #[expect(clippy::expect_used, reason = "two ids of 255 bytes are the most: far below the limits")]
+    encode(ty, &map, LIMITS).expect("within the limits").into()
+}
+
+fn text(text: &str) -> Value {
+    Value::Bin(text.into())
+}
+
+fn id(id: &Id) -> Value {
+    Value::Bin(id.as_bytes().into())
+}
+
+/// The map of a message. Fields that the protocol does not name are not looked at.
+struct Fields(Vec<(Value, Value)>);
+
+impl Fields {
+    fn decode(frame: &RawFrame) -> Result<Self, ControlError> {
+        let len = HEADER_LEN + frame.payload.len();
+        if len > LIMITS.max_frame {
+            return Err(ControlError::TooLarge(len));
+        }
+        match decode_payload(&frame.payload, LIMITS, &mut ValueBuilder)? {
+            Value::Map(pairs) => Ok(Self(pairs)),
+            _ => Err(ControlError::NotAMap),
+        }
+    }
+
+    fn reply(&self) -> Result<FromRelay, ControlError> {
+        let error = match self.get("error") {
+            Some(_) => Some(Refusal::from_name(self.bin("error")?)),
+            None => None,
+        };
+        let session_id = match self.get("session_id") {
+            Some(_) => Some(self.id("session_id")?),
+            None => None,
+        };
+        match (session_id, error) {
+            (Some(session_id), Some(error)) => Ok(FromRelay::NotOpened { session_id, error }),
+            (Some(session_id), None) => Ok(FromRelay::Opened { session_id, circuit: self.circuit()? }),
+            (None, Some(error)) => Ok(FromRelay::Refused { error }),
+            (None, None) => Ok(FromRelay::Registered { address: self.address()? }),
+        }
+    }
+
+    fn circuit(&self) -> Result<u32, ControlError> {
+        self.uint("circuit")?.try_into().map_err(|_| ControlError::Field("circuit"))
+    }
+
+    fn reason(&self) -> Result<Reason, ControlError> {
+        self.bin("message")?;
+        Ok(Reason::from_name(self.bin("reason")?))
+    }
+
+    fn address(&self) -> Result<SocketAddr, ControlError> {
+        let text = str::from_utf8(self.bin("address")?).ok();
+        text.and_then(|text| text.parse().ok()).ok_or(ControlError::Field("address"))
+    }
+
+    fn id(&self, key: &'static str) -> Result<Id, ControlError> {
+        Id::new(Bytes::copy_from_slice(self.bin(key)?)).ok_or(ControlError::Field(key))
+    }
+
+    fn uint(&self, key: &'static str) -> Result<u64, ControlError> {
+        match self.get(key) {
+            Some(&Value::Uint(value)) => Ok(value),
+            _ => Err(ControlError::Field(key)),
+        }
+    }
+
+    fn bin(&self, key: &'static str) -> Result<&[u8], ControlError> {
+        match self.get(key) {
+            Some(Value::Bin(bytes)) => Ok(bytes),
+            _ => Err(ControlError::Field(key)),
+        }
+    }
+
+    /// Of equal keys the last counts, as everywhere in macula.
+    fn get(&self, key: &str) -> Option<&Value> {
+        let named = |(name, _): &&(Value, Value)| matches!(name, Value::Bin(name) if name == key.as_bytes());
+        self.0.iter().rfind(named).map(|(_, value)| value)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn raw(frame: &Bytes) -> RawFrame {
+        RawFrame { type_id: frame[1], payload: frame.slice(HEADER_LEN..) }
+    }
+
+    fn made(ty: MessageType, pairs: Vec<(Value, Value)>) -> RawFrame {
+        raw(&encode(ty, &Value::Map(pairs), Limits::default()).unwrap().into())
+    }
+
+    fn field(key: &str, value: Value) -> (Value, Value) {
+        (text(key), value)
+    }
+
+    fn some_id(bytes: &'static [u8]) -> Id {
+        Id::new(bytes).unwrap()
+    }
+
+    fn from_node() -> Vec<FromNode> {
+        vec![
+            FromNode::Connect { node_id: some_id(b"a"), proof: None },
+            FromNode::Connect { node_id: Id::new(vec![255; 255]).unwrap(), proof: Some([7; PROOF_LEN]) },
+            FromNode::RelayRequest { session_id: some_id(b"\0"), target_id: Id::new(vec![1; 255]).unwrap() },
+            FromNode::Disconnect { circuit: u32::MAX, reason: Reason::Closed },
+        ]
+    }
+
+    fn from_relay() -> Vec<FromRelay> {
+        vec![
+            FromRelay::Registered { address: "[2001:db8::1]:9443".parse().unwrap() },
+            FromRelay::Registered { address: "127.0.0.1:1".parse().unwrap() },
+            FromRelay::Refused { error: Refusal::NodeIdTaken },
+            FromRelay::Opened { session_id: some_id(b"s"), circuit: 0 },
+            FromRelay::NotOpened { session_id: some_id(b"s"), error: Refusal::SessionsPerNode },
+            FromRelay::Disconnect { circuit: 1, reason: Reason::Gone },
+            FromRelay::Dropped { circuit: 1, limit: Limit::PacketSize },
+        ]
+    }
+
+    #[test]
+    fn messages_come_back_as_they_were() {
+        for message in from_node() {
+            assert_eq!(FromNode::decode(&raw(&message.encode())), Ok(message));
+        }
+        for message in from_relay() {
+            assert_eq!(FromRelay::decode(&raw(&message.encode())), Ok(message));
+        }
+    }
+
+    #[test]
+    fn a_side_does_not_take_what_only_the_other_says() {
+        for message in &from_node()[..3] {
+            let frame = raw(&message.encode());
+            assert_eq!(FromRelay::decode(&frame), Err(ControlError::Type(frame.type_id)));
+        }
+        for message in [&from_relay()[0], &from_relay()[6]] {
+            let frame = raw(&message.encode());
+            assert_eq!(FromNode::decode(&frame), Err(ControlError::Type(frame.type_id)));
+        }
+    }
+
+    #[test]
+    fn every_name_is_the_protocols() {
+        let document = include_str!("../../../../docs/protocol.md");
+        let refusals = Refusal::ALL.map(Refusal::name);
+        let reasons = Reason::ALL.map(Reason::name);
+        let limits = Limit::ALL.map(Limit::name);
+        for name in refusals.iter().chain(&reasons).chain(&limits) {
+            assert!(document.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_connect_without_a_proper_node_id_version_or_proof_is_refused() {
+        let version = || field("version", Value::Uint(1));
+        let node_id = || field("node_id", text("a"));
+        let refused = |field, pairs| {
+            let decoded = FromNode::decode(&made(MessageType::Connect, pairs));
+            assert_eq!(decoded, Err(ControlError::Field(field)));
+        };
+        refused("version", vec![node_id()]);
+        refused("version", vec![node_id(), field("version", Value::Uint(2))]);
+        refused("node_id", vec![version()]);
+        refused("node_id", vec![version(), field("node_id", text(""))]);
+        refused("node_id", vec![version(), field("node_id", Value::Bin(vec![0; 256]))]);
+        refused("node_id", vec![version(), field("node_id", Value::Str("a".into()))]);
+        refused("proof", vec![version(), node_id(), field("proof", Value::Bin(vec![0; 31]))]);
+        refused("proof", vec![version(), node_id(), field("proof", Value::Nil)]);
+    }
+
+    #[test]
+    fn unknown_fields_do_no_harm_and_unknown_names_have_their_place() {
+        let pairs = vec![
+            (Value::Uint(1), Value::Nil),
+            field("node_id", text("old")),
+            field("more", Value::Array(vec![Value::Nil])),
+            field("node_id", text("new")),
+            field("version", Value::Uint(1)),
+        ];
+        let expected = FromNode::Connect { node_id: some_id(b"new"), proof: None };
+        assert_eq!(FromNode::decode(&made(MessageType::Connect, pairs)), Ok(expected));
+
+        let refused = made(MessageType::Reply, vec![field("error", text("full_moon"))]);
+        assert_eq!(FromRelay::decode(&refused), Ok(FromRelay::Refused { error: Refusal::Unknown }));
+    }
+
+    #[test]
+    fn numbers_addresses_and_sizes_are_bounded() {
+        let pairs = |circuit| {
+            vec![field("reason", text("idle")), field("message", text("")), field("circuit", Value::Uint(circuit))]
+        };
+        let decode = |circuit| FromNode::decode(&made(MessageType::Disconnect, pairs(circuit)));
+        assert_eq!(decode(u32::MAX.into()), Ok(FromNode::Disconnect { circuit: u32::MAX, reason: Reason::Idle }));
+        assert_eq!(decode(1 << 32), Err(ControlError::Field("circuit")));
+
+        for address in ["localhost:1", "127.0.0.1", "127.0.0.1:70000", ""] {
+            let reply = made(MessageType::Reply, vec![field("address", text(address))]);
+            assert_eq!(FromRelay::decode(&reply), Err(ControlError::Field("address")), "{address}");
+        }
+
+        let large = RawFrame { type_id: MessageType::Reply.id(), payload: vec![0; 5000].into() };
+        assert_eq!(FromRelay::decode(&large), Err(ControlError::TooLarge(5008)));
+        assert_eq!(FromNode::decode(&large), Err(ControlError::TooLarge(5008)));
+        let nil = RawFrame { type_id: MessageType::Reply.id(), payload: vec![0xC0].into() };
+        assert_eq!(FromRelay::decode(&nil), Err(ControlError::NotAMap));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_decoded_to_what_can_be_said_again_or_refused(
+            ty in prop::sample::select(vec![0x01, 0x02, 0x21, 0x22, 0x56, 0xF2, 0x00]),
+            payload in vec(any::<u8>(), 0..256),
+        ) {
+            decoded_or_refused(&RawFrame { type_id: ty, payload: payload.into() });
+        }
+
+        #[test]
+        fn so_are_messages_with_some_bytes_changed(
+            which in any::<prop::sample::Index>(),
+            changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        ) {
+            let mut all: Vec<_> = from_node().iter().map(FromNode::encode).collect();
+            all.extend(from_relay().iter().map(FromRelay::encode));
+            let mut frame = which.get(&all).to_vec();
+            for (at, byte) in changes {
+                let at = HEADER_LEN + at.index(frame.len() - HEADER_LEN);
+                frame[at] = byte;
+            }
+            decoded_or_refused(&raw(&frame.into()));
+        }
+    }
+
+    fn decoded_or_refused(frame: &RawFrame) {
+        if let Ok(message) = FromNode::decode(frame) {
+            assert_eq!(FromNode::decode(&raw(&message.encode())), Ok(message));
+        }
+        if let Ok(message) = FromRelay::decode(frame) {
+            assert_eq!(FromRelay::decode(&raw(&message.encode())), Ok(message));
+        }
+    }
+}
