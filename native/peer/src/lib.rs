@@ -31,5 +31,6 @@ pub use engine::{Engine, Listen};
 pub use error::{ConnectError, ListenError, ReplyError, RequestError, SendError, StartError, UndeliveredReason};
 pub use message::{Event, Handler, Inbound, Message, ReplyToken, Unhandled};
 pub use peer::Waiting;
+pub use relay::{Fingerprint, RelayConfig, RelayStats};
 pub use stats::{AcceptedStats, LinkStats, PeerStats, Stats};
 pub use tls::{Certificate, Dialect};
