@@ -29,7 +29,7 @@ use super::control::{ControlError, FromNode, FromRelay, Id, LIMITS, Limit, PROOF
 use super::packet::{Fit, Form, SplitBy, Splitter, parse};
 use super::{Fingerprint, RelayConfig, RelayStats};
 use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
-use crate::link::lock;
+use crate::link::{lock, write_now};
 use crate::socket::canonical;
 use crate::stats::Counter;
 
@@ -106,8 +106,10 @@ struct Leg {
 enum End {
     /// The connection or the stream ended.
     Left,
-    /// The node has been told why.
-    Refused,
+    /// The node is to be told why it is not registered.
+    Refused(Refusal),
+    /// The node has been told why it is registered no longer.
+    Told,
     /// The node registered again.
     Replaced,
     /// The node does not say who it is, or does not read what it is told.
@@ -120,7 +122,7 @@ impl End {
     /// The error that the stream is reset with, unless it ends in peace.
     fn code(self) -> Option<u8> {
         match self {
-            Self::Left | Self::Refused | Self::Replaced => None,
+            Self::Left | Self::Refused(_) | Self::Told | Self::Replaced => None,
             Self::Slow => Some(SLOW),
             Self::Closed => Some(NO_RELAY),
         }
@@ -152,6 +154,11 @@ impl Relay {
         let mut control = Control { receive, frames };
         let end = self.run(connection, owner, &mut send, &mut control).await;
         tracing::debug!(%remote, ?end, "control stream ended");
+        if let End::Refused(error) = end {
+            self.count(error);
+            // Without waiting: it is the first that is written on this stream.
+            write_now(&mut send, &FromRelay::Refused { error }.encode());
+        }
         // Already closed is as good, here and below. What is not reset is finished when it is dropped.
         if let Some(code) = end.code() {
             let _ = send.reset(code.into());
@@ -195,22 +202,19 @@ impl Relay {
         send: &mut SendStream,
         control: &mut Control,
     ) -> End {
-        let Some(_place) = Place::take(self, &connection) else { return self.refuse(Refusal::Malformed, send).await };
+        let Some(_place) = Place::take(self, &connection) else { return End::Refused(Refusal::Malformed) };
         let (node_id, proof) = match timeout(CONNECT_TIMEOUT, control.next()).await {
             Ok(Ok(FromNode::Connect { node_id, proof })) => (node_id, proof),
-            Ok(Ok(_) | Err(NextError::Frame(_) | NextError::Message(_))) => {
-                return self.refuse(Refusal::Malformed, send).await;
-            }
+            Ok(Ok(_) | Err(NextError::Frame(_) | NextError::Message(_))) => return End::Refused(Refusal::Malformed),
             Ok(Err(NextError::Ended)) => return End::Left,
             Err(_) => return End::Slow,
         };
         if !self.admits(&connection, &node_id, proof) {
-            return self.refuse(Refusal::Realm, send).await;
+            return End::Refused(Refusal::Realm);
         }
         let (entry, notes) = match self.register(connection, node_id, owner) {
             Ok(registered) => registered,
-            Err(NotRegistered::Refused(error)) => return self.refuse(error, send).await,
-            Err(NotRegistered::Closed) => return End::Closed,
+            Err(end) => return end,
         };
         let registration = &entry.registration;
         let mut ended = registration.end.subscribe();
@@ -226,14 +230,6 @@ impl Relay {
             self.counters.unread.add(1);
         }
         end
-    }
-
-    async fn refuse(&self, error: Refusal, send: &mut SendStream) -> End {
-        self.count(error);
-        match timeout(WRITE_TIMEOUT, send.write_chunk(FromRelay::Refused { error }.encode())).await {
-            Ok(_) => End::Refused,
-            Err(_) => End::Slow,
-        }
     }
 
     fn count(&self, error: Refusal) {
@@ -258,12 +254,13 @@ impl Relay {
         connection: Connection,
         node_id: Id,
         owner: Fingerprint,
-    ) -> Result<(Entry, mpsc::Receiver<FromRelay>), NotRegistered> {
+    ) -> Result<(Entry, mpsc::Receiver<FromRelay>), End> {
         let state = &mut *lock(&self.state);
         if state.closed {
-            return Err(NotRegistered::Closed);
+            return Err(End::Closed);
         }
-        let Registered { generation, replaced } = state.book.register(node_id, owner, Instant::now())?;
+        let registered = state.book.register(node_id, owner, Instant::now());
+        let Registered { generation, replaced } = registered.map_err(End::Refused)?;
         if let Some((generation, circuits)) = replaced {
             if let Some(old) = state.registrations.remove(&generation) {
                 lock(&old.legs).clear();
@@ -449,7 +446,7 @@ async fn tell(mut notes: mpsc::Receiver<FromRelay>, send: &mut SendStream) -> En
     // The registration, which is there, has the other end.
     while let Some(message) = notes.recv().await {
         match timeout(WRITE_TIMEOUT, send.write_chunk(message.encode())).await {
-            Ok(Ok(())) if matches!(message, FromRelay::Refused { .. }) => return End::Refused,
+            Ok(Ok(())) if matches!(message, FromRelay::Refused { .. }) => return End::Told,
             Ok(Ok(())) => {}
             Ok(Err(_)) => return End::Left,
             Err(_) => return End::Slow,
@@ -515,18 +512,6 @@ enum NotPassed {
     /// It is none, or not of one of the node's circuits.
     Stray,
     Limit(u32, Limit),
-}
-
-/// Why a node is not registered.
-enum NotRegistered {
-    Refused(Refusal),
-    Closed,
-}
-
-impl From<Refusal> for NotRegistered {
-    fn from(error: Refusal) -> Self {
-        Self::Refused(error)
-    }
 }
 
 /// The one control stream of a connection.

@@ -410,7 +410,7 @@ async fn a_node_that_is_lost_ends_its_circuits() {
 async fn a_task_that_is_aborted_ends_its_registration() {
     let mut running = running(RelayConfig::default());
     let mut a = Node::registered(&running, "a").await;
-    Node::registered(&running, "b").await;
+    let _b = Node::registered(&running, "b").await;
     a.circuit_to("b").await;
     running.tasks.shutdown().await;
     until("nothing is left", || running.relay.stats().registrations == 0).await;
@@ -434,14 +434,12 @@ async fn each_limit_of_requests_has_its_name() {
     let _d = Node::registered(&running, "d").await;
     let late = connect(running.address, "e").await;
     assert_eq!(Node::open(&late).await.register("e").await, refused(Refusal::Registrations));
-    // Some more are let through while these are asked for, not all.
-    let mut answers = JoinSet::new();
-    for _ in 0..50 {
-        let mut node = Node::open(&late).await;
-        answers.spawn(async move { node.register("e").await });
+    // Some more are let through while these are asked for.
+    let mut asked = 0;
+    while Node::open(&late).await.register("e").await != refused(Refusal::AcceptRate) {
+        asked += 1;
+        assert!(asked < 100);
     }
-    let answers = answers.join_all().await;
-    assert!(answers.contains(&refused(Refusal::AcceptRate)), "{answers:?}");
 
     assert_eq!(a.request("nobody").await, Err(Refusal::NotRegistered));
     assert_eq!(a.request("a").await, Err(Refusal::NotRegistered));
