@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use macula_peer_wire::Limits;
 
+use crate::endpoint::Endpoint;
+use crate::message::NodeId;
+
 use crate::tls::Verify;
 
 /// The settings of an [`Engine`](crate::Engine). Every field has a default; `Config::default()` is what macula 0.14.3
@@ -54,6 +57,10 @@ pub struct Config {
     pub verify: Verify,
     /// What the nodes and relays of a realm have in common. Default `None`: no realm.
     pub realm_secret: Option<Secret>,
+    /// What this node is called, at relays and by others. Default `None`: it is known by its fingerprint alone.
+    pub node_id: Option<NodeId>,
+    /// Relays to be registered at, which others are also reached through. Default none.
+    pub relays: Vec<Endpoint>,
 }
 
 /// Bytes that are not to be seen in logs.
@@ -107,6 +114,8 @@ impl Default for Config {
             identity_file: None,
             verify: Verify::default(),
             realm_secret: None,
+            node_id: None,
+            relays: Vec::new(),
         }
     }
 }

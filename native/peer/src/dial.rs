@@ -19,6 +19,7 @@ use crate::decide::witness::Witness;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::link::{Link, lock};
+use crate::relay::client::relay_transport;
 use crate::message::Path;
 use crate::socket::{Refusals, Socket};
 use crate::tls::Dialect;
@@ -45,6 +46,8 @@ pub(crate) struct Dialer {
     pub(crate) refusals: Refusals,
     pub(crate) tls: Arc<QuicClientConfig>,
     pub(crate) config: Arc<Config>,
+    /// For a registration.
+    pub(crate) to_relay: bool,
 }
 
 impl Dialer {
@@ -157,6 +160,9 @@ impl Dialer {
             .max_concurrent_uni_streams(0u8.into())
             .congestion_controller_factory(Arc::new(Witnessed { witness }));
         set_idle_timeout(&mut transport, &self.config);
+        if self.to_relay {
+            relay_transport(&mut transport);
+        }
         let mut config = ClientConfig::new(self.tls.clone());
         config.transport_config(Arc::new(transport));
         config

@@ -11,14 +11,18 @@ use tokio::task::AbortHandle;
 
 use crate::call::{Abandoned, Call};
 use crate::config::Config;
-use crate::endpoint::Target;
+use crate::endpoint::{Endpoint, Target};
 use crate::error::{ListenError, RequestError, SendError, StartError};
 use crate::identity::{Fingerprint, Identity};
 use crate::link::lock;
 use crate::listen::{self, Admission};
-use crate::message::{Handler, Message};
+use crate::message::{Handler, Message, NodeId};
 use crate::node::Node;
 use crate::peer::{Peer, Retired, Waiting};
+use crate::race::Ways;
+use crate::relay::RelayConfig;
+use crate::relay::clients::Clients;
+use crate::relay::server::Relay;
 use crate::runtime::BatchingRuntime;
 use crate::socket::{self, Socket};
 use crate::stats::Stats;
@@ -50,6 +54,8 @@ pub struct Listen {
     pub certificate: Certificate,
     /// Who may connect; `None`: as for those who are dialled.
     pub verify: Option<Verify>,
+    /// Whether to be a relay for others, and what to give them.
+    pub relay: Option<RelayConfig>,
 }
 
 impl Engine {
@@ -60,6 +66,9 @@ impl Engine {
             None => Identity::generate()?,
         };
         let tls = tls::client(&identity, &config.verify)?;
+        let circuits = tls::circuit_client(&identity, &config.verify)?;
+        let admission = Admission::new(tls::circuit_server(&identity, &config.verify)?, config.verify.is_strict(), &config);
+        let clients = Clients::new(circuits, admission, &config);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.workers.max(1))
             .max_blocking_threads(BLOCKING_THREADS)
@@ -77,8 +86,11 @@ impl Engine {
             let quic =
                 quinn::Endpoint::new_with_abstract_socket(endpoint, None, socket.clone(), Arc::new(BatchingRuntime))
                     .map_err(StartError::Bind)?;
-            Node::new(Arc::new(config), identity, quic, socket, refusals, tls, runtime.handle().clone())
+            Node::new(Arc::new(config), identity, quic, socket, refusals, tls, clients, runtime.handle().clone())
         };
+        if let Some(name) = node.config.node_id.clone() {
+            node.clients.register(&node, Some(name), node.config.relays.clone());
+        }
         Ok(Self { node, runtime: Mutex::new(Some(runtime)), listener: Mutex::default() })
     }
 
@@ -124,6 +136,29 @@ impl Engine {
         self.enqueue(target, &call, |peer| peer.request(message.clone(), &call))
     }
 
+    /// Tells what is known of the ways to a node. True if more should be looked up: then [`Engine::resolved`] is to be
+    /// called, whatever comes of it.
+    pub fn learn(&self, node: &NodeId, ways: Ways) -> bool {
+        self.node.find(&Target::Node(node)).is_some_and(|peer| peer.learn(ways))
+    }
+
+    /// Tells what was found by looking up the ways to a node.
+    pub fn resolved(&self, node: &NodeId, ways: Ways) {
+        if let Some(peer) = self.node.find(&Target::Node(node)) {
+            peer.resolved(ways);
+        }
+    }
+
+    /// Keeps this node registered under a name at these relays, and no others, from now on.
+    pub fn register(&self, name: NodeId, relays: Vec<Endpoint>) {
+        self.node.clients.register(&self.node, Some(name), relays);
+    }
+
+    /// Ends all standing registrations.
+    pub fn unregister(&self) {
+        self.node.clients.register(&self.node, None, Vec::new());
+    }
+
     /// Accepts connections.
     pub fn listen(&self, listen: Listen) -> Result<SocketAddr, ListenError> {
         let mut listener = lock(&self.listener);
@@ -140,6 +175,7 @@ impl Engine {
             let ip = listen.ip.or(self.node.config.ip);
             self.node.rebind(ip, asked.unwrap_or(0)).map_err(ListenError::Bind)?;
         }
+        self.node.set_relay(listen.relay.map(Relay::new));
         self.node.quic.set_server_config(Some(ServerConfig::clone(&admission.config)));
         *listener = Some(self.node.spawn(listen::accept(self.node.clone(), admission)));
         self.node.quic.local_addr().map_err(ListenError::Bind)
@@ -149,6 +185,7 @@ impl Engine {
     pub fn close(&self) -> bool {
         let Some(listener) = lock(&self.listener).take() else { return false };
         self.node.quic.set_server_config(None);
+        self.node.set_relay(None);
         listener.abort();
         true
     }

@@ -245,7 +245,6 @@ fn check_permissions(_: &File) -> Result<(), IdentityError> {
 
 /// What a node shows a relay to be let into a realm: that it has the realm's secret, on this connection and as this
 /// node. `None`: the connection has no keys yet.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the registration with a relay"))]
 pub(crate) fn realm_proof(connection: &Connection, secret: &[u8], node_id: &[u8]) -> Option<[u8; 32]> {
     let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, secret), &realm_material(connection, node_id)?);
     let mut proof = [0; 32];
@@ -254,7 +253,6 @@ pub(crate) fn realm_proof(connection: &Connection, secret: &[u8], node_id: &[u8]
 }
 
 /// Takes the same time wherever the proof is wrong.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the relay"))]
 pub(crate) fn realm_proof_is_valid(connection: &Connection, secret: &[u8], node_id: &[u8], proof: &[u8]) -> bool {
     let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
     realm_material(connection, node_id).is_some_and(|material| hmac::verify(&key, &material, proof).is_ok())

@@ -35,9 +35,10 @@ pub use error::{
     UndeliveredReason,
 };
 pub use identity::{Fingerprint, Identity, NotAFingerprint};
-pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, ReplyToken, Unhandled};
+pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Registration, ReplyToken, Unhandled};
 pub use peer::Waiting;
 pub use race::Ways;
-pub use relay::control::Refusal;
-pub use stats::{AcceptedStats, LinkStats, PeerStats, Stats};
+pub use relay::control::{Limit, Refusal};
+pub use relay::{RelayConfig, RelayStats};
+pub use stats::{AcceptedStats, LinkStats, PeerStats, RegistrationStats, Stats};
 pub use tls::{Certificate, Dialect, Verify};

@@ -30,7 +30,7 @@ use crate::stats::{AcceptedStats, Counter, LinkStats};
 use crate::tls::Dialect;
 
 /// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// From this many handshakes at once on, who has not proven its address must (RFC 9000, section 8.1.2).
 const UNPROVEN_HANDSHAKES: usize = 64;
@@ -268,6 +268,10 @@ impl Serving {
             self.streams.spawn(stream.serve(send));
             return self.allow_streams();
         }
+        if stream.finished && stream.frames.is_empty() {
+            // A stream that was opened and not needed.
+            return;
+        }
         let id = self.next;
         self.next += 1;
         let reply = || send.as_ref().map(|_| ReplyTo::Connection(id, self.replies.clone()));
@@ -455,6 +459,10 @@ impl Stream {
         let Some(mut send) = send else { return self.refuse() };
         if opening.type_id == session::OPEN_SESSION {
             return session::receive(self, send, opening.payload).await;
+        }
+        if let (Some(relay), Some(key)) = (self.node.relay(), self.accepted.key) {
+            let Self { accepted, receive, frames, .. } = self;
+            return relay.serve(accepted.connection.clone(), key, send, receive, frames).await;
         }
         // Already closed is as good.
         let _ = self.receive.stop(NOT_A_RELAY.into());

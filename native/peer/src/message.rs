@@ -15,6 +15,7 @@ use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
 use crate::identity::Fingerprint;
 use crate::node::Node;
+use crate::relay::control::{Limit, Refusal};
 use crate::session::Answers;
 use crate::tls::Dialect;
 
@@ -45,6 +46,10 @@ impl NodeId {
     /// The name.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
+    }
+
+    pub(crate) fn to_bytes(&self) -> Bytes {
+        self.0.clone()
     }
 }
 
@@ -201,4 +206,31 @@ pub enum Event {
         /// Who it is.
         key: Fingerprint,
     },
+    /// This node's registration at a relay has changed.
+    Registration {
+        /// The relay.
+        relay: Endpoint,
+        /// What it is now.
+        state: Registration,
+    },
+    /// A relay dropped packets of one of this node's circuits. They are sent again, more slowly.
+    RelayLimit {
+        /// The relay.
+        relay: Endpoint,
+        /// What there were too many of.
+        limit: Limit,
+    },
+}
+
+/// What a registration at a relay is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Registration {
+    /// It is being made.
+    Connecting,
+    /// Others reach this node through the relay.
+    Registered,
+    /// The connection broke or could not be made; it is tried again.
+    Lost,
+    /// The relay does not want it; it is tried again after a longer time.
+    Refused(Refusal),
 }

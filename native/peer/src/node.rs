@@ -7,24 +7,29 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hashbrown::HashMap;
 use macula_peer_wire::{MessageType, RawFrame};
+use quinn::Connection;
 use quinn::crypto::rustls::QuicClientConfig;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::config::Config;
-use crate::dial::Dialer;
+use crate::dial::{Dialer, not_connected};
 use crate::endpoint::{Endpoint, Target};
-use crate::error::{CircuitError, ConnectError};
+use crate::decide::known::Known;
+use crate::error::ConnectError;
 use crate::identity::{Fingerprint, Identity};
 use crate::link::{Link, lock};
 use crate::listen::Accepted;
-use crate::message::{Event, Handler, Inbound, Message, NodeId, PeerName, Unhandled};
+use crate::message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Unhandled};
 use crate::peer::{self, Peer};
+use crate::relay::clients::Clients;
+use crate::relay::registration::CircuitError;
+use crate::relay::server::Relay;
 use crate::session::Sessions;
 use crate::socket::{Refusals, Socket};
 use crate::stats::{NodeCounters, Stats};
-use crate::tls::Dialect;
+use crate::tls::{Dialect, Verify};
 
 /// While payloads from this size on are handed over, another thread takes the other tasks: decoding 256 KiB of the
 /// smallest terms takes some milliseconds, in which no connection would be driven.
@@ -38,6 +43,9 @@ pub(crate) struct Node {
     pub(crate) counters: NodeCounters,
     pub(crate) accepted: Mutex<HashMap<usize, Arc<Accepted>>>,
     pub(crate) sessions: Sessions,
+    pub(crate) clients: Clients,
+    relay: RwLock<Option<Arc<Relay>>>,
+    known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
     socket: Mutex<BoundSocket>,
     peers: RwLock<HashMap<PeerName, Arc<Peer>>>,
@@ -61,6 +69,7 @@ impl Node {
         socket: Arc<Socket>,
         refusals: Refusals,
         tls: QuicClientConfig,
+        clients: Clients,
         runtime: Handle,
     ) -> Arc<Self> {
         let mut tasks = JoinSet::new();
@@ -73,6 +82,9 @@ impl Node {
             counters: NodeCounters::default(),
             accepted: Mutex::default(),
             sessions: Sessions::default(),
+            clients,
+            relay: RwLock::default(),
+            known: Mutex::default(),
             tls: Arc::new(tls),
             socket: Mutex::new(BoundSocket { socket, errors }),
             peers: RwLock::default(),
@@ -153,19 +165,69 @@ impl Node {
     /// A link through a relay.
     pub(crate) async fn circuit(
         self: &Arc<Self>,
-        _relay: &Endpoint,
-        _target: &NodeId,
-        _key: Option<Fingerprint>,
+        relay: &Endpoint,
+        target: &NodeId,
+        key: Option<Fingerprint>,
     ) -> Result<Link, CircuitError> {
-        Err(CircuitError::RelayLost)
+        let (connection, relay) = self.clients.connect(self, relay, target).await?;
+        let Config { limits, answer_timeout, .. } = *self.config;
+        let witness = Arc::default();
+        let path = Path::Relay(relay);
+        let link = Link::new(connection, Dialect::MaculaPeer1, path, witness, limits, answer_timeout);
+        let link = self.check_key(&PeerName::Node(target.clone()), key, link).map_err(CircuitError::Inner)?;
+        // As for a direct link: streams are allowed once our certificate was looked at.
+        let stream = link.connection.open_bi().await.map_err(|error| CircuitError::Inner(not_connected(error)))?;
+        link.put_spare(stream);
+        Ok(link)
     }
 
-    fn check_key(&self, _name: &PeerName, _key: Option<Fingerprint>, link: Link) -> Result<Link, ConnectError> {
+    /// A connection to a relay, kept alive as one.
+    pub(crate) async fn dial_relay(&self, relay: Endpoint, until: Instant) -> Result<Connection, ConnectError> {
+        let link = Dialer { to_relay: true, ..self.dialer() }.dial(relay, until).await?;
+        self.counted_unverified(link.dialect);
+        Ok(link.connection)
+    }
+
+    /// Whether the node that was reached has the key that it is known by.
+    fn check_key(&self, name: &PeerName, key: Option<Fingerprint>, link: Link) -> Result<Link, ConnectError> {
+        let PeerName::Node(node) = name else { return Ok(link) };
+        let shown = Fingerprint::of_connection(&link.connection);
+        let first_seen = matches!(self.config.verify, Verify::FirstSeen);
+        let expected = match key {
+            Some(key) => Some(key),
+            None if first_seen => lock(&self.known).key_of(node, Instant::now()),
+            None => None,
+        };
+        match (expected, shown) {
+            (Some(expected), shown) if shown != Some(expected) => {
+                tracing::warn!(node = ?node, ?shown, ?expected, "a node shows another key than it is known by");
+                link.connection.close(0u8.into(), b"");
+                return Err(ConnectError::Untrusted);
+            }
+            (None, Some(shown)) if first_seen && link.dialect == Dialect::MaculaPeer1 => {
+                lock(&self.known).learn(node.clone(), shown, Instant::now());
+            }
+            _ => {}
+        }
         Ok(link)
+    }
+
+    /// This node as a relay, if it is one.
+    pub(crate) fn relay(&self) -> Option<Arc<Relay>> {
+        self.relay.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From now on this node is that relay, or none.
+    pub(crate) fn set_relay(&self, relay: Option<Arc<Relay>>) {
+        let before = std::mem::replace(&mut *self.relay.write().unwrap_or_else(PoisonError::into_inner), relay);
+        if let Some(before) = before {
+            before.close();
+        }
     }
 
     fn dialer(&self) -> Dialer {
         Dialer {
+            to_relay: false,
             quic: self.quic.clone(),
             socket: lock(&self.socket).socket.clone(),
             refusals: self.refusals.clone(),
@@ -272,6 +334,8 @@ impl Node {
             self.stopping.send_replace(true);
             std::mem::take(&mut *peers)
         };
+        self.clients.stop();
+        self.set_relay(None);
         let last = peers.into_values().collect::<Vec<_>>();
         for peer in &last {
             peer.retire();
@@ -297,6 +361,8 @@ impl Node {
             unhandled: counters.unhandled.get(),
             malformed: counters.malformed.get(),
             refused: counters.refused.get(),
+            registrations: self.clients.stats(),
+            relay: self.relay().map(|relay| relay.stats()),
         }
     }
 

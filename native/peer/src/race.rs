@@ -113,7 +113,10 @@ impl Race {
         let PeerName::Node(_) = self.name else { return };
         let head_start = if self.direct.is_empty() { Duration::ZERO } else { HEAD_START };
         let mut at = self.waiting.back().map_or(now + head_start, |(last, _)| *last + RELAY_STAGGER);
-        for relay in new_ones(&ways.relays, &mut self.taken.relays) {
+        let mut relays = ways.relays.clone();
+        relays.append(&mut self.node.clients.standing());
+        relays.extend_from_slice(&self.node.config.relays);
+        for relay in new_ones(&relays, &mut self.taken.relays) {
             self.waiting.push_back((at, relay));
             at += RELAY_STAGGER;
         }

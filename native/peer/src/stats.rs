@@ -2,9 +2,11 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::message::{Path, PeerName};
+use crate::endpoint::Endpoint;
+use crate::message::{Path, PeerName, Registration};
+use crate::relay::RelayStats;
 use crate::tls::Dialect;
 
 /// A counter that threads share and nothing is ordered by.
@@ -66,6 +68,25 @@ pub struct Stats {
     pub malformed: u64,
     /// Connections that were not accepted because there were too many.
     pub refused: u64,
+    /// This node at its relays.
+    pub registrations: Vec<RegistrationStats>,
+    /// This node as a relay.
+    pub relay: Option<RelayStats>,
+}
+
+/// This node at one relay.
+#[derive(Debug, Clone)]
+pub struct RegistrationStats {
+    /// The relay.
+    pub relay: Endpoint,
+    /// Whether this node is registered there.
+    pub state: Registration,
+    /// Since when.
+    pub since: Instant,
+    /// What the relay sees this node at.
+    pub address: Option<SocketAddr>,
+    /// Circuits over it.
+    pub circuits: usize,
 }
 
 /// One peer.

@@ -111,13 +111,11 @@ pub(crate) fn server(
 }
 
 /// TLS for who begins a connection over a circuit.
-#[cfg_attr(not(test), expect(dead_code, reason = "for circuits"))]
 pub(crate) fn circuit_client(identity: &Identity, verify: &Verify) -> Result<QuicClientConfig, TlsError> {
     client_config(identity, Verifier::new(verify, Over::Circuit)?, &[Dialect::MaculaPeer1])
 }
 
 /// TLS for who gets a connection over a circuit.
-#[cfg_attr(not(test), expect(dead_code, reason = "for circuits"))]
 pub(crate) fn circuit_server(identity: &Identity, verify: &Verify) -> Result<QuicServerConfig, TlsError> {
     server_config(identity.shown(), Verifier::new(verify, Over::Circuit)?, &[Dialect::MaculaPeer1])
 }

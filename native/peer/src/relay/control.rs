@@ -66,10 +66,10 @@ pub(crate) enum FromRelay {
 
 /// Texts that the protocol lists, with a place for those that a later version may add.
 macro_rules! names {
-    ($(#[$doc:meta])* $type:ident { $($(#[$variant_doc:meta])* $variant:ident $name:literal,)* }) => {
+    ($(#[$doc:meta])* $vis:vis $type:ident { $($(#[$variant_doc:meta])* $variant:ident $name:literal,)* }) => {
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub enum $type {
+        $vis enum $type {
             $($(#[$variant_doc])* $variant,)*
             /// One that this version does not know.
             Unknown,
@@ -77,10 +77,10 @@ macro_rules! names {
 
         impl $type {
             /// Every one that has a name of its own.
-            pub const ALL: [Self; [$($name),*].len()] = [$(Self::$variant),*];
+            $vis const ALL: [Self; [$($name),*].len()] = [$(Self::$variant),*];
 
             /// Its name in the protocol.
-            pub fn name(self) -> &'static str {
+            $vis fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $name,)*
                     Self::Unknown => "unknown",
@@ -96,7 +96,7 @@ macro_rules! names {
 
 names! {
     /// Why a relay does not do what it was asked for.
-    Refusal {
+    pub Refusal {
         /// Another key has the node id, or had it a short time ago.
         NodeIdTaken "node_id_taken",
         /// The proof is missing or wrong.
@@ -118,7 +118,7 @@ names! {
 
 names! {
     /// Why a circuit ended.
-    Reason {
+    pub(crate) Reason {
         /// The other side's registration ended.
         Gone "gone",
         /// Nothing was carried for long.
@@ -130,7 +130,7 @@ names! {
 
 names! {
     /// Why packets were dropped.
-    Limit {
+    pub Limit {
         /// Bytes per second of the circuit.
         Bandwidth "bandwidth",
         /// Bytes that wait to be sent to the receiving node.

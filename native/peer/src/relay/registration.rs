@@ -14,14 +14,14 @@ use quinn::{
     ClientConfig, ConnectError, Connection, ConnectionError, Incoming, ReadError, RecvStream, SendStream, VarInt,
     WriteError,
 };
-use ring::hmac;
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
-use super::control::{FromNode, FromRelay, Id, LIMITS, Limit, OPENER, PROOF_LEN, Reason, Refusal};
+use super::control::{FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Reason, Refusal};
+use crate::identity::realm_proof;
 use crate::decide::silence::{Counted, Silence};
 use crate::dial::{not_begun, not_connected};
 use crate::error;
@@ -41,9 +41,6 @@ const LINGER: Duration = Duration::from_millis(100);
 
 /// The TLS name of the other node. Nothing checks it: who a node is, its certificate's key says.
 const ANY_NAME: &str = "macula";
-
-/// RFC 8446, section 7.5.
-const PROOF_LABEL: &[u8] = b"EXPORTER-macula-peer-realm";
 
 /// The error that a node stops a control stream with if it is no relay.
 const NO_RELAY: u32 = 4;
@@ -117,7 +114,7 @@ impl Registration {
         if Dialect::of(&connection.0) != Some(Dialect::MaculaPeer1) || connection.0.max_datagram_size().is_none() {
             return Err(CircuitError::NotARelay);
         }
-        let proof = realm_secret.and_then(|secret| proof(&connection.0, &node_id, secret));
+        let proof = realm_secret.and_then(|secret| realm_proof(&connection.0, secret, node_id.as_bytes()));
         let (mut send, mut receive) = connection.0.open_bi().await.map_err(|_| CircuitError::RelayLost)?;
         let mut hello = BytesMut::new();
         hello.put_slice(&[VERSION, OPENER, 0, 0, 0, 0, 0, 0]);
@@ -138,15 +135,6 @@ impl Registration {
             }
         }
     }
-}
-
-/// What shows that the node knows the realm's secret, on this connection alone.
-fn proof(connection: &Connection, node_id: &Id, secret: &[u8]) -> Option<[u8; PROOF_LEN]> {
-    let mut exported = [0; 32];
-    // Fails only where the TLS session is not up yet: the relay then refuses.
-    connection.export_keying_material(&mut exported, PROOF_LABEL, node_id.as_bytes()).ok()?;
-    let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, secret), &exported);
-    tag.as_ref().try_into().ok()
 }
 
 /// A relay that does not keep to the protocol is none.
@@ -556,10 +544,6 @@ pub(crate) struct IncomingCircuit {
 }
 
 impl IncomingCircuit {
-    pub(crate) fn circuit(&self) -> u32 {
-        self.circuit
-    }
-
     /// The connection, once its handshake is done. It ends at once when the relay says that the circuit has.
     pub(crate) async fn accept(self) -> Result<Connection, ConnectionError> {
         let Self { circuit, incoming, commands } = self;

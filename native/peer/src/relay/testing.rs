@@ -10,8 +10,9 @@ use quinn::{ClientConfig, Connection, Endpoint, EndpointConfig, ServerConfig, Tr
 use tokio::task::JoinSet;
 
 use super::packet::{Fit, Form, Packet, SplitBy, Splitter, parse};
+use crate::identity::Identity;
 use crate::runtime::BatchingRuntime;
-use crate::tls::{self, Certificate};
+use crate::tls::{self, Certificate, Verify};
 
 /// Longer than anything here takes on a busy machine; only a failing test waits for it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -21,13 +22,15 @@ pub(crate) fn transport() -> TransportConfig {
 }
 
 pub(crate) fn client_config(transport: TransportConfig) -> ClientConfig {
-    let mut config = ClientConfig::new(Arc::new(tls::unverified_client().unwrap()));
+    let mut config = ClientConfig::new(Arc::new(tls::client(&Identity::generate().unwrap(), &Verify::None).unwrap()));
     config.transport_config(Arc::new(transport));
     config
 }
 
 pub(crate) fn server_config(transport: TransportConfig) -> ServerConfig {
-    let mut config = ServerConfig::with_crypto(Arc::new(tls::server(&Certificate::Generated).unwrap()));
+    let identity = Identity::generate().unwrap();
+    let tls = tls::server(&identity, &Certificate::Identity, &Verify::None).unwrap();
+    let mut config = ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport));
     config
 }

@@ -1,0 +1,233 @@
+//! The relays that this node uses: one [`RelayClient`] each, made when it is first needed.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hashbrown::HashMap;
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Connection, TransportConfig};
+use tokio::time::timeout;
+
+use super::client::{RegistrationState, RelayClient, RelayEvent, Settings};
+use super::control::Id;
+use super::registration::{CircuitError, IncomingCircuit};
+use crate::config::Config;
+use crate::dial::set_idle_timeout;
+use crate::endpoint::Endpoint;
+use crate::link::lock;
+use crate::listen::{self, Admission, HANDSHAKE_TIMEOUT};
+use crate::message::{Event, NodeId, Path, Registration};
+use crate::node::Node;
+use crate::socket::canonical;
+use crate::stats::RegistrationStats;
+
+/// Relays used at once, standing ones included. Each is a connection of some 40 KB. Those that callers name and that are
+/// not used go by themselves.
+const MAX_RELAYS: usize = 64;
+
+/// How long a registration that nobody asked for is kept after its last circuit.
+const UNUSED_FOR: Duration = Duration::from_secs(60);
+
+pub(crate) struct Clients {
+    table: RwLock<HashMap<Endpoint, Client>>,
+    /// Who this node is at its standing relays.
+    standing: Mutex<Option<(NodeId, Vec<Endpoint>)>>,
+    /// TLS for connections over circuits.
+    client: ClientConfig,
+    admission: Admission,
+}
+
+#[derive(Clone)]
+struct Client {
+    client: Arc<RelayClient>,
+    address: Arc<OnceLock<SocketAddr>>,
+}
+
+impl Clients {
+    pub(crate) fn new(client: QuicClientConfig, admission: Admission, config: &Config) -> Self {
+        let mut transport = TransportConfig::default();
+        transport
+            .keep_alive_interval(Some(config.keep_alive))
+            // Raised when it is known who the peer is.
+            .max_concurrent_bidi_streams(0u8.into())
+            .max_concurrent_uni_streams(0u8.into());
+        set_idle_timeout(&mut transport, config);
+        let mut client = ClientConfig::new(Arc::new(client));
+        client.transport_config(Arc::new(transport));
+        Self { table: RwLock::default(), standing: Mutex::default(), client, admission }
+    }
+
+    /// A connection to a node through a relay, and the relay's address.
+    pub(crate) async fn connect(
+        &self,
+        node: &Arc<Node>,
+        relay: &Endpoint,
+        target: &NodeId,
+    ) -> Result<(Connection, SocketAddr), CircuitError> {
+        // A name of a node is a valid id.
+        let Some(target) = Id::new(target.to_bytes()) else { return Err(CircuitError::NotRegistered) };
+        loop {
+            let Client { client, address } = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
+            match client.connect(&target).await {
+                // It had just ended, unused, and is out of the table by now.
+                Err(CircuitError::Stopped) if !node.is_stopping() => tokio::task::yield_now().await,
+                Err(error) => return Err(error),
+                Ok(connection) => {
+                    let address = address.get().copied();
+                    return Ok((connection, address.ok_or(CircuitError::RelayLost)?));
+                }
+            }
+        }
+    }
+
+    /// Keeps this node registered at these relays, and no others.
+    pub(crate) fn register(&self, node: &Arc<Node>, name: Option<NodeId>, relays: Vec<Endpoint>) {
+        let id = name.as_ref().and_then(|name| Id::new(name.to_bytes()));
+        let mut standing = lock(&self.standing);
+        let before = standing.take().map_or_else(Vec::new, |(_, relays)| relays);
+        for relay in before.iter().filter(|relay| !relays.contains(relay)) {
+            if let Some(Client { client, .. }) = self.find(relay) {
+                client.set_standing(None);
+                client.stop();
+            }
+        }
+        for relay in &relays {
+            self.client(node, relay, id.clone());
+        }
+        *standing = name.map(|name| (name, relays));
+    }
+
+    /// The relays that this node is to be registered at.
+    pub(crate) fn standing(&self) -> Vec<Endpoint> {
+        lock(&self.standing).as_ref().map_or_else(Vec::new, |(_, relays)| relays.clone())
+    }
+
+    pub(crate) fn stats(&self) -> Vec<RegistrationStats> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let stats = table.iter().map(|(relay, Client { client, .. })| {
+            let status = client.status();
+            let (state, address) = match status.state {
+                RegistrationState::Unused | RegistrationState::Connecting => (Registration::Connecting, None),
+                RegistrationState::Registered { address } => (Registration::Registered, Some(address)),
+                RegistrationState::Refused(refusal) => (Registration::Refused(refusal), None),
+                RegistrationState::Down(_) => (Registration::Lost, None),
+            };
+            let (relay, circuits, since) = (relay.clone(), status.circuits, status.since);
+            RegistrationStats { relay, state, address, circuits, since }
+        });
+        stats.collect()
+    }
+
+    /// Ends all registrations.
+    pub(crate) fn stop(&self) {
+        for Client { client, .. } in self.table.read().unwrap_or_else(PoisonError::into_inner).values() {
+            client.stop();
+        }
+    }
+
+    fn find(&self, relay: &Endpoint) -> Option<Client> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).get(relay).cloned()
+    }
+
+    /// The client for a relay. `None` when the engine is stopping, or when there are too many.
+    fn client(&self, node: &Arc<Node>, relay: &Endpoint, standing: Option<Id>) -> Option<Client> {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let found = table.get(relay).cloned();
+        let client = match found {
+            Some(client) => client,
+            None if node.is_stopping() || table.len() >= MAX_RELAYS => return None,
+            None => {
+                let client = self.start(node, relay);
+                table.insert(relay.clone(), client.clone());
+                client
+            }
+        };
+        if standing.is_some() {
+            client.client.set_standing(standing);
+        }
+        Some(client)
+    }
+
+    fn start(&self, node: &Arc<Node>, relay: &Endpoint) -> Client {
+        let address = Arc::new(OnceLock::new());
+        let weak = Arc::downgrade(node);
+        let own = Bytes::copy_from_slice(node.identity.fingerprint().as_bytes());
+        let name = lock(&self.standing).as_ref().map(|(name, _)| name.to_bytes());
+        let settings = Settings {
+            dial: Box::new(dialling(weak.clone(), relay.clone(), address.clone())),
+            // A fingerprint and a name are valid ids.
+            node_id: Id::new(name.unwrap_or_else(|| own.clone())).unwrap_or_else(|| unreachable!()),
+            realm_secret: node.config.realm_secret.as_ref().map(|secret| Bytes::copy_from_slice(secret.as_bytes())),
+            client: self.client.clone(),
+            server: Some((*self.admission.config).clone()),
+            timeout: node.config.connect_timeout,
+            idle: UNUSED_FOR,
+            on_event: Arc::new(telling(weak.clone(), relay.clone())),
+            on_incoming: Box::new(serving(weak, self.admission.clone(), address.clone())),
+        };
+        let client = RelayClient::new(settings);
+        let (served, node, relay) = (client.clone(), node.clone(), relay.clone());
+        let owner = node.clone();
+        owner.spawn(async move {
+            served.clone().run().await;
+            let mut table = node.clients.table.write().unwrap_or_else(PoisonError::into_inner);
+            if table.get(&relay).is_some_and(|current| Arc::ptr_eq(&current.client, &served)) {
+                table.remove(&relay);
+            }
+        });
+        Client { client, address }
+    }
+}
+
+fn dialling(
+    node: Weak<Node>,
+    relay: Endpoint,
+    address: Arc<OnceLock<SocketAddr>>,
+) -> impl Fn() -> super::client::Dialling + Send + Sync {
+    move || {
+        let (node, relay, address) = (node.clone(), relay.clone(), address.clone());
+        Box::pin(async move {
+            let node = node.upgrade().ok_or(crate::error::ConnectError::Unreachable)?;
+            let until = Instant::now() + node.config.connect_timeout;
+            let connection = node.dial_relay(relay, until).await?;
+            // The first one says it as well as any later one.
+            let _ = address.set(canonical(connection.remote_address()));
+            Ok(connection)
+        })
+    }
+}
+
+fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sync {
+    move |event| {
+        let Some(node) = node.upgrade() else { return };
+        let relay = relay.clone();
+        node.event(match event {
+            RelayEvent::Registered { .. } => Event::Registration { relay, state: Registration::Registered },
+            RelayEvent::Lost => Event::Registration { relay, state: Registration::Lost },
+            RelayEvent::Refused(refusal) => Event::Registration { relay, state: Registration::Refused(refusal) },
+            RelayEvent::Dropped { limit, .. } => Event::RelayLimit { relay, limit },
+        });
+    }
+}
+
+fn serving(
+    node: Weak<Node>,
+    admission: Admission,
+    address: Arc<OnceLock<SocketAddr>>,
+) -> impl Fn(IncomingCircuit) + Send + Sync {
+    move |incoming| {
+        let (Some(node), Some(&relay)) = (node.upgrade(), address.get()) else { return };
+        if lock(&node.accepted).len() >= node.config.max_accepted {
+            node.counters.refused.add(1);
+            return;
+        }
+        let (admission, owner) = (admission.clone(), node.clone());
+        owner.spawn(async move {
+            if let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.accept()).await {
+                listen::serve(node, admission, connection, Path::Relay(relay)).await;
+            }
+        });
+    }
+}
