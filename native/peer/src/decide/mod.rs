@@ -2,7 +2,6 @@
 //! in virtual time.
 
 pub(crate) mod lanes;
-#[cfg_attr(not(test), expect(dead_code, reason = "nothing starts a relay yet"))]
 pub(crate) mod relay;
 pub(crate) mod retry;
 #[cfg(test)]

@@ -14,8 +14,7 @@ pub struct Fingerprint(pub [u8; 32]);
 /// What a relay gives at most.
 #[derive(Clone)]
 pub struct RelayConfig {
-    /// Node ids that are registered or still kept for their owner. Default 10,000: some 5 MB, and far more connections
-    /// than one socket carries well.
+    /// Node ids that are registered or still kept for their owner. Default 10,000.
     pub max_registrations: usize,
     /// Circuits. Default 100, as in the original.
     pub max_sessions: usize,
