@@ -136,10 +136,10 @@ impl Engine {
         self.enqueue(target, &call, |peer| peer.request(message.clone(), &call))
     }
 
-    /// Tells what is known of the ways to a node. True if more should be looked up: then [`Engine::resolved`] is to be
+    /// Tells what is known of the ways to a node, before something is sent to it. True if more should be looked up: then [`Engine::resolved`] is to be
     /// called, whatever comes of it.
     pub fn learn(&self, node: &NodeId, ways: Ways) -> bool {
-        self.node.find(&Target::Node(node)).is_some_and(|peer| peer.learn(ways))
+        self.node.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(ways))
     }
 
     /// Tells what was found by looking up the ways to a node.

@@ -23,11 +23,12 @@ use crate::config::Delivery;
 use crate::decide::retry::Backoff;
 use crate::dial::refused;
 use crate::endpoint::Target;
-use crate::error::{ConnectError, RequestError, SendError, UndeliveredReason};
+use crate::error::{ConnectError, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::link::{Link, Partial, Swept, Written, lock};
 use crate::message::{Event, Inbound, Message, Path, PeerName};
 use crate::node::Node;
 use crate::race::{self, Race, Ways};
+use crate::relay::control::Refusal;
 use crate::request;
 use crate::session::{Progress, Session};
 use crate::stats::{LinkStats, PeerCounters, PeerStats};
@@ -58,6 +59,10 @@ const SHORT_LIFE: Duration = Duration::from_secs(1);
 /// stays closed costs a handshake's first packets a minute.
 const UPGRADE_FIRST_PAUSE: Duration = Duration::from_secs(1);
 const UPGRADE_LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How long callers wait, within their deadlines, for a node that had a link and is not to be found. A relay that was
+/// restarted is back within some seconds, and its nodes with it.
+const AWAY: Duration = Duration::from_secs(30);
 
 /// A link that was replaced lives on for this long, and as long again while a request waits on it: answers to messages
 /// that went over it are on their way.
@@ -466,6 +471,10 @@ struct Task {
     /// The live link; callers see it too unless it is in doubt.
     link: Option<Arc<Link>>,
     link_since: Instant,
+    /// When there was last a link, if there is none.
+    linked_until: Option<Instant>,
+    /// Why there is none.
+    failure: Option<SendError>,
     in_doubt: bool,
     /// Datagrams received over the link when last looked, and when they last became more.
     heard: (u64, Instant),
@@ -516,6 +525,8 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         hold_off: None,
         link: None,
         link_since: now,
+        linked_until: None,
+        failure: None,
         in_doubt: false,
         heard: (0, now),
         oldest: None,
@@ -629,7 +640,7 @@ impl Task {
                 () if job.had_no_time() => SendError::Timeout,
                 () if linked && !self.peer.has_room(job.size()) => SendError::Overloaded,
                 () if linked => SendError::NoRoom,
-                () => SendError::Connect(ConnectError::TimedOut),
+                () => self.not_reached(),
             };
             match job.who {
                 Who::Accepted => expired += 1,
@@ -639,6 +650,14 @@ impl Task {
             }
         }
         self.undelivered(expired, UndeliveredReason::Expired);
+    }
+
+    fn not_reached(&self) -> SendError {
+        match (&self.peer.name, &self.failure) {
+            (_, Some(failure)) => failure.clone(),
+            (PeerName::Endpoint(_), None) => ConnectError::TimedOut.into(),
+            (PeerName::Node(_), None) => RouteError::Relay(ConnectError::TimedOut).into(),
+        }
     }
 
     fn start_partials(&mut self) {
@@ -889,6 +908,7 @@ impl Task {
         self.refusals = self.node().refusals.subscribe();
         let now = Instant::now();
         (self.heard, self.link_since) = ((0, now), now);
+        self.failure = None;
         self.answers_until = None;
         self.peer.touch(now);
         let mut state = lock(&self.peer.state);
@@ -924,6 +944,12 @@ impl Task {
         }
         // Silence says nothing about a call that came later: it gets a dial of its own.
         let silent = matches!(error, SendError::Connect(ConnectError::TimedOut));
+        if self.is_away(&error) {
+            // It was there a moment ago, and is about to register again, perhaps at a relay that was restarted too.
+            self.hold_off = self.redial_at;
+            self.failure = Some(error);
+            return;
+        }
         let mut failed = Vec::new();
         {
             let mut state = lock(&self.peer.state);
@@ -943,6 +969,12 @@ impl Task {
                 Who::Requester(call) => self.fail(|| call.answer(Err(error.clone().into()))),
             }
         }
+    }
+
+    /// Whether a node that was linked until recently cannot be found.
+    fn is_away(&self, error: &SendError) -> bool {
+        let absent = matches!(error, SendError::Route(RouteError::Relay(_) | RouteError::Setup(Refusal::NotRegistered)));
+        absent && self.linked_until.is_some_and(|until| until.elapsed() < AWAY)
     }
 
     fn session_progressed(&mut self, progress: Progress) {
@@ -1007,6 +1039,9 @@ impl Task {
         // What is owed without a deadline has one from now on.
         state.expiry = earliest(state.expiry, Some(Instant::now() + OWED_WITHOUT_DEADLINE));
         drop(state);
+        if self.link.is_some() {
+            self.linked_until = Some(Instant::now());
+        }
         self.link.take()
     }
 

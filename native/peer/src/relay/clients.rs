@@ -85,8 +85,9 @@ impl Clients {
     /// Keeps this node registered at these relays, and no others.
     pub(crate) fn register(&self, node: &Arc<Node>, name: Option<NodeId>, relays: Vec<Endpoint>) {
         let id = name.as_ref().and_then(|name| Id::new(name.to_bytes()));
-        let mut standing = lock(&self.standing);
-        let before = standing.take().map_or_else(Vec::new, |(_, relays)| relays);
+        let standing = name.map(|name| (name, relays.clone()));
+        let before = std::mem::replace(&mut *lock(&self.standing), standing);
+        let before = before.map_or_else(Vec::new, |(_, relays)| relays);
         for relay in before.iter().filter(|relay| !relays.contains(relay)) {
             if let Some(Client { client, .. }) = self.find(relay) {
                 client.set_standing(None);
@@ -96,7 +97,6 @@ impl Clients {
         for relay in &relays {
             self.client(node, relay, id.clone());
         }
-        *standing = name.map(|name| (name, relays));
     }
 
     /// The relays that this node is to be registered at.

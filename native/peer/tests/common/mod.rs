@@ -9,7 +9,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use macula_peer::{Config, EndpointRef, Engine, Event, Handler, Inbound, Listen, Message, SendError, Target, Unhandled};
+use macula_peer::{
+    Config, Endpoint, EndpointRef, Engine, Event, Handler, Inbound, Listen, Message, NodeId, Registration, RelayConfig,
+    SendError, Target, Unhandled, Ways,
+};
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, decode_payload};
 
@@ -172,4 +175,51 @@ impl Drop for Forwarder {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap();
     }
+}
+
+/// A relay on loopback that gives everything, and its endpoint.
+pub fn relay(port: u16) -> (Engine, String) {
+    let engine = engine(Config { port, ..Config::default() });
+    let generous = RelayConfig { bandwidth: 1 << 30, ..RelayConfig::default() };
+    let port = engine.listen(Listen { relay: Some(generous), ..Listen::default() }).unwrap().port();
+    (engine, format!("127.0.0.1:{port}"))
+}
+
+pub fn node_id(name: &str) -> NodeId {
+    NodeId::new(name.as_bytes()).unwrap()
+}
+
+pub fn endpoint(text: &str) -> Endpoint {
+    EndpointRef::parse(text).unwrap().to_owned()
+}
+
+/// A node that is registered at relays and gathers what arrives.
+pub fn member(name: &str, relays: &[&str]) -> (Engine, Arc<Inbox>) {
+    let engine = engine(Config::default());
+    let inbox = Arc::new(Inbox::default());
+    engine.set_handler(Some(inbox.clone()));
+    engine.register(node_id(name), relays.iter().map(|relay| endpoint(relay)).collect());
+    let registered = |engine: &Engine| {
+        engine.stats().registrations.iter().filter(|r| r.state == Registration::Registered).count()
+    };
+    until("registered", || registered(&engine) == relays.len());
+    (engine, inbox)
+}
+
+/// Sends to a node as the NIF does.
+pub fn send_to_node(engine: &Engine, name: &str, ways: Ways, message: Message) -> Result<(), SendError> {
+    let node = node_id(name);
+    let target = Target::Node(&node);
+    let Err(message) = engine.send_now(&target, message, Instant::now()) else { return Ok(()) };
+    let look_up = engine.learn(&node, ways);
+    let (answer, answered) = mpsc::channel();
+    engine.send(&target, message, move |sent| answer.send(sent).unwrap());
+    if look_up {
+        engine.resolved(&node, Ways::default());
+    }
+    answered.recv_timeout(PATIENCE).expect("a call is always answered")
+}
+
+pub fn over(relays: &[&str]) -> Ways {
+    Ways { relays: relays.iter().map(|relay| endpoint(relay)).collect(), ..Ways::default() }
 }

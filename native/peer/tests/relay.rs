@@ -1,0 +1,112 @@
+//! Nodes that nobody dials are reached through relays.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{engine, frame, member, message, node_id, number, over, relay, send_to_node, until};
+use macula_peer::{Config, ConnectError, Message, Path, RouteError, SendError, Ways};
+use macula_peer_wire::MessageType::Publish;
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+#[test]
+fn a_node_is_reached_through_its_relay() {
+    let (relay, address) = relay(0);
+    let (target, inbox) = member("target", &[&address]);
+    let sender = engine(Config::default());
+    let begun = Instant::now();
+    send_to_node(&sender, "target", over(&[&address]), message(Publish, 1, TIMEOUT)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    let arrived = &inbox.messages.lock().unwrap()[0];
+    assert_eq!(arrived.key, Some(sender.fingerprint()), "the sender itself, not the relay");
+    assert!(matches!(arrived.path, Path::Relay(_)));
+    let stats = relay.stats().relay.unwrap();
+    assert_eq!((stats.registrations, stats.circuits), (2, 1));
+    for engine in [sender, target, relay] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn a_relay_that_does_not_know_the_node_is_not_the_last_one_asked() {
+    let ((first, first_address), (second, second_address)) = (relay(0), relay(0));
+    let (target, inbox) = member("target", &[&second_address]);
+    let sender = engine(Config::default());
+    let relays = over(&[&first_address, &second_address]);
+    send_to_node(&sender, "target", relays, message(Publish, 1, TIMEOUT)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    let unknown = send_to_node(&sender, "nobody", over(&[&first_address]), message(Publish, 1, TIMEOUT));
+    let not_registered = macula_peer::Refusal::NotRegistered;
+    assert_eq!(unknown, Err(SendError::Route(RouteError::Setup(not_registered))));
+    assert_eq!(
+        send_to_node(&sender, "nowhere", Ways::default(), message(Publish, 1, TIMEOUT)),
+        Err(SendError::Route(RouteError::NoRelay))
+    );
+    for engine in [sender, target, first, second] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn a_node_with_another_key_than_expected_gets_nothing() {
+    let (relay, address) = relay(0);
+    let (target, inbox) = member("target", &[&address]);
+    let sender = engine(Config::default());
+    let wrong = Ways { key: Some([7; 32].into()), ..over(&[&address]) };
+    let refused = send_to_node(&sender, "target", wrong, message(Publish, 1, TIMEOUT));
+    assert_eq!(refused, Err(SendError::Route(RouteError::Node(ConnectError::Untrusted))));
+    let right = Ways { key: Some(target.fingerprint()), ..over(&[&address]) };
+    send_to_node(&sender, "target", right, message(Publish, 2, TIMEOUT)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    assert_eq!(inbox.numbers(), [2]);
+    for engine in [sender, target, relay] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn messages_survive_relays_that_are_killed_and_a_better_path() {
+    let (mut relay, address) = relay(0);
+    let port = address.rsplit_once(':').unwrap().1.parse().unwrap();
+    let (target, inbox) = member("target", &[&address]);
+    let direct = format!("127.0.0.1:{}", target.listen(Default::default()).unwrap().port());
+    let sender = std::sync::Arc::new(engine(Config::default()));
+    let total = 30_000;
+    let sending = std::thread::spawn({
+        let (sender, ways, mut better) = (sender.clone(), over(&[&address]), over(&[&address]));
+        better.endpoints.push(common::endpoint(&direct));
+        move || {
+            for n in 0..total {
+                let message = Message { frame: frame(Publish, n, 100), kind: Publish, deadline: None };
+                send_to_node(&sender, "target", ways.clone(), message).unwrap();
+                if n % 100 == 0 {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                if n == total * 2 / 3 {
+                    sender.learn(&node_id("target"), better.clone());
+                }
+            }
+        }
+    });
+    for _ in 0..2 {
+        let begun = inbox.len();
+        until("some arrive", || inbox.len() > begun + 1000);
+        relay.stop();
+        drop(relay);
+        relay = common::relay(port).0;
+    }
+    sending.join().unwrap();
+    until("all arrive", || inbox.len() >= total as usize);
+    let arrived: Vec<u64> = inbox.messages.lock().unwrap().iter().filter_map(|m| number(&m.payload)).collect();
+    assert_eq!(arrived, (0..total).collect::<Vec<_>>());
+    until("on the direct path", || {
+        sender.stats().peers.iter().any(|peer| peer.link.is_some_and(|link| link.path == Path::Direct))
+    });
+    assert_eq!(inbox.messages.lock().unwrap().last().unwrap().path, Path::Direct);
+    for engine in [&*sender, &target, &relay] {
+        engine.stop();
+    }
+}
