@@ -3,7 +3,7 @@
 %% == Messages to the handler ==
 %% The handler is a process, or a function that is called with each message by one process of its own. It gets:
 %% <dl>
-%%   <dt>`{macula_peer_message, #{type, message, from, dialect, reply_to}}'</dt>
+%%   <dt>`{macula_peer_message, #{type, message, from, dialect, key, reply_to}}'</dt>
 %%   <dd>A message arrived: see {@link inbound()}.</dd>
 %%   <dt>`{macula_peer_event, #{event := undelivered, peer, count, reason}}'</dt>
 %%   <dd>`count' messages to `peer', for which `ok' had been returned, did not arrive as far as can be known. `reason' is
@@ -15,28 +15,40 @@
 -export([listen/1]).
 -export([close/0]).
 -export([local_address/0]).
+-export([identity/0]).
 -export([set_handler/1]).
 -export([reply/3]).
 -export([stats/0]).
 -export([start/0]).
 -export([stop/0]).
 
--export_type([listen_opts/0, handler/0, inbound/0, reply_token/0, stats/0]).
+-export_type([listen_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0]).
 
 -type handler() :: pid() | {module(), atom(), [term()]}.
 %% The function gets the message as its first argument, before the listed ones.
 
 -type listen_opts() :: #{port => inet:port_number(), ip => inet:ip_address(), certfile => file:filename(),
-                         keyfile => file:filename(), handler => handler()}.
+                         keyfile => file:filename(), verify => verify(), handler => handler()}.
 %% Without `port', or with 0, the port that the one socket has already, or any port where `ip' is another address than the
 %% socket's. Without `ip' the addresses that the socket has. Live links move along.
-%% Without `certfile' and `keyfile' (PEM) a self-signed certificate is made.
+%% Without `certfile' and `keyfile' (PEM) the engine's own certificate is shown. `verify' says who may connect; without it
+%% the application's setting does.
+
+-type fingerprint() :: <<_:256>>.
+%% What a node is known by: the SHA-256 of its public key's SubjectPublicKeyInfo in DER.
+
+-type verify() :: none | {pin, [fingerprint() | HexDigits :: binary() | string()]} | {cacertfile, file:filename()}.
+%% Whose certificates are good enough: any, one of these keys, or one that leads to an authority in this PEM file and, of
+%% those who are dialled, is for the host. Who connects must show one with `pin' and `cacertfile', which 0.14.3 clients
+%% cannot. Without a setting any will do, and nodes that run this library know each other by their keys.
 
 -opaque reply_token() :: reference().
 
 -type inbound() :: #{type := macula_peer_wire:type(), message := term(), from := {inet:ip_address(), inet:port_number()},
-                     dialect := macula | 'macula-peer/1', reply_to := reply_token() | none}.
-%% `from' is the address that the packets came from. `reply_to' is `none' when the sender reads no answer.
+                     dialect := macula | 'macula-peer/1', key := fingerprint() | undefined,
+                     reply_to := reply_token() | none}.
+%% `from' is the address that the packets came from. `key' is the sender's, which nobody else has; in the dialect `macula'
+%% there is none. `reply_to' is `none' when the sender reads no answer.
 
 -type stats() :: #{peers := [map()], accepted := [map()], pool := map(), verify_none_links := non_neg_integer(),
                    undelivered := non_neg_integer(), unhandled := non_neg_integer(), malformed := non_neg_integer(),
@@ -48,8 +60,8 @@
 
 %% @doc Accepts connections. Returns the local address.
 %%
-%% Errors: `already_listening', `{listen_failed, inet:posix()}', `{bad_certificate, Text}', `{invalid_option, {Key,
-%% Value}}'.
+%% Errors: `already_listening', `{listen_failed, inet:posix()}', `{bad_certificate, Text}', `{listen_failed,
+%% {cacertfile, Reason}}', `{invalid_option, {Key, Value}}'.
 -spec listen(listen_opts()) -> {ok, {inet:ip_address(), inet:port_number()}} | {error, term()}.
 listen(Opts) when is_map(Opts) ->
     Listen = fun() -> macula_peer_nif:listen(maps:remove(handler, Opts)) end,
@@ -77,6 +89,11 @@ close() ->
 -spec local_address() -> {ok, {inet:ip_address(), inet:port_number()}} | {error, term()}.
 local_address() ->
     macula_peer_engine:running(fun macula_peer_nif:local_address/0).
+
+%% @doc Who this node is to others. The same at every start where `identity_file' is set.
+-spec identity() -> #{fingerprint := fingerprint()} | {error, term()}.
+identity() ->
+    macula_peer_engine:running(fun macula_peer_nif:identity/0).
 
 %% @doc Sets who gets what arrives: messages to the listener, and answers to messages that were sent without waiting.
 -spec set_handler(handler() | undefined) -> ok | {error, term()}.

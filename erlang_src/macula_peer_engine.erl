@@ -23,7 +23,7 @@
 %% What the native part is told; the other keys of the environment are ours.
 -define(NATIVE_KEYS, [ip, port, max_frame_size, max_nesting, pool_size, idle_timeout, keep_alive, connect_timeout,
                       delivery, max_unacknowledged, answer_timeout, workers, max_accepted, max_streams,
-                      frame_timeout]).
+                      frame_timeout, identity_file, verify, realm_secret]).
 
 -spec start_link() -> gen_server:start_ret().
 start_link() ->
@@ -34,8 +34,7 @@ start_link() ->
 ensure_started() ->
     case macula_peer_nif:start(settings()) of
         ok ->
-            logger:notice("macula_peer_connector: verify is none, so the certificates of peers are not checked; "
-                          "this is the compatibility mode for macula 0.14.3. stats/0 counts such links."),
+            logger:notice("macula_peer_connector: peers are verified by ~p", [verify_mode()]),
             set_default_handler();
         {error, already_started} ->
             ok;
@@ -66,6 +65,14 @@ stop() ->
 -spec settings() -> map().
 settings() ->
     maps:from_list([{Key, Value} || Key <- ?NATIVE_KEYS, {ok, Value} <- [application:get_env(?APP, Key)]]).
+
+-spec verify_mode() -> first_seen | none | pin | cacertfile.
+verify_mode() ->
+    case application:get_env(?APP, verify) of
+        undefined -> first_seen;
+        {ok, {Mode, _}} -> Mode;
+        {ok, Mode} -> Mode
+    end.
 
 -spec set_default_handler() -> ok | {error, term()}.
 set_default_handler() ->

@@ -11,6 +11,7 @@
 -export([listen/1]).
 -export([close/0]).
 -export([local_address/0]).
+-export([identity/0]).
 -export([set_handler/1]).
 -export([set_logger/1]).
 -export([reply/3]).
@@ -96,6 +97,9 @@ close() -> not_loaded().
 
 -spec local_address() -> {ok, ip_port()} | not_started | {error, term()}.
 local_address() -> not_loaded().
+
+-spec identity() -> #{fingerprint := <<_:256>>} | not_started | not_loaded().
+identity() -> not_loaded().
 
 -spec set_handler(pid() | undefined) -> ok | not_started | not_loaded().
 set_handler(_Handler) -> not_loaded().

@@ -128,7 +128,7 @@ endpoint_of(Port) -> <<"host:", (list_to_binary(Port))/binary>>.
 
 an_endpoint_of_another_kind_is_a_bad_format(_Config) ->
     refused_endpoints(invalid_format, [host, 9443, 1.5, {"host", 9443}, #{host => "host"}, self(), make_ref(),
-                                       fun() -> "host:9443" end, <<1:7>>, <<255, ":9443">>, [host | 9443],
+                                       fun() -> "host:9443" end, <<1:7>>, <<255, ":9443">>, [host | 9443], [$h | 9443],
                                        ["host:", 9443.0], ["host:" | 9443], [-1], [16#D800]]).
 
 refused_endpoints(Why, Endpoints) ->

@@ -65,12 +65,14 @@ mixed(_, Live, _, _) ->
 
 late_replies_go_nowhere(Config) ->
     Live = ?config(endpoint, Config),
+    %% On a busy machine making the link may take longer than the first timeout.
+    {ok, _} = send_message_and_wait(Live, ping, #{timestamp => 1}, 10000),
     in_parallel(20, fun(_) ->
         {error, timeout} = send_message_and_wait(Live, rpc_request, rpc(<<"late">>, 300), 100),
         %% A later request on the same link is answered after the late reply came.
         {ok, _} = send_message_and_wait(Live, rpc_request, rpc(<<"late">>, 600), 10000)
     end),
-    ?assertEqual(0, held(Live)).
+    until(fun() -> held(Live) =:= 0 end).
 
 a_dead_callers_message_is_not_sent(Config) ->
     dies_waiting(Config, fun(Endpoint, Message) -> send_message(Endpoint, store, Message, 30000) end).

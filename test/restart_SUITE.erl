@@ -142,6 +142,7 @@ says_not_loaded(Node) ->
              {macula_peer_endpoint, start, []},
              {macula_peer_endpoint, listen, [#{}]},
              {macula_peer_endpoint, listen, [#{handler => {erlang, display, []}}]},
+             {macula_peer_endpoint, identity, []},
              {macula_peer_endpoint, close, []},
              {macula_peer_endpoint, local_address, []},
              {macula_peer_endpoint, set_handler, [undefined]},

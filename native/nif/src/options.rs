@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use macula_peer::{Certificate, Config, Delivery, Fingerprint, Listen, Secret, Verify};
-use rustler::{Atom, Binary, Encoder, Env, MapIterator, Term};
+use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term};
 
 use crate::atoms;
 use crate::errors::Reason;
@@ -109,7 +109,7 @@ fn verify(value: Term<'_>) -> Option<Verify> {
     }
     match value.decode::<(Atom, Term<'_>)>().ok()? {
         (mode, keys) if mode == atoms::pin() => {
-            Some(Verify::Pin(keys.into_list_iterator().ok()?.map(fingerprint).collect::<Option<_>>()?))
+            Some(Verify::Pin(proper_list(keys)?.map(fingerprint).collect::<Option<_>>()?))
         }
         (mode, file) if mode == atoms::cacertfile() => Some(Verify::CaFile(path(file)?)),
         _ => None,
@@ -163,13 +163,19 @@ fn path(value: Term<'_>) -> Option<PathBuf> {
     text(value).map(PathBuf::from)
 }
 
+/// rustler's iterator panics where an improper list ends.
+fn proper_list(value: Term<'_>) -> Option<ListIterator<'_>> {
+    value.list_length().ok()?;
+    value.into_list_iterator().ok()
+}
+
 /// A binary in UTF-8 or a string.
 pub(crate) fn text(value: Term<'_>) -> Option<String> {
     if let Ok(text) = value.decode::<String>() {
         return Some(text);
     }
     let mut text = String::new();
-    for c in value.into_list_iterator().ok()? {
+    for c in proper_list(value)? {
         text.push(char::from_u32(c.decode().ok()?)?);
     }
     Some(text)

@@ -214,7 +214,10 @@ pub(crate) fn not_connected(error: ConnectionError) -> ConnectError {
     match code {
         TransportErrorCode::CONNECTION_REFUSED => ConnectError::Refused,
         code if u64::from(code) == NO_APPLICATION_PROTOCOL => ConnectError::NoProtocol,
-        code if is_about_certificate(code) => untrusted,
+        code if is_about_certificate(code) => {
+            tracing::debug!(%error, "not trusted");
+            untrusted
+        }
         _ => ConnectError::Handshake(error.to_string()),
     }
 }

@@ -1,0 +1,341 @@
+%% A node keeps its key, others know it by that, and it talks to whom it is told to trust.
+-module(identity_SUITE).
+
+-include_lib("kernel/include/file.hrl").
+-include_lib("public_key/include/public_key.hrl").
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-export([a_key_is_new_at_every_start/1, a_key_in_a_file_stays/1, a_fingerprint_is_of_the_public_key/1]).
+-export([a_bad_file_is_named/1, wrong_values_are_named/1, a_wrong_secret_is_not_shown/1]).
+-export([a_message_says_whose_it_is/1, an_answer_of_a_gateway_is_nobodys/1]).
+-export([a_pinned_peer_is_dialled_and_no_other/1, who_is_pinned_is_let_in_and_no_other/1]).
+-export([a_listener_may_trust_others_than_its_node/1, signed_nodes_trust_each_other_and_nobody_else/1]).
+-export([bad_authorities_are_named/1]).
+-export([the_mode_is_logged/1, an_unverified_link_is_warned_of_once/1]).
+-export([log/2]).
+
+-define(APP, macula_peer_connector).
+-define(TIMEOUT, 5000).
+-define(UNTRUSTED, {error, {connect_failed, untrusted_peer}}).
+-define(REJECTED, {error, {connect_failed, rejected_by_peer}}).
+
+all() ->
+    [a_key_is_new_at_every_start, a_key_in_a_file_stays, a_fingerprint_is_of_the_public_key, a_bad_file_is_named,
+     wrong_values_are_named, a_wrong_secret_is_not_shown, a_message_says_whose_it_is, an_answer_of_a_gateway_is_nobodys,
+     a_pinned_peer_is_dialled_and_no_other, who_is_pinned_is_let_in_and_no_other,
+     a_listener_may_trust_others_than_its_node, signed_nodes_trust_each_other_and_nobody_else,
+     bad_authorities_are_named, the_mode_is_logged, an_unverified_link_is_warned_of_once].
+
+init_per_suite(Config) ->
+    [{other, macula_peer_test:start_node()} | Config].
+
+end_per_suite(Config) ->
+    macula_peer_test:stop_node(proplists:get_value(other, Config)).
+
+init_per_testcase(_Case, Config) ->
+    ok = on(Config, macula_peer_test, engine, [#{}]),
+    ok = macula_peer_test:engine(#{}),
+    Config.
+
+end_per_testcase(_Case, Config) ->
+    _ = application:stop(?APP),
+    ok = on(Config, macula_peer_endpoint, stop, []),
+    %% Without the settings of the case.
+    ok = macula_peer_test:engine(#{}),
+    macula_peer_endpoint:stop().
+
+%% ---- the key ----
+
+a_key_is_new_at_every_start(_Config) ->
+    First = key(),
+    ?assertEqual(32, byte_size(First)),
+    ?assertEqual(First, key()),
+    ok = macula_peer_endpoint:stop(),
+    ?assertNotEqual(First, key()).
+
+a_key_in_a_file_stays(Config) ->
+    File = in_priv_dir(Config, "key.pem"),
+    ok = macula_peer_test:engine(#{identity_file => File}),
+    Key = key(),
+    {ok, #file_info{mode = Mode}} = file:read_file_info(File),
+    ?assertEqual(8#600, Mode band 8#777),
+    ?assertEqual({ok, ["key.pem"]}, file:list_dir(filename:dirname(File))),
+    ok = macula_peer_test:engine(#{identity_file => list_to_binary(File)}),
+    ?assertEqual(Key, key()),
+    %% Another process with the same file is the same node.
+    ok = on(Config, macula_peer_test, engine, [#{identity_file => File}]),
+    ?assertEqual(Key, key_of_other(Config)).
+
+%% By another library's reading of the file.
+a_fingerprint_is_of_the_public_key(Config) ->
+    File = in_priv_dir(Config, "key.pem"),
+    ok = macula_peer_test:engine(#{identity_file => File}),
+    {ok, Pem} = file:read_file(File),
+    [Entry] = public_key:pem_decode(Pem),
+    #'ECPrivateKey'{parameters = {namedCurve, ?secp256r1} = Curve, publicKey = Point} =
+        public_key:pem_entry_decode(Entry),
+    {_, PublicKey, _} = public_key:pem_entry_encode('SubjectPublicKeyInfo', {#'ECPoint'{point = Point}, Curve}),
+    ?assertEqual(crypto:hash(sha256, PublicKey), key()).
+
+a_bad_file_is_named(Config) ->
+    {CA, _} = authority(),
+    {Cert, EcKey} = node_of(CA),
+    {OtherCert, _} = node_of(CA),
+    Key = public_key:pem_encode([public_key:pem_entry_encode('PrivateKeyInfo', EcKey)]),
+    [begin
+         File = in_priv_dir(Config, Name),
+         ok = write(File, Content, Mode),
+         Refused = {error, {start_failed, {identity_file, Reason}}},
+         ?assertEqual({Name, Refused}, {Name, start(#{identity_file => File})}),
+         %% Every call says so.
+         ?assertEqual(Refused, macula_peer_endpoint:identity()),
+         ?assertEqual(Refused, macula_peer_connector:send_message("127.0.0.1:9", cast, #{}))
+     end
+     || {Name, Content, Mode, Reason} <-
+            [{"readable.pem", Key, 8#644, insecure_permissions}, {"writable.pem", Key, 8#620, insecure_permissions},
+             {"garbage.pem", <<"garbage">>, 8#600, not_a_key}, {"cert.pem", pem(Cert), 8#600, not_a_key},
+             {"sec1.pem", pem(EcKey), 8#600, not_pkcs8}, {"other.pem", [Key, pem(OtherCert)], 8#600, bad_certificate}]],
+    ?assertEqual({error, {start_failed, {identity_file, enoent}}},
+                 start(#{identity_file => in_priv_dir(Config, "nowhere/key.pem")})),
+    ok = start(#{identity_file => in_priv_dir(Config, "fresh.pem")}).
+
+wrong_values_are_named(_Config) ->
+    Digits = lists:duplicate(63, $0),
+    [begin
+         ?assertEqual({error, {invalid_option, {Key, Value}}}, start(#{Key => Value})),
+         ?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_endpoint:identity())
+     end
+     || {Key, Value} <- [{identity_file, 1}, {identity_file, none}, {verify, always}, {verify, true}, {verify, {pin, none}},
+                         {verify, {pin, Digits ++ "0"}}, {verify, {pin, [Digits]}}, {verify, {pin, [Digits ++ "g"]}},
+                         {verify, {pin, [<<0:248>>]}}, {verify, {pin, [1]}}, {verify, {pin, [<<0:256>> | 1]}},
+                         {verify, {cacertfile, 1}}, {verify, {cacertfile, "a", "b"}}]],
+    ok = start(#{}),
+    [?assertEqual({error, {invalid_option, {verify, Value}}}, macula_peer_endpoint:listen(#{verify => Value}))
+     || Value <- [always, {pin, none}, {cacertfile, 1}]].
+
+a_wrong_secret_is_not_shown(_Config) ->
+    [?assertEqual({error, {invalid_option, {realm_secret, hidden}}}, start(#{realm_secret => Secret}))
+     || Secret <- ["secret", <<>>, secret]],
+    ok = start(#{realm_secret => <<"secret">>}).
+
+%% ---- whose a message is ----
+
+a_message_says_whose_it_is(Config) ->
+    Endpoint = listen(#{}),
+    Key = key_of_other(Config),
+    [begin ok = send_from_other(Config, Endpoint), ?assertEqual(Key, sender()) end || _ <- [1, 2]],
+    ok = on(Config, macula_peer_test, engine, [#{}]),
+    ok = send_from_other(Config, Endpoint),
+    ?assertEqual(key_of_other(Config), sender()),
+    ?assertNotEqual(Key, key_of_other(Config)).
+
+an_answer_of_a_gateway_is_nobodys(_Config) ->
+    Gateway = macula_peer_stand_in:start(),
+    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_connector:send_message(macula_peer_stand_in:endpoint(Gateway), ping, #{timestamp => 1}),
+    receive
+        {macula_peer_message, Answer} -> ?assertMatch(#{type := pong, dialect := macula, key := undefined}, Answer)
+    after ?TIMEOUT -> ct:fail(no_answer)
+    end,
+    macula_peer_stand_in:stop(Gateway).
+
+%% ---- who is trusted ----
+
+a_pinned_peer_is_dialled_and_no_other(Config) ->
+    Endpoint = listen(#{}),
+    Key = key(),
+    [begin
+         ok = on(Config, macula_peer_test, engine, [#{verify => {pin, [<<0:256>>, Pin]}}]),
+         ?assertEqual(ok, send_from_other(Config, Endpoint)),
+         ?assertEqual(key_of_other(Config), sender())
+     end || Pin <- [Key, hex(Key), string:uppercase(hex(Key)), list_to_binary(hex(Key))]],
+    [begin
+         ok = on(Config, macula_peer_test, engine, [#{verify => {pin, Pins}}]),
+         ?assertEqual(?UNTRUSTED, send_from_other(Config, Endpoint)),
+         ?assertEqual(?UNTRUSTED, ask_from_other(Config, Endpoint))
+     end || Pins <- [[], [<<0:256>>]]],
+    Gateway = macula_peer_stand_in:start(),
+    ?assertEqual(?UNTRUSTED, send_from_other(Config, macula_peer_stand_in:endpoint(Gateway))),
+    macula_peer_stand_in:stop(Gateway).
+
+who_is_pinned_is_let_in_and_no_other(Config) ->
+    ok = macula_peer_test:engine(#{verify => {pin, [key_of_other(Config)]}}),
+    Endpoint = listen(#{}),
+    ok = send_from_other(Config, Endpoint),
+    ?assertEqual(key_of_other(Config), sender()),
+    ok = on(Config, macula_peer_test, engine, [#{}]),
+    ?assertEqual(?REJECTED, send_from_other(Config, Endpoint)),
+    ?assertEqual(?REJECTED, ask_from_other(Config, Endpoint)),
+    ?assertMatch(#{undelivered := 0}, on(Config, macula_peer_endpoint, stats, [])).
+
+a_listener_may_trust_others_than_its_node(Config) ->
+    ok = macula_peer_test:engine(#{verify => {pin, []}}),
+    Endpoint = listen(#{verify => none}),
+    ok = send_from_other(Config, Endpoint),
+    _ = sender(),
+    ok = macula_peer_endpoint:close(),
+    Endpoint = listen(#{verify => {pin, [hex(key_of_other(Config))]}}),
+    _ = macula_peer_test:await(fun() -> send_from_other(Config, Endpoint) end, fun(Sent) -> Sent =:= ok end),
+    _ = sender(),
+    ok = macula_peer_endpoint:close(),
+    Endpoint = listen(#{}),
+    ?REJECTED = macula_peer_test:await(fun() -> send_from_other(Config, Endpoint) end, fun(Sent) -> Sent =/= ok end).
+
+signed_nodes_trust_each_other_and_nobody_else(Config) ->
+    {CA, CADer} = authority(),
+    {Stranger, StrangerDer} = authority(),
+    File = fun(Name, Content) ->
+        ok = write(in_priv_dir(Config, Name), Content, 8#600),
+        in_priv_dir(Config, Name)
+    end,
+    Node = fun(Name, Authority) ->
+        {Cert, Key} = node_of(Authority),
+        File(Name, [pem(Key), pem(Cert)])
+    end,
+    [CAFile, StrangerFile] = [File("ca.pem", pem(CADer)), File("stranger.pem", pem(StrangerDer))],
+    [Ours, Theirs, Strange] = [Node("ours.pem", CA), Node("theirs.pem", CA), Node("strange.pem", Stranger)],
+    ok = macula_peer_test:engine(#{identity_file => Ours, verify => {cacertfile, CAFile}}),
+    Endpoint = listen(#{}),
+    Send = fun(Env, To) ->
+        ok = on(Config, macula_peer_test, engine, [Env]),
+        send_from_other(Config, To)
+    end,
+    Signed = #{identity_file => Theirs, verify => {cacertfile, list_to_binary(CAFile)}},
+    ?assertEqual(ok, Send(Signed, Endpoint)),
+    ?assertEqual(key_of_other(Config), sender()),
+    %% The certificate is for 127.0.0.1 and no other name.
+    [_, Port] = string:split(Endpoint, ":"),
+    ?assertEqual(?UNTRUSTED, Send(Signed, macula_peer_test:endpoint("localhost", binary_to_integer(Port)))),
+    ?assertEqual(?UNTRUSTED, Send(Signed#{verify => {cacertfile, StrangerFile}}, Endpoint)),
+    ?assertEqual(?REJECTED, Send(#{identity_file => Strange}, Endpoint)),
+    ?assertEqual(?REJECTED, Send(#{}, Endpoint)).
+
+bad_authorities_are_named(Config) ->
+    Garbage = in_priv_dir(Config, "garbage.pem"),
+    ok = file:write_file(Garbage, "garbage"),
+    Missing = in_priv_dir(Config, "missing.pem"),
+    [begin
+         Verify = {cacertfile, File},
+         ?assertEqual({error, {start_failed, {cacertfile, Reason}}}, start(#{verify => Verify})),
+         ok = start(#{}),
+         ?assertEqual({error, {listen_failed, {cacertfile, Reason}}}, macula_peer_endpoint:listen(#{verify => Verify}))
+     end || {File, Reason} <- [{Garbage, not_a_certificate}, {Missing, enoent}]].
+
+%% ---- what is logged ----
+
+the_mode_is_logged(_Config) ->
+    [begin
+         Lines = logged(fun() -> ok = macula_peer_test:engine(Env) end, Mode),
+         ?assertEqual(1, length([Line || Line <- Lines, string:find(Line, "verified") =/= nomatch]))
+     end
+     || {Env, Mode} <- [{#{}, "first_seen"}, {#{verify => none}, "none"}, {#{verify => {pin, [<<0:256>>]}}, "pin"}]].
+
+an_unverified_link_is_warned_of_once(_Config) ->
+    Gateways = [macula_peer_stand_in:start() || _ <- [1, 2]],
+    ok = macula_peer_endpoint:stop(),
+    {ok, _} = application:ensure_all_started(?APP),
+    Send = fun(Gateway) ->
+        {ok, _} = macula_peer_connector:send_message_and_wait(macula_peer_stand_in:endpoint(Gateway), ping,
+                                                              #{timestamp => 1}, ?TIMEOUT)
+    end,
+    %% The warning of the first link comes before what is logged after the second.
+    Lines = logged(fun() ->
+        lists:foreach(Send, Gateways),
+        macula_peer_engine ! {macula_peer_log, <<"the end">>}
+    end, "the end"),
+    ?assertMatch([_, _], Lines),
+    ?assertNotEqual(nomatch, string:find(hd(Lines), "not verified")),
+    ?assertMatch(#{verify_none_links := 2}, macula_peer_endpoint:stats()),
+    lists:foreach(fun macula_peer_stand_in:stop/1, Gateways).
+
+%% What is logged up to the line that has this text in it, from `notice' on.
+logged(Fun, Last) ->
+    ok = logger:add_handler(?MODULE, ?MODULE, #{config => self(), level => notice}),
+    try
+        Fun(),
+        lines(Last)
+    after
+        logger:remove_handler(?MODULE)
+    end.
+
+lines(Last) ->
+    receive
+        {logged, {Format, Args}} ->
+            Line = lists:flatten(io_lib:format(Format, Args)),
+            case {string:find(Line, "macula_peer_connector:"), string:find(Line, Last)} of
+                {nomatch, _} -> lines(Last);
+                {_, nomatch} -> [Line | lines(Last)];
+                {_, _} -> [Line]
+            end;
+        {logged, _Report} ->
+            lines(Last)
+    after ?TIMEOUT -> ct:fail({not_logged, Last})
+    end.
+
+%% As a handler of logger.
+log(#{msg := Message}, #{config := Pid}) ->
+    Pid ! {logged, Message}.
+
+%% ---- certificates ----
+
+%% With an RSA key: what public_key's test certificates say of ECDSA signatures is understood by few.
+authority() ->
+    Root = public_key:pkix_test_root_cert("authority", [{key, {rsa, 2048, 65537}}, {digest, sha256}]),
+    {Root, maps:get(cert, Root)}.
+
+%% A key and its certificate, for 127.0.0.1.
+node_of(Authority) ->
+    Address = #'Extension'{extnID = ?'id-ce-subjectAltName', critical = false,
+                           extnValue = [{iPAddress, <<127, 0, 0, 1>>}]},
+    Peer = [{key, {namedCurve, secp256r1}}, {digest, sha256}, {extensions, [Address]}],
+    Conf = public_key:pkix_test_data(#{root => Authority, peer => Peer}),
+    {cert, Cert} = lists:keyfind(cert, 1, Conf),
+    {key, {'ECPrivateKey', Key}} = lists:keyfind(key, 1, Conf),
+    {Cert, public_key:der_decode('ECPrivateKey', Key)}.
+
+pem(#'ECPrivateKey'{} = Key) -> public_key:pem_encode([public_key:pem_entry_encode('ECPrivateKey', Key)]);
+pem(Cert) -> public_key:pem_encode([{'Certificate', Cert, not_encrypted}]).
+
+write(File, Content, Mode) ->
+    ok = file:write_file(File, Content),
+    ok = file:change_mode(File, Mode).
+
+in_priv_dir(Config, Name) ->
+    filename:join(proplists:get_value(priv_dir, Config), Name).
+
+%% ---- common ----
+
+%% Starts the engine of this node with these settings and no others.
+start(Env) ->
+    try macula_peer_test:engine(Env)
+    catch error:{badmatch, {error, _} = Error} -> Error
+    end.
+
+listen(Opts) ->
+    {ok, {_, Port}} = macula_peer_endpoint:listen(Opts#{handler => self()}),
+    macula_peer_test:endpoint("127.0.0.1", Port).
+
+key() ->
+    #{fingerprint := Key} = macula_peer_endpoint:identity(),
+    Key.
+
+key_of_other(Config) ->
+    #{fingerprint := Key} = on(Config, macula_peer_endpoint, identity, []),
+    Key.
+
+send_from_other(Config, Endpoint) ->
+    on(Config, macula_peer_connector, send_message, [Endpoint, cast, #{}, ?TIMEOUT]).
+
+ask_from_other(Config, Endpoint) ->
+    on(Config, macula_peer_connector, send_message_and_wait, [Endpoint, ping, #{timestamp => 1}, ?TIMEOUT]).
+
+%% Whose key the next message came with.
+sender() ->
+    receive {macula_peer_message, #{key := Key}} -> Key after ?TIMEOUT -> ct:fail(no_message) end.
+
+hex(Bytes) ->
+    lists:flatten([io_lib:format("~2.16.0b", [Byte]) || <<Byte>> <= Bytes]).
+
+on(Config, Module, Function, Args) ->
+    macula_peer_test:call(proplists:get_value(other, Config), Module, Function, Args).
