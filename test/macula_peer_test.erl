@@ -3,7 +3,7 @@
 
 -export([engine/1]).
 -export([node_paths/0]).
--export([start_node/0, start_node/1, call/4, stop_node/1, kill_node/1]).
+-export([start_node/0, start_node/1, start_node/2, call/4, stop_node/1, kill_node/1]).
 -export([start_listener/0, start_listener/1]).
 -export([listen/1, received/0, received/1, ids/1, stats/1, serve/1]).
 -export([root/0]).
@@ -56,8 +56,12 @@ start_node() ->
     start_node(node_paths()).
 
 start_node(Paths) ->
+    start_node(Paths, #{}).
+
+%% Takes more options of `peer'.
+start_node(Paths, Opts) ->
     Args = ["-kernel", "logger_level", "critical" | lists:append([["-pa", Path] || Path <- Paths])],
-    {ok, Node, _} = peer:start(#{connection => standard_io, args => Args}),
+    {ok, Node, _} = peer:start(Opts#{connection => standard_io, args => Args}),
     Node.
 
 call(Node, Module, Function, Args) ->
