@@ -1,5 +1,5 @@
-%% The laboratory of macula_peer_net: hosts that reach each other, firewalls that nobody gets through unasked, paths as slow
-%% as asked for, and nothing left of it afterwards.
+%% The laboratory of macula_peer_net: hosts that reach each other, firewalls that nobody gets through unasked, paths as
+%% slow as asked for, and nothing left of it afterwards.
 -module(net_SUITE).
 
 -compile([export_all, nowarn_export_all]).
