@@ -3,9 +3,9 @@
 
 -export([engine/1]).
 -export([node_paths/0]).
--export([start_node/0, start_node/1, call/4, stop_node/1, kill_node/1]).
+-export([start_node/0, start_node/1, start_node/2, call/4, stop_node/1, kill_node/1]).
 -export([start_listener/0, start_listener/1]).
--export([listen/1, received/0, received/1, ids/1, stats/1, serve/1]).
+-export([listen/1, collector/0, asked/1, received/1, count/1, events/2, ids/1, stats/1, serve/1]).
 -export([root/0]).
 -export([closed_port/0, free_port/0, silent_port/0, endpoint/1, endpoint/2]).
 -export([until/1, until/2, await/2, await/3, elapsed/1, in_parallel/2, mailbox/0]).
@@ -56,8 +56,12 @@ start_node() ->
     start_node(node_paths()).
 
 start_node(Paths) ->
+    start_node(Paths, #{}).
+
+%% Takes more options of `peer'.
+start_node(Paths, Opts) ->
     Args = ["-kernel", "logger_level", "critical" | lists:append([["-pa", Path] || Path <- Paths])],
-    {ok, Node, _} = peer:start(#{connection => standard_io, args => Args}),
+    {ok, Node, _} = peer:start(Opts#{connection => standard_io, args => Args}),
     Node.
 
 call(Node, Module, Function, Args) ->
@@ -83,24 +87,40 @@ start_listener(Port) ->
 
 %% Runs in the listener's node.
 listen(Opts) ->
-    Started = self(),
-    Pid = spawn(?MODULE, serve, [Started]),
-    receive {Pid, ready} -> ok end,
-    macula_peer_endpoint:listen(Opts#{handler => Pid}).
+    macula_peer_endpoint:listen(Opts#{handler => collector()}).
+
+%% The handler of this node that keeps what it gets.
+collector() ->
+    case whereis(?COLLECTOR) of
+        undefined ->
+            Pid = spawn(?MODULE, serve, [self()]),
+            receive {Pid, ready} -> Pid end;
+        Pid ->
+            Pid
+    end.
 
 serve(Started) ->
     true = register(?COLLECTOR, self()),
     Started ! {self(), ready},
-    collect([]).
+    collect([], []).
 
-received() ->
-    Tag = make_ref(),
-    ?COLLECTOR ! {?COLLECTOR, self(), Tag},
-    receive {Tag, Messages} -> Messages end.
-
-%% Every message that a listener got, in the order of arrival.
+%% Every message that a listener got, in the order of arrival, and when: `at' is the system's time in microseconds.
 received(Node) ->
-    call(Node, ?MODULE, received, []).
+    call(Node, ?MODULE, asked, [received]).
+
+%% How many messages a listener got.
+count(Node) ->
+    call(Node, ?MODULE, asked, [count]).
+
+%% Every event of this name that a listener was told of, in their order.
+events(Node, Name) ->
+    [Event || #{event := Of} = Event <- call(Node, ?MODULE, asked, [events]), Of =:= Name].
+
+%% Runs in the listener's node.
+asked(What) ->
+    Tag = make_ref(),
+    ?COLLECTOR ! {?COLLECTOR, What, self(), Tag},
+    receive {Tag, Answer} -> Answer end.
 
 %% The distinct `id' fields of what a listener got.
 ids(Node) ->
@@ -110,18 +130,23 @@ stats(Node) ->
     call(Node, macula_peer_endpoint, stats, []).
 
 %% Every token is kept: an application need not let go of what it does not answer.
-collect(Messages) ->
+collect(Messages, Events) ->
     receive
         {macula_peer_message, #{type := Type, message := Message, reply_to := Token} = Inbound} ->
             answer(Type, Message, Token),
-            Kept = maps:with([type, from, dialect], Inbound),
-            collect([{Kept#{message => hashed(Message)}, Token} | Messages]);
-        {macula_peer_event, _} ->
-            collect(Messages);
-        {?COLLECTOR, From, Tag} ->
-            From ! {Tag, [Kept || {Kept, _} <- lists:reverse(Messages)]},
-            collect(Messages)
+            Kept = maps:with([type, from, dialect, path, key], Inbound),
+            Arrived = Kept#{message => hashed(Message), at => os:system_time(microsecond)},
+            collect([{Arrived, Token} | Messages], Events);
+        {macula_peer_event, Event} ->
+            collect(Messages, [Event | Events]);
+        {?COLLECTOR, What, From, Tag} ->
+            From ! {Tag, kept(What, Messages, Events)},
+            collect(Messages, Events)
     end.
+
+kept(received, Messages, _Events) -> [Kept || {Kept, _} <- lists:reverse(Messages)];
+kept(count, Messages, _Events) -> length(Messages);
+kept(events, _Messages, Events) -> lists:reverse(Events).
 
 hashed(Value) when byte_size(Value) > ?KEPT_WHOLE -> {sha256, crypto:hash(sha256, Value)};
 hashed(Map) when is_map(Map) -> maps:map(fun(_, Value) -> hashed(Value) end, Map);
