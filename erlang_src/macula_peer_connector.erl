@@ -25,12 +25,12 @@
 -type nat_opts() :: #{endpoint => endpoint(),
                       relay_endpoint => endpoint() | {Host :: binary() | string(), inet:port_number()}
                                       | {ok, Host :: binary() | string(), inet:port_number()},
+                      fingerprint => binary() | string(),
                       skip_hole_punch => boolean(),
                       timeout => timeout()}.
 
-%% The original's defaults, in milliseconds.
+%% The original's default, in milliseconds.
 -define(SEND_TIMEOUT, 5000).
--define(NAT_TIMEOUT, 10000).
 
 %% @equiv send_message(Endpoint, Type, Msg, 5000)
 -spec send_message(endpoint(), macula_peer_wire:type(), map()) -> ok | {error, term()}.
@@ -44,76 +44,26 @@ send_message(Endpoint, Type, Msg) ->
 %% '''
 -spec send_message(endpoint(), macula_peer_wire:type(), map(), timeout()) -> ok | {error, term()}.
 send_message(Endpoint, Type, Msg, Timeout) ->
-    Tag = make_ref(),
-    try macula_peer_nif:send(Tag, Endpoint, Type, Msg, Timeout) of
-        ok -> ok;
-        wait -> receive {Tag, Result} -> Result end;
-        dirty -> send_large(Endpoint, Type, Msg, Timeout);
-        not_started -> started(fun() -> send_message(Endpoint, Type, Msg, Timeout) end);
-        {error, _} = Error -> Error
-    catch
-        error:nif_panicked -> {error, {internal, nif_panicked}}
-    end.
+    macula_peer_call:send(Endpoint, Type, Msg, Timeout).
 
 %% @doc Sends a message and waits for the frame that the peer answers with.
 -spec send_message_and_wait(endpoint(), macula_peer_wire:type(), map(), timeout()) ->
           {ok, {macula_peer_wire:type(), map()}} | {error, term()}.
 send_message_and_wait(Endpoint, Type, Msg, Timeout) ->
-    Tag = make_ref(),
-    try macula_peer_nif:request(Tag, Endpoint, Type, Msg, Timeout) of
-        wait -> receive {Tag, Result} -> Result end;
-        dirty -> request_large(Endpoint, Type, Msg, Timeout);
-        not_started -> started(fun() -> send_message_and_wait(Endpoint, Type, Msg, Timeout) end);
-        {error, _} = Error -> Error
-    catch
-        error:nif_panicked -> {error, {internal, nif_panicked}}
-    end.
+    macula_peer_call:request(Endpoint, Type, Msg, Timeout).
 
 %% @equiv send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, #{})
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map()) -> ok | {error, term()}.
 send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
     send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, #{}).
 
-%% @doc Sends a message to a node: to the endpoint that the options name or that macula knows, else through a relay, which
-%% gets the message itself.
+%% @doc Sends a message to a node, by whichever path is up first: directly, at the endpoint that the options name or that
+%% macula knows, or through a relay. A direct path takes over from a relayed one when there is one.
+%%
+%% Relays are tried in this order: `relay_endpoint', what macula knows for the node, the settings `relays', and at last
+%% all of `MACULA_BOOTSTRAP_PEERS'. One that is no relay gets the message itself, as in the original.
+%%
+%% `fingerprint' is the key that the node must have; without it the key that it was first seen with.
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) -> ok | {error, term()}.
-send_message_nat_aware(_LocalNodeId, _TargetNodeId, _Type, _Msg, Opts) when not is_map(Opts) ->
-    {error, {invalid_option, {options, Opts}}};
 send_message_nat_aware(_LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
-    Timeout = maps:get(timeout, Opts, ?NAT_TIMEOUT),
-    case macula_peer_wire:encode(Type, Msg) of
-        {ok, _Frame} when Timeout =/= infinity, not (is_integer(Timeout) andalso Timeout >= 0) ->
-            {error, {invalid_timeout, Timeout}};
-        {ok, _Frame} ->
-            Send = fun(Endpoint, Left) -> send_message(Endpoint, Type, Msg, Left) end,
-            macula_peer_path:first(TargetNodeId, Opts, Timeout, Send);
-        {error, _} = Error ->
-            Error
-    end.
-
-%% What is large is encoded on a dirty scheduler.
--spec send_large(term(), term(), term(), term()) -> ok | {error, term()}.
-send_large(Endpoint, Type, Msg, Timeout) ->
-    Tag = make_ref(),
-    case macula_peer_nif:send_dirty(Tag, Endpoint, Type, Msg, Timeout) of
-        ok -> ok;
-        wait -> receive {Tag, Result} -> Result end;
-        not_started -> started(fun() -> send_large(Endpoint, Type, Msg, Timeout) end);
-        {error, _} = Error -> Error
-    end.
-
--spec request_large(term(), term(), term(), term()) -> {ok, {macula_peer_wire:type(), map()}} | {error, term()}.
-request_large(Endpoint, Type, Msg, Timeout) ->
-    Tag = make_ref(),
-    case macula_peer_nif:request_dirty(Tag, Endpoint, Type, Msg, Timeout) of
-        wait -> receive {Tag, Result} -> Result end;
-        not_started -> started(fun() -> request_large(Endpoint, Type, Msg, Timeout) end);
-        {error, _} = Error -> Error
-    end.
-
--spec started(fun(() -> Result)) -> Result | {error, term()}.
-started(Retry) ->
-    case macula_peer_engine:ensure_started() of
-        ok -> Retry();
-        {error, _} = Error -> Error
-    end.
+    macula_peer_path:call(TargetNodeId, Opts, fun(To, Timeout) -> macula_peer_call:send(To, Type, Msg, Timeout) end).

@@ -3,12 +3,21 @@
 %% == Messages to the handler ==
 %% The handler is a process, or a function that is called with each message by one process of its own. It gets:
 %% <dl>
-%%   <dt>`{macula_peer_message, #{type, message, from, dialect, key, reply_to}}'</dt>
+%%   <dt>`{macula_peer_message, #{type, message, from, path, dialect, key, reply_to}}'</dt>
 %%   <dd>A message arrived: see {@link inbound()}.</dd>
 %%   <dt>`{macula_peer_event, #{event := undelivered, peer, count, reason}}'</dt>
-%%   <dd>`count' messages to `peer', for which `ok' had been returned, did not arrive as far as can be known. `reason' is
-%%       `expired' (the timeout passed), `connection_closed' (the link died and `delivery' is `at_most_once'), `rejected'
-%%       (the peer did not read it) or `stopped' (this engine was stopped).</dd>
+%%   <dd>`count' messages to `peer', an endpoint or `{node, NodeId}', for which `ok' had been returned, did not arrive as
+%%       far as can be known. `reason' is `expired' (the timeout passed), `connection_closed' (the link died and `delivery'
+%%       is `at_most_once'), `rejected' (the peer did not read it) or `stopped' (this engine was stopped).</dd>
+%%   <dt>`{macula_peer_event, #{event := registration, relay, state, reason}}'</dt>
+%%   <dd>This node at a relay: `state' is `registered', `lost' (it is tried again) or `refused' (too, after a longer time);
+%%       then `reason' is `node_id_taken', `realm', `registrations' or `accept_rate', otherwise `none'.</dd>
+%%   <dt>`{macula_peer_event, #{event := relay_limit, relay, limit}}'</dt>
+%%   <dd>A relay dropped packets of a circuit of this node: of `bandwidth', `packet_queue' or `packet_size' there was too
+%%       much. They are sent again, more slowly.</dd>
+%%   <dt>`{macula_peer_event, #{event := session_restarted, from, key}}'</dt>
+%%   <dd>The sender at `from' goes on with messages to a node that was here before: this one was restarted, and what that
+%%       one got and did not acknowledge comes again.</dd>
 %% </dl>
 -module(macula_peer_endpoint).
 
@@ -16,23 +25,37 @@
 -export([close/0]).
 -export([local_address/0]).
 -export([identity/0]).
+-export([register/2]).
+-export([unregister/0]).
+-export([request/4]).
+-export([request/5]).
 -export([set_handler/1]).
 -export([reply/3]).
 -export([stats/0]).
 -export([start/0]).
 -export([stop/0]).
 
--export_type([listen_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0]).
+-export_type([listen_opts/0, relay_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0]).
 
 -type handler() :: pid() | {module(), atom(), [term()]}.
 %% The function gets the message as its first argument, before the listed ones.
 
 -type listen_opts() :: #{port => inet:port_number(), ip => inet:ip_address(), certfile => file:filename(),
-                         keyfile => file:filename(), verify => verify(), handler => handler()}.
+                         keyfile => file:filename(), verify => verify(), relay => relay_opts(),
+                         handler => handler()}.
 %% Without `port', or with 0, the port that the one socket has already, or any port where `ip' is another address than the
 %% socket's. Without `ip' the addresses that the socket has. Live links move along.
 %% Without `certfile' and `keyfile' (PEM) the engine's own certificate is shown. `verify' says who may connect; without it
-%% the application's setting does.
+%% the application's setting does. With `relay' this node is a relay for others.
+
+-type relay_opts() :: #{max_registrations => pos_integer(), max_sessions => pos_integer(),
+                        max_sessions_per_node => pos_integer(), bandwidth => pos_integer(),
+                        packet_queue => pos_integer(), max_packet => pos_integer(), accept_rate => pos_integer(),
+                        idle_timeout => pos_integer(), grace => non_neg_integer(), realm_secret => binary()}.
+%% What a relay gives at most: nodes registered (10,000), circuits in all (100, as in the original) and of one node (20),
+%% bytes a second of a circuit (1,000,000), bytes that wait to be sent to a node (64 KiB), bytes of a packet (1,500),
+%% registrations a second (100), milliseconds without a packet before a circuit ends (30 minutes) and for which a node id is
+%% kept for its key after its registration ended (5 minutes). With `realm_secret' only nodes that know it are registered.
 
 -type fingerprint() :: <<_:256>>.
 %% What a node is known by: the SHA-256 of its public key's SubjectPublicKeyInfo in DER.
@@ -45,17 +68,20 @@
 -opaque reply_token() :: reference().
 
 -type inbound() :: #{type := macula_peer_wire:type(), message := term(), from := {inet:ip_address(), inet:port_number()},
-                     dialect := macula | 'macula-peer/1', key := fingerprint() | undefined,
+                     path := direct | relay, dialect := macula | 'macula-peer/1', key := fingerprint() | undefined,
                      reply_to := reply_token() | none}.
-%% `from' is the address that the packets came from. `key' is the sender's, which nobody else has; in the dialect `macula'
+%% `from' is the address that the packets came from: with the path `relay' the relay's. `key' is the sender's, which nobody else has; in the dialect `macula'
 %% there is none. `reply_to' is `none' when the sender reads no answer.
 
 -type stats() :: #{peers := [map()], accepted := [map()], pool := map(), verify_none_links := non_neg_integer(),
                    undelivered := non_neg_integer(), unhandled := non_neg_integer(), malformed := non_neg_integer(),
-                   refused := non_neg_integer()}.
-%% `peers': `endpoint', `path' (`direct' or `none'), `sent', `acknowledged', `received', `failed', `dials',
+                   refused := non_neg_integer(), registrations := [map()], relay => map()}.
+%% `peers': `endpoint' or `node_id', `path' (`direct', `relay' or `none'), `sent', `acknowledged', `received', `failed', `dials',
 %% `unacknowledged_bytes', and while there is a link `dialect', `address' and `round_trip_us'. `accepted': `dialect',
-%% `address', `round_trip_us', `received'. `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
+%% `path', `address', `round_trip_us', `received'. `registrations': `relay', `state', `reason', `address' (what the relay
+%% sees this node at), `circuits'. `relay', of a relay: `registrations', `circuits', `forwarded_packets',
+%% `forwarded_bytes', `refused' and `dropped' by limit, `stray' (packets of no circuit of the sender), `unread' (nodes that
+%% did not read). `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
 %% `pool_size'.
 
 %% @doc Accepts connections. Returns the local address.
@@ -94,6 +120,35 @@ local_address() ->
 -spec identity() -> #{fingerprint := fingerprint()} | {error, term()}.
 identity() ->
     macula_peer_engine:running(fun macula_peer_nif:identity/0).
+
+%% @doc Keeps this node registered under a node id at these relays, and at no others, so that others reach it through
+%% them. Returns at once; an event tells the handler when it is registered, and {@link stats/0} says so too. A node id
+%% belongs to the key that registers it; keep the key with the setting `identity_file'.
+-spec register(binary(), [macula_peer_connector:endpoint()]) -> ok | {error, term()}.
+register(NodeId, Relays) ->
+    macula_peer_engine:running(fun() -> macula_peer_nif:register(NodeId, Relays) end).
+
+%% @doc Ends the registrations.
+-spec unregister() -> ok | {error, term()}.
+unregister() ->
+    macula_peer_engine:running(fun macula_peer_nif:unregister/0).
+
+%% @equiv request(NodeId, Type, Msg, Timeout, #{})
+-spec request(binary(), macula_peer_wire:type(), map(), timeout()) ->
+          {ok, {macula_peer_wire:type(), map()}} | {error, term()}.
+request(NodeId, Type, Msg, Timeout) ->
+    request(NodeId, Type, Msg, Timeout, #{}).
+
+%% @doc Sends a message to a node, wherever it is, and waits for the answer:
+%% {@link macula_peer_connector:send_message_and_wait/4} with the paths and options of
+%% {@link macula_peer_connector:send_message_nat_aware/5}.
+-spec request(binary(), macula_peer_wire:type(), map(), timeout(), macula_peer_connector:nat_opts()) ->
+          {ok, {macula_peer_wire:type(), map()}} | {error, term()}.
+request(NodeId, Type, Msg, Timeout, Opts) when is_map(Opts) ->
+    macula_peer_path:call(NodeId, Opts#{timeout => Timeout},
+                          fun(To, Left) -> macula_peer_call:request(To, Type, Msg, Left) end);
+request(_NodeId, _Type, _Msg, _Timeout, Opts) ->
+    {error, {invalid_option, {options, Opts}}}.
 
 %% @doc Sets who gets what arrives: messages to the listener, and answers to messages that were sent without waiting.
 -spec set_handler(handler() | undefined) -> ok | {error, term()}.

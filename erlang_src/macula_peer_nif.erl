@@ -8,6 +8,9 @@
 -export([send_dirty/5]).
 -export([request/5]).
 -export([request_dirty/5]).
+-export([resolved/2]).
+-export([register/2]).
+-export([unregister/0]).
 -export([listen/1]).
 -export([close/0]).
 -export([local_address/0]).
@@ -77,17 +80,26 @@ start(_Options) -> not_loaded().
 -spec stop() -> ok | not_started | not_loaded().
 stop() -> not_loaded().
 
--spec send(reference(), term(), term(), term(), term()) -> ok | wait | dirty | not_started | {error, term()}.
-send(_Tag, _Endpoint, _Type, _Msg, _Timeout) -> not_loaded().
+-spec send(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | dirty | not_started | {error, term()}.
+send(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
 
--spec send_dirty(reference(), term(), term(), term(), term()) -> ok | wait | not_started | {error, term()}.
-send_dirty(_Tag, _Endpoint, _Type, _Msg, _Timeout) -> not_loaded().
+-spec send_dirty(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | not_started | {error, term()}.
+send_dirty(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
 
--spec request(reference(), term(), term(), term(), term()) -> wait | dirty | not_started | {error, term()}.
-request(_Tag, _Endpoint, _Type, _Msg, _Timeout) -> not_loaded().
+-spec request(reference(), term(), term(), term(), term()) -> wait | resolve | unlinked | dirty | not_started | {error, term()}.
+request(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
 
--spec request_dirty(reference(), term(), term(), term(), term()) -> wait | not_started | {error, term()}.
-request_dirty(_Tag, _Endpoint, _Type, _Msg, _Timeout) -> not_loaded().
+-spec request_dirty(reference(), term(), term(), term(), term()) -> wait | resolve | unlinked | not_started | {error, term()}.
+request_dirty(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
+
+-spec resolved(term(), map()) -> ok | not_started | {error, term()}.
+resolved(_NodeId, _Ways) -> not_loaded().
+
+-spec register(term(), term()) -> ok | not_started | {error, term()}.
+register(_NodeId, _Relays) -> not_loaded().
+
+-spec unregister() -> ok | not_started | not_loaded().
+unregister() -> not_loaded().
 
 -spec listen(map()) -> {ok, ip_port()} | not_started | {error, term()}.
 listen(_Options) -> not_loaded().

@@ -1,57 +1,55 @@
 %% @private
-%% @doc The ways to a node, one after the other: its endpoint, then a relay.
+%% @doc Calls to a node, wherever it is: what the caller's options and the environment say of the ways to it.
 -module(macula_peer_path).
 
--export([first/4]).
+-export([call/3]).
 
--type send() :: fun((macula_peer_connector:endpoint(), timeout()) -> ok | {error, term()}).
+%% The original's default, in milliseconds.
+-define(TIMEOUT, 10000).
 
-%% What a direct attempt may take while there is another way.
--define(DIRECT_SHARE, 2).
+-type call() :: fun((macula_peer_call:target(), timeout()) -> ok | unlinked | {ok, term()} | {error, term()}).
 
-%% @doc Sends over the first way that works.
--spec first(binary(), macula_peer_connector:nat_opts(), timeout(), send()) -> ok | {error, term()}.
-first(NodeId, Opts, Timeout, Send) ->
-    Deadline = deadline(Timeout),
-    Relay = relay(Opts),
-    case endpoint(NodeId, Opts, share(Timeout, Relay)) of
-        {ok, Endpoint} ->
-            case Send(Endpoint, share(left(Deadline), Relay)) of
-                ok -> ok;
-                {error, {invalid_timeout, _}} = Error -> Error;
-                {error, {invalid_endpoint, _}} = Error -> Error;
-                {error, _} -> over_relay(Relay, Deadline, Send)
+%% @doc Calls a node over the link that there is, or says how it can be reached.
+-spec call(binary(), macula_peer_connector:nat_opts(), call()) -> ok | {ok, term()} | {error, term()}.
+call(NodeId, Opts, Call) when is_map(Opts) ->
+    Timeout = maps:get(timeout, Opts, ?TIMEOUT),
+    case ways_of_caller(Opts) of
+        None when map_size(None) =:= 0 ->
+            case Call({node, NodeId, none}, Timeout) of
+                unlinked -> with_ways(NodeId, None, Timeout, Call);
+                Result -> Result
             end;
-        {error, endpoint_not_found} ->
-            over_relay(Relay, Deadline, Send)
+        Ways ->
+            with_ways(NodeId, Ways, Timeout, Call)
+    end;
+call(_NodeId, Opts, _Call) ->
+    {error, {invalid_option, {options, Opts}}}.
+
+-spec with_ways(binary(), macula_peer_call:ways(), timeout(), call()) -> ok | {ok, term()} | {error, term()}.
+with_ways(NodeId, Ways, Timeout, Call) ->
+    {LastResorts, Reason} = bootstrap_peers(os:getenv("MACULA_BOOTSTRAP_PEERS", "")),
+    case Call({node, NodeId, Ways#{last_resorts => LastResorts}}, Timeout) of
+        {error, {nat_connection_failed, {no_relay_available, _}}} ->
+            {error, {nat_connection_failed, {no_relay_available, Reason}}};
+        unlinked ->
+            %% The ways were said.
+            error(unlinked);
+        Result ->
+            Result
     end.
 
--spec endpoint(binary(), map(), timeout()) -> {ok, macula_peer_connector:endpoint()} | {error, endpoint_not_found}.
-endpoint(_NodeId, #{endpoint := Endpoint}, _Timeout) when Endpoint =/= undefined ->
-    {ok, Endpoint};
-endpoint(NodeId, _Opts, Timeout) ->
-    macula_peer_resolver:endpoint(NodeId, Timeout).
+-spec ways_of_caller(map()) -> macula_peer_call:ways().
+ways_of_caller(Opts) ->
+    maps:fold(fun way/3, #{}, Opts).
 
--spec over_relay({ok, term()} | {error, term()}, integer() | infinity, send()) -> ok | {error, term()}.
-over_relay({ok, Relay}, Deadline, Send) ->
-    case Send(Relay, left(Deadline)) of
-        ok -> ok;
-        {error, {connect_failed, Reason}} -> nat_error({relay_connect_failed, Reason});
-        {error, Reason} -> nat_error({relay_connect_failed, Reason})
-    end;
-over_relay({error, Reason}, _Deadline, _Send) ->
-    nat_error({no_relay_available, Reason}).
-
--spec nat_error(term()) -> {error, {nat_connection_failed, term()}}.
-nat_error(Reason) ->
-    {error, {nat_connection_failed, Reason}}.
-
-%% The relay that the options name, else the first of MACULA_BOOTSTRAP_PEERS.
--spec relay(map()) -> {ok, macula_peer_connector:endpoint()} | {error, term()}.
-relay(#{relay_endpoint := {ok, Host, Port}}) -> {ok, host_port(Host, Port)};
-relay(#{relay_endpoint := {Host, Port}}) -> {ok, host_port(Host, Port)};
-relay(#{relay_endpoint := Endpoint}) when Endpoint =/= undefined -> {ok, Endpoint};
-relay(_Opts) -> bootstrap_peer(os:getenv("MACULA_BOOTSTRAP_PEERS", "")).
+-spec way(term(), term(), macula_peer_call:ways()) -> macula_peer_call:ways().
+way(_Key, undefined, Ways) -> Ways;
+way(endpoint, Endpoint, Ways) -> Ways#{endpoints => [Endpoint]};
+way(relay_endpoint, {ok, Host, Port}, Ways) -> Ways#{relays => [host_port(Host, Port)]};
+way(relay_endpoint, {Host, Port}, Ways) -> Ways#{relays => [host_port(Host, Port)]};
+way(relay_endpoint, Relay, Ways) -> Ways#{relays => [Relay]};
+way(fingerprint, Fingerprint, Ways) -> Ways#{fingerprint => Fingerprint};
+way(_Key, _Value, Ways) -> Ways.
 
 -spec host_port(term(), term()) -> binary() | undefined.
 host_port(Host, Port) when is_integer(Port), is_binary(Host) orelse is_list(Host) ->
@@ -65,33 +63,25 @@ host_port(_Host, _Port) ->
     %% Refused by the endpoint parser, with its own term.
     undefined.
 
--spec bootstrap_peer(string()) -> {ok, string()} | {error, term()}.
-bootstrap_peer(Peers) ->
-    case [string:trim(Peer) || Peer <- string:lexemes(Peers, ","), string:trim(Peer) =/= ""] of
-        [] -> {error, no_bootstrap_peers};
-        [First | _] -> checked(First)
-    end.
+%% Every entry that is an endpoint, and what is wrong where there is none.
+-spec bootstrap_peers(string()) -> {[string()], atom()}.
+bootstrap_peers(Peers) ->
+    Entries = [string:trim(Peer) || Peer <- string:lexemes(Peers, ","), string:trim(Peer) =/= ""],
+    Checked = [{checked(Entry), Entry} || Entry <- Entries],
+    Reason = case Checked of
+        [{Why, _} | _] when Why =/= ok -> Why;
+        _ -> no_bootstrap_peers
+    end,
+    {[Entry || {ok, Entry} <- Checked], Reason}.
 
--spec checked(string()) -> {ok, string()} | {error, invalid_bootstrap_format | invalid_bootstrap_port}.
+-spec checked(string()) -> ok | invalid_bootstrap_format | invalid_bootstrap_port.
 checked(Peer) ->
     case string:split(Peer, ":", trailing) of
         [_, Port] ->
             case string:to_integer(Port) of
-                {Number, ""} when Number > 0, Number < 65536 -> {ok, Peer};
-                _ -> {error, invalid_bootstrap_port}
+                {Number, ""} when Number > 0, Number < 65536 -> ok;
+                _ -> invalid_bootstrap_port
             end;
         _ ->
-            {error, invalid_bootstrap_format}
+            invalid_bootstrap_format
     end.
-
--spec deadline(timeout()) -> integer() | infinity.
-deadline(Timeout) when is_integer(Timeout) -> erlang:monotonic_time(millisecond) + Timeout;
-deadline(Other) -> Other.
-
--spec left(integer() | infinity) -> timeout().
-left(Deadline) when is_integer(Deadline) -> max(0, Deadline - erlang:monotonic_time(millisecond));
-left(Other) -> Other.
-
--spec share(timeout(), {ok, term()} | {error, term()}) -> timeout().
-share(Left, {ok, _}) when is_integer(Left) -> Left div ?DIRECT_SHARE;
-share(Left, _) -> Left.

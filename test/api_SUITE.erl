@@ -287,8 +287,8 @@ bad_bootstrap_peers_are_named(_Config) ->
                                 {"", no_bootstrap_peers}]].
 
 invalid_input_raises_nothing(_Config) ->
-    NoRelay = {error, {nat_connection_failed, {no_relay_available, no_bootstrap_peers}}},
-    [?assertEqual(NoRelay, send_message_nat_aware(Node, Node, store, #{})) || Node <- [node_id, 1, "id", undefined]],
+    [?assertEqual({error, {invalid_node_id, Node}}, send_message_nat_aware(Node, Node, store, #{}))
+     || Node <- [node_id, 1, "id", undefined, <<>>, binary:copy(<<"i">>, 256)]],
     [?assertMatch({Relay, {error, {nat_connection_failed, _}}}, {Relay, nat_send(#{}, #{relay_endpoint => Relay})})
      || Relay <- [relay, 1, {}, {"host"}, {"host", "9443"}, {host, 9443}, {"host", 0}, {"host", 65536},
                   {[host], 9443}, {["h" | o], 9443}, {[16#20AC], 9443}, {ok, 1, 2}, <<"host">>, <<"host:0">>]].

@@ -1,65 +1,56 @@
-%% The ways to a node, without a network: what is tried, in which order, with which share of the time.
+%% What a caller's options and the environment say of the ways to a node, without a network.
 -module(macula_peer_path_tests).
 
 -include_lib("eunit/include/eunit.hrl").
 
 -define(NODE, <<"node">>).
+-define(NO_RELAY(Reason), {error, {nat_connection_failed, {no_relay_available, Reason}}}).
 
-first(Opts, Results) ->
+%% The calls that are made, where there is no link.
+calls(Opts, Result) ->
     Self = self(),
-    Send = fun(Endpoint, Left) ->
-        Self ! {tried, Endpoint, Left},
-        maps:get(Endpoint, Results, {error, {connect_failed, transport_down}})
+    Call = fun
+        ({node, ?NODE, none}, _Timeout) -> Self ! {called, none}, unlinked;
+        ({node, ?NODE, Ways}, Timeout) -> Self ! {called, {Ways, Timeout}}, Result
     end,
-    Result = macula_peer_path:first(?NODE, Opts, 1000, Send),
-    {Result, tried()}.
+    Returned = macula_peer_path:call(?NODE, Opts, Call),
+    {Returned, called()}.
 
-tried() ->
-    receive {tried, Endpoint, Left} -> [{Endpoint, Left} | tried()] after 0 -> [] end.
+called() ->
+    receive {called, What} -> [What | called()] after 0 -> [] end.
 
-endpoint_first_test() ->
-    ?assertMatch({ok, [{<<"a:1">>, Left}]} when Left =< 500,
-                 first(#{endpoint => <<"a:1">>, relay_endpoint => <<"r:1">>}, #{<<"a:1">> => ok})).
+a_live_link_needs_no_ways_test() ->
+    ?assertEqual(ok, macula_peer_path:call(?NODE, #{}, fun({node, ?NODE, none}, 10000) -> ok end)).
 
-all_the_time_for_the_only_way_test() ->
-    without_bootstrap_peers(fun() ->
-        ?assertMatch({ok, [{<<"a:1">>, Left}]} when Left > 900, first(#{endpoint => <<"a:1">>}, #{<<"a:1">> => ok}))
+without_a_link_the_environment_is_asked_test() ->
+    with_bootstrap_peers("https://b:1, c:2", fun() ->
+        ?assertEqual({ok, [none, {#{last_resorts => ["https://b:1", "c:2"]}, 10000}]}, calls(#{}, ok))
     end).
 
-relay_after_a_dead_endpoint_test() ->
-    ?assertMatch({ok, [{<<"a:1">>, _}, {<<"r:1">>, _}]},
-                 first(#{endpoint => <<"a:1">>, relay_endpoint => <<"r:1">>}, #{<<"r:1">> => ok})).
+the_options_come_first_test() ->
+    without_bootstrap_peers(fun() ->
+        Opts = #{endpoint => <<"a:1">>, relay_endpoint => <<"r:1">>, fingerprint => <<1:256>>, timeout => 7},
+        Ways = #{endpoints => [<<"a:1">>], relays => [<<"r:1">>], fingerprint => <<1:256>>, last_resorts => []},
+        ?assertEqual({ok, [{Ways, 7}]}, calls(Opts, ok))
+    end).
 
 spellings_of_a_relay_test() ->
-    [?assertMatch({ok, [{<<"r:1">>, _}]}, first(#{relay_endpoint => Relay}, #{<<"r:1">> => ok}))
-     || Relay <- [<<"r:1">>, {<<"r">>, 1}, {"r", 1}, {ok, <<"r">>, 1}, {ok, "r", 1}]].
-
-unreachable_relay_test() ->
-    ?assertMatch({{error, {nat_connection_failed, {relay_connect_failed, transport_down}}}, _},
-                 first(#{relay_endpoint => <<"r:1">>}, #{})).
-
-no_way_test() ->
     without_bootstrap_peers(fun() ->
-        ?assertEqual({{error, {nat_connection_failed, {no_relay_available, no_bootstrap_peers}}}, []}, first(#{}, #{}))
+        [?assertMatch({ok, [{#{relays := [<<"r:1">>]}, _}]}, calls(#{relay_endpoint => Relay}, ok))
+         || Relay <- [<<"r:1">>, {<<"r">>, 1}, {"r", 1}, {ok, <<"r">>, 1}, {ok, "r", 1}]]
     end).
 
 bootstrap_peers_test_() ->
-    Cases = [{"https://b:1,c:2", {ok, [{"https://b:1", any}]}},
-             {" b:1 ", {ok, [{"b:1", any}]}},
-             {"b", {error, invalid_bootstrap_format}},
-             {"b:x", {error, invalid_bootstrap_port}},
-             {"b:0", {error, invalid_bootstrap_port}}],
-    [{Value, fun() -> with_bootstrap_peers(Value, fun() -> bootstrap(Expected) end) end} || {Value, Expected} <- Cases].
+    Cases = [{"", [], no_bootstrap_peers},
+             {" b:1 ", ["b:1"], no_bootstrap_peers},
+             {"b", [], invalid_bootstrap_format},
+             {"b:x,c:1", ["c:1"], invalid_bootstrap_port},
+             {"b:0", [], invalid_bootstrap_port}],
+    [{Value, fun() -> with_bootstrap_peers(Value, fun() -> bootstrap(Peers, Reason) end) end}
+     || {Value, Peers, Reason} <- Cases].
 
-bootstrap({ok, [{Peer, any}]}) ->
-    ?assertMatch({ok, [{Peer, _}]}, first(#{}, #{Peer => ok}));
-bootstrap({error, Reason}) ->
-    ?assertEqual({{error, {nat_connection_failed, {no_relay_available, Reason}}}, []}, first(#{}, #{})).
-
-%% A lookup that hangs, exits or answers nonsense costs its deadline at most.
-lookup_test_() ->
-    [fun() -> ?assertEqual({error, endpoint_not_found}, macula_peer_resolver:endpoint(?NODE, 100)) end,
-     fun() -> ?assertEqual({error, endpoint_not_found}, macula_peer_resolver:endpoint(not_a_node_id, 100)) end].
+bootstrap(Peers, Reason) ->
+    ?assertMatch({?NO_RELAY(Reason), [none, {#{last_resorts := Peers}, _}]}, calls(#{}, ?NO_RELAY(no_bootstrap_peers))).
 
 without_bootstrap_peers(Fun) ->
     with_bootstrap_peers("", Fun).

@@ -20,7 +20,13 @@ rustler::atoms! {
     send_failed, overloaded, connection_closed, connection_shutdown, timeout,
 
     already_listening, listen_failed, eaddrinuse, eacces, eaddrnotavail, enoent, enotdir, eisdir, erofs, enospc, bad_certificate, start_failed,
-    already_replied, gone, invalid_token, invalid_option,
+    already_replied, gone, invalid_token, invalid_option, invalid_node_id,
+
+    resolve, unlinked, nat_connection_failed, no_relay_available, no_bootstrap_peers, relay_connect_failed,
+    relay_setup_failed, node, node_id, endpoints, relays, last_resorts, relay, registration, registrations, state, limit,
+    registered, connecting, lost, session_restarted, relay_limit, circuits, forwarded_packets, forwarded_bytes, dropped,
+    stray, unread, max_registrations, max_sessions, max_sessions_per_node, bandwidth, packet_queue, max_packet,
+    accept_rate, grace,
 
     insecure_permissions, not_a_key, not_pkcs8, not_a_certificate, identity_file, cacertfile, verify, pin, realm_secret,
     hidden, fingerprint,
@@ -35,6 +41,12 @@ rustler::atoms! {
 
     max_frame_size, max_nesting, ip, idle_timeout, keep_alive, connect_timeout, delivery, at_least_once, at_most_once,
     max_unacknowledged, answer_timeout, workers, max_accepted, max_streams, frame_timeout, certfile, keyfile,
+}
+
+/// The atom of one of the engine's own names: of a limit, for example.
+pub(crate) fn named(env: Env<'_>, name: &'static str) -> Atom {
+    // Fails only for names that are no atoms, of which the engine has none.
+    Atom::from_str(env, name).unwrap_or_else(|_| other())
 }
 
 static TYPES: OnceLock<Vec<TypeAtoms>> = OnceLock::new();

@@ -3,8 +3,8 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, IdentityError, ListenError, ReplyError, RequestError, RouteError, SendError, StartError,
-    TlsError,    UndeliveredReason,
+    ConnectError, EndpointError, IdentityError, ListenError, ReplyError, RequestError, RouteError, SendError,
+    StartError, TlsError, UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
 use rustler::{Encoder, Env, NewBinary, Term};
@@ -61,7 +61,7 @@ impl Reason for RouteError {
             // Whether other relays were meant is known to Erlang.
             Self::NoRelay => (atoms::no_relay_available(), atoms::no_bootstrap_peers()).encode(env),
             Self::Relay(error) => (atoms::relay_connect_failed(), error.why(env)).encode(env),
-            Self::Setup(refusal) => (atoms::relay_setup_failed(), atoms::refusal(*refusal)).encode(env),
+            Self::Setup(refusal) => (atoms::relay_setup_failed(), atoms::named(env, refusal.name())).encode(env),
             Self::Node(error) => error.reason(env),
         };
         (atoms::nat_connection_failed(), why).encode(env)

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
 
-use macula_peer::{Dialect, Event, Handler, Inbound, ReplyToken, Unhandled};
+use macula_peer::{Dialect, Event, Handler, Inbound, Path, PeerName, Registration, ReplyToken, Unhandled};
 use macula_peer_wire::{Limits, decode_payload};
 use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, ResourceArc, Term};
 
@@ -27,7 +27,7 @@ pub(crate) struct Process {
 
 impl Handler for Process {
     fn message(&self, inbound: Inbound) -> Result<(), Unhandled> {
-        let Inbound { kind, payload, from, dialect, key, reply } = inbound;
+        let Inbound { kind, payload, from, path, dialect, key, reply } = inbound;
         self.send(|env| {
             let shared = (payload.len() >= SHARED_PAYLOAD).then(|| NewBinary::from_slice(env, &payload).into());
             let message = decode_payload(&payload, self.limits, &mut Terms::new(env, shared))?;
@@ -40,10 +40,11 @@ impl Handler for Process {
                 Some(key) => bytes_term(env, key.as_bytes()),
                 None => atoms::undefined().encode(env),
             };
-            let fields: [(Atom, Term<'_>); 6] = [
+            let fields: [(Atom, Term<'_>); 7] = [
                 (atoms::type_(), atoms::name_of(kind).encode(env)),
                 (atoms::message(), message),
                 (atoms::from(), address(env, from)),
+                (atoms::path(), self::path(path).encode(env)),
                 (atoms::dialect(), dialect.encode(env)),
                 (atoms::key(), key),
                 (atoms::reply_to(), reply),
@@ -53,17 +54,63 @@ impl Handler for Process {
     }
 
     fn event(&self, event: Event) {
-        let Event::Undelivered { peer, count, reason } = event;
         // Whoever would have been told is gone.
-        let _ = self.send(|env| {
-            let fields = [
-                (atoms::event(), atoms::undelivered().encode(env)),
-                (atoms::peer(), binary(env, &peer.to_string())),
-                (atoms::count(), count.encode(env)),
-                (atoms::reason(), reason.reason(env)),
-            ];
-            Ok((atoms::macula_peer_event(), map(env, &fields)).encode(env))
-        });
+        let _ = self.send(|env| Ok((atoms::macula_peer_event(), map(env, &fields(env, &event))).encode(env)));
+    }
+}
+
+fn fields<'a>(env: Env<'a>, event: &Event) -> Vec<(Atom, Term<'a>)> {
+    match event {
+        Event::Undelivered { peer, count, reason } => vec![
+            (atoms::event(), atoms::undelivered().encode(env)),
+            (atoms::peer(), peer_name(env, peer)),
+            (atoms::count(), count.encode(env)),
+            (atoms::reason(), reason.reason(env)),
+        ],
+        Event::SessionRestarted { peer, key } => vec![
+            (atoms::event(), atoms::session_restarted().encode(env)),
+            (atoms::from(), address(env, *peer)),
+            (atoms::key(), bytes_term(env, key.as_bytes())),
+        ],
+        Event::Registration { relay, state } => {
+            let (state, reason) = registration(env, *state);
+            vec![
+                (atoms::event(), atoms::registration().encode(env)),
+                (atoms::relay(), binary(env, &relay.to_string())),
+                (atoms::state(), state.encode(env)),
+                (atoms::reason(), reason.encode(env)),
+            ]
+        }
+        Event::RelayLimit { relay, limit } => vec![
+            (atoms::event(), atoms::relay_limit().encode(env)),
+            (atoms::relay(), binary(env, &relay.to_string())),
+            (atoms::limit(), atoms::named(env, limit.name()).encode(env)),
+        ],
+    }
+}
+
+/// Its endpoint, or `{node, NodeId}`.
+fn peer_name<'a>(env: Env<'a>, peer: &PeerName) -> Term<'a> {
+    match peer {
+        PeerName::Endpoint(endpoint) => binary(env, &endpoint.to_string()),
+        PeerName::Node(node) => (atoms::node(), bytes_term(env, node.as_bytes())).encode(env),
+    }
+}
+
+/// The state of a registration, and why the relay refuses it.
+pub(crate) fn registration(env: Env<'_>, state: Registration) -> (Atom, Atom) {
+    match state {
+        Registration::Connecting => (atoms::connecting(), atoms::none()),
+        Registration::Registered => (atoms::registered(), atoms::none()),
+        Registration::Lost => (atoms::lost(), atoms::none()),
+        Registration::Refused(refusal) => (atoms::refused(), atoms::named(env, refusal.name())),
+    }
+}
+
+pub(crate) fn path(path: Path) -> Atom {
+    match path {
+        Path::Direct => atoms::direct(),
+        Path::Relay(_) => atoms::relay(),
     }
 }
 

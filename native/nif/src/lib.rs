@@ -19,7 +19,7 @@ mod whom;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use macula_peer::{Engine, Message};
+use macula_peer::{Engine, Message, Ways};
 use macula_peer_wire::Limits;
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, NewBinary, ResourceArc, Term};
 
@@ -28,7 +28,7 @@ use crate::decode::Terms;
 use crate::encode::{LIGHT_FRAME, Refusal};
 use crate::errors::{Reason, error};
 use crate::inbound::{Process, Token};
-use crate::whom::{Misnamed, Text, Whom};
+use crate::whom::{Text, Whom};
 
 /// Longer timeouts than this are no timeout: 49 days, as in `receive`.
 const LONGEST_TIMEOUT: u64 = u32::MAX as u64;
@@ -174,9 +174,7 @@ fn submit<'a>(
     let text = Text::of(to);
     match Whom::read(to, &text) {
         Ok(whom) => send(env, tag, engine, &whom, message, now),
-        Err(Misnamed::Endpoint(invalid)) => error(env, &invalid),
-        Err(Misnamed::Node) => (atoms::error(), (atoms::invalid_node_id(), to)).encode(env),
-        Err(Misnamed::Ways(invalid)) => error(env, &invalid),
+        Err(misnamed) => misnamed.error(env, to),
     }
 }
 
@@ -188,10 +186,12 @@ fn send_message<'a>(
     message: Message,
     now: Instant,
 ) -> Term<'a> {
+    let wait = whom.prepare(engine);
     let message = match engine.send_now(&whom.target(), message, now) {
         Ok(()) => return atoms::ok().encode(env),
         Err(message) => message,
     };
+    let Some(wait) = wait else { return atoms::unlinked().encode(env) };
     let caller = Caller::new(env, tag);
     let call = InProgress::monitor(env, &caller.pid());
     let monitored = call.clone();
@@ -205,7 +205,7 @@ fn send_message<'a>(
     if let Some(waiting) = waiting {
         call.waiting(waiting);
     }
-    whom.wait(engine).encode(env)
+    wait.encode(env)
 }
 
 fn send_request<'a>(
@@ -216,6 +216,7 @@ fn send_request<'a>(
     message: Message,
     _: Instant,
 ) -> Term<'a> {
+    let Some(wait) = whom.prepare(engine) else { return atoms::unlinked().encode(env) };
     let caller = Caller::new(env, tag);
     let call = InProgress::monitor(env, &caller.pid());
     let monitored = call.clone();
@@ -230,7 +231,7 @@ fn send_request<'a>(
     if let Some(waiting) = waiting {
         call.waiting(waiting);
     }
-    whom.wait(engine).encode(env)
+    wait.encode(env)
 }
 
 fn decode_answer<'a>(env: Env<'a>, frame: &macula_peer_wire::RawFrame, limits: Limits) -> Term<'a> {
@@ -266,6 +267,54 @@ fn deadline(timeout: Term<'_>, now: Instant) -> Result<Option<Instant>, ()> {
     match timeout.decode::<u64>() {
         Ok(ms) if ms <= LONGEST_TIMEOUT => Ok(Some(now + Duration::from_millis(ms))),
         _ => Err(()),
+    }
+}
+
+/// What was found by looking up the ways to a node.
+#[rustler::nif]
+fn resolved<'a>(env: Env<'a>, node: Term<'a>, ways: Term<'a>) -> Term<'a> {
+    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    let Some(node) = whom::node_id(node) else {
+        return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
+    };
+    match whom::ways(ways) {
+        Ok(ways) => {
+            engine.resolved(&node, ways);
+            atoms::ok().encode(env)
+        }
+        Err(misnamed) => {
+            // The lookup has ended all the same.
+            engine.resolved(&node, Ways::default());
+            misnamed.error(env, ways)
+        }
+    }
+}
+
+// ---- registrations ----
+
+#[rustler::nif]
+fn register<'a>(env: Env<'a>, node: Term<'a>, relays: Term<'a>) -> Term<'a> {
+    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    let Some(node) = whom::node_id(node) else {
+        return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
+    };
+    match options::endpoints(relays) {
+        Some(relays) => {
+            engine.register(node, relays);
+            atoms::ok().encode(env)
+        }
+        None => (atoms::error(), (atoms::invalid_option(), (atoms::relays(), relays))).encode(env),
+    }
+}
+
+#[rustler::nif]
+fn unregister() -> Atom {
+    match engine() {
+        Some(engine) => {
+            engine.unregister();
+            atoms::ok()
+        }
+        None => atoms::not_started(),
     }
 }
 

@@ -4,16 +4,17 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use macula_peer::{Certificate, Config, Delivery, Fingerprint, Listen, Secret, Verify};
+use macula_peer::{Certificate, Config, Delivery, Endpoint, Fingerprint, Listen, RelayConfig, Secret, Verify};
 use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term};
 
 use crate::atoms;
 use crate::errors::Reason;
+use crate::whom::{endpoint, node_id};
 
 /// An option that is unknown or has a wrong value: `{invalid_option, {Key, Value}}`.
 pub(crate) struct InvalidOption<'a> {
-    key: Term<'a>,
-    value: Term<'a>,
+    pub(crate) key: Term<'a>,
+    pub(crate) value: Term<'a>,
 }
 
 impl Reason for InvalidOption<'_> {
@@ -40,6 +41,7 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
             name if name == atoms::certfile() => certificate = Some(path(value)?),
             name if name == atoms::keyfile() => key = Some(path(value)?),
             name if name == atoms::verify() => listen.verify = Some(verify(value)?),
+            name if name == atoms::relay() => listen.relay = Some(relay(value)?),
             _ => return None,
         }
         Some(())
@@ -57,7 +59,10 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
     Ok(listen)
 }
 
-fn each<'a>(options: Term<'a>, mut set: impl FnMut(Atom, Term<'a>) -> Option<()>) -> Result<(), InvalidOption<'a>> {
+pub(crate) fn each<'a>(
+    options: Term<'a>,
+    mut set: impl FnMut(Atom, Term<'a>) -> Option<()>,
+) -> Result<(), InvalidOption<'a>> {
     let all = MapIterator::new(options).ok_or(InvalidOption { key: options, value: options })?;
     for (key, value) in all {
         let known = Atom::from_term(key).ok().and_then(|name| set(name, value));
@@ -97,9 +102,38 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
         key if key == atoms::identity_file() => config.identity_file = Some(path(value)?),
         key if key == atoms::verify() => config.verify = verify(value)?,
         key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
+        key if key == atoms::node_id() => config.node_id = Some(node_id(value)?),
+        key if key == atoms::relays() => config.relays = endpoints(value)?,
         _ => return None,
     }
     Some(())
+}
+
+/// What a relay gives.
+fn relay(value: Term<'_>) -> Option<RelayConfig> {
+    let mut config = RelayConfig::default();
+    let set = |key: Atom, value: Term<'_>| {
+        match key {
+            key if key == atoms::max_registrations() => config.max_registrations = positive(value)?,
+            key if key == atoms::max_sessions() => config.max_sessions = positive(value)?,
+            key if key == atoms::max_sessions_per_node() => config.max_sessions_per_node = positive(value)?,
+            key if key == atoms::bandwidth() => config.bandwidth = positive(value)? as u64,
+            key if key == atoms::packet_queue() => config.packet_queue = positive(value)?,
+            key if key == atoms::max_packet() => config.max_packet = positive(value)?,
+            key if key == atoms::accept_rate() => config.accept_rate = positive(value)? as u64,
+            key if key == atoms::idle_timeout() => config.idle_timeout = time(value)?,
+            key if key == atoms::grace() => config.grace = pause(value)?,
+            key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
+            _ => return None,
+        }
+        Some(())
+    };
+    each(value, set).ok()?;
+    Some(config)
+}
+
+pub(crate) fn endpoints(value: Term<'_>) -> Option<Vec<Endpoint>> {
+    proper_list(value)?.map(endpoint).collect()
 }
 
 /// `none`, `{pin, Fingerprints}` or `{cacertfile, File}`.
@@ -117,7 +151,7 @@ fn verify(value: Term<'_>) -> Option<Verify> {
 }
 
 /// 32 bytes, or 64 hexadecimal digits.
-fn fingerprint(value: Term<'_>) -> Option<Fingerprint> {
+pub(crate) fn fingerprint(value: Term<'_>) -> Option<Fingerprint> {
     if let Ok(bytes) = value.decode::<Binary<'_>>()
         && let Ok(bytes) = <[u8; 32]>::try_from(bytes.as_slice())
     {
@@ -136,8 +170,13 @@ fn positive(value: Term<'_>) -> Option<usize> {
 }
 
 fn time(value: Term<'_>) -> Option<Duration> {
+    pause(value).filter(|time| !time.is_zero())
+}
+
+/// A time, or none.
+fn pause(value: Term<'_>) -> Option<Duration> {
     // A day is beyond every sensible value, and keeps sums of times far from their limits.
-    value.decode::<u64>().ok().filter(|ms| (1..=86_400_000).contains(ms)).map(Duration::from_millis)
+    value.decode::<u64>().ok().filter(|ms| (0..=86_400_000).contains(ms)).map(Duration::from_millis)
 }
 
 fn port(value: Term<'_>) -> Option<u16> {
@@ -164,7 +203,7 @@ fn path(value: Term<'_>) -> Option<PathBuf> {
 }
 
 /// rustler's iterator panics where an improper list ends.
-fn proper_list(value: Term<'_>) -> Option<ListIterator<'_>> {
+pub(crate) fn proper_list(value: Term<'_>) -> Option<ListIterator<'_>> {
     value.list_length().ok()?;
     value.into_list_iterator().ok()
 }

@@ -1,11 +1,11 @@
 //! What is counted, as a map.
 
-use macula_peer::{AcceptedStats, LinkStats, PeerStats, Stats};
+use macula_peer::{AcceptedStats, LinkStats, PeerName, PeerStats, RegistrationStats, RelayStats, Stats};
 use rustler::{Atom, Encoder, Env, Term};
 
 use crate::atoms;
-use crate::errors::binary;
-use crate::inbound::{address, dialect, map};
+use crate::errors::{binary, bytes_term};
+use crate::inbound::{self, address, dialect, map};
 
 pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
     let peers: Vec<_> = stats.peers.iter().map(|each| peer(env, each)).collect();
@@ -21,7 +21,8 @@ pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
         (atoms::hit_rate(), hit_rate.encode(env)),
         (atoms::pool_size(), stats.peers.len().encode(env)),
     ];
-    let fields = [
+    let registrations: Vec<_> = stats.registrations.iter().map(|each| registration(env, each)).collect();
+    let mut fields = vec![
         (atoms::peers(), peers.encode(env)),
         (atoms::accepted(), accepted.encode(env)),
         (atoms::pool(), map(env, &pool)),
@@ -30,14 +31,56 @@ pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
         (atoms::unhandled(), stats.unhandled.encode(env)),
         (atoms::malformed(), stats.malformed.encode(env)),
         (atoms::refused(), stats.refused.encode(env)),
+        (atoms::registrations(), registrations.encode(env)),
+    ];
+    if let Some(stats) = &stats.relay {
+        fields.push((atoms::relay(), relay(env, stats)));
+    }
+    map(env, &fields)
+}
+
+fn registration<'a>(env: Env<'a>, stats: &RegistrationStats) -> Term<'a> {
+    let (state, reason) = inbound::registration(env, stats.state);
+    let seen_at = match stats.address {
+        Some(seen_at) => address(env, seen_at),
+        None => atoms::undefined().encode(env),
+    };
+    let fields = [
+        (atoms::relay(), binary(env, &stats.relay.to_string())),
+        (atoms::state(), state.encode(env)),
+        (atoms::reason(), reason.encode(env)),
+        (atoms::address(), seen_at),
+        (atoms::circuits(), stats.circuits.encode(env)),
+    ];
+    map(env, &fields)
+}
+
+fn relay<'a>(env: Env<'a>, stats: &RelayStats) -> Term<'a> {
+    let counted = |counters: &[(&'static str, u64)]| {
+        let fields: Vec<_> = counters.iter().map(|(name, n)| (atoms::named(env, name), n.encode(env))).collect();
+        map(env, &fields)
+    };
+    let fields = [
+        (atoms::registrations(), stats.registrations.encode(env)),
+        (atoms::circuits(), stats.circuits.encode(env)),
+        (atoms::forwarded_packets(), stats.forwarded_packets.encode(env)),
+        (atoms::forwarded_bytes(), stats.forwarded_bytes.encode(env)),
+        (atoms::refused(), counted(&stats.refused)),
+        (atoms::dropped(), counted(&stats.dropped)),
+        (atoms::stray(), stats.stray.encode(env)),
+        (atoms::unread(), stats.unread.encode(env)),
     ];
     map(env, &fields)
 }
 
 fn peer<'a>(env: Env<'a>, stats: &PeerStats) -> Term<'a> {
-    let path = if stats.link.is_some() { atoms::direct() } else { atoms::none() };
+    let name = match &stats.name {
+        PeerName::Endpoint(endpoint) => (atoms::endpoint(), binary(env, &endpoint.to_string())),
+        PeerName::Node(node) => (atoms::node_id(), bytes_term(env, node.as_bytes())),
+    };
+    let path = stats.link.map_or_else(atoms::none, |link| inbound::path(link.path));
     let mut fields = vec![
-        (atoms::endpoint(), binary(env, &stats.endpoint.to_string())),
+        name,
         (atoms::path(), path.encode(env)),
         (atoms::sent(), stats.sent.encode(env)),
         (atoms::acknowledged(), stats.acknowledged.encode(env)),
@@ -54,6 +97,7 @@ fn peer<'a>(env: Env<'a>, stats: &PeerStats) -> Term<'a> {
 
 fn accepted<'a>(env: Env<'a>, stats: &AcceptedStats) -> Term<'a> {
     let mut fields = link(env, &stats.link).to_vec();
+    fields.push((atoms::path(), inbound::path(stats.link.path).encode(env)));
     fields.push((atoms::received(), stats.received.encode(env)));
     map(env, &fields)
 }

@@ -1,22 +1,40 @@
-//! Whom a message is for: an endpoint, or `{node, NodeId, Ways}`.
+//! Whom a message is for: an endpoint, or `{node, NodeId, Ways}`, where `Ways` may be `none`.
 
 use macula_peer::{Endpoint, EndpointError, EndpointRef, Engine, NodeId, Target, Ways};
-use rustler::{Atom, Binary, Term};
+use rustler::{Atom, Binary, Encoder, Env, Term};
 
 use crate::atoms;
+use crate::errors::{Reason, error};
 use crate::options::{self, InvalidOption};
 
 /// Whom a message is for.
 pub(crate) enum Whom<'a> {
     Endpoint(EndpointRef<'a>),
-    Node(NodeId, Ways),
+    /// Without ways it is only sent over a link that there is.
+    Node(NodeId, Option<Ways>),
 }
 
 /// Why a term names nobody.
 pub(crate) enum Misnamed<'a> {
     Endpoint(EndpointError),
+    Relay(EndpointError),
     Node,
     Ways(InvalidOption<'a>),
+}
+
+impl Misnamed<'_> {
+    /// `{error, Reason}`; `term` is what names nobody.
+    pub(crate) fn error<'a>(&self, env: Env<'a>, term: Term<'a>) -> Term<'a> {
+        match self {
+            Self::Endpoint(invalid) => error(env, invalid),
+            Self::Relay(invalid) => {
+                let why = (atoms::relay_connect_failed(), invalid.reason(env));
+                (atoms::error(), (atoms::nat_connection_failed(), why)).encode(env)
+            }
+            Self::Node => (atoms::error(), (atoms::invalid_node_id(), name(term))).encode(env),
+            Self::Ways(invalid) => error(env, invalid),
+        }
+    }
 }
 
 /// What an endpoint's term says, kept while it is in use.
@@ -47,7 +65,8 @@ impl<'t> Whom<'t> {
     pub(crate) fn read<'a>(term: Term<'a>, text: &'t Text<'a>) -> Result<Self, Misnamed<'a>> {
         if let Ok((_, name, ways)) = term.decode::<(Atom, Term<'_>, Term<'_>)>() {
             let node = node_id(name).ok_or(Misnamed::Node)?;
-            return Ok(Self::Node(node, options::ways(ways).map_err(Misnamed::Ways)?));
+            let ways = if atoms::none() == ways { None } else { Some(self::ways(ways)?) };
+            return Ok(Self::Node(node, ways));
         }
         text.endpoint().map(Self::Endpoint).map_err(Misnamed::Endpoint)
     }
@@ -59,13 +78,54 @@ impl<'t> Whom<'t> {
         }
     }
 
-    /// What a caller has to do who waits: just that, or look up more ways to the node as well.
-    pub(crate) fn wait(&self, engine: &Engine) -> Atom {
+    /// Tells the engine what the caller knows of the ways to a node. Returns what the caller has to do if it must wait:
+    /// just that, or look up more ways as well; `None`, say what it knows first.
+    pub(crate) fn prepare(&self, engine: &Engine) -> Option<Atom> {
         match self {
-            Self::Node(node, ways) if engine.learn(node, ways.clone()) => atoms::resolve(),
-            _ => atoms::wait(),
+            Self::Endpoint(_) => Some(atoms::wait()),
+            Self::Node(_, ways) if ways.is_none() => None,
+            Self::Node(node, ways) => match engine.learn(node, ways.clone().unwrap_or_default()) {
+                true => Some(atoms::resolve()),
+                false => Some(atoms::wait()),
+            },
         }
     }
+}
+
+/// What there is where a node's id should be.
+fn name(term: Term<'_>) -> Term<'_> {
+    term.decode::<(Term<'_>, Term<'_>, Term<'_>)>().map_or(term, |(_, name, _)| name)
+}
+
+/// The ways to a node that somebody knows.
+pub(crate) fn ways(options: Term<'_>) -> Result<Ways, Misnamed<'_>> {
+    let (mut ways, mut misnamed) = (Ways::default(), None);
+    let read = options::each(options, |key, value| {
+        match key {
+            key if key == atoms::endpoints() => ways.endpoints = all(value, Misnamed::Endpoint, &mut misnamed)?,
+            key if key == atoms::relays() => ways.relays = all(value, Misnamed::Relay, &mut misnamed)?,
+            key if key == atoms::last_resorts() => ways.last_resorts = all(value, Misnamed::Relay, &mut misnamed)?,
+            key if key == atoms::fingerprint() => ways.key = Some(options::fingerprint(value)?),
+            _ => return None,
+        }
+        Some(())
+    });
+    match (misnamed, read) {
+        (Some(misnamed), _) => Err(misnamed),
+        (None, Err(invalid)) => Err(Misnamed::Ways(invalid)),
+        (None, Ok(())) => Ok(ways),
+    }
+}
+
+/// The endpoints in a list; the first that is none is `misnamed`.
+fn all<'a>(
+    list: Term<'a>,
+    by: fn(EndpointError) -> Misnamed<'a>,
+    misnamed: &mut Option<Misnamed<'a>>,
+) -> Option<Vec<Endpoint>> {
+    let endpoints: Result<_, _> =
+        options::proper_list(list)?.map(|term| Text::of(term).endpoint().map(|endpoint| endpoint.to_owned())).collect();
+    endpoints.map_err(|invalid| *misnamed = Some(by(invalid))).ok()
 }
 
 pub(crate) fn node_id(term: Term<'_>) -> Option<NodeId> {

@@ -19,8 +19,8 @@ use crate::decide::witness::Witness;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::link::{Link, lock};
-use crate::relay::client::relay_transport;
 use crate::message::Path;
+use crate::relay::client::relay_transport;
 use crate::socket::{Refusals, Socket};
 use crate::tls::Dialect;
 

@@ -45,8 +45,8 @@ pub(crate) struct Link {
     pub(crate) connection: Connection,
     pub(crate) dialect: Dialect,
     pub(crate) path: Path,
-    /// The peer's, where it showed one.
-    pub(crate) key: Option<Fingerprint>,
+    /// The key that the peer showed.
+    pub(crate) shown: Option<Fingerprint>,
     /// Requests that wait for their answer.
     pub(crate) asked: AtomicUsize,
     witness: Arc<Mutex<Witness>>,
@@ -139,12 +139,12 @@ impl Link {
         limits: Limits,
         answer_timeout: Duration,
     ) -> Self {
-        let key = Fingerprint::of_sender(&connection, dialect);
+        let shown = Fingerprint::of_connection(&connection);
         Self {
             connection,
             dialect,
             path,
-            key,
+            shown,
             asked: AtomicUsize::new(0),
             witness,
             limits,
@@ -160,6 +160,11 @@ impl Link {
             Path::Direct => canonical(self.connection.remote_address()),
             Path::Relay(relay) => relay,
         }
+    }
+
+    /// The key of who sends what comes over the link. Only `macula-peer/1` binds messages to keys.
+    pub(crate) fn key(&self) -> Option<Fingerprint> {
+        self.shown.filter(|_| self.dialect == Dialect::MaculaPeer1)
     }
 
     pub(crate) fn is_asked(&self) -> bool {

@@ -19,9 +19,9 @@ use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
+use crate::identity::Fingerprint;
 use crate::link::{Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
-use crate::identity::Fingerprint;
 use crate::node::Node;
 use crate::peer::deadline;
 use crate::session;

@@ -14,9 +14,9 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::config::Config;
+use crate::decide::known::Known;
 use crate::dial::{Dialer, not_connected};
 use crate::endpoint::{Endpoint, Target};
-use crate::decide::known::Known;
 use crate::error::ConnectError;
 use crate::identity::{Fingerprint, Identity};
 use crate::link::{Link, lock};
@@ -191,7 +191,7 @@ impl Node {
     /// Whether the node that was reached has the key that it is known by.
     fn check_key(&self, name: &PeerName, key: Option<Fingerprint>, link: Link) -> Result<Link, ConnectError> {
         let PeerName::Node(node) = name else { return Ok(link) };
-        let shown = Fingerprint::of_connection(&link.connection);
+        let shown = link.shown;
         let first_seen = matches!(self.config.verify, Verify::FirstSeen);
         let expected = match key {
             Some(key) => Some(key),

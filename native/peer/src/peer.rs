@@ -108,8 +108,10 @@ struct State {
     session: Session,
     /// How the peer can be reached.
     ways: Ways,
-    /// There are ways that the race does not know.
+    /// There are ways that were not tried.
     learned: bool,
+    /// The link's peer is another one than it should be.
+    distrusted: bool,
     /// When ways were last looked up, and whether somebody is still at it.
     resolved: Option<(Instant, bool)>,
     /// Who gets the messages instead, and until when: a relay that speaks only `macula`.
@@ -172,6 +174,7 @@ impl Peer {
             session: Session::new(node.config.delivery == Delivery::AtMostOnce),
             ways,
             learned: false,
+            distrusted: false,
             resolved: None,
             stand_in: None,
             partials: Vec::new(),
@@ -335,8 +338,19 @@ impl Peer {
     pub(crate) fn learn(&self, ways: Ways) -> bool {
         let now = Instant::now();
         let mut state = lock(&self.state);
-        state.ways.learn(ways);
+        let key = ways.key;
+        let better = state.ways.learn(ways);
         state.learned = true;
+        match &state.link {
+            Some(link) if key.is_some() && link.shown != key => {
+                // The caller knows better who this is. Nothing more goes over this link.
+                state.link = None;
+                state.distrusted = true;
+                self.wake.notify_one();
+            }
+            Some(link) if better && link.path != Path::Direct => self.wake.notify_one(),
+            _ => {}
+        }
         let fresh = |(since, at_it)| since + if at_it { RESOLVING_FOR } else { RESOLVED_FOR } > now;
         let wanted = state.link.is_none() && !state.resolved.is_some_and(fresh);
         if wanted {
@@ -578,6 +592,9 @@ impl Task {
 
     /// Everything that time or the callers may have changed.
     fn look_after(&mut self, now: Instant) {
+        if std::mem::take(&mut lock(&self.peer.state).distrusted) {
+            self.retire_link();
+        }
         self.answer_expired(now);
         self.start_partials();
         self.flush();
@@ -590,7 +607,7 @@ impl Task {
         self.pass_on(now);
         if self.wants_dial(now) {
             self.begin_race(now);
-        } else if self.upgrade_at.is_some_and(|at| at <= now) {
+        } else if self.upgrade_at.is_some_and(|at| at <= now || self.has_learned()) {
             self.look_for_better(now);
         }
     }
@@ -656,8 +673,15 @@ impl Task {
         match (&self.peer.name, &self.failure) {
             (_, Some(failure)) => failure.clone(),
             (PeerName::Endpoint(_), None) => ConnectError::TimedOut.into(),
+            (PeerName::Node(_), None) if !self.has_relays() => RouteError::NoRelay.into(),
             (PeerName::Node(_), None) => RouteError::Relay(ConnectError::TimedOut).into(),
         }
+    }
+
+    fn has_relays(&self) -> bool {
+        let ways = &lock(&self.peer.state).ways;
+        let known = !ways.relays.is_empty() || !ways.last_resorts.is_empty();
+        known || !self.node().config.relays.is_empty() || !self.node().clients.standing().is_empty()
     }
 
     fn start_partials(&mut self) {
@@ -816,7 +840,8 @@ impl Task {
         if self.race.is_some() || self.in_doubt {
             return;
         }
-        let state = lock(&self.peer.state);
+        let mut state = lock(&self.peer.state);
+        state.learned = false;
         let direct = Ways { endpoints: state.ways.endpoints.clone(), key: state.ways.key, ..Ways::default() };
         drop(state);
         if direct.endpoints.is_empty() {
@@ -825,6 +850,10 @@ impl Task {
         let mut race = Race::new(self.node().clone(), self.peer.name.clone(), now);
         race.add(&direct, None, now);
         self.race = Some(race);
+    }
+
+    fn has_learned(&self) -> bool {
+        self.race.is_none() && lock(&self.peer.state).learned
     }
 
     fn plan_upgrade(&mut self) {
@@ -973,7 +1002,8 @@ impl Task {
 
     /// Whether a node that was linked until recently cannot be found.
     fn is_away(&self, error: &SendError) -> bool {
-        let absent = matches!(error, SendError::Route(RouteError::Relay(_) | RouteError::Setup(Refusal::NotRegistered)));
+        let absent =
+            matches!(error, SendError::Route(RouteError::Relay(_) | RouteError::Setup(Refusal::NotRegistered)));
         absent && self.linked_until.is_some_and(|until| until.elapsed() < AWAY)
     }
 
@@ -1286,7 +1316,7 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream) 
 }
 
 fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) {
-    let (from, dialect, path, key) = (link.remote(), link.dialect, link.path, link.key);
+    let (from, dialect, path, key) = (link.remote(), link.dialect, link.path, link.key());
     peer.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, path, key, dialect, reply: None });
 }
 

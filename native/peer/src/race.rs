@@ -40,12 +40,20 @@ pub struct Ways {
 }
 
 impl Ways {
-    /// Puts what is known now before what was known.
-    pub(crate) fn learn(&mut self, new: Ways) {
+    /// Puts what is known now before what was known. Returns whether there are new endpoints.
+    pub(crate) fn learn(&mut self, new: Ways) -> bool {
+        let news = new.endpoints.iter().any(|endpoint| !self.endpoints.contains(endpoint));
         merge(&mut self.endpoints, new.endpoints);
         merge(&mut self.relays, new.relays);
         merge(&mut self.last_resorts, new.last_resorts);
         self.key = new.key.or(self.key);
+        news
+    }
+
+    /// Whether nothing is known.
+    pub fn is_empty(&self) -> bool {
+        let Self { endpoints, relays, last_resorts, key } = self;
+        endpoints.is_empty() && relays.is_empty() && last_resorts.is_empty() && key.is_none()
     }
 }
 

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::{engine, frame, listener, message, number, request, send, until};
 use macula_peer::{
-    Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, ReplyError, RequestError, Target,
-    SendError, Unhandled,
+    Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, ReplyError, RequestError,
+    SendError, Target, Unhandled,
 };
 use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};

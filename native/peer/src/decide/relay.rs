@@ -4,9 +4,9 @@ use std::cmp::max;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use crate::relay::control::{Id, Limit, Refusal};
 use crate::identity::Fingerprint;
 use crate::relay::RelayConfig;
+use crate::relay::control::{Id, Limit, Refusal};
 
 /// What a circuit may carry at once, however small its bandwidth: less than one batch of packets that a sender hands to
 /// its kernel (64 KiB, UDP segmentation offload) would drop part of every one.

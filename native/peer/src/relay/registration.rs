@@ -21,10 +21,10 @@ use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
 use super::control::{FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Reason, Refusal};
-use crate::identity::realm_proof;
 use crate::decide::silence::{Counted, Silence};
 use crate::dial::{not_begun, not_connected};
 use crate::error;
+use crate::identity::realm_proof;
 use crate::tls::Dialect;
 
 /// Requests for circuits that one relay is asked at once; the others wait for an answer to one of these.

@@ -85,7 +85,8 @@ fn forget_oldest(
     table: &mut HashMap<(Fingerprint, SessionId), Arc<Answers>>,
     of: impl Fn(&(Fingerprint, SessionId)) -> bool,
 ) {
-    let oldest = table.iter().filter(|(key, _)| of(key)).min_by_key(|(_, session)| session.used.load(Ordering::Relaxed));
+    let oldest =
+        table.iter().filter(|(key, _)| of(key)).min_by_key(|(_, session)| session.used.load(Ordering::Relaxed));
     if let Some(key) = oldest.map(|(key, _)| *key) {
         table.remove(&key);
     }
@@ -198,7 +199,11 @@ impl Answers {
         })
     }
 
-    fn wait(self: Arc<Self>, node: &Node, write: impl Future<Output = bool> + Send + 'static) -> Result<(), ReplyError> {
+    fn wait(
+        self: Arc<Self>,
+        node: &Node,
+        write: impl Future<Output = bool> + Send + 'static,
+    ) -> Result<(), ReplyError> {
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_WAITING_ANSWERS {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
             return Err(ReplyError::Gone);

@@ -199,9 +199,8 @@ pub fn member(name: &str, relays: &[&str]) -> (Engine, Arc<Inbox>) {
     let inbox = Arc::new(Inbox::default());
     engine.set_handler(Some(inbox.clone()));
     engine.register(node_id(name), relays.iter().map(|relay| endpoint(relay)).collect());
-    let registered = |engine: &Engine| {
-        engine.stats().registrations.iter().filter(|r| r.state == Registration::Registered).count()
-    };
+    let registered =
+        |engine: &Engine| engine.stats().registrations.iter().filter(|r| r.state == Registration::Registered).count();
     until("registered", || registered(&engine) == relays.len());
     (engine, inbox)
 }

@@ -462,7 +462,8 @@ async fn each_limit_of_requests_has_its_name() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_proves_that_it_knows_the_realms_secret() {
-    let running = running(RelayConfig { realm_secret: Some(Secret::new(b"secret".to_vec())), ..RelayConfig::default() });
+    let running =
+        running(RelayConfig { realm_secret: Some(Secret::new(b"secret".to_vec())), ..RelayConfig::default() });
     let connection = connect(running.address, "a").await;
     let proof = |connection: &Connection, secret: &[u8], name: &str| {
         Some(realm_proof(connection, secret, name.as_bytes()).unwrap())

@@ -1,0 +1,58 @@
+%% @private
+%% @doc Calls of the native library that may have to wait: the answer then comes as one tagged message.
+-module(macula_peer_call).
+
+-export([send/4]).
+-export([request/4]).
+
+-export_type([target/0, ways/0]).
+
+-type target() :: macula_peer_connector:endpoint() | {node, NodeId :: binary(), ways() | none}.
+%% A node without ways is only sent to over a link that there is; otherwise the answer is `unlinked'.
+
+-type ways() :: #{endpoints => [macula_peer_connector:endpoint()], relays => [macula_peer_connector:endpoint()],
+                  last_resorts => [macula_peer_connector:endpoint()], fingerprint => binary()}.
+
+%% @doc Sends a message.
+-spec send(target(), term(), term(), term()) -> ok | unlinked | {error, term()}.
+send(To, Type, Msg, Timeout) ->
+    Tag = make_ref(),
+    try macula_peer_nif:send(Tag, To, Type, Msg, Timeout) of
+        ok -> ok;
+        dirty -> answer(macula_peer_nif:send_dirty(Tag, To, Type, Msg, Timeout), Tag, To, again(fun send/4, To, Type, Msg, Timeout));
+        Answer -> answer(Answer, Tag, To, again(fun send/4, To, Type, Msg, Timeout))
+    catch
+        error:nif_panicked -> {error, {internal, nif_panicked}}
+    end.
+
+%% @doc Sends a message and waits for the frame that answers it.
+-spec request(target(), term(), term(), term()) ->
+          {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, term()}.
+request(To, Type, Msg, Timeout) ->
+    Tag = make_ref(),
+    Again = again(fun request/4, To, Type, Msg, Timeout),
+    try macula_peer_nif:request(Tag, To, Type, Msg, Timeout) of
+        dirty -> answer(macula_peer_nif:request_dirty(Tag, To, Type, Msg, Timeout), Tag, To, Again);
+        Answer -> answer(Answer, Tag, To, Again)
+    catch
+        error:nif_panicked -> {error, {internal, nif_panicked}}
+    end.
+
+-spec answer(Answer, reference(), target(), fun(() -> Answer)) -> Answer
+              when Answer :: ok | unlinked | {ok, term()} | {error, term()} | wait | resolve | not_started.
+answer(wait, Tag, _To, _Again) ->
+    receive {Tag, Result} -> Result end;
+answer(resolve, Tag, {node, NodeId, _Ways}, _Again) ->
+    ok = macula_peer_resolver:resolve(NodeId),
+    receive {Tag, Result} -> Result end;
+answer(not_started, _Tag, _To, Again) ->
+    case macula_peer_engine:ensure_started() of
+        ok -> Again();
+        {error, _} = Error -> Error
+    end;
+answer(Answer, _Tag, _To, _Again) ->
+    Answer.
+
+-spec again(fun((target(), term(), term(), term()) -> Result), target(), term(), term(), term()) -> fun(() -> Result).
+again(Call, To, Type, Msg, Timeout) ->
+    fun() -> Call(To, Type, Msg, Timeout) end.
