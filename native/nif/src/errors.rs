@@ -197,6 +197,7 @@ impl Reason for UndeliveredReason {
             Self::Expired => atoms::expired(),
             Self::LinkLost => atoms::connection_closed(),
             Self::Rejected => atoms::rejected(),
+            Self::Untrusted => atoms::untrusted_peer(),
             Self::Stopped => atoms::stopped(),
         }
         .encode(env)

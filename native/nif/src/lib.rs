@@ -170,10 +170,12 @@ fn submit<'a>(
     let Ok(deadline) = deadline(timeout, now) else {
         return (atoms::error(), (atoms::invalid_timeout(), timeout)).encode(env);
     };
-    let message = Message { frame, kind, deadline };
     let text = Text::of(to);
     match Whom::read(to, &text) {
-        Ok(whom) => send(env, tag, engine, &whom, message, now),
+        Ok(whom) => {
+            let message = Message { frame, kind, deadline, key: whom.key() };
+            send(env, tag, engine, &whom, message, now)
+        }
         Err(misnamed) => misnamed.error(env, to),
     }
 }

@@ -1,6 +1,6 @@
 //! Whom a message is for: an endpoint, or `{node, NodeId, Ways}`, where `Ways` may be `none`.
 
-use macula_peer::{Endpoint, EndpointError, EndpointRef, Engine, NodeId, Target, Ways};
+use macula_peer::{Endpoint, EndpointError, EndpointRef, Engine, Fingerprint, NodeId, Target, Ways};
 use rustler::{Atom, Binary, Encoder, Env, Term};
 
 use crate::atoms;
@@ -78,16 +78,27 @@ impl<'t> Whom<'t> {
         }
     }
 
+    /// The only key that the caller allows.
+    pub(crate) fn key(&self) -> Option<Fingerprint> {
+        match self {
+            Self::Node(_, Some(ways)) => ways.key,
+            _ => None,
+        }
+    }
+
     /// Tells the engine what the caller knows of the ways to a node. Returns what the caller has to do if it must wait:
     /// just that, or look up more ways as well; `None`, say what it knows first.
     pub(crate) fn prepare(&self, engine: &Engine) -> Option<Atom> {
         match self {
             Self::Endpoint(_) => Some(atoms::wait()),
             Self::Node(_, ways) if ways.is_none() => None,
-            Self::Node(node, ways) => match engine.learn(node, ways.clone().unwrap_or_default()) {
-                true => Some(atoms::resolve()),
-                false => Some(atoms::wait()),
-            },
+            // The key is for this message alone.
+            Self::Node(node, ways) => {
+                match engine.learn(node, Ways { key: None, ..ways.clone().unwrap_or_default() }) {
+                    true => Some(atoms::resolve()),
+                    false => Some(atoms::wait()),
+                }
+            }
         }
     }
 }

@@ -196,6 +196,9 @@ pub enum UndeliveredReason {
     /// The peer stopped reading it.
     #[error("rejected by the peer")]
     Rejected,
+    /// The peer that was to get it has another key now.
+    #[error("the peer is not trusted")]
+    Untrusted,
     /// The engine stopped first.
     #[error("the engine stopped")]
     Stopped,

@@ -28,6 +28,15 @@ pub struct Message {
     pub kind: MessageType,
     /// Until when it may be sent, and sent again. `None`: the engine's own bound applies to sending it again.
     pub deadline: Option<Instant>,
+    /// The only key that may get it. `None`: the peer's, whichever that is.
+    pub key: Option<Fingerprint>,
+}
+
+impl Message {
+    /// Whether it may go to a peer that has shown this key.
+    pub(crate) fn is_for(&self, shown: Option<Fingerprint>) -> bool {
+        self.key.is_none() || self.key == shown
+    }
 }
 
 /// The name of a node: at most 255 bytes.

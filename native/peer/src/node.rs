@@ -188,26 +188,20 @@ impl Node {
         Ok(link.connection)
     }
 
-    /// Whether the node that was reached has the key that it is known by.
+    /// Whether the node that was reached has the key that it is known by: the one that somebody knows, or else the one
+    /// that it was first seen with.
     fn check_key(&self, name: &PeerName, key: Option<Fingerprint>, link: Link) -> Result<Link, ConnectError> {
         let PeerName::Node(node) = name else { return Ok(link) };
-        let shown = link.shown;
         let first_seen = matches!(self.config.verify, Verify::FirstSeen);
-        let expected = match key {
-            Some(key) => Some(key),
-            None if first_seen => lock(&self.known).key_of(node, Instant::now()),
-            None => None,
-        };
-        match (expected, shown) {
-            (Some(expected), shown) if shown != Some(expected) => {
-                tracing::warn!(node = ?node, ?shown, ?expected, "a node shows another key than it is known by");
-                link.connection.close(0u8.into(), b"");
-                return Err(ConnectError::Untrusted);
-            }
-            (None, Some(shown)) if first_seen && link.dialect == Dialect::MaculaPeer1 => {
-                lock(&self.known).learn(node.clone(), shown, Instant::now());
-            }
-            _ => {}
+        let before = if first_seen { lock(&self.known).key_of(node, Instant::now()) } else { None };
+        let expected = key.or(before);
+        if expected.is_some() && link.shown != expected {
+            tracing::warn!(?node, shown = ?link.shown, ?expected, "a node shows another key than it is known by");
+            link.connection.close(0u8.into(), b"");
+            return Err(ConnectError::Untrusted);
+        }
+        if let (true, Some(shown), Dialect::MaculaPeer1) = (first_seen, link.shown, link.dialect) {
+            lock(&self.known).learn(node.clone(), shown, Instant::now());
         }
         Ok(link)
     }

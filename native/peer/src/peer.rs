@@ -110,8 +110,6 @@ struct State {
     ways: Ways,
     /// There are ways that were not tried.
     learned: bool,
-    /// The link's peer is another one than it should be.
-    distrusted: bool,
     /// When ways were last looked up, and whether somebody is still at it.
     resolved: Option<(Instant, bool)>,
     /// Who gets the messages instead, and until when: a relay that speaks only `macula`.
@@ -174,7 +172,6 @@ impl Peer {
             session: Session::new(node.config.delivery == Delivery::AtMostOnce),
             ways,
             learned: false,
-            distrusted: false,
             resolved: None,
             stand_in: None,
             partials: Vec::new(),
@@ -203,7 +200,7 @@ impl Peer {
         let link = {
             let mut state = lock(&self.state);
             let Some(link) = &state.link else { return Err(message) };
-            if !self.has_room(size) {
+            if !self.has_room(size) || !message.is_for(link.shown) {
                 return Err(message);
             }
             if !state.queue.is_empty() {
@@ -338,18 +335,10 @@ impl Peer {
     pub(crate) fn learn(&self, ways: Ways) -> bool {
         let now = Instant::now();
         let mut state = lock(&self.state);
-        let key = ways.key;
         let better = state.ways.learn(ways);
         state.learned = true;
-        match &state.link {
-            Some(link) if key.is_some() && link.shown != key => {
-                // The caller knows better who this is. Nothing more goes over this link.
-                state.link = None;
-                state.distrusted = true;
-                self.wake.notify_one();
-            }
-            Some(link) if better && link.path != Path::Direct => self.wake.notify_one(),
-            _ => {}
+        if better && state.link.as_ref().is_some_and(|link| link.path != Path::Direct) {
+            self.wake.notify_one();
         }
         let fresh = |(since, at_it)| since + if at_it { RESOLVING_FOR } else { RESOLVED_FOR } > now;
         let wanted = state.link.is_none() && !state.resolved.is_some_and(fresh);
@@ -592,9 +581,6 @@ impl Task {
 
     /// Everything that time or the callers may have changed.
     fn look_after(&mut self, now: Instant) {
-        if std::mem::take(&mut lock(&self.peer.state).distrusted) {
-            self.retire_link();
-        }
         self.answer_expired(now);
         self.start_partials();
         self.flush();
@@ -710,6 +696,12 @@ impl Task {
             }
             let Some(message) = job.message.take() else { continue };
             let size = message.frame.len();
+            if !message.is_for(link.shown) {
+                drop(state);
+                job.message = Some(message);
+                self.not_for_this_peer(job);
+                continue;
+            }
             if let Who::Requester(call) = &job.who {
                 drop(state);
                 let exchange = request::run(link.clone(), call.clone(), message.clone());
@@ -942,6 +934,7 @@ impl Task {
         self.peer.touch(now);
         let mut state = lock(&self.peer.state);
         let mut owed = Vec::new();
+        let refused = state.session.refuse(|message| !message.is_for(link.shown));
         match link.dialect {
             Dialect::MaculaPeer1 if !state.session.attach(&link) => {
                 drop(state);
@@ -959,6 +952,8 @@ impl Task {
         state.link = Some(link.clone());
         drop(state);
         self.link = Some(link);
+        self.let_go(refused.iter().map(|message| message.frame.len()).sum());
+        self.undelivered(refused.len() as u64, UndeliveredReason::Untrusted);
         self.owe(owed);
         self.plan_upgrade();
     }
@@ -1184,6 +1179,19 @@ impl Task {
                 }
                 _ => self.ask_again(job),
             },
+        }
+    }
+
+    fn not_for_this_peer(&self, job: Job) {
+        self.peer.let_go(&job);
+        let error = || match self.peer.name {
+            PeerName::Endpoint(_) => SendError::from(ConnectError::Untrusted),
+            PeerName::Node(_) => RouteError::Node(ConnectError::Untrusted).into(),
+        };
+        match job.who {
+            Who::Accepted => self.undelivered(1, UndeliveredReason::Untrusted),
+            Who::Sender(call) => self.fail(|| call.answer(Err(error()))),
+            Who::Requester(call) => self.fail(|| call.answer(Err(error().into()))),
         }
     }
 

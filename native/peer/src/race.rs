@@ -35,7 +35,7 @@ pub struct Ways {
     pub relays: Vec<Endpoint>,
     /// Relays to ask when the others have been, all at once.
     pub last_resorts: Vec<Endpoint>,
-    /// The key that it must have, where somebody knows.
+    /// The key that it has, where somebody knows.
     pub key: Option<Fingerprint>,
 }
 

@@ -80,7 +80,7 @@ fn messages_survive_relays_that_are_killed_and_a_better_path() {
         better.endpoints.push(common::endpoint(&direct));
         move || {
             for n in 0..total {
-                let message = Message { frame: frame(Publish, n, 100), kind: Publish, deadline: None };
+                let message = Message { frame: frame(Publish, n, 100), kind: Publish, deadline: None, key: None };
                 send_to_node(&sender, "target", ways.clone(), message).unwrap();
                 if n % 100 == 0 {
                     std::thread::sleep(Duration::from_millis(10));

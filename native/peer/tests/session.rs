@@ -22,7 +22,7 @@ fn numbered(inbox: &Inbox, large: bool) -> Vec<u64> {
 }
 
 fn of_size(n: u64, size: usize) -> Message {
-    Message { frame: frame(Publish, n, size), kind: Publish, deadline: Some(Instant::now() + TIMEOUT) }
+    Message { frame: frame(Publish, n, size), kind: Publish, deadline: Some(Instant::now() + TIMEOUT), key: None }
 }
 
 #[test]

@@ -30,10 +30,15 @@ const MAX_RELAYS: usize = 64;
 /// How long a registration that nobody asked for is kept after its last circuit.
 const UNUSED_FOR: Duration = Duration::from_secs(60);
 
+/// How long an endpoint that is no relay is taken for none. A gateway need not be asked anew for each node.
+const NOT_A_RELAY_FOR: Duration = Duration::from_secs(60);
+
 pub(crate) struct Clients {
     table: RwLock<HashMap<Endpoint, Client>>,
     /// Who this node is at its standing relays.
     standing: Mutex<Option<(NodeId, Vec<Endpoint>)>>,
+    /// Endpoints that turned out to be no relays, and when.
+    not_relays: Mutex<HashMap<Endpoint, Instant>>,
     /// TLS for connections over circuits.
     client: ClientConfig,
     admission: Admission,
@@ -56,7 +61,7 @@ impl Clients {
         set_idle_timeout(&mut transport, config);
         let mut client = ClientConfig::new(Arc::new(client));
         client.transport_config(Arc::new(transport));
-        Self { table: RwLock::default(), standing: Mutex::default(), client, admission }
+        Self { table: RwLock::default(), standing: Mutex::default(), not_relays: Mutex::default(), client, admission }
     }
 
     /// A connection to a node through a relay, and the relay's address.
@@ -68,17 +73,33 @@ impl Clients {
     ) -> Result<(Connection, SocketAddr), CircuitError> {
         // A name of a node is a valid id.
         let Some(target) = Id::new(target.to_bytes()) else { return Err(CircuitError::NotRegistered) };
+        let asked = lock(&self.not_relays).get(relay).copied();
+        if asked.is_some_and(|asked| asked.elapsed() < NOT_A_RELAY_FOR) {
+            return Err(CircuitError::NotARelay);
+        }
         loop {
             let Client { client, address } = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
             match client.connect(&target).await {
                 // It had just ended, unused, and is out of the table by now.
                 Err(CircuitError::Stopped) if !node.is_stopping() => tokio::task::yield_now().await,
+                Err(CircuitError::NotARelay) => {
+                    self.remember_not(relay);
+                    return Err(CircuitError::NotARelay);
+                }
                 Err(error) => return Err(error),
                 Ok(connection) => {
                     let address = address.get().copied();
                     return Ok((connection, address.ok_or(CircuitError::RelayLost)?));
                 }
             }
+        }
+    }
+
+    fn remember_not(&self, relay: &Endpoint) {
+        let mut not_relays = lock(&self.not_relays);
+        not_relays.retain(|_, asked| asked.elapsed() < NOT_A_RELAY_FOR);
+        if not_relays.len() < MAX_RELAYS {
+            not_relays.insert(relay.clone(), Instant::now());
         }
     }
 
@@ -89,8 +110,8 @@ impl Clients {
         let before = std::mem::replace(&mut *lock(&self.standing), standing);
         let before = before.map_or_else(Vec::new, |(_, relays)| relays);
         for relay in before.iter().filter(|relay| !relays.contains(relay)) {
-            if let Some(Client { client, .. }) = self.find(relay) {
-                client.set_standing(None);
+            let removed = self.table.write().unwrap_or_else(PoisonError::into_inner).remove(relay);
+            if let Some(Client { client, .. }) = removed {
                 client.stop();
             }
         }
@@ -125,10 +146,6 @@ impl Clients {
         for Client { client, .. } in self.table.read().unwrap_or_else(PoisonError::into_inner).values() {
             client.stop();
         }
-    }
-
-    fn find(&self, relay: &Endpoint) -> Option<Client> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).get(relay).cloned()
     }
 
     /// The client for a relay. `None` when the engine is stopping, or when there are too many.

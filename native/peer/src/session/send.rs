@@ -158,6 +158,12 @@ impl Session {
         (expired, next)
     }
 
+    /// Gives up what may not go over the next link.
+    pub(crate) fn refuse(&mut self, mut refused: impl FnMut(&Message) -> bool) -> Vec<Message> {
+        let channels = self.channels.iter_mut();
+        channels.flat_map(|channel| channel.owed.give_up(|message, _| refused(message))).collect()
+    }
+
     /// Ends the session; gives back everything that is owed, in order.
     pub(crate) fn take(&mut self) -> Vec<Message> {
         let mut owed = Vec::new();

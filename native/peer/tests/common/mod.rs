@@ -81,7 +81,7 @@ pub fn frame(kind: MessageType, n: u64, size: usize) -> Bytes {
 }
 
 pub fn message(kind: MessageType, n: u64, timeout: Duration) -> Message {
-    Message { frame: frame(kind, n, 64), kind, deadline: Some(Instant::now() + timeout) }
+    Message { frame: frame(kind, n, 64), kind, deadline: Some(Instant::now() + timeout), key: None }
 }
 
 /// Sends as the NIF does: at once if possible, else waiting.
