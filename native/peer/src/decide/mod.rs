@@ -2,6 +2,7 @@
 //! in virtual time.
 
 pub(crate) mod lanes;
+pub(crate) mod relay;
 pub(crate) mod retry;
 pub(crate) mod silence;
 #[cfg(test)]

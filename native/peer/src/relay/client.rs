@@ -500,3 +500,6 @@ impl Drop for Ended {
         self.0.phase.send_replace(Phase::Ended);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,101 @@
 //! Relays and circuits: how nodes that cannot reach each other do.
 
+use std::fmt;
+use std::time::Duration;
+
 mod circuits;
-mod client;
-mod control;
-mod packet;
+pub(crate) mod client;
+pub(crate) mod control;
+pub(crate) mod packet;
 mod registration;
+pub(crate) mod server;
 #[cfg(test)]
 mod testing;
+
+/// The SHA-256 of the public key that a node's certificate shows, as SubjectPublicKeyInfo in DER: who the node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Fingerprint(pub [u8; 32]);
+
+/// What a relay gives at most.
+#[derive(Clone)]
+pub struct RelayConfig {
+    /// Node ids that are registered or still kept for their owner. Default 10,000.
+    pub max_registrations: usize,
+    /// Circuits. Default 100, as in the original.
+    pub max_sessions: usize,
+    /// Circuits that end at one node. Default 20.
+    pub max_sessions_per_node: usize,
+    /// Bytes per second of one circuit, both directions together. Default 1,000,000.
+    pub bandwidth: u64,
+    /// Bytes that may wait to be sent to one node. Default 64 KiB: 65 ms of `bandwidth`; more would only make
+    /// packets late.
+    pub packet_queue: usize,
+    /// The longest packet in bytes. Default 1,500: quinn does not probe for more than 1,452.
+    pub max_packet: usize,
+    /// Registrations per second, in bursts of up to a second's worth. Default 100.
+    pub accept_rate: u64,
+    /// A circuit that carried nothing for this long is ended. Default 30 min.
+    pub idle_timeout: Duration,
+    /// How long a node id is kept for its owner after the registration ended. Default 5 min: a restart, or a network that
+    /// was away.
+    pub grace: Duration,
+    /// What a node must prove to know before it is registered. Default `None`: nothing.
+    pub realm_secret: Option<Vec<u8>>,
+}
+
+impl Default for RelayConfig {
+    fn default() -> Self {
+        Self {
+            max_registrations: 10_000,
+            max_sessions: 100,
+            max_sessions_per_node: 20,
+            bandwidth: 1_000_000,
+            packet_queue: 64 << 10,
+            max_packet: 1500,
+            accept_rate: 100,
+            idle_timeout: Duration::from_secs(30 * 60),
+            grace: Duration::from_secs(5 * 60),
+            realm_secret: None,
+        }
+    }
+}
+
+impl fmt::Debug for RelayConfig {
+    /// Without the secret.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter
+            .debug_struct("RelayConfig")
+            .field("max_registrations", &self.max_registrations)
+            .field("max_sessions", &self.max_sessions)
+            .field("max_sessions_per_node", &self.max_sessions_per_node)
+            .field("bandwidth", &self.bandwidth)
+            .field("packet_queue", &self.packet_queue)
+            .field("max_packet", &self.max_packet)
+            .field("accept_rate", &self.accept_rate)
+            .field("idle_timeout", &self.idle_timeout)
+            .field("grace", &self.grace)
+            .field("has_realm_secret", &self.realm_secret.is_some())
+            .finish()
+    }
+}
+
+/// What a relay has and did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RelayStats {
+    /// Nodes that are registered.
+    pub registrations: usize,
+    /// Circuits that exist.
+    pub circuits: usize,
+    /// Datagrams passed on; a packet that was cut in two counts as two.
+    pub forwarded_packets: u64,
+    /// Bytes in them.
+    pub forwarded_bytes: u64,
+    /// Requests refused, by the error's name in the protocol.
+    pub refused: Vec<(&'static str, u64)>,
+    /// Packets dropped, by the limit's name in the protocol.
+    pub dropped: Vec<(&'static str, u64)>,
+    /// Datagrams that were no packet of a circuit of the node that sent them.
+    pub stray: u64,
+    /// Registrations ended because the node did not read what it was told.
+    pub unread: u64,
+}

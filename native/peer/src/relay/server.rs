@@ -1,0 +1,587 @@
+//! The relay's side of control streams and circuits.
+//!
+//! A node registers over a control stream; the stream's task lives as long as the registration. The same task reads the
+//! connection's datagrams and passes them on. Only connections of registered nodes are ever sent anything: there is no
+//! address in the protocol that a node could have packets sent to.
+//!
+//! Locks, in this order: the relay's state, a registration's legs, a circuit's traffic. A packet takes the last two, one
+//! after the other; the state is for control messages only.
+
+use std::cmp::{max, min};
+use std::collections::{HashMap, HashSet};
+use std::convert::Infallible;
+use std::future::pending;
+use std::slice;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use macula_peer_wire::{FrameError, Reassembler};
+use quinn::{Connection, RecvStream, SendDatagramError, SendStream};
+use ring::hmac;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{mpsc, watch};
+use tokio::task::coop::consume_budget;
+use tokio::task::yield_now;
+use tokio::time::{sleep_until, timeout};
+
+use super::control::{ControlError, FromNode, FromRelay, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal};
+use super::packet::{Fit, Form, SplitBy, Splitter, parse};
+use super::{Fingerprint, RelayConfig, RelayStats};
+use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
+use crate::link::{lock, write_now};
+use crate::socket::canonical;
+use crate::stats::Counter;
+
+/// Who opens a control stream and does not say `connect` is let go after this long. It can come in the same packet.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a node may take to make room on its control stream: as long, for both are a matter of a round trip.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Messages that may wait to be written to a node: the end of every circuit that it may have, twice over, and this many
+/// answers at the least.
+const MIN_NOTES: usize = 64;
+
+/// How often a packet without room lets others run, among them the task that sends what fills the queue.
+const YIELDS: usize = 3;
+
+/// What quinn's queue takes for a datagram beside its bytes: a `Bytes`.
+const DATAGRAM_OVERHEAD: usize = size_of::<Bytes>();
+
+/// Application error codes on streams: the node was too slow, or this is no relay.
+const SLOW: u8 = 1;
+const NO_RELAY: u8 = 4;
+
+const REALM_LABEL: &[u8] = b"EXPORTER-macula-peer-realm";
+
+/// A relay. Its tasks are those that call [`Relay::serve`].
+pub(crate) struct Relay {
+    config: RelayConfig,
+    state: Mutex<State>,
+    counters: Counters,
+}
+
+struct State {
+    book: Book,
+    registrations: HashMap<Generation, Arc<Registration>>,
+    /// The connections that have a control stream.
+    served: HashSet<usize>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Counters {
+    forwarded_packets: Counter,
+    forwarded_bytes: Counter,
+    /// In the order of the types.
+    refused: [Counter; Refusal::ALL.len()],
+    dropped: [Counter; Limit::ALL.len()],
+    stray: Counter,
+    unread: Counter,
+}
+
+/// One registered node.
+struct Registration {
+    generation: Generation,
+    connection: Connection,
+    /// Its circuits.
+    legs: Mutex<HashMap<u32, Leg>>,
+    /// What it is to be told.
+    notes: mpsc::Sender<FromRelay>,
+    end: watch::Sender<Option<End>>,
+    /// The size of the connection's queue of outgoing datagrams.
+    queue: usize,
+}
+
+/// One end of a circuit.
+struct Leg {
+    other: Weak<Registration>,
+    traffic: Arc<Mutex<Traffic>>,
+    notices: Notices,
+}
+
+/// Why a control stream ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The connection or the stream ended.
+    Left,
+    /// The node is to be told why it is not registered.
+    Refused(Refusal),
+    /// The node has been told why it is registered no longer.
+    Told,
+    /// The node registered again.
+    Replaced,
+    /// The node does not say who it is, or does not read what it is told.
+    Slow,
+    /// The relay is closed.
+    Closed,
+}
+
+impl End {
+    /// The error that the stream is reset with, unless it ends in peace.
+    fn code(self) -> Option<u8> {
+        match self {
+            Self::Left | Self::Refused(_) | Self::Told | Self::Replaced => None,
+            Self::Slow => Some(SLOW),
+            Self::Closed => Some(NO_RELAY),
+        }
+    }
+}
+
+impl Relay {
+    pub(crate) fn new(config: RelayConfig) -> Arc<Self> {
+        let state = State {
+            book: Book::new(&config, Instant::now()),
+            registrations: HashMap::new(),
+            served: HashSet::new(),
+            closed: false,
+        };
+        Arc::new(Self { config, state: Mutex::new(state), counters: Counters::default() })
+    }
+
+    /// Serves a control stream whose opener has been read, and what came behind that into `frames`, until the registration
+    /// ends. Dropped, it ends the registration too.
+    pub(crate) async fn serve(
+        self: Arc<Self>,
+        connection: Connection,
+        owner: Fingerprint,
+        mut send: SendStream,
+        receive: RecvStream,
+        frames: Reassembler,
+    ) {
+        let remote = connection.remote_address();
+        let mut control = Control { receive, frames };
+        let end = self.run(connection, owner, &mut send, &mut control).await;
+        tracing::debug!(%remote, ?end, "control stream ended");
+        if let End::Refused(error) = end {
+            self.count(error);
+            // Without waiting: it is the first that is written on this stream.
+            write_now(&mut send, &FromRelay::Refused { error }.encode());
+        }
+        // Already closed is as good, here and below. What is not reset is finished when it is dropped.
+        if let Some(code) = end.code() {
+            let _ = send.reset(code.into());
+        }
+        let _ = control.receive.stop(end.code().unwrap_or(0).into());
+    }
+
+    /// Ends every registration, and takes no more.
+    pub(crate) fn close(&self) {
+        let mut state = lock(&self.state);
+        state.closed = true;
+        for registration in state.registrations.values() {
+            registration.end(End::Closed);
+        }
+    }
+
+    pub(crate) fn stats(&self) -> RelayStats {
+        let (registrations, circuits) = {
+            let state = lock(&self.state);
+            (state.book.registrations(), state.book.circuits())
+        };
+        let counters = &self.counters;
+        let refused = Refusal::ALL.iter().zip(&counters.refused).map(|(refusal, n)| (refusal.name(), n.get()));
+        let dropped = Limit::ALL.iter().zip(&counters.dropped).map(|(limit, n)| (limit.name(), n.get()));
+        RelayStats {
+            registrations,
+            circuits,
+            forwarded_packets: counters.forwarded_packets.get(),
+            forwarded_bytes: counters.forwarded_bytes.get(),
+            refused: refused.collect(),
+            dropped: dropped.collect(),
+            stray: counters.stray.get(),
+            unread: counters.unread.get(),
+        }
+    }
+
+    async fn run(
+        self: &Arc<Self>,
+        connection: Connection,
+        owner: Fingerprint,
+        send: &mut SendStream,
+        control: &mut Control,
+    ) -> End {
+        let Some(_place) = Place::take(self, &connection) else { return End::Refused(Refusal::Malformed) };
+        let (node_id, proof) = match timeout(CONNECT_TIMEOUT, control.next()).await {
+            Ok(Ok(FromNode::Connect { node_id, proof })) => (node_id, proof),
+            Ok(Ok(_) | Err(NextError::Frame(_) | NextError::Message(_))) => return End::Refused(Refusal::Malformed),
+            Ok(Err(NextError::Ended)) => return End::Left,
+            Err(_) => return End::Slow,
+        };
+        if !self.admits(&connection, &node_id, proof) {
+            return End::Refused(Refusal::Realm);
+        }
+        let (entry, notes) = match self.register(connection, node_id, owner) {
+            Ok(registered) => registered,
+            Err(end) => return end,
+        };
+        let registration = &entry.registration;
+        let mut ended = registration.end.subscribe();
+        let end = tokio::select! {
+            end = self.hear(registration, control) => end,
+            end = tell(notes, send) => end,
+            () = self.forward(registration) => End::Left,
+            never = self.end_idle(registration) => match never {},
+            // An error would mean that the registration, which is here, is gone.
+            Ok(end) = ended.wait_for(Option::is_some) => end.unwrap_or(End::Left),
+        };
+        if end == End::Slow {
+            self.counters.unread.add(1);
+        }
+        end
+    }
+
+    fn count(&self, error: Refusal) {
+        // `Unknown` has no counter and is never said.
+        if let Some(counter) = self.counters.refused.get(error as usize) {
+            counter.add(1);
+        }
+    }
+
+    /// Whether the node need not prove that it knows the realm's secret, or does.
+    fn admits(&self, connection: &Connection, node_id: &Id, proof: Option<[u8; PROOF_LEN]>) -> bool {
+        let Some(secret) = &self.config.realm_secret else { return true };
+        let mut exported = [0; 32];
+        proof.is_some_and(|proof| {
+            connection.export_keying_material(&mut exported, REALM_LABEL, node_id.as_bytes()).is_ok()
+                && hmac::verify(&hmac::Key::new(hmac::HMAC_SHA256, secret), &exported, &proof).is_ok()
+        })
+    }
+
+    fn register(
+        self: &Arc<Self>,
+        connection: Connection,
+        node_id: Id,
+        owner: Fingerprint,
+    ) -> Result<(Entry, mpsc::Receiver<FromRelay>), End> {
+        let state = &mut *lock(&self.state);
+        if state.closed {
+            return Err(End::Closed);
+        }
+        let registered = state.book.register(node_id, owner, Instant::now());
+        let Registered { generation, replaced } = registered.map_err(End::Refused)?;
+        if let Some((generation, circuits)) = replaced {
+            if let Some(old) = state.registrations.remove(&generation) {
+                lock(&old.legs).clear();
+                old.end(End::Replaced);
+            }
+            state.ended(&circuits, Reason::Gone);
+        }
+        let (notes, waiting) = mpsc::channel(max(MIN_NOTES, self.config.max_sessions_per_node.saturating_mul(2)));
+        let queue = connection.datagram_send_buffer_space();
+        let address = canonical(connection.remote_address());
+        let (legs, end) = (Mutex::default(), watch::Sender::new(None));
+        let registration = Arc::new(Registration { generation, connection, legs, notes, end, queue });
+        registration.note(FromRelay::Registered { address });
+        state.registrations.insert(generation, registration.clone());
+        Ok((Entry { relay: self.clone(), registration }, waiting))
+    }
+
+    /// Does what the node asks for, until it is gone.
+    async fn hear(&self, registration: &Arc<Registration>, control: &mut Control) -> End {
+        loop {
+            consume_budget().await;
+            match control.next().await {
+                Ok(FromNode::RelayRequest { session_id, target_id }) => {
+                    // Room for the answer first: a node that does not read has no more done for it.
+                    let Ok(answer) = registration.notes.reserve().await else { return End::Left };
+                    self.open(registration, session_id, &target_id, answer);
+                }
+                Ok(FromNode::Disconnect { circuit, .. }) => self.close_circuit(registration, circuit).await,
+                Err(NextError::Ended) => return End::Left,
+                Ok(FromNode::Connect { .. }) | Err(NextError::Frame(_) | NextError::Message(_)) => {
+                    let error = Refusal::Malformed;
+                    self.count(error);
+                    // It is the last that is told, and ends the task once it is written.
+                    let _ = registration.notes.send(FromRelay::Refused { error }).await;
+                    return pending().await;
+                }
+            }
+        }
+    }
+
+    fn open(
+        &self,
+        registration: &Arc<Registration>,
+        session_id: Id,
+        target_id: &Id,
+        answer: mpsc::Permit<'_, FromRelay>,
+    ) {
+        let state = &mut *lock(&self.state);
+        let opened = state.book.open(registration.generation, target_id);
+        let opened = opened.and_then(|Opened { circuit, target }| {
+            // Every registration of the book is in the table.
+            let target = state.registrations.get(&target).ok_or(Refusal::NotRegistered)?;
+            let traffic = Arc::new(Mutex::new(Traffic::new(&self.config, Instant::now())));
+            for (end, other) in [(registration, target), (target, registration)] {
+                let (other, traffic) = (Arc::downgrade(other), traffic.clone());
+                lock(&end.legs).insert(circuit, Leg { other, traffic, notices: Notices::default() });
+            }
+            Ok(circuit)
+        });
+        // Under the lock, so that nothing about the circuit is said before.
+        answer.send(match opened {
+            Ok(circuit) => FromRelay::Opened { session_id, circuit },
+            Err(error) => {
+                self.count(error);
+                FromRelay::NotOpened { session_id, error }
+            }
+        });
+    }
+
+    /// Who ends a circuit waits until the other side can be told. Otherwise a node could have another one take more than
+    /// it reads, and be disconnected for it, by opening and closing circuits.
+    async fn close_circuit(&self, registration: &Registration, circuit: u32) {
+        let leg = lock(&registration.legs).get(&circuit).map(|leg| leg.other.clone());
+        let Some(other) = leg.and_then(|other| other.upgrade()) else { return };
+        let room = other.notes.reserve().await;
+        let state = &mut *lock(&self.state);
+        if state.book.close(registration.generation, circuit).is_some() {
+            lock(&registration.legs).remove(&circuit);
+            lock(&other.legs).remove(&circuit);
+            if let Ok(room) = room {
+                room.send(FromRelay::Disconnect { circuit, reason: Reason::Closed });
+            }
+        }
+    }
+
+    /// Passes the node's packets on, until the connection ends.
+    async fn forward(&self, registration: &Registration) {
+        let mut splitter = Splitter::default();
+        while let Ok(datagram) = registration.connection.read_datagram().await {
+            match self.pass(registration, &mut splitter, datagram).await {
+                Ok(()) => {}
+                Err(NotPassed::Stray) => drop(self.counters.stray.add(1)),
+                Err(NotPassed::Limit(circuit, limit)) => {
+                    self.counters.dropped[limit as usize].add(1);
+                    registration.notice(circuit, limit);
+                }
+            }
+            // Under a flood others get their turn too; quinn alone would not see to that. The same in `hear`.
+            consume_budget().await;
+        }
+    }
+
+    async fn pass(&self, from: &Registration, splitter: &mut Splitter, datagram: Bytes) -> Result<(), NotPassed> {
+        let packet = parse(datagram.clone()).ok_or(NotPassed::Stray)?;
+        let circuit = packet.circuit;
+        let (to, traffic) = from.leg(circuit).ok_or(NotPassed::Stray)?;
+        let exceeded = |limit| NotPassed::Limit(circuit, limit);
+        let longest = match packet.form {
+            Form::Whole => self.config.max_packet,
+            Form::SenderHalf(..) => self.config.max_packet.div_ceil(2),
+            // Only relays do that.
+            Form::RelayHalf(..) => return Err(NotPassed::Stray),
+        };
+        if packet.bytes.len() > longest {
+            return Err(exceeded(Limit::PacketSize));
+        }
+        if !lock(&traffic).pass(datagram.len(), Instant::now()) {
+            return Err(exceeded(Limit::Bandwidth));
+        }
+        // `None`: the node takes no datagrams.
+        let fits = to.connection.max_datagram_size().unwrap_or(0);
+        let datagrams = match packet.form {
+            _ if datagram.len() <= fits => Fit::Whole(datagram),
+            Form::Whole => splitter.fit(circuit, &packet.bytes, fits, SplitBy::Relay),
+            _ => Fit::TooLarge,
+        };
+        let datagrams = match &datagrams {
+            Fit::Whole(datagram) => slice::from_ref(datagram),
+            Fit::Halves(halves) => halves,
+            Fit::TooLarge => return Err(exceeded(Limit::PacketSize)),
+        };
+        let len: usize = datagrams.iter().map(|datagram| datagram.len() + DATAGRAM_OVERHEAD).sum();
+        let mut yields = 0;
+        while !to.has_room(len, self.config.packet_queue) {
+            if yields == YIELDS {
+                return Err(exceeded(Limit::PacketQueue));
+            }
+            yields += 1;
+            yield_now().await;
+        }
+        for datagram in datagrams {
+            match to.connection.send_datagram(datagram.clone()) {
+                Ok(()) => {
+                    self.counters.forwarded_packets.add(1);
+                    self.counters.forwarded_bytes.add(datagram.len() as u64);
+                }
+                // It is about to be said that the circuit has ended.
+                Err(SendDatagramError::ConnectionLost(_)) => return Ok(()),
+                // The way has become narrower just now.
+                Err(_) => return Err(exceeded(Limit::PacketSize)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the node's circuits that nothing comes on. Each of the two nodes' tasks does this, whichever is first.
+    async fn end_idle(&self, registration: &Registration) -> Infallible {
+        loop {
+            let now = Instant::now();
+            let mut next = now + self.config.idle_timeout;
+            let mut idle = Vec::new();
+            for (&circuit, leg) in &*lock(&registration.legs) {
+                let until = lock(&leg.traffic).used() + self.config.idle_timeout;
+                if until <= now {
+                    idle.push(circuit);
+                } else {
+                    next = min(next, until);
+                }
+            }
+            if !idle.is_empty() {
+                let state = &mut *lock(&self.state);
+                let close = |circuit| state.book.close(registration.generation, circuit);
+                let ended: Vec<_> = idle.into_iter().filter_map(close).collect();
+                state.ended(&ended, Reason::Idle);
+            }
+            sleep_until(next.into()).await;
+        }
+    }
+}
+
+/// Writes to the node what it is to be told, until it is told that it is refused, or does not read.
+async fn tell(mut notes: mpsc::Receiver<FromRelay>, send: &mut SendStream) -> End {
+    // The registration, which is there, has the other end.
+    while let Some(message) = notes.recv().await {
+        match timeout(WRITE_TIMEOUT, send.write_chunk(message.encode())).await {
+            Ok(Ok(())) if matches!(message, FromRelay::Refused { .. }) => return End::Told,
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return End::Left,
+            Err(_) => return End::Slow,
+        }
+    }
+    End::Left
+}
+
+impl State {
+    /// Circuits are off the book: whoever still has an end of one hears of it.
+    fn ended(&self, circuits: &[Ended], reason: Reason) {
+        for &Ended { circuit, ends } in circuits {
+            for registration in ends.iter().filter_map(|end| self.registrations.get(end)) {
+                lock(&registration.legs).remove(&circuit);
+                registration.note(FromRelay::Disconnect { circuit, reason });
+            }
+        }
+    }
+}
+
+impl Registration {
+    /// The other end of a circuit, and what passes.
+    fn leg(&self, circuit: u32) -> Option<(Arc<Registration>, Arc<Mutex<Traffic>>)> {
+        let legs = lock(&self.legs);
+        let leg = legs.get(&circuit)?;
+        Some((leg.other.upgrade()?, leg.traffic.clone()))
+    }
+
+    /// Whether so many bytes may be queued for the node, of the `most` that may wait.
+    fn has_room(&self, len: usize, most: usize) -> bool {
+        let space = self.connection.datagram_send_buffer_space();
+        let waiting = self.queue.saturating_sub(space);
+        len <= space && waiting + len <= most
+    }
+
+    /// Has the node told, who must hear it or go.
+    fn note(&self, message: FromRelay) {
+        if let Err(TrySendError::Full(_)) = self.notes.try_send(message) {
+            self.end(End::Slow);
+        }
+    }
+
+    /// Has the node told that packets are dropped, as long as that is not too much.
+    fn notice(&self, circuit: u32, limit: Limit) {
+        let due = lock(&self.legs).get_mut(&circuit).is_some_and(|leg| leg.notices.due(limit, Instant::now()));
+        if due {
+            let _ = self.notes.try_send(FromRelay::Dropped { circuit, limit });
+        }
+    }
+
+    /// Only the first reason counts.
+    fn end(&self, why: End) {
+        self.end.send_if_modified(|end| {
+            let first = end.is_none();
+            end.get_or_insert(why);
+            first
+        });
+    }
+}
+
+/// Why a packet was not passed on.
+enum NotPassed {
+    /// It is none, or not of one of the node's circuits.
+    Stray,
+    Limit(u32, Limit),
+}
+
+/// The one control stream of a connection.
+struct Place {
+    relay: Arc<Relay>,
+    connection: usize,
+}
+
+impl Place {
+    fn take(relay: &Arc<Relay>, connection: &Connection) -> Option<Self> {
+        let connection = connection.stable_id();
+        lock(&relay.state).served.insert(connection).then(|| Self { relay: relay.clone(), connection })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.relay.state).served.remove(&self.connection);
+    }
+}
+
+/// A registration in the relay's tables, as long as it is served.
+struct Entry {
+    relay: Arc<Relay>,
+    registration: Arc<Registration>,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let state = &mut *lock(&self.relay.state);
+        let generation = self.registration.generation;
+        state.registrations.remove(&generation);
+        let circuits = state.book.end(generation, Instant::now());
+        state.ended(&circuits, Reason::Gone);
+    }
+}
+
+/// The node's half of a control stream.
+struct Control {
+    receive: RecvStream,
+    frames: Reassembler,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum NextError {
+    #[error("the stream ended")]
+    Ended,
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    Message(#[from] ControlError),
+}
+
+impl Control {
+    async fn next(&mut self) -> Result<FromNode, NextError> {
+        loop {
+            if let Some(frame) = self.frames.next_frame()? {
+                return Ok(FromNode::decode(&frame)?);
+            }
+            // The reassembler may have been made for longer frames.
+            if self.frames.buffered() >= LIMITS.max_frame {
+                return Err(ControlError::TooLarge(self.frames.buffered()).into());
+            }
+            match self.receive.read_chunk(LIMITS.max_frame, true).await {
+                Ok(Some(chunk)) => self.frames.push(chunk.bytes),
+                Ok(None) | Err(_) => return Err(NextError::Ended),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
