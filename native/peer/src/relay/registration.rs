@@ -290,6 +290,12 @@ impl Serving {
         Ok((serving, handle))
     }
 
+    /// Counts what is heard of the relay.
+    pub(crate) fn heard(&self) -> impl Fn() -> u64 + Send + use<> {
+        let connection = self.connection.0.clone();
+        move || connection.stats().udp_rx.datagrams
+    }
+
     /// Whether the relay has been silent too long.
     pub(crate) fn doubt(&self) -> watch::Receiver<bool> {
         self.doubt.subscribe()
