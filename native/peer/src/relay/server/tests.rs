@@ -735,8 +735,8 @@ async fn what_is_no_control_message_ends_the_stream_and_only_that() {
     let request = request("1", "b").encode();
     let bad: [&[u8]; 8] = [
         b"GET / HTTP/1.1\r\n",
-        // 16 MiB announced.
-        &[VERSION, 0x56, 0, 0, 1, 0, 0, 0],
+        // 1 MiB announced.
+        &[VERSION, 0x56, 0, 0, 0, 16, 0, 0],
         &[VERSION, 0x56, 0, 0, 255, 255, 255, 255],
         &[VERSION, 0x56, 0, 0, 0, 0, 0, 1, 0xC0],
         &[VERSION, 0x56, 0, 0, 0, 0, 0, 1, 0x80],
