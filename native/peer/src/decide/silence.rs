@@ -20,25 +20,27 @@ pub(crate) struct Counted {
 #[derive(Debug)]
 pub(crate) struct Silence {
     heard_at: Counted,
+    last: Counted,
+    moved_at: Option<Instant>,
     unanswered_since: Option<Instant>,
 }
 
 impl Silence {
     pub(crate) fn new(counted: Counted) -> Self {
-        Self { heard_at: counted, unanswered_since: None }
+        Self { heard_at: counted, last: counted, moved_at: None, unanswered_since: None }
     }
 
-    pub(crate) fn look(&mut self, counted: Counted, now: Instant) {
+    /// Whether there is reason to look again soon: something is unanswered, or may be and is repeated soon.
+    pub(crate) fn look(&mut self, counted: Counted, now: Instant) -> bool {
+        if counted != self.last {
+            (self.last, self.moved_at) = (counted, Some(now));
+        }
         if counted.heard != self.heard_at.heard {
-            *self = Self::new(counted);
+            (self.heard_at, self.unanswered_since) = (counted, None);
         } else if counted.asked != self.heard_at.asked {
             self.unanswered_since.get_or_insert(now);
         }
-    }
-
-    /// Something is unanswered.
-    pub(crate) fn waits(&self) -> bool {
-        self.unanswered_since.is_some()
+        self.unanswered_since.is_some() || self.moved_at.is_some_and(|moved| now < moved + SILENCE)
     }
 
     /// Something has been unanswered for long, given how long an answer takes.
@@ -63,8 +65,7 @@ mod tests {
         let mut silence = Silence::new(counted(3, 3));
         for s in 0..100 {
             let now = start + Duration::from_secs(s);
-            silence.look(counted(3, 3), now);
-            assert!(!silence.waits() && !silence.is_silent(now, RTT));
+            assert!(!silence.look(counted(3, 3), now) && !silence.is_silent(now, RTT));
         }
     }
 
@@ -73,21 +74,25 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut silence = Silence::new(counted(0, 0));
-        silence.look(counted(1, 0), at(0));
-        silence.look(counted(5, 0), at(400));
-        assert!(silence.waits() && !silence.is_silent(at(499), RTT));
+        assert!(silence.look(counted(1, 0), at(0)));
+        assert!(silence.look(counted(5, 0), at(400)));
+        assert!(silence.look(counted(5, 0), at(450)), "waits");
+        assert!(!silence.is_silent(at(499), RTT));
         assert!(silence.is_silent(at(500), RTT));
         assert!(!silence.is_silent(at(500), Duration::from_millis(300)), "the answer may be on its way");
-        silence.look(counted(5, 1), at(500));
-        assert!(!silence.waits() && !silence.is_silent(at(5000), RTT));
+        assert!(silence.look(counted(5, 1), at(500)));
+        assert!(!silence.is_silent(at(5000), RTT));
+        assert!(!silence.look(counted(5, 1), at(5000)));
     }
 
     #[test]
     fn what_escaped_a_look_is_noticed_when_it_is_repeated() {
         let start = Instant::now();
         let mut silence = Silence::new(counted(0, 0));
-        silence.look(counted(2, 1), start);
-        assert!(!silence.waits());
+        assert!(silence.look(counted(2, 1), start), "there may be more");
+        assert!(silence.look(counted(2, 1), start + SILENCE / 2), "or be repeated");
+        assert!(!silence.is_silent(start + SILENCE, RTT));
+        assert!(!silence.look(counted(2, 1), start + SILENCE));
         silence.look(counted(3, 1), start);
         assert!(silence.is_silent(start + SILENCE, RTT));
     }

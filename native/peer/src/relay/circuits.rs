@@ -58,7 +58,7 @@ impl Circuits {
             outer,
             sending: Mutex::default(),
             parked: Notify::new(),
-            unheard: AtomicBool::new(false),
+            told: AtomicBool::new(false),
             sent: Notify::new(),
             receiving: Mutex::default(),
         });
@@ -95,14 +95,13 @@ impl Circuits {
         }
     }
 
-    /// Returns once a packet was given to the outer connection, since the last call of [`Self::heard`].
+    /// Returns when a packet is given to the outer connection, once per [`Self::tell_again`].
     pub(crate) async fn sent(&self) {
         self.socket.sent.notified().await;
     }
 
-    /// What was sent so far needs no look any more.
-    pub(crate) fn heard(&self) {
-        self.socket.unheard.store(false, Ordering::Relaxed);
+    pub(crate) fn tell_again(&self) {
+        self.socket.told.store(false, Ordering::Relaxed);
     }
 }
 
@@ -135,8 +134,8 @@ struct Socket {
     sending: Mutex<Sending>,
     /// Something was parked.
     parked: Notify,
-    /// Something was sent since it was last set to false, and `sent` has told.
-    unheard: AtomicBool,
+    /// `sent` has told that something was sent; that is not wanted for every packet.
+    told: AtomicBool,
     sent: Notify,
     receiving: Mutex<Receiving>,
 }
@@ -265,7 +264,7 @@ impl AsyncUdpSocket for Socket {
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let Some(circuit) = Circuits::circuit(transmit.destination) else { return Ok(()) };
         self.send(circuit, transmit.contents)?;
-        if !self.unheard.load(Ordering::Relaxed) && !self.unheard.swap(true, Ordering::Relaxed) {
+        if !self.told.load(Ordering::Relaxed) && !self.told.swap(true, Ordering::Relaxed) {
             self.sent.notify_one();
         }
         Ok(())
@@ -353,7 +352,7 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::relay::testing::{PATIENCE, client_config, echo, mesh, pair, server_config, transport};
+    use crate::relay::testing::{PATIENCE, client_config, echo, pair, server_config, transport};
 
     /// Two nodes' circuits over one outer connection: what a relay does with the numbers is left out.
     struct Both {
@@ -497,58 +496,5 @@ mod tests {
         assert!(receiving.bytes <= MAX_QUEUED && receiving.bytes > MAX_QUEUED - 2000);
         assert_eq!(receiving.queue.pop_front().unwrap().1[..4], 0u32.to_be_bytes());
         receiving.queue.clear();
-    }
-
-    /// `cargo test -p macula-peer --lib -- --ignored --nocapture circuits::tests::measure`
-    #[ignore = "a measurement"]
-    #[allow(clippy::print_stdout)]
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn measure() {
-        for mtu in [1452, 1200] {
-            let (relayed, _relay) = mesh(mtu).await;
-            let [a, b] = relayed;
-            let mut tasks = JoinSet::new();
-            let (dialled, driver) = Circuits::new(a, None).unwrap();
-            tasks.spawn(driver);
-            let (accepted, driver) = Circuits::new(b, Some(server_config(transport()))).unwrap();
-            tasks.spawn(driver);
-            let endpoint = accepted.endpoint().clone();
-            let serving = tokio::spawn(async move { endpoint.accept().await.unwrap().await.unwrap() });
-            let begun = Instant::now();
-            let connection = connect(&dialled, 1).await;
-            let handshake = begun.elapsed();
-            let other = serving.await.unwrap();
-            tasks.spawn({
-                let other = other.clone();
-                async move { echo(other).await }
-            });
-            echoed(&connection, random(100)).await;
-            let begun = Instant::now();
-            for _ in 0..500 {
-                echoed(&connection, vec![1; 100]).await;
-            }
-            let echo = begun.elapsed() / 500;
-            let size = 200 << 20;
-            let begun = Instant::now();
-            let mut send = connection.open_uni().await.unwrap();
-            let writing = tokio::spawn(async move {
-                let chunk = Bytes::from(vec![7; 1 << 20]);
-                for _ in 0..200 {
-                    send.write_chunk(chunk.clone()).await.unwrap();
-                }
-                send.finish().unwrap();
-            });
-            let mut receive = other.accept_uni().await.unwrap();
-            let mut got = 0;
-            while let Some(chunk) = receive.read_chunk(usize::MAX, true).await.unwrap() {
-                got += chunk.bytes.len();
-            }
-            writing.await.unwrap();
-            assert_eq!(got, size);
-            let rate = size as f64 / begun.elapsed().as_secs_f64() / 1e6;
-            println!("mtu {mtu}: handshake {handshake:?}, echo {echo:?}, one stream {rate:.0} MB/s");
-            let path = connection.stats().path;
-            println!("  lost {} of {}", path.lost_packets, path.sent_packets);
-        }
     }
 }

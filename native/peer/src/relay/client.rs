@@ -1,7 +1,7 @@
 //! This node at one relay: registered for ever or when a circuit is wanted, again when the relay was lost, and twice for a
 //! moment when the relay is silent.
 
-use std::future::Future;
+use std::future::{Future, pending};
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex};
@@ -325,7 +325,7 @@ impl RelayClient {
 
     async fn attend(&self, serving: &mut Serving, handle: Handle, node_id: &Id) -> Over {
         self.phase.send_replace(Phase::Up(handle.clone()));
-        let mut doubt = serving.doubt();
+        let (mut doubt, heard) = (serving.doubt(), serving.heard());
         let mut wants = self.wants.subscribe();
         let renamed = |wants: &Wants| wants.standing.as_ref().is_some_and(|standing| standing != node_id);
         let mut serving = pin!(serving.run());
@@ -339,7 +339,7 @@ impl RelayClient {
                     true => {
                         tracing::debug!("relay is silent");
                         self.phase.send_replace(Phase::Waiting);
-                        beside.set(Some(self.dial_beside()));
+                        beside.set(Some(self.dial_beside(&heard)));
                     }
                     false => {
                         self.phase.send_replace(Phase::Up(handle.clone()));
@@ -356,11 +356,17 @@ impl RelayClient {
         }
     }
 
-    /// Dials until somebody answers.
-    async fn dial_beside(&self) -> Connection {
+    /// Dials until somebody answers, unless the relay is heard first over the old connection.
+    async fn dial_beside(&self, heard: &(impl Fn() -> u64 + Send)) -> Connection {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE_WANTED);
+        let before = heard();
         loop {
-            match (self.dial)().await {
+            let dialled = (self.dial)().await;
+            if heard() != before {
+                // The doubt is over with the next look, and this with it.
+                return pending().await;
+            }
+            match dialled {
                 Ok(connection) => return connection,
                 // Who waits from now on waits for the next attempt.
                 Err(error) => drop(self.phase.send_replace(Phase::Failed(not_dialled(error)))),
@@ -433,7 +439,7 @@ fn not_dialled(error: ConnectError) -> CircuitError {
 async fn pending_if_none<F: Future>(future: Pin<&mut Option<F>>) -> F::Output {
     match future.as_pin_mut() {
         Some(future) => future.await,
-        None => std::future::pending().await,
+        None => pending().await,
     }
 }
 
@@ -500,3 +506,6 @@ impl Drop for Ended {
         self.0.phase.send_replace(Phase::Ended);
     }
 }
+
+#[cfg(test)]
+mod tests;

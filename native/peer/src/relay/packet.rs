@@ -48,6 +48,7 @@ pub(crate) struct Packet {
     pub(crate) bytes: Bytes,
 }
 
+#[cfg(test)]
 impl Packet {
     pub(crate) fn encode(&self) -> Bytes {
         encode(self.circuit, self.form, &self.bytes)

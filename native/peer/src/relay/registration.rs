@@ -278,6 +278,12 @@ impl Serving {
         Ok((serving, handle))
     }
 
+    /// Counts what is heard of the relay.
+    pub(crate) fn heard(&self) -> impl Fn() -> u64 + Send + use<> {
+        let connection = self.connection.0.clone();
+        move || connection.stats().udp_rx.datagrams
+    }
+
     /// Whether the relay has been silent too long.
     pub(crate) fn doubt(&self) -> watch::Receiver<bool> {
         self.doubt.subscribe()
@@ -438,21 +444,46 @@ impl Serving {
 
     fn look(&mut self) {
         let now = Instant::now();
-        self.silence.look(counted(&self.connection.0), now);
-        if !self.silence.waits() {
-            self.circuits.heard();
+        let soon = self.silence.look(counted(&self.connection.0), now);
+        if !soon {
+            self.circuits.tell_again();
         }
-        self.look_at = now + if self.silence.waits() { LOOK_EVERY } else { LOOK_QUIET_EVERY };
+        self.look_at = now + if soon { LOOK_EVERY } else { LOOK_QUIET_EVERY };
         let silent = self.silence.is_silent(now, self.connection.0.rtt());
         self.doubt.send_if_modified(|doubt| mem::replace(doubt, silent) != silent);
     }
 }
 
-/// Frames that QUIC repeats or probes for until they are acknowledged; others come seldom, and are repeated as pings.
+/// Everything is counted that makes a packet one that must be acknowledged: QUIC probes a silent peer with whatever it has
+/// to repeat.
 fn counted(connection: &Connection) -> Counted {
     let stats = connection.stats();
     let sent = stats.frame_tx;
-    Counted { asked: sent.datagram + sent.stream + sent.ping, heard: stats.udp_rx.datagrams }
+    let asked = [
+        sent.ack_frequency,
+        sent.crypto,
+        sent.data_blocked,
+        sent.datagram,
+        sent.handshake_done.into(),
+        sent.immediate_ack,
+        sent.max_data,
+        sent.max_stream_data,
+        sent.max_streams_bidi,
+        sent.max_streams_uni,
+        sent.new_connection_id,
+        sent.new_token,
+        sent.path_challenge,
+        sent.path_response,
+        sent.ping,
+        sent.reset_stream,
+        sent.retire_connection_id,
+        sent.stop_sending,
+        sent.stream,
+        sent.stream_data_blocked,
+        sent.streams_blocked_bidi,
+        sent.streams_blocked_uni,
+    ];
+    Counted { asked: asked.iter().sum(), heard: stats.udp_rx.datagrams }
 }
 
 async fn at(moment: Option<Instant>) {
@@ -528,7 +559,9 @@ impl Opening {
 
 impl Drop for Opening {
     fn drop(&mut self) {
-        if let Some(commands) = self.commands.take() {
+        // Once ended, the number may be another circuit's.
+        let ended = self.ended.try_recv() != Err(oneshot::error::TryRecvError::Empty);
+        if let (Some(commands), false) = (self.commands.take(), ended) {
             // Nobody there: the circuit has ended with the registration.
             let _ = commands.send(Command::Abandoned { circuit: self.circuit });
         }

@@ -1,15 +1,16 @@
 //! What the tests of relays share.
 #![allow(clippy::unwrap_used)]
 
-use std::net::Ipv4Addr;
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
 use quinn::{ClientConfig, Connection, Endpoint, EndpointConfig, ServerConfig, TransportConfig};
+use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
-use super::packet::{Fit, Form, Packet, SplitBy, Splitter, parse};
 use crate::identity::Identity;
 use crate::runtime::BatchingRuntime;
 use crate::tls::{self, Certificate, Verify};
@@ -50,44 +51,6 @@ pub(crate) async fn pair(transport: &(dyn Fn() -> TransportConfig + Sync)) -> [C
     [dialled.unwrap(), accepted.unwrap()]
 }
 
-/// The node's ends of two connections to something that forwards each one's datagrams to the other.
-pub(crate) async fn mesh(mtu: u16) -> ([Connection; 2], JoinSet<()>) {
-    let transport = move || {
-        let mut transport = transport();
-        transport.initial_mtu(mtu).mtu_discovery_config(None);
-        transport
-    };
-    let ([a, relay_a], [b, relay_b]) = (pair(&transport).await, pair(&transport).await);
-    let mut tasks = JoinSet::new();
-    tasks.spawn(forward(relay_a.clone(), relay_b.clone()));
-    tasks.spawn(forward(relay_b, relay_a));
-    ([a, b], tasks)
-}
-
-async fn forward(from: Connection, to: Connection) {
-    let mut splitter = Splitter::default();
-    while let Ok(datagram) = from.read_datagram().await {
-        let Some(packet) = parse(datagram) else { continue };
-        for datagram in relayed(&mut splitter, packet, &to) {
-            // Without room the oldest is dropped, as a router would.
-            let _ = to.send_datagram(datagram);
-        }
-    }
-}
-
-/// The packet as a relay passes it on.
-pub(crate) fn relayed(splitter: &mut Splitter, packet: Packet, to: &Connection) -> Vec<Bytes> {
-    let max = to.max_datagram_size().unwrap_or(0);
-    match packet.form {
-        Form::Whole => match splitter.fit(packet.circuit, &packet.bytes, max, SplitBy::Relay) {
-            Fit::Whole(whole) => vec![whole],
-            Fit::Halves(halves) => halves.into(),
-            Fit::TooLarge => vec![],
-        },
-        _ => vec![packet.encode()],
-    }
-}
-
 /// Sends back what comes on bidirectional streams, until the connection ends.
 pub(crate) async fn echo(connection: Connection) {
     let mut streams = JoinSet::new();
@@ -102,5 +65,59 @@ pub(crate) async fn echo(connection: Connection) {
             let _ = send.finish();
             let _ = send.stopped().await;
         });
+    }
+}
+
+/// Forwards UDP packets to a server, each client's from a socket of its own, until it is told to swallow them.
+pub(crate) struct Forwarder {
+    pub(crate) address: SocketAddr,
+    swallow: Arc<AtomicBool>,
+    _tasks: JoinSet<()>,
+}
+
+impl Forwarder {
+    pub(crate) async fn new(server: SocketAddr) -> Self {
+        let front = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap());
+        let address = front.local_addr().unwrap();
+        let swallow = Arc::new(AtomicBool::new(false));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(to_server(front, server, swallow.clone()));
+        Self { address, swallow, _tasks: tasks }
+    }
+
+    pub(crate) fn swallow(&self, all: bool) {
+        self.swallow.store(all, Ordering::Relaxed);
+    }
+}
+
+async fn to_server(front: Arc<UdpSocket>, server: SocketAddr, swallow: Arc<AtomicBool>) {
+    let mut clients: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
+    let mut backward = JoinSet::new();
+    let mut buffer = vec![0; 65536];
+    while let Ok((len, client)) = front.recv_from(&mut buffer).await {
+        let back = match clients.get(&client) {
+            Some(back) => back.clone(),
+            None => {
+                let back = Arc::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap());
+                back.connect(server).await.unwrap();
+                backward.spawn(to_client(back.clone(), front.clone(), client, swallow.clone()));
+                clients.insert(client, back.clone());
+                back
+            }
+        };
+        if !swallow.load(Ordering::Relaxed) {
+            // A refused packet is a lost packet, here and below.
+            let _ = back.send(&buffer[..len]).await;
+        }
+    }
+}
+
+async fn to_client(back: Arc<UdpSocket>, front: Arc<UdpSocket>, client: SocketAddr, swallow: Arc<AtomicBool>) {
+    let mut buffer = vec![0; 65536];
+    loop {
+        let received = back.recv(&mut buffer).await;
+        if let (Ok(len), false) = (received, swallow.load(Ordering::Relaxed)) {
+            let _ = front.send_to(&buffer[..len], client).await;
+        }
     }
 }
