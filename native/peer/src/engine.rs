@@ -17,7 +17,7 @@ use crate::identity::{Fingerprint, Identity};
 use crate::link::lock;
 use crate::listen::{self, Admission};
 use crate::message::{Handler, Message, NodeId};
-use crate::node::Node;
+use crate::node::{Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
 use crate::race::Ways;
 use crate::relay::RelayConfig;
@@ -87,7 +87,8 @@ impl Engine {
             let quic =
                 quinn::Endpoint::new_with_abstract_socket(endpoint, None, socket.clone(), Arc::new(BatchingRuntime))
                     .map_err(StartError::Bind)?;
-            Node::new(Arc::new(config), identity, quic, socket, refusals, tls, clients, runtime.handle().clone())
+            let network = Network { quic, socket, refusals };
+            Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone())
         };
         if let Some(name) = node.config.node_id.clone() {
             node.clients.register(&node, Some(name), node.config.relays.clone());

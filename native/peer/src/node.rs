@@ -56,6 +56,13 @@ pub(crate) struct Node {
     started: Instant,
 }
 
+/// The one socket, and QUIC on it.
+pub(crate) struct Network {
+    pub(crate) quic: quinn::Endpoint,
+    pub(crate) socket: Arc<Socket>,
+    pub(crate) refusals: Refusals,
+}
+
 struct BoundSocket {
     socket: Arc<Socket>,
     errors: AbortHandle,
@@ -65,13 +72,12 @@ impl Node {
     pub(crate) fn new(
         config: Arc<Config>,
         identity: Identity,
-        quic: quinn::Endpoint,
-        socket: Arc<Socket>,
-        refusals: Refusals,
+        network: Network,
         tls: QuicClientConfig,
         clients: Clients,
         runtime: Handle,
     ) -> Arc<Self> {
+        let Network { quic, socket, refusals } = network;
         let mut tasks = JoinSet::new();
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
         Arc::new(Self {

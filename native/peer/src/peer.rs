@@ -357,11 +357,11 @@ impl Peer {
     }
 
     /// Takes over a message for somebody else, or gives it back.
-    fn adopt(&self, job: Job) -> Result<(), Job> {
+    fn adopt(&self, job: Job) -> Result<(), Box<Job>> {
         self.touch(Instant::now());
         let mut state = lock(&self.state);
         if state.retired {
-            return Err(job);
+            return Err(Box::new(job));
         }
         self.push(&mut state, job);
         Ok(())
@@ -865,7 +865,7 @@ impl Task {
                     (Some(race), Path::Relay(_)) => race.keep_direct(),
                     _ => self.race = None,
                 }
-                self.link_up(Arc::new(link));
+                self.link_up(link);
             }
             race::Progress::Lost(error) => {
                 self.race = None;
@@ -912,7 +912,7 @@ impl Task {
                 // It has left the pool.
                 let mut state = lock(&self.peer.state);
                 state.stand_in = None;
-                self.peer.push(&mut state, job);
+                self.peer.push(&mut state, *job);
             }
         }
     }

@@ -67,7 +67,7 @@ fn merge(known: &mut Vec<Endpoint>, mut new: Vec<Endpoint>) {
 /// How a race goes on.
 pub(crate) enum Progress {
     /// A link is up.
-    Link(Link),
+    Link(Arc<Link>),
     /// There is none, and no way is left to try.
     Lost(SendError),
     /// No link, but somebody who may pass messages on: a relay that speaks only `macula`.
@@ -156,12 +156,12 @@ impl Race {
             let next = self.waiting.front().map(|(at, _)| *at);
             tokio::select! {
                 Some(dialled) = self.direct.join_next() => match dialled {
-                    Ok(Ok(link)) => return Progress::Link(link),
+                    Ok(Ok(link)) => return Progress::Link(Arc::new(link)),
                     Ok(Err(error)) => self.not_direct(error),
                     Err(_panicked_or_aborted) => {}
                 },
                 Some(asked) = self.relayed.join_next() => match asked {
-                    Ok(Ok(link)) => return Progress::Link(link),
+                    Ok(Ok(link)) => return Progress::Link(Arc::new(link)),
                     Ok(Err((error, relay))) => self.no_circuit(error, relay),
                     Err(_panicked_or_aborted) => {}
                 },
