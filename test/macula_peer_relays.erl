@@ -180,7 +180,9 @@ stream(From, To, Count, Opts) ->
              Result = macula_peer_connector:send_message_nat_aware(From, To, store, #{id => Id},
                                                                    persistent_term:get({?STREAM, opts})),
              Result =:= ok orelse ets:insert(Refused, {Id, Result}),
-             counters:add(Sent, 1, 1)
+             counters:add(Sent, 1, 1),
+             %% Some seconds long, so that relays can be killed and started under way.
+             Id rem 20 =:= 0 andalso receive after 1 -> ok end
          end || Id <- lists:seq(1, Count)],
         receive after infinity -> ok end
     end),
