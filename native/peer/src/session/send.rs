@@ -109,7 +109,11 @@ impl Session {
         self.detached.get_or_insert(now);
         for channel in &mut self.channels {
             channel.owed.rewind();
-            channel.stream = None;
+            if let Some(mut stream) = channel.stream.take() {
+                // Dropped, it would be finished, and the receiver would take the session for ended. Already closed is
+                // as good.
+                let _ = stream.send.reset(0u8.into());
+            }
         }
     }
 
