@@ -1,25 +1,36 @@
-%% @doc What `make demo' runs: two nodes, one listens, the other sends.
+%% @doc What `make demo' runs: this node sends, to one that listens and to one that only a relay reaches.
 -module(macula_peer_demo).
 
 -export([main/0]).
--export([serve/2]).
+-export([listen/1, register_at/1, ask/2]).
 
+-define(NODE_ID, <<"greenhouse">>).
 -define(BURST_PROCESSES, 10).
 -define(BURST_MESSAGES, 1000).
 
 -spec main() -> no_return().
 main() ->
     ok = logger:set_primary_config(level, warning),
-    io:format("two nodes: this one sends, another BEAM listens~n~n"),
-    {ok, Listener, _} = peer:start_link(#{connection => standard_io, args => ["-pa" | code:get_path()]}),
-    {ok, Port} = peer:call(Listener, ?MODULE, serve, [listen, undefined]),
-    Endpoint = iolist_to_binary(io_lib:format("127.0.0.1:~b", [Port])),
+    io:format("four nodes, a BEAM each: this one sends, one listens, one is a relay,~n"
+              "and one listens nowhere and is registered at the relay~n~n"),
+    [Listener, Relay, Registered] = [start_node() || _ <- [listener, relay, registered]],
+    Endpoint = peer:call(Listener, ?MODULE, listen, [#{}]),
+    RelayEndpoint = peer:call(Relay, ?MODULE, listen, [#{relay => #{}}]),
+    ok = peer:call(Registered, ?MODULE, register_at, [RelayEndpoint]),
     try
         ok = dht_store(Listener, Endpoint),
-        ok = request(Endpoint),
+        ok = request("request", fun(Msg) ->
+            macula_peer_connector:send_message_and_wait(Endpoint, ping, Msg, 1000)
+        end),
         ok = burst(Listener, Endpoint),
         ok = closed_port(),
-        ok = stats(),
+        ok = stats(#{endpoint => Endpoint}),
+        io:nl(),
+        ok = relayed(Registered, #{relay_endpoint => RelayEndpoint}),
+        ok = request("  request", fun(Msg) -> macula_peer_endpoint:request(?NODE_ID, ping, Msg, 1000) end),
+        ok = stats(#{node_id => ?NODE_ID}),
+        ok = direct(Registered),
+        ok = stats(#{node_id => ?NODE_ID}),
         io:format("~ndemo: ok~n"),
         halt(0)
     catch
@@ -28,27 +39,27 @@ main() ->
             halt(1)
     end.
 
+start_node() ->
+    {ok, Node, _} = peer:start_link(#{connection => standard_io, args => ["-pa" | code:get_path()]}),
+    Node.
+
 %% The documentation's own example.
 dht_store(Listener, Endpoint) ->
     {Time, ok} = timer:tc(fun() ->
         macula_peer_connector:send_message(Endpoint, dht_store, #{key => <<"temperature">>, value => <<"21.5">>})
     end),
-    #{type := store, message := Msg, from := From} = peer:call(Listener, ?MODULE, serve, [first, store]),
+    {_, #{type := store, message := Msg, from := From}} = peer:call(Listener, ?MODULE, ask, [first, store]),
     io:format("DHT store       ok after ~s with a new link; ~0p arrived from ~0p~n", [us(Time), Msg, From]),
     ok.
 
-request(Endpoint) ->
-    Ask = fun() ->
-        macula_peer_connector:send_message_and_wait(Endpoint, ping, #{timestamp => 1}, 1000)
-    end,
-    Times = [begin {Time, {ok, {pong, _}}} = timer:tc(Ask), Time end || _ <- lists:seq(1, 200)],
-    io:format("request         200 pings, 200 pongs; median ~s~n", [us(lists:nth(100, lists:sort(Times)))]),
+request(Title, Ask) ->
+    Times = [begin {Time, {ok, {pong, _}}} = timer:tc(Ask, [#{timestamp => 1}]), Time end || _ <- lists:seq(1, 200)],
+    io:format("~-15s 200 pings, 200 pongs; median ~s~n", [Title, us(lists:nth(100, lists:sort(Times)))]),
     ok.
 
 burst(Listener, Endpoint) ->
     Send = fun(N) ->
-        ok = macula_peer_connector:send_message(Endpoint, publish,
-            #{topic => <<"demo">>, payload => integer_to_binary(N), qos => 0, retain => false, message_id => <<>>})
+        ok = macula_peer_connector:send_message(Endpoint, publish, publication(N))
     end,
     Start = erlang:monotonic_time(microsecond),
     Senders = [spawn_monitor(fun() -> lists:foreach(Send, lists:seq(1, ?BURST_MESSAGES)) end)
@@ -56,7 +67,7 @@ burst(Listener, Endpoint) ->
     [receive {'DOWN', Ref, process, Pid, Reason} -> normal = Reason end || {Pid, Ref} <- Senders],
     Sent = erlang:monotonic_time(microsecond) - Start,
     Expected = ?BURST_PROCESSES * ?BURST_MESSAGES,
-    Expected = peer:call(Listener, ?MODULE, serve, [count, {publish, Expected}], 30000),
+    Expected = peer:call(Listener, ?MODULE, ask, [count, {publish, Expected}], 30000),
     Arrived = erlang:monotonic_time(microsecond) - Start,
     io:format("burst           ~b messages from ~b processes: sent in ~s, all arrived after ~s (~b a second)~n",
               [Expected, ?BURST_PROCESSES, us(Sent), us(Arrived), Expected * 1000000 div Arrived]),
@@ -72,50 +83,110 @@ closed_port() ->
     io:format("closed port     ~0p after ~s~n", [Error, us(Time)]),
     ok.
 
-stats() ->
-    #{peers := Peers, undelivered := 0} = macula_peer_endpoint:stats(),
-    [Live] = [Peer || #{path := direct} = Peer <- Peers],
-    io:format("stats           ~0p~n", [maps:with([path, dialect, sent, acknowledged, received, failed], Live)]),
+%% To a node id: registers this node at the relay too, opens a circuit, and makes a connection over it.
+relayed(Registered, Opts) ->
+    Began = os:system_time(microsecond),
+    Message = #{key => <<"temperature">>, value => <<"21.5">>},
+    ok = macula_peer_connector:send_message_nat_aware(<<"demo">>, ?NODE_ID, store, Message, Opts),
+    {Arrived, #{type := store, path := relay}} = peer:call(Registered, ?MODULE, ask, [first, store]),
+    io:format("by node id      arrived after ~s, through the relay~n", [us(Arrived - Began)]),
     ok.
+
+%% Once an endpoint is known, the direct path takes over. The connection over the relay carries messages until then.
+direct(Registered) ->
+    Opts = #{endpoint => peer:call(Registered, ?MODULE, listen, [#{}])},
+    Began = os:system_time(microsecond),
+    ok = publish_until_direct(Opts, 1),
+    {Arrived, #{path := direct}} = peer:call(Registered, ?MODULE, ask, [first, direct], 30000),
+    io:format("  direct path   took over ~s after the endpoint was known~n", [us(Arrived - Began)]),
+    ok.
+
+publish_until_direct(Opts, N) ->
+    ok = macula_peer_connector:send_message_nat_aware(<<"demo">>, ?NODE_ID, publish, publication(N), Opts),
+    case peer_stats(#{node_id => ?NODE_ID}) of
+        #{path := direct} -> macula_peer_connector:send_message_nat_aware(<<"demo">>, ?NODE_ID, publish, publication(N));
+        #{path := relay} -> receive after 1 -> publish_until_direct(Opts, N + 1) end
+    end.
+
+stats(Name) ->
+    #{undelivered := 0} = macula_peer_endpoint:stats(),
+    Shown = maps:with([path, dialect, sent, acknowledged, received, failed], peer_stats(Name)),
+    io:format("  stats         ~0p~n", [Shown]),
+    ok.
+
+peer_stats(Name) ->
+    #{peers := Peers} = macula_peer_endpoint:stats(),
+    [Peer] = [Peer || Peer <- Peers, maps:with(maps:keys(Name), Peer) =:= Name],
+    Peer.
+
+publication(N) ->
+    #{topic => <<"demo">>, payload => integer_to_binary(N), qos => 0, retain => false, message_id => <<>>}.
 
 us(Time) when Time < 10000 -> io_lib:format("~b us", [Time]);
 us(Time) -> io_lib:format("~.1f ms", [Time / 1000]).
 
-%% Runs in the listening node: `listen' starts a process that counts what arrives and answers pings, the others ask it.
--spec serve(listen | first | count, term()) -> term().
-serve(listen, _) ->
-    Server = spawn(fun() -> loop(#{}) end),
-    true = register(?MODULE, Server),
-    ok = logger:set_primary_config(level, warning),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => Server}),
-    {ok, Port};
-serve(Question, Argument) ->
+%% ---- these run in the other nodes ----
+
+-spec listen(map()) -> binary().
+listen(Opts) ->
+    {ok, {_, Port}} = macula_peer_endpoint:listen(Opts#{handler => server()}),
+    iolist_to_binary(io_lib:format("127.0.0.1:~b", [Port])).
+
+%% Returns when the relay has said that this node is registered.
+-spec register_at(binary()) -> ok.
+register_at(Relay) ->
+    ok = macula_peer_endpoint:set_handler(server()),
+    ok = macula_peer_endpoint:register(?NODE_ID, [Relay]),
+    ask(registered, Relay).
+
+-spec ask(first | count | registered, term()) -> term().
+ask(Question, Argument) ->
     ?MODULE ! {Question, Argument, self()},
     receive {?MODULE, Answer} -> Answer end.
 
-loop(Seen) ->
-    Asked = maps:get(asked, Seen, none),
-    case Asked of
-        {first, Type, From} when is_map_key(Type, Seen) -> answer(From, element(2, maps:get(Type, Seen)), Seen);
-        {count, {Type, N}, From} -> case Seen of
-            #{Type := {N, _}} -> answer(From, N, Seen);
-            _ -> next(Seen)
-        end;
-        _ -> next(Seen)
+%% The process that counts what arrives, and answers pings.
+server() ->
+    case whereis(?MODULE) of
+        undefined ->
+            ok = logger:set_primary_config(level, warning),
+            Server = spawn(fun() -> loop(#{}, []) end),
+            true = register(?MODULE, Server),
+            Server;
+        Server ->
+            Server
     end.
 
-answer(From, Answer, Seen) ->
-    From ! {?MODULE, Answer},
-    loop(maps:remove(asked, Seen)).
+%% `Seen' has, for each type, path and relay, how often it was seen, and what came first, when. `Asked' are questions
+%% that wait for their answer.
+loop(Seen, Asked) ->
+    loop(Seen, [], Asked).
 
-next(Seen) ->
+loop(Seen, Waiting, [{Question, Argument, From} = Asked | Rest]) ->
+    case answer(Question, Argument, Seen) of
+        wait -> loop(Seen, [Asked | Waiting], Rest);
+        Answer -> From ! {?MODULE, Answer}, loop(Seen, Waiting, Rest)
+    end;
+loop(Seen, Waiting, []) ->
     receive
-        {macula_peer_message, #{type := ping, reply_to := Token, message := #{<<"timestamp">> := Time}}} ->
-            ok = macula_peer_endpoint:reply(Token, pong, #{timestamp => Time, server_time => erlang:system_time(millisecond)}),
-            loop(Seen);
-        {macula_peer_message, #{type := Type} = Message} ->
-            {N, First} = maps:get(Type, Seen, {0, Message}),
-            loop(Seen#{Type => {N + 1, First}});
+        {macula_peer_message, #{type := Type, path := Path, message := Msg, reply_to := Token} = Message} ->
+            Type =:= ping andalso pong(Token, Msg),
+            First = {os:system_time(microsecond), Message},
+            loop(see(Path, First, see(Type, First, Seen)), Waiting);
+        {macula_peer_event, #{event := registration, state := registered, relay := Relay}} ->
+            loop(see(Relay, registered, Seen), Waiting);
+        {macula_peer_event, _} ->
+            loop(Seen, Waiting);
         {_, _, _} = Asked ->
-            loop(Seen#{asked => Asked})
+            loop(Seen, [Asked | Waiting])
     end.
+
+answer(first, What, Seen) when is_map_key(What, Seen) -> element(2, map_get(What, Seen));
+answer(count, {What, Count}, Seen) when element(1, map_get(What, Seen)) =:= Count -> Count;
+answer(registered, Relay, Seen) when is_map_key(Relay, Seen) -> ok;
+answer(_, _, _) -> wait.
+
+see(What, First, Seen) ->
+    maps:update_with(What, fun({N, Before}) -> {N + 1, Before} end, {1, First}, Seen).
+
+pong(Token, #{<<"timestamp">> := Time}) ->
+    ok = macula_peer_endpoint:reply(Token, pong, #{timestamp => Time, server_time => erlang:system_time(millisecond)}).

@@ -60,10 +60,11 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 %% @doc Sends a message to a node, by whichever path is up first: directly, at the endpoint that the options name or that
 %% macula knows, or through a relay. A direct path takes over from a relayed one when there is one.
 %%
-%% Relays are tried in this order: `relay_endpoint', what macula knows for the node, the settings `relays', and at last
-%% all of `MACULA_BOOTSTRAP_PEERS'. One that is no relay gets the message itself, as in the original.
+%% Relays are tried in this order: `relay_endpoint', those that this node is registered at, the setting `relays', and at
+%% last all of `MACULA_BOOTSTRAP_PEERS'. One that speaks only `macula' gets the message itself, as in the original.
 %%
-%% `fingerprint' is the key that the node must have; without it the key that it was first seen with.
+%% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node
+%% must have the key that it was first seen with.
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) -> ok | {error, term()}.
 send_message_nat_aware(_LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
     macula_peer_path:call(TargetNodeId, Opts, fun(To, Timeout) -> macula_peer_call:send(To, Type, Msg, Timeout) end).

@@ -8,10 +8,12 @@
 %%   <dt>`{macula_peer_event, #{event := undelivered, peer, count, reason}}'</dt>
 %%   <dd>`count' messages to `peer', an endpoint or `{node, NodeId}', for which `ok' had been returned, did not arrive as
 %%       far as can be known. `reason' is `expired' (the timeout passed), `connection_closed' (the link died and `delivery'
-%%       is `at_most_once'), `rejected' (the peer did not read it) or `stopped' (this engine was stopped).</dd>
+%%       is `at_most_once'), `rejected' (the peer did not read it), `untrusted_peer' (the peer has another key now than the
+%%       `fingerprint' in the call) or `stopped' (this engine was stopped).</dd>
 %%   <dt>`{macula_peer_event, #{event := registration, relay, state, reason}}'</dt>
-%%   <dd>This node at a relay: `state' is `registered', `lost' (it is tried again) or `refused' (too, after a longer time);
-%%       then `reason' is `node_id_taken', `realm', `registrations' or `accept_rate', otherwise `none'.</dd>
+%%   <dd>This node at a relay: `state' is `registered', `lost' (over; it is tried again while it is wanted) or `refused' (it
+%%       is tried again after a longer time); then `reason' is the relay's, such as `node_id_taken', `realm', `registrations'
+%%       or `accept_rate', otherwise `none'.</dd>
 %%   <dt>`{macula_peer_event, #{event := relay_limit, relay, limit}}'</dt>
 %%   <dd>A relay dropped packets of a circuit of this node: of `bandwidth', `packet_queue' or `packet_size' there was too
 %%       much. They are sent again, more slowly.</dd>
@@ -63,15 +65,15 @@
 -type verify() :: none | {pin, [fingerprint() | HexDigits :: binary() | string()]} | {cacertfile, file:filename()}.
 %% Whose certificates are good enough: any, one of these keys, or one that leads to an authority in this PEM file and, of
 %% those who are dialled, is for the host. Who connects must show one with `pin' and `cacertfile', which 0.14.3 clients
-%% cannot. Without a setting any will do, and nodes that run this library know each other by their keys.
+%% cannot. Without a setting any will do, and a node id is the key's that it was first seen with.
 
 -opaque reply_token() :: reference().
 
 -type inbound() :: #{type := macula_peer_wire:type(), message := term(), from := {inet:ip_address(), inet:port_number()},
                      path := direct | relay, dialect := macula | 'macula-peer/1', key := fingerprint() | undefined,
                      reply_to := reply_token() | none}.
-%% `from' is the address that the packets came from: with the path `relay' the relay's. `key' is the sender's, which nobody else has; in the dialect `macula'
-%% there is none. `reply_to' is `none' when the sender reads no answer.
+%% `from' is the address that the packets came from: with the path `relay' the relay's. `key' is the sender's, which nobody
+%% else has; in the dialect `macula' there is none. `reply_to' is `none' when the sender reads no answer.
 
 -type stats() :: #{peers := [map()], accepted := [map()], pool := map(), verify_none_links := non_neg_integer(),
                    undelivered := non_neg_integer(), unhandled := non_neg_integer(), malformed := non_neg_integer(),

@@ -1,13 +1,16 @@
-%% The README's snippets do what it says: each is run as it stands.
+%% The snippets in the README and the pages for users do what they say: each is run as it stands.
 -module(readme_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
 
--export([all/0, end_per_testcase/2]).
+-export([suite/0, all/0, end_per_testcase/2]).
 -export([every_snippet_runs/1]).
 
-%% A snippet more or less in the README is to be noticed here.
--define(SNIPPETS, 4).
+%% A snippet more or less is to be noticed here.
+-define(SNIPPETS, [{"README.md", 5}, {"docs/relays.md", 2}]).
+
+%% A snippet that waits for what does not come.
+suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
     [every_snippet_runs].
@@ -16,10 +19,14 @@ end_per_testcase(_Case, _Config) ->
     macula_peer_endpoint:stop().
 
 every_snippet_runs(_Config) ->
-    {ok, Readme} = file:read_file(filename:join(root(), "README.md")),
-    {match, Snippets} = re:run(Readme, "```erlang\n(.*?)```", [global, dotall, {capture, [1], list}]),
-    ?assertEqual(?SNIPPETS, length(Snippets)),
-    lists:foreach(fun run/1, Snippets).
+    Pages = [{File, snippets(File)} || {File, _} <- ?SNIPPETS],
+    ?assertEqual(?SNIPPETS, [{File, length(Snippets)} || {File, Snippets} <- Pages]),
+    [lists:foreach(fun run/1, Snippets) || {_, Snippets} <- Pages].
+
+snippets(File) ->
+    {ok, Page} = file:read_file(filename:join(root(), File)),
+    {match, Snippets} = re:run(Page, "```erlang\n(.*?)```", [global, dotall, {capture, [1], list}]),
+    Snippets.
 
 run([Snippet]) ->
     ct:log("~s", [Snippet]),
