@@ -117,6 +117,27 @@ fn over_its_bound_callers_wait_and_are_told_that_it_is_overloaded() {
 }
 
 #[test]
+fn a_batch_that_comes_at_once_is_handed_over_to_its_end() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = engine(Config::default());
+    send(&client, &endpoint, of_size(0, 64)).unwrap();
+    until("the link works", || inbox.len() == 1);
+    // More frames than the receiver takes in one go, in few packets; nothing comes after them.
+    forwarder.swallow(true);
+    for n in 1..1000 {
+        send(&client, &endpoint, of_size(n, 1)).unwrap();
+    }
+    forwarder.swallow(false);
+    until("all arrive", || inbox.len() == 1000);
+    until("all acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
+    assert_eq!(client.stats().peers[0].dials, 1, "the receiver was found silent");
+    client.stop();
+    server.stop();
+}
+
+#[test]
 fn a_message_that_the_receiver_does_not_take_is_reported_and_holds_up_nothing() {
     let limits = Limits { max_frame: 20_000, ..Limits::default() };
     let (server, inbox, address) = listener(Config { limits, ..Config::default() });

@@ -8,6 +8,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use hashbrown::HashMap;
 use macula_peer_wire::{FrameError, MessageType, RawFrame};
 use quinn::{Connection, SendStream};
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, REFUSED, SessionId};
@@ -114,10 +115,14 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     let mut refused = Vec::new();
     let mut restarted = !known;
     loop {
+        let mut more_is_here = true;
         for _ in 0..BATCH {
             let frame = match stream.frames.next_frame() {
                 Ok(Some(frame)) => frame,
-                Ok(None) => break,
+                Ok(None) => {
+                    more_is_here = false;
+                    break;
+                }
                 Err(FrameError::TooLarge { len, .. }) => {
                     // Its sender would only send it again, and everything behind it.
                     let Some(current) = number.as_mut() else { return stream.refuse() };
@@ -154,7 +159,9 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                 return;
             }
         }
-        if !stream.more().await {
+        if more_is_here {
+            yield_now().await;
+        } else if !stream.more().await {
             break;
         }
     }
