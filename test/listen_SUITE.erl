@@ -47,7 +47,7 @@ a_process_gets_messages(Config) ->
     {ok, {_, Port}} = on(Config, macula_peer_endpoint, local_address, []),
     #{fingerprint := Key} = on(Config, macula_peer_endpoint, identity, []),
     ?assertEqual(#{type => cast, message => #{<<"text">> => <<"hello">>, <<"number">> => 1},
-                   from => {{127, 0, 0, 1}, Port}, dialect => 'macula-peer/1', key => Key, reply_to => none}, Inbound).
+                   from => {{127, 0, 0, 1}, Port}, path => direct, dialect => 'macula-peer/1', key => Key, reply_to => none}, Inbound).
 
 a_function_gets_messages(Config) ->
     Endpoint = listen(#{handler => {?MODULE, forward, [self()]}}),

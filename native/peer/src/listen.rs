@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use macula_peer_wire::{RawFrame, Reassembler};
+use macula_peer_wire::{MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -24,6 +24,7 @@ use crate::link::{Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
 use crate::node::Node;
 use crate::peer::deadline;
+use crate::relay::probe;
 use crate::session;
 use crate::socket::canonical;
 use crate::stats::{AcceptedStats, Counter, LinkStats};
@@ -517,6 +518,14 @@ impl Stream {
         let Accepted { dialect, key, path, .. } = *self.accepted;
         let from = self.accepted.remote();
         self.accepted.received.add(1);
+        let probes = frame.type_id == MessageType::NatProbe.id() && path == Path::Direct;
+        if let (true, Some(token)) = (probes && self.node.relay().is_some(), &reply)
+            && let Some(answer) = probe::answer(&frame.payload, from, self.node.config.limits)
+        {
+            // Who asked may be gone.
+            let _ = token.reply(answer);
+            return;
+        }
         self.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply });
     }
 }

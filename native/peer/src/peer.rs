@@ -1003,12 +1003,14 @@ impl Task {
     }
 
     fn session_progressed(&mut self, progress: Progress) {
-        let Progress { written, acknowledged, acknowledged_bytes, lost, broken } = progress;
+        let Progress { written, acknowledged, acknowledged_bytes, lost, rejected, broken } = progress;
         self.peer.counters.sent.add(written);
         self.peer.counters.acknowledged.add(acknowledged);
         self.let_go(acknowledged_bytes);
         self.let_go(lost.iter().map(|message| message.frame.len()).sum());
         self.undelivered(lost.len() as u64, UndeliveredReason::LinkLost);
+        self.let_go(rejected.iter().map(|message| message.frame.len()).sum());
+        self.undelivered(rejected.len() as u64, UndeliveredReason::Rejected);
         if broken {
             self.link_died();
         }

@@ -5,9 +5,11 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{engine, frame, member, message, node_id, number, over, relay, send_to_node, until};
+use common::{engine, frame, member, message, node_id, number, over, relay, request, send_to_node, until};
 use macula_peer::{Config, ConnectError, Message, Path, RouteError, SendError, Ways};
-use macula_peer_wire::MessageType::Publish;
+use macula_peer_wire::MessageType::{self, NatProbe, Publish};
+use macula_peer_wire::value::{self, Value, ValueBuilder};
+use macula_peer_wire::{Limits, decode_payload};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -26,6 +28,29 @@ fn a_node_is_reached_through_its_relay() {
     let stats = relay.stats().relay.unwrap();
     assert_eq!((stats.registrations, stats.circuits), (2, 1));
     for engine in [sender, target, relay] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn a_relay_answers_nat_probes_with_what_it_sees() {
+    let (relay, address) = relay(0);
+    let node = engine(Config::default());
+    let fields = [("node_id", Value::Bin(b"me".into())), ("local_port", Value::Uint(1))];
+    let probe = Value::Map(fields.map(|(key, value)| (Value::Bin(key.into()), value)).into());
+    let frame = value::encode(NatProbe, &probe, Limits::default()).unwrap().into();
+    let deadline = Some(Instant::now() + TIMEOUT);
+    let answer = request(&node, &address, Message { frame, kind: NatProbe, deadline, key: None }).unwrap();
+    assert_eq!(MessageType::from_id(answer.type_id), Some(MessageType::NatProbeReply));
+    let Value::Map(fields) = decode_payload(&answer.payload, Limits::default(), &mut ValueBuilder).unwrap() else {
+        panic!("no map")
+    };
+    let field = |name: &str| fields.iter().find(|(key, _)| *key == Value::Bin(name.into())).map(|(_, value)| value);
+    assert_eq!(field("node_id"), Some(&Value::Bin(b"me".into())));
+    assert_eq!(field("reflexive_ip"), Some(&Value::Bin(b"127.0.0.1".into())));
+    assert_eq!(field("reflexive_port"), Some(&Value::Uint(node.local_address().unwrap().port().into())));
+    assert!(matches!(field("server_time"), Some(Value::Uint(_))));
+    for engine in [node, relay] {
         engine.stop();
     }
 }

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{Forwarder, Inbox, engine, frame, listener, message, number, send, until};
-use macula_peer::{Config, Event, Listen, Message, SendError};
+use macula_peer::{Config, Event, Listen, Message, SendError, UndeliveredReason};
+use macula_peer_wire::Limits;
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -111,6 +112,30 @@ fn over_its_bound_callers_wait_and_are_told_that_it_is_overloaded() {
     assert_eq!(sent, Ok(()), "acknowledgements made room");
     until("all arrive", || inbox.len() == 11);
     assert_eq!(numbered(&inbox, false), (0..=9).chain([11]).collect::<Vec<_>>());
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn a_message_that_the_receiver_does_not_take_is_reported_and_holds_up_nothing() {
+    let limits = Limits { max_frame: 20_000, ..Limits::default() };
+    let (server, inbox, address) = listener(Config { limits, ..Config::default() });
+    let client = engine(Config::default());
+    let events = Arc::new(Inbox::default());
+    client.set_handler(Some(events.clone()));
+    for n in 0..30 {
+        let size = if n % 10 == 5 { 30_000 } else { 64 };
+        send(&client, &address, of_size(n, size)).unwrap();
+    }
+    send(&client, &address, of_size(30, LARGE)).unwrap();
+    until("all that fit arrive", || inbox.len() == 27);
+    until("the others are reported", || client.stats().undelivered == 4);
+    assert_eq!(numbered(&inbox, false), (0..30).filter(|n| n % 10 != 5).collect::<Vec<_>>());
+    assert_eq!(client.stats().peers[0].unacknowledged_bytes, 0);
+    assert_eq!(client.stats().peers[0].dials, 1);
+    for event in events.events.lock().unwrap().iter() {
+        assert!(matches!(event, Event::Undelivered { reason: UndeliveredReason::Rejected, .. }), "{event:?}");
+    }
     client.stop();
     server.stop();
 }

@@ -63,6 +63,13 @@ impl<M> Outgoing<M> {
         self.owed.drain(..arrived).map(|owed| owed.message)
     }
 
+    /// The receiver has not taken this message, and will not.
+    pub(crate) fn refuse(&mut self, number: u64) -> Option<M> {
+        let index = self.owed.iter().take(self.written).position(|owed| owed.number == number)?;
+        self.written -= 1;
+        self.owed.remove(index).map(|owed| owed.message)
+    }
+
     /// The present stream is gone: everything is to be written again.
     pub(crate) fn rewind(&mut self) {
         self.written = 0;

@@ -10,6 +10,7 @@ pub(crate) mod client;
 pub(crate) mod clients;
 pub(crate) mod control;
 mod packet;
+pub(crate) mod probe;
 pub(crate) mod registration;
 pub(crate) mod server;
 #[cfg(test)]

@@ -21,6 +21,9 @@ const OPEN_LEN: usize = 17;
 const GREETING: usize = 1 + NUMBER_LEN;
 const NUMBER_LEN: usize = 8;
 
+/// In a word of the receiver: it has not taken the message of this number.
+const REFUSED: u64 = 1 << 63;
+
 type SessionId = [u8; 16];
 
 /// The header of a frame of the engine's own.

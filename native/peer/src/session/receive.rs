@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use hashbrown::HashMap;
-use macula_peer_wire::{MessageType, RawFrame};
+use macula_peer_wire::{FrameError, MessageType, RawFrame};
 use quinn::{Connection, SendStream};
 use tokio::time::timeout;
 
-use super::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, SessionId};
+use super::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, REFUSED, SessionId};
 use crate::decide::session::Incoming;
 use crate::error::ReplyError;
 use crate::identity::Fingerprint;
@@ -110,13 +110,25 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     if send.write_chunk(word.freeze()).await.is_err() {
         return;
     }
-    let mut number = None;
+    let mut number: Option<u64> = None;
+    let mut refused = Vec::new();
     let mut restarted = !known;
     loop {
         for _ in 0..BATCH {
             let frame = match stream.frames.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => break,
+                Err(FrameError::TooLarge { len, .. }) => {
+                    // Its sender would only send it again, and everything behind it.
+                    let Some(current) = number.as_mut() else { return stream.refuse() };
+                    stream.frames.skip(len);
+                    node.counters.malformed.add(1);
+                    if lock(&session.channels[channel]).accept(*current) {
+                        refused.push(*current);
+                    }
+                    *current += 1;
+                    continue;
+                }
                 Err(_) => return stream.refuse(),
             };
             let Some(frame) = numbered(frame, &mut number) else {
@@ -135,8 +147,10 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         let expected = lock(&session.channels[channel]).expected();
         if expected != said {
             said = expected;
-            let word = Bytes::copy_from_slice(&said.to_be_bytes());
-            if send.write_chunk(word).await.is_err() {
+            let mut words = BytesMut::with_capacity(NUMBER_LEN * (refused.len() + 1));
+            refused.drain(..).for_each(|number| words.put_u64(REFUSED | number));
+            words.put_u64(said);
+            if send.write_chunk(words.freeze()).await.is_err() {
                 return;
             }
         }
@@ -163,7 +177,9 @@ fn numbered(frame: RawFrame, number: &mut Option<u64>) -> Option<RawFrame> {
     if frame.type_id != NUMBER {
         return Some(frame);
     }
-    *number = <[u8; NUMBER_LEN]>::try_from(&*frame.payload).ok().map(u64::from_be_bytes);
+    let announced = <[u8; NUMBER_LEN]>::try_from(&*frame.payload).ok().map(u64::from_be_bytes);
+    // Half of all numbers: nobody counts that far, and nothing overflows.
+    *number = announced.filter(|&number| number < REFUSED / 2);
     None
 }
 

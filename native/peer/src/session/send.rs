@@ -15,7 +15,7 @@ use quinn::{RecvStream, SendStream};
 use crate::decide::session::{Next, Outgoing};
 use crate::link::{Link, now_or_never};
 use crate::message::Message;
-use crate::session::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, put_header};
+use crate::session::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, REFUSED, SessionId, put_header};
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -66,6 +66,8 @@ pub(crate) struct Progress {
     pub(crate) acknowledged_bytes: usize,
     /// Written to a receiver that was restarted, and may not be written again.
     pub(crate) lost: Vec<Message>,
+    /// The receiver did not take them.
+    pub(crate) rejected: Vec<Message>,
     /// The link carries the session no more.
     pub(crate) broken: bool,
 }
@@ -109,7 +111,11 @@ impl Session {
         self.detached.get_or_insert(now);
         for channel in &mut self.channels {
             channel.owed.rewind();
-            channel.stream = None;
+            if let Some(mut stream) = channel.stream.take() {
+                // Dropped, it would be finished, and the receiver would take the session for ended. Already closed is
+                // as good.
+                let _ = stream.send.reset(0u8.into());
+            }
         }
     }
 
@@ -284,11 +290,15 @@ impl Stream {
                 let expected = self.word.get_u64();
                 self.greeting(known, expected, owed, at_most_once, progress);
             }
-            let whole = if self.greeted { self.word.len() / NUMBER_LEN * NUMBER_LEN } else { 0 };
-            if whole > 0 {
-                // The last one says it all.
-                let expected = (&self.word[whole - NUMBER_LEN..]).get_u64();
-                self.word.advance(whole);
+            // Of several acknowledgements the last one says it all.
+            let mut expected = None;
+            while self.greeted && self.word.len() >= NUMBER_LEN {
+                match self.word.get_u64() {
+                    word if word & REFUSED == 0 => expected = Some(word),
+                    word => progress.rejected.extend(owed.refuse(word & !REFUSED)),
+                }
+            }
+            if let Some(expected) = expected {
                 self.arrived(owed.acknowledge(expected), progress);
             }
         }
@@ -326,7 +336,7 @@ impl Stream {
 
 impl Progress {
     fn is_news(&self) -> bool {
-        self.written > 0 || self.acknowledged > 0 || !self.lost.is_empty() || self.broken
+        self.written > 0 || self.acknowledged > 0 || !self.lost.is_empty() || !self.rejected.is_empty() || self.broken
     }
 }
 
