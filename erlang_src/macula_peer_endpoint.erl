@@ -8,7 +8,7 @@
 %%   <dt>`{macula_peer_event, #{event := undelivered, peer, count, reason}}'</dt>
 %%   <dd>`count' messages to `peer', an endpoint or `{node, NodeId}', for which `ok' had been returned, did not arrive as
 %%       far as can be known. `reason' is `expired' (the timeout passed), `connection_closed' (the link died and `delivery'
-%%       is `at_most_once'), `rejected' (the peer did not read it), `untrusted_peer' (the peer has another key now than the
+%%       is `at_most_once'), `rejected' (the peer did not take it), `untrusted_peer' (the peer has another key now than the
 %%       `fingerprint' in the call) or `stopped' (this engine was stopped).</dd>
 %%   <dt>`{macula_peer_event, #{event := registration, relay, state, reason}}'</dt>
 %%   <dd>This node at a relay: `state' is `registered', `lost' (over; it is tried again while it is wanted) or `refused' (it
