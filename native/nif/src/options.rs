@@ -4,7 +4,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use macula_peer::{Certificate, Config, Delivery, Endpoint, Fingerprint, Listen, RelayConfig, Secret, Verify};
+use macula_peer::{
+    Certificate, Config, Delivery, Endpoint, Fingerprint, Listen, MAX_RELAYS, RelayConfig, Secret, Verify,
+};
 use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term};
 
 use crate::atoms;
@@ -33,7 +35,7 @@ pub(crate) fn config(options: Term<'_>) -> Result<Config, InvalidOption<'_>> {
 /// Where and as whom to listen.
 pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
     let mut listen = Listen::default();
-    let (mut certificate, mut key) = (None, None);
+    let (mut certificate, mut key, mut in_relay) = (None, None, None);
     each(options, |name, value| {
         match name {
             name if name == atoms::port() => listen.port = Some(port(value)?),
@@ -41,11 +43,17 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
             name if name == atoms::certfile() => certificate = Some(path(value)?),
             name if name == atoms::keyfile() => key = Some(path(value)?),
             name if name == atoms::verify() => listen.verify = Some(verify(value)?),
-            name if name == atoms::relay() => listen.relay = Some(relay(value)?),
+            name if name == atoms::relay() => match relay(value) {
+                Ok(relay) => listen.relay = Some(relay),
+                Err(invalid) => in_relay = Some(invalid),
+            },
             _ => return None,
         }
         Some(())
     })?;
+    if let Some(invalid) = in_relay {
+        return Err(invalid);
+    }
     match (certificate, key) {
         (Some(certificate), Some(key)) => listen.certificate = Certificate::Files { certificate, key },
         (None, None) => {}
@@ -109,8 +117,11 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
     Some(())
 }
 
+/// A node's packets are of this size (RFC 9000, section 14); a relay that takes only smaller ones carries nothing.
+const SMALLEST_PACKET: usize = 1200;
+
 /// What a relay gives.
-fn relay(value: Term<'_>) -> Option<RelayConfig> {
+fn relay(value: Term<'_>) -> Result<RelayConfig, InvalidOption<'_>> {
     let mut config = RelayConfig::default();
     let set = |key: Atom, value: Term<'_>| {
         match key {
@@ -119,7 +130,9 @@ fn relay(value: Term<'_>) -> Option<RelayConfig> {
             key if key == atoms::max_sessions_per_node() => config.max_sessions_per_node = positive(value)?,
             key if key == atoms::bandwidth() => config.bandwidth = positive(value)? as u64,
             key if key == atoms::packet_queue() => config.packet_queue = positive(value)?,
-            key if key == atoms::max_packet() => config.max_packet = positive(value)?,
+            key if key == atoms::max_packet() => {
+                config.max_packet = positive(value).filter(|&bytes| bytes >= SMALLEST_PACKET)?;
+            }
             key if key == atoms::accept_rate() => config.accept_rate = positive(value)? as u64,
             key if key == atoms::idle_timeout() => config.idle_timeout = time(value)?,
             key if key == atoms::grace() => config.grace = pause(value)?,
@@ -128,12 +141,14 @@ fn relay(value: Term<'_>) -> Option<RelayConfig> {
         }
         Some(())
     };
-    each(value, set).ok()?;
-    Some(config)
+    each(value, set)?;
+    Ok(config)
 }
 
 pub(crate) fn endpoints(value: Term<'_>) -> Option<Vec<Endpoint>> {
-    proper_list(value)?.map(endpoint).collect()
+    let endpoints: Vec<_> = proper_list(value)?.map(endpoint).collect::<Option<_>>()?;
+    // More than an engine uses at once.
+    Some(endpoints).filter(|endpoints| endpoints.len() <= MAX_RELAYS)
 }
 
 /// `none`, `{pin, Fingerprints}` or `{cacertfile, File}`.

@@ -38,6 +38,7 @@ pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Registration, ReplyToken, Unhandled};
 pub use peer::Waiting;
 pub use race::Ways;
+pub use relay::clients::MAX_RELAYS;
 pub use relay::control::{Limit, Refusal};
 pub use relay::{RelayConfig, RelayStats};
 pub use stats::{AcceptedStats, LinkStats, PeerStats, RegistrationStats, Stats};

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -135,7 +135,7 @@ pub(crate) enum ReplyTo {
     /// will be no answer.
     Connection(u64, mpsc::UnboundedSender<(u64, Option<Bytes>)>),
     /// The sender's session, over whichever connection carries it.
-    Session(Arc<Answers>, Weak<Node>),
+    Session(Weak<Answers>, Weak<Node>),
 }
 
 impl fmt::Debug for ReplyTo {
@@ -155,7 +155,10 @@ impl ReplyToken {
             ReplyTo::Stream(task) => task.send(frame).is_ok(),
             ReplyTo::Connection(stream, task) => task.send((stream, Some(frame))).is_ok(),
             ReplyTo::Session(session, node) => {
-                return node.upgrade().map_or(Err(ReplyError::Gone), |node| session.answer(&node, frame));
+                let (Some(session), Some(node)) = (session.upgrade(), node.upgrade()) else {
+                    return Err(ReplyError::Gone);
+                };
+                return session.answer(&node, frame);
             }
         };
         if sent { Ok(()) } else { Err(ReplyError::Gone) }

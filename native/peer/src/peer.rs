@@ -24,6 +24,7 @@ use crate::decide::retry::Backoff;
 use crate::dial::refused;
 use crate::endpoint::Target;
 use crate::error::{ConnectError, RequestError, RouteError, SendError, UndeliveredReason};
+use crate::identity::Fingerprint;
 use crate::link::{Link, Partial, Swept, Written, lock};
 use crate::message::{Event, Inbound, Message, Path, PeerName};
 use crate::node::Node;
@@ -354,6 +355,13 @@ impl Peer {
         state.ways.learn(ways);
         (state.learned, state.resolved) = (true, Some((Instant::now(), false)));
         self.wake.notify_one();
+    }
+
+    /// Whether somebody waits who names this key.
+    pub(crate) fn is_asked_for(&self, shown: Option<Fingerprint>) -> bool {
+        let state = lock(&self.state);
+        let mut named = state.queue.iter().filter_map(|job| job.message.as_ref()?.key);
+        named.any(|key| Some(key) == shown)
     }
 
     /// Takes over a message for somebody else, or gives it back.

@@ -224,8 +224,14 @@ impl Race {
         }
     }
 
+    /// What is meant for the holder of a key is given to nobody else.
+    fn is_known(&self) -> bool {
+        let PeerName::Node(node) = &self.name else { return false };
+        self.taken.key.is_some() || self.node.known_key(node).is_some()
+    }
+
     fn lost(&mut self) -> Progress {
-        if let Some(relay) = self.stand_in.take() {
+        if let (Some(relay), false) = (self.stand_in.take(), self.is_known()) {
             return Progress::StandIn(relay);
         }
         Progress::Lost(self.failure.take().unwrap_or(RouteError::NoRelay.into()))

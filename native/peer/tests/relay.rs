@@ -135,3 +135,51 @@ fn messages_survive_relays_that_are_killed_and_a_better_path() {
         engine.stop();
     }
 }
+
+#[test]
+fn what_is_meant_for_a_known_node_is_not_given_to_whoever_took_the_relays_place() {
+    let (relay, address) = relay(0);
+    let port = address.rsplit_once(':').unwrap().1.parse().unwrap();
+    let (target, inbox) = member("target", &[&address]);
+    let sender = engine(Config::default());
+    send_to_node(&sender, "target", over(&[&address]), message(Publish, 1, TIMEOUT)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    for engine in [relay, target] {
+        engine.stop();
+    }
+    let impostor = engine(Config { port, ..Config::default() });
+    let stolen = std::sync::Arc::new(common::Inbox::default());
+    impostor.set_handler(Some(stolen.clone()));
+    impostor.listen(Default::default()).unwrap();
+    let refused = send_to_node(&sender, "target", over(&[&address]), message(Publish, 2, Duration::from_secs(2)));
+    assert!(matches!(refused, Err(SendError::Route(_))), "{refused:?}");
+    send_to_node(&sender, "stranger", over(&[&address]), message(Publish, 3, TIMEOUT)).unwrap();
+    until("what is for nobody known is passed on, as in the original", || stolen.len() == 1);
+    assert_eq!(stolen.numbers(), [3]);
+    for engine in [sender, impostor] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn a_caller_that_names_the_right_key_overrules_what_was_seen_first() {
+    let (relay, address) = relay(0);
+    let (first, first_inbox) = member("target", &[&address]);
+    let sender = engine(Config { idle_timeout: Duration::from_millis(100), ..Config::default() });
+    send_to_node(&sender, "target", over(&[&address]), message(Publish, 1, TIMEOUT)).unwrap();
+    until("it arrives", || first_inbox.len() == 1);
+    first.stop();
+    // The relay keeps the name for the first key; another relay knows nothing of it.
+    let (other, other_address) = common::relay(0);
+    let (second, second_inbox) = member("target", &[&other_address]);
+    let refused = send_to_node(&sender, "target", over(&[&other_address]), message(Publish, 2, TIMEOUT));
+    assert_eq!(refused, Err(SendError::Route(RouteError::Node(ConnectError::Untrusted))));
+    let named = Message { key: Some(second.fingerprint()), ..message(Publish, 3, TIMEOUT) };
+    send_to_node(&sender, "target", over(&[&other_address]), named).unwrap();
+    send_to_node(&sender, "target", over(&[&other_address]), message(Publish, 4, TIMEOUT)).unwrap();
+    until("both arrive", || second_inbox.len() == 2);
+    assert_eq!(second_inbox.numbers(), [3, 4]);
+    for engine in [sender, second, relay, other] {
+        engine.stop();
+    }
+}

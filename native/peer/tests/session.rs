@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{Forwarder, Inbox, engine, frame, listener, message, number, send, until};
-use macula_peer::{Config, EndpointRef, Event, Listen, Message, SendError, Target, UndeliveredReason};
+use macula_peer::{Config, EndpointRef, Event, Listen, Message, ReplyError, SendError, Target, UndeliveredReason};
 use macula_peer_wire::Limits;
-use macula_peer_wire::MessageType::Publish;
+use macula_peer_wire::MessageType::{Publish, Store};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -180,4 +180,22 @@ fn a_receiver_that_was_restarted_says_so() {
     assert_eq!(inbox.events.lock().unwrap().iter().filter(restarted).count(), 1);
     client.stop();
     server.stop();
+}
+
+#[test]
+fn a_kept_token_does_not_keep_the_port() {
+    let (server, inbox, address) = listener(Config::default());
+    let client = engine(Config::default());
+    let store = Message { kind: Store, ..of_size(1, 64) };
+    let store = Message { frame: frame(Store, 1, 64), ..store };
+    send(&client, &address, store).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    let token = inbox.messages.lock().unwrap().pop().unwrap().reply.expect("a store is answered");
+    server.stop();
+    drop(server);
+    let port = address.rsplit_once(':').unwrap().1.parse().unwrap();
+    let again = engine(Config { port, ..Config::default() });
+    assert_eq!(token.reply(frame(Store, 1, 64)), Err(ReplyError::Gone));
+    client.stop();
+    again.stop();
 }

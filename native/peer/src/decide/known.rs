@@ -21,18 +21,17 @@ pub(crate) struct Known {
 impl Known {
     /// The key that a name is bound to.
     pub(crate) fn key_of(&mut self, node: &NodeId, now: Instant) -> Option<Fingerprint> {
-        let (key, seen) = self.keys.get_mut(node)?;
-        if *seen + FORGET_AFTER <= now {
+        let (key, seen) = *self.keys.get(node)?;
+        if seen + FORGET_AFTER <= now {
             self.keys.remove(node);
             return None;
         }
-        *seen = now;
-        Some(*key)
+        Some(key)
     }
 
-    /// Binds a name to a key.
+    /// The name was seen with a key, which it is bound to from now on.
     pub(crate) fn learn(&mut self, node: NodeId, key: Fingerprint, now: Instant) {
-        if self.keys.len() >= MAX_KNOWN {
+        if self.keys.len() >= MAX_KNOWN && !self.keys.contains_key(&node) {
             let oldest = self.keys.iter().min_by_key(|(_, (_, seen))| *seen).map(|(node, _)| node.clone());
             if let Some(oldest) = oldest {
                 self.keys.remove(&oldest);
@@ -57,8 +56,11 @@ mod tests {
         known.learn(node(1), [1; 32].into(), start);
         let almost = FORGET_AFTER - Duration::from_secs(1);
         assert_eq!(known.key_of(&node(1), start + almost), Some([1; 32].into()));
+        assert_eq!(known.key_of(&node(1), start + FORGET_AFTER), None, "asked for, and not seen");
+        known.learn(node(1), [1; 32].into(), start);
+        known.learn(node(1), [1; 32].into(), start + almost);
         assert_eq!(known.key_of(&node(1), start + 2 * almost), Some([1; 32].into()), "seen since");
-        assert_eq!(known.key_of(&node(1), start + 2 * almost + FORGET_AFTER), None);
+        assert_eq!(known.key_of(&node(1), start + almost + FORGET_AFTER), None);
     }
 
     #[test]
@@ -67,7 +69,7 @@ mod tests {
         for n in 0..MAX_KNOWN {
             known.learn(node(n), [1; 32].into(), start + Duration::from_millis(n as u64));
         }
-        known.key_of(&node(0), start + Duration::from_secs(3600));
+        known.learn(node(0), [1; 32].into(), start + Duration::from_secs(3600));
         known.learn(node(MAX_KNOWN), [2; 32].into(), start + Duration::from_secs(3601));
         assert_eq!(known.keys.len(), MAX_KNOWN);
         assert!(known.keys.contains_key(&node(0)));

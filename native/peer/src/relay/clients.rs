@@ -25,7 +25,7 @@ use crate::stats::RegistrationStats;
 
 /// Relays used at once, standing ones included. Each is a connection of some 40 KB. Those that callers name and that are
 /// not used go by themselves.
-const MAX_RELAYS: usize = 64;
+pub const MAX_RELAYS: usize = 64;
 
 /// How long a registration that nobody asked for is kept after its last circuit.
 const UNUSED_FOR: Duration = Duration::from_secs(60);

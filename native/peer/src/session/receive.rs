@@ -41,7 +41,8 @@ pub(crate) struct Sessions(Mutex<HashMap<(Fingerprint, SessionId), Arc<Answers>>
 /// One session, and the way back to its sender: over the connection that it was last heard on.
 pub(crate) struct Answers {
     channels: [Mutex<Incoming>; 2],
-    connection: Mutex<Connection>,
+    /// `None` when it has died.
+    connection: Mutex<Option<Connection>>,
     waiting: AtomicUsize,
     /// Milliseconds of the node's clock at the last use.
     used: AtomicU64,
@@ -53,7 +54,7 @@ impl Sessions {
         let now = node.clock(Instant::now());
         let mut table = lock(&self.0);
         if let Some(session) = table.get(&(key, id)) {
-            *lock(&session.connection) = connection.clone();
+            *lock(&session.connection) = Some(connection.clone());
             session.used.store(now, Ordering::Relaxed);
             return (session.clone(), true);
         }
@@ -68,7 +69,7 @@ impl Sessions {
         }
         let session = Arc::new(Answers {
             channels: Default::default(),
-            connection: Mutex::new(connection.clone()),
+            connection: Mutex::new(Some(connection.clone())),
             waiting: AtomicUsize::new(0),
             used: AtomicU64::new(now),
         });
@@ -166,6 +167,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         }
     }
     session.used.store(node.clock(Instant::now()), Ordering::Relaxed);
+    session.forget_dead_connection();
     if stream.finished {
         node.sessions.close(key, id);
     }
@@ -197,14 +199,23 @@ fn hand_over(stream: &Stream, session: &Arc<Answers>, channel: usize, number: u6
         return;
     }
     let answered = MessageType::from_id(frame.type_id).is_some_and(MessageType::is_answered);
-    let reply = answered.then(|| ReplyToken::new(ReplyTo::Session(session.clone(), Arc::downgrade(&stream.node))));
+    let reply =
+        answered.then(|| ReplyToken::new(ReplyTo::Session(Arc::downgrade(session), Arc::downgrade(&stream.node))));
     stream.hand_over(frame, reply);
 }
 
 impl Answers {
+    /// A session may be remembered for long; a connection is large.
+    fn forget_dead_connection(&self) {
+        let mut connection = lock(&self.connection);
+        if connection.as_ref().is_some_and(|connection| connection.close_reason().is_some()) {
+            *connection = None;
+        }
+    }
+
     /// Sends an answer on a stream of its own.
     pub(crate) fn answer(self: Arc<Self>, node: &Arc<Node>, frame: Bytes) -> Result<(), ReplyError> {
-        let connection = lock(&self.connection).clone();
+        let connection = lock(&self.connection).clone().ok_or(ReplyError::Gone)?;
         if connection.close_reason().is_some() {
             return Err(ReplyError::Gone);
         }
