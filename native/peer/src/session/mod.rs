@@ -7,7 +7,7 @@ use bytes::{BufMut, BytesMut};
 use macula_peer_wire::VERSION;
 
 pub(crate) use receive::{Answers, Sessions, receive};
-pub(crate) use send::{Progress, Session};
+pub(crate) use send::{Progress, Session, Taken};
 
 /// Type ids of frames that are the engine's own. macula's end at `61`.
 pub(crate) const OPEN_SESSION: u8 = 0xF0;

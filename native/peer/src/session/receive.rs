@@ -1,6 +1,6 @@
 //! The receiver's half of a session.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -35,60 +35,86 @@ const BATCH: usize = 128;
 
 /// The sessions of those who send to this node.
 #[derive(Default)]
-pub(crate) struct Sessions(Mutex<HashMap<(Fingerprint, SessionId), Arc<Answers>>>);
+pub(crate) struct Sessions(Mutex<HashMap<SessionKey, Arc<Answers>>>);
+
+type SessionKey = (Fingerprint, SessionId);
 
 /// One session, and the way back to its sender: over the connection that it was last heard on.
 pub(crate) struct Answers {
-    channels: [Mutex<Incoming>; 2],
-    connection: Mutex<Connection>,
+    /// `None` until the first stream of the channel.
+    channels: [Mutex<Option<Incoming>>; 2],
+    /// The connections of its streams that are open, the last one opened last.
+    connections: Mutex<Vec<Connection>>,
+    /// The connection that it was made on.
+    first: usize,
+    restart_told: AtomicBool,
     waiting: AtomicUsize,
     /// Milliseconds of the node's clock at the last use.
     used: AtomicU64,
 }
 
+/// A session, as long as one of its streams is open.
+struct Open {
+    node: Arc<Node>,
+    session: Arc<Answers>,
+    connection: usize,
+}
+
 impl Sessions {
-    /// The session of a sender, and whether it was known.
-    fn open(&self, node: &Node, key: Fingerprint, id: SessionId, connection: &Connection) -> (Arc<Answers>, bool) {
+    /// The session of a sender.
+    fn open(&self, node: &Arc<Node>, key: SessionKey, connection: &Connection) -> Open {
         let now = node.clock(Instant::now());
+        let id = connection.stable_id();
         let mut table = lock(&self.0);
-        if let Some(session) = table.get(&(key, id)) {
-            *lock(&session.connection) = connection.clone();
-            session.used.store(now, Ordering::Relaxed);
-            return (session.clone(), true);
+        if !table.contains_key(&key) {
+            make_room(&mut table, key.0, now.saturating_sub(FORGET_AFTER.as_millis() as u64));
         }
-        let stale = now.saturating_sub(FORGET_AFTER.as_millis() as u64);
-        // A session that a stream is open for is held by its task.
-        table.retain(|_, session| Arc::strong_count(session) > 1 || session.used.load(Ordering::Relaxed) >= stale);
-        let of_key = table.keys().filter(|(other, _)| *other == key).count();
-        if of_key >= MAX_SESSIONS_OF_KEY {
-            forget_oldest(&mut table, |(other, _)| *other == key);
-        } else if table.len() >= MAX_SESSIONS {
-            forget_oldest(&mut table, |_| true);
-        }
-        let session = Arc::new(Answers {
-            channels: Default::default(),
-            connection: Mutex::new(connection.clone()),
-            waiting: AtomicUsize::new(0),
-            used: AtomicU64::new(now),
+        let session = table.entry(key).or_insert_with(|| {
+            Arc::new(Answers {
+                channels: Default::default(),
+                connections: Mutex::default(),
+                first: id,
+                restart_told: AtomicBool::new(false),
+                waiting: AtomicUsize::new(0),
+                used: AtomicU64::new(now),
+            })
         });
-        table.insert((key, id), session.clone());
-        (session, false)
+        lock(&session.connections).push(connection.clone());
+        Open { node: node.clone(), session: session.clone(), connection: id }
     }
 
     /// Its sender has ended it.
-    fn close(&self, key: Fingerprint, id: SessionId) {
-        lock(&self.0).remove(&(key, id));
+    fn close(&self, key: &SessionKey) {
+        lock(&self.0).remove(key);
     }
 }
 
-fn forget_oldest(
-    table: &mut HashMap<(Fingerprint, SessionId), Arc<Answers>>,
-    of: impl Fn(&(Fingerprint, SessionId)) -> bool,
-) {
-    let oldest =
-        table.iter().filter(|(key, _)| of(key)).min_by_key(|(_, session)| session.used.load(Ordering::Relaxed));
+/// Sessions with a stream are as many as there are streams, and stay.
+fn make_room(table: &mut HashMap<SessionKey, Arc<Answers>>, key: Fingerprint, stale: u64) {
+    table.retain(|_, session| session.is_open() || session.used.load(Ordering::Relaxed) >= stale);
+    let of_key = table.keys().filter(|(other, _)| *other == key).count();
+    if of_key >= MAX_SESSIONS_OF_KEY {
+        forget_oldest(table, |(other, _)| *other == key);
+    } else if table.len() >= MAX_SESSIONS {
+        forget_oldest(table, |_| true);
+    }
+}
+
+fn forget_oldest(table: &mut HashMap<SessionKey, Arc<Answers>>, of: impl Fn(&SessionKey) -> bool) {
+    let closed = table.iter().filter(|(key, session)| of(key) && !session.is_open());
+    let oldest = closed.min_by_key(|(_, session)| session.used.load(Ordering::Relaxed));
     if let Some(key) = oldest.map(|(key, _)| *key) {
         table.remove(&key);
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.session.used.store(self.node.clock(Instant::now()), Ordering::Relaxed);
+        let mut connections = lock(&self.session.connections);
+        if let Some(index) = connections.iter().position(|connection| connection.stable_id() == self.connection) {
+            connections.remove(index);
+        }
     }
 }
 
@@ -101,8 +127,8 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         return;
     };
     let node = stream.node.clone();
-    let (session, known) = node.sessions.open(&node, key, id, stream.accepted.connection());
-    let mut said = lock(&session.channels[channel]).expected();
+    let open = node.sessions.open(&node, (key, id), stream.accepted.connection());
+    let (known, mut said) = open.session.begin(channel);
     let mut word = BytesMut::with_capacity(GREETING);
     word.put_u8(known.into());
     word.put_u64(said);
@@ -111,28 +137,10 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         return;
     }
     let mut number = None;
-    let mut restarted = !known;
+    let mut may_be_restart = !known && open.is_first();
     loop {
-        for _ in 0..BATCH {
-            let frame = match stream.frames.next_frame() {
-                Ok(Some(frame)) => frame,
-                Ok(None) => break,
-                Err(_) => return stream.refuse(),
-            };
-            let Some(frame) = numbered(frame, &mut number) else {
-                if let (true, Some(number @ 1..)) = (restarted, number) {
-                    tracing::debug!(number, "a session goes on that is not known");
-                    let peer = stream.accepted.remote();
-                    node.event(Event::SessionRestarted { peer, key });
-                }
-                restarted = false;
-                continue;
-            };
-            let Some(current) = number.as_mut() else { return stream.refuse() };
-            hand_over(&stream, &session, channel, *current, frame);
-            *current += 1;
-        }
-        let expected = lock(&session.channels[channel]).expected();
+        let batch = read_batch(&mut stream, &open, channel, &mut number, &mut may_be_restart);
+        let expected = open.session.expected(channel);
         if expected != said {
             said = expected;
             let word = Bytes::copy_from_slice(&said.to_be_bytes());
@@ -140,13 +148,66 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                 return;
             }
         }
-        if !stream.more().await {
-            break;
+        match batch {
+            // The sender learns which one it was: the one that is expected next.
+            Batch::Refused => return stream.refuse(),
+            Batch::Full => tokio::task::yield_now().await,
+            Batch::Last if stream.more().await => {}
+            Batch::Last => break,
         }
     }
-    session.used.store(node.clock(Instant::now()), Ordering::Relaxed);
     if stream.finished {
-        node.sessions.close(key, id);
+        node.sessions.close(&(key, id));
+    }
+}
+
+enum Batch {
+    /// There may be more.
+    Full,
+    /// There is no more until bytes come.
+    Last,
+    /// What comes next cannot be read.
+    Refused,
+}
+
+/// Hands over some of what is there.
+fn read_batch(
+    stream: &mut Stream,
+    open: &Open,
+    channel: usize,
+    number: &mut Option<u64>,
+    may_be_restart: &mut bool,
+) -> Batch {
+    for _ in 0..BATCH {
+        let frame = match stream.next_frame() {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Batch::Last,
+            Err(_) => return Batch::Refused,
+        };
+        let Some(frame) = numbered(frame, number) else {
+            if std::mem::take(may_be_restart) && number.is_some_and(|number| number > 0) {
+                open.tell_restart(stream);
+            }
+            continue;
+        };
+        let Some(current) = number.as_mut() else { return Batch::Refused };
+        hand_over(stream, &open.session, channel, *current, frame);
+        *current = current.saturating_add(1);
+    }
+    Batch::Full
+}
+
+impl Open {
+    /// Whether the session was made on this connection.
+    fn is_first(&self) -> bool {
+        self.session.first == self.connection
+    }
+
+    fn tell_restart(&self, stream: &Stream) {
+        let Some(key) = stream.accepted.key() else { return };
+        if !self.session.restart_told.swap(true, Ordering::Relaxed) {
+            self.node.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
+        }
     }
 }
 
@@ -170,7 +231,7 @@ fn numbered(frame: RawFrame, number: &mut Option<u64>) -> Option<RawFrame> {
 /// Under the channel's lock, because an older stream of the session may still carry the same message.
 fn hand_over(stream: &Stream, session: &Arc<Answers>, channel: usize, number: u64, frame: RawFrame) {
     let mut incoming = lock(&session.channels[channel]);
-    if !incoming.accept(number) {
+    if !incoming.get_or_insert_default().accept(number) {
         return;
     }
     let answered = MessageType::from_id(frame.type_id).is_some_and(MessageType::is_answered);
@@ -179,12 +240,27 @@ fn hand_over(stream: &Stream, session: &Arc<Answers>, channel: usize, number: u6
 }
 
 impl Answers {
+    /// Begins a stream of a channel. Returns whether it is not the first, and the number expected.
+    fn begin(&self, channel: usize) -> (bool, u64) {
+        let mut incoming = lock(&self.channels[channel]);
+        let known = incoming.is_some();
+        (known, incoming.get_or_insert_default().expected())
+    }
+
+    fn expected(&self, channel: usize) -> u64 {
+        lock(&self.channels[channel]).get_or_insert_default().expected()
+    }
+
+    fn is_open(&self) -> bool {
+        !lock(&self.connections).is_empty()
+    }
+
     /// Sends an answer on a stream of its own.
     pub(crate) fn answer(self: Arc<Self>, node: &Arc<Node>, frame: Bytes) -> Result<(), ReplyError> {
-        let connection = lock(&self.connection).clone();
-        if connection.close_reason().is_some() {
-            return Err(ReplyError::Gone);
-        }
+        let connections = lock(&self.connections);
+        let live = connections.iter().rev().find(|connection| connection.close_reason().is_none()).cloned();
+        drop(connections);
+        let connection = live.ok_or(ReplyError::Gone)?;
         if let Some(Ok(mut send)) = now_or_never(connection.open_uni()) {
             // Dropped, the stream is finished.
             match write_now(&mut send, &frame) {
@@ -208,9 +284,14 @@ impl Answers {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
             return Err(ReplyError::Gone);
         }
+        let mut stopping = node.stopping();
         node.spawn(async move {
-            // Too slow, or gone: the answer is of no use.
-            let _ = timeout(WRITE_TIMEOUT, write).await;
+            tokio::select! {
+                // Too slow, or gone: the answer is of no use.
+                _ = timeout(WRITE_TIMEOUT, write) => {}
+                // It may not be for as long that the engine waits for its tasks.
+                _ = stopping.wait_for(|stopping| *stopping) => {}
+            }
             self.waiting.fetch_sub(1, Ordering::Relaxed);
         });
         Ok(())
