@@ -55,6 +55,8 @@ pub(crate) struct Link {
     /// Somebody on this link has reason to believe that the peer is gone.
     pub(crate) doubted: Notify,
     out: Mutex<Out>,
+    /// The connection is somebody else's now.
+    handed_on: bool,
 }
 
 #[derive(Default)]
@@ -151,7 +153,14 @@ impl Link {
             answer_timeout,
             doubted: Notify::new(),
             out: Mutex::default(),
+            handed_on: false,
         }
+    }
+
+    /// The connection, to be used for something else.
+    pub(crate) fn into_connection(mut self) -> Connection {
+        self.handed_on = true;
+        self.connection.clone()
     }
 
     /// Where its packets go and come from.
@@ -381,6 +390,15 @@ impl Link {
 
     fn out(&self) -> MutexGuard<'_, Out> {
         lock(&self.out)
+    }
+}
+
+impl Drop for Link {
+    /// Over a relay others hold on to the connection too, and nobody else ends it.
+    fn drop(&mut self) {
+        if !self.handed_on {
+            self.connection.close(0u8.into(), b"");
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use macula_peer_wire::{MessageType, RawFrame, Reassembler};
+use macula_peer_wire::{FrameError, MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -65,6 +65,10 @@ const ACCEPT_BATCH: usize = 64;
 /// each, and a registration at a relay needs no more.
 const FIRST_STREAMS: u32 = 32;
 
+/// What is allowed in our dialect however little is configured: a session has two streams, a relay's node one more, and
+/// somebody may ask something.
+const LEAST_STREAMS: u32 = 4;
+
 /// Application error codes on streams: the frame took too long, or was none; no relay here.
 pub(crate) const SLOW_FRAME: u8 = 1;
 pub(crate) const NOT_A_FRAME: u8 = 2;
@@ -96,7 +100,7 @@ pub(crate) struct Admission {
 impl Admission {
     /// `strict`: not everybody is let in. Streams are then allowed to those who are, which is how they know.
     pub(crate) fn new(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
-        let (two_way, one_way) = if strict { (0, 0) } else { (config.max_streams.min(FIRST_STREAMS), ONE_WAY_STREAMS) };
+        let (two_way, one_way) = if strict { (0, 0) } else { (first_streams(config), ONE_WAY_STREAMS) };
         let mut server = ServerConfig::with_crypto(Arc::new(tls));
         server.transport_config(Arc::new(transport_config(two_way, one_way, config)));
         Self { config: Arc::new(server), strict }
@@ -105,13 +109,17 @@ impl Admission {
     fn let_in(&self, connection: &Connection, dialect: Dialect, config: &Config) {
         let streams = match dialect {
             Dialect::Macula => config.max_streams,
-            Dialect::MaculaPeer1 => config.max_streams.min(FIRST_STREAMS),
+            Dialect::MaculaPeer1 => first_streams(config),
         };
         if self.strict || dialect == Dialect::Macula {
             connection.set_max_concurrent_bi_streams(streams.into());
             connection.set_max_concurrent_uni_streams(ONE_WAY_STREAMS.into());
         }
     }
+}
+
+fn first_streams(config: &Config) -> u32 {
+    config.max_streams.clamp(LEAST_STREAMS, FIRST_STREAMS)
 }
 
 fn transport_config(two_way: u32, one_way: u8, config: &Config) -> TransportConfig {
@@ -289,7 +297,8 @@ impl Serving {
     /// Whoever asks, may ask much.
     fn allow_streams(&mut self) {
         if std::mem::take(&mut self.few_streams) {
-            self.accepted.connection.set_max_concurrent_bi_streams(self.node.config.max_streams.into());
+            let streams = self.node.config.max_streams.max(LEAST_STREAMS);
+            self.accepted.connection.set_max_concurrent_bi_streams(streams.into());
         }
     }
 
@@ -346,7 +355,11 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        lock(&self.node.accepted).remove(&self.id);
+        let accepted = lock(&self.node.accepted).remove(&self.id);
+        if let Some(accepted) = accepted {
+            // Others hold on to it, who do not serve it.
+            accepted.connection.close(0u8.into(), b"");
+        }
     }
 }
 
@@ -435,10 +448,19 @@ impl Stream {
         self.reading
     }
 
+    /// The next whole frame. The time of the one after it has not begun.
+    pub(crate) fn next_frame(&mut self) -> Result<Option<RawFrame>, FrameError> {
+        let frame = self.frames.next_frame();
+        if let Ok(Some(_)) = frame {
+            (self.begun, self.permit) = (None, None);
+        }
+        frame
+    }
+
     /// Hands over every whole frame.
     fn deliver(&mut self, reply: impl Fn() -> Option<ReplyTo>) -> Delivered {
         loop {
-            let frame = match self.frames.next_frame() {
+            let frame = match self.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Delivered::All,
                 Err(error) => {

@@ -48,7 +48,7 @@ pub(crate) struct Node {
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
     socket: Mutex<BoundSocket>,
-    peers: RwLock<HashMap<PeerName, Arc<Peer>>>,
+    peers: RwLock<Peers>,
     handler: RwLock<Option<Arc<dyn Handler>>>,
     tasks: Mutex<JoinSet<()>>,
     runtime: Handle,
@@ -61,6 +61,23 @@ pub(crate) struct Network {
     pub(crate) quic: quinn::Endpoint,
     pub(crate) socket: Arc<Socket>,
     pub(crate) refusals: Refusals,
+}
+
+#[derive(Default)]
+struct Peers {
+    /// At most `pool_size`.
+    pool: HashMap<PeerName, Arc<Peer>>,
+    /// Peers that have left the pool and still have something on its way, until it is over. They come back if they are
+    /// wanted: another peer of the same name would overtake them.
+    leaving: HashMap<PeerName, Arc<Peer>>,
+}
+
+impl Peers {
+    fn leave(&mut self, peer: Arc<Peer>) {
+        self.pool.remove(&peer.name);
+        peer.retire();
+        self.leaving.insert(peer.name.clone(), peer);
+    }
 }
 
 struct BoundSocket {
@@ -106,14 +123,14 @@ impl Node {
     pub(crate) fn send_now(&self, target: &Target<'_>, message: Message, now: Instant) -> Result<(), Message> {
         // The table stays locked for reading meanwhile, which is cheaper than counting one more reference.
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
-        let Some(peer) = peers.get(target) else { return Err(message) };
+        let Some(peer) = peers.pool.get(target) else { return Err(message) };
         peer.send_now(message, now)?;
         self.counters.hits.add(1);
         Ok(())
     }
 
     pub(crate) fn find(&self, target: &Target<'_>) -> Option<Arc<Peer>> {
-        self.peers.read().unwrap_or_else(PoisonError::into_inner).get(target).cloned()
+        self.peers.read().unwrap_or_else(PoisonError::into_inner).pool.get(target).cloned()
     }
 
     /// The peer of a name. Makes room for a new one by letting the least recently used one go. `None` when the
@@ -126,21 +143,24 @@ impl Node {
         if self.is_stopping() {
             return None;
         }
-        if let Some(peer) = peers.get(target) {
+        if let Some(peer) = peers.pool.get(target) {
             return Some(peer.clone());
         }
-        while peers.len() >= self.config.pool_size.max(1) {
+        while peers.pool.len() >= self.config.pool_size.max(1) {
             // Addresses that nobody was reached at do not cost anybody a link.
-            let oldest = peers.values().min_by_key(|peer| (peer.is_linked(), peer.last_used()));
-            let oldest = oldest.map(|peer| peer.name.clone());
-            if let Some(evicted) = oldest.and_then(|name| peers.remove(&name)) {
+            let oldest = peers.pool.values().min_by_key(|peer| (peer.is_linked(), peer.last_used()));
+            if let Some(evicted) = oldest.cloned() {
                 self.counters.evictions.add(1);
-                evicted.retire();
+                peers.leave(evicted);
             }
         }
-        let peer = Peer::new(target.to_owned(), self.clone());
-        peers.insert(peer.name.clone(), peer.clone());
-        self.spawn(peer::run(peer.clone()));
+        let left = peers.leaving.remove(target).filter(|peer| peer.come_back());
+        let peer = left.unwrap_or_else(|| {
+            let peer = Peer::new(target.to_owned(), self.clone());
+            self.spawn(peer::run(peer.clone()));
+            peer
+        });
+        peers.pool.insert(peer.name.clone(), peer.clone());
         Some(peer)
     }
 
@@ -150,10 +170,20 @@ impl Node {
         if self.instant(peer.last_used()) + self.config.idle_timeout > Instant::now() {
             return;
         }
-        if peers.get(&peer.name).is_some_and(|current| Arc::ptr_eq(current, peer)) {
-            peers.remove(&peer.name);
+        if peers.pool.get(&peer.name).is_some_and(|current| Arc::ptr_eq(current, peer)) {
+            peers.leave(peer.clone());
         }
-        peer.retire();
+    }
+
+    /// The task of a peer has ended.
+    pub(crate) fn gone(&self, peer: &Arc<Peer>) {
+        let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        let Peers { pool, leaving } = &mut *peers;
+        for table in [pool, leaving] {
+            if table.get(&peer.name).is_some_and(|current| Arc::ptr_eq(current, peer)) {
+                table.remove(&peer.name);
+            }
+        }
     }
 
     /// A direct link to an endpoint, if whoever is there is the peer.
@@ -191,7 +221,7 @@ impl Node {
     pub(crate) async fn dial_relay(&self, relay: Endpoint, until: Instant) -> Result<Connection, ConnectError> {
         let link = Dialer { to_relay: true, ..self.dialer() }.dial(relay, until).await?;
         self.counted_unverified(link.dialect);
-        Ok(link.connection)
+        Ok(link.into_connection())
     }
 
     /// Whether the node that was reached has the key that it is known by: the one that somebody knows, or else the one
@@ -345,10 +375,10 @@ impl Node {
         };
         self.clients.stop();
         self.set_relay(None);
-        let last = peers.into_values().collect::<Vec<_>>();
-        for peer in &last {
+        for peer in peers.pool.values().chain(peers.leaving.values()) {
             peer.retire();
         }
+        drop(peers);
         let mut tasks = std::mem::take(&mut *lock(&self.tasks));
         lock(&self.socket).errors.abort();
         while tasks.join_next().await.is_some() {}
@@ -360,7 +390,7 @@ impl Node {
         let counters = &self.counters;
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
         Stats {
-            peers: peers.values().map(|peer| peer.stats()).collect(),
+            peers: peers.pool.values().map(|peer| peer.stats()).collect(),
             accepted: lock(&self.accepted).values().map(|accepted| accepted.stats()).collect(),
             hits: counters.hits.get(),
             misses: counters.misses.get(),

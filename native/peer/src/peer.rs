@@ -31,7 +31,7 @@ use crate::node::Node;
 use crate::race::{self, Race, Ways};
 use crate::relay::control::Refusal;
 use crate::request;
-use crate::session::{Progress, Session};
+use crate::session::{Progress, Session, Taken};
 use crate::stats::{LinkStats, PeerCounters, PeerStats};
 use crate::tls::Dialect;
 
@@ -104,6 +104,7 @@ pub(crate) struct Peer {
 struct State {
     /// The link that callers write to: live and not in doubt.
     link: Option<Arc<Link>>,
+    /// What is accepted, then those who wait.
     queue: VecDeque<Job>,
     /// What is on its way over a link of `macula-peer/1`, or is to go on over the next.
     session: Session,
@@ -121,6 +122,8 @@ struct State {
     cancelled: bool,
     /// No longer in the pool: takes nothing new.
     retired: bool,
+    /// Nobody looks after it any more.
+    ended: bool,
 }
 
 struct Job {
@@ -179,6 +182,7 @@ impl Peer {
             expiry: None,
             cancelled: false,
             retired: false,
+            ended: false,
         };
         let peer = Arc::new(Self {
             name,
@@ -277,6 +281,15 @@ impl Peer {
         self.wake.notify_one();
     }
 
+    /// Comes back to the pool. False if the task has ended.
+    pub(crate) fn come_back(&self) -> bool {
+        let mut state = lock(&self.state);
+        if !state.ended {
+            state.retired = false;
+        }
+        !state.ended
+    }
+
     pub(crate) fn last_used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
@@ -318,10 +331,7 @@ impl Peer {
         if state.retired {
             return Err(Retired);
         }
-        // Those who wait for room are as much again as what there is room for.
-        let waiting = self.waiting.load(Ordering::Relaxed);
-        let fits = waiting == 0 || waiting + message.frame.len() <= self.node.config.max_unacknowledged;
-        if state.queue.len() >= MAX_WAITING || !fits {
+        if !self.may_wait(&state, message.frame.len()) {
             drop(state);
             self.counters.failed.add(1);
             overloaded();
@@ -371,7 +381,13 @@ impl Peer {
         if state.retired {
             return Err(Box::new(job));
         }
-        self.push(&mut state, job);
+        if job.is_accepted() || self.may_wait(&state, job.size()) {
+            self.push(&mut state, job);
+            return Ok(());
+        }
+        drop(state);
+        self.counters.failed.add(1);
+        job.fail(SendError::Overloaded);
         Ok(())
     }
 
@@ -385,7 +401,9 @@ impl Peer {
 
     /// Takes a message for a live link that has no stream to spare just now.
     fn accept(&self, state: &mut State, message: Message) -> Result<(), Message> {
-        if state.queue.len() >= MAX_ACCEPTED || state.retired {
+        // It would take the room that somebody waits for.
+        let waited_for = state.queue.back().is_some_and(|job| !job.is_accepted());
+        if waited_for || state.queue.len() >= MAX_ACCEPTED || state.retired {
             return Err(message);
         }
         let deadline = message.deadline;
@@ -401,7 +419,18 @@ impl Peer {
             state.expiry = expiry;
             self.wake.notify_one();
         }
-        state.queue.push_back(job);
+        match job.is_accepted() {
+            // Behind a call that waits for room, it would keep the room that it has for as long as the call waits.
+            true => state.queue.insert(state.first_waiting(), job),
+            false => state.queue.push_back(job),
+        }
+    }
+
+    /// Those who wait for room are as much again as what there is room for.
+    fn may_wait(&self, state: &State, size: usize) -> bool {
+        let waiting = self.waiting.load(Ordering::Relaxed);
+        let fits = waiting == 0 || waiting + size <= self.node.config.max_unacknowledged;
+        fits && state.queue.len() < MAX_WAITING
     }
 
     /// A frame always fits when nothing else is held, so that no configuration makes a peer mute.
@@ -431,6 +460,19 @@ impl State {
         let (since, at_it) = self.resolved?;
         Some(since + RESOLVING_FOR).filter(|&until| at_it && until > now)
     }
+
+    fn first_waiting(&self) -> usize {
+        self.queue.partition_point(Job::is_accepted)
+    }
+
+    /// Puts a job back that was next.
+    fn put_back(&mut self, job: Job) {
+        self.expiry = earliest(self.expiry, job.deadline);
+        match job.is_accepted() {
+            true => self.queue.push_front(job),
+            false => self.queue.insert(self.first_waiting(), job),
+        }
+    }
 }
 
 impl Job {
@@ -445,6 +487,15 @@ impl Job {
     fn answer_sent(self) {
         if let Who::Sender(call) = self.who {
             call.answer(Ok(()));
+        }
+    }
+
+    /// Tells who waits, if somebody does.
+    fn fail(self, error: SendError) {
+        match self.who {
+            Who::Accepted => {}
+            Who::Sender(call) => call.answer(Err(error)),
+            Who::Requester(call) => call.answer(Err(error.into())),
         }
     }
 
@@ -467,6 +518,21 @@ impl Job {
     /// Whether the deadline had passed when the call was made.
     fn had_no_time(&self) -> bool {
         self.deadline.is_some_and(|deadline| deadline <= self.since)
+    }
+}
+
+/// Leaves nobody waiting for a task that is gone, however it ended.
+struct Ended(Arc<Peer>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.node.gone(&self.0);
+        let (queue, partials) = {
+            let mut state = lock(&self.0.state);
+            (state.retired, state.ended, state.link) = (true, true, None);
+            (std::mem::take(&mut state.queue), std::mem::take(&mut state.partials))
+        };
+        drop((queue, partials));
     }
 }
 
@@ -498,6 +564,8 @@ struct Task {
     upgrade_at: Option<Instant>,
     upgrade: Backoff,
     writers: JoinSet<WriteOutcome>,
+    /// How many of them write what was accepted.
+    accepted_writes: usize,
     requests: JoinSet<RequestOutcome>,
     /// Tasks that read answers, and that end links which have been replaced.
     helpers: JoinSet<()>,
@@ -526,6 +594,7 @@ struct RequestOutcome {
 
 /// Looks after the peer until it leaves the pool.
 pub(crate) async fn run(peer: Arc<Peer>) {
+    let _ended = Ended(peer.clone());
     let now = Instant::now();
     let refusals = peer.node.refusals.subscribe();
     let task = Task {
@@ -547,6 +616,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         upgrade_at: None,
         upgrade: Backoff::new(UPGRADE_FIRST_PAUSE, UPGRADE_LONGEST_PAUSE),
         writers: JoinSet::new(),
+        accepted_writes: 0,
         requests: JoinSet::new(),
         helpers: JoinSet::new(),
         refusals,
@@ -591,10 +661,11 @@ impl Task {
     fn look_after(&mut self, now: Instant) {
         self.answer_expired(now);
         self.start_partials();
-        self.flush();
+        // A link that is trusted again, or has room again, goes on with the queue.
         if now >= self.swept_at + SWEEP_EVERY {
             self.sweep(now);
         }
+        self.flush();
         if let (Some(link), true) = (&self.link, self.answers_until.is_none_or(|until| until <= now)) {
             self.answers_until = link.expire_answers(now);
         }
@@ -609,7 +680,8 @@ impl Task {
     fn next_look(&self, now: Instant) -> Instant {
         let state = lock(&self.peer.state);
         let idle = self.node().instant(self.peer.last_used()) + self.node().config.idle_timeout;
-        let mut next = idle.max(now + SWEEP_EVERY);
+        // Past, it waits for whatever is not over yet.
+        let mut next = if idle > now { idle } else { now + self.node().config.idle_timeout };
         let unproven = self.in_doubt || (self.link.is_some() && self.peer.held.load(Ordering::Relaxed) > 0);
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
         // Past, it waits for somebody to want the peer.
@@ -643,8 +715,8 @@ impl Task {
             }
         }
         let linked = self.link.is_some() && !self.in_doubt;
-        let mut expired = given_up.len() as u64;
-        self.let_go(given_up.iter().map(|message| message.frame.len()).sum());
+        let mut expired = 0;
+        self.give_up(given_up, UndeliveredReason::Expired);
         for job in gone {
             self.peer.let_go(&job);
             let error = match () {
@@ -682,7 +754,7 @@ impl Task {
         let partials = std::mem::take(&mut lock(&self.peer.state).partials);
         for (link, job, partial) in partials {
             self.hold(partial.message.frame.len());
-            self.writers.spawn(write_rest(link, job, partial));
+            self.write(link, job, partial);
         }
     }
 
@@ -735,21 +807,26 @@ impl Task {
                 }
                 Written::Partial(partial) => {
                     self.admit(&job, size);
-                    self.writers.spawn(write_rest(link.clone(), job, partial));
+                    self.write(link.clone(), job, partial);
                 }
                 Written::NoCredit(message) => {
                     job.message = Some(message);
-                    lock(&self.peer.state).queue.push_front(job);
+                    lock(&self.peer.state).put_back(job);
                     self.out_of_credit = true;
                     return;
                 }
                 Written::Lost(message) => {
                     job.message = Some(message);
-                    lock(&self.peer.state).queue.push_front(job);
+                    lock(&self.peer.state).put_back(job);
                     return;
                 }
             }
         }
+    }
+
+    fn write(&mut self, link: Arc<Link>, job: Job, partial: Partial) {
+        self.accepted_writes += usize::from(job.is_accepted());
+        self.writers.spawn(write_rest(link, job, partial));
     }
 
     fn sweep(&mut self, now: Instant) {
@@ -886,7 +963,9 @@ impl Task {
                 self.race = None;
                 if self.link.is_none() || self.in_doubt {
                     self.retire_link();
-                    let Some(peer) = self.node().peer(&Target::Endpoint(relay.as_ref())) else { return };
+                    let Some(peer) = self.node().peer(&Target::Endpoint(relay.as_ref())) else {
+                        return self.race_lost(SendError::Stopped, begun);
+                    };
                     let until = Instant::now() + STAND_IN_FOR;
                     lock(&self.peer.state).stand_in = Some((peer, until));
                 }
@@ -900,20 +979,21 @@ impl Task {
 
     /// Gives everything that waits to the one who stands in.
     fn pass_on(&mut self, now: Instant) {
-        let (stand_in, jobs) = {
+        let (stand_in, jobs, lost) = {
             let mut state = lock(&self.peer.state);
             let Some((peer, until)) = state.stand_in.clone() else { return };
             if until <= now {
                 state.stand_in = None;
                 return;
             }
-            let owed = state.session.take();
+            let Taken { owed, lost } = state.session.take();
             let owed = owed.into_iter().map(|message| {
-                let deadline = message.deadline;
-                Job::accepted(Some(message), deadline)
+                let deadline = message.deadline.unwrap_or(now + OWED_WITHOUT_DEADLINE);
+                Job::accepted(Some(message), Some(deadline))
             });
-            (peer, owed.chain(std::mem::take(&mut state.queue)).collect::<Vec<_>>())
+            (peer, owed.chain(std::mem::take(&mut state.queue)).collect::<Vec<_>>(), lost)
         };
+        self.give_up(lost, UndeliveredReason::LinkLost);
         for job in jobs {
             self.peer.let_go(&job);
             if let Err(job) = stand_in.adopt(job) {
@@ -940,29 +1020,29 @@ impl Task {
         self.failure = None;
         self.answers_until = None;
         self.peer.touch(now);
+        self.link = Some(link.clone());
         let mut state = lock(&self.peer.state);
-        let mut owed = Vec::new();
         let refused = state.session.refuse(|message| !message.is_for(link.shown));
-        match link.dialect {
-            Dialect::MaculaPeer1 if !state.session.attach(&link) => {
-                drop(state);
-                // As if it had died at once.
-                link.connection.close(0u8.into(), b"");
-                self.link = Some(link);
-                return self.link_died();
-            }
-            Dialect::MaculaPeer1 => {
-                self.helpers.spawn(read_answers(self.peer.clone(), link.clone()));
-            }
+        let taken = match link.dialect {
+            Dialect::MaculaPeer1 => Taken::default(),
             // The peer is another one than before: what was numbered goes the other way.
-            Dialect::Macula => owed = state.session.take(),
+            Dialect::Macula => state.session.take(),
+        };
+        let attached = link.dialect == Dialect::Macula || state.session.attach(&link);
+        if attached {
+            state.link = Some(link.clone());
         }
-        state.link = Some(link.clone());
         drop(state);
-        self.link = Some(link);
-        self.let_go(refused.iter().map(|message| message.frame.len()).sum());
-        self.undelivered(refused.len() as u64, UndeliveredReason::Untrusted);
-        self.owe(owed);
+        self.give_up(refused, UndeliveredReason::Untrusted);
+        self.give_up(taken.lost, UndeliveredReason::LinkLost);
+        self.owe(taken.owed);
+        if !attached {
+            // As if it had died at once.
+            return self.link_died();
+        }
+        if link.dialect == Dialect::MaculaPeer1 {
+            self.helpers.spawn(read_answers(self.peer.clone(), link));
+        }
         self.plan_upgrade();
     }
 
@@ -974,7 +1054,8 @@ impl Task {
             // Silent on the old link and not to be had on a new one: what is unacknowledged keeps its deadlines.
             self.retire_link();
         }
-        // Silence says nothing about a call that came later: it gets a dial of its own.
+        // Silence says nothing about a call that came later, nor does any failure if it came with other ways: it gets a dial
+        // of its own.
         let silent = matches!(error, SendError::Connect(ConnectError::TimedOut));
         if self.is_away(&error) {
             // It was there a moment ago, and is about to register again, perhaps at a relay that was restarted too.
@@ -985,8 +1066,9 @@ impl Task {
         let mut failed = Vec::new();
         {
             let mut state = lock(&self.peer.state);
+            let again = silent || state.learned;
             for job in std::mem::take(&mut state.queue) {
-                if job.is_accepted() || (silent && job.since > begun) {
+                if job.is_accepted() || (again && job.since > begun) {
                     state.queue.push_back(job);
                 } else {
                     failed.push(job);
@@ -995,11 +1077,7 @@ impl Task {
         }
         for job in failed {
             self.peer.let_go(&job);
-            match job.who {
-                Who::Accepted => {}
-                Who::Sender(call) => self.fail(|| call.answer(Err(error.clone()))),
-                Who::Requester(call) => self.fail(|| call.answer(Err(error.clone().into()))),
-            }
+            self.fail(|| job.fail(error.clone()));
         }
     }
 
@@ -1011,14 +1089,18 @@ impl Task {
     }
 
     fn session_progressed(&mut self, progress: Progress) {
-        let Progress { written, acknowledged, acknowledged_bytes, lost, rejected, broken } = progress;
+        let Progress { written, acknowledged, acknowledged_bytes, lost, rejected, closed, mut broken } = progress;
         self.peer.counters.sent.add(written);
         self.peer.counters.acknowledged.add(acknowledged);
         self.let_go(acknowledged_bytes);
-        self.let_go(lost.iter().map(|message| message.frame.len()).sum());
-        self.undelivered(lost.len() as u64, UndeliveredReason::LinkLost);
-        self.let_go(rejected.iter().map(|message| message.frame.len()).sum());
-        self.undelivered(rejected.len() as u64, UndeliveredReason::Rejected);
+        self.give_up(lost, UndeliveredReason::LinkLost);
+        self.give_up(rejected, UndeliveredReason::Rejected);
+        if let Some(link) = &self.link {
+            let mut state = lock(&self.peer.state);
+            broken |= closed && !state.session.reopen(link);
+            // Nothing may be on its way any more, and then nobody sweeps.
+            self.oldest = state.session.oldest();
+        }
         if broken {
             self.link_died();
         }
@@ -1069,13 +1151,17 @@ impl Task {
         self.out_of_credit = false;
         self.upgrade_at = None;
         let mut state = lock(&self.peer.state);
+        let now = Instant::now();
         state.link = None;
-        state.session.detach(Instant::now());
-        // What is owed without a deadline has one from now on.
-        state.expiry = earliest(state.expiry, Some(Instant::now() + OWED_WITHOUT_DEADLINE));
+        state.session.detach(now);
+        // What is owed without a deadline has one from now on, and what was on its way may be over.
+        for job in state.queue.iter_mut().take_while(|job| job.is_accepted()) {
+            job.deadline.get_or_insert(now + OWED_WITHOUT_DEADLINE);
+        }
+        state.expiry = Some(now);
         drop(state);
         if self.link.is_some() {
-            self.linked_until = Some(Instant::now());
+            self.linked_until = Some(now);
         }
         self.link.take()
     }
@@ -1104,6 +1190,12 @@ impl Task {
         self.undelivered(lost, UndeliveredReason::LinkLost);
     }
 
+    /// Messages of the session.
+    fn give_up(&self, messages: Vec<Message>, reason: UndeliveredReason) {
+        self.let_go(messages.iter().map(|message| message.frame.len()).sum());
+        self.undelivered(messages.len() as u64, reason);
+    }
+
     fn credit_came(&mut self, stream: Option<(SendStream, RecvStream)>) {
         self.out_of_credit = false;
         if let (Some(link), Some(stream)) = (&self.link, stream) {
@@ -1121,6 +1213,7 @@ impl Task {
 
     fn write_ended(&mut self, outcome: WriteOutcome) {
         let WriteOutcome { link, mut job, message, result } = outcome;
+        self.accepted_writes -= usize::from(job.is_accepted());
         let size = message.frame.len();
         match result {
             Ok((send, receive)) => match link.written(message, send, receive) {
@@ -1159,14 +1252,11 @@ impl Task {
             self.let_go(job.size());
             self.peer.hold(&job);
         }
-        state.expiry = earliest(state.expiry, job.deadline);
-        state.queue.push_front(job);
+        state.put_back(job);
     }
 
     fn ask_again(&self, job: Job) {
-        let mut state = lock(&self.peer.state);
-        state.expiry = earliest(state.expiry, job.deadline);
-        state.queue.push_front(job);
+        lock(&self.peer.state).put_back(job);
     }
 
     fn request_ended(&mut self, RequestOutcome { job, end }: RequestOutcome) {
@@ -1242,22 +1332,22 @@ impl Task {
     fn is_done(&mut self, now: Instant) -> bool {
         if self.node().is_stopping() {
             let until = *self.drain_until.get_or_insert(now + DRAIN_TIMEOUT);
-            return self.is_quiet() || now >= until;
-        }
-        // Evicted, it keeps the deadlines of what it has.
-        if lock(&self.peer.state).retired {
-            return self.is_quiet();
+            return self.is_quiet(&lock(&self.peer.state)) || now >= until;
         }
         let idle = self.node().config.idle_timeout;
-        if self.is_quiet() && now >= self.node().instant(self.peer.last_used()) + idle {
+        let mut state = lock(&self.peer.state);
+        // Evicted, it keeps the deadlines of what it has.
+        if !state.retired && self.is_quiet(&state) && now >= self.node().instant(self.peer.last_used()) + idle {
+            drop(state);
+            // Retires the peer unless somebody has used it meanwhile.
             self.node().forget(&self.peer);
+            state = lock(&self.peer.state);
         }
-        // Forgetting retires the peer unless somebody has used it meanwhile.
-        lock(&self.peer.state).retired && self.is_quiet()
+        state.ended = state.retired && self.is_quiet(&state);
+        state.ended
     }
 
-    fn is_quiet(&self) -> bool {
-        let state = lock(&self.peer.state);
+    fn is_quiet(&self, state: &State) -> bool {
         let queued = state.queue.is_empty() && state.partials.is_empty();
         queued && self.oldest.is_none() && self.writers.is_empty() && self.requests.is_empty() && self.swept_clean()
     }
@@ -1277,12 +1367,13 @@ impl Task {
             left.len()
         });
         let mut state = lock(&self.peer.state);
-        state.link = None;
+        (state.link, state.retired, state.ended) = (None, true, true);
         let queue = std::mem::take(&mut state.queue);
         let partials = std::mem::take(&mut state.partials);
-        let owed = state.session.take();
+        let Taken { owed, lost } = state.session.take();
         drop(state);
-        let accepted = queue.iter().filter(|job| job.is_accepted()).count() + partials.len() + owed.len();
+        let queued = queue.iter().filter(|job| job.is_accepted()).count();
+        let accepted = queued + partials.len() + self.accepted_writes + owed.len() + lost.len();
         self.undelivered((left + accepted) as u64, UndeliveredReason::Stopped);
     }
 
@@ -1326,9 +1417,16 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream) 
     let mut frames = link.reassembler();
     while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
         frames.push(chunk.bytes);
-        while let Ok(Some(frame)) = frames.next_frame() {
-            peer.counters.received.add(1);
-            hand_over(&peer, &link, frame);
+        loop {
+            match frames.next_frame() {
+                Ok(Some(frame)) => {
+                    peer.counters.received.add(1);
+                    hand_over(&peer, &link, frame);
+                }
+                Ok(None) => break,
+                // Nothing more can be made of the stream, and nobody is to gather it.
+                Err(_) => return,
+            }
         }
     }
 }

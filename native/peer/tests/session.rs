@@ -7,10 +7,18 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Forwarder, Inbox, engine, frame, listener, message, number, send, until};
-use macula_peer::{Config, EndpointRef, Event, Listen, Message, ReplyError, SendError, Target, UndeliveredReason};
+use bytes::Bytes;
+use common::{
+    Forwarder, Inbox, endpoint, engine, frame, listener, member, message, number, over, relay, request, send,
+    send_to_node, until,
+};
+use macula_peer::{
+    Config, Delivery, EndpointRef, Engine, Event, Listen, Message, Path, ReplyError, SendError, Target,
+    UndeliveredReason,
+};
 use macula_peer_wire::Limits;
-use macula_peer_wire::MessageType::{Publish, Store};
+use macula_peer_wire::MessageType::{Ping, Pong, Publish, Store};
+use macula_peer_wire::value::{Value, encode};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -198,4 +206,298 @@ fn a_kept_token_does_not_keep_the_port() {
     assert_eq!(token.reply(frame(Store, 1, 64)), Err(ReplyError::Gone));
     client.stop();
     again.stop();
+}
+
+fn restarts(inbox: &Inbox) -> usize {
+    let restarted = |event: &&Event| matches!(event, Event::SessionRestarted { .. });
+    inbox.events.lock().unwrap().iter().filter(restarted).count()
+}
+
+fn undelivered(inbox: &Inbox, expected: UndeliveredReason) -> u64 {
+    let events = inbox.events.lock().unwrap();
+    let counts = events.iter().filter_map(|event| match event {
+        Event::Undelivered { count, reason, .. } if *reason == expected => Some(count),
+        _ => None,
+    });
+    counts.sum()
+}
+
+fn path(engine: &Engine) -> Option<Path> {
+    engine.stats().peers.first().and_then(|peer| peer.link.as_ref().map(|link| link.path))
+}
+
+/// The streams that were dropped with the old path were finished, and the receiver took that for the session's end.
+#[test]
+fn a_path_that_is_replaced_does_not_end_the_session() {
+    let (relay, relay_address) = relay(0);
+    let (target, inbox) = member("target", &[&relay_address]);
+    let direct = target.listen(Listen::default()).unwrap().port();
+    let forwarder = Forwarder::new(([127, 0, 0, 1], direct).into(), 7, 0.0, Duration::ZERO);
+    let sender = engine(Config::default());
+    let send = |n, ways| send_to_node(&sender, "target", ways, message(Publish, n, TIMEOUT)).unwrap();
+    send(0, over(&[&relay_address]));
+    until("it arrives", || inbox.len() == 1);
+    let mut ways = over(&[&relay_address]);
+    ways.endpoints.push(endpoint(&forwarder.address.to_string()));
+    sender.learn(&common::node_id("target"), ways.clone());
+    until("on the direct path", || path(&sender) == Some(Path::Direct));
+    send(1, ways.clone());
+    until("it arrives", || inbox.len() == 2);
+    forwarder.swallow(true);
+    send(2, ways.clone());
+    until("on another path", || inbox.len() == 3);
+    send(3, ways.clone());
+    until("it arrives", || inbox.len() == 4);
+    assert_eq!(numbered(&inbox, false), [0, 1, 2, 3]);
+    assert_eq!(restarts(&inbox), 0);
+    for engine in [sender, target, relay] {
+        engine.stop();
+    }
+}
+
+/// What was read at once beyond a batch waited for the next bytes.
+#[test]
+fn many_tiny_messages_do_not_wait_for_the_next_one() {
+    let (server, inbox, address) = listener(Config::default());
+    let client = engine(Config::default());
+    send(&client, &address, of_size(0, 64)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    let tiny: Bytes = encode(Publish, &Value::Map(Vec::new()), Limits::default()).unwrap().into();
+    for _ in 0..20_000 {
+        let deadline = Some(Instant::now() + TIMEOUT);
+        send(&client, &address, Message { frame: tiny.clone(), kind: Publish, deadline, key: None }).unwrap();
+    }
+    until("all arrive", || inbox.len() == 20_001);
+    assert_eq!(client.stats().peers[0].dials, 1, "the receiver was never taken for silent");
+    client.stop();
+    server.stop();
+}
+
+/// A busy stream has the beginning of some frame buffered at all times.
+#[test]
+fn a_busy_stream_is_not_taken_for_a_slow_one() {
+    let (server, inbox, address) = listener(Config { frame_timeout: Duration::from_millis(300), ..Config::default() });
+    let client = engine(Config::default());
+    let (begun, mut n) = (Instant::now(), 0);
+    while begun.elapsed() < Duration::from_millis(1500) {
+        send(&client, &address, of_size(n, 1000 + (n % 7) as usize)).unwrap();
+        n += 1;
+    }
+    until("all arrive", || inbox.len() == n as usize);
+    assert_eq!((client.stats().peers[0].dials, server.stats().malformed), (1, 0));
+    client.stop();
+    server.stop();
+}
+
+/// The first channel made the session known, and so the second one's messages passed for messages to the same receiver.
+#[test]
+fn at_most_once_holds_for_large_messages_too_when_the_receiver_was_restarted() {
+    let (server, _, address) = listener(Config::default());
+    let address: SocketAddr = address.parse().unwrap();
+    let forwarder = Forwarder::new(address, 1, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = engine(Config { delivery: Delivery::AtMostOnce, ..Config::default() });
+    let events = Arc::new(Inbox::default());
+    client.set_handler(Some(events.clone()));
+    send(&client, &endpoint, of_size(0, 64)).unwrap();
+    send(&client, &endpoint, of_size(1, LARGE)).unwrap();
+    until("acknowledged", || client.stats().peers[0].acknowledged == 2);
+    forwarder.swallow(true);
+    send(&client, &endpoint, of_size(2, 64)).unwrap();
+    send(&client, &endpoint, of_size(3, LARGE)).unwrap();
+    server.stop();
+    drop(server);
+    let server = engine(Config { port: address.port(), ..Config::default() });
+    let inbox = Arc::new(Inbox::default());
+    server.set_handler(Some(inbox.clone()));
+    server.listen(Listen::default()).unwrap();
+    forwarder.swallow(false);
+    until("both are settled", || inbox.len() + client.stats().undelivered as usize == 2);
+    send(&client, &endpoint, of_size(4, 64)).unwrap();
+    send(&client, &endpoint, of_size(5, LARGE)).unwrap();
+    until("the next ones arrive", || inbox.numbers().ends_with(&[4, 5]));
+    assert_eq!(inbox.numbers(), [4, 5]);
+    assert_eq!(undelivered(&events, UndeliveredReason::LinkLost), 2);
+    assert_eq!(restarts(&inbox), 1, "said once, not for each channel");
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn a_listener_that_allows_one_stream_is_sent_to_all_the_same() {
+    let (server, inbox, address) = listener(Config { max_streams: 1, ..Config::default() });
+    let client = engine(Config::default());
+    send(&client, &address, of_size(0, 64)).unwrap();
+    send(&client, &address, of_size(1, LARGE)).unwrap();
+    until("both arrive", || inbox.numbers() == [0, 1]);
+    client.stop();
+    server.stop();
+}
+
+/// What was accepted behind a call that waited for room took that room, and waited for the call.
+#[test]
+fn smaller_messages_behind_one_that_waits_for_room_do_not_keep_it_waiting() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = Arc::new(engine(Config { max_unacknowledged: 100_000, ..Config::default() }));
+    send(&client, &endpoint, of_size(0, 64)).unwrap();
+    until("acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
+    forwarder.swallow(true);
+    send(&client, &endpoint, of_size(1, 40_000)).unwrap();
+    let sending = |n, size| {
+        let (client, endpoint) = (client.clone(), endpoint.clone());
+        std::thread::spawn(move || send(&client, &endpoint, of_size(n, size)))
+    };
+    let mut sent = vec![sending(2, 90_000)];
+    until("it waits for room", || client.stats().peers[0].unacknowledged_bytes > 130_000);
+    for n in 3..8 {
+        sent.push(sending(n, 1_800));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for n in 8..40 {
+        sent.push(sending(n, 1_000));
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    forwarder.swallow(false);
+    until("all that is not refused arrives", || sent.iter().all(|sender| sender.is_finished()));
+    let sent = sent.into_iter().filter(|_| true).map(|sender| sender.join().unwrap());
+    let accepted = sent.filter(Result::is_ok).count();
+    until("all arrive", || inbox.len() == accepted + 2);
+    assert!(inbox.numbers().contains(&2));
+    client.stop();
+    server.stop();
+}
+
+/// What had been queued in doubt waited for the next thing to happen.
+#[test]
+fn a_call_made_in_doubt_goes_out_when_the_link_is_heard_again() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = Arc::new(engine(Config::default()));
+    for round in 0..4 {
+        send(&client, &endpoint, of_size(round, 64)).unwrap();
+        until("nothing is on its way", || client.stats().peers[0].unacknowledged_bytes.is_multiple_of(1000));
+        forwarder.swallow(true);
+        let calling = |n, asks| {
+            let (client, endpoint) = (client.clone(), endpoint.clone());
+            std::thread::spawn(move || match asks {
+                true => drop(request(&client, &endpoint, message(Ping, n, Duration::from_secs(8)))),
+                false => send(&client, &endpoint, of_size(n, 64)).unwrap(),
+            })
+        };
+        let asked = calling(100, true);
+        until("in doubt", || client.stats().peers[0].link.is_none());
+        let sent = calling(200, false);
+        std::thread::sleep(Duration::from_millis(100));
+        forwarder.swallow(false);
+        let begun = Instant::now();
+        until("it is sent", || sent.is_finished());
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+        asked.join().unwrap();
+        until("it arrives", || inbox.numbers().iter().filter(|&&n| n == 200).count() == round as usize + 1);
+    }
+    client.stop();
+    server.stop();
+}
+
+/// The task went by what it had seen before the last acknowledgement.
+#[test]
+fn an_engine_with_nothing_on_its_way_stops_at_once() {
+    let (server, _, address) = listener(Config::default());
+    for _ in 0..5 {
+        let client = engine(Config::default());
+        send(&client, &address, of_size(0, 64)).unwrap();
+        until("acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
+        let begun = Instant::now();
+        client.stop();
+        assert!(begun.elapsed() < Duration::from_millis(700), "{:?}", begun.elapsed());
+    }
+    server.stop();
+}
+
+#[test]
+fn answers_that_nobody_makes_room_for_do_not_keep_the_engine_from_stopping() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = engine(Config::default());
+    for n in 0..200 {
+        send(&client, &endpoint, message(Store, n, TIMEOUT)).unwrap();
+    }
+    until("all arrive", || inbox.len() == 200);
+    forwarder.swallow(true);
+    for message in inbox.messages.lock().unwrap().iter() {
+        assert_eq!(message.reply.as_ref().unwrap().reply(frame(Pong, 0, 64)), Ok(()));
+    }
+    let begun = Instant::now();
+    server.stop();
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    client.stop();
+}
+
+#[test]
+fn a_relayed_path_that_is_not_used_any_more_leaves_no_circuit() {
+    let (relay, relay_address) = relay(0);
+    let (target, inbox) = member("target", &[&relay_address]);
+    let direct = endpoint(&format!("127.0.0.1:{}", target.listen(Listen::default()).unwrap().port()));
+    let (other, _, other_address) = listener(Config::default());
+    let sender = engine(Config { pool_size: 1, ..Config::default() });
+    send_to_node(&sender, "target", over(&[&relay_address]), message(Publish, 0, TIMEOUT)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    assert_eq!(relay.stats().relay.unwrap().circuits, 1);
+    let mut ways = over(&[&relay_address]);
+    ways.endpoints.push(direct);
+    sender.learn(&common::node_id("target"), ways);
+    until("on the direct path", || path(&sender) == Some(Path::Direct));
+    // While the path that was replaced is still there.
+    send(&sender, &other_address, of_size(0, 64)).unwrap();
+    until("the circuit ends", || relay.stats().relay.unwrap().circuits == 0);
+    for engine in [sender, target, relay, other] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn messages_that_expired_before_they_arrived_are_not_taken_for_a_restart() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = engine(Config::default());
+    // It makes a link that carries no message yet.
+    assert!(request(&client, &endpoint, message(Ping, 0, Duration::from_millis(300))).is_err());
+    forwarder.swallow(true);
+    for n in 1..4 {
+        send(&client, &endpoint, message(Publish, n, Duration::from_millis(900))).unwrap();
+    }
+    until("given up", || client.stats().undelivered == 3);
+    forwarder.swallow(false);
+    send(&client, &endpoint, of_size(4, 64)).unwrap();
+    until("the next one arrives", || inbox.numbers().contains(&4));
+    assert_eq!(inbox.numbers(), [0, 4]);
+    assert_eq!(restarts(&inbox), 0);
+    client.stop();
+    server.stop();
+}
+
+/// It was sent again and again, and nothing passed it.
+#[test]
+fn a_message_that_the_receiver_cannot_take_is_reported_and_holds_up_no_other() {
+    let limits = Limits { max_frame: 200_000, ..Limits::default() };
+    let (server, inbox, address) = listener(Config { limits, ..Config::default() });
+    let client = engine(Config::default());
+    let events = Arc::new(Inbox::default());
+    client.set_handler(Some(events.clone()));
+    let sizes = [64, LARGE, 300_000, 64, LARGE, LARGE];
+    for (n, size) in sizes.into_iter().enumerate() {
+        send(&client, &address, of_size(n as u64, size)).unwrap();
+    }
+    until("all others arrive", || inbox.len() == 5);
+    assert_eq!((numbered(&inbox, false), numbered(&inbox, true)), (vec![0, 3], vec![1, 4, 5]));
+    until("it is reported", || undelivered(&events, UndeliveredReason::Rejected) == 1);
+    assert_eq!(client.stats().undelivered, 1);
+    until("nothing is held", || client.stats().peers[0].unacknowledged_bytes == 0);
+    client.stop();
+    server.stop();
 }

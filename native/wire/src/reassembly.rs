@@ -18,22 +18,17 @@ pub struct Reassembler {
     /// What comes after `partial`; no chunk is empty.
     chunks: VecDeque<Bytes>,
     buffered: usize,
-    /// Bytes that are still to be passed over.
-    skipping: usize,
 }
 
 impl Reassembler {
     /// An empty reassembler. Of the limits only [`Limits::max_frame`] matters here.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, partial: BytesMut::new(), chunks: VecDeque::new(), buffered: 0, skipping: 0 }
+        Self { limits, partial: BytesMut::new(), chunks: VecDeque::new(), buffered: 0 }
     }
 
     /// Adds the next bytes of the stream. Frames are to be taken out before more is added: nothing
     /// here bounds the number of chunks that wait.
-    pub fn push(&mut self, mut chunk: Bytes) {
-        let skipped = self.skipping.min(chunk.len());
-        self.skipping -= skipped;
-        chunk.advance(skipped);
+    pub fn push(&mut self, chunk: Bytes) {
         if !chunk.is_empty() {
             self.buffered += chunk.len();
             self.chunks.push_back(chunk);
@@ -57,16 +52,6 @@ impl Reassembler {
         };
         self.buffered -= HEADER_LEN + frame.payload.len();
         Ok(Some(frame))
-    }
-
-    /// Passes over the frame that is too large, of `len` bytes with its header: the next frame is the one behind it.
-    pub fn skip(&mut self, len: usize) {
-        let mut pending = mem::take(&mut self.chunks);
-        pending.push_front(mem::take(&mut self.partial).freeze());
-        (self.buffered, self.skipping) = (0, len);
-        for chunk in pending {
-            self.push(chunk);
-        }
     }
 
     /// Whether no bytes are buffered, as it must be at the end of a stream.

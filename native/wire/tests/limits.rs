@@ -190,29 +190,3 @@ fn nested_maps(depth: usize) -> Value {
 fn nested_keys(depth: usize) -> Value {
     (1..depth).fold(Value::Map(vec![]), |inner, _| Value::Map(vec![(inner, Value::Nil)]))
 }
-
-#[test]
-fn a_frame_that_is_too_large_is_passed_over_however_it_comes() {
-    let small = |n: u8| value::encode(MessageType::Store, &Value::Uint(n.into()), SMALL).unwrap();
-    let large = value::encode(MessageType::Store, &Value::Bin(vec![7; 300]), Limits::default()).unwrap();
-    let stream = [small(1), large.clone(), small(2), large, small(3)].concat();
-    for size in 1..stream.len() {
-        let (mut reassembler, mut seen, mut skipped) = (Reassembler::new(SMALL), Vec::new(), 0);
-        for chunk in stream.chunks(size) {
-            reassembler.push(Bytes::copy_from_slice(chunk));
-            loop {
-                match reassembler.next_frame() {
-                    Ok(Some(frame)) => seen.push(decode_payload(&frame.payload, SMALL, &mut ValueBuilder).unwrap()),
-                    Ok(None) => break,
-                    Err(FrameError::TooLarge { len, .. }) => {
-                        reassembler.skip(len);
-                        skipped += 1;
-                    }
-                    Err(error) => panic!("{error}"),
-                }
-            }
-        }
-        assert_eq!((seen, skipped), ((1..=3).map(Value::Uint).collect(), 2), "in pieces of {size}");
-        assert!(reassembler.is_empty());
-    }
-}

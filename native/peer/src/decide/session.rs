@@ -5,7 +5,7 @@ use std::time::Instant;
 
 /// The sender's side of one channel.
 ///
-/// Messages are numbered as they are accepted and kept until they are acknowledged. The written ones come first.
+/// Messages are numbered when they are first written and kept until they are acknowledged. The written ones come first.
 #[derive(Debug)]
 pub(crate) struct Outgoing<M> {
     next: u64,
@@ -18,10 +18,9 @@ pub(crate) struct Outgoing<M> {
 
 #[derive(Debug)]
 struct Owed<M> {
-    number: u64,
     message: M,
-    /// When it was first written, to whichever stream.
-    written: Option<Instant>,
+    /// Its number, and when it was first written, to whichever stream.
+    written: Option<(u64, Instant)>,
 }
 
 /// What is to be written next.
@@ -41,33 +40,26 @@ impl<M> Default for Outgoing<M> {
 impl<M> Outgoing<M> {
     /// Takes a message over, behind all others.
     pub(crate) fn push(&mut self, message: M) {
-        self.owed.push_back(Owed { number: self.next, message, written: None });
-        self.next += 1;
+        self.owed.push_back(Owed { message, written: None });
     }
 
     /// The next message to write, which counts as written from here on.
     pub(crate) fn write(&mut self, now: Instant) -> Option<Next<'_, M>> {
         let owed = self.owed.get_mut(self.written)?;
         self.written += 1;
-        owed.written.get_or_insert(now);
-        let announce = (self.announced != Some(owed.number)).then_some(owed.number);
-        self.announced = Some(owed.number + 1);
+        let (number, _) = *owed.written.get_or_insert((self.next, now));
+        self.next = self.next.max(number + 1);
+        let announce = (self.announced != Some(number)).then_some(number);
+        self.announced = Some(number + 1);
         Some(Next { announce, message: &owed.message })
     }
 
     /// Everything below `expected` has arrived. Gives back what that lets go of.
     pub(crate) fn acknowledge(&mut self, expected: u64) -> impl Iterator<Item = M> {
         // A receiver cannot have what was never written.
-        let arrived = self.owed.iter().take(self.written).take_while(|owed| owed.number < expected).count();
+        let arrived = self.owed.iter().take(self.written).take_while(|owed| owed.is_below(expected)).count();
         self.written -= arrived;
         self.owed.drain(..arrived).map(|owed| owed.message)
-    }
-
-    /// The receiver has not taken this message, and will not.
-    pub(crate) fn refuse(&mut self, number: u64) -> Option<M> {
-        let index = self.owed.iter().take(self.written).position(|owed| owed.number == number)?;
-        self.written -= 1;
-        self.owed.remove(index).map(|owed| owed.message)
     }
 
     /// The present stream is gone: everything is to be written again.
@@ -83,7 +75,7 @@ impl<M> Outgoing<M> {
 
     /// The receiver's answer for a new stream: nothing below `expected` need be written.
     pub(crate) fn resume(&mut self, expected: u64) -> impl Iterator<Item = M> {
-        let arrived = self.owed.iter().take_while(|owed| owed.number < expected && owed.written.is_some()).count();
+        let arrived = self.owed.iter().take_while(|owed| owed.is_below(expected)).count();
         self.owed.drain(..arrived).map(|owed| owed.message)
     }
 
@@ -103,10 +95,20 @@ impl<M> Outgoing<M> {
         given_up
     }
 
+    /// The receiver does not take the message that it expects next, if that is on its way.
+    pub(crate) fn reject(&mut self) -> Option<M> {
+        self.written = self.written.checked_sub(1)?;
+        self.owed.pop_front().map(|owed| owed.message)
+    }
+
     /// Ends it; gives back everything that is owed.
     pub(crate) fn take(&mut self) -> Vec<M> {
-        self.written = 0;
-        self.owed.drain(..).map(|owed| owed.message).collect()
+        std::mem::take(self).owed.into_iter().map(|owed| owed.message).collect()
+    }
+
+    /// Numbers from 0 again, for a receiver that knows of nothing. To be called while nothing of what is owed was written.
+    pub(crate) fn renumber(&mut self) {
+        self.next = 0;
     }
 
     /// Everything that is owed.
@@ -125,7 +127,13 @@ impl<M> Outgoing<M> {
 
     /// Of all that is owed, when the oldest was first written.
     pub(crate) fn oldest(&self) -> Option<Instant> {
-        self.owed.front().and_then(|owed| owed.written)
+        self.owed.front().and_then(|owed| owed.written).map(|(_, at)| at)
+    }
+}
+
+impl<M> Owed<M> {
+    fn is_below(&self, expected: u64) -> bool {
+        self.written.is_some_and(|(number, _)| number < expected)
     }
 }
 
@@ -140,7 +148,8 @@ impl Incoming {
     pub(crate) fn accept(&mut self, number: u64) -> bool {
         let new = number >= self.expected;
         if new {
-            self.expected = number + 1;
+            // Nobody gets there by counting.
+            self.expected = number.saturating_add(1);
         }
         new
     }
@@ -287,5 +296,34 @@ mod tests {
         assert_eq!(outgoing.give_up(|_, _| true), [2]);
         outgoing.rewind();
         assert_eq!(outgoing.give_up(|_, written| written), [1]);
+    }
+
+    #[test]
+    fn what_was_never_written_takes_no_number() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push('a');
+        outgoing.push('b');
+        assert_eq!(outgoing.give_up(|&message, _| message == 'a'), ['a']);
+        assert_eq!(outgoing.write(Instant::now()), Some(Next { announce: Some(0), message: &'b' }));
+    }
+
+    #[test]
+    fn what_is_rejected_is_the_first_that_is_on_its_way() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push('a');
+        assert_eq!(outgoing.reject(), None);
+        outgoing.push('b');
+        outgoing.write(Instant::now());
+        outgoing.write(Instant::now());
+        outgoing.acknowledge(1).for_each(drop);
+        assert_eq!(outgoing.reject(), Some('b'));
+        assert_eq!((outgoing.unwritten(), outgoing.is_empty()), (0, true));
+    }
+
+    #[test]
+    fn the_highest_number_there_is_breaks_nothing() {
+        let mut incoming = Incoming::default();
+        assert!(incoming.accept(u64::MAX));
+        assert!(!incoming.accept(7));
     }
 }

@@ -7,7 +7,7 @@ use bytes::{BufMut, BytesMut};
 use macula_peer_wire::VERSION;
 
 pub(crate) use receive::{Answers, Sessions, receive};
-pub(crate) use send::{Progress, Session};
+pub(crate) use send::{Progress, Session, Taken};
 
 /// Type ids of frames that are the engine's own. macula's end at `61`.
 pub(crate) const OPEN_SESSION: u8 = 0xF0;
@@ -20,9 +20,6 @@ const OPEN_LEN: usize = 17;
 /// The receiver's first word on a stream: whether it knows the session, and the number it expects.
 const GREETING: usize = 1 + NUMBER_LEN;
 const NUMBER_LEN: usize = 8;
-
-/// In a word of the receiver: it has not taken the message of this number.
-const REFUSED: u64 = 1 << 63;
 
 type SessionId = [u8; 16];
 

@@ -1,17 +1,16 @@
 //! The receiver's half of a session.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use hashbrown::HashMap;
-use macula_peer_wire::{FrameError, MessageType, RawFrame};
+use macula_peer_wire::{MessageType, RawFrame};
 use quinn::{Connection, SendStream};
-use tokio::task::yield_now;
 use tokio::time::timeout;
 
-use super::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, REFUSED, SessionId};
+use super::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, SessionId};
 use crate::decide::session::Incoming;
 use crate::error::ReplyError;
 use crate::identity::Fingerprint;
@@ -36,61 +35,86 @@ const BATCH: usize = 128;
 
 /// The sessions of those who send to this node.
 #[derive(Default)]
-pub(crate) struct Sessions(Mutex<HashMap<(Fingerprint, SessionId), Arc<Answers>>>);
+pub(crate) struct Sessions(Mutex<HashMap<SessionKey, Arc<Answers>>>);
+
+type SessionKey = (Fingerprint, SessionId);
 
 /// One session, and the way back to its sender: over the connection that it was last heard on.
 pub(crate) struct Answers {
-    channels: [Mutex<Incoming>; 2],
-    /// `None` when it has died.
-    connection: Mutex<Option<Connection>>,
+    /// `None` until the first stream of the channel.
+    channels: [Mutex<Option<Incoming>>; 2],
+    /// The connections of its streams that are open, the last one opened last.
+    connections: Mutex<Vec<Connection>>,
+    /// The connection that it was made on.
+    first: usize,
+    restart_told: AtomicBool,
     waiting: AtomicUsize,
     /// Milliseconds of the node's clock at the last use.
     used: AtomicU64,
 }
 
+/// A session, as long as one of its streams is open.
+struct Open {
+    node: Arc<Node>,
+    session: Arc<Answers>,
+    connection: usize,
+}
+
 impl Sessions {
-    /// The session of a sender, and whether it was known.
-    fn open(&self, node: &Node, key: Fingerprint, id: SessionId, connection: &Connection) -> (Arc<Answers>, bool) {
+    /// The session of a sender.
+    fn open(&self, node: &Arc<Node>, key: SessionKey, connection: &Connection) -> Open {
         let now = node.clock(Instant::now());
+        let id = connection.stable_id();
         let mut table = lock(&self.0);
-        if let Some(session) = table.get(&(key, id)) {
-            *lock(&session.connection) = Some(connection.clone());
-            session.used.store(now, Ordering::Relaxed);
-            return (session.clone(), true);
+        if !table.contains_key(&key) {
+            make_room(&mut table, key.0, now.saturating_sub(FORGET_AFTER.as_millis() as u64));
         }
-        let stale = now.saturating_sub(FORGET_AFTER.as_millis() as u64);
-        // A session that a stream is open for is held by its task.
-        table.retain(|_, session| Arc::strong_count(session) > 1 || session.used.load(Ordering::Relaxed) >= stale);
-        let of_key = table.keys().filter(|(other, _)| *other == key).count();
-        if of_key >= MAX_SESSIONS_OF_KEY {
-            forget_oldest(&mut table, |(other, _)| *other == key);
-        } else if table.len() >= MAX_SESSIONS {
-            forget_oldest(&mut table, |_| true);
-        }
-        let session = Arc::new(Answers {
-            channels: Default::default(),
-            connection: Mutex::new(Some(connection.clone())),
-            waiting: AtomicUsize::new(0),
-            used: AtomicU64::new(now),
+        let session = table.entry(key).or_insert_with(|| {
+            Arc::new(Answers {
+                channels: Default::default(),
+                connections: Mutex::default(),
+                first: id,
+                restart_told: AtomicBool::new(false),
+                waiting: AtomicUsize::new(0),
+                used: AtomicU64::new(now),
+            })
         });
-        table.insert((key, id), session.clone());
-        (session, false)
+        lock(&session.connections).push(connection.clone());
+        Open { node: node.clone(), session: session.clone(), connection: id }
     }
 
     /// Its sender has ended it.
-    fn close(&self, key: Fingerprint, id: SessionId) {
-        lock(&self.0).remove(&(key, id));
+    fn close(&self, key: &SessionKey) {
+        lock(&self.0).remove(key);
     }
 }
 
-fn forget_oldest(
-    table: &mut HashMap<(Fingerprint, SessionId), Arc<Answers>>,
-    of: impl Fn(&(Fingerprint, SessionId)) -> bool,
-) {
-    let oldest =
-        table.iter().filter(|(key, _)| of(key)).min_by_key(|(_, session)| session.used.load(Ordering::Relaxed));
+/// Sessions with a stream are as many as there are streams, and stay.
+fn make_room(table: &mut HashMap<SessionKey, Arc<Answers>>, key: Fingerprint, stale: u64) {
+    table.retain(|_, session| session.is_open() || session.used.load(Ordering::Relaxed) >= stale);
+    let of_key = table.keys().filter(|(other, _)| *other == key).count();
+    if of_key >= MAX_SESSIONS_OF_KEY {
+        forget_oldest(table, |(other, _)| *other == key);
+    } else if table.len() >= MAX_SESSIONS {
+        forget_oldest(table, |_| true);
+    }
+}
+
+fn forget_oldest(table: &mut HashMap<SessionKey, Arc<Answers>>, of: impl Fn(&SessionKey) -> bool) {
+    let closed = table.iter().filter(|(key, session)| of(key) && !session.is_open());
+    let oldest = closed.min_by_key(|(_, session)| session.used.load(Ordering::Relaxed));
     if let Some(key) = oldest.map(|(key, _)| *key) {
         table.remove(&key);
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.session.used.store(self.node.clock(Instant::now()), Ordering::Relaxed);
+        let mut connections = lock(&self.session.connections);
+        if let Some(index) = connections.iter().position(|connection| connection.stable_id() == self.connection) {
+            connections.remove(index);
+        }
     }
 }
 
@@ -103,8 +127,8 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         return;
     };
     let node = stream.node.clone();
-    let (session, known) = node.sessions.open(&node, key, id, stream.accepted.connection());
-    let mut said = lock(&session.channels[channel]).expected();
+    let open = node.sessions.open(&node, (key, id), stream.accepted.connection());
+    let (known, mut said) = open.session.begin(channel);
     let mut word = BytesMut::with_capacity(GREETING);
     word.put_u8(known.into());
     word.put_u64(said);
@@ -112,64 +136,78 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     if send.write_chunk(word.freeze()).await.is_err() {
         return;
     }
-    let mut number: Option<u64> = None;
-    let mut refused = Vec::new();
-    let mut restarted = !known;
+    let mut number = None;
+    let mut may_be_restart = !known && open.is_first();
     loop {
-        let mut more_is_here = true;
-        for _ in 0..BATCH {
-            let frame = match stream.frames.next_frame() {
-                Ok(Some(frame)) => frame,
-                Ok(None) => {
-                    more_is_here = false;
-                    break;
-                }
-                Err(FrameError::TooLarge { len, .. }) => {
-                    // Its sender would only send it again, and everything behind it.
-                    let Some(current) = number.as_mut() else { return stream.refuse() };
-                    stream.frames.skip(len);
-                    node.counters.malformed.add(1);
-                    if lock(&session.channels[channel]).accept(*current) {
-                        refused.push(*current);
-                    }
-                    *current += 1;
-                    continue;
-                }
-                Err(_) => return stream.refuse(),
-            };
-            let Some(frame) = numbered(frame, &mut number) else {
-                if let (true, Some(number @ 1..)) = (restarted, number) {
-                    tracing::debug!(number, "a session goes on that is not known");
-                    let peer = stream.accepted.remote();
-                    node.event(Event::SessionRestarted { peer, key });
-                }
-                restarted = false;
-                continue;
-            };
-            let Some(current) = number.as_mut() else { return stream.refuse() };
-            hand_over(&stream, &session, channel, *current, frame);
-            *current += 1;
-        }
-        let expected = lock(&session.channels[channel]).expected();
+        let batch = read_batch(&mut stream, &open, channel, &mut number, &mut may_be_restart);
+        let expected = open.session.expected(channel);
         if expected != said {
             said = expected;
-            let mut words = BytesMut::with_capacity(NUMBER_LEN * (refused.len() + 1));
-            refused.drain(..).for_each(|number| words.put_u64(REFUSED | number));
-            words.put_u64(said);
-            if send.write_chunk(words.freeze()).await.is_err() {
+            let word = Bytes::copy_from_slice(&said.to_be_bytes());
+            if send.write_chunk(word).await.is_err() {
                 return;
             }
         }
-        if more_is_here {
-            yield_now().await;
-        } else if !stream.more().await {
-            break;
+        match batch {
+            // The sender learns which one it was: the one that is expected next.
+            Batch::Refused => return stream.refuse(),
+            Batch::Full => tokio::task::yield_now().await,
+            Batch::Last if stream.more().await => {}
+            Batch::Last => break,
         }
     }
-    session.used.store(node.clock(Instant::now()), Ordering::Relaxed);
-    session.forget_dead_connection();
     if stream.finished {
-        node.sessions.close(key, id);
+        node.sessions.close(&(key, id));
+    }
+}
+
+enum Batch {
+    /// There may be more.
+    Full,
+    /// There is no more until bytes come.
+    Last,
+    /// What comes next cannot be read.
+    Refused,
+}
+
+/// Hands over some of what is there.
+fn read_batch(
+    stream: &mut Stream,
+    open: &Open,
+    channel: usize,
+    number: &mut Option<u64>,
+    may_be_restart: &mut bool,
+) -> Batch {
+    for _ in 0..BATCH {
+        let frame = match stream.next_frame() {
+            Ok(Some(frame)) => frame,
+            Ok(None) => return Batch::Last,
+            Err(_) => return Batch::Refused,
+        };
+        let Some(frame) = numbered(frame, number) else {
+            if std::mem::take(may_be_restart) && number.is_some_and(|number| number > 0) {
+                open.tell_restart(stream);
+            }
+            continue;
+        };
+        let Some(current) = number.as_mut() else { return Batch::Refused };
+        hand_over(stream, &open.session, channel, *current, frame);
+        *current = current.saturating_add(1);
+    }
+    Batch::Full
+}
+
+impl Open {
+    /// Whether the session was made on this connection.
+    fn is_first(&self) -> bool {
+        self.session.first == self.connection
+    }
+
+    fn tell_restart(&self, stream: &Stream) {
+        let Some(key) = stream.accepted.key() else { return };
+        if !self.session.restart_told.swap(true, Ordering::Relaxed) {
+            self.node.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
+        }
     }
 }
 
@@ -186,16 +224,14 @@ fn numbered(frame: RawFrame, number: &mut Option<u64>) -> Option<RawFrame> {
     if frame.type_id != NUMBER {
         return Some(frame);
     }
-    let announced = <[u8; NUMBER_LEN]>::try_from(&*frame.payload).ok().map(u64::from_be_bytes);
-    // Half of all numbers: nobody counts that far, and nothing overflows.
-    *number = announced.filter(|&number| number < REFUSED / 2);
+    *number = <[u8; NUMBER_LEN]>::try_from(&*frame.payload).ok().map(u64::from_be_bytes);
     None
 }
 
 /// Under the channel's lock, because an older stream of the session may still carry the same message.
 fn hand_over(stream: &Stream, session: &Arc<Answers>, channel: usize, number: u64, frame: RawFrame) {
     let mut incoming = lock(&session.channels[channel]);
-    if !incoming.accept(number) {
+    if !incoming.get_or_insert_default().accept(number) {
         return;
     }
     let answered = MessageType::from_id(frame.type_id).is_some_and(MessageType::is_answered);
@@ -205,20 +241,27 @@ fn hand_over(stream: &Stream, session: &Arc<Answers>, channel: usize, number: u6
 }
 
 impl Answers {
-    /// A session may be remembered for long; a connection is large.
-    fn forget_dead_connection(&self) {
-        let mut connection = lock(&self.connection);
-        if connection.as_ref().is_some_and(|connection| connection.close_reason().is_some()) {
-            *connection = None;
-        }
+    /// Begins a stream of a channel. Returns whether it is not the first, and the number expected.
+    fn begin(&self, channel: usize) -> (bool, u64) {
+        let mut incoming = lock(&self.channels[channel]);
+        let known = incoming.is_some();
+        (known, incoming.get_or_insert_default().expected())
+    }
+
+    fn expected(&self, channel: usize) -> u64 {
+        lock(&self.channels[channel]).get_or_insert_default().expected()
+    }
+
+    fn is_open(&self) -> bool {
+        !lock(&self.connections).is_empty()
     }
 
     /// Sends an answer on a stream of its own.
     pub(crate) fn answer(self: Arc<Self>, node: &Arc<Node>, frame: Bytes) -> Result<(), ReplyError> {
-        let connection = lock(&self.connection).clone().ok_or(ReplyError::Gone)?;
-        if connection.close_reason().is_some() {
-            return Err(ReplyError::Gone);
-        }
+        let connections = lock(&self.connections);
+        let live = connections.iter().rev().find(|connection| connection.close_reason().is_none()).cloned();
+        drop(connections);
+        let connection = live.ok_or(ReplyError::Gone)?;
         if let Some(Ok(mut send)) = now_or_never(connection.open_uni()) {
             // Dropped, the stream is finished.
             match write_now(&mut send, &frame) {
@@ -242,9 +285,14 @@ impl Answers {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
             return Err(ReplyError::Gone);
         }
+        let mut stopping = node.stopping();
         node.spawn(async move {
-            // Too slow, or gone: the answer is of no use.
-            let _ = timeout(WRITE_TIMEOUT, write).await;
+            tokio::select! {
+                // Too slow, or gone: the answer is of no use.
+                _ = timeout(WRITE_TIMEOUT, write) => {}
+                // It may not be for as long that the engine waits for its tasks.
+                _ = stopping.wait_for(|stopping| *stopping) => {}
+            }
             self.waiting.fetch_sub(1, Ordering::Relaxed);
         });
         Ok(())

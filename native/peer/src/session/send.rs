@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use macula_peer_wire::HEADER_LEN;
-use quinn::{RecvStream, SendStream};
+use quinn::{RecvStream, SendStream, WriteError};
 
 use crate::decide::session::{Next, Outgoing};
 use crate::link::{Link, now_or_never};
+use crate::listen::NOT_A_FRAME;
 use crate::message::Message;
-use crate::session::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, REFUSED, SessionId, put_header};
+use crate::session::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, put_header};
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -34,6 +35,8 @@ pub(crate) struct Session {
     /// Messages may not be written again to a receiver that was restarted.
     at_most_once: bool,
     channels: [Channel; 2],
+    /// The receiver has acknowledged something.
+    acknowledged: bool,
     /// Since when there is no link.
     detached: Option<Instant>,
 }
@@ -54,6 +57,10 @@ struct Stream {
     /// The receiver has said where to go on, or need not be asked.
     resumed: bool,
     greeted: bool,
+    /// The receiver has seen what it cannot take, and says with its last words what it has.
+    refused: bool,
+    /// It has said its last words.
+    ended: bool,
     /// An acknowledgement that has come in part.
     word: BytesMut,
 }
@@ -66,23 +73,48 @@ pub(crate) struct Progress {
     pub(crate) acknowledged_bytes: usize,
     /// Written to a receiver that was restarted, and may not be written again.
     pub(crate) lost: Vec<Message>,
-    /// The receiver did not take them.
+    /// The receiver cannot take them.
     pub(crate) rejected: Vec<Message>,
+    /// A channel needs another stream: [`Session::reopen`].
+    pub(crate) closed: bool,
     /// The link carries the session no more.
     pub(crate) broken: bool,
 }
 
+/// What was owed when a session ended.
+#[derive(Default)]
+pub(crate) struct Taken {
+    /// In order.
+    pub(crate) owed: Vec<Message>,
+    /// May have arrived, and may not be sent again.
+    pub(crate) lost: Vec<Message>,
+}
+
 impl Session {
     pub(crate) fn new(at_most_once: bool) -> Self {
-        let mut id = SessionId::default();
-        fastrand::fill(&mut id);
-        Self { id, at_most_once, channels: Default::default(), detached: None }
+        Self { id: new_id(), at_most_once, channels: Default::default(), acknowledged: false, detached: None }
     }
 
     /// Goes on over a link. False if it has no streams to spare.
     pub(crate) fn attach(&mut self, link: &Link) -> bool {
         self.detach(Instant::now());
+        if !self.acknowledged && !self.channels.iter().any(|channel| channel.owed.may_have_arrived()) {
+            // The receiver may know of nothing. It would take higher numbers for a sign that it was restarted.
+            self.renew();
+        }
+        let attached = self.reopen(link);
+        if attached {
+            self.detached = None;
+        }
+        attached
+    }
+
+    /// Opens the streams that are missing. False if the link has none to spare.
+    pub(crate) fn reopen(&mut self, link: &Link) -> bool {
         for (number, channel) in (0..).zip(&mut self.channels) {
+            if channel.stream.is_some() {
+                continue;
+            }
             let Some((send, receive)) = link.open_now() else { return false };
             let mut rest = BytesMut::with_capacity(HEADER_LEN + OPEN_LEN);
             put_header(&mut rest, OPEN_SESSION, OPEN_LEN);
@@ -99,23 +131,19 @@ impl Session {
                 in_flight: 0,
                 resumed: !channel.owed.may_have_arrived(),
                 greeted: false,
+                refused: false,
+                ended: false,
                 word: BytesMut::new(),
             });
         }
-        self.detached = None;
         true
     }
 
-    /// The link is gone.
+    /// The link is gone, or carries the session no more.
     pub(crate) fn detach(&mut self, now: Instant) {
         self.detached.get_or_insert(now);
         for channel in &mut self.channels {
-            channel.owed.rewind();
-            if let Some(mut stream) = channel.stream.take() {
-                // Dropped, it would be finished, and the receiver would take the session for ended. Already closed is
-                // as good.
-                let _ = stream.send.reset(0u8.into());
-            }
+            channel.close();
         }
     }
 
@@ -142,8 +170,20 @@ impl Session {
             let Some(stream) = &mut channel.stream else { continue };
             let alive = stream.poll_words(cx, &mut channel.owed, self.at_most_once, &mut progress)
                 && stream.poll_write(cx, &mut channel.owed, now, &mut progress);
-            progress.broken |= !alive;
+            if alive {
+                continue;
+            }
+            let rejected = if stream.is_refused() { channel.owed.reject() } else { None };
+            match rejected {
+                Some(message) => {
+                    progress.rejected.push(message);
+                    progress.closed = true;
+                    channel.close();
+                }
+                None => progress.broken = true,
+            }
         }
+        self.acknowledged |= progress.acknowledged > 0;
         match progress.is_news() {
             true => Poll::Ready(progress),
             false => Poll::Pending,
@@ -170,17 +210,22 @@ impl Session {
         channels.flat_map(|channel| channel.owed.give_up(|message, _| refused(message))).collect()
     }
 
-    /// Ends the session; gives back everything that is owed, in order.
-    pub(crate) fn take(&mut self) -> Vec<Message> {
-        let mut owed = Vec::new();
+    /// Ends the session; what is sent from now on is another one's.
+    pub(crate) fn take(&mut self) -> Taken {
+        let mut taken = Taken::default();
         for channel in &mut self.channels {
             // Finishing a stream tells the receiver to forget the session.
             if let Some(mut stream) = channel.stream.take() {
                 let _ = stream.send.finish();
             }
-            owed.append(&mut channel.owed.take());
+            channel.owed.rewind();
+            if self.at_most_once {
+                taken.lost.append(&mut channel.owed.give_up(|_, written| written));
+            }
+            taken.owed.append(&mut channel.owed.take());
         }
-        owed
+        self.renew();
+        taken
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -195,11 +240,35 @@ impl Session {
     fn channel(&mut self, message: &Message) -> &mut Channel {
         &mut self.channels[usize::from(message.frame.len() >= LARGE_MESSAGE)]
     }
+
+    fn renew(&mut self) {
+        (self.id, self.acknowledged) = (new_id(), false);
+        for channel in &mut self.channels {
+            channel.owed.renumber();
+        }
+    }
+}
+
+fn new_id() -> SessionId {
+    let mut id = SessionId::default();
+    fastrand::fill(&mut id);
+    id
+}
+
+impl Channel {
+    /// The session goes on over another stream.
+    fn close(&mut self) {
+        self.owed.rewind();
+        if let Some(mut stream) = self.stream.take() {
+            // Dropped, it would be finished, and the session ended with it. A connection that is gone is as good.
+            let _ = stream.send.reset(0u8.into());
+        }
+    }
 }
 
 impl Stream {
     fn is_clear(&self) -> bool {
-        self.rest.len() <= HEADER_LEN + OPEN_LEN && self.in_flight < DIRECT_WRITES
+        !self.refused && self.rest.len() <= HEADER_LEN + OPEN_LEN && self.in_flight < DIRECT_WRITES
     }
 
     /// Writes the next message without waiting. False if a part of it is left.
@@ -229,17 +298,26 @@ impl Stream {
         progress: &mut Progress,
     ) -> bool {
         // Nothing is said on a stream before it is needed.
-        while !owed.is_empty() && (!self.rest.is_empty() || (self.resumed && owed.unwritten() > 0)) {
+        while !self.refused && !owed.is_empty() && (!self.rest.is_empty() || (self.resumed && owed.unwritten() > 0)) {
             if self.resumed && self.rest.len() < PIECE {
                 self.fill(owed, now, progress);
             }
-            match pin!(self.write_rest()).poll(cx) {
+            let written = pin!(self.write_rest()).poll(cx);
+            match written {
                 Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(WriteError::Stopped(code))) if code == NOT_A_FRAME.into() => self.refused = true,
                 Poll::Ready(Err(_)) => return false,
                 Poll::Pending => return true,
             }
         }
         true
+    }
+
+    /// Whether the receiver has ended the stream because of the message that it expects next.
+    fn is_refused(&self) -> bool {
+        let stopped =
+            || matches!(now_or_never(self.send.stopped()), Some(Ok(Some(code))) if code == NOT_A_FRAME.into());
+        self.greeted && self.ended && (self.refused || stopped())
     }
 
     /// Puts messages into one piece. A large one that is alone is not copied.
@@ -262,7 +340,7 @@ impl Stream {
         self.rest = piece.freeze();
     }
 
-    async fn write_rest(&mut self) -> Result<(), quinn::WriteError> {
+    async fn write_rest(&mut self) -> Result<(), WriteError> {
         while !self.rest.is_empty() {
             // What is not taken stays in `rest`, also when this future is dropped.
             self.send.write_chunks(std::slice::from_mut(&mut self.rest)).await?;
@@ -282,7 +360,11 @@ impl Stream {
             match pin!(self.receive.read_chunk(usize::MAX, true)).poll(cx) {
                 Poll::Pending => return true,
                 Poll::Ready(Ok(Some(chunk))) => self.word.extend_from_slice(&chunk.bytes),
-                Poll::Ready(Ok(None) | Err(_)) => return false,
+                Poll::Ready(Ok(None)) => {
+                    self.ended = true;
+                    return false;
+                }
+                Poll::Ready(Err(_)) => return false,
             }
             if !self.greeted && self.word.len() >= GREETING {
                 self.greeted = true;
@@ -290,15 +372,11 @@ impl Stream {
                 let expected = self.word.get_u64();
                 self.greeting(known, expected, owed, at_most_once, progress);
             }
-            // Of several acknowledgements the last one says it all.
-            let mut expected = None;
-            while self.greeted && self.word.len() >= NUMBER_LEN {
-                match self.word.get_u64() {
-                    word if word & REFUSED == 0 => expected = Some(word),
-                    word => progress.rejected.extend(owed.refuse(word & !REFUSED)),
-                }
-            }
-            if let Some(expected) = expected {
+            let whole = if self.greeted { self.word.len() / NUMBER_LEN * NUMBER_LEN } else { 0 };
+            if whole > 0 {
+                // The last one says it all.
+                let expected = (&self.word[whole - NUMBER_LEN..]).get_u64();
+                self.word.advance(whole);
                 self.arrived(owed.acknowledge(expected), progress);
             }
         }
@@ -336,7 +414,8 @@ impl Stream {
 
 impl Progress {
     fn is_news(&self) -> bool {
-        self.written > 0 || self.acknowledged > 0 || !self.lost.is_empty() || !self.rejected.is_empty() || self.broken
+        let settled = self.acknowledged > 0 || !self.lost.is_empty() || !self.rejected.is_empty();
+        settled || self.written > 0 || self.broken
     }
 }
 
