@@ -53,6 +53,35 @@ async fn word(stream: &mut Stream) -> u64 {
 }
 
 #[test]
+fn numbers_may_jump_forwards_and_not_back_and_end_before_they_overflow() {
+    let (server, inbox, address) = listener(Config::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        let (mut stream, ..) = session(&connection, 1).await;
+        stream.say([numbered(5), frame(Publish, 0, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, 6);
+        stream.say([numbered(3), frame(Publish, 1, 8).to_vec(), frame(Publish, 2, 8).to_vec()].concat()).await;
+        stream.say([numbered(1 << 60), frame(Publish, 3, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, (1 << 60) + 1);
+        stream.say([numbered(u64::MAX - 1), frame(Publish, 4, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, u64::MAX);
+        stream.say(frame(Publish, 5, 8)).await;
+        assert_eq!(stream.stopped().await, NOT_A_FRAME);
+
+        let (mut stream, known, expected) = session(&connection, 1).await;
+        assert_eq!((known, expected), (true, u64::MAX), "it did not begin again");
+        stream.say([numbered(u64::MAX), frame(Publish, 6, 8).to_vec()].concat()).await;
+        assert_eq!(stream.stopped().await, NOT_A_FRAME);
+
+        let (mut stream, ..) = session(&connection, 2).await;
+        stream.say([numbered(0), frame(Publish, 7, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, 1, "another session goes on");
+    });
+    assert_eq!(inbox.numbers(), [0, 3, 4, 7]);
+    server.stop();
+}
+
+#[test]
 fn what_is_no_session_and_no_control_stream_is_stopped() {
     let (server, inbox, address) = listener(Config::default());
     tokio_runtime(2).unwrap().block_on(async {

@@ -131,11 +131,14 @@ pub(crate) struct Incoming {
 impl Incoming {
     /// Whether the message of this number is to be handed over.
     pub(crate) fn accept(&mut self, number: u64) -> bool {
-        let new = number >= self.expected;
-        if new {
-            self.expected = number + 1;
+        // None comes after the highest number, which is therefore nobody's.
+        match number.checked_add(1) {
+            Some(next) if number >= self.expected => {
+                self.expected = next;
+                true
+            }
+            _ => false,
         }
-        new
     }
 
     /// Everything below has been handed over or given up.
@@ -269,6 +272,15 @@ mod tests {
         assert_eq!(outgoing.acknowledge(u64::MAX).collect::<Vec<_>>(), ['a']);
         assert_eq!(outgoing.resume(u64::MAX).count(), 0);
         assert_eq!(outgoing.write(Instant::now()).unwrap().message, &'b');
+    }
+
+    #[test]
+    fn the_highest_number_is_nobodys() {
+        let mut incoming = Incoming::default();
+        assert!(incoming.accept(u64::MAX - 1));
+        assert!(!incoming.accept(u64::MAX));
+        assert!(!incoming.accept(0), "it does not begin again");
+        assert_eq!(incoming.expected(), u64::MAX);
     }
 
     #[test]

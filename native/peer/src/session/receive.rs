@@ -128,9 +128,12 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                 restarted = false;
                 continue;
             };
-            let Some(current) = number.as_mut() else { return stream.refuse() };
-            hand_over(&stream, &session, channel, *current, frame);
-            *current += 1;
+            let Some(current) = number else { return stream.refuse() };
+            number = current.checked_add(1);
+            if number.is_none() {
+                return stream.refuse();
+            }
+            hand_over(&stream, &session, channel, current, frame);
         }
         let expected = lock(&session.channels[channel]).expected();
         if expected != said {
