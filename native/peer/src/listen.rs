@@ -345,7 +345,11 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        lock(&self.node.accepted).remove(&self.id);
+        let accepted = lock(&self.node.accepted).remove(&self.id);
+        // Others may hold it, to answer what came over it.
+        if let Some(accepted) = accepted {
+            accepted.connection.close(0u8.into(), b"");
+        }
     }
 }
 

@@ -178,6 +178,21 @@ fn a_key_has_few_sessions_at_once_and_its_oldest_gives_way() {
 }
 
 #[test]
+fn a_listener_that_closes_ends_the_connections_of_sessions_too() {
+    let (server, inbox, address) = listener(Config::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        let (mut stream, ..) = session(&connection, 1).await;
+        stream.say([numbered(0), frame(Publish, 1, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, 1);
+        assert!(server.close());
+        timeout(PATIENCE, connection.closed()).await.expect("closed");
+    });
+    assert_eq!(inbox.len(), 1);
+    server.stop();
+}
+
+#[test]
 fn large_messages_of_many_sessions_do_not_fill_the_memory() {
     let (server, inbox, address) = listener(Config::default());
     tokio_runtime(2).unwrap().block_on(async {

@@ -1,13 +1,13 @@
 //! The receiver's half of a session.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use hashbrown::HashMap;
 use macula_peer_wire::{MessageType, RawFrame};
-use quinn::{Connection, SendStream};
+use quinn::SendStream;
 use tokio::time::timeout;
 
 use super::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, SessionId};
@@ -15,7 +15,7 @@ use crate::decide::session::Incoming;
 use crate::error::ReplyError;
 use crate::identity::Fingerprint;
 use crate::link::{Write, lock, now_or_never, write_now};
-use crate::listen::{NOT_A_FRAME, Stream, WRITE_TIMEOUT};
+use crate::listen::{Accepted, NOT_A_FRAME, Stream, WRITE_TIMEOUT};
 use crate::message::{Event, ReplyTo, ReplyToken};
 use crate::node::Node;
 
@@ -40,7 +40,8 @@ pub(crate) struct Sessions(Mutex<HashMap<(Fingerprint, SessionId), Arc<Answers>>
 /// One session, and the way back to its sender: over the connection that it was last heard on.
 pub(crate) struct Answers {
     channels: [Mutex<Incoming>; 2],
-    connection: Mutex<Connection>,
+    /// Weak: a session outlives its connections, whose memory is a hundred times its own.
+    connection: Mutex<Weak<Accepted>>,
     waiting: AtomicUsize,
     /// Milliseconds of the node's clock at the last use.
     used: AtomicU64,
@@ -48,11 +49,11 @@ pub(crate) struct Answers {
 
 impl Sessions {
     /// The session of a sender, and whether it was known.
-    fn open(&self, node: &Node, key: Fingerprint, id: SessionId, connection: &Connection) -> (Arc<Answers>, bool) {
+    fn open(&self, node: &Node, key: Fingerprint, id: SessionId, accepted: &Arc<Accepted>) -> (Arc<Answers>, bool) {
         let now = node.clock(Instant::now());
         let mut table = lock(&self.0);
         if let Some(session) = table.get(&(key, id)) {
-            *lock(&session.connection) = connection.clone();
+            *lock(&session.connection) = Arc::downgrade(accepted);
             session.used.store(now, Ordering::Relaxed);
             return (session.clone(), true);
         }
@@ -67,7 +68,7 @@ impl Sessions {
         }
         let session = Arc::new(Answers {
             channels: Default::default(),
-            connection: Mutex::new(connection.clone()),
+            connection: Mutex::new(Arc::downgrade(accepted)),
             waiting: AtomicUsize::new(0),
             used: AtomicU64::new(now),
         });
@@ -101,7 +102,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         return;
     };
     let node = stream.node.clone();
-    let (session, known) = node.sessions.open(&node, key, id, stream.accepted.connection());
+    let (session, known) = node.sessions.open(&node, key, id, &stream.accepted);
     let mut said = lock(&session.channels[channel]).expected();
     let mut word = BytesMut::with_capacity(GREETING);
     word.put_u8(known.into());
@@ -184,7 +185,8 @@ fn hand_over(stream: &Stream, session: &Arc<Answers>, channel: usize, number: u6
 impl Answers {
     /// Sends an answer on a stream of its own.
     pub(crate) fn answer(self: Arc<Self>, node: &Arc<Node>, frame: Bytes) -> Result<(), ReplyError> {
-        let connection = lock(&self.connection).clone();
+        let accepted = lock(&self.connection).upgrade().ok_or(ReplyError::Gone)?;
+        let connection = accepted.connection().clone();
         if connection.close_reason().is_some() {
             return Err(ReplyError::Gone);
         }
