@@ -162,6 +162,7 @@ fn a_key_has_few_sessions_at_once_and_its_oldest_gives_way() {
             assert!(!known);
             // Finished, it would be forgotten at once.
             stream.send.reset(0u8.into()).unwrap();
+            assert_eq!(stream.frame().await, Err(None), "nobody reads it any more");
         }
         let mut remembered = 0;
         for id in (2900..3000).rev() {
@@ -172,8 +173,50 @@ fn a_key_has_few_sessions_at_once_and_its_oldest_gives_way() {
             }
             remembered += 1;
         }
-        assert_eq!(remembered, 64);
+        // Of those used in the same millisecond any gives way.
+        assert!((56..=64).contains(&remembered), "{remembered}");
     });
+    server.stop();
+}
+
+/// A table full of strangers' sessions must not cost the others theirs: what was handed over would come again.
+#[test]
+fn a_flood_of_sessions_of_many_keys_does_not_end_one_that_is_in_use() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
+    // Its links die soon when nothing comes.
+    let client = engine(Config { keep_alive: Duration::from_millis(300), ..Config::default() });
+    let through = forwarder.address.to_string();
+    send(&client, &through, message(Publish, 0, PATIENCE)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    let runtime = tokio_runtime(2).unwrap();
+    let flood = runtime.block_on(async {
+        let mut keys = JoinSet::new();
+        for _ in 0..135 {
+            let address = address.clone();
+            keys.spawn(async move {
+                let connection = stranger(&address).await;
+                for id in 0..64 {
+                    let (mut stream, ..) = session(&connection, id).await;
+                    stream.send.reset(0u8.into()).unwrap();
+                }
+                connection
+            });
+        }
+        keys.join_all().await
+    });
+    forwarder.swallow(true);
+    for n in 1..20 {
+        send(&client, &through, message(Publish, n, PATIENCE)).unwrap();
+    }
+    until("the link is dead", || server.stats().accepted.len() == flood.len());
+    forwarder.swallow(false);
+    until("all arrive", || inbox.len() >= 20);
+    let restarted = |event: &Event| matches!(event, Event::SessionRestarted { .. });
+    assert!(!inbox.events.lock().unwrap().iter().any(restarted));
+    assert_eq!(inbox.numbers(), (0..20).collect::<Vec<_>>());
+    drop(flood);
+    client.stop();
     server.stop();
 }
 

@@ -19,8 +19,8 @@ use crate::listen::{Accepted, NOT_A_FRAME, Stream, WRITE_TIMEOUT};
 use crate::message::{Event, ReplyTo, ReplyToken};
 use crate::node::Node;
 
-/// Sessions remembered in all, and of one key: a node has one for each name that it knows us by. The least recently used
-/// gives way; its sender, should it come back, is told that its session is not known.
+/// Sessions remembered in all, and of one key: a node has one for each name that it knows us by. One gives way to a new
+/// one; its sender, should it come back, is told that its session is not known.
 const MAX_SESSIONS: usize = 8192;
 const MAX_SESSIONS_OF_KEY: usize = 64;
 
@@ -62,9 +62,9 @@ impl Sessions {
         table.retain(|_, session| Arc::strong_count(session) > 1 || session.used.load(Ordering::Relaxed) >= stale);
         let of_key = table.keys().filter(|(other, _)| *other == key).count();
         if of_key >= MAX_SESSIONS_OF_KEY {
-            forget_oldest(&mut table, |(other, _)| *other == key);
+            forget_one(&mut table, |(other, _)| *other == key);
         } else if table.len() >= MAX_SESSIONS {
-            forget_oldest(&mut table, |_| true);
+            forget_one(&mut table, |_| true);
         }
         let session = Arc::new(Answers {
             channels: Default::default(),
@@ -82,13 +82,17 @@ impl Sessions {
     }
 }
 
-fn forget_oldest(
+/// The least recently used gives way, but none that a stream is open for while there is another: otherwise strangers
+/// could have the sessions of others forgotten, and what was handed over handed over again.
+fn forget_one(
     table: &mut HashMap<(Fingerprint, SessionId), Arc<Answers>>,
     of: impl Fn(&(Fingerprint, SessionId)) -> bool,
 ) {
-    let oldest =
-        table.iter().filter(|(key, _)| of(key)).min_by_key(|(_, session)| session.used.load(Ordering::Relaxed));
-    if let Some(key) = oldest.map(|(key, _)| *key) {
+    let least = table
+        .iter()
+        .filter(|(key, _)| of(key))
+        .min_by_key(|(_, session)| (Arc::strong_count(session) > 1, session.used.load(Ordering::Relaxed)));
+    if let Some(key) = least.map(|(key, _)| *key) {
         table.remove(&key);
     }
 }
