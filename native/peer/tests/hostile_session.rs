@@ -443,3 +443,46 @@ fn a_receiver_that_stops_every_stream_is_not_dialled_without_pause() {
     assert!((2..15).contains(&dials), "{dials} in three seconds");
     client.stop();
 }
+
+#[test]
+fn an_answer_that_is_none_is_not_read_on() {
+    let mut receiver = Receiver::new();
+    let client = engine(Config::default());
+    send(&client, &receiver.address, message(Publish, 0, PATIENCE)).unwrap();
+    let connection = receiver.connection();
+    receiver.runtime.block_on(async {
+        let mut answer = timeout(PATIENCE, connection.open_uni()).await.expect("answers are listened for").unwrap();
+        answer.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let endless = async { while answer.write_all(&[7; 65536]).await.is_ok() {} };
+        // Long before `frame_timeout`.
+        timeout(Duration::from_secs(10), endless).await.expect("stopped");
+    });
+    client.stop();
+}
+
+#[test]
+fn large_answers_that_nobody_asked_for_do_not_fill_the_memory() {
+    let mut receiver = Receiver::new();
+    let client = engine(Config::default());
+    send(&client, &receiver.address, message(Publish, 0, PATIENCE)).unwrap();
+    let connection = receiver.connection();
+    let large = frame(Publish, 1, 8 << 20);
+    let complete = Arc::new(AtomicUsize::new(0));
+    receiver.runtime.block_on(async {
+        let mut writers = JoinSet::new();
+        for _ in 0..20 {
+            let mut send = timeout(PATIENCE, connection.open_uni()).await.expect("answers are listened for").unwrap();
+            let (bytes, complete) = (large.slice(..large.len() - 1), complete.clone());
+            writers.spawn(async move {
+                // All but the last byte.
+                send.write_chunk(bytes).await.unwrap();
+                complete.fetch_add(1, Ordering::Relaxed);
+                std::future::pending::<()>().await;
+            });
+        }
+        eventually("as many as may are gathered", || complete.load(Ordering::Relaxed) >= 4).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(complete.load(Ordering::Relaxed), 4);
+    });
+    client.stop();
+}
