@@ -38,7 +38,7 @@ const UNPROVEN_HANDSHAKES: usize = 64;
 
 /// Bytes of a frame that a stream may gather before it needs a permit, and permits per connection. With 256 streams and
 /// frames of 16 MiB at most 128 MiB.
-const LARGE_FRAME: usize = 256 << 10;
+pub(crate) const LARGE_FRAME: usize = 256 << 10;
 const LARGE_FRAMES: usize = 4;
 
 /// Bytes that may be on their way to one connection unread, over all its streams and on one.

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use macula_peer_wire::RawFrame;
 use quinn::{ConnectionError, RecvStream, SendStream};
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::{Notify, Semaphore, broadcast};
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 
@@ -26,6 +26,7 @@ use crate::endpoint::Target;
 use crate::error::{ConnectError, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::identity::Fingerprint;
 use crate::link::{Link, Partial, Swept, Written, lock};
+use crate::listen::LARGE_FRAME;
 use crate::message::{Event, Inbound, Message, Path, PeerName};
 use crate::node::Node;
 use crate::race::{self, Race, Ways};
@@ -78,8 +79,10 @@ const RESOLVING_FOR: Duration = Duration::from_secs(5);
 /// How long what was looked up is good for.
 const RESOLVED_FOR: Duration = Duration::from_secs(60);
 
-/// Answers, to messages sent without waiting, that the peer may send at once.
+/// Answers, to messages sent without waiting, that the peer may send at once. Of those beyond [`LARGE_FRAME`] only some
+/// are read at once.
 const MAX_ANSWERING: u32 = 64;
+const LARGE_ANSWERS: usize = 4;
 
 /// How long a message without a deadline is owed after its link died.
 const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
@@ -1399,6 +1402,7 @@ async fn session_progress(peer: &Peer, linked: bool) -> Progress {
 /// Reads the answers to messages that were sent without waiting, as long as the link lives.
 async fn read_answers(peer: Arc<Peer>, link: Arc<Link>) {
     link.connection.set_max_concurrent_uni_streams(MAX_ANSWERING.into());
+    let large = Arc::new(Semaphore::new(LARGE_ANSWERS));
     let mut streams = JoinSet::new();
     loop {
         let receive = tokio::select! {
@@ -1408,13 +1412,15 @@ async fn read_answers(peer: Arc<Peer>, link: Arc<Link>) {
                 Err(_) => return,
             },
         };
-        let (peer, link) = (peer.clone(), link.clone());
-        streams.spawn(timeout(peer.node.config.frame_timeout, read_answer(peer, link, receive)));
+        let (peer, link, large) = (peer.clone(), link.clone(), large.clone());
+        streams.spawn(timeout(peer.node.config.frame_timeout, read_answer(peer, link, receive, large)));
     }
 }
 
-async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream) {
+/// Reads until the stream ends, or carries what is no frame.
+async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, large: Arc<Semaphore>) {
     let mut frames = link.reassembler();
+    let mut permit = None;
     while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
         frames.push(chunk.bytes);
         loop {
@@ -1424,9 +1430,16 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream) 
                     hand_over(&peer, &link, frame);
                 }
                 Ok(None) => break,
-                // Nothing more can be made of the stream, and nobody is to gather it.
-                Err(_) => return,
+                Err(_) => {
+                    peer.node.counters.malformed.add(1);
+                    return;
+                }
             }
+        }
+        if frames.buffered() <= LARGE_FRAME {
+            permit = None;
+        } else if permit.is_none() {
+            permit = large.acquire().await.ok();
         }
     }
 }

@@ -20,7 +20,7 @@ pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// A server with a fresh self-signed certificate; the first of `alpn` that the client offers is chosen.
 pub fn server_config(alpn: &[String], transport: quinn::TransportConfig) -> Result<quinn::ServerConfig, Error> {
-    let certified = rcgen::generate_simple_self_signed(["localhost".into()])?;
+    let certified = key()?;
     let key = PrivatePkcs8KeyDer::from(certified.signing_key.serialize_der());
     let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])?
@@ -32,14 +32,41 @@ pub fn server_config(alpn: &[String], transport: quinn::TransportConfig) -> Resu
     Ok(config)
 }
 
-/// A client that accepts any certificate.
+/// A key, and the certificate that it signed for itself.
+pub type Key = rcgen::CertifiedKey<rcgen::KeyPair>;
+
+/// A fresh one.
+pub fn key() -> Result<Key, Error> {
+    Ok(rcgen::generate_simple_self_signed(["localhost".into()])?)
+}
+
+/// A client that accepts any certificate and shows none.
 pub fn client_config(alpn: &str, transport: quinn::TransportConfig) -> Result<quinn::ClientConfig, Error> {
+    client(alpn, transport, None)
+}
+
+/// A client that accepts any certificate and shows its own.
+pub fn client_config_with_key(
+    alpn: &str,
+    transport: quinn::TransportConfig,
+    key: &Key,
+) -> Result<quinn::ClientConfig, Error> {
+    client(alpn, transport, Some(key))
+}
+
+fn client(alpn: &str, transport: quinn::TransportConfig, key: Option<&Key>) -> Result<quinn::ClientConfig, Error> {
     let provider = Arc::new(ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider.clone())
+    let builder = rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-        .with_no_client_auth();
+        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)));
+    let mut tls = match key {
+        Some(key) => {
+            let private = PrivatePkcs8KeyDer::from(key.signing_key.serialize_der());
+            builder.with_client_auth_cert(vec![key.cert.der().clone()], private.into())?
+        }
+        None => builder.with_no_client_auth(),
+    };
     tls.alpn_protocols = vec![alpn.into()];
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport));

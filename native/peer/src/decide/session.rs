@@ -146,12 +146,14 @@ pub(crate) struct Incoming {
 impl Incoming {
     /// Whether the message of this number is to be handed over.
     pub(crate) fn accept(&mut self, number: u64) -> bool {
-        let new = number >= self.expected;
-        if new {
-            // Nobody gets there by counting.
-            self.expected = number.saturating_add(1);
+        // None comes after the highest number, which is therefore nobody's.
+        match number.checked_add(1) {
+            Some(next) if number >= self.expected => {
+                self.expected = next;
+                true
+            }
+            _ => false,
         }
-        new
     }
 
     /// Everything below has been handed over or given up.
@@ -288,6 +290,15 @@ mod tests {
     }
 
     #[test]
+    fn the_highest_number_is_nobodys() {
+        let mut incoming = Incoming::default();
+        assert!(incoming.accept(u64::MAX - 1));
+        assert!(!incoming.accept(u64::MAX));
+        assert!(!incoming.accept(0), "it does not begin again");
+        assert_eq!(incoming.expected(), u64::MAX);
+    }
+
+    #[test]
     fn what_is_on_its_way_is_not_given_up() {
         let mut outgoing = Outgoing::default();
         outgoing.push(1);
@@ -318,12 +329,5 @@ mod tests {
         outgoing.acknowledge(1).for_each(drop);
         assert_eq!(outgoing.reject(), Some('b'));
         assert_eq!((outgoing.unwritten(), outgoing.is_empty()), (0, true));
-    }
-
-    #[test]
-    fn the_highest_number_there_is_breaks_nothing() {
-        let mut incoming = Incoming::default();
-        assert!(incoming.accept(u64::MAX));
-        assert!(!incoming.accept(7));
     }
 }

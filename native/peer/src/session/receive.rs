@@ -190,9 +190,12 @@ fn read_batch(
             }
             continue;
         };
-        let Some(current) = number.as_mut() else { return Batch::Refused };
-        hand_over(stream, &open.session, channel, *current, frame);
-        *current = current.saturating_add(1);
+        let Some(current) = *number else { return Batch::Refused };
+        *number = current.checked_add(1);
+        if number.is_none() {
+            return Batch::Refused;
+        }
+        hand_over(stream, &open.session, channel, current, frame);
     }
     Batch::Full
 }

@@ -1,0 +1,488 @@
+//! What senders and receivers of `macula-peer/1` that mean no good can do to each other: little.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use common::raw::{self, NUMBER, SESSION, Stream, connect_as, dial_with, eventually, raw_frame, stranger};
+use common::{Forwarder, PATIENCE, engine, frame, listener, message, number, send, until};
+use macula_peer::{Config, Event, Handler, Inbound, Listen, Message, RelayConfig, SendError, Unhandled};
+use macula_peer_testkit::quic::{self, tokio_runtime};
+use macula_peer_wire::MessageType::{Ping, Pong, Publish};
+use macula_peer_wire::{Limits, Reassembler};
+use quinn::{Connection, VarInt};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+const SLOW: Option<VarInt> = Some(VarInt::from_u32(1));
+const NOT_A_FRAME: Option<VarInt> = Some(VarInt::from_u32(2));
+
+// ---- senders ----
+
+fn opening(id: u64, channel: u8) -> Vec<u8> {
+    let mut payload = [0; 17];
+    payload[..8].copy_from_slice(&id.to_be_bytes());
+    payload[16] = channel;
+    raw_frame(SESSION, &payload)
+}
+
+fn numbered(number: u64) -> Vec<u8> {
+    raw_frame(NUMBER, &number.to_be_bytes())
+}
+
+/// A stream of a session, and its receiver's first word: whether it is known, and what is expected.
+async fn session(connection: &Connection, id: u64) -> (Stream, bool, u64) {
+    let mut stream = Stream::open(connection).await;
+    stream.say(opening(id, 0)).await;
+    let mut known = [0];
+    timeout(PATIENCE, stream.receive.read_exact(&mut known)).await.expect("greeted in time").unwrap();
+    let expected = word(&mut stream).await;
+    (stream, known == [1], expected)
+}
+
+async fn word(stream: &mut Stream) -> u64 {
+    let mut word = [0; 8];
+    timeout(PATIENCE, stream.receive.read_exact(&mut word)).await.expect("acknowledged in time").unwrap();
+    u64::from_be_bytes(word)
+}
+
+#[test]
+fn numbers_may_jump_forwards_and_not_back_and_end_before_they_overflow() {
+    let (server, inbox, address) = listener(Config::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        let (mut stream, ..) = session(&connection, 1).await;
+        stream.say([numbered(5), frame(Publish, 0, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, 6);
+        stream.say([numbered(3), frame(Publish, 1, 8).to_vec(), frame(Publish, 2, 8).to_vec()].concat()).await;
+        stream.say([numbered(1 << 60), frame(Publish, 3, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, (1 << 60) + 1);
+        stream.say([numbered(u64::MAX - 1), frame(Publish, 4, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, u64::MAX);
+        stream.say(frame(Publish, 5, 8)).await;
+        assert_eq!(stream.stopped().await, NOT_A_FRAME);
+
+        let (mut stream, known, expected) = session(&connection, 1).await;
+        assert_eq!((known, expected), (true, u64::MAX), "it did not begin again");
+        stream.say([numbered(u64::MAX), frame(Publish, 6, 8).to_vec()].concat()).await;
+        assert_eq!(stream.stopped().await, NOT_A_FRAME);
+
+        let (mut stream, ..) = session(&connection, 2).await;
+        stream.say([numbered(0), frame(Publish, 7, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, 1, "another session goes on");
+    });
+    assert_eq!(inbox.numbers(), [0, 3, 4, 7]);
+    server.stop();
+}
+
+#[test]
+fn what_is_no_session_and_no_control_stream_is_stopped() {
+    let (server, inbox, address) = listener(Config::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        let good = opening(1, 0);
+        let openings = [
+            raw_frame(SESSION, &good[8..24]),
+            raw_frame(SESSION, &[&good[8..], &[0]].concat()),
+            raw_frame(SESSION, &[]),
+            opening(1, 2),
+            opening(1, 255),
+            // Greeted, then a message without a number, and one whose number has seven bytes.
+            [&good[..], &frame(Publish, 1, 8)].concat(),
+            [&good[..], &raw_frame(NUMBER, &[0; 7]), &frame(Publish, 1, 8)].concat(),
+            [&good[..], &numbered(0), &[9; 8]].concat(),
+        ];
+        for bytes in openings {
+            let mut stream = Stream::open(&connection).await;
+            stream.say(&bytes).await;
+            assert_eq!(stream.stopped().await, NOT_A_FRAME, "{bytes:?}");
+        }
+        let mut uni = connection.open_uni().await.unwrap();
+        uni.write_all(&good).await.unwrap();
+        assert_eq!(timeout(PATIENCE, uni.stopped()).await.unwrap().unwrap(), NOT_A_FRAME);
+
+        // No relay here.
+        let mut control = Stream::control(&connection).await;
+        let no_relay = Some(VarInt::from_u32(4));
+        control.send.write_all(&connect_as("node", &[])).await.ok();
+        assert_eq!((control.frame().await, control.stopped().await), (Err(no_relay), no_relay));
+    });
+    assert_eq!(inbox.len(), 0);
+    server.stop();
+}
+
+#[test]
+fn a_second_control_stream_is_refused_and_the_first_goes_on() {
+    let server = engine(Config::default());
+    let port = server.listen(Listen { relay: Some(RelayConfig::default()), ..Listen::default() }).unwrap().port();
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&format!("127.0.0.1:{port}")).await;
+        let mut first = raw::registered(&connection, "node").await;
+        for node_id in ["node", "other"] {
+            let mut second = Stream::control(&connection).await;
+            let said = second.ask(connect_as(node_id, &[])).await;
+            assert_eq!(said.text("error").as_deref(), Some("malformed"));
+        }
+        assert_eq!(first.circuit_to("nobody").await, Err("not_registered".into()));
+    });
+    server.stop();
+}
+
+#[test]
+fn who_shows_no_certificate_has_no_session() {
+    let (server, inbox, address) = listener(Config::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let config = quic::client_config(raw::ALPN, raw::transport()).unwrap();
+        let connection = client.connect_with(config, address.parse().unwrap(), "node").unwrap().await.unwrap();
+        if let Ok((mut send, _receive)) = connection.open_bi().await {
+            let _ = send.write_all(&[opening(1, 0), numbered(0), frame(Publish, 1, 8).to_vec()].concat()).await;
+        }
+        let closed = timeout(PATIENCE, connection.closed()).await.expect("closed");
+        let quinn::ConnectionError::ApplicationClosed(close) = closed else { panic!("{closed}") };
+        assert_eq!(close.error_code, VarInt::from_u32(5));
+    });
+    assert_eq!(inbox.len(), 0);
+    server.stop();
+}
+
+#[test]
+fn a_key_has_few_sessions_at_once_and_its_oldest_gives_way() {
+    let (server, _, address) = listener(Config::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        for id in 0..3000 {
+            let (mut stream, known, _) = session(&connection, id).await;
+            assert!(!known);
+            // Finished, it would be forgotten at once.
+            stream.send.reset(0u8.into()).unwrap();
+            assert_eq!(stream.frame().await, Err(None), "nobody reads it any more");
+        }
+        let mut remembered = 0;
+        for id in (2900..3000).rev() {
+            let (mut stream, known, _) = session(&connection, id).await;
+            stream.send.reset(0u8.into()).unwrap();
+            if !known {
+                break;
+            }
+            remembered += 1;
+        }
+        // Of those used in the same millisecond any gives way.
+        assert!((56..=64).contains(&remembered), "{remembered}");
+    });
+    server.stop();
+}
+
+/// A table full of strangers' sessions must not cost the others theirs: what was handed over would come again.
+#[test]
+fn a_flood_of_sessions_of_many_keys_does_not_end_one_that_is_in_use() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
+    // Its links die soon when nothing comes.
+    let client = engine(Config { keep_alive: Duration::from_millis(300), ..Config::default() });
+    let through = forwarder.address.to_string();
+    send(&client, &through, message(Publish, 0, PATIENCE)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    let runtime = tokio_runtime(2).unwrap();
+    let flood = runtime.block_on(async {
+        let mut keys = JoinSet::new();
+        for _ in 0..135 {
+            let address = address.clone();
+            keys.spawn(async move {
+                let connection = stranger(&address).await;
+                for id in 0..64 {
+                    let (mut stream, ..) = session(&connection, id).await;
+                    stream.send.reset(0u8.into()).unwrap();
+                }
+                connection
+            });
+        }
+        keys.join_all().await
+    });
+    forwarder.swallow(true);
+    for n in 1..20 {
+        send(&client, &through, message(Publish, n, PATIENCE)).unwrap();
+    }
+    until("the link is dead", || server.stats().accepted.len() == flood.len());
+    forwarder.swallow(false);
+    until("all arrive", || inbox.len() >= 20);
+    let restarted = |event: &Event| matches!(event, Event::SessionRestarted { .. });
+    assert!(!inbox.events.lock().unwrap().iter().any(restarted));
+    assert_eq!(inbox.numbers(), (0..20).collect::<Vec<_>>());
+    drop(flood);
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn a_listener_that_closes_ends_the_connections_of_sessions_too() {
+    let (server, inbox, address) = listener(Config::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        let (mut stream, ..) = session(&connection, 1).await;
+        stream.say([numbered(0), frame(Publish, 1, 8).to_vec()].concat()).await;
+        assert_eq!(word(&mut stream).await, 1);
+        assert!(server.close());
+        timeout(PATIENCE, connection.closed()).await.expect("closed");
+    });
+    assert_eq!(inbox.len(), 1);
+    server.stop();
+}
+
+#[test]
+fn large_messages_of_many_sessions_do_not_fill_the_memory() {
+    let (server, inbox, address) = listener(Config::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        let large = frame(Publish, 1, 8 << 20);
+        let mut writers = JoinSet::new();
+        let (complete, mut halves) = (Arc::new(AtomicUsize::new(0)), Vec::new());
+        for id in 0..20 {
+            let mut stream = Stream::open(&connection).await;
+            halves.push(stream.receive);
+            let bytes = Bytes::from([opening(id, 1), numbered(0), large[..large.len() - 1].to_vec()].concat());
+            let complete = complete.clone();
+            writers.spawn(async move {
+                // All but the last byte.
+                stream.send.write_chunk(bytes).await.unwrap();
+                complete.fetch_add(1, Ordering::Relaxed);
+                std::future::pending::<()>().await;
+            });
+        }
+        eventually("as many as may are gathered", || complete.load(Ordering::Relaxed) >= 4).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(complete.load(Ordering::Relaxed), 4);
+    });
+    assert_eq!(inbox.len(), 0);
+    server.stop();
+}
+
+/// Answers every message at once.
+#[derive(Default)]
+struct Echo(AtomicUsize);
+
+impl Handler for Echo {
+    fn message(&self, message: Inbound) -> Result<(), Unhandled> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        if let Some(token) = message.reply {
+            let _ = token.reply(frame(Pong, 1, 64));
+        }
+        Ok(())
+    }
+
+    fn event(&self, _: Event) {}
+}
+
+// ---- receivers ----
+
+/// A server of quinn's, in a runtime of its own.
+struct Receiver {
+    address: String,
+    connections: mpsc::UnboundedReceiver<Connection>,
+    runtime: Runtime,
+}
+
+impl Receiver {
+    fn new() -> Self {
+        let runtime = tokio_runtime(2).unwrap();
+        let _inside = runtime.enter();
+        let config = quic::server_config(&[raw::ALPN.into()], raw::transport()).unwrap();
+        let server = quinn::Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = server.local_addr().unwrap().to_string();
+        let (accepted, connections) = mpsc::unbounded_channel();
+        runtime.spawn(async move {
+            while let Some(incoming) = server.accept().await {
+                if let Ok(connection) = incoming.await {
+                    let _ = accepted.send(connection);
+                }
+            }
+        });
+        Self { address, connections, runtime }
+    }
+
+    /// The next one.
+    fn connection(&mut self) -> Connection {
+        let next = async { timeout(PATIENCE, self.connections.recv()).await };
+        self.runtime.block_on(next).expect("dialled in time").unwrap()
+    }
+}
+
+/// What to say when a session begins, and each time that something came.
+#[derive(Clone, Copy)]
+struct Lie {
+    greeting: fn() -> Vec<u8>,
+    word: fn(u64) -> Vec<u8>,
+}
+
+impl Receiver {
+    /// Lies to all who dial. Returns the numbers in the messages that come.
+    fn lie(&mut self, lie: Lie) -> Arc<Mutex<Vec<u64>>> {
+        let (none, came) = (mpsc::unbounded_channel().1, Arc::new(Mutex::new(Vec::new())));
+        let mut connections = std::mem::replace(&mut self.connections, none);
+        let gathered = came.clone();
+        self.runtime.spawn(async move {
+            while let Some(connection) = connections.recv().await {
+                tokio::spawn(lied_to(connection, lie, gathered.clone()));
+            }
+        });
+        came
+    }
+}
+
+async fn lied_to(connection: Connection, lie: Lie, came: Arc<Mutex<Vec<u64>>>) {
+    while let Ok((mut send, mut receive)) = connection.accept_bi().await {
+        let came = came.clone();
+        tokio::spawn(async move {
+            let mut frames = Reassembler::new(Limits::default());
+            while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
+                frames.push(chunk.bytes);
+                while let Some(frame) = frames.next_frame().unwrap() {
+                    // The other end may have given the link up; here and below.
+                    if frame.type_id == SESSION {
+                        let _ = send.write_all(&(lie.greeting)()).await;
+                    } else if let Some(n) = number(&frame.payload) {
+                        came.lock().unwrap().push(n);
+                    }
+                }
+                let expected = came.lock().unwrap().len() as u64;
+                let _ = send.write_all(&(lie.word)(expected)).await;
+            }
+        });
+    }
+}
+
+fn greeting(known: u8, expected: u64) -> Vec<u8> {
+    [&[known][..], &expected.to_be_bytes()].concat()
+}
+
+#[test]
+fn a_receiver_that_lies_about_what_has_come_loses_nothing_of_what_is_written_and_hurts_nobody_else() {
+    let (other, inbox, honest) = listener(Config::default());
+    let lies = [
+        // More than there is, also before anything came.
+        Lie { greeting: || greeting(1, u64::MAX), word: |_| u64::MAX.to_be_bytes().into() },
+        // Back and forth.
+        Lie { greeting: || greeting(7, 1 << 40), word: |n| [n, 0, n + 1000, 1].map(u64::to_be_bytes).concat() },
+        // Greeted twice, which puts all words behind out of step.
+        Lie { greeting: || [greeting(0, 0), greeting(1, 0)].concat(), word: |n| n.to_be_bytes().into() },
+        // Words that never end where they should.
+        Lie { greeting: || greeting(0, 0), word: |n| n.to_be_bytes()[..5].into() },
+    ];
+    for (index, lie) in lies.into_iter().enumerate() {
+        let mut receiver = Receiver::new();
+        let client = engine(Config::default());
+        let came = receiver.lie(lie);
+        for n in 0..200 {
+            send(&client, &receiver.address, message(Publish, n, PATIENCE)).unwrap();
+        }
+        until("all come", || came.lock().unwrap().len() >= 200);
+        assert_eq!(*came.lock().unwrap(), (0..200).collect::<Vec<_>>(), "lie {index}");
+        let peer = || client.stats().peers[0].clone();
+        if index < 3 {
+            until("nothing is owed", || peer().unacknowledged_bytes == 0);
+            assert_eq!(peer().acknowledged, 200, "lie {index}: each counts once");
+        }
+        send(&client, &honest, message(Publish, index as u64, PATIENCE)).unwrap();
+        until("others get theirs", || inbox.len() == index + 1);
+        client.stop();
+    }
+    other.stop();
+}
+
+#[test]
+fn a_receiver_that_acknowledges_nothing_costs_its_share_of_memory_and_no_more() {
+    let (other, inbox, honest) = listener(Config::default());
+    let mut receiver = Receiver::new();
+    let client = engine(Config { max_unacknowledged: 100_000, ..Config::default() });
+    let of_size = |n, timeout| Message {
+        frame: frame(Publish, n, 10_000),
+        kind: Publish,
+        deadline: Some(Instant::now() + timeout),
+        key: None,
+    };
+    let came = receiver.lie(Lie { greeting: || greeting(0, 0), word: |_| vec![] });
+    send(&client, &receiver.address, of_size(0, PATIENCE)).unwrap();
+    let accepted =
+        (1..100).take_while(|n| send(&client, &receiver.address, of_size(*n, Duration::from_millis(300))).is_ok());
+    let accepted = accepted.count() + 1;
+    assert!((5..10).contains(&accepted), "{accepted} of 10,000 bytes");
+    let refused = send(&client, &receiver.address, of_size(100, Duration::from_millis(300)));
+    assert!(matches!(refused, Err(SendError::Overloaded | SendError::NoRoom)), "{refused:?}");
+    // Some of them twice: silence has other links tried, and their receiver does not know the session.
+    assert!(came.lock().unwrap().len() >= accepted);
+    send(&client, &honest, message(Publish, 1, PATIENCE)).unwrap();
+    until("others get theirs", || inbox.len() == 1);
+    client.stop();
+    other.stop();
+}
+
+#[test]
+fn a_receiver_that_stops_every_stream_is_not_dialled_without_pause() {
+    let mut receiver = Receiver::new();
+    let client = engine(Config::default());
+    let begun = Instant::now();
+    let _ = send(&client, &receiver.address, message(Publish, 0, PATIENCE));
+    let mut dials = 0;
+    while begun.elapsed() < Duration::from_secs(3) {
+        let next = async { timeout(Duration::from_millis(50), receiver.connections.recv()).await };
+        if let Ok(Some(connection)) = receiver.runtime.block_on(next) {
+            dials += 1;
+            receiver.runtime.spawn(async move {
+                while let Ok((mut send, mut receive)) = connection.accept_bi().await {
+                    let _ = (receive.stop(9u8.into()), send.reset(9u8.into()));
+                }
+            });
+        }
+    }
+    assert!((2..15).contains(&dials), "{dials} in three seconds");
+    client.stop();
+}
+
+#[test]
+fn an_answer_that_is_none_is_not_read_on() {
+    let mut receiver = Receiver::new();
+    let client = engine(Config::default());
+    send(&client, &receiver.address, message(Publish, 0, PATIENCE)).unwrap();
+    let connection = receiver.connection();
+    receiver.runtime.block_on(async {
+        let mut answer = timeout(PATIENCE, connection.open_uni()).await.expect("answers are listened for").unwrap();
+        answer.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        let endless = async { while answer.write_all(&[7; 65536]).await.is_ok() {} };
+        // Long before `frame_timeout`.
+        timeout(Duration::from_secs(10), endless).await.expect("stopped");
+    });
+    client.stop();
+}
+
+#[test]
+fn large_answers_that_nobody_asked_for_do_not_fill_the_memory() {
+    let mut receiver = Receiver::new();
+    let client = engine(Config::default());
+    send(&client, &receiver.address, message(Publish, 0, PATIENCE)).unwrap();
+    let connection = receiver.connection();
+    let large = frame(Publish, 1, 8 << 20);
+    let complete = Arc::new(AtomicUsize::new(0));
+    receiver.runtime.block_on(async {
+        let mut writers = JoinSet::new();
+        for _ in 0..20 {
+            let mut send = timeout(PATIENCE, connection.open_uni()).await.expect("answers are listened for").unwrap();
+            let (bytes, complete) = (large.slice(..large.len() - 1), complete.clone());
+            writers.spawn(async move {
+                // All but the last byte.
+                send.write_chunk(bytes).await.unwrap();
+                complete.fetch_add(1, Ordering::Relaxed);
+                std::future::pending::<()>().await;
+            });
+        }
+        eventually("as many as may are gathered", || complete.load(Ordering::Relaxed) >= 4).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(complete.load(Ordering::Relaxed), 4);
+    });
+    client.stop();
+}
