@@ -11,7 +11,10 @@
 
 -define(SENDERS, [1, 10, 100]).
 -define(FRAME_SIZE, 128).
--define(BARE_SHAPES, [{"bi", "plain"}, {"bi", "yield"}, {"sync", "plain"}, {"sync", "yield"}]).
+-define(DIALECTS, [{"macula-peer/1", [{Shape, Coalesce, Driver}
+                                      || Coalesce <- [1, 16], Shape <- ["framed", "framed-sync"],
+                                         Driver <- ["plain", "yield"]]},
+                   {"macula", [{Shape, 1, Driver} || Shape <- ["bi", "sync"], Driver <- ["plain", "yield"]]}]).
 
 -spec main([atom()]) -> no_return().
 main([Messages, Rounds]) ->
@@ -19,7 +22,7 @@ main([Messages, Rounds]) ->
     Config = {to_integer(Messages), to_integer(Rounds)},
     ok = machine(Config),
     try
-        [ok = dialect(Alpn, Config) || Alpn <- ["macula-peer/1", "macula"]],
+        [ok = dialect(Dialect, Config) || Dialect <- ?DIALECTS],
         ok = node_to_node(Config),
         io:format("~nbench: ok~n"),
         halt(0)
@@ -36,13 +39,12 @@ machine({Messages, Rounds}) ->
               [Cpu, erlang:system_info(schedulers_online), erlang:system_info(otp_release),
                string:trim(os:cmd("rustc --version")), ?FRAME_SIZE, Messages, Rounds, clock()]).
 
-dialect(Alpn, {Messages, Rounds}) ->
+dialect({Alpn, Bare}, {Messages, Rounds}) ->
     io:format("~n~s~n~s~n", [Alpn, header()]),
     [begin
          Round = fun() ->
              [{"send_message", ours(Alpn, Senders, Messages)}
-              | [{"bare quinn, " ++ Shape ++ " " ++ Driver, bare(Alpn, Shape, Driver, Senders, Messages)}
-                 || {Shape, Driver} <- ?BARE_SHAPES]]
+              | [{bare_name(Contender), bare(Alpn, Contender, Senders, Messages)} || Contender <- Bare]]
          end,
          rows(Senders, [Round() || _ <- lists:seq(1, Rounds)])
      end || Senders <- ?SENDERS],
@@ -54,10 +56,14 @@ rows(Senders, [First | _] = Rounds) ->
         Results = [proplists:get_value(Name, Round) || Round <- Rounds],
         {Name, [spread([maps:get(Key, Result) || Result <- Results]) || Key <- [rate, p50, p99]]}
     end || {Name, _} <- First],
-    Best = lists:max([Rate || {"bare" ++ _, [{Rate, _, _} | _]} <- Medians]),
+    Best = lists:max([Rate || {"bare, " ++ _, [{Rate, _, _} | _]} <- Medians]),
     [io:format("~3b ~-24s ~s ~6.2f ~s ~s~n", [Senders, Name, thousands(Rate), element(1, Rate) / Best, us(P50), us(P99)])
      || {Name, [Rate, P50, P99]} <- Medians],
     ok.
+
+%% What writes many frames at a time is beside the contest.
+bare_name({Shape, 1, Driver}) -> "bare, " ++ Shape ++ " " ++ Driver;
+bare_name({Shape, Coalesce, Driver}) -> lists:concat(["bare*", Coalesce, ", ", Shape, " ", Driver]).
 
 header() ->
     "  n                           1000 a second x best         p50 us (least-most)           p99 us (least-most)".
@@ -98,10 +104,11 @@ send_each(Endpoint, Msg, N, Times) ->
     ok = macula_peer_connector:send_message(Endpoint, publish, Msg),
     send_each(Endpoint, Msg, N - 1, [erlang:monotonic_time(nanosecond) - Before | Times]).
 
-bare(Alpn, Shape, Driver, Senders, Messages) ->
+bare(Alpn, {Shape, Coalesce, Driver}, Senders, Messages) ->
     with_sink(Alpn, fun(Port, _Ask) ->
-        Args = io_lib:format("source --addr 127.0.0.1:~b --shape ~s --driver ~s --senders ~b --messages ~b --size ~b --alpn ~s",
-                             [Port, Shape, Driver, Senders, Messages, ?FRAME_SIZE, Alpn]),
+        Args = io_lib:format("source --addr 127.0.0.1:~b --shape ~s --coalesce ~b --driver ~s --senders ~b --messages ~b"
+                             " --size ~b --alpn ~s",
+                             [Port, Shape, Coalesce, Driver, Senders, Messages, ?FRAME_SIZE, Alpn]),
         #{per_second := Rate, call_p50_ns := P50, call_p99_ns := P99} = term(os:cmd(bare_quinn() ++ " " ++ Args)),
         #{rate => Rate, p50 => P50 / 1000, p99 => P99 / 1000}
     end).
