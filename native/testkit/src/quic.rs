@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime};
+use rustls::client::WantsClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, SignatureScheme};
+use rustls::{ConfigBuilder, DigitallySignedStruct, SignatureScheme};
 
 /// Whatever can go wrong before traffic flows.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -32,14 +33,32 @@ pub fn server_config(alpn: &[String], transport: quinn::TransportConfig) -> Resu
     Ok(config)
 }
 
-/// A client that accepts any certificate.
+/// A client that accepts any certificate and shows none.
 pub fn client_config(alpn: &str, transport: quinn::TransportConfig) -> Result<quinn::ClientConfig, Error> {
+    config_of(client()?.with_no_client_auth(), alpn, transport)
+}
+
+/// A client that accepts any certificate and shows a fresh one: a node that runs this project's library.
+pub fn node_config(transport: quinn::TransportConfig) -> Result<quinn::ClientConfig, Error> {
+    let certified = rcgen::generate_simple_self_signed(["localhost".into()])?;
+    let key = PrivatePkcs8KeyDer::from(certified.signing_key.serialize_der());
+    let tls = client()?.with_client_auth_cert(vec![certified.cert.der().clone()], key.into())?;
+    config_of(tls, "macula-peer/1", transport)
+}
+
+fn client() -> Result<ConfigBuilder<rustls::ClientConfig, WantsClientCert>, Error> {
     let provider = Arc::new(ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider.clone())
+    Ok(rustls::ClientConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-        .with_no_client_auth();
+        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider))))
+}
+
+fn config_of(
+    mut tls: rustls::ClientConfig,
+    alpn: &str,
+    transport: quinn::TransportConfig,
+) -> Result<quinn::ClientConfig, Error> {
     tls.alpn_protocols = vec![alpn.into()];
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     config.transport_config(Arc::new(transport));
