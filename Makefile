@@ -25,7 +25,7 @@ demo: compile
 
 bench: compile testkit
 	@mkdir -p _build/bench
-	@erlc -o _build/bench bench/macula_peer_bench.erl
+	@erlc -o _build/bench bench/*.erl
 	@erl -noshell -pa $(EBIN) _build/bench -s macula_peer_bench main $(BENCH_MESSAGES) $(BENCH_ROUNDS)
 
 check: setup nif

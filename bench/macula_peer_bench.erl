@@ -7,11 +7,14 @@
 -module(macula_peer_bench).
 
 -export([main/1]).
--export([count/1]).
+-export([start/2, ask/2, message/0, each/3, result/3, spread/1]).
 
 -define(SENDERS, [1, 10, 100]).
 -define(FRAME_SIZE, 128).
--define(BARE_SHAPES, [{"bi", "plain"}, {"bi", "yield"}, {"sync", "plain"}, {"sync", "yield"}]).
+-define(DIALECTS, [{"macula-peer/1", [{Shape, Coalesce, Driver}
+                                      || Coalesce <- [1, 16], Shape <- ["framed", "framed-sync"],
+                                         Driver <- ["plain", "yield"]]},
+                   {"macula", [{Shape, 1, Driver} || Shape <- ["bi", "sync"], Driver <- ["plain", "yield"]]}]).
 
 -spec main([atom()]) -> no_return().
 main([Messages, Rounds]) ->
@@ -19,8 +22,9 @@ main([Messages, Rounds]) ->
     Config = {to_integer(Messages), to_integer(Rounds)},
     ok = machine(Config),
     try
-        [ok = dialect(Alpn, Config) || Alpn <- ["macula-peer/1", "macula"]],
-        ok = node_to_node(Config),
+        [ok = dialect(Dialect, Config) || Dialect <- ?DIALECTS],
+        ok = macula_peer_bench_relay:circuits(Config),
+        ok = macula_peer_bench_relay:registrations(Config),
         io:format("~nbench: ok~n"),
         halt(0)
     catch
@@ -36,13 +40,12 @@ machine({Messages, Rounds}) ->
               [Cpu, erlang:system_info(schedulers_online), erlang:system_info(otp_release),
                string:trim(os:cmd("rustc --version")), ?FRAME_SIZE, Messages, Rounds, clock()]).
 
-dialect(Alpn, {Messages, Rounds}) ->
+dialect({Alpn, Bare}, {Messages, Rounds}) ->
     io:format("~n~s~n~s~n", [Alpn, header()]),
     [begin
          Round = fun() ->
              [{"send_message", ours(Alpn, Senders, Messages)}
-              | [{"bare quinn, " ++ Shape ++ " " ++ Driver, bare(Alpn, Shape, Driver, Senders, Messages)}
-                 || {Shape, Driver} <- ?BARE_SHAPES]]
+              | [{bare_name(Contender), bare(Alpn, Contender, Senders, Messages)} || Contender <- Bare]]
          end,
          rows(Senders, [Round() || _ <- lists:seq(1, Rounds)])
      end || Senders <- ?SENDERS],
@@ -54,10 +57,14 @@ rows(Senders, [First | _] = Rounds) ->
         Results = [proplists:get_value(Name, Round) || Round <- Rounds],
         {Name, [spread([maps:get(Key, Result) || Result <- Results]) || Key <- [rate, p50, p99]]}
     end || {Name, _} <- First],
-    Best = lists:max([Rate || {"bare" ++ _, [{Rate, _, _} | _]} <- Medians]),
+    Best = lists:max([Rate || {"bare, " ++ _, [{Rate, _, _} | _]} <- Medians]),
     [io:format("~3b ~-24s ~s ~6.2f ~s ~s~n", [Senders, Name, thousands(Rate), element(1, Rate) / Best, us(P50), us(P99)])
      || {Name, [Rate, P50, P99]} <- Medians],
     ok.
+
+%% What writes many frames at a time is beside the contest.
+bare_name({Shape, 1, Driver}) -> "bare, " ++ Shape ++ " " ++ Driver;
+bare_name({Shape, Coalesce, Driver}) -> lists:concat(["bare*", Coalesce, ", ", Shape, " ", Driver]).
 
 header() ->
     "  n                           1000 a second x best         p50 us (least-most)           p99 us (least-most)".
@@ -70,7 +77,8 @@ ours(Alpn, Senders, Messages) ->
         ok = macula_peer_connector:send_message(Endpoint, store, Msg),
         ok = until(fun() -> frames(Ask) =:= 1 end),
         Start = erlang:monotonic_time(microsecond),
-        Times = send_all(Endpoint, Msg, Senders, Messages div Senders),
+        Send = fun() -> macula_peer_connector:send_message(Endpoint, publish, Msg) end,
+        Times = each(Send, Senders, Messages div Senders),
         ok = until(fun() -> frames(Ask) > Senders * (Messages div Senders) end),
         Elapsed = erlang:monotonic_time(microsecond) - Start,
         ok = macula_peer_endpoint:stop(),
@@ -78,6 +86,7 @@ ours(Alpn, Senders, Messages) ->
     end).
 
 %% A frame of 128 bytes of a type that is not answered.
+-spec message() -> map().
 message() ->
     Fields = #{topic => <<"bench">>, qos => 0, retain => false, message_id => <<>>},
     {ok, Empty} = macula_peer_wire:encode(publish, Fields#{payload => <<>>}),
@@ -86,71 +95,49 @@ message() ->
     ?FRAME_SIZE = byte_size(Frame),
     Msg.
 
-send_all(Endpoint, Msg, Senders, Each) ->
+%% What so many calls in so many processes at once take, each in nanoseconds.
+-spec each(fun(() -> ok), pos_integer(), pos_integer()) -> [integer()].
+each(Call, Processes, Each) ->
     Parent = self(),
-    Pids = [spawn_link(fun() -> Parent ! {self(), send_each(Endpoint, Msg, Each, [])} end)
-            || _ <- lists:seq(1, Senders)],
+    Pids = [spawn_link(fun() -> Parent ! {self(), times(Call, Each, [])} end) || _ <- lists:seq(1, Processes)],
     lists:append([receive {Pid, Times} -> Times end || Pid <- Pids]).
 
-send_each(_Endpoint, _Msg, 0, Times) -> Times;
-send_each(Endpoint, Msg, N, Times) ->
+times(_Call, 0, Times) -> Times;
+times(Call, N, Times) ->
     Before = erlang:monotonic_time(nanosecond),
-    ok = macula_peer_connector:send_message(Endpoint, publish, Msg),
-    send_each(Endpoint, Msg, N - 1, [erlang:monotonic_time(nanosecond) - Before | Times]).
+    ok = Call(),
+    times(Call, N - 1, [erlang:monotonic_time(nanosecond) - Before | Times]).
 
-bare(Alpn, Shape, Driver, Senders, Messages) ->
+bare(Alpn, {Shape, Coalesce, Driver}, Senders, Messages) ->
     with_sink(Alpn, fun(Port, _Ask) ->
-        Args = io_lib:format("source --addr 127.0.0.1:~b --shape ~s --driver ~s --senders ~b --messages ~b --size ~b --alpn ~s",
-                             [Port, Shape, Driver, Senders, Messages, ?FRAME_SIZE, Alpn]),
-        #{per_second := Rate, call_p50_ns := P50, call_p99_ns := P99} = term(os:cmd(bare_quinn() ++ " " ++ Args)),
+        Args = io_lib:format("source --addr 127.0.0.1:~b --shape ~s --coalesce ~b --driver ~s --senders ~b --messages ~b"
+                             " --size ~b --alpn ~s",
+                             [Port, Shape, Coalesce, Driver, Senders, Messages, ?FRAME_SIZE, Alpn]),
+        #{per_second := Rate, call_p50_ns := P50, call_p99_ns := P99} = term(os:cmd(program("bare_quinn") ++ " " ++ Args)),
         #{rate => Rate, p50 => P50 / 1000, p99 => P99 / 1000}
     end).
 
-%% From one BEAM to a process in another: encoded, sent, received, decoded, delivered.
-node_to_node({Messages, _Rounds}) ->
-    io:format("~nfrom BEAM to BEAM, decoded and delivered to one process~n"),
-    {ok, Listener, _} = peer:start_link(#{connection => standard_io, args => ["-pa" | code:get_path()]}),
-    {ok, Port} = peer:call(Listener, ?MODULE, count, [listen]),
-    Endpoint = iolist_to_binary(["127.0.0.1:", integer_to_list(Port)]),
-    Msg = message(),
-    [begin
-         Total = Senders * (Messages div Senders),
-         Start = erlang:monotonic_time(microsecond),
-         _ = send_all(Endpoint, Msg, Senders, Messages div Senders),
-         Total = peer:call(Listener, ?MODULE, count, [Total], 60000),
-         Elapsed = erlang:monotonic_time(microsecond) - Start,
-         io:format("~3b ~b a second~n", [Senders, Total * 1000000 div Elapsed])
-     end || Senders <- ?SENDERS],
-    peer:stop(Listener).
-
--spec count(listen | pos_integer()) -> {ok, inet:port_number()} | non_neg_integer().
-count(listen) ->
-    ok = logger:set_primary_config(level, warning),
-    true = register(?MODULE, Counter = spawn(fun() -> counter(0) end)),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => Counter}),
-    {ok, Port};
-count(Expected) ->
-    ?MODULE ! {count, Expected, self()},
-    receive {counted, N} -> N end.
-
-counter(N) ->
-    receive
-        {count, Expected, From} -> counter(N, Expected, From);
-        {macula_peer_message, _} -> counter(N + 1)
-    end.
-
-counter(N, N, From) -> From ! {counted, N}, counter(0);
-counter(N, Expected, From) -> receive {macula_peer_message, _} -> counter(N + 1, Expected, From) end.
-
 %% The receiver is an OS process of its own; `Ask' sends it a command.
 with_sink(Alpn, Fun) ->
-    Sink = open_port({spawn_executable, bare_quinn()}, [{args, ["sink", "--alpn", Alpn]}, {line, 1000}, binary]),
-    Line = fun() -> receive {Sink, {data, {eol, Text}}} -> Text end end,
-    Ask = fun(Command) -> true = port_command(Sink, [Command, $\n]), term(Line()) end,
-    <<"ready ", Port/binary>> = Line(),
-    Result = Fun(binary_to_integer(Port), Ask),
+    {Sink, Port} = start("bare_quinn", ["sink", "--alpn", Alpn]),
+    Result = Fun(Port, fun(Command) -> ask(Sink, Command) end),
     true = port_close(Sink),
     Result.
+
+%% A program of the testkit, and the UDP port that it says it has.
+-spec start(string(), [string()]) -> {port(), inet:port_number()}.
+start(Name, Args) ->
+    Program = open_port({spawn_executable, program(Name)}, [{args, Args}, {line, 1000}, binary]),
+    <<"ready ", Port/binary>> = line(Program),
+    {Program, binary_to_integer(Port)}.
+
+-spec ask(port(), iodata()) -> term().
+ask(Program, Command) ->
+    true = port_command(Program, [Command, $\n]),
+    term(line(Program)).
+
+line(Program) ->
+    receive {Program, {data, {eol, Text}}} -> Text end.
 
 frames(Ask) ->
     #{frames := Frames} = Ask("stats"),
@@ -167,6 +154,8 @@ term(Text) ->
     {ok, Term} = erl_parse:parse_term(Tokens),
     Term.
 
+%% Messages a second, and the median and the 99th percentile of the calls in microseconds.
+-spec result(pos_integer(), pos_integer(), [integer()]) -> #{rate | p50 | p99 => number()}.
 result(Messages, Elapsed, Times) ->
     Sorted = lists:sort(Times),
     N = length(Sorted),
@@ -182,6 +171,8 @@ clock() ->
     end || _ <- lists:seq(1, 10001)],
     lists:nth(5001, lists:sort(Times)).
 
+%% The median, the least and the most.
+-spec spread([number()]) -> {number(), number(), number()}.
 spread(Values) ->
     Sorted = lists:sort(Values),
     {lists:nth((length(Sorted) + 1) div 2, Sorted), hd(Sorted), lists:last(Sorted)}.
@@ -192,8 +183,8 @@ thousands({Median, Least, Most}) ->
 us({Median, Least, Most}) ->
     io_lib:format("~30s", [io_lib:format("~.2f (~.2f-~.2f)", [float(T) || T <- [Median, Least, Most]])]).
 
-bare_quinn() ->
-    filename:absname("target/release/bare_quinn").
+program(Name) ->
+    filename:absname(filename:join("target/release", Name)).
 
 to_integer(Atom) ->
     list_to_integer(atom_to_list(Atom)).

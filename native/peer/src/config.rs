@@ -44,7 +44,7 @@ pub struct Config {
     /// Worker threads of the runtime. Default 2: one drives the socket and the connections, which is what the
     /// throughput depends on, the other shortens the wait of a lone caller.
     pub workers: usize,
-    /// Connections that may be accepted at once. Default 1,024.
+    /// Connections that may be accepted at once, without those of the nodes that are registered here. Default 1,024.
     pub max_accepted: usize,
     /// Streams that one accepted connection may have open. Default 256: quinn's memory for an idle connection follows
     /// this limit (37 KB at 100, 163 KB at 1,024).

@@ -158,6 +158,7 @@ impl Dialer {
             // Nothing is opened by the other side on a link that we dialled.
             .max_concurrent_bidi_streams(0u8.into())
             .max_concurrent_uni_streams(0u8.into())
+            .datagram_receive_buffer_size(None)
             .congestion_controller_factory(Arc::new(Witnessed { witness }));
         set_idle_timeout(&mut transport, &self.config);
         if self.to_relay {

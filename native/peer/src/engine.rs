@@ -68,7 +68,7 @@ impl Engine {
         let tls = tls::client(&identity, &config.verify)?;
         let circuits = tls::circuit_client(&identity, &config.verify)?;
         let admission =
-            Admission::new(tls::circuit_server(&identity, &config.verify)?, config.verify.is_strict(), &config);
+            Admission::new(tls::circuit_server(&identity, &config.verify)?, config.verify.is_strict(), false, &config);
         let clients = Clients::new(circuits, admission, &config);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.workers.max(1))
@@ -169,7 +169,7 @@ impl Engine {
         }
         let verify = listen.verify.as_ref().unwrap_or(&self.node.config.verify);
         let tls = tls::server(&self.node.identity, &listen.certificate, verify)?;
-        let admission = Admission::new(tls, verify.is_strict(), &self.node.config);
+        let admission = Admission::new(tls, verify.is_strict(), listen.relay.is_some(), &self.node.config);
         let bound = self.node.quic.local_addr().map_err(ListenError::Bind)?;
         let asked = listen.port.filter(|&port| port != 0);
         let moves = asked.is_some_and(|port| port != bound.port()) || listen.ip.is_some_and(|ip| ip != bound.ip());

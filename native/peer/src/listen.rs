@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -24,7 +25,7 @@ use crate::link::{Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
 use crate::node::Node;
 use crate::peer::deadline;
-use crate::relay::probe;
+use crate::relay::{RECEIVE_BUFFER, probe};
 use crate::session;
 use crate::socket::canonical;
 use crate::stats::{AcceptedStats, Counter, LinkStats};
@@ -88,6 +89,8 @@ pub(crate) struct Accepted {
     key: Option<Fingerprint>,
     received: Counter,
     large: Arc<Semaphore>,
+    /// Only [`FIRST_STREAMS`] are allowed so far.
+    few_streams: AtomicBool,
 }
 
 /// How a listener lets others in.
@@ -98,11 +101,14 @@ pub(crate) struct Admission {
 }
 
 impl Admission {
-    /// `strict`: not everybody is let in. Streams are then allowed to those who are, which is how they know.
-    pub(crate) fn new(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
+    /// `strict`: not everybody is let in. Streams are then allowed to those who are, which is how they know. `relay`:
+    /// packets of circuits are taken.
+    pub(crate) fn new(tls: QuicServerConfig, strict: bool, relay: bool, config: &Config) -> Self {
         let (two_way, one_way) = if strict { (0, 0) } else { (first_streams(config), ONE_WAY_STREAMS) };
+        let mut transport = transport_config(two_way, one_way, config);
+        transport.datagram_receive_buffer_size(relay.then_some(RECEIVE_BUFFER));
         let mut server = ServerConfig::with_crypto(Arc::new(tls));
-        server.transport_config(Arc::new(transport_config(two_way, one_way, config)));
+        server.transport_config(Arc::new(transport));
         Self { config: Arc::new(server), strict }
     }
 
@@ -157,7 +163,7 @@ pub(crate) async fn accept(node: Arc<Node>, admission: Admission) {
 
 fn admit(node: &Arc<Node>, admission: &Admission, incoming: Incoming, connections: &mut JoinSet<()>) {
     let accepted = lock(&node.accepted).len();
-    if connections.len() >= node.config.max_accepted {
+    if connections.len() >= node.max_accepted() {
         node.counters.refused.add(1);
         incoming.refuse();
     } else if connections.len() - accepted.min(connections.len()) >= UNPROVEN_HANDSHAKES && incoming.may_retry() {
@@ -194,20 +200,14 @@ pub(crate) async fn serve(node: Arc<Node>, admission: Admission, connection: Con
         key,
         received: Counter::default(),
         large: Arc::new(Semaphore::new(LARGE_FRAMES)),
+        few_streams: AtomicBool::new(dialect == Dialect::MaculaPeer1),
     });
     let _entry = Entry::new(node.clone(), accepted.clone());
     let (replies, mut replied) = mpsc::unbounded_channel();
     let mut release = tokio::time::interval(RELEASE_EVERY);
     release.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut serving = Serving {
-        node,
-        accepted,
-        streams: JoinSet::new(),
-        answerable: VecDeque::new(),
-        next: 0,
-        replies,
-        few_streams: dialect == Dialect::MaculaPeer1,
-    };
+    let mut serving =
+        Serving { node, accepted, streams: JoinSet::new(), answerable: VecDeque::new(), next: 0, replies };
     loop {
         let expiry = serving.answerable.front().map(|oldest| oldest.until);
         tokio::select! {
@@ -242,8 +242,6 @@ struct Serving {
     answerable: VecDeque<Answerable>,
     next: u64,
     replies: mpsc::UnboundedSender<(u64, Option<Bytes>)>,
-    /// Only [`FIRST_STREAMS`] are allowed so far.
-    few_streams: bool,
 }
 
 struct Answerable {
@@ -275,7 +273,7 @@ impl Serving {
         let send = send.filter(|send| now_or_never(send.stopped()).is_none());
         if stream.reading {
             self.streams.spawn(stream.serve(send));
-            return self.allow_streams();
+            return;
         }
         if stream.finished && stream.frames.is_empty() {
             // A stream that was opened and not needed.
@@ -288,17 +286,8 @@ impl Serving {
             self.streams.spawn(stream.opened(opening, send));
             return;
         }
-        self.allow_streams();
         if let Some(send) = send {
             self.answerable.push_back(Answerable { stream: id, send, until: Instant::now() + REPLY_TIMEOUT });
-        }
-    }
-
-    /// Whoever asks, may ask much.
-    fn allow_streams(&mut self) {
-        if std::mem::take(&mut self.few_streams) {
-            let streams = self.node.config.max_streams.max(LEAST_STREAMS);
-            self.accepted.connection.set_max_concurrent_bi_streams(streams.into());
         }
     }
 
@@ -398,7 +387,10 @@ impl Stream {
         loop {
             match self.deliver(|| replies.clone().map(ReplyTo::Stream)) {
                 Delivered::All => {}
-                Delivered::Opened(opening) => return self.opened(opening, send).await,
+                Delivered::Opened(opening) => {
+                    drop((replies, replied));
+                    return self.opened(opening, send).await;
+                }
                 Delivered::Refused => return,
             }
             if !self.reading {
@@ -540,6 +532,7 @@ impl Stream {
         let Accepted { dialect, key, path, .. } = *self.accepted;
         let from = self.accepted.remote();
         self.accepted.received.add(1);
+        self.accepted.allow_streams(&self.node.config);
         let probes = frame.type_id == MessageType::NatProbe.id() && path == Path::Direct;
         if let (true, Some(token)) = (probes && self.node.relay().is_some(), &reply)
             && let Some(answer) = probe::answer(&frame.payload, from, self.node.config.limits)
@@ -562,6 +555,13 @@ async fn is_stopped(send: &Option<SendStream>) {
 }
 
 impl Accepted {
+    /// Whoever sends messages may send many at once.
+    fn allow_streams(&self, config: &Config) {
+        if self.few_streams.load(Ordering::Relaxed) && self.few_streams.swap(false, Ordering::Relaxed) {
+            self.connection.set_max_concurrent_bi_streams(config.max_streams.max(LEAST_STREAMS).into());
+        }
+    }
+
     pub(crate) fn stats(&self) -> AcceptedStats {
         AcceptedStats {
             link: LinkStats {

@@ -264,6 +264,11 @@ impl Node {
         }
     }
 
+    /// How many connections may be accepted now. Those of nodes that are registered here have a limit of their own.
+    pub(crate) fn max_accepted(&self) -> usize {
+        self.config.max_accepted + self.relay().map_or(0, |relay| relay.registrations())
+    }
+
     fn dialer(&self) -> Dialer {
         Dialer {
             to_relay: false,

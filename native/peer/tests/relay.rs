@@ -5,13 +5,25 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{engine, frame, member, message, node_id, number, over, relay, request, send_to_node, until};
-use macula_peer::{Config, ConnectError, Message, Path, RouteError, SendError, Ways};
+use common::{engine, frame, listener, member, message, node_id, over, relay, relay_of, request, send_to_node, until};
+use macula_peer::{Config, ConnectError, Event, Message, Path, RouteError, SendError, Ways};
+use macula_peer_testkit::crowd::Crowd;
+use macula_peer_testkit::quic::{node_config, transport};
 use macula_peer_wire::MessageType::{self, NatProbe, Publish};
 use macula_peer_wire::value::{self, Value, ValueBuilder};
 use macula_peer_wire::{Limits, decode_payload};
+use quinn::{Connection, ConnectionError, Endpoint, TransportErrorCode};
+use tokio::task::block_in_place;
+use tokio::time::timeout;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A node without an engine.
+async fn connect(address: &str) -> Result<Connection, ConnectionError> {
+    let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let config = node_config(transport(0, 0)).unwrap();
+    endpoint.connect_with(config, address.parse().unwrap(), "macula").unwrap().await
+}
 
 #[test]
 fn a_node_is_reached_through_its_relay() {
@@ -125,8 +137,7 @@ fn messages_survive_relays_that_are_killed_and_a_better_path() {
     }
     sending.join().unwrap();
     until("all arrive", || inbox.len() >= total as usize);
-    let arrived: Vec<u64> = inbox.messages.lock().unwrap().iter().filter_map(|m| number(&m.payload)).collect();
-    assert_eq!(arrived, (0..total).collect::<Vec<_>>());
+    assert_eq!(inbox.disorder(), None);
     until("on the direct path", || {
         sender.stats().peers.iter().any(|peer| peer.link.is_some_and(|link| link.path == Path::Direct))
     });
@@ -181,5 +192,80 @@ fn a_caller_that_names_the_right_key_overrules_what_was_seen_first() {
     assert_eq!(second_inbox.numbers(), [3, 4]);
     for engine in [sender, second, relay, other] {
         engine.stop();
+    }
+}
+
+/// The first link lives on for a moment: what is said on it must not end the session.
+#[test]
+fn a_session_goes_on_over_a_better_path_and_back() {
+    let (relay, address) = relay(0);
+    let (target, inbox) = member("target", &[&address]);
+    let direct = format!("127.0.0.1:{}", target.listen(Default::default()).unwrap().port());
+    let sender = engine(Config::default());
+    let path = || sender.stats().peers[0].link.map(|link| link.path);
+    let send = |n, ways| send_to_node(&sender, "target", ways, message(Publish, n, TIMEOUT)).unwrap();
+    send(0, over(&[&address]));
+    until("over the relay", || inbox.len() == 1);
+    sender.learn(&node_id("target"), Ways { endpoints: vec![common::endpoint(&direct)], ..over(&[&address]) });
+    until("on the direct path", || path() == Some(Path::Direct));
+    send(1, over(&[&address]));
+    until("it arrives", || inbox.len() == 2);
+    target.close();
+    until("the direct path is gone", || path() != Some(Path::Direct));
+    send(2, over(&[&address]));
+    until("it arrives", || inbox.len() == 3);
+    assert_eq!(inbox.disorder(), None);
+    let restarted = |event: &Event| matches!(event, Event::SessionRestarted { .. });
+    assert!(!inbox.events.lock().unwrap().iter().any(restarted), "the target has forgotten the session");
+    for engine in [sender, target, relay] {
+        engine.stop();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn registered_nodes_take_no_place_of_those_who_connect_otherwise() {
+    let (relay, address) = relay_of(Config { max_accepted: 40, ..Config::default() });
+    let mut crowd = Crowd::new(address.parse().unwrap()).unwrap();
+    crowd.register(200).await.unwrap();
+    assert_eq!(crowd.circuits(10).await.unwrap(), 10);
+    let mut others = Vec::new();
+    for _ in 0..40 {
+        others.push(connect(&address).await.expect("there is room"));
+    }
+    let ConnectionError::ConnectionClosed(closed) = connect(&address).await.unwrap_err() else { panic!("not refused") };
+    assert_eq!(closed.error_code, TransportErrorCode::CONNECTION_REFUSED);
+    assert_eq!(crowd.connections().count(), 200);
+    crowd.leave().await;
+    until("they are gone", || relay.stats().relay.unwrap().registrations == 0);
+    block_in_place(|| relay.stop());
+}
+
+/// quinn keeps memory for every stream that it allows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_may_open_many_streams_once_it_sends_messages_and_not_for_being_registered() {
+    let (relay, address) = relay(0);
+    let mut crowd = Crowd::new(address.parse().unwrap()).unwrap();
+    crowd.register(1).await.unwrap();
+    let connection = crowd.connections().next().unwrap();
+    let mut streams = Vec::new();
+    while let Ok(stream) = timeout(Duration::from_millis(200), connection.open_bi()).await {
+        streams.push(stream.unwrap());
+    }
+    assert!(streams.len() < 64, "{}", streams.len());
+    streams[0].0.write_all(&frame(Publish, 1, 10)).await.unwrap();
+    while streams.len() < 200 {
+        streams.push(timeout(common::PATIENCE, connection.open_bi()).await.expect("in time").unwrap());
+    }
+    block_in_place(|| relay.stop());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_a_relay_takes_packets_in() {
+    let (relay, relay_address) = relay(0);
+    let (listener, _, address) = listener(Config::default());
+    assert!(connect(&relay_address).await.unwrap().max_datagram_size().is_some());
+    assert!(connect(&address).await.unwrap().max_datagram_size().is_none());
+    for engine in [relay, listener] {
+        block_in_place(|| engine.stop());
     }
 }

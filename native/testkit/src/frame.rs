@@ -6,6 +6,7 @@ pub const HEADER: usize = 8;
 /// The types that the stand-ins send or answer.
 pub mod kind {
     #![allow(missing_docs)]
+    pub const CONNECT: u8 = 0x01;
     pub const PING: u8 = 0x03;
     pub const PONG: u8 = 0x04;
     pub const CALL: u8 = 0x20;
@@ -19,12 +20,13 @@ pub mod kind {
     pub const FIND_VALUE_REPLY: u8 = 0x44;
     pub const NAT_PROBE: u8 = 0x50;
     pub const NAT_PROBE_REPLY: u8 = 0x51;
+    pub const RELAY_REQUEST: u8 = 0x56;
 }
 
 /// The name of a message type.
 pub fn type_name(kind: u8) -> Option<&'static str> {
     Some(match kind {
-        0x01 => "connect",
+        kind::CONNECT => "connect",
         0x02 => "disconnect",
         kind::PING => "ping",
         kind::PONG => "pong",
@@ -52,7 +54,7 @@ pub fn type_name(kind: u8) -> Option<&'static str> {
         0x53 => "punch_coordinate",
         0x54 => "punch_execute",
         0x55 => "punch_result",
-        0x56 => "relay_request",
+        kind::RELAY_REQUEST => "relay_request",
         0x57 => "relay_data",
         0x60 => "bridge_rpc",
         0x61 => "bridge_data",

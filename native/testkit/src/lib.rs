@@ -2,6 +2,7 @@
 //! shipped crates: a stand-in is only worth something as an independent reading of the format.
 
 pub mod control;
+pub mod crowd;
 pub mod frame;
 pub mod options;
 pub mod quic;

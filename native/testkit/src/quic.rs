@@ -54,6 +54,11 @@ pub fn client_config_with_key(
     client(alpn, transport, Some(key))
 }
 
+/// A client that accepts any certificate and shows a fresh one: a node that runs this project's library.
+pub fn node_config(transport: quinn::TransportConfig) -> Result<quinn::ClientConfig, Error> {
+    client_config_with_key("macula-peer/1", transport, &key()?)
+}
+
 fn client(alpn: &str, transport: quinn::TransportConfig, key: Option<&Key>) -> Result<quinn::ClientConfig, Error> {
     let provider = Arc::new(ring::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider.clone())

@@ -6,13 +6,14 @@ mod common;
 use std::process::Command;
 
 use common::Server;
+use macula_peer_testkit::{frame, quic};
 
 const BARE_QUINN: &str = env!("CARGO_BIN_EXE_bare_quinn");
 
 #[test]
 fn every_shape_arrives_whole() {
     let mut sink = Server::start(BARE_QUINN, &["sink"]);
-    for shape in ["bi", "framed", "sync"] {
+    for shape in ["bi", "framed", "sync", "framed-sync"] {
         for driver in ["plain", "yield"] {
             for senders in ["1", "7"] {
                 assert_eq!(sink.command("reset"), "ok.");
@@ -21,11 +22,47 @@ fn every_shape_arrives_whole() {
                 assert!(report.starts_with(&format!("#{{messages => 3000,senders => {senders},")), "{report}");
                 assert_eq!(sink.count("frames"), 3000, "{shape} {driver} {senders}");
                 assert_eq!(sink.count("bytes"), 3000 * 128);
-                assert_eq!(sink.count("streams"), if shape == "framed" { 1 } else { 3000 });
+                assert_eq!(sink.count("streams"), if shape.starts_with("framed") { 1 } else { 3000 });
                 assert!(sink.count("last_ns") >= sink.count("first_ns"));
             }
         }
     }
+}
+
+#[test]
+fn frames_that_are_written_together_arrive_whole() {
+    let mut sink = Server::start(BARE_QUINN, &["sink"]);
+    for shape in ["framed", "framed-sync"] {
+        assert_eq!(sink.command("reset"), "ok.");
+        run("source", &sink, &["--shape", shape, "--coalesce", "16", "--senders", "3", "--messages", "1001"]);
+        assert_eq!((sink.count("frames"), sink.count("bytes")), (1001, 1001 * 128));
+    }
+}
+
+/// As in docs/protocol.md.
+#[tokio::test]
+async fn a_session_is_greeted_and_acknowledged() {
+    let mut sink = Server::start(BARE_QUINN, &["sink"]);
+    let endpoint = quinn::Endpoint::client(([127, 0, 0, 1], 0).into()).unwrap();
+    let config = quic::client_config("macula-peer/1", quic::transport(0, 0)).unwrap();
+    let connection = endpoint.connect_with(config, sink.address, "localhost").unwrap().await.unwrap();
+    let (mut send, mut receive) = connection.open_bi().await.unwrap();
+    let opening = [&[1, 0xF0, 0, 0, 0, 0, 0, 17][..], &[7; 16], &[0]].concat();
+    let number = [&[1, 0xF1, 0, 0, 0, 0, 0, 8][..], &40u64.to_be_bytes()].concat();
+    let frame = frame::store_of_size(128).unwrap();
+    // Byte by byte: what is about the session is cut into pieces as well.
+    for byte in [opening, number].concat() {
+        send.write_all(&[byte]).await.unwrap();
+    }
+    send.write_all(&frame.repeat(2)).await.unwrap();
+    let mut words = [0; 9];
+    receive.read_exact(&mut words).await.unwrap();
+    assert_eq!(words, [0; 9]);
+    let mut expected = [0; 8];
+    while u64::from_be_bytes(expected) != 42 {
+        receive.read_exact(&mut expected).await.unwrap();
+    }
+    assert_eq!((sink.count("frames"), sink.count("streams")), (2, 1));
 }
 
 #[test]

@@ -12,6 +12,7 @@ use quinn::{ClientConfig, Connection, ServerConfig, TransportConfig};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+use super::RECEIVE_BUFFER;
 use super::control::{Id, Limit, Refusal};
 use super::registration::{CircuitError, Handle, IncomingCircuit, Registration, Serving, Terms};
 use crate::decide::retry::Backoff;
@@ -45,6 +46,7 @@ pub(crate) fn relay_transport(transport: &mut TransportConfig) {
         .keep_alive_interval(Some(KEEP_ALIVE))
         // Cannot fail: far below 2^62 ms.
         .max_idle_timeout(IDLE_TIMEOUT.try_into().ok())
+        .datagram_receive_buffer_size(Some(RECEIVE_BUFFER))
         .datagram_send_buffer_size(SEND_BUFFER);
 }
 

@@ -55,6 +55,7 @@ impl Clients {
         let mut transport = TransportConfig::default();
         transport
             .keep_alive_interval(Some(config.keep_alive))
+            .datagram_receive_buffer_size(None)
             // Raised when it is known who the peer is.
             .max_concurrent_bidi_streams(0u8.into())
             .max_concurrent_uni_streams(0u8.into());
@@ -236,7 +237,7 @@ fn serving(
 ) -> impl Fn(IncomingCircuit) + Send + Sync {
     move |incoming| {
         let (Some(node), Some(&relay)) = (node.upgrade(), address.get()) else { return };
-        if lock(&node.accepted).len() >= node.config.max_accepted {
+        if lock(&node.accepted).len() >= node.max_accepted() {
             node.counters.refused.add(1);
             return;
         }

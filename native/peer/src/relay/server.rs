@@ -173,6 +173,11 @@ impl Relay {
         }
     }
 
+    /// How many nodes are registered, each with a connection of its own.
+    pub(crate) fn registrations(&self) -> usize {
+        lock(&self.state).book.registrations()
+    }
+
     pub(crate) fn stats(&self) -> RelayStats {
         let (registrations, circuits) = {
             let state = lock(&self.state);

@@ -51,6 +51,14 @@ impl Inbox {
         numbers.sort_unstable();
         numbers
     }
+
+    /// Where the numbers under `n` first do not count up from 0, and what follows.
+    pub fn disorder(&self) -> Option<(usize, Vec<u64>)> {
+        let messages = self.messages.lock().unwrap();
+        let arrived: Vec<_> = messages.iter().filter_map(|m| number(&m.payload)).collect();
+        let wrong = (0..).zip(&arrived).position(|(expected, &number)| number != expected)?;
+        Some((wrong, arrived.into_iter().skip(wrong).take(10).collect()))
+    }
 }
 
 pub fn number(payload: &[u8]) -> Option<u64> {
@@ -181,8 +189,12 @@ impl Drop for Forwarder {
 
 /// A relay on loopback that gives everything, and its endpoint.
 pub fn relay(port: u16) -> (Engine, String) {
-    let engine = engine(Config { port, ..Config::default() });
-    let generous = RelayConfig { bandwidth: 1 << 30, ..RelayConfig::default() };
+    relay_of(Config { port, ..Config::default() })
+}
+
+pub fn relay_of(config: Config) -> (Engine, String) {
+    let engine = engine(config);
+    let generous = RelayConfig { bandwidth: 1 << 30, accept_rate: 10_000, ..RelayConfig::default() };
     let port = engine.listen(Listen { relay: Some(generous), ..Listen::default() }).unwrap().port();
     (engine, format!("127.0.0.1:{port}"))
 }

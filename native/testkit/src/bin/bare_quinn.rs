@@ -2,10 +2,12 @@
 //!
 //! - `bare_quinn sink [--bind ADDR] [--alpn NAME]... [--streams N] [--workers N]` counts frames, however they arrive;
 //!   the commands are `stats`, `reset` and `quit`. At the default of 256 streams a stream per message is bound by the
-//!   round trip that gives the credit back, so compare only with what has the same limit.
+//!   round trip that gives the credit back, so compare only with what has the same limit. A session (docs/protocol.md)
+//!   gets the acknowledgements that it waits for; its opening and its numbers are not counted as frames.
 //! - `bare_quinn echo`, with the same options and commands, returns the one frame of each bidirectional stream.
-//! - `bare_quinn source --addr ADDR [--shape bi|framed|sync] [--senders N] [--messages M] [--size BYTES]
-//!   [--driver plain|yield] [--alpn NAME] [--workers N]` sends and reports.
+//! - `bare_quinn source --addr ADDR [--shape bi|framed|sync|framed-sync] [--senders N] [--messages M] [--size BYTES]
+//!   [--coalesce N] [--driver plain|yield] [--alpn NAME] [--workers N]` sends and reports. The framed shapes write all
+//!   frames to one stream, so many at a time, and then a call is what writes them.
 //! - `bare_quinn request --addr ADDR [--senders N] [--messages M] [--size BYTES] [--driver plain|yield] [--alpn NAME]
 //!   [--workers N]` asks an echo and reports.
 
@@ -32,7 +34,7 @@ fn main() -> Result<(), Error> {
     match arguments.next().as_deref() {
         Some("sink") => serve(arguments, sink),
         Some("echo") => serve(arguments, echo),
-        Some("source") => source(Load::read(arguments, &["--shape"])?),
+        Some("source") => source(Load::read(arguments, &["--shape", "--coalesce"])?),
         Some("request") => request(Load::read(arguments, &[])?),
         _ => Err("expected one of sink, echo, source, request".into()),
     }
@@ -87,36 +89,59 @@ async fn sink(connection: Connection, counters: Arc<Counters>) {
     let counters_too = counters.clone();
     tokio::spawn(async move {
         while let Ok(receive) = unidirectional.accept_uni().await {
-            count(receive, &counters_too);
+            count(None, receive, &counters_too);
         }
     });
-    while let Ok((_, receive)) = connection.accept_bi().await {
-        count(receive, &counters);
+    while let Ok((send, receive)) = connection.accept_bi().await {
+        count(Some(send), receive, &counters);
     }
 }
 
 /// A message alone on its stream is complete when the stream is accepted, and a task for it would cost more than it.
-fn count(mut receive: RecvStream, counters: &Arc<Counters>) {
+fn count(send: Option<SendStream>, mut receive: RecvStream, counters: &Arc<Counters>) {
     counters.streams.fetch_add(1, Ordering::Relaxed);
     let mut progress = Progress::default();
-    let unfinished = poll_now(pin!(count_to_end(&mut receive, &mut progress, counters))).is_pending();
-    if unfinished {
-        let counters = counters.clone();
-        tokio::spawn(async move { count_to_end(&mut receive, &mut progress, &counters).await });
+    loop {
+        match poll_now(pin!(count_some(&mut receive, &mut progress, counters))) {
+            Poll::Ready(true) => {}
+            Poll::Ready(false) => return,
+            Poll::Pending => break,
+        }
+    }
+    let counters = counters.clone();
+    tokio::spawn(async move { count_to_end(send, receive, progress, &counters).await });
+}
+
+async fn count_to_end(
+    mut send: Option<SendStream>,
+    mut receive: RecvStream,
+    mut progress: Progress,
+    counters: &Counters,
+) {
+    let mut said = None;
+    loop {
+        if let (Some(send), Some(word)) = (&mut send, progress.acknowledgement(&mut said))
+            && send.write_all(&word).await.is_err()
+        {
+            return;
+        }
+        if !count_some(&mut receive, &mut progress, counters).await {
+            return;
+        }
     }
 }
 
-async fn count_to_end(receive: &mut RecvStream, progress: &mut Progress, counters: &Counters) {
+/// Counts what has come. False when that was all.
+async fn count_some(receive: &mut RecvStream, progress: &mut Progress, counters: &Counters) -> bool {
     let mut chunks = [const { Bytes::new() }; 32];
-    while let Ok(Some(read)) = receive.read_chunks(&mut chunks).await {
-        let (mut frames, mut bytes) = (0, 0);
-        for chunk in &mut chunks[..read] {
-            frames += progress.advance(chunk);
-            bytes += chunk.len();
-            *chunk = Bytes::new();
-        }
-        counters.add(frames, bytes);
+    let Ok(Some(read)) = receive.read_chunks(&mut chunks).await else { return false };
+    let (mut frames, mut bytes) = (0, 0);
+    for chunk in &chunks[..read] {
+        frames += progress.advance(chunk);
+        bytes += chunk.len();
     }
+    counters.add(frames, bytes);
+    true
 }
 
 async fn echo(connection: Connection, counters: Arc<Counters>) {
@@ -164,10 +189,14 @@ struct Progress {
     header: [u8; HEADER],
     have: usize,
     missing: usize,
+    /// The stream is one of a session.
+    session: bool,
+    /// The number of the session's next message.
+    number: u64,
 }
 
 impl Progress {
-    /// How many frames end in `bytes`.
+    /// How many frames end in `bytes`, without those about the session.
     fn advance(&mut self, mut bytes: &[u8]) -> u64 {
         let mut frames = 0;
         while !bytes.is_empty() {
@@ -182,16 +211,39 @@ impl Progress {
                 self.missing = frame::payload_length(&self.header);
             }
             let taken = bytes.len().min(self.missing);
+            let kind = self.header[1];
+            if kind == SESSION_NUMBER {
+                self.number = bytes[..taken].iter().fold(self.number, |number, &byte| number << 8 | u64::from(byte));
+            }
             self.missing -= taken;
             bytes = &bytes[taken..];
             if self.missing == 0 {
-                frames += 1;
                 self.have = 0;
+                match kind {
+                    SESSION => self.session = true,
+                    SESSION_NUMBER => {}
+                    _ => (frames, self.number) = (frames + 1, self.number + 1),
+                }
             }
         }
         frames
     }
+
+    /// What a session's sender is to be told, if anything since `said`.
+    fn acknowledgement(&self, said: &mut Option<u64>) -> Option<Vec<u8>> {
+        const UNKNOWN_AND_EXPECTS_0: [u8; 9] = [0; 9];
+        if !self.session || *said == Some(self.number) {
+            return None;
+        }
+        let first = said.replace(self.number).is_none();
+        let greeting = if first { &UNKNOWN_AND_EXPECTS_0[..] } else { &[] };
+        Some([greeting, &self.number.to_be_bytes()].concat())
+    }
 }
+
+/// Type ids of the frames that are about a session.
+const SESSION: u8 = 0xF0;
+const SESSION_NUMBER: u8 = 0xF1;
 
 struct Counters {
     start: Instant,
@@ -256,6 +308,8 @@ struct Load {
     senders: usize,
     messages: usize,
     frame: Bytes,
+    /// How many frames are written at a time.
+    coalesce: usize,
     yielding: bool,
     alpn: String,
     workers: usize,
@@ -271,6 +325,7 @@ impl Load {
             senders: options.get("--senders", 1usize)?.max(1),
             messages: options.get("--messages", 100_000)?,
             frame: frame::store_of_size(options.get("--size", 128)?)?.into(),
+            coalesce: options.get("--coalesce", 1usize)?.max(1),
             yielding: match options.get("--driver", String::from("yield"))?.as_str() {
                 "yield" => true,
                 "plain" => false,
@@ -299,6 +354,14 @@ impl Load {
         (0..self.senders).map(move |sender| share + usize::from(sender < rest))
     }
 
+    /// What a sender writes to a stream that takes frame after frame.
+    fn writes(&self, share: usize) -> impl Iterator<Item = Bytes> + Send + use<> {
+        let batch = Bytes::from(self.frame.repeat(self.coalesce));
+        let rest = batch.slice(..self.frame.len() * (share % self.coalesce));
+        let whole = std::iter::repeat_n(batch, share / self.coalesce);
+        whole.chain((!rest.is_empty()).then_some(rest))
+    }
+
     fn report(&self, elapsed: Duration, mut calls: Vec<u64>) -> Result<(), Error> {
         calls.sort_unstable();
         let percentile = |percent| calls.get(calls.len().saturating_sub(1) * percent / 100).copied().unwrap_or(0);
@@ -318,7 +381,7 @@ fn source(load: Load) -> Result<(), Error> {
     const FRAMED_SEND_WINDOW: u64 = 128 * 1024;
     let runtime = quic::tokio_runtime(load.workers)?;
     let mut transport = quic::transport(0, 0);
-    if load.shape == "framed" {
+    if load.shape.starts_with("framed") {
         // quinn scans its send buffer linearly.
         transport.send_window(FRAMED_SEND_WINDOW);
     }
@@ -328,7 +391,8 @@ fn source(load: Load) -> Result<(), Error> {
         "bi" => runtime
             .block_on(each_in_a_task(&load, |share| a_stream_each(connection.clone(), load.frame.clone(), share))),
         "framed" => runtime.block_on(framed(&load, &connection)),
-        "sync" => sync(&load, &connection, runtime.handle()),
+        "sync" => in_threads(&load, |share| a_stream_each_sync(&load, &connection, runtime.handle(), share)),
+        "framed-sync" => framed_sync(&load, &connection, runtime.handle()),
         other => Err(format!("no such shape: {other}").into()),
     }?;
     load.report(start.elapsed(), calls)
@@ -350,13 +414,14 @@ async fn a_stream_each(connection: Connection, frame: Bytes, share: usize) -> Re
 }
 
 async fn framed(load: &Load, connection: &Connection) -> Result<Vec<u64>, Error> {
-    let stream = Arc::new(Shared { stream: Mutex::new(connection.open_uni().await?), freed: Notify::new() });
+    let (send, _receive) = connection.open_bi().await?;
+    let stream = Arc::new(Shared { stream: Mutex::new(send), freed: Notify::new() });
     let calls = each_in_a_task(load, |share| {
-        let (stream, frame) = (stream.clone(), load.frame.clone());
+        let (stream, writes) = (stream.clone(), load.writes(share));
         async move {
             let mut clock = Clock::new(share);
-            for _ in 0..share {
-                stream.write(frame.clone()).await?;
+            for frames in writes {
+                stream.write(frames).await?;
                 clock.lap();
             }
             Ok(clock.laps)
@@ -392,11 +457,10 @@ impl Shared {
     }
 }
 
-/// The shape of a call that must not wait: everything is tried on the caller's own thread.
-fn sync(load: &Load, connection: &Connection, handle: &Handle) -> Result<Vec<u64>, Error> {
+/// The shape of calls that must not wait: everything is tried on the caller's own thread.
+fn in_threads(load: &Load, sender: impl Fn(usize) -> Result<Vec<u64>, Error> + Send + Copy) -> Result<Vec<u64>, Error> {
     std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            load.shares().map(|share| scope.spawn(move || sync_sender(load, connection, handle, share))).collect();
+        let threads: Vec<_> = load.shares().map(|share| scope.spawn(move || sender(share))).collect();
         let mut calls = Vec::with_capacity(load.messages);
         for thread in threads {
             calls.extend(thread.join().map_err(|_| "a sender panicked")??);
@@ -405,7 +469,7 @@ fn sync(load: &Load, connection: &Connection, handle: &Handle) -> Result<Vec<u64
     })
 }
 
-fn sync_sender(load: &Load, connection: &Connection, handle: &Handle, share: usize) -> Result<Vec<u64>, Error> {
+fn a_stream_each_sync(load: &Load, connection: &Connection, handle: &Handle, share: usize) -> Result<Vec<u64>, Error> {
     let mut clock = Clock::new(share);
     let mut recent = Recent::default();
     for _ in 0..share {
@@ -418,6 +482,25 @@ fn sync_sender(load: &Load, connection: &Connection, handle: &Handle, share: usi
     }
     handle.block_on(recent.acknowledged())?;
     Ok(clock.laps)
+}
+
+fn framed_sync(load: &Load, connection: &Connection, handle: &Handle) -> Result<Vec<u64>, Error> {
+    let (send, _receive) = handle.block_on(connection.open_bi())?;
+    let stream = std::sync::Mutex::new(send);
+    let calls = in_threads(load, |share| {
+        let mut clock = Clock::new(share);
+        for frames in load.writes(share) {
+            let mut stream = stream.lock().map_err(|_| "a sender panicked")?;
+            now_or_block(handle, stream.write_chunk(frames))?;
+            drop(stream);
+            clock.lap();
+        }
+        Ok(clock.laps)
+    })?;
+    let mut stream = stream.into_inner().map_err(|_| "a sender panicked")?;
+    stream.finish()?;
+    handle.block_on(stream.stopped())?;
+    Ok(calls)
 }
 
 fn now_or_block<F: Future>(handle: &Handle, future: F) -> F::Output {
