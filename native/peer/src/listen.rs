@@ -56,6 +56,9 @@ pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// sender without credit begins nothing.
 const RELEASE_EVERY: Duration = Duration::from_millis(20);
 
+/// Answers of one stream that may wait to be written. Beyond that nothing more is read from who does not read them.
+const MAX_WAITING_ANSWERS: usize = 64;
+
 /// More than a sender of this library listens on: some of them must be given up.
 const MANY_ANSWERABLE: usize = 128;
 
@@ -403,8 +406,9 @@ impl Stream {
             if self.reading {
                 self.pace().await;
             }
+            let hears = self.reading && (send.is_none() || replied.len() < MAX_WAITING_ANSWERS);
             tokio::select! {
-                chunk = self.receive.read_chunk(usize::MAX, true), if self.reading => {
+                chunk = self.receive.read_chunk(usize::MAX, true), if hears => {
                     self.took(chunk);
                 }
                 reply = replied.recv(), if send.is_some() => {

@@ -279,6 +279,39 @@ impl Handler for Echo {
     fn event(&self, _: Event) {}
 }
 
+#[test]
+fn who_reads_no_answers_is_not_heard_without_end() {
+    let server = engine(Config::default());
+    let echo = Arc::new(Echo::default());
+    server.set_handler(Some(echo.clone()));
+    let address = format!("127.0.0.1:{}", server.listen(Listen::default()).unwrap().port());
+    tokio_runtime(2).unwrap().block_on(async {
+        let mut transport = raw::transport();
+        transport.stream_receive_window((64u32 << 10).into());
+        let connection = dial_with(&address, &quic::key().unwrap(), transport).await;
+        let Stream { mut send, mut receive, .. } = Stream::open(&connection).await;
+        let many: Vec<u8> = (0..1000).flat_map(|n| frame(Ping, n, 0)).collect();
+        tokio::spawn(async move {
+            for _ in 0..100 {
+                send.write_all(&many).await.unwrap();
+            }
+        });
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        // 64 KiB hold some 700 answers.
+        let heard = echo.0.load(Ordering::Relaxed);
+        assert!((500..5000).contains(&heard), "{heard} requests");
+
+        let other = stranger(&address).await;
+        let mut stream = Stream::open(&other).await;
+        stream.say(frame(Ping, 1, 0)).await;
+        assert_eq!(stream.hear().await.kind, Pong.id(), "others are answered");
+
+        receive.stop(0u8.into()).unwrap();
+        eventually("who wants no answers any more is heard", || echo.0.load(Ordering::Relaxed) == 100_001).await;
+    });
+    server.stop();
+}
+
 // ---- receivers ----
 
 /// A server of quinn's, in a runtime of its own.
