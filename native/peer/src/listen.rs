@@ -25,7 +25,7 @@ use crate::link::{Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
 use crate::node::Node;
 use crate::peer::deadline;
-use crate::relay::{RECEIVE_BUFFER, probe};
+use crate::relay::{RECEIVE_BUFFER, client, probe};
 use crate::session;
 use crate::socket::canonical;
 use crate::stats::{AcceptedStats, Counter, LinkStats};
@@ -110,6 +110,12 @@ impl Admission {
         let (two_way, one_way) = if strict { (0, 0) } else { (first_streams(config), ONE_WAY_STREAMS) };
         let mut transport = transport_config(two_way, one_way, config);
         transport.datagram_receive_buffer_size(relay.then_some(RECEIVE_BUFFER));
+        if relay {
+            // Nodes probe at their own pace, whatever this one's is for others.
+            let timeout = client::IDLE_TIMEOUT.max(config.keep_alive * 3);
+            // A time beyond QUIC's 2^62 ms means none.
+            transport.max_idle_timeout(timeout.try_into().ok());
+        }
         let mut server = ServerConfig::with_crypto(Arc::new(tls));
         server.transport_config(Arc::new(transport));
         Self { config: Arc::new(server), strict }

@@ -20,7 +20,6 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-const SLOW: Option<VarInt> = Some(VarInt::from_u32(1));
 const NOT_A_FRAME: Option<VarInt> = Some(VarInt::from_u32(2));
 
 // ---- senders ----
@@ -440,15 +439,14 @@ fn a_receiver_that_acknowledges_nothing_costs_its_share_of_memory_and_no_more() 
         key: None,
     };
     let came = receiver.lie(Lie { greeting: || greeting(0, 0), word: |_| vec![] });
-    send(&client, &receiver.address, of_size(0, PATIENCE)).unwrap();
-    let accepted =
-        (1..100).take_while(|n| send(&client, &receiver.address, of_size(*n, Duration::from_millis(300))).is_ok());
-    let accepted = accepted.count() + 1;
-    assert!((5..10).contains(&accepted), "{accepted} of 10,000 bytes");
+    let accepted = 9;
+    for n in 0..accepted {
+        send(&client, &receiver.address, of_size(n, PATIENCE)).unwrap();
+    }
     let refused = send(&client, &receiver.address, of_size(100, Duration::from_millis(300)));
     assert!(matches!(refused, Err(SendError::Overloaded | SendError::NoRoom)), "{refused:?}");
     // Some of them twice: silence has other links tried, and their receiver does not know the session.
-    assert!(came.lock().unwrap().len() >= accepted);
+    until("they come", || came.lock().unwrap().len() >= accepted as usize);
     send(&client, &honest, message(Publish, 1, PATIENCE)).unwrap();
     until("others get theirs", || inbox.len() == 1);
     client.stop();

@@ -34,7 +34,7 @@ const LASTING: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Three keep-alives may be lost. Silence is noticed sooner, and this is for when the relay cannot be reached anew.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(45);
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(45);
 
 /// What may wait for the connection to the relay; inner connections wait beyond that. A tenth of a second at 10 Mbit/s:
 /// more would only make packets late.
