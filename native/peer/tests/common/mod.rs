@@ -5,7 +5,7 @@ pub mod raw;
 
 use std::collections::VecDeque;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -119,10 +119,14 @@ pub fn until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// A UDP forwarder in front of one server, for one client: loses packets by a seed, delays, or swallows everything.
+/// A UDP forwarder in front of one server, for one client: loses packets by a seed or by their size, delays, or swallows
+/// everything.
 pub struct Forwarder {
     pub address: SocketAddr,
     swallow: Arc<AtomicBool>,
+    widest: Arc<AtomicUsize>,
+    /// Packets that were too wide.
+    pub too_wide: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -137,9 +141,11 @@ impl Forwarder {
         }
         let address = front.local_addr().unwrap();
         let (swallow, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let flags = (swallow.clone(), stop.clone());
+        let widest = Arc::new(AtomicUsize::new(usize::MAX));
+        let too_wide = Arc::new(AtomicUsize::new(0));
+        let flags = (swallow.clone(), widest.clone(), too_wide.clone(), stop.clone());
         let thread = std::thread::spawn(move || {
-            let (swallow, stop) = flags;
+            let (swallow, widest, too_wide, stop) = flags;
             let mut random = fastrand::Rng::with_seed(seed);
             let mut client = None;
             let mut queue: VecDeque<(Instant, bool, Vec<u8>)> = VecDeque::new();
@@ -157,6 +163,10 @@ impl Forwarder {
                 }
                 while queue.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
                     let (_, to_server, packet) = queue.pop_front().unwrap();
+                    if packet.len() > widest.load(Ordering::Relaxed) {
+                        too_wide.fetch_add(1, Ordering::Relaxed);
+                        continue;
+                    }
                     if swallow.load(Ordering::Relaxed) || random.f64() < loss {
                         continue;
                     }
@@ -172,11 +182,16 @@ impl Forwarder {
                 }
             }
         });
-        Self { address, swallow, stop, thread: Some(thread) }
+        Self { address, swallow, widest, too_wide, stop, thread: Some(thread) }
     }
 
     pub fn swallow(&self, all: bool) {
         self.swallow.store(all, Ordering::Relaxed);
+    }
+
+    /// From now on longer packets are lost without a word, as where ICMP is filtered.
+    pub fn narrow(&self, widest: usize) {
+        self.widest.store(widest, Ordering::Relaxed);
     }
 }
 
