@@ -311,6 +311,34 @@ fn messages_arrive_once_though_a_relay_repeats_their_packets() {
     all_arrive_once_and_in_order(Manner::Replay, 3000);
 }
 
+/// 10,000 circuits that nobody opened, each with the first packet of a handshake.
+#[test]
+fn a_relay_that_invents_circuits_has_a_node_begin_few_connections_at_once() {
+    let runtime = tokio_runtime(2).unwrap();
+    let inside = runtime.enter();
+    let fake = FakeRelay::new(Manner::Swallow);
+    drop(inside);
+    let (relay, address) = relay(generous());
+    let (target, inbox) = member("target", &[&fake.address, &address]);
+    let sender = engine(Config::default());
+    let first = initials(10_000);
+    let mut most = 0;
+    runtime.block_on(async {
+        let connection = fake.connection("target");
+        for circuit in 0..10_000 {
+            connection.send_datagram_wait(packet(circuit, &first[circuit as usize])).await.unwrap();
+            if circuit % 100 == 0 {
+                most = most.max(target.stats().registrations.iter().map(|relay| relay.circuits).max().unwrap());
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    });
+    assert!((1..=64).contains(&most), "{most} at once");
+    send_to_node(&sender, "target", over(&[&address]), message(Publish, 1, PATIENCE)).unwrap();
+    until("others come through another relay", || inbox.numbers() == [1]);
+    stop(&[&sender, &target, &relay]);
+}
+
 /// Many streams that say nothing, floods of messages, and garbage: all over circuits.
 #[test]
 fn a_node_is_there_for_others_while_one_floods_it_over_a_circuit() {

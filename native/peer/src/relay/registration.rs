@@ -30,6 +30,10 @@ use crate::tls::Dialect;
 /// Requests for circuits that one relay is asked at once; the others wait for an answer to one of these.
 const MAX_REQUESTS: usize = 64;
 
+/// Connections that others may be beginning over circuits at once: a relay can invent as many as it likes. Who is not
+/// heard tries again a second later.
+const MAX_ARRIVING: usize = 64;
+
 /// How often a relay that owes something is looked at: a fifth of what counts as silence. And how often one that does not,
 /// for the sake of its keep-alives.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -185,6 +189,7 @@ pub(crate) struct Serving {
     /// At most `MAX_REQUESTS`.
     requests: HashMap<Id, Request>,
     open: HashMap<u32, Open>,
+    arriving: Arc<Semaphore>,
     /// Resolve to the circuits whose inner connections have ended.
     ended: JoinSet<(u32, usize)>,
     silence: Silence,
@@ -269,6 +274,7 @@ impl Serving {
             commands,
             requests: HashMap::new(),
             open: HashMap::new(),
+            arriving: Arc::new(Semaphore::new(MAX_ARRIVING)),
             ended: JoinSet::new(),
             silence,
             look_at: Instant::now() + LOOK_QUIET_EVERY,
@@ -411,12 +417,12 @@ impl Serving {
     /// Another node begins a connection over a circuit.
     fn announce(&mut self, incoming: Incoming) {
         let circuit = Circuits::circuit(incoming.remote_address());
-        match circuit.filter(|circuit| !self.open.contains_key(circuit)) {
-            Some(circuit) => {
-                (self.terms.on_incoming)(IncomingCircuit { circuit, incoming, commands: self.handle.clone() });
-            }
-            None => incoming.refuse(),
-        }
+        let Some(circuit) = circuit.filter(|circuit| !self.open.contains_key(circuit)) else {
+            return incoming.refuse();
+        };
+        let Ok(permit) = self.arriving.clone().try_acquire_owned() else { return incoming.ignore() };
+        let commands = self.handle.clone();
+        (self.terms.on_incoming)(IncomingCircuit { circuit, incoming, commands, _permit: permit });
     }
 
     fn inner_ended(&mut self, circuit: u32, connection: usize) {
@@ -574,12 +580,13 @@ pub(crate) struct IncomingCircuit {
     circuit: u32,
     incoming: Incoming,
     commands: mpsc::UnboundedSender<Command>,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl IncomingCircuit {
     /// The connection, once its handshake is done. It ends at once when the relay says that the circuit has.
     pub(crate) async fn accept(self) -> Result<Connection, ConnectionError> {
-        let Self { circuit, incoming, commands } = self;
+        let Self { circuit, incoming, commands, _permit } = self;
         let (ended, circuit_ended) = oneshot::channel();
         let opening = Command::Accepting { circuit, ended };
         commands.send(opening).map_err(|_| ConnectionError::LocallyClosed)?;
