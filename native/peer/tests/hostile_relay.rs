@@ -339,6 +339,30 @@ fn a_relay_that_invents_circuits_has_a_node_begin_few_connections_at_once() {
     stop(&[&sender, &target, &relay]);
 }
 
+#[test]
+fn a_relay_that_complains_all_the_time_is_reported_now_and_then() {
+    let runtime = tokio_runtime(2).unwrap();
+    let inside = runtime.enter();
+    let fake = FakeRelay::new(Manner::Swallow);
+    drop(inside);
+    let (node, inbox) = member("node", &[&fake.address]);
+    let complaint = |circuit: u64| {
+        map(macula_peer_wire::MessageType::Cast, &[("limit", bin("bandwidth")), ("circuit", Value::Uint(circuit))])
+    };
+    let many: Vec<u8> = (0..10_000).flat_map(|n| complaint(n % 3)).collect();
+    runtime.block_on(async {
+        fake.say("node", &many).await;
+        // Read after all that, it ends the registration.
+        fake.say("node", &map(Reply, &[("error", bin("malformed"))])).await;
+    });
+    let ended = |event: &Event| matches!(event, Event::Registration { state: Registration::Lost, .. });
+    until("the registration ends", || inbox.events.lock().unwrap().iter().any(ended));
+    let complaints = |event: &&Event| matches!(event, Event::RelayLimit { .. });
+    let reported = inbox.events.lock().unwrap().iter().filter(complaints).count();
+    assert!(reported <= 10, "{reported} events");
+    stop(&[&node]);
+}
+
 /// Many streams that say nothing, floods of messages, and garbage: all over circuits.
 #[test]
 fn a_node_is_there_for_others_while_one_floods_it_over_a_circuit() {

@@ -21,6 +21,7 @@ use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
 use super::control::{FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Reason, Refusal};
+use crate::decide::relay::Notices;
 use crate::decide::silence::{Counted, Silence};
 use crate::dial::{not_begun, not_connected};
 use crate::error;
@@ -234,6 +235,13 @@ struct Open {
     /// We asked for it.
     ours: bool,
     inner: Inner,
+    notices: Notices,
+}
+
+impl Open {
+    fn new(ours: bool, ended: oneshot::Sender<Reason>) -> Self {
+        Self { ours, inner: Inner::Opening(ended), notices: Notices::default() }
+    }
 }
 
 enum Inner {
@@ -342,7 +350,7 @@ impl Serving {
                 FromRelay::Opened { session_id, circuit } => self.opened(&session_id, circuit)?,
                 FromRelay::NotOpened { session_id, error } => self.not_opened(&session_id, error),
                 FromRelay::Disconnect { circuit, reason } => self.circuit_ended(circuit, reason),
-                FromRelay::Dropped { circuit, limit } => (self.terms.on_dropped)(circuit, limit),
+                FromRelay::Dropped { circuit, limit } => self.dropped(circuit, limit),
                 FromRelay::Refused { error } => return Err(CircuitError::Refused(error)),
                 FromRelay::Registered { .. } => return Err(CircuitError::NotARelay),
             }
@@ -357,7 +365,7 @@ impl Serving {
             return Err(CircuitError::NotARelay);
         }
         let (ended, circuit_ended) = oneshot::channel();
-        self.open.insert(circuit, Open { ours: true, inner: Inner::Opening(ended) });
+        self.open.insert(circuit, Open::new(true, ended));
         // Dropped because nobody waits any more, it gives the circuit up by itself.
         let _ = request.answer.send(Ok(Opening { circuit, ended: circuit_ended, commands: Some(self.handle.clone()) }));
         Ok(())
@@ -383,6 +391,14 @@ impl Serving {
         }
     }
 
+    /// Told no more often than a relay of ours says it.
+    fn dropped(&mut self, circuit: u32, limit: Limit) {
+        let due = self.open.get_mut(&circuit).is_some_and(|open| open.notices.due(limit, Instant::now()));
+        if due {
+            (self.terms.on_dropped)(circuit, limit);
+        }
+    }
+
     fn obey(&mut self, command: Command) {
         match command {
             Command::Request(session_id, request) => {
@@ -392,8 +408,7 @@ impl Serving {
             }
             Command::Accepting { circuit, ended } => {
                 // One connection per circuit; dropped, `ended` says no to another one.
-                let open = Open { ours: false, inner: Inner::Opening(ended) };
-                self.open.entry(circuit).or_insert(open);
+                self.open.entry(circuit).or_insert(Open::new(false, ended));
             }
             Command::Carries { circuit, connection } => match self.open.get_mut(&circuit) {
                 Some(open) => {
