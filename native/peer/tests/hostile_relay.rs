@@ -75,6 +75,30 @@ fn a_second_key_takes_no_name_neither_while_its_owner_is_there_nor_right_after()
     stop(&[&owner, &relay]);
 }
 
+/// With all names taken, those that nobody has at the moment give way. Who comes and goes with one name after the other
+/// must not get at the name of a node that is restarting.
+#[test]
+fn a_flood_of_short_registrations_does_not_take_the_name_of_a_node_that_is_away() {
+    let config = RelayConfig { max_registrations: 20, accept_rate: 10_000, ..RelayConfig::default() };
+    let (relay, address) = relay(config);
+    let runtime = tokio_runtime(2).unwrap();
+    let (owner, _) = member("name", &[&address]);
+    sleep(Duration::from_millis(500));
+    owner.unregister();
+    until("unregistered", || relay.stats().relay.unwrap().registrations == 0);
+    runtime.block_on(async {
+        let connection = stranger(&address).await;
+        for n in 0..50 {
+            let mut control = registered(&connection, &format!("flood {n}")).await;
+            control.send.finish().unwrap();
+            assert_eq!(control.frame().await, Err(None));
+        }
+        let mut control = Stream::control(&connection).await;
+        assert_eq!(control.ask(connect_as("name", &[])).await.text("error").as_deref(), Some("node_id_taken"));
+    });
+    stop(&[&owner, &relay]);
+}
+
 fn proof(connection: &Connection, secret: &[u8], node_id: &str) -> (&'static str, Value) {
     let mut material = [0; 32];
     connection.export_keying_material(&mut material, b"EXPORTER-macula-peer-realm", node_id.as_bytes()).unwrap();
