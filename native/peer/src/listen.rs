@@ -531,7 +531,7 @@ impl Stream {
         }
     }
 
-    fn too_slow(&mut self) {
+    pub(crate) fn too_slow(&mut self) {
         self.node.counters.malformed.add(1);
         // Already closed is as good.
         let _ = self.receive.stop(SLOW_FRAME.into());

@@ -72,6 +72,30 @@ fn a_second_key_takes_no_name_neither_while_its_owner_is_there_nor_right_after()
     stop(&[&owner, &relay]);
 }
 
+/// With all names taken, those that nobody has at the moment give way. Who comes and goes with one name after the other
+/// must not get at the name of a node that is restarting.
+#[test]
+fn a_flood_of_short_registrations_does_not_take_the_name_of_a_node_that_is_away() {
+    let config = RelayConfig { max_registrations: 20, accept_rate: 10_000, ..RelayConfig::default() };
+    let (relay, address) = relay(config);
+    let runtime = tokio_runtime(2).unwrap();
+    let (owner, _) = member("name", &[&address]);
+    sleep(Duration::from_millis(500));
+    owner.unregister();
+    until("unregistered", || relay.stats().relay.unwrap().registrations == 0);
+    runtime.block_on(async {
+        let connection = stranger(&address).await;
+        for n in 0..50 {
+            let mut control = registered(&connection, &format!("flood {n}")).await;
+            control.send.finish().unwrap();
+            assert_eq!(control.frame().await, Err(None));
+        }
+        let mut control = Stream::control(&connection).await;
+        assert_eq!(control.ask(connect_as("name", &[])).await.text("error").as_deref(), Some("node_id_taken"));
+    });
+    stop(&[&owner, &relay]);
+}
+
 fn proof(connection: &Connection, secret: &[u8], node_id: &str) -> (&'static str, Value) {
     let mut material = [0; 32];
     connection.export_keying_material(&mut material, b"EXPORTER-macula-peer-realm", node_id.as_bytes()).unwrap();
@@ -306,6 +330,58 @@ fn messages_survive_a_relay_that_ends_circuits_at_random() {
 #[test]
 fn messages_arrive_once_though_a_relay_repeats_their_packets() {
     all_arrive_once_and_in_order(Manner::Replay, 3000);
+}
+
+/// 10,000 circuits that nobody opened, each with the first packet of a handshake.
+#[test]
+fn a_relay_that_invents_circuits_has_a_node_begin_few_connections_at_once() {
+    let runtime = tokio_runtime(2).unwrap();
+    let inside = runtime.enter();
+    let fake = FakeRelay::new(Manner::Swallow);
+    drop(inside);
+    let (relay, address) = relay(generous());
+    let (target, inbox) = member("target", &[&fake.address, &address]);
+    let sender = engine(Config::default());
+    let first = initials(10_000);
+    let mut most = 0;
+    runtime.block_on(async {
+        let connection = fake.connection("target");
+        for circuit in 0..10_000 {
+            connection.send_datagram_wait(packet(circuit, &first[circuit as usize])).await.unwrap();
+            if circuit % 100 == 0 {
+                most = most.max(target.stats().registrations.iter().map(|relay| relay.circuits).max().unwrap());
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    });
+    assert!((1..=64).contains(&most), "{most} at once");
+    send_to_node(&sender, "target", over(&[&address]), message(Publish, 1, PATIENCE)).unwrap();
+    until("others come through another relay", || inbox.numbers() == [1]);
+    stop(&[&sender, &target, &relay]);
+}
+
+#[test]
+fn a_relay_that_complains_all_the_time_is_reported_now_and_then() {
+    let runtime = tokio_runtime(2).unwrap();
+    let inside = runtime.enter();
+    let fake = FakeRelay::new(Manner::Swallow);
+    drop(inside);
+    let (node, inbox) = member("node", &[&fake.address]);
+    let complaint = |circuit: u64| {
+        map(macula_peer_wire::MessageType::Cast, &[("limit", bin("bandwidth")), ("circuit", Value::Uint(circuit))])
+    };
+    let many: Vec<u8> = (0..10_000).flat_map(|n| complaint(n % 3)).collect();
+    runtime.block_on(async {
+        fake.say("node", &many).await;
+        // Read after all that, it ends the registration.
+        fake.say("node", &map(Reply, &[("error", bin("malformed"))])).await;
+    });
+    let ended = |event: &Event| matches!(event, Event::Registration { state: Registration::Lost, .. });
+    until("the registration ends", || inbox.events.lock().unwrap().iter().any(ended));
+    let complaints = |event: &&Event| matches!(event, Event::RelayLimit { .. });
+    let reported = inbox.events.lock().unwrap().iter().filter(complaints).count();
+    assert!(reported <= 10, "{reported} events");
+    stop(&[&node]);
 }
 
 /// Many streams that say nothing, floods of messages, and garbage: all over circuits.

@@ -295,7 +295,7 @@ fn who_reads_no_answers_is_not_heard_without_end() {
                 send.write_all(&many).await.unwrap();
             }
         });
-        tokio::time::sleep(Duration::from_secs(5)).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
         // 64 KiB hold some 700 answers.
         let heard = echo.0.load(Ordering::Relaxed);
         assert!((500..5000).contains(&heard), "{heard} requests");
@@ -308,6 +308,21 @@ fn who_reads_no_answers_is_not_heard_without_end() {
         receive.stop(0u8.into()).unwrap();
         eventually("who wants no answers any more is heard", || echo.0.load(Ordering::Relaxed) == 100_001).await;
     });
+    server.stop();
+}
+
+#[test]
+fn who_reads_no_acknowledgements_is_not_heard_either() {
+    let (server, inbox, address) = listener(Config { frame_timeout: Duration::from_millis(300), ..Config::default() });
+    tokio_runtime(2).unwrap().block_on(async {
+        let mut transport = raw::transport();
+        transport.stream_receive_window(0u32.into());
+        let connection = dial_with(&address, &quic::key().unwrap(), transport).await;
+        let mut stream = Stream::open(&connection).await;
+        stream.say([opening(1, 0), numbered(0), frame(Publish, 1, 8).to_vec()].concat()).await;
+        assert_eq!(stream.stopped().await, SLOW);
+    });
+    assert_eq!(inbox.len(), 0);
     server.stop();
 }
 

@@ -53,8 +53,9 @@ pub(crate) struct Book {
     accepting: Bucket,
     /// At most `max_registrations`.
     names: HashMap<Id, Name>,
-    /// The names that nobody has at the moment, by when that ends.
+    /// The names that nobody has at the moment, by when that ends, and by how long their owners had them.
     vacant: BTreeMap<(Instant, Generation), Id>,
+    claims: BTreeMap<(Duration, Generation), Id>,
     live: HashMap<Generation, Live>,
     circuits: HashMap<u32, [Generation; 2]>,
     next_generation: u64,
@@ -65,6 +66,9 @@ pub(crate) struct Book {
 struct Name {
     owner: Fingerprint,
     generation: Generation,
+    since: Instant,
+    /// How long its owner was registered before.
+    had: Duration,
     /// Until when it is kept for its owner, who is not registered.
     vacant_until: Option<Instant>,
 }
@@ -86,6 +90,7 @@ impl Book {
             accepting: Bucket::new(config.accept_rate, config.accept_rate, now),
             names: HashMap::new(),
             vacant: BTreeMap::new(),
+            claims: BTreeMap::new(),
             live: HashMap::new(),
             circuits: HashMap::new(),
             next_generation: 0,
@@ -102,21 +107,25 @@ impl Book {
         if previous.is_some_and(|name| name.owner != owner) {
             return Err(Refusal::NodeIdTaken);
         }
-        let replaced = match previous.map(|name| (name.generation, name.vacant_until)) {
-            Some((generation, Some(until))) => {
+        let (replaced, had) = match previous {
+            Some(&Name { generation, had, vacant_until: Some(until), .. }) => {
                 self.vacant.remove(&(until, generation));
-                None
+                self.claims.remove(&(had, generation));
+                (None, had)
             }
-            Some((generation, None)) => Some((generation, self.end_live(generation))),
+            Some(&Name { generation, had, since, .. }) => {
+                let had = had + now.saturating_duration_since(since);
+                (Some((generation, self.end_live(generation))), had)
+            }
             None => {
                 self.make_room()?;
-                None
+                (None, Duration::ZERO)
             }
         };
         let generation = Generation(self.next_generation);
         self.next_generation += 1;
         self.live.insert(generation, Live { node_id: node_id.clone(), circuits: HashSet::new() });
-        self.names.insert(node_id, Name { owner, generation, vacant_until: None });
+        self.names.insert(node_id, Name { owner, generation, since: now, had, vacant_until: None });
         Ok(Registered { generation, replaced })
     }
 
@@ -128,7 +137,9 @@ impl Book {
         {
             let until = now + self.grace;
             name.vacant_until = Some(until);
+            name.had += now.saturating_duration_since(name.since);
             self.vacant.insert((until, generation), node_id.clone());
+            self.claims.insert((name.had, generation), node_id.clone());
         }
         self.end_live(generation)
     }
@@ -182,15 +193,21 @@ impl Book {
         while let Some(entry) = self.vacant.first_entry()
             && entry.key().0 <= now
         {
-            self.names.remove(&entry.remove());
+            let (_, generation) = *entry.key();
+            if let Some(name) = self.names.remove(&entry.remove()) {
+                self.claims.remove(&(name.had, generation));
+            }
         }
     }
 
-    /// Nodes that are there are worth more than the claims of those that are not.
+    /// Nodes that are there are worth more than the claims of those that are not. Of these the weakest gives way: were it
+    /// the oldest, who registers one name after the other would get at those of nodes that are restarting.
     fn make_room(&mut self) -> Result<(), Refusal> {
         if self.names.len() >= self.max_registrations {
-            let (_, oldest) = self.vacant.pop_first().ok_or(Refusal::Registrations)?;
-            self.names.remove(&oldest);
+            let ((_, generation), weakest) = self.claims.pop_first().ok_or(Refusal::Registrations)?;
+            if let Some(until) = self.names.remove(&weakest).and_then(|name| name.vacant_until) {
+                self.vacant.remove(&(until, generation));
+            }
         }
         Ok(())
     }
@@ -425,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn registrations_are_limited_and_the_oldest_claim_gives_way_to_a_node_that_is_there() {
+    fn registrations_are_limited_and_the_weakest_claim_gives_way_to_a_node_that_is_there() {
         let (start, at) = clock();
         let mut book = book(&RelayConfig { max_registrations: 3, ..RelayConfig::default() }, start);
         let [a, b, _] = ["a", "b", "c"].map(|name| registered(&mut book, name, alice(), start));
@@ -434,10 +451,31 @@ mod tests {
         book.end(a, at(2));
         assert_eq!(book.names.len(), 3);
         registered(&mut book, "d", alice(), at(3));
-        assert_eq!(book.register(id("a"), bob(), at(3)), Err(Refusal::NodeIdTaken), "b's claim was older");
+        assert_eq!(book.register(id("a"), bob(), at(3)), Err(Refusal::NodeIdTaken), "b's claim was weaker");
         assert!(book.register(id("b"), bob(), at(3)).is_ok());
         assert_eq!(book.register(id("a"), bob(), at(3)), Err(Refusal::Registrations));
         assert_eq!((book.names.len(), book.vacant.len()), (3, 0));
+    }
+
+    #[test]
+    fn who_had_a_name_for_long_keeps_it_longer_than_those_who_come_and_go() {
+        let (start, at) = clock();
+        let mut book = book(&RelayConfig { max_registrations: 3, ..RelayConfig::default() }, start);
+        let mut ms = 0;
+        for had in [20_000, 1] {
+            // Away for a moment, and back for another: that is no weaker claim.
+            let generation = registered(&mut book, "a", alice(), at(ms));
+            ms += had;
+            assert_eq!(book.end(generation, at(ms)), []);
+        }
+        for n in 0..100 {
+            let generation = registered(&mut book, &n.to_string(), bob(), at(ms));
+            ms += 100;
+            book.end(generation, at(ms));
+        }
+        assert_eq!(book.names.len(), 3);
+        assert_eq!(book.register(id("a"), bob(), at(ms)), Err(Refusal::NodeIdTaken));
+        assert!(book.register(id("a"), alice(), at(ms)).is_ok());
     }
 
     #[test]
@@ -563,6 +601,7 @@ mod tests {
                 }
                 prop_assert!(book.names.len() <= 5 && book.circuits.len() <= 6);
                 prop_assert_eq!(book.names.len(), book.live.len() + book.vacant.len());
+                prop_assert_eq!(book.claims.len(), book.vacant.len());
                 for (generation, live) in &book.live {
                     let name = &book.names[&live.node_id];
                     prop_assert!(name.generation == *generation && name.vacant_until.is_none());
@@ -576,6 +615,7 @@ mod tests {
                 for ((until, generation), node_id) in &book.vacant {
                     let name = &book.names[node_id];
                     prop_assert_eq!((name.vacant_until, name.generation), (Some(*until), *generation));
+                    prop_assert_eq!(book.claims.get(&(name.had, *generation)), Some(node_id));
                 }
             }
         }

@@ -21,6 +21,7 @@ use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
 use super::control::{FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Reason, Refusal};
+use crate::decide::relay::Notices;
 use crate::decide::silence::{Counted, Silence};
 use crate::dial::{not_begun, not_connected};
 use crate::error;
@@ -29,6 +30,10 @@ use crate::tls::Dialect;
 
 /// Requests for circuits that one relay is asked at once; the others wait for an answer to one of these.
 const MAX_REQUESTS: usize = 64;
+
+/// Connections that others may be beginning over circuits at once: a relay can invent as many as it likes. Who is not
+/// heard tries again a second later.
+const MAX_ARRIVING: usize = 64;
 
 /// How often a relay that owes something is looked at: a fifth of what counts as silence. And how often one that does not,
 /// for the sake of its keep-alives.
@@ -185,6 +190,7 @@ pub(crate) struct Serving {
     /// At most `MAX_REQUESTS`.
     requests: HashMap<Id, Request>,
     open: HashMap<u32, Open>,
+    arriving: Arc<Semaphore>,
     /// Resolve to the circuits whose inner connections have ended.
     ended: JoinSet<(u32, usize)>,
     silence: Silence,
@@ -229,6 +235,13 @@ struct Open {
     /// We asked for it.
     ours: bool,
     inner: Inner,
+    notices: Notices,
+}
+
+impl Open {
+    fn new(ours: bool, ended: oneshot::Sender<Reason>) -> Self {
+        Self { ours, inner: Inner::Opening(ended), notices: Notices::default() }
+    }
 }
 
 enum Inner {
@@ -269,6 +282,7 @@ impl Serving {
             commands,
             requests: HashMap::new(),
             open: HashMap::new(),
+            arriving: Arc::new(Semaphore::new(MAX_ARRIVING)),
             ended: JoinSet::new(),
             silence,
             look_at: Instant::now() + LOOK_QUIET_EVERY,
@@ -336,7 +350,7 @@ impl Serving {
                 FromRelay::Opened { session_id, circuit } => self.opened(&session_id, circuit)?,
                 FromRelay::NotOpened { session_id, error } => self.not_opened(&session_id, error),
                 FromRelay::Disconnect { circuit, reason } => self.circuit_ended(circuit, reason),
-                FromRelay::Dropped { circuit, limit } => (self.terms.on_dropped)(circuit, limit),
+                FromRelay::Dropped { circuit, limit } => self.dropped(circuit, limit),
                 FromRelay::Refused { error } => return Err(CircuitError::Refused(error)),
                 FromRelay::Registered { .. } => return Err(CircuitError::NotARelay),
             }
@@ -351,7 +365,7 @@ impl Serving {
             return Err(CircuitError::NotARelay);
         }
         let (ended, circuit_ended) = oneshot::channel();
-        self.open.insert(circuit, Open { ours: true, inner: Inner::Opening(ended) });
+        self.open.insert(circuit, Open::new(true, ended));
         // Dropped because nobody waits any more, it gives the circuit up by itself.
         let _ = request.answer.send(Ok(Opening { circuit, ended: circuit_ended, commands: Some(self.handle.clone()) }));
         Ok(())
@@ -377,6 +391,14 @@ impl Serving {
         }
     }
 
+    /// Told no more often than a relay of ours says it.
+    fn dropped(&mut self, circuit: u32, limit: Limit) {
+        let due = self.open.get_mut(&circuit).is_some_and(|open| open.notices.due(limit, Instant::now()));
+        if due {
+            (self.terms.on_dropped)(circuit, limit);
+        }
+    }
+
     fn obey(&mut self, command: Command) {
         match command {
             Command::Request(session_id, request) => {
@@ -386,8 +408,7 @@ impl Serving {
             }
             Command::Accepting { circuit, ended } => {
                 // One connection per circuit; dropped, `ended` says no to another one.
-                let open = Open { ours: false, inner: Inner::Opening(ended) };
-                self.open.entry(circuit).or_insert(open);
+                self.open.entry(circuit).or_insert(Open::new(false, ended));
             }
             Command::Carries { circuit, connection } => match self.open.get_mut(&circuit) {
                 Some(open) => {
@@ -411,12 +432,12 @@ impl Serving {
     /// Another node begins a connection over a circuit.
     fn announce(&mut self, incoming: Incoming) {
         let circuit = Circuits::circuit(incoming.remote_address());
-        match circuit.filter(|circuit| !self.open.contains_key(circuit)) {
-            Some(circuit) => {
-                (self.terms.on_incoming)(IncomingCircuit { circuit, incoming, commands: self.handle.clone() });
-            }
-            None => incoming.refuse(),
-        }
+        let Some(circuit) = circuit.filter(|circuit| !self.open.contains_key(circuit)) else {
+            return incoming.refuse();
+        };
+        let Ok(permit) = self.arriving.clone().try_acquire_owned() else { return incoming.ignore() };
+        let commands = self.handle.clone();
+        (self.terms.on_incoming)(IncomingCircuit { circuit, incoming, commands, _permit: permit });
     }
 
     fn inner_ended(&mut self, circuit: u32, connection: usize) {
@@ -574,12 +595,13 @@ pub(crate) struct IncomingCircuit {
     circuit: u32,
     incoming: Incoming,
     commands: mpsc::UnboundedSender<Command>,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl IncomingCircuit {
     /// The connection, once its handshake is done. It ends at once when the relay says that the circuit has.
     pub(crate) async fn accept(self) -> Result<Connection, ConnectionError> {
-        let Self { circuit, incoming, commands } = self;
+        let Self { circuit, incoming, commands, _permit } = self;
         let (ended, circuit_ended) = oneshot::channel();
         let opening = Command::Accepting { circuit, ended };
         commands.send(opening).map_err(|_| ConnectionError::LocallyClosed)?;

@@ -132,8 +132,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     let mut word = BytesMut::with_capacity(GREETING);
     word.put_u8(known.into());
     word.put_u64(said);
-    // Small words on a stream of their own: it blocks only if the sender reads none of them.
-    if send.write_chunk(word.freeze()).await.is_err() {
+    if !say(&mut stream, &mut send, word.freeze()).await {
         return;
     }
     let mut number = None;
@@ -143,8 +142,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         let expected = open.session.expected(channel);
         if expected != said {
             said = expected;
-            let word = Bytes::copy_from_slice(&said.to_be_bytes());
-            if send.write_chunk(word).await.is_err() {
+            if !say(&mut stream, &mut send, Bytes::copy_from_slice(&said.to_be_bytes())).await {
                 return;
             }
         }
@@ -210,6 +208,18 @@ impl Open {
         let Some(key) = stream.accepted.key() else { return };
         if !self.session.restart_told.swap(true, Ordering::Relaxed) {
             self.node.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
+        }
+    }
+}
+
+/// Small words on a stream of their own: one that takes none for so long has a sender that reads none of them. What has
+/// come of its messages is let go.
+async fn say(stream: &mut Stream, send: &mut SendStream, word: Bytes) -> bool {
+    match timeout(stream.node.config.frame_timeout, send.write_chunk(word)).await {
+        Ok(written) => written.is_ok(),
+        Err(_) => {
+            stream.too_slow();
+            false
         }
     }
 }
