@@ -1052,8 +1052,8 @@ impl Task {
     fn race_lost(&mut self, error: SendError, begun: Instant) {
         tracing::debug!(peer = %self.peer.name, %error, "no link");
         self.redial_at = Some(Instant::now() + self.redial.pause(fastrand::f64()));
-        let gone = matches!(error, SendError::Connect(ConnectError::Unreachable | ConnectError::TimedOut));
-        if self.in_doubt && (gone || matches!(error, SendError::Route(_))) {
+        // That its name does not resolve says nothing about the peer.
+        if self.in_doubt && error != SendError::Connect(ConnectError::Unresolved) {
             // Silent on the old link and not to be had on a new one: what is unacknowledged keeps its deadlines.
             self.retire_link();
         }
