@@ -13,9 +13,12 @@ use common::raw::{
     packet, registered, stranger,
 };
 use common::{Inbox, PATIENCE, engine, frame, member, message, node_id, number, over, send_to_node, until};
-use macula_peer::{Config, ConnectError, Engine, Listen, Message, RelayConfig, RouteError, Secret, SendError, Ways};
+use macula_peer::{
+    Config, ConnectError, Engine, Event, Listen, Message, Registration, RelayConfig, RouteError, Secret, SendError,
+    Ways,
+};
 use macula_peer_testkit::quic::{self, tokio_runtime};
-use macula_peer_wire::MessageType::{Publish, RelayRequest};
+use macula_peer_wire::MessageType::{Publish, RelayRequest, Reply};
 use macula_peer_wire::value::Value;
 use quinn::Connection;
 use ring::hmac;

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+const SLOW: Option<VarInt> = Some(VarInt::from_u32(1));
 const NOT_A_FRAME: Option<VarInt> = Some(VarInt::from_u32(2));
 
 // ---- senders ----
