@@ -58,7 +58,7 @@ rows(Senders, [First | _] = Rounds) ->
         {Name, [spread([maps:get(Key, Result) || Result <- Results]) || Key <- [rate, p50, p99]]}
     end || {Name, _} <- First],
     Best = lists:max([Rate || {"bare, " ++ _, [{Rate, _, _} | _]} <- Medians]),
-    [io:format("~3b ~-24s ~s ~6.2f ~s ~s~n", [Senders, Name, thousands(Rate), element(1, Rate) / Best, us(P50), us(P99)])
+    [io:format("~3b ~-27s ~s ~6.2f ~s ~s~n", [Senders, Name, thousands(Rate), element(1, Rate) / Best, us(P50), us(P99)])
      || {Name, [Rate, P50, P99]} <- Medians],
     ok.
 
@@ -67,7 +67,7 @@ bare_name({Shape, 1, Driver}) -> "bare, " ++ Shape ++ " " ++ Driver;
 bare_name({Shape, Coalesce, Driver}) -> lists:concat(["bare*", Coalesce, ", ", Shape, " ", Driver]).
 
 header() ->
-    "  n                           1000 a second x best         p50 us (least-most)           p99 us (least-most)".
+    "  n                                1000 a second x best         p50 us (least-most)           p99 us (least-most)".
 
 ours(Alpn, Senders, Messages) ->
     with_sink(Alpn, fun(Port, Ask) ->
@@ -178,7 +178,7 @@ spread(Values) ->
     {lists:nth((length(Sorted) + 1) div 2, Sorted), hd(Sorted), lists:last(Sorted)}.
 
 thousands({Median, Least, Most}) ->
-    io_lib:format("~14s", [io_lib:format("~b (~b-~b)", [N div 1000 || N <- [Median, Least, Most]])]).
+    io_lib:format("~16s", [io_lib:format("~b (~b-~b)", [N div 1000 || N <- [Median, Least, Most]])]).
 
 us({Median, Least, Most}) ->
     io_lib:format("~30s", [io_lib:format("~.2f (~.2f-~.2f)", [float(T) || T <- [Median, Least, Most]])]).

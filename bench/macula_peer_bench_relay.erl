@@ -159,7 +159,8 @@ call(Node, Function, Args) ->
 -spec listen(macula_peer_endpoint:listen_opts()) -> binary().
 listen(Opts) ->
     ok = logger:set_primary_config(level, warning),
-    true = register(?MODULE, Counter = spawn(fun() -> counter(0, 0) end)),
+    %% Behind a fast sender messages wait; on the heap, collecting garbage would copy them again and again.
+    true = register(?MODULE, Counter = spawn_opt(fun() -> counter(0, 0) end, [{message_queue_data, off_heap}])),
     {ok, {_, Port}} = macula_peer_endpoint:listen(Opts#{handler => Counter}),
     iolist_to_binary(["127.0.0.1:", integer_to_list(Port)]).
 
