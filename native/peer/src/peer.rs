@@ -42,6 +42,10 @@ const MAX_ACCEPTED: usize = 1024;
 /// Calls that may wait for one peer at once.
 const MAX_WAITING: usize = 16_384;
 
+/// What is kept of a message until it is acknowledged, beside its frame. Small messages would cost many times what they
+/// count.
+const KEPT_BESIDE: usize = 128;
+
 /// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(10);
 
@@ -208,7 +212,7 @@ impl Peer {
         let link = {
             let mut state = lock(&self.state);
             let Some(link) = &state.link else { return Err(message) };
-            if !self.has_room(size) || !message.is_for(link.shown) {
+            if !self.has_room(&state, size) || !message.is_for(link.shown) {
                 return Err(message);
             }
             if !state.queue.is_empty() {
@@ -437,8 +441,8 @@ impl Peer {
     }
 
     /// A frame always fits when nothing else is held, so that no configuration makes a peer mute.
-    fn has_room(&self, size: usize) -> bool {
-        let held = self.held.load(Ordering::Relaxed);
+    fn has_room(&self, state: &State, size: usize) -> bool {
+        let held = self.held.load(Ordering::Relaxed) + state.session.len() * KEPT_BESIDE;
         held == 0 || held + size <= self.node.config.max_unacknowledged
     }
 
@@ -724,7 +728,7 @@ impl Task {
             self.peer.let_go(&job);
             let error = match () {
                 () if job.had_no_time() => SendError::Timeout,
-                () if linked && !self.peer.has_room(job.size()) => SendError::Overloaded,
+                () if linked && !self.peer.has_room(&lock(&self.peer.state), job.size()) => SendError::Overloaded,
                 () if linked => SendError::NoRoom,
                 () => self.not_reached(),
             };
@@ -772,7 +776,7 @@ impl Task {
                 self.peer.let_go(&job);
                 continue;
             }
-            if matches!(job.who, Who::Sender(_)) && !self.peer.has_room(job.size()) {
+            if matches!(job.who, Who::Sender(_)) && !self.peer.has_room(&state, job.size()) {
                 // Acknowledgements make room, and wake this task.
                 state.queue.push_front(job);
                 return;

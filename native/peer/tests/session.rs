@@ -124,6 +124,27 @@ fn over_its_bound_callers_wait_and_are_told_that_it_is_overloaded() {
     server.stop();
 }
 
+/// Only their frames were counted, a tenth of what they cost.
+#[test]
+fn tiny_messages_are_bounded_by_what_is_kept_of_them() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = engine(Config { max_unacknowledged: 100_000, ..Config::default() });
+    send(&client, &endpoint, of_size(0, 64)).unwrap();
+    until("acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
+    forwarder.swallow(true);
+    let tiny: Bytes = encode(Publish, &Value::Map(Vec::new()), Limits::default()).unwrap().into();
+    let target = Target::Endpoint(EndpointRef::parse(&endpoint).unwrap());
+    let message = || Message { frame: tiny.clone(), kind: Publish, deadline: None, key: None };
+    let accepted = (0..10_000).take_while(|_| client.send_now(&target, message(), Instant::now()).is_ok()).count();
+    assert!((500..1000).contains(&accepted), "{accepted} in 100,000 bytes");
+    forwarder.swallow(false);
+    until("all arrive", || inbox.len() == accepted + 1);
+    client.stop();
+    server.stop();
+}
+
 #[test]
 fn a_batch_that_comes_at_once_is_handed_over_to_its_end() {
     let (server, inbox, address) = listener(Config::default());
