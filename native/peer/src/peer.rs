@@ -39,7 +39,7 @@ use crate::tls::Dialect;
 /// Messages that are accepted for a live link while it has no stream to spare: some milliseconds of a fast sender.
 const MAX_ACCEPTED: usize = 1024;
 
-/// Calls that may wait for one peer at once.
+/// Calls that may wait for one peer at once, for a link or for an answer.
 const MAX_WAITING: usize = 16_384;
 
 /// What is kept of a message until it is acknowledged, beside its frame. Small messages would cost many times what they
@@ -105,6 +105,8 @@ pub(crate) struct Peer {
     held: AtomicUsize,
     /// Bytes of calls that wait.
     waiting: AtomicUsize,
+    /// Requests that wait for their answer.
+    asked: AtomicUsize,
     counters: PeerCounters,
 }
 
@@ -199,6 +201,7 @@ impl Peer {
             used: AtomicU64::new(0),
             held: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
+            asked: AtomicUsize::new(0),
             counters: PeerCounters::default(),
         });
         peer.touch(Instant::now());
@@ -437,7 +440,7 @@ impl Peer {
     fn may_wait(&self, state: &State, size: usize) -> bool {
         let waiting = self.waiting.load(Ordering::Relaxed);
         let fits = waiting == 0 || waiting + size <= self.node.config.max_unacknowledged;
-        fits && state.queue.len() < MAX_WAITING
+        fits && state.queue.len() + self.asked.load(Ordering::Relaxed) < MAX_WAITING
     }
 
     /// A frame always fits when nothing else is held, so that no configuration makes a peer mute.
@@ -794,6 +797,7 @@ impl Task {
                 let exchange = request::run(link.clone(), call.clone(), message.clone());
                 job.message = Some(message);
                 self.peer.counters.sent.add(1);
+                self.peer.asked.fetch_add(1, Ordering::Relaxed);
                 self.requests.spawn(async move { RequestOutcome { end: exchange.await, job } });
                 continue;
             }
@@ -1267,6 +1271,7 @@ impl Task {
     }
 
     fn request_ended(&mut self, RequestOutcome { job, end }: RequestOutcome) {
+        self.peer.asked.fetch_sub(1, Ordering::Relaxed);
         match end {
             request::End::Answered => {
                 self.peer.counters.acknowledged.add(1);
