@@ -39,8 +39,12 @@ use crate::tls::Dialect;
 /// Messages that are accepted for a live link while it has no stream to spare: some milliseconds of a fast sender.
 const MAX_ACCEPTED: usize = 1024;
 
-/// Calls that may wait for one peer at once.
+/// Calls that may wait for one peer at once, for a link or for an answer.
 const MAX_WAITING: usize = 16_384;
+
+/// What is kept of a message until it is acknowledged, beside its frame. Small messages would cost many times what they
+/// count.
+const KEPT_BESIDE: usize = 128;
 
 /// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(10);
@@ -101,6 +105,8 @@ pub(crate) struct Peer {
     held: AtomicUsize,
     /// Bytes of calls that wait.
     waiting: AtomicUsize,
+    /// Requests that wait for their answer.
+    asked: AtomicUsize,
     counters: PeerCounters,
 }
 
@@ -195,6 +201,7 @@ impl Peer {
             used: AtomicU64::new(0),
             held: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
+            asked: AtomicUsize::new(0),
             counters: PeerCounters::default(),
         });
         peer.touch(Instant::now());
@@ -208,7 +215,7 @@ impl Peer {
         let link = {
             let mut state = lock(&self.state);
             let Some(link) = &state.link else { return Err(message) };
-            if !self.has_room(size) || !message.is_for(link.shown) {
+            if !self.has_room(&state, size) || !message.is_for(link.shown) {
                 return Err(message);
             }
             if !state.queue.is_empty() {
@@ -433,12 +440,12 @@ impl Peer {
     fn may_wait(&self, state: &State, size: usize) -> bool {
         let waiting = self.waiting.load(Ordering::Relaxed);
         let fits = waiting == 0 || waiting + size <= self.node.config.max_unacknowledged;
-        fits && state.queue.len() < MAX_WAITING
+        fits && state.queue.len() + self.asked.load(Ordering::Relaxed) < MAX_WAITING
     }
 
     /// A frame always fits when nothing else is held, so that no configuration makes a peer mute.
-    fn has_room(&self, size: usize) -> bool {
-        let held = self.held.load(Ordering::Relaxed);
+    fn has_room(&self, state: &State, size: usize) -> bool {
+        let held = self.held.load(Ordering::Relaxed) + state.session.len() * KEPT_BESIDE;
         held == 0 || held + size <= self.node.config.max_unacknowledged
     }
 
@@ -724,7 +731,7 @@ impl Task {
             self.peer.let_go(&job);
             let error = match () {
                 () if job.had_no_time() => SendError::Timeout,
-                () if linked && !self.peer.has_room(job.size()) => SendError::Overloaded,
+                () if linked && !self.peer.has_room(&lock(&self.peer.state), job.size()) => SendError::Overloaded,
                 () if linked => SendError::NoRoom,
                 () => self.not_reached(),
             };
@@ -772,7 +779,7 @@ impl Task {
                 self.peer.let_go(&job);
                 continue;
             }
-            if matches!(job.who, Who::Sender(_)) && !self.peer.has_room(job.size()) {
+            if matches!(job.who, Who::Sender(_)) && !self.peer.has_room(&state, job.size()) {
                 // Acknowledgements make room, and wake this task.
                 state.queue.push_front(job);
                 return;
@@ -790,6 +797,7 @@ impl Task {
                 let exchange = request::run(link.clone(), call.clone(), message.clone());
                 job.message = Some(message);
                 self.peer.counters.sent.add(1);
+                self.peer.asked.fetch_add(1, Ordering::Relaxed);
                 self.requests.spawn(async move { RequestOutcome { end: exchange.await, job } });
                 continue;
             }
@@ -1263,6 +1271,7 @@ impl Task {
     }
 
     fn request_ended(&mut self, RequestOutcome { job, end }: RequestOutcome) {
+        self.peer.asked.fetch_sub(1, Ordering::Relaxed);
         match end {
             request::End::Answered => {
                 self.peer.counters.acknowledged.add(1);

@@ -9,8 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Forwarder, Inbox, engine, frame, listener, number, send, until};
-use macula_peer::{Config, Engine, Listen, Message, SendError};
+use common::{
+    Forwarder, Inbox, endpoint, engine, frame, listener, member, number, over, relay, send, send_to_node, until,
+};
+use macula_peer::{Config, Delivery, Engine, Listen, Message, SendError};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -209,22 +211,20 @@ fn what_is_accepted_arrives_or_is_reported_when_the_engine_is_stopped_in_the_mid
     stop(&server, seed);
 }
 
-#[test]
-fn nothing_is_lost_to_receivers_that_are_killed() {
-    let seed = seed();
+/// What was sent and what arrived, sorted, and how much was reported, with a receiver that is killed again and again.
+fn through_restarts(delivery: Delivery, seed: u64) -> (Vec<u64>, Vec<u64>, u64) {
     let (server, inbox, address) = listener(Config::default());
     let address: SocketAddr = address.parse().unwrap();
     let forwarder = Forwarder::new(address, seed, 0.01, Duration::from_millis(1));
     let endpoints = [forwarder.address.to_string()];
-    let client = engine(impatient());
+    let client = engine(Config { delivery, ..impatient() });
     let over = AtomicBool::new(false);
     let (server, sent) = std::thread::scope(|scope| {
         let restarting = scope.spawn(|| {
             let (mut server, mut random) = (server, fastrand::Rng::with_seed(seed));
             while !over.load(Ordering::Relaxed) {
                 std::thread::sleep(Duration::from_millis(random.u64(50..1000)));
-                let quiet = random.bool();
-                forwarder.swallow(quiet);
+                forwarder.swallow(random.bool());
                 server.stop();
                 drop(server);
                 std::thread::sleep(Duration::from_millis(random.u64(0..300)));
@@ -240,10 +240,69 @@ fn nothing_is_lost_to_receivers_that_are_killed() {
         (restarting.join().unwrap(), sent)
     });
     until("nothing is held", || let_go(&client));
-    let arrived = inbox.numbers();
-    let missing: Vec<_> = sent[0].iter().filter(|n| arrived.binary_search(n).is_err()).collect();
-    // What the receiver had handed over and not acknowledged came twice; what it had read and not handed over, again.
-    assert!(missing.is_empty(), "SEED={seed}: {missing:?}");
+    let reported = client.stats().undelivered;
     stop(&client, seed);
     stop(&server, seed);
+    let mut sent = sent.concat();
+    sent.sort_unstable();
+    (sent, inbox.numbers(), reported)
+}
+
+#[test]
+fn nothing_is_lost_to_receivers_that_are_killed() {
+    let seed = seed();
+    let (sent, arrived, reported) = through_restarts(Delivery::AtLeastOnce, seed);
+    // What the receiver had handed over and not acknowledged came twice; what it had read and not handed over, again.
+    let missing: Vec<_> = sent.iter().filter(|n| arrived.binary_search(n).is_err()).collect();
+    assert!(missing.is_empty(), "SEED={seed}: {missing:?}");
+    assert_eq!(reported, 0, "SEED={seed}");
+}
+
+#[test]
+fn at_most_once_nothing_comes_twice_to_receivers_that_are_killed() {
+    let seed = seed();
+    let (sent, arrived, reported) = through_restarts(Delivery::AtMostOnce, seed);
+    let twice: Vec<_> = arrived.windows(2).filter(|pair| pair[0] == pair[1]).collect();
+    assert!(twice.is_empty(), "SEED={seed}: {twice:?}");
+    let missing = sent.iter().filter(|n| arrived.binary_search(n).is_err()).count() as u64;
+    assert!(missing <= reported, "SEED={seed}: {missing} missing, {reported} reported");
+}
+
+#[test]
+fn engines_stop_in_the_middle_of_relayed_messages() {
+    let seed = seed();
+    let mut random = fastrand::Rng::with_seed(seed);
+    let (relay, address) = relay(0);
+    let (target, inbox) = member("target", &[&address]);
+    let mut ways = over(&[&address]);
+    if random.bool() {
+        let port = target.listen(Listen::default()).unwrap().port();
+        ways.endpoints.push(endpoint(&format!("127.0.0.1:{port}")));
+    }
+    let sender = engine(Config::default());
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for number in 0..SENDERS {
+            let (sender, ways, ended) = (&sender, &ways, &ended);
+            scope.spawn(move || {
+                let mut random = fastrand::Rng::with_seed(seed ^ number);
+                while !ended.load(Ordering::Relaxed) {
+                    let frame = frame(Publish, number, size(&mut random));
+                    let deadline = Some(Instant::now() + Duration::from_secs(3));
+                    let message = Message { frame, kind: Publish, deadline, key: None };
+                    // Sent or refused: that it ends is what is asked.
+                    let _ = send_to_node(sender, "target", ways.clone(), message);
+                }
+            });
+        }
+        until("some arrive", || inbox.len() > 50);
+        std::thread::sleep(Duration::from_millis(random.u64(0..500)));
+        let mut engines = [&relay, &target, &sender];
+        random.shuffle(&mut engines);
+        for engine in engines {
+            stop(engine, seed);
+            std::thread::sleep(Duration::from_millis(random.u64(0..300)));
+        }
+        ended.store(true, Ordering::Relaxed);
+    });
 }

@@ -116,6 +116,10 @@ impl<M> Outgoing<M> {
         self.owed.iter().map(|owed| &owed.message)
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.owed.len()
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.owed.is_empty()
     }

@@ -228,6 +228,11 @@ impl Session {
         taken
     }
 
+    /// How many messages are owed.
+    pub(crate) fn len(&self) -> usize {
+        self.channels.iter().map(|channel| channel.owed.len()).sum()
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.channels.iter().all(|channel| channel.owed.is_empty())
     }

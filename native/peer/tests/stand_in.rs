@@ -1,0 +1,113 @@
+//! A relay that speaks only `macula` gets the messages for a node itself.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::{
+    Forwarder, Inbox, endpoint, engine, frame, listener, message, node_id, number, over, send_to_node, until,
+};
+use macula_peer::{Config, Delivery, Event, Message, PeerName, SendError, UndeliveredReason, Verify, Ways};
+use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
+use macula_peer_wire::MessageType::Publish;
+use macula_peer_wire::{Limits, Reassembler};
+use quinn::{Connection, Endpoint};
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A gateway that allows so many streams: its runtime, its endpoint, and the numbers of what it got.
+fn gateway(streams: u32) -> (tokio::runtime::Runtime, String, Arc<Mutex<Vec<u64>>>) {
+    let runtime = tokio_runtime(1).unwrap();
+    let numbers = Arc::new(Mutex::new(Vec::new()));
+    let got = numbers.clone();
+    let address = runtime.block_on(async {
+        let server = server_config(&["macula".into()], transport(streams, 3)).unwrap();
+        let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = endpoint.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                let got = got.clone();
+                tokio::spawn(async move { serve(incoming.await.unwrap(), got).await });
+            }
+        });
+        address
+    });
+    (runtime, address.to_string(), numbers)
+}
+
+async fn serve(connection: Connection, got: Arc<Mutex<Vec<u64>>>) {
+    while let Ok((_send, mut receive)) = connection.accept_bi().await {
+        let got = got.clone();
+        tokio::spawn(async move {
+            let mut frames = Reassembler::new(Limits::default());
+            while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
+                frames.push(chunk.bytes);
+                while let Ok(Some(frame)) = frames.next_frame() {
+                    got.lock().unwrap().push(number(&frame.payload).unwrap());
+                }
+            }
+        });
+    }
+}
+
+/// It may have been the second delivery.
+#[test]
+fn at_most_once_what_may_have_arrived_is_not_passed_on() {
+    let (server, inbox, direct) = listener(Config::default());
+    let forwarder = Forwarder::new(direct.parse().unwrap(), 1, 0.0, Duration::ZERO);
+    let (gateway, gateway_address, passed_on) = gateway(100);
+    let sender = engine(Config {
+        delivery: Delivery::AtMostOnce,
+        connect_timeout: Duration::from_secs(1),
+        // Nobody else gets what is meant for a node whose key is known.
+        verify: Verify::None,
+        ..Config::default()
+    });
+    let events = Arc::new(Inbox::default());
+    sender.set_handler(Some(events.clone()));
+    let ways = Ways { endpoints: vec![endpoint(&forwarder.address.to_string())], ..over(&[&gateway_address]) };
+    let send = |n| send_to_node(&sender, "target", ways.clone(), message(Publish, n, TIMEOUT));
+    send(0).unwrap();
+    until("acknowledged", || sender.stats().peers[0].unacknowledged_bytes == 0 && inbox.len() == 1);
+    forwarder.swallow(true);
+    send(1).unwrap();
+    until("the silence is noticed", || sender.stats().peers[0].link.is_none());
+    send(2).unwrap();
+    until("passed on", || passed_on.lock().unwrap().contains(&2));
+    let peer = PeerName::Node(node_id("target"));
+    let lost = Event::Undelivered { peer, count: 1, reason: UndeliveredReason::LinkLost };
+    assert_eq!(*events.events.lock().unwrap(), [lost]);
+    assert_eq!(*passed_on.lock().unwrap(), [2]);
+    sender.stop();
+    server.stop();
+    gateway.shutdown_background();
+}
+
+/// Whoever stood in took what waited, and made room for more to wait.
+#[test]
+fn no_more_waits_for_a_stand_in_than_may_wait_for_anybody() {
+    let (gateway, address, _) = gateway(0);
+    let sender = engine(Config { max_unacknowledged: 50_000, ..Config::default() });
+    let call = |n| {
+        let deadline = Some(Instant::now() + Duration::from_secs(2));
+        let message = Message { frame: frame(Publish, n, 10_000), kind: Publish, deadline, key: None };
+        send_to_node(&sender, "target", over(&[&address]), message)
+    };
+    let call = &call;
+    let held = || sender.stats().peers.iter().map(|peer| peer.unacknowledged_bytes).max();
+    let outcomes: Vec<_> = std::thread::scope(|scope| {
+        let first = scope.spawn(move || call(0));
+        until("somebody stands in", || sender.stats().peers.len() == 2);
+        let calls: Vec<_> = (1..20).map(|n| scope.spawn(move || call(n))).collect();
+        until("some are refused", || calls.iter().any(|call| call.is_finished()));
+        assert!(held() <= Some(50_000), "{:?}", held());
+        [first].into_iter().chain(calls).map(|call| call.join().unwrap()).collect()
+    });
+    let refused = outcomes.iter().filter(|&outcome| *outcome == Err(SendError::Overloaded)).count();
+    assert!((1..20).contains(&refused), "{outcomes:?}");
+    until("nothing is held", || held() == Some(0));
+    sender.stop();
+    gateway.shutdown_background();
+}
