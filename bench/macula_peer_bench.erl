@@ -1,9 +1,9 @@
 %% @doc What `make bench' runs: messages from Erlang processes to a receiver in another OS process, beside a bare quinn
 %% loop of the same shape that sends to the same receiver, in the same run. Compare within one run only.
 %%
-%% Every shape opens one bidirectional stream per message, of which the receiver allows 256 at a time, on one connection:
-%% write, finish, stop the receive half. `sync' writes from plain threads by polling once, as the NIF does on a scheduler
-%% thread; `bi' awaits in tokio tasks.
+%% In `macula-peer/1' frames go on one stream (`framed'), in `macula' on one bidirectional stream per message, of which the
+%% receiver allows 256 at a time: write, finish, stop the receive half. The `sync' shapes write from plain threads by polling
+%% once, as the NIF does on a scheduler thread; the others await in tokio tasks.
 -module(macula_peer_bench).
 
 -export([main/1]).
