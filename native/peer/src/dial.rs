@@ -19,6 +19,7 @@ use crate::decide::witness::Witness;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::link::{Link, lock};
+use crate::listen::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::message::Path;
 use crate::relay::client::relay_transport;
 use crate::socket::{Refusals, Socket};
@@ -155,9 +156,11 @@ impl Dialer {
             .keep_alive_interval(Some(self.config.keep_alive))
             // One message after the other: a 0.14.3 gateway loses a frame whose packets come between others'.
             .send_fairness(false)
-            // Nothing is opened by the other side on a link that we dialled.
+            // Raised when it is known who the peer is.
             .max_concurrent_bidi_streams(0u8.into())
             .max_concurrent_uni_streams(0u8.into())
+            .receive_window(CONNECTION_WINDOW.into())
+            .stream_receive_window(STREAM_WINDOW.into())
             .datagram_receive_buffer_size(None)
             .congestion_controller_factory(Arc::new(Witnessed { witness }));
         set_idle_timeout(&mut transport, &self.config);

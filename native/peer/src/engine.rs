@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use macula_peer_wire::RawFrame;
 use quinn::ServerConfig;
 use tokio::runtime::Runtime;
-use tokio::task::AbortHandle;
 
 use crate::call::{Abandoned, Call};
 use crate::config::Config;
@@ -39,7 +38,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
 pub struct Engine {
     node: Arc<Node>,
     runtime: Mutex<Option<Runtime>>,
-    listener: Mutex<Option<AbortHandle>>,
+    listener: Mutex<()>,
 }
 
 /// Where to listen.
@@ -69,7 +68,7 @@ impl Engine {
         let circuits = tls::circuit_client(&identity, &config.verify)?;
         let admission =
             Admission::new(tls::circuit_server(&identity, &config.verify)?, config.verify.is_strict(), false, &config);
-        let clients = Clients::new(circuits, admission, &config);
+        let clients = Clients::new(circuits, admission.clone(), &config);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.workers.max(1))
             .max_blocking_threads(BLOCKING_THREADS)
@@ -84,12 +83,15 @@ impl Engine {
             let mut endpoint = identity.endpoint_config();
             // The first bit pattern of a packet will tell QUIC from punch packets on this socket.
             endpoint.grease_quic_bit(false);
-            let quic =
-                quinn::Endpoint::new_with_abstract_socket(endpoint, None, socket.clone(), Arc::new(BatchingRuntime))
-                    .map_err(StartError::Bind)?;
+            // Each connection is let in, or not, by settings of its own.
+            let server = Some(ServerConfig::clone(&admission.config));
+            let batching = Arc::new(BatchingRuntime);
+            let quic = quinn::Endpoint::new_with_abstract_socket(endpoint, server, socket.clone(), batching)
+                .map_err(StartError::Bind)?;
             let network = Network { quic, socket, refusals };
             Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone())
         };
+        node.spawn(listen::accept(node.clone()));
         if let Some(name) = node.config.node_id.clone() {
             node.clients.register(&node, Some(name), node.config.relays.clone());
         }
@@ -163,8 +165,9 @@ impl Engine {
 
     /// Accepts connections.
     pub fn listen(&self, listen: Listen) -> Result<SocketAddr, ListenError> {
-        let mut listener = lock(&self.listener);
-        if listener.is_some() {
+        // Locked, so that two do not listen at once.
+        let _one = lock(&self.listener);
+        if self.node.listening.borrow().is_some() {
             return Err(ListenError::AlreadyListening);
         }
         let verify = listen.verify.as_ref().unwrap_or(&self.node.config.verify);
@@ -178,18 +181,15 @@ impl Engine {
             self.node.rebind(ip, asked.unwrap_or(0)).map_err(ListenError::Bind)?;
         }
         self.node.set_relay(listen.relay.map(Relay::new));
-        self.node.quic.set_server_config(Some(ServerConfig::clone(&admission.config)));
-        *listener = Some(self.node.spawn(listen::accept(self.node.clone(), admission)));
+        self.node.listening.send_replace(Some(admission));
         self.node.quic.local_addr().map_err(ListenError::Bind)
     }
 
     /// Stops accepting and ends the accepted connections; false if it did not listen.
     pub fn close(&self) -> bool {
-        let Some(listener) = lock(&self.listener).take() else { return false };
-        self.node.quic.set_server_config(None);
+        let _one = lock(&self.listener);
         self.node.set_relay(None);
-        listener.abort();
-        true
+        self.node.listening.send_replace(None).is_some()
     }
 
     /// The address of the one socket.

@@ -20,6 +20,7 @@ use tokio::sync::Notify;
 use crate::decide::lanes::{Choice, Lanes};
 use crate::decide::witness::{Mark, Witness};
 use crate::identity::Fingerprint;
+use crate::listen::Accepted;
 use crate::message::{Message, Path};
 use crate::socket::canonical;
 use crate::tls::Dialect;
@@ -55,8 +56,17 @@ pub(crate) struct Link {
     /// Somebody on this link has reason to believe that the peer is gone.
     pub(crate) doubted: Notify,
     out: Mutex<Out>,
-    /// The connection is somebody else's now.
-    handed_on: bool,
+    begun_by: BegunBy,
+}
+
+/// Whose the connection is.
+enum BegunBy {
+    /// Ours: we end it too.
+    Us,
+    /// The peer's.
+    Peer(Arc<Accepted>),
+    /// It serves something else.
+    HandedOn,
 }
 
 #[derive(Default)]
@@ -153,20 +163,44 @@ impl Link {
             answer_timeout,
             doubted: Notify::new(),
             out: Mutex::default(),
-            handed_on: false,
+            begun_by: BegunBy::Us,
         }
+    }
+
+    /// A link over a connection that the peer began.
+    pub(crate) fn over(mut self, accepted: Arc<Accepted>) -> Self {
+        self.begun_by = BegunBy::Peer(accepted);
+        self
     }
 
     /// The connection, to be used for something else.
     pub(crate) fn into_connection(mut self) -> Connection {
-        self.handed_on = true;
+        self.begun_by = BegunBy::HandedOn;
         self.connection.clone()
+    }
+
+    pub(crate) fn is_dialled(&self) -> bool {
+        matches!(self.begun_by, BegunBy::Us)
+    }
+
+    /// Ends the connection if it is ours.
+    pub(crate) fn close(&self) {
+        if self.is_dialled() {
+            self.connection.close(0u8.into(), b"");
+        }
+    }
+
+    /// It has been silent for long: whoever looks for a link is not to take the connection for one.
+    pub(crate) fn mark_silent(&self) {
+        if let BegunBy::Peer(accepted) = &self.begun_by {
+            accepted.mark_silent();
+        }
     }
 
     /// Where its packets go and come from.
     pub(crate) fn remote(&self) -> SocketAddr {
         match self.path {
-            Path::Direct => canonical(self.connection.remote_address()),
+            Path::Direct | Path::HolePunch => canonical(self.connection.remote_address()),
             Path::Relay(relay) => relay,
         }
     }
@@ -396,9 +430,7 @@ impl Link {
 impl Drop for Link {
     /// Over a relay others hold on to the connection too, and nobody else ends it.
     fn drop(&mut self) {
-        if !self.handed_on {
-            self.connection.close(0u8.into(), b"");
-        }
+        self.close();
     }
 }
 

@@ -6,11 +6,12 @@
 use std::collections::VecDeque;
 use std::future::pending;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use hashbrown::HashMap;
 use macula_peer_wire::{FrameError, MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
@@ -21,10 +22,10 @@ use tokio::time::{MissedTickBehavior, timeout};
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
 use crate::identity::Fingerprint;
-use crate::link::{Write, lock, now_or_never, write_now};
+use crate::link::{Link, Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
 use crate::node::Node;
-use crate::peer::deadline;
+use crate::peer::{MAX_ANSWERING, Peer, deadline};
 use crate::relay::{RECEIVE_BUFFER, client, probe};
 use crate::session;
 use crate::socket::canonical;
@@ -43,8 +44,8 @@ pub(crate) const LARGE_FRAME: usize = 256 << 10;
 const LARGE_FRAMES: usize = 4;
 
 /// Bytes that may be on their way to one connection unread, over all its streams and on one.
-const CONNECTION_WINDOW: u32 = 8 << 20;
-const STREAM_WINDOW: u32 = 1 << 20;
+pub(crate) const CONNECTION_WINDOW: u32 = 8 << 20;
+pub(crate) const STREAM_WINDOW: u32 = 1 << 20;
 
 /// A token that is kept longer than this answers nothing: the stream and its memory are let go.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
@@ -78,20 +79,31 @@ pub(crate) const SLOW_FRAME: u8 = 1;
 pub(crate) const NOT_A_FRAME: u8 = 2;
 pub(crate) const NOT_A_RELAY: u8 = 4;
 
-/// Application error code of a connection of our dialect that showed no certificate.
+/// Application error codes of connections of our dialect: no certificate was shown; not the one that was expected.
 const NO_CERTIFICATE: u8 = 5;
+const UNEXPECTED: u8 = 6;
 
 /// Streams that a sender may open and needs no answer on. As a 0.14.3 gateway has it.
 const ONE_WAY_STREAMS: u8 = 3;
+
+/// A handshake follows at once when a path has been made; its first packets may be lost.
+const EXPECTED_FOR: Duration = Duration::from_secs(10);
+
+/// Paths that may be made at once.
+const MAX_EXPECTED: usize = 256;
 
 /// One accepted connection.
 pub(crate) struct Accepted {
     connection: Connection,
     dialect: Dialect,
-    path: Path,
+    pub(crate) path: Path,
     key: Option<Fingerprint>,
+    /// The peer whose link this is, if we began the connection.
+    owner: Weak<Peer>,
     received: Counter,
     large: Arc<Semaphore>,
+    /// Datagrams received when it was last found to be silent.
+    silent_at: AtomicU64,
     /// Only [`FIRST_STREAMS`] are allowed so far.
     few_streams: AtomicBool,
 }
@@ -153,17 +165,49 @@ fn transport_config(two_way: u32, one_way: u8, config: &Config) -> TransportConf
     transport
 }
 
-/// Accepts connections until it is aborted; they end with it.
-pub(crate) async fn accept(node: Arc<Node>, admission: Admission) {
-    let mut connections = JoinSet::new();
+/// Addresses that nodes are about to connect from, whose they are, and until when.
+#[derive(Default)]
+pub(crate) struct Expected(HashMap<SocketAddr, (Fingerprint, Instant)>);
+
+impl Expected {
+    pub(crate) fn insert(&mut self, address: SocketAddr, key: Fingerprint, now: Instant) {
+        self.0.retain(|_, (_, until)| *until > now);
+        // Who is not expected tries again later.
+        if self.0.len() < MAX_EXPECTED {
+            self.0.insert(address, (key, now + EXPECTED_FOR));
+        }
+    }
+
+    fn get(&self, address: SocketAddr, now: Instant) -> Option<Fingerprint> {
+        self.0.get(&address).filter(|(_, until)| *until > now).map(|(key, _)| *key)
+    }
+}
+
+/// Accepts connections as long as the engine runs. Those of a listener end with it.
+pub(crate) async fn accept(node: Arc<Node>) {
+    let mut listening = node.listening.subscribe();
+    let (mut connections, mut expected) = (JoinSet::new(), JoinSet::new());
     let mut stopping = node.stopping();
     loop {
         tokio::select! {
             incoming = node.quic.accept() => match incoming {
-                Some(incoming) => admit(&node, &admission, incoming, &mut connections),
+                Some(incoming) => {
+                    let admission = listening.borrow().clone();
+                    let key = lock(&node.expected).get(canonical(incoming.remote_address()), Instant::now());
+                    match (key, admission) {
+                        (Some(key), _) if expected.len() < node.config.max_accepted => {
+                            expected.spawn(accept_expected(node.clone(), key, incoming));
+                        }
+                        (_, Some(admission)) => admit(&node, &admission, incoming, &mut connections),
+                        (_, None) => incoming.ignore(),
+                    }
+                }
                 None => return,
             },
+            // The sender is the node's.
+            Ok(()) = listening.changed() => connections.abort_all(),
             Some(_) = connections.join_next() => {}
+            Some(_) = expected.join_next() => {}
             // Also if it was said before this task first ran.
             _ = stopping.wait_for(|stopping| *stopping) => return,
         }
@@ -194,6 +238,22 @@ async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming) {
     serve(node, admission, connection, Path::Direct).await;
 }
 
+/// A connection on a path that both nodes have made.
+async fn accept_expected(node: Arc<Node>, key: Fingerprint, incoming: Incoming) {
+    let admission = node.clients.admission().clone();
+    let Ok(handshake) = incoming.accept_with(admission.config.clone()) else { return };
+    let connection = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
+        Err(_) => return,
+    };
+    if Fingerprint::of_connection(&connection) != Some(key) {
+        tracing::warn!(from = %connection.remote_address(), "another node than the expected one");
+        return connection.close(UNEXPECTED.into(), b"unexpected key");
+    }
+    serve(node, admission, connection, Path::HolePunch).await;
+}
+
 /// Serves a connection to its end.
 pub(crate) async fn serve(node: Arc<Node>, admission: Admission, connection: Connection, path: Path) {
     let Some(dialect) = Dialect::of(&connection) else { return };
@@ -202,16 +262,23 @@ pub(crate) async fn serve(node: Arc<Node>, admission: Admission, connection: Con
         return connection.close(NO_CERTIFICATE.into(), b"no certificate");
     }
     admission.let_in(&connection, dialect, &node.config);
-    let accepted = Arc::new(Accepted {
-        connection: connection.clone(),
-        dialect,
-        path,
-        key,
-        received: Counter::default(),
-        large: Arc::new(Semaphore::new(LARGE_FRAMES)),
-        few_streams: AtomicBool::new(dialect == Dialect::MaculaPeer1),
-    });
+    let accepted = Arc::new(Accepted::new(connection, dialect, path, key, Weak::new()));
     let _entry = Entry::new(node.clone(), accepted.clone());
+    serve_streams(node, accepted).await;
+}
+
+/// Serves what the peer begins on a link that we dialled: so two nodes need one connection.
+pub(crate) async fn serve_link(node: Arc<Node>, peer: Weak<Peer>, link: Arc<Link>) {
+    link.connection.set_max_concurrent_bi_streams(first_streams(&node.config).into());
+    let Link { connection, dialect, path, shown, .. } = &*link;
+    let accepted = Accepted::new(connection.clone(), *dialect, *path, *shown, peer);
+    drop(link);
+    serve_streams(node, Arc::new(accepted)).await;
+}
+
+async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
+    let connection = accepted.connection.clone();
+    let is_ours = accepted.is_ours();
     let (replies, mut replied) = mpsc::unbounded_channel();
     let mut release = tokio::time::interval(RELEASE_EVERY);
     release.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -224,7 +291,8 @@ pub(crate) async fn serve(node: Arc<Node>, admission: Admission, connection: Con
                 Ok((send, receive)) => serving.begin(Some(send), receive),
                 Err(_) => return,
             },
-            stream = connection.accept_uni() => match stream {
+            // On a link of ours these are answers, which its peer reads.
+            stream = connection.accept_uni(), if !is_ours => match stream {
                 Ok(receive) => serving.begin(None, receive),
                 Err(_) => return,
             },
@@ -346,7 +414,11 @@ struct Entry {
 impl Entry {
     fn new(node: Arc<Node>, accepted: Arc<Accepted>) -> Self {
         let id = accepted.connection.stable_id();
+        let key = accepted.key;
         lock(&node.accepted).insert(id, accepted);
+        if let Some(key) = key {
+            node.arrived(key);
+        }
         Self { node, id }
     }
 }
@@ -542,8 +614,11 @@ impl Stream {
         let Accepted { dialect, key, path, .. } = *self.accepted;
         let from = self.accepted.remote();
         self.accepted.received.add(1);
+        if let Some(peer) = self.accepted.owner.upgrade() {
+            peer.heard();
+        }
         self.accepted.allow_streams(&self.node.config);
-        let probes = frame.type_id == MessageType::NatProbe.id() && path == Path::Direct;
+        let probes = frame.type_id == MessageType::NatProbe.id() && !path.is_relayed();
         if let (true, Some(token)) = (probes && self.node.relay().is_some(), &reply)
             && let Some(answer) = probe::answer(&frame.payload, from, self.node.config.limits)
         {
@@ -565,6 +640,43 @@ async fn is_stopped(send: &Option<SendStream>) {
 }
 
 impl Accepted {
+    fn new(connection: Connection, dialect: Dialect, path: Path, key: Option<Fingerprint>, owner: Weak<Peer>) -> Self {
+        Self {
+            connection,
+            dialect,
+            path,
+            key,
+            owner,
+            received: Counter::default(),
+            large: Arc::new(Semaphore::new(LARGE_FRAMES)),
+            silent_at: AtomicU64::new(u64::MAX),
+            few_streams: AtomicBool::new(dialect == Dialect::MaculaPeer1),
+        }
+    }
+
+    fn is_ours(&self) -> bool {
+        !Weak::ptr_eq(&self.owner, &Weak::new())
+    }
+
+    /// Nothing has come for so long that the peer may be gone.
+    pub(crate) fn mark_silent(&self) {
+        self.silent_at.store(self.heard(), Ordering::Relaxed);
+    }
+
+    /// Whether it can serve as a link.
+    pub(crate) fn is_live(&self) -> bool {
+        self.connection.close_reason().is_none() && self.silent_at.load(Ordering::Relaxed) != self.heard()
+    }
+
+    fn heard(&self) -> u64 {
+        self.connection.stats().udp_rx.datagrams
+    }
+
+    /// For a link on it: answers to what is sent come on streams of their own.
+    pub(crate) fn allow_answers(&self) {
+        self.connection.set_max_concurrent_uni_streams(MAX_ANSWERING.into());
+    }
+
     /// Whoever sends messages may send many at once.
     fn allow_streams(&self, config: &Config) {
         if self.few_streams.load(Ordering::Relaxed) && self.few_streams.swap(false, Ordering::Relaxed) {
@@ -595,7 +707,7 @@ impl Accepted {
     /// Where its packets come from.
     pub(crate) fn remote(&self) -> SocketAddr {
         match self.path {
-            Path::Direct => canonical(self.connection.remote_address()),
+            Path::Direct | Path::HolePunch => canonical(self.connection.remote_address()),
             Path::Relay(relay) => relay,
         }
     }

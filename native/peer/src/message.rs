@@ -100,8 +100,17 @@ impl fmt::Display for PeerName {
 pub enum Path {
     /// Straight to the peer's address.
     Direct,
+    /// Straight to the address at which the peer's NAT lets this node in, after both have sent there.
+    HolePunch,
     /// In a circuit of the relay at this address.
     Relay(SocketAddr),
+}
+
+impl Path {
+    /// Whether packets go through a relay.
+    pub(crate) fn is_relayed(self) -> bool {
+        matches!(self, Self::Relay(_))
+    }
 }
 
 /// A message that arrived.

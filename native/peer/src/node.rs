@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hashbrown::HashMap;
 use macula_peer_wire::{MessageType, RawFrame};
-use quinn::Connection;
 use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{Connection, RecvStream, SendStream};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
@@ -19,8 +19,8 @@ use crate::dial::{Dialer, not_connected};
 use crate::endpoint::{Endpoint, Target};
 use crate::error::ConnectError;
 use crate::identity::{Fingerprint, Identity};
-use crate::link::{Link, lock};
-use crate::listen::Accepted;
+use crate::link::{Link, lock, now_or_never};
+use crate::listen::{Accepted, Admission, Expected};
 use crate::message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Unhandled};
 use crate::peer::{self, Peer};
 use crate::relay::clients::Clients;
@@ -44,6 +44,10 @@ pub(crate) struct Node {
     pub(crate) accepted: Mutex<HashMap<usize, Arc<Accepted>>>,
     pub(crate) sessions: Sessions,
     pub(crate) clients: Clients,
+    /// Who may connect, while this node listens.
+    pub(crate) listening: watch::Sender<Option<Admission>>,
+    /// Addresses that nodes are about to connect from, whether this one listens or not.
+    pub(crate) expected: Mutex<Expected>,
     relay: RwLock<Option<Arc<Relay>>>,
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
@@ -106,6 +110,8 @@ impl Node {
             accepted: Mutex::default(),
             sessions: Sessions::default(),
             clients,
+            listening: watch::Sender::new(None),
+            expected: Mutex::default(),
             relay: RwLock::default(),
             known: Mutex::default(),
             tls: Arc::new(tls),
@@ -217,6 +223,63 @@ impl Node {
         Ok(link)
     }
 
+    /// Connections that the holder of a key began, direct ones first.
+    pub(crate) fn accepted_from(&self, key: Fingerprint) -> Vec<Arc<Accepted>> {
+        let table = lock(&self.accepted);
+        let mut found: Vec<_> = table.values().filter(|accepted| accepted.key() == Some(key)).cloned().collect();
+        drop(table);
+        found.retain(|accepted| accepted.is_live());
+        found.sort_by_key(|accepted| accepted.path.is_relayed());
+        found
+    }
+
+    /// Somebody has connected: peers that are who it is can use the connection too.
+    pub(crate) fn arrived(&self, key: Fingerprint) {
+        for peer in self.peers.read().unwrap_or_else(PoisonError::into_inner).pool.values() {
+            if peer.is_expected_to_have(key) {
+                peer.arrived();
+            }
+        }
+    }
+
+    /// A link to a node over a connection that it began. It allows streams when it has taken us for whom it wanted.
+    pub(crate) async fn adopt(
+        self: Arc<Self>,
+        name: PeerName,
+        accepted: Arc<Accepted>,
+        key: Option<Fingerprint>,
+    ) -> Result<Link, ConnectError> {
+        let stream = accepted.connection().open_bi().await.map_err(not_connected)?;
+        self.adopted(&name, accepted, key, stream)
+    }
+
+    /// The same, if it can be had at once.
+    pub(crate) fn adopt_now(
+        &self,
+        name: &PeerName,
+        accepted: &Arc<Accepted>,
+        key: Option<Fingerprint>,
+    ) -> Option<Link> {
+        let stream = now_or_never(accepted.connection().open_bi())?.ok()?;
+        self.adopted(name, accepted.clone(), key, stream).ok()
+    }
+
+    fn adopted(
+        &self,
+        name: &PeerName,
+        accepted: Arc<Accepted>,
+        key: Option<Fingerprint>,
+        stream: (SendStream, RecvStream),
+    ) -> Result<Link, ConnectError> {
+        let Config { limits, answer_timeout, .. } = *self.config;
+        let connection = accepted.connection().clone();
+        let link = Link::new(connection, Dialect::MaculaPeer1, accepted.path, Arc::default(), limits, answer_timeout);
+        accepted.allow_answers();
+        let link = self.check_key(name, key, link.over(accepted))?;
+        link.put_spare(stream);
+        Ok(link)
+    }
+
     /// A connection to a relay, kept alive as one.
     pub(crate) async fn dial_relay(&self, relay: Endpoint, until: Instant) -> Result<Connection, ConnectError> {
         let link = Dialer { to_relay: true, ..self.dialer() }.dial(relay, until).await?;
@@ -234,7 +297,7 @@ impl Node {
         let asked_for = || self.find(&Target::Node(node)).is_some_and(|peer| peer.is_asked_for(link.shown));
         if expected.is_some() && link.shown != expected && !asked_for() {
             tracing::warn!(?node, shown = ?link.shown, ?expected, "a node shows another key than it is known by");
-            link.connection.close(0u8.into(), b"");
+            link.close();
             return Err(ConnectError::Untrusted);
         }
         if let (true, Some(shown), Dialect::MaculaPeer1) = (binds, link.shown, link.dialect) {

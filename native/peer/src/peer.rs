@@ -26,7 +26,7 @@ use crate::endpoint::Target;
 use crate::error::{ConnectError, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::identity::Fingerprint;
 use crate::link::{Link, Partial, Swept, Written, lock};
-use crate::listen::LARGE_FRAME;
+use crate::listen::{LARGE_FRAME, serve_link};
 use crate::message::{Event, Inbound, Message, Path, PeerName};
 use crate::node::Node;
 use crate::race::{self, Race, Ways};
@@ -85,7 +85,7 @@ const RESOLVED_FOR: Duration = Duration::from_secs(60);
 
 /// Answers, to messages sent without waiting, that the peer may send at once. Of those beyond [`LARGE_FRAME`] only some
 /// are read at once.
-const MAX_ANSWERING: u32 = 64;
+pub(crate) const MAX_ANSWERING: u32 = 64;
 const LARGE_ANSWERS: usize = 4;
 
 /// How long a message without a deadline is owed after its link died.
@@ -121,6 +121,8 @@ struct State {
     ways: Ways,
     /// There are ways that were not tried.
     learned: bool,
+    /// The peer has begun connections that were not looked at.
+    arrived: bool,
     /// When ways were last looked up, and whether somebody is still at it.
     resolved: Option<(Instant, bool)>,
     /// Who gets the messages instead, and until when: a relay that speaks only `macula`.
@@ -185,6 +187,7 @@ impl Peer {
             session: Session::new(node.config.delivery == Delivery::AtMostOnce),
             ways,
             learned: false,
+            arrived: false,
             resolved: None,
             stand_in: None,
             partials: Vec::new(),
@@ -358,7 +361,7 @@ impl Peer {
         let mut state = lock(&self.state);
         let better = state.ways.learn(ways);
         state.learned = true;
-        if better && state.link.as_ref().is_some_and(|link| link.path != Path::Direct) {
+        if better && state.link.as_ref().is_some_and(|link| link.path.is_relayed()) {
             self.wake.notify_one();
         }
         let fresh = |(since, at_it)| since + if at_it { RESOLVING_FOR } else { RESOLVED_FOR } > now;
@@ -375,6 +378,30 @@ impl Peer {
         state.ways.learn(ways);
         (state.learned, state.resolved) = (true, Some((Instant::now(), false)));
         self.wake.notify_one();
+    }
+
+    /// Whether whoever has this key is this peer, as far as is known.
+    pub(crate) fn is_expected_to_have(&self, key: Fingerprint) -> bool {
+        self.expected_key().is_some_and(|expected| expected == key)
+    }
+
+    fn expected_key(&self) -> Option<Fingerprint> {
+        let PeerName::Node(node) = &self.name else { return None };
+        let state = lock(&self.state);
+        let shown = state.link.as_ref().and_then(|link| link.shown);
+        shown.or(state.ways.key).or_else(|| self.node.known_key(node))
+    }
+
+    /// The peer has begun a connection.
+    pub(crate) fn arrived(&self) {
+        lock(&self.state).arrived = true;
+        self.wake.notify_one();
+    }
+
+    /// A message has come on a link of this peer's.
+    pub(crate) fn heard(&self) {
+        self.touch(Instant::now());
+        self.counters.received.add(1);
     }
 
     /// Whether somebody waits who names this key.
@@ -647,7 +674,7 @@ impl Task {
             }
             let next = self.next_look(now);
             let link = self.link.clone();
-            let remote = link.as_ref().filter(|link| link.path == Path::Direct);
+            let remote = link.as_ref().filter(|link| !link.path.is_relayed());
             let remote = remote.map(|link| link.connection.remote_address());
             tokio::select! {
                 () = peer.wake.notified() => {}
@@ -680,6 +707,7 @@ impl Task {
             self.answers_until = link.expire_answers(now);
         }
         self.pass_on(now);
+        self.look_at_arrived(now);
         if self.wants_dial(now) {
             self.begin_race(now);
         } else if self.upgrade_at.is_some_and(|at| at <= now || self.has_learned()) {
@@ -912,14 +940,55 @@ impl Task {
     }
 
     fn begin_race(&mut self, now: Instant) {
-        self.peer.counters.dials.add(1);
         self.redial_at = None;
-        let mut race = Race::new(self.node().clone(), self.peer.name.clone(), now);
+        self.adopt(now);
+        if self.link.is_some() && !self.in_doubt {
+            return;
+        }
+        self.peer.counters.dials.add(1);
+        let (node, name) = (self.node().clone(), self.peer.name.clone());
+        let race = self.race.get_or_insert_with(|| Race::new(node, name, now));
         let mut state = lock(&self.peer.state);
         state.learned = false;
         race.add(&state.ways, state.resolving(now), now);
-        drop(state);
-        self.race = Some(race);
+    }
+
+    /// The peer has begun connections: one may be better than the link.
+    fn look_at_arrived(&mut self, now: Instant) {
+        let arrived = std::mem::take(&mut lock(&self.peer.state).arrived);
+        // Without either, nobody wants a link.
+        if arrived && (self.link.is_some() || self.race.is_some()) {
+            self.adopt(now);
+        }
+    }
+
+    /// Uses connections that the peer has begun.
+    fn adopt(&mut self, now: Instant) {
+        let Some(key) = self.peer.expected_key() else { return };
+        for accepted in self.node().accepted_from(key) {
+            let present = self.link.as_ref().map(|link| link.connection.stable_id());
+            if present == Some(accepted.connection().stable_id()) || !self.prefers(accepted.path, false, key) {
+                continue;
+            }
+            match self.node().adopt_now(&self.peer.name, &accepted, Some(key)) {
+                Some(link) => self.race_progressed(race::Progress::Link(Arc::new(link))),
+                None => {
+                    let (node, name) = (self.node().clone(), self.peer.name.clone());
+                    self.race.get_or_insert_with(|| Race::new(node, name, now)).adopt(accepted, Some(key));
+                }
+            }
+        }
+    }
+
+    /// Whether such a link is better than the present one. Both nodes have to come to the same end, or each would let go
+    /// of the connection that the other one keeps: of two that the two of them began, that of the lesser key stays.
+    fn prefers(&self, path: Path, dialled: bool, shown: Fingerprint) -> bool {
+        let Some(present) = self.link.as_ref().filter(|_| !self.in_doubt) else { return true };
+        if path.is_relayed() != present.path.is_relayed() {
+            return present.path.is_relayed();
+        }
+        let ours_stays = self.node().identity.fingerprint() < shown;
+        dialled != present.is_dialled() && dialled == ours_stays
     }
 
     /// On a relayed path: tries the direct ones again.
@@ -945,7 +1014,7 @@ impl Task {
     }
 
     fn plan_upgrade(&mut self) {
-        let relayed = self.link.as_ref().is_some_and(|link| link.path != Path::Direct);
+        let relayed = self.link.as_ref().is_some_and(|link| link.path.is_relayed());
         if !relayed {
             self.upgrade.reset();
         }
@@ -955,7 +1024,7 @@ impl Task {
     fn race_progressed(&mut self, progress: race::Progress) {
         let begun = self.race.as_ref().map_or_else(Instant::now, |race| race.begun);
         match progress {
-            race::Progress::Link(link) if self.has_better_than(&link) => link.connection.close(0u8.into(), b""),
+            race::Progress::Link(link) if !self.takes(&link) => link.close(),
             race::Progress::Link(link) => {
                 match (&mut self.race, link.path) {
                     (Some(race), Path::Relay(_)) => race.keep_direct(),
@@ -984,8 +1053,11 @@ impl Task {
         }
     }
 
-    fn has_better_than(&self, link: &Link) -> bool {
-        link.path != Path::Direct && self.link.is_some() && !self.in_doubt
+    fn takes(&self, link: &Link) -> bool {
+        match link.shown {
+            Some(shown) => self.prefers(link.path, link.is_dialled(), shown),
+            None => true,
+        }
     }
 
     /// Gives everything that waits to the one who stands in.
@@ -1051,8 +1123,13 @@ impl Task {
             // As if it had died at once.
             return self.link_died();
         }
-        if link.dialect == Dialect::MaculaPeer1 {
-            self.helpers.spawn(read_answers(self.peer.clone(), link));
+        if link.dialect == Dialect::MaculaPeer1 && link.is_dialled() {
+            self.helpers.spawn(read_answers(self.peer.clone(), link.clone()));
+            if let PeerName::Node(_) = self.peer.name {
+                self.helpers.spawn(serve_link(self.node().clone(), Arc::downgrade(&self.peer), link));
+                // Its key may not have been known before.
+                self.peer.arrived();
+            }
         }
         self.plan_upgrade();
     }
@@ -1135,9 +1212,10 @@ impl Task {
     /// session.
     fn retire_link(&mut self) {
         let Some(link) = self.unlink() else { return };
+        link.mark_silent();
         let (swept, unacknowledged) = link.die();
         self.account(swept);
-        link.connection.close(0u8.into(), b"");
+        link.close();
         self.owe(unacknowledged);
     }
 
@@ -1152,7 +1230,7 @@ impl Task {
             while link.is_asked() {
                 tokio::time::sleep(REPLACED_FOR).await;
             }
-            link.connection.close(0u8.into(), b"");
+            link.close();
         });
     }
 
@@ -1375,7 +1453,7 @@ impl Task {
         let left = self.link.take().map_or(0, |link| {
             let (swept, left) = link.die();
             self.account(swept);
-            link.connection.close(0u8.into(), b"");
+            link.close();
             left.len()
         });
         let mut state = lock(&self.peer.state);

@@ -11,6 +11,7 @@ use crate::endpoint::Endpoint;
 use crate::error::{ConnectError, RouteError, SendError};
 use crate::identity::Fingerprint;
 use crate::link::Link;
+use crate::listen::Accepted;
 use crate::message::{NodeId, PeerName};
 use crate::node::Node;
 use crate::peer::deadline;
@@ -82,6 +83,8 @@ pub(crate) struct Race {
     until: Instant,
     direct: JoinSet<Result<Link, ConnectError>>,
     relayed: JoinSet<Result<Link, (CircuitError, Endpoint)>>,
+    /// Connections that the peer began.
+    accepted: JoinSet<Option<Link>>,
     /// Relays to be asked, and when.
     waiting: VecDeque<(Instant, Endpoint)>,
     /// Every way that was taken into the race.
@@ -102,6 +105,7 @@ impl Race {
             until,
             direct: JoinSet::new(),
             relayed: JoinSet::new(),
+            accepted: JoinSet::new(),
             waiting: VecDeque::new(),
             taken: Ways::default(),
             resolving: None,
@@ -135,6 +139,13 @@ impl Race {
         }
     }
 
+    /// Waits for a connection that the peer began to be of use.
+    pub(crate) fn adopt(&mut self, accepted: Arc<Accepted>, key: Option<Fingerprint>) {
+        let adopted = self.node.clone().adopt(self.name.clone(), accepted, key);
+        let until = self.until;
+        self.accepted.spawn(async move { timeout_at(until.into(), adopted).await.ok()?.ok() });
+    }
+
     /// Only direct links are of use any more.
     pub(crate) fn keep_direct(&mut self) {
         self.relayed.abort_all();
@@ -145,7 +156,7 @@ impl Race {
     /// What happens next. May be dropped and called again.
     pub(crate) async fn next(&mut self) -> Progress {
         loop {
-            if self.direct.is_empty() && self.relayed.is_empty() {
+            if self.direct.is_empty() && self.relayed.is_empty() && self.accepted.is_empty() {
                 // Nothing else is under way: the next relay need not wait.
                 match (self.waiting.pop_front(), self.resolving) {
                     (Some((_, relay)), _) => self.ask(relay),
@@ -160,6 +171,12 @@ impl Race {
                     Ok(Err(error)) => self.not_direct(error),
                     Err(_panicked_or_aborted) => {}
                 },
+                Some(adopted) = self.accepted.join_next() => {
+                    // None, or a panic: there are other ways, or none.
+                    if let Ok(Some(link)) = adopted {
+                        return Progress::Link(Arc::new(link));
+                    }
+                }
                 Some(asked) = self.relayed.join_next() => match asked {
                     Ok(Ok(link)) => return Progress::Link(Arc::new(link)),
                     Ok(Err((error, relay))) => self.no_circuit(error, relay),

@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::dial::set_idle_timeout;
 use crate::endpoint::Endpoint;
 use crate::link::lock;
-use crate::listen::{self, Admission, HANDSHAKE_TIMEOUT};
+use crate::listen::{self, Admission, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, STREAM_WINDOW};
 use crate::message::{Event, NodeId, Path, Registration};
 use crate::node::Node;
 use crate::socket::canonical;
@@ -55,6 +55,8 @@ impl Clients {
         let mut transport = TransportConfig::default();
         transport
             .keep_alive_interval(Some(config.keep_alive))
+            .receive_window(CONNECTION_WINDOW.into())
+            .stream_receive_window(STREAM_WINDOW.into())
             .datagram_receive_buffer_size(None)
             // Raised when it is known who the peer is.
             .max_concurrent_bidi_streams(0u8.into())
@@ -63,6 +65,11 @@ impl Clients {
         let mut client = ClientConfig::new(Arc::new(client));
         client.transport_config(Arc::new(transport));
         Self { table: RwLock::default(), standing: Mutex::default(), not_relays: Mutex::default(), client, admission }
+    }
+
+    /// How other nodes are let in that come by ways of which a relay knows.
+    pub(crate) fn admission(&self) -> &Admission {
+        &self.admission
     }
 
     /// A connection to a node through a relay, and the relay's address.
