@@ -174,6 +174,12 @@ impl Book {
         Ok(Opened { circuit, target })
     }
 
+    /// The registration of a node that is there.
+    pub(crate) fn find(&self, node_id: &Id) -> Option<Generation> {
+        let name = self.names.get(node_id).filter(|name| name.vacant_until.is_none())?;
+        Some(name.generation)
+    }
+
     /// Ends a circuit, if it is one of this registration.
     pub(crate) fn close(&mut self, by: Generation, circuit: u32) -> Option<Ended> {
         self.circuits.get(&circuit).filter(|ends| ends.contains(&by))?;

@@ -1,11 +1,16 @@
 //! The messages of a control stream, between a node and its relay.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str;
+use std::time::Duration;
 
 use bytes::Bytes;
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{HEADER_LEN, Limits, MessageType, PayloadError, RawFrame, decode_payload};
+
+use crate::decide::nat::{Allocation, Filtering, Mapping, NatProfile};
+use crate::decide::punch::Role;
+use crate::identity::Fingerprint;
 
 /// The longest message and the deepest nesting: several times what the longest of today needs, so that later ones may
 /// say more.
@@ -15,6 +20,12 @@ pub(crate) const LIMITS: Limits = Limits { max_frame: 4096, max_depth: 8 };
 pub(crate) const OPENER: u8 = 0xF2;
 
 const VERSION: u64 = 1;
+
+/// Ports or addresses in one message.
+const MAX_LISTED: usize = 16;
+
+/// Length of the secret of an attempt to find a direct path.
+const SECRET_LEN: usize = 32;
 
 /// Length of a node's proof that it knows the realm's secret.
 pub(crate) const PROOF_LEN: usize = 32;
@@ -45,6 +56,14 @@ pub(crate) enum FromNode {
     RelayRequest { session_id: Id, target_id: Id },
     /// Ends a circuit.
     Disconnect { circuit: u32, reason: Reason },
+    /// The NAT that the node is behind, and its local addresses. Again whenever they change.
+    Describe { profile: NatProfile, candidates: Vec<SocketAddr> },
+    /// Asks for a direct path.
+    PunchRequest { session_id: Id, target_id: Id },
+    /// Ports that the node's NAT is about to give, the likeliest first.
+    PunchExecute { session_id: Id, ports: Vec<u16> },
+    /// It is over.
+    PunchResult { session_id: Id, success: bool },
 }
 
 /// What a relay says.
@@ -62,6 +81,31 @@ pub(crate) enum FromRelay {
     Disconnect { circuit: u32, reason: Reason },
     /// Packets of the circuit were dropped.
     Dropped { circuit: u32, limit: Limit },
+    /// Another node and this one are to find a direct path.
+    PunchCoordinate(Box<Coordinate>),
+    /// Ports that the other node's NAT is about to give.
+    PunchExecute { session_id: Id, ports: Vec<u16> },
+    /// Why there is no attempt to find a direct path.
+    NotPunched { session_id: Id, error: Refusal },
+}
+
+/// What one of two nodes needs to know to find a direct path to the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Coordinate {
+    pub(crate) session_id: Id,
+    pub(crate) role: Role,
+    /// The other node.
+    pub(crate) peer_id: Id,
+    pub(crate) key: Fingerprint,
+    /// Where the relay sees it.
+    pub(crate) address: SocketAddr,
+    pub(crate) profile: NatProfile,
+    /// Its local addresses, where the two may be in one network.
+    pub(crate) candidates: Vec<SocketAddr>,
+    /// What signals between the two are authenticated with.
+    pub(crate) secret: [u8; SECRET_LEN],
+    /// After which both begin.
+    pub(crate) delay: Duration,
 }
 
 /// Texts that the protocol lists, with a place for those that a later version may add.
@@ -111,6 +155,12 @@ names! {
         Sessions "sessions",
         /// As many circuits end at one of the two nodes as may.
         SessionsPerNode "sessions_per_node",
+        /// The two have been asked to find a direct path already.
+        InProgress "in_progress",
+        /// One of the two is seen at an IPv4 address, the other at an IPv6 address.
+        AddressFamily "address_family",
+        /// The node asked too often.
+        RequestRate "request_rate",
         /// The message could not be read, or had no place where it came.
         Malformed "malformed",
     }
@@ -174,12 +224,37 @@ impl FromNode {
                 message(MessageType::RelayRequest, vec![("session_id", id(session_id)), ("target_id", id(target_id))])
             }
             Self::Disconnect { circuit, reason } => disconnect(*circuit, *reason),
+            Self::Describe { profile, candidates } => {
+                let mut fields = nat(profile);
+                fields.push(addresses(candidates));
+                message(MessageType::Cast, fields)
+            }
+            Self::PunchRequest { session_id, target_id } => {
+                message(MessageType::PunchRequest, vec![("session_id", id(session_id)), ("target_id", id(target_id))])
+            }
+            Self::PunchExecute { session_id, ports } => execute(session_id, ports),
+            Self::PunchResult { session_id, success } => message(
+                MessageType::PunchResult,
+                vec![("session_id", id(session_id)), ("success", Value::Bool(*success))],
+            ),
         }
     }
 
     pub(crate) fn decode(frame: &RawFrame) -> Result<Self, ControlError> {
         let fields = Fields::decode(frame)?;
         match MessageType::from_id(frame.type_id) {
+            Some(MessageType::Cast) => {
+                Ok(Self::Describe { profile: fields.nat()?, candidates: fields.addresses("candidates")? })
+            }
+            Some(MessageType::PunchRequest) => {
+                Ok(Self::PunchRequest { session_id: fields.id("session_id")?, target_id: fields.id("target_id")? })
+            }
+            Some(MessageType::PunchExecute) => {
+                Ok(Self::PunchExecute { session_id: fields.id("session_id")?, ports: fields.ports("ports")? })
+            }
+            Some(MessageType::PunchResult) => {
+                Ok(Self::PunchResult { session_id: fields.id("session_id")?, success: fields.bool("success")? })
+            }
             Some(MessageType::Connect) => {
                 if fields.uint("version")? != VERSION {
                     return Err(ControlError::Field("version"));
@@ -220,6 +295,11 @@ impl FromRelay {
                 MessageType::Cast,
                 vec![("limit", text(limit.name())), ("circuit", Value::Uint((*circuit).into()))],
             ),
+            Self::PunchCoordinate(coordinate) => coordinate.encode(),
+            Self::PunchExecute { session_id, ports } => execute(session_id, ports),
+            Self::NotPunched { session_id, error: refusal } => {
+                message(MessageType::PunchResult, vec![("session_id", id(session_id)), error(refusal)])
+            }
         }
     }
 
@@ -233,9 +313,69 @@ impl FromRelay {
             Some(MessageType::Cast) => {
                 Ok(Self::Dropped { circuit: fields.circuit()?, limit: Limit::from_name(fields.bin("limit")?) })
             }
+            Some(MessageType::PunchCoordinate) => Ok(Self::PunchCoordinate(Box::new(fields.coordinate()?))),
+            Some(MessageType::PunchExecute) => {
+                Ok(Self::PunchExecute { session_id: fields.id("session_id")?, ports: fields.ports("ports")? })
+            }
+            Some(MessageType::PunchResult) => Ok(Self::NotPunched {
+                session_id: fields.id("session_id")?,
+                error: Refusal::from_name(fields.bin("error")?),
+            }),
             _ => Err(ControlError::Type(frame.type_id)),
         }
     }
+}
+
+impl Coordinate {
+    /// With the original's fields, and those that it lacks.
+    fn encode(&self) -> Bytes {
+        let mut fields = vec![
+            ("session_id", id(&self.session_id)),
+            ("peer_id", id(&self.peer_id)),
+            ("peer_host", text(&self.address.ip().to_string())),
+            ("peer_ports", ports(&[self.address.port()])),
+            ("role", text(role_name(self.role))),
+            ("key", Value::Bin(self.key.as_bytes().to_vec())),
+            ("secret", Value::Bin(self.secret.to_vec())),
+            ("delay", Value::Uint(self.delay.as_millis() as u64)),
+            addresses(&self.candidates),
+        ];
+        fields.extend(nat(&self.profile));
+        message(MessageType::PunchCoordinate, fields)
+    }
+}
+
+const ROLES: [Role; 2] = [Role::Initiator, Role::Responder];
+
+fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Initiator => "initiator",
+        Role::Responder => "responder",
+    }
+}
+
+fn execute(session_id: &Id, told: &[u16]) -> Bytes {
+    message(MessageType::PunchExecute, vec![("session_id", id(session_id)), ("ports", ports(told))])
+}
+
+fn ports(ports: &[u16]) -> Value {
+    Value::Array(ports.iter().map(|&port| Value::Uint(port.into())).collect())
+}
+
+fn addresses(addresses: &[SocketAddr]) -> (&'static str, Value) {
+    ("candidates", Value::Array(addresses.iter().map(|address| text(&address.to_string())).collect()))
+}
+
+/// What is not known is left out.
+fn nat(profile: &NatProfile) -> Vec<(&'static str, Value)> {
+    let step = profile.allocation.and_then(Allocation::step);
+    let fields = [
+        ("mapping", profile.mapping.map(|mapping| text(mapping.name()))),
+        ("filtering", profile.filtering.map(|filtering| text(filtering.name()))),
+        ("allocation", profile.allocation.map(|allocation| text(allocation.name()))),
+        ("step", step.map(|step| Value::Int(step.into()))),
+    ];
+    fields.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
 }
 
 fn disconnect(circuit: u32, reason: Reason) -> Bytes {
@@ -305,6 +445,78 @@ impl Fields {
         Ok(Reason::from_name(self.bin("reason")?))
     }
 
+    fn coordinate(&self) -> Result<Coordinate, ControlError> {
+        let host = str::from_utf8(self.bin("peer_host")?).ok().and_then(|host| host.parse::<IpAddr>().ok());
+        let port = self.ports("peer_ports")?.first().copied();
+        let (Some(host), Some(port)) = (host, port) else { return Err(ControlError::Field("peer_host")) };
+        let role = self.bin("role")?;
+        let role = ROLES.into_iter().find(|known| role_name(*known).as_bytes() == role);
+        Ok(Coordinate {
+            session_id: self.id("session_id")?,
+            role: role.ok_or(ControlError::Field("role"))?,
+            peer_id: self.id("peer_id")?,
+            key: self.array("key")?.into(),
+            address: (host, port).into(),
+            profile: self.nat()?,
+            candidates: self.addresses("candidates")?,
+            secret: self.array("secret")?,
+            delay: Duration::from_millis(self.uint("delay")?),
+        })
+    }
+
+    /// Names that this version does not know are as good as none.
+    fn nat(&self) -> Result<NatProfile, ControlError> {
+        let name = |key| match self.get(key) {
+            Some(_) => self.bin(key).map(Some),
+            None => Ok(None),
+        };
+        let step = match self.get("step") {
+            Some(&Value::Int(step)) => i16::try_from(step).ok(),
+            Some(&Value::Uint(step)) => i16::try_from(step).ok(),
+            Some(_) => return Err(ControlError::Field("step")),
+            None => None,
+        };
+        Ok(NatProfile {
+            mapping: name("mapping")?.and_then(Mapping::from_name),
+            filtering: name("filtering")?.and_then(Filtering::from_name),
+            allocation: name("allocation")?.and_then(|name| Allocation::from_name(name, step)),
+        })
+    }
+
+    fn addresses(&self, key: &'static str) -> Result<Vec<SocketAddr>, ControlError> {
+        let address = |value: &Value| match value {
+            Value::Bin(text) => str::from_utf8(text).ok()?.parse().ok(),
+            _ => None,
+        };
+        self.list(key)?.iter().map(|value| address(value).ok_or(ControlError::Field(key))).collect()
+    }
+
+    fn ports(&self, key: &'static str) -> Result<Vec<u16>, ControlError> {
+        let port = |value: &Value| match value {
+            Value::Uint(port) => u16::try_from(*port).ok(),
+            _ => None,
+        };
+        self.list(key)?.iter().map(|value| port(value).ok_or(ControlError::Field(key))).collect()
+    }
+
+    fn list(&self, key: &'static str) -> Result<&[Value], ControlError> {
+        match self.get(key) {
+            Some(Value::Array(values)) if values.len() <= MAX_LISTED => Ok(values),
+            _ => Err(ControlError::Field(key)),
+        }
+    }
+
+    fn bool(&self, key: &'static str) -> Result<bool, ControlError> {
+        match self.get(key) {
+            Some(&Value::Bool(value)) => Ok(value),
+            _ => Err(ControlError::Field(key)),
+        }
+    }
+
+    fn array<const LEN: usize>(&self, key: &'static str) -> Result<[u8; LEN], ControlError> {
+        self.bin(key)?.try_into().map_err(|_| ControlError::Field(key))
+    }
+
     fn address(&self) -> Result<SocketAddr, ControlError> {
         let text = str::from_utf8(self.bin("address")?).ok();
         text.and_then(|text| text.parse().ok()).ok_or(ControlError::Field("address"))
@@ -359,12 +571,29 @@ mod tests {
         Id::new(bytes).unwrap()
     }
 
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn sequential(step: i16) -> NatProfile {
+        NatProfile {
+            mapping: Some(Mapping::PortDependent),
+            filtering: Some(Filtering::HostDependent),
+            allocation: Some(Allocation::Contiguous(step)),
+        }
+    }
+
     fn from_node() -> Vec<FromNode> {
         vec![
             FromNode::Connect { node_id: some_id(b"a"), proof: None },
             FromNode::Connect { node_id: Id::new(vec![255; 255]).unwrap(), proof: Some([7; PROOF_LEN]) },
             FromNode::RelayRequest { session_id: some_id(b"\0"), target_id: Id::new(vec![1; 255]).unwrap() },
             FromNode::Disconnect { circuit: u32::MAX, reason: Reason::Closed },
+            FromNode::Describe { profile: NatProfile::default(), candidates: Vec::new() },
+            FromNode::Describe { profile: sequential(-3), candidates: vec![address("10.0.0.1:9443"); MAX_LISTED] },
+            FromNode::PunchRequest { session_id: some_id(b"s"), target_id: some_id(b"b") },
+            FromNode::PunchExecute { session_id: some_id(b"s"), ports: vec![u16::MAX; MAX_LISTED] },
+            FromNode::PunchResult { session_id: some_id(b"s"), success: true },
         ]
     }
 
@@ -377,6 +606,19 @@ mod tests {
             FromRelay::NotOpened { session_id: some_id(b"s"), error: Refusal::SessionsPerNode },
             FromRelay::Disconnect { circuit: 1, reason: Reason::Gone },
             FromRelay::Dropped { circuit: 1, limit: Limit::PacketSize },
+            FromRelay::PunchCoordinate(Box::new(Coordinate {
+                session_id: Id::new(vec![1; 255]).unwrap(),
+                role: Role::Responder,
+                peer_id: Id::new(vec![2; 255]).unwrap(),
+                key: [3; 32].into(),
+                address: address("[2001:db8::1]:9443"),
+                profile: sequential(2),
+                candidates: vec![address("[fd00:1111:2222:3333:4444:5555:6666:7777]:65535"); MAX_LISTED],
+                secret: [4; SECRET_LEN],
+                delay: Duration::from_millis(40),
+            })),
+            FromRelay::PunchExecute { session_id: some_id(b"s"), ports: vec![1] },
+            FromRelay::NotPunched { session_id: some_id(b"s"), error: Refusal::InProgress },
         ]
     }
 
@@ -396,7 +638,7 @@ mod tests {
             let frame = raw(&message.encode());
             assert_eq!(FromRelay::decode(&frame), Err(ControlError::Type(frame.type_id)));
         }
-        for message in [&from_relay()[0], &from_relay()[6]] {
+        for message in [&from_relay()[0], &from_relay()[7]] {
             let frame = raw(&message.encode());
             assert_eq!(FromNode::decode(&frame), Err(ControlError::Type(frame.type_id)));
         }

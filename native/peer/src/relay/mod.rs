@@ -100,6 +100,10 @@ pub struct RelayStats {
     pub dropped: Vec<(&'static str, u64)>,
     /// Datagrams that were no packet of a circuit of the node that sent them.
     pub stray: u64,
+    /// Attempts to find a direct path between two nodes.
+    pub punches: u64,
+    /// How many of these found one.
+    pub punched: u64,
     /// Registrations ended because the node did not read what it was told.
     pub unread: u64,
 }

@@ -24,9 +24,10 @@ use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio::time::{sleep_until, timeout};
 
-use super::control::{ControlError, FromNode, FromRelay, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal};
+use super::control::{ControlError, Coordinate, FromNode, FromRelay, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal};
 use super::packet::{Fit, Form, SplitBy, Splitter, parse};
 use super::{RelayConfig, RelayStats};
+use crate::decide::coordinate::{self, Coordinator, Execute, Party, Refused};
 use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
 use crate::identity::{Fingerprint, realm_proof_is_valid};
 use crate::link::{lock, write_now};
@@ -62,6 +63,7 @@ pub(crate) struct Relay {
 
 struct State {
     book: Book,
+    coordinator: Coordinator,
     registrations: HashMap<Generation, Arc<Registration>>,
     /// The connections that have a control stream.
     served: HashSet<usize>,
@@ -77,11 +79,15 @@ struct Counters {
     dropped: [Counter; Limit::ALL.len()],
     stray: Counter,
     unread: Counter,
+    punches: Counter,
+    punched: Counter,
 }
 
 /// One registered node.
 struct Registration {
     generation: Generation,
+    node_id: Id,
+    owner: Fingerprint,
     connection: Connection,
     /// Its circuits.
     legs: Mutex<HashMap<u32, Leg>>,
@@ -131,6 +137,7 @@ impl Relay {
     pub(crate) fn new(config: RelayConfig) -> Arc<Self> {
         let state = State {
             book: Book::new(&config, Instant::now()),
+            coordinator: Coordinator::default(),
             registrations: HashMap::new(),
             served: HashSet::new(),
             closed: false,
@@ -258,9 +265,11 @@ impl Relay {
         if state.closed {
             return Err(End::Closed);
         }
-        let registered = state.book.register(node_id, owner, Instant::now());
+        let now = Instant::now();
+        let registered = state.book.register(node_id.clone(), owner, now);
         let Registered { generation, replaced } = registered.map_err(End::Refused)?;
         if let Some((generation, circuits)) = replaced {
+            state.coordinator.end(generation);
             if let Some(old) = state.registrations.remove(&generation) {
                 lock(&old.legs).clear();
                 old.end(End::Replaced);
@@ -271,7 +280,9 @@ impl Relay {
         let queue = connection.datagram_send_buffer_space();
         let address = canonical(connection.remote_address());
         let (legs, end) = (Mutex::default(), watch::Sender::new(None));
-        let registration = Arc::new(Registration { generation, connection, legs, notes, end, queue });
+        let registration = Registration { generation, node_id, owner, connection, legs, notes, end, queue };
+        let registration = Arc::new(registration);
+        state.coordinator.join(generation, now);
         registration.note(FromRelay::Registered { address });
         state.registrations.insert(generation, registration.clone());
         Ok((Entry { relay: self.clone(), registration }, waiting))
@@ -288,6 +299,15 @@ impl Relay {
                     self.open(registration, session_id, &target_id, answer);
                 }
                 Ok(FromNode::Disconnect { circuit, .. }) => self.close_circuit(registration, circuit).await,
+                Ok(FromNode::Describe { profile, candidates }) => {
+                    lock(&self.state).coordinator.describe(registration.generation, profile, &candidates);
+                }
+                Ok(FromNode::PunchRequest { session_id, target_id }) => {
+                    let Ok(answer) = registration.notes.reserve().await else { return End::Left };
+                    self.coordinate(registration, session_id, &target_id, answer);
+                }
+                Ok(FromNode::PunchExecute { session_id, ports }) => self.execute(registration, &session_id, &ports),
+                Ok(FromNode::PunchResult { session_id, success }) => self.punched(registration, &session_id, success),
                 Err(NextError::Ended) => return End::Left,
                 Ok(FromNode::Connect { .. }) | Err(NextError::Frame(_) | NextError::Message(_)) => {
                     let error = Refusal::Malformed;
@@ -327,6 +347,55 @@ impl Relay {
                 FromRelay::NotOpened { session_id, error }
             }
         });
+    }
+
+    /// Brings two nodes together, so that they find a direct path.
+    fn coordinate(
+        &self,
+        registration: &Registration,
+        session_id: Id,
+        target_id: &Id,
+        answer: mpsc::Permit<'_, FromRelay>,
+    ) {
+        let state = &mut *lock(&self.state);
+        let target = state.book.find(target_id).and_then(|target| state.registrations.get(&target));
+        let target = target.ok_or(Refused::NotRegistered);
+        let told = target.and_then(|target| {
+            let secret = Secret::generate().ok_or(Refused::Sessions)?;
+            let parties = [registration.party(), target.party()];
+            let [from, to] = &parties;
+            let told = state.coordinator.request(from, to, session_id.clone(), *secret.as_bytes(), Instant::now())?;
+            Ok((told, target))
+        });
+        match told {
+            Ok(([ours, theirs], target)) => {
+                self.counters.punches.add(1);
+                target.note(FromRelay::PunchCoordinate(Box::new(theirs.into())));
+                answer.send(FromRelay::PunchCoordinate(Box::new(ours.into())));
+            }
+            Err(refused) => {
+                let error = refused.into();
+                self.count(error);
+                answer.send(FromRelay::NotPunched { session_id, error });
+            }
+        }
+    }
+
+    fn execute(&self, registration: &Registration, session_id: &Id, ports: &[u16]) {
+        let state = &mut *lock(&self.state);
+        let execute = state.coordinator.execute(registration.generation, session_id, ports, Instant::now());
+        if let Some(Execute { to, session, ports }) = execute
+            && let Some(to) = state.registrations.get(&to)
+        {
+            to.note(FromRelay::PunchExecute { session_id: session, ports });
+        }
+    }
+
+    fn punched(&self, registration: &Registration, session_id: &Id, success: bool) {
+        let ended = lock(&self.state).coordinator.result(registration.generation, session_id, Instant::now());
+        if ended && success {
+            self.counters.punched.add(1);
+        }
     }
 
     /// Who ends a circuit waits until the other side can be told. Otherwise a node could have another one take more than
@@ -467,6 +536,16 @@ impl State {
 }
 
 impl Registration {
+    fn party(&self) -> Party {
+        Party {
+            node: self.generation,
+            id: self.node_id.clone(),
+            key: self.owner,
+            seen: canonical(self.connection.remote_address()),
+            round_trip: self.connection.rtt(),
+        }
+    }
+
     /// The other end of a circuit, and what passes.
     fn leg(&self, circuit: u32) -> Option<(Arc<Registration>, Arc<Mutex<Traffic>>)> {
         let legs = lock(&self.legs);
@@ -503,6 +582,27 @@ impl Registration {
             end.get_or_insert(why);
             first
         });
+    }
+}
+
+impl From<coordinate::Coordinate> for Coordinate {
+    fn from(told: coordinate::Coordinate) -> Self {
+        let coordinate::Coordinate { session, role, peer, key, seen, profile, candidates, secret, delay, .. } = told;
+        Self { session_id: session, role, peer_id: peer, key, address: seen, profile, candidates, secret, delay }
+    }
+}
+
+impl From<Refused> for Refusal {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::NotRegistered => Self::NotRegistered,
+            Refused::InProgress => Self::InProgress,
+            Refused::IdInUse => Self::Malformed,
+            Refused::Family => Self::AddressFamily,
+            Refused::Sessions => Self::Sessions,
+            Refused::SessionsPerNode => Self::SessionsPerNode,
+            Refused::Rate => Self::RequestRate,
+        }
     }
 }
 
@@ -543,6 +643,7 @@ impl Drop for Entry {
         let state = &mut *lock(&self.relay.state);
         let generation = self.registration.generation;
         state.registrations.remove(&generation);
+        state.coordinator.end(generation);
         let circuits = state.book.end(generation, Instant::now());
         state.ended(&circuits, Reason::Gone);
     }
