@@ -46,7 +46,7 @@ test-erlang: setup testkit
 # libFuzzer by rustc's own coverage instrumentation, on the stable toolchain. A new finding is left in
 # native/fuzz/artifacts.
 fuzz: setup
-	@cd native/fuzz; for target in decode reassembly control circuit; do \
+	@cd native/fuzz; for target in decode reassembly control circuit signal; do \
 	  mkdir -p corpus/$$target artifacts; \
 	  RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \

@@ -23,6 +23,7 @@ mod relay;
 mod request;
 mod runtime;
 mod session;
+mod signal;
 mod socket;
 mod stats;
 mod tls;
