@@ -69,6 +69,8 @@ fn relay<'a>(env: Env<'a>, stats: &RelayStats) -> Term<'a> {
         (atoms::dropped(), counted(&stats.dropped)),
         (atoms::stray(), stats.stray.encode(env)),
         (atoms::unread(), stats.unread.encode(env)),
+        (atoms::punches(), stats.punches.encode(env)),
+        (atoms::punched(), stats.punched.encode(env)),
     ];
     map(env, &fields)
 }

@@ -14,7 +14,9 @@ use tokio::time::{sleep, timeout};
 
 use super::RECEIVE_BUFFER;
 use super::control::{Id, Limit, Refusal};
-use super::registration::{CircuitError, Handle, IncomingCircuit, Registration, Serving, Terms};
+use super::registration::{
+    CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Terms,
+};
 use crate::decide::retry::Backoff;
 use crate::error::ConnectError;
 use crate::link::lock;
@@ -72,6 +74,10 @@ pub(crate) struct Settings {
     pub(crate) on_event: Arc<dyn Fn(RelayEvent) + Send + Sync>,
     /// Called in the client's task with each connection that another node begins over a circuit. Must not block.
     pub(crate) on_incoming: Box<dyn Fn(IncomingCircuit) + Send + Sync>,
+    /// Called in the client's task when another node wants a direct path to this one. Must not block.
+    pub(crate) on_punch: Box<dyn Fn(PunchSession) + Send + Sync>,
+    /// What the relay is to know of this node.
+    pub(crate) description: watch::Receiver<Description>,
 }
 
 /// What becomes of a registration.
@@ -164,7 +170,7 @@ enum Over {
 
 impl RelayClient {
     pub(crate) fn new(settings: Settings) -> Arc<Self> {
-        let Settings { dial, node_id, realm_secret, client, server, timeout, idle, on_event, on_incoming } = settings;
+        let Settings { dial, node_id, realm_secret, client, server, timeout, idle, on_event, on_incoming, .. } = settings;
         let on_dropped = Box::new({
             let on_event = on_event.clone();
             move |circuit, limit| on_event(RelayEvent::Dropped { circuit, limit })
@@ -174,7 +180,16 @@ impl RelayClient {
             node_id,
             idle,
             on_event,
-            terms: Arc::new(Terms { realm_secret, client, server, timeout, on_incoming, on_dropped }),
+            terms: Arc::new(Terms {
+                realm_secret,
+                client,
+                server,
+                timeout,
+                on_incoming,
+                on_dropped,
+                on_punch: settings.on_punch,
+                description: settings.description,
+            }),
             wants: watch::Sender::new(Wants::default()),
             phase: watch::Sender::new(Phase::Waiting),
             state: Mutex::new((RegistrationState::Unused, Instant::now())),
@@ -228,6 +243,16 @@ impl RelayClient {
             }
         };
         timeout(self.terms.timeout, connect).await.unwrap_or(Err(late))
+    }
+
+    /// An attempt to find a direct path to a node that is registered at the relay.
+    pub(crate) async fn punch(&self, target: &Id) -> Result<PunchSession, CircuitError> {
+        let _waiting = Waiting::new(&self.wants);
+        let punch = async {
+            let handle = live(&mut self.phase.subscribe(), false).await?;
+            handle.punch(target).await
+        };
+        timeout(self.terms.timeout, punch).await.unwrap_or(Err(CircuitError::Relay(ConnectError::TimedOut)))
     }
 
     /// Serves the client until it is stopped, or has been unused for long without a standing registration. Dropped, it

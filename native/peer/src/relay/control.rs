@@ -11,6 +11,7 @@ use macula_peer_wire::{HEADER_LEN, Limits, MessageType, PayloadError, RawFrame, 
 use crate::decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 use crate::decide::punch::Role;
 use crate::identity::Fingerprint;
+use crate::signal::SECRET_LEN;
 
 /// The longest message and the deepest nesting: several times what the longest of today needs, so that later ones may
 /// say more.
@@ -23,9 +24,6 @@ const VERSION: u64 = 1;
 
 /// Ports or addresses in one message.
 const MAX_LISTED: usize = 16;
-
-/// Length of the secret of an attempt to find a direct path.
-const SECRET_LEN: usize = 32;
 
 /// Length of a node's proof that it knows the realm's secret.
 pub(crate) const PROOF_LEN: usize = 32;

@@ -20,7 +20,9 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
-use super::control::{FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Reason, Refusal};
+use super::control::{Coordinate, FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Reason, Refusal};
+use crate::decide::nat::NatProfile;
+use crate::decide::punch::Role;
 use crate::decide::relay::Notices;
 use crate::decide::silence::{Counted, Silence};
 use crate::dial::{not_begun, not_connected};
@@ -34,6 +36,12 @@ const MAX_REQUESTS: usize = 64;
 /// Connections that others may be beginning over circuits at once: a relay can invent as many as it likes. Who is not
 /// heard tries again a second later.
 const MAX_ARRIVING: usize = 64;
+
+/// Direct paths that are looked for at once with the help of one relay. As many as a relay of ours allows.
+const MAX_PUNCHES: usize = 16;
+
+/// Times that the other node may tell ports before they are looked at: it does so once.
+const MAX_TOLD: usize = 4;
 
 /// How often a relay that owes something is looked at: a fifth of what counts as silence. And how often one that does not,
 /// for the sake of its keep-alives.
@@ -95,6 +103,46 @@ pub(crate) struct Terms {
     pub(crate) on_incoming: Box<dyn Fn(IncomingCircuit) + Send + Sync>,
     /// Called when the relay says that it dropped packets of a circuit. It must not block.
     pub(crate) on_dropped: Box<dyn Fn(u32, Limit) + Send + Sync>,
+    /// Called when another node wants a direct path to this one. It must not block.
+    pub(crate) on_punch: Box<dyn Fn(PunchSession) + Send + Sync>,
+    /// What the relay is to know of this node.
+    pub(crate) description: watch::Receiver<Description>,
+}
+
+/// What others need to know of a node to find a direct path to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Description {
+    pub(crate) profile: NatProfile,
+    /// Its local addresses.
+    pub(crate) candidates: Vec<SocketAddr>,
+}
+
+/// An attempt to find a direct path to another node, of which a relay has told both.
+#[derive(Debug)]
+pub(crate) struct PunchSession {
+    pub(crate) coordinate: Coordinate,
+    /// When the relay's word came.
+    pub(crate) told: Instant,
+    /// Ports that the other node tells.
+    pub(crate) ports: mpsc::Receiver<Vec<u16>>,
+    commands: mpsc::UnboundedSender<Command>,
+}
+
+impl PunchSession {
+    /// Tells the other node which ports this node's NAT is about to give.
+    pub(crate) fn tell_ports(&self, ports: Vec<u16>) {
+        self.say(FromNode::PunchExecute { session_id: self.coordinate.session_id.clone(), ports });
+    }
+
+    /// Tells the relay how it went.
+    pub(crate) fn tell_result(&self, success: bool) {
+        self.say(FromNode::PunchResult { session_id: self.coordinate.session_id.clone(), success });
+    }
+
+    fn say(&self, message: FromNode) {
+        // Nobody there: the registration has ended, and the session with it.
+        let _ = self.commands.send(Command::Say(message));
+    }
 }
 
 /// A registered node's end of the connection to its relay.
@@ -189,6 +237,11 @@ pub(crate) struct Serving {
     commands: mpsc::UnboundedReceiver<Command>,
     /// At most `MAX_REQUESTS`.
     requests: HashMap<Id, Request>,
+    /// At most `MAX_REQUESTS`.
+    punch_requests: HashMap<Id, PunchRequest>,
+    /// At most `MAX_PUNCHES`.
+    punches: HashMap<Id, mpsc::Sender<Vec<u16>>>,
+    description: watch::Receiver<Description>,
     open: HashMap<u32, Open>,
     arriving: Arc<Semaphore>,
     /// Resolve to the circuits whose inner connections have ended.
@@ -206,8 +259,12 @@ impl Drop for Serving {
     }
 }
 
+#[derive(Debug)]
 enum Command {
     Request(Id, Request),
+    PunchRequest(Id, PunchRequest),
+    /// About a session.
+    Say(FromNode),
     /// A connection is being made on the circuit that another node has opened.
     Accepting {
         circuit: u32,
@@ -223,6 +280,15 @@ enum Command {
     },
 }
 
+#[derive(Debug)]
+struct PunchRequest {
+    target: Id,
+    answer: oneshot::Sender<Result<PunchSession, CircuitError>>,
+    until: Instant,
+    _permit: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
 struct Request {
     target: Id,
     answer: oneshot::Sender<Result<Opening, CircuitError>>,
@@ -269,6 +335,8 @@ impl Serving {
             permits: Arc::new(Semaphore::new(MAX_REQUESTS)),
         };
         let silence = Silence::new(counted(&connection.0));
+        let mut description = terms.description.clone();
+        description.mark_changed();
         let serving = Self {
             terms,
             circuits,
@@ -281,6 +349,9 @@ impl Serving {
             handle: sender,
             commands,
             requests: HashMap::new(),
+            punch_requests: HashMap::new(),
+            punches: HashMap::new(),
+            description,
             open: HashMap::new(),
             arriving: Arc::new(Semaphore::new(MAX_ARRIVING)),
             ended: JoinSet::new(),
@@ -311,9 +382,12 @@ impl Serving {
                 Err(error) => return error,
             }
             self.count.send_if_modified(|count| mem::replace(count, self.open.len()) != self.open.len());
-            let overdue = self.requests.values().map(|request| request.until).min();
+            let punches = self.punch_requests.values().map(|request| request.until);
+            let overdue = self.requests.values().map(|request| request.until).chain(punches).min();
             tokio::select! {
                 Some(command) = self.commands.recv() => self.obey(command),
+                // The sender is the node's.
+                Ok(()) = self.description.changed() => self.describe(),
                 more = read_more(&mut self.receive, &mut self.frames) => if let Err(error) = more {
                     return error;
                 },
@@ -353,9 +427,47 @@ impl Serving {
                 FromRelay::Dropped { circuit, limit } => self.dropped(circuit, limit),
                 FromRelay::Refused { error } => return Err(CircuitError::Refused(error)),
                 FromRelay::Registered { .. } => return Err(CircuitError::NotARelay),
+                FromRelay::PunchCoordinate(coordinate) => self.coordinated(*coordinate),
+                FromRelay::PunchExecute { session_id, ports } => {
+                    if let Some(session) = self.punches.get(&session_id) {
+                        // More than it looks at are of no use.
+                        let _ = session.try_send(ports);
+                    }
+                }
+                FromRelay::NotPunched { session_id, error } => {
+                    if let Some(request) = self.punch_requests.remove(&session_id) {
+                        // Nobody waits any more.
+                        let _ = request.answer.send(Err(refused(error)));
+                    }
+                }
             }
         }
         Ok(())
+    }
+
+    fn describe(&mut self) {
+        let Description { profile, candidates } = self.description.borrow_and_update().clone();
+        self.say(FromNode::Describe { profile, candidates });
+    }
+
+    fn coordinated(&mut self, coordinate: Coordinate) {
+        self.punches.retain(|_, session| !session.is_closed());
+        let asked = self.punch_requests.remove(&coordinate.session_id);
+        if self.punches.len() >= MAX_PUNCHES || self.punches.contains_key(&coordinate.session_id) {
+            return;
+        }
+        let (sender, ports) = mpsc::channel(MAX_TOLD);
+        let session_id = coordinate.session_id.clone();
+        let commands = self.handle.clone();
+        let session = PunchSession { told: Instant::now(), ports, commands, coordinate };
+        match (session.coordinate.role, asked) {
+            // Nobody waits any more: then it is dropped.
+            (Role::Initiator, Some(request)) => drop(request.answer.send(Ok(session))),
+            // It was not asked for.
+            (Role::Initiator, None) => return,
+            (Role::Responder, _) => (self.terms.on_punch)(session),
+        }
+        self.punches.insert(session_id, sender);
     }
 
     fn opened(&mut self, session_id: &Id, circuit: u32) -> Result<(), CircuitError> {
@@ -373,12 +485,8 @@ impl Serving {
 
     fn not_opened(&mut self, session_id: &Id, error: Refusal) {
         let Some(request) = self.requests.remove(session_id) else { return };
-        let error = match error {
-            Refusal::NotRegistered => CircuitError::NotRegistered,
-            other => CircuitError::Refused(other),
-        };
         // Nobody waits any more.
-        let _ = request.answer.send(Err(error));
+        let _ = request.answer.send(Err(refused(error)));
     }
 
     fn circuit_ended(&mut self, circuit: u32, reason: Reason) {
@@ -401,6 +509,12 @@ impl Serving {
 
     fn obey(&mut self, command: Command) {
         match command {
+            Command::PunchRequest(session_id, request) => {
+                let target_id = request.target.clone();
+                self.say(FromNode::PunchRequest { session_id: session_id.clone(), target_id });
+                self.punch_requests.insert(session_id, request);
+            }
+            Command::Say(message) => self.say(message),
             Command::Request(session_id, request) => {
                 let target_id = request.target.clone();
                 self.say(FromNode::RelayRequest { session_id: session_id.clone(), target_id });
@@ -475,6 +589,13 @@ impl Serving {
     }
 }
 
+fn refused(error: Refusal) -> CircuitError {
+    match error {
+        Refusal::NotRegistered => CircuitError::NotRegistered,
+        other => CircuitError::Refused(other),
+    }
+}
+
 /// Everything is counted that makes a packet one that must be acknowledged: QUIC probes a silent peer with whatever it has
 /// to repeat.
 fn counted(connection: &Connection) -> Counted {
@@ -526,15 +647,30 @@ pub(crate) struct Handle {
 impl Handle {
     /// Opens a circuit to the node.
     pub(crate) async fn open(&self, target: &Id) -> Result<Opening, CircuitError> {
+        let (session_id, permit) = self.begin_request().await;
+        let (answer, answered) = oneshot::channel();
+        let until = Instant::now() + self.terms.timeout;
+        let request = Request { target: target.clone(), answer, until, _permit: permit };
+        self.commands.send(Command::Request(session_id, request)).map_err(|_| CircuitError::RelayLost)?;
+        answered.await.unwrap_or(Err(CircuitError::RelayLost))
+    }
+
+    async fn begin_request(&self) -> (Id, OwnedSemaphorePermit) {
         #[expect(clippy::expect_used, reason = "16 bytes are a good id, and nobody closes the semaphore")]
         let (session_id, permit) = {
             let id = Id::new(fastrand::u128(..).to_be_bytes().to_vec()).expect("1 to 255 bytes");
             (id, self.permits.clone().acquire_owned().await.expect("never closed"))
         };
+        (session_id, permit)
+    }
+
+    /// Asks for a direct path to a node.
+    pub(crate) async fn punch(&self, target: &Id) -> Result<PunchSession, CircuitError> {
+        let (session_id, permit) = self.begin_request().await;
         let (answer, answered) = oneshot::channel();
         let until = Instant::now() + self.terms.timeout;
-        let request = Request { target: target.clone(), answer, until, _permit: permit };
-        self.commands.send(Command::Request(session_id, request)).map_err(|_| CircuitError::RelayLost)?;
+        let request = PunchRequest { target: target.clone(), answer, until, _permit: permit };
+        self.commands.send(Command::PunchRequest(session_id, request)).map_err(|_| CircuitError::RelayLost)?;
         answered.await.unwrap_or(Err(CircuitError::RelayLost))
     }
 

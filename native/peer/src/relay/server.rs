@@ -32,6 +32,7 @@ use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered,
 use crate::identity::{Fingerprint, realm_proof_is_valid};
 use crate::link::{lock, write_now};
 use crate::socket::canonical;
+use crate::signal::Secret;
 use crate::stats::Counter;
 
 /// Who opens a control stream and does not say `connect` is let go after this long. It can come in the same packet.
@@ -202,6 +203,8 @@ impl Relay {
             dropped: dropped.collect(),
             stray: counters.stray.get(),
             unread: counters.unread.get(),
+            punches: counters.punches.get(),
+            punched: counters.punched.get(),
         }
     }
 
