@@ -79,16 +79,18 @@ impl Engine {
         let node = {
             let _inside = runtime.enter();
             let refusals = socket::refusals();
-            let socket = Socket::bind(config.ip, config.port, refusals.clone()).map_err(StartError::Bind)?;
+            let signals = socket::signals();
+            let socket = Socket::bind(config.ip, config.port, refusals.clone(), signals.0.clone());
+            let socket = socket.map_err(StartError::Bind)?;
             let mut endpoint = identity.endpoint_config();
-            // The first bit pattern of a packet will tell QUIC from punch packets on this socket.
+            // The first bits of a packet tell QUIC from signals on this socket.
             endpoint.grease_quic_bit(false);
             // Each connection is let in, or not, by settings of its own.
             let server = Some(ServerConfig::clone(&admission.config));
             let batching = Arc::new(BatchingRuntime);
             let quic = quinn::Endpoint::new_with_abstract_socket(endpoint, server, socket.clone(), batching)
                 .map_err(StartError::Bind)?;
-            let network = Network { quic, socket, refusals };
+            let network = Network { quic, socket, refusals, signals };
             Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone())
         };
         node.spawn(listen::accept(node.clone()));

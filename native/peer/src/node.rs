@@ -10,7 +10,7 @@ use macula_peer_wire::{MessageType, RawFrame};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::config::Config;
@@ -27,7 +27,7 @@ use crate::relay::clients::Clients;
 use crate::relay::registration::CircuitError;
 use crate::relay::server::Relay;
 use crate::session::Sessions;
-use crate::socket::{Refusals, Socket};
+use crate::socket::{Received, Refusals, Signals, Socket};
 use crate::stats::{NodeCounters, Stats};
 use crate::tls::{Dialect, Verify};
 
@@ -52,6 +52,7 @@ pub(crate) struct Node {
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
     socket: Mutex<BoundSocket>,
+    signals: Signals,
     peers: RwLock<Peers>,
     handler: RwLock<Option<Arc<dyn Handler>>>,
     tasks: Mutex<JoinSet<()>>,
@@ -65,6 +66,8 @@ pub(crate) struct Network {
     pub(crate) quic: quinn::Endpoint,
     pub(crate) socket: Arc<Socket>,
     pub(crate) refusals: Refusals,
+    /// What comes over the socket and is not QUIC's.
+    pub(crate) signals: (Signals, mpsc::Receiver<Received>),
 }
 
 #[derive(Default)]
@@ -98,7 +101,7 @@ impl Node {
         clients: Clients,
         runtime: Handle,
     ) -> Arc<Self> {
-        let Network { quic, socket, refusals } = network;
+        let Network { quic, socket, refusals, signals: (signals, _) } = network;
         let mut tasks = JoinSet::new();
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
         Arc::new(Self {
@@ -116,6 +119,7 @@ impl Node {
             known: Mutex::default(),
             tls: Arc::new(tls),
             socket: Mutex::new(BoundSocket { socket, errors }),
+            signals,
             peers: RwLock::default(),
             handler: RwLock::default(),
             tasks: Mutex::new(tasks),
@@ -346,7 +350,7 @@ impl Node {
     /// Moves the endpoint, with its live links, to another local address.
     pub(crate) fn rebind(&self, ip: Option<IpAddr>, port: u16) -> std::io::Result<()> {
         let _inside = self.runtime.enter();
-        let socket = Socket::bind(ip, port, self.refusals.clone())?;
+        let socket = Socket::bind(ip, port, self.refusals.clone(), self.signals.clone())?;
         self.quic.rebind_abstract(socket.clone())?;
         let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
         let old = std::mem::replace(&mut *lock(&self.socket), BoundSocket { socket, errors });

@@ -1,4 +1,4 @@
-//! The one UDP socket: quinn's, plus the word of ICMP.
+//! The one UDP socket: quinn's, plus the word of ICMP, plus signals, plus sockets beside it.
 //!
 //! A plain unconnected UDP socket never learns that a port is closed, so a dial to it would last until the handshake
 //! times out. With `IP_RECVERR` Linux queues each ICMP error with the destination that it is about. Two things follow
@@ -22,6 +22,13 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::broadcast;
 
+use self::extras::{AddExtraError, ExtraId, Extras};
+use self::sift::sift;
+pub(crate) use self::sift::{Received, Signals, Via, signals};
+
+mod extras;
+mod sift;
+
 /// How long a writer waits for room when readiness cannot be told any more. A socket buffer of 200 KB drains in 2 ms at
 /// 1 Gbit/s.
 const FULL_SOCKET_PAUSE: Duration = Duration::from_millis(1);
@@ -44,11 +51,13 @@ pub(crate) struct Socket {
     local: SocketAddr,
     full: AtomicBool,
     refusals: Refusals,
+    signals: Signals,
+    extras: Extras,
 }
 
 impl Socket {
     /// Binds a port (0: any) of an address, or of every address of both families. Must be called inside the runtime.
-    pub(crate) fn bind(ip: Option<IpAddr>, port: u16, refusals: Refusals) -> io::Result<Arc<Self>> {
+    pub(crate) fn bind(ip: Option<IpAddr>, port: u16, refusals: Refusals, signals: Signals) -> io::Result<Arc<Self>> {
         let socket = match ip {
             Some(ip) => open((ip, port).into())?,
             None => open((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|error| match error.kind() {
@@ -56,10 +65,65 @@ impl Socket {
                 _ => open((Ipv4Addr::UNSPECIFIED, port).into()),
             })?,
         };
+        enlarge_buffers(socket2::SockRef::from(&socket));
         let local = socket.local_addr()?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         report_icmp_errors(&socket, local);
-        Ok(Arc::new(Self { io: UdpSocket::from_std(socket)?, state, local, full: AtomicBool::new(false), refusals }))
+        Ok(Arc::new(Self {
+            io: UdpSocket::from_std(socket)?,
+            state,
+            local,
+            full: AtomicBool::new(false),
+            refusals,
+            signals,
+            extras: Extras::default(),
+        }))
+    }
+
+    /// Another socket with the same address, on any port. Must be called inside the runtime.
+    pub(crate) fn open_beside(&self) -> io::Result<UdpSocket> {
+        UdpSocket::from_std(open((self.local.ip(), 0).into())?)
+    }
+
+    /// From now on QUIC's packets to `peer` leave by `socket`, and what the peer sends to that is heard. It must be one of
+    /// [`Socket::open_beside`].
+    pub(crate) fn add_extra(&self, socket: UdpSocket, peer: SocketAddr) -> Result<ExtraId, AddExtraError> {
+        self.extras.add(socket, peer)
+    }
+
+    /// Closes an extra socket.
+    pub(crate) fn remove_extra(&self, id: ExtraId) {
+        self.extras.remove(id);
+    }
+
+    /// Sends a signal from the main socket, unless there is no room for it.
+    pub(crate) fn send_signal(&self, to: SocketAddr, signal: &[u8]) {
+        self.send_signal_from(None, to, signal);
+    }
+
+    /// Sends a signal from one of the host's addresses.
+    pub(crate) fn send_signal_from(&self, source: Option<IpAddr>, to: SocketAddr, signal: &[u8]) {
+        let Some(destination) = self.reachable(to) else { return };
+        let transmit = Transmit { destination, ecn: None, contents: signal, segment_size: None, src_ip: source };
+        // A signal that is lost is sent again by those who wait for an answer. Without tokio's readiness, which a new
+        // socket does not have yet.
+        let _ = self.send(&transmit);
+    }
+
+    /// Answers a signal from where it came to.
+    pub(crate) fn answer_signal(&self, received: &Received, answer: &[u8]) {
+        match received.via {
+            Via::Main => self.send_signal_from(received.to, received.from, answer),
+            Via::Extra(id) => {
+                let (Some(extra), Some(destination)) = (self.extras.get(id), self.reachable(received.from)) else {
+                    return;
+                };
+                let contents = answer;
+                let transmit = Transmit { destination, ecn: None, contents, segment_size: None, src_ip: received.to };
+                // As above.
+                let _ = extra.send_now(&transmit);
+            }
+        }
     }
 
     /// Publishes refused destinations, as long as the socket lives.
@@ -87,6 +151,28 @@ impl Socket {
             (SocketAddr::V6(_), SocketAddr::V4(v4)) => Some((v4.ip().to_ipv6_mapped(), v4.port()).into()),
             (SocketAddr::V4(_), SocketAddr::V6(v6)) => v6.ip().to_ipv4_mapped().map(|ip| (ip, v6.port()).into()),
             _ => Some(address),
+        }
+    }
+
+    fn poll_recv_main(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.io.poll_recv_ready(cx))?;
+            let receive = || self.state.recv(UdpSockRef::from(&self.io), bufs, meta);
+            match self.io.try_io(Interest::READABLE, receive) {
+                Ok(received) => {
+                    for (buffer, meta) in bufs.iter_mut().zip(meta.iter_mut()).take(received) {
+                        sift(buffer, meta, Via::Main, &self.signals);
+                    }
+                    return Poll::Ready(Ok(received));
+                }
+                // An error would end the endpoint with all its connections, and it is about one destination.
+                Err(error) => tracing::trace!(%error, "nothing received"),
+            }
         }
     }
 
@@ -119,12 +205,15 @@ fn open(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
     if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         socket.set_only_v6(false)?;
     }
-    // Best effort: the kernel caps what an unprivileged process asks for.
-    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
-    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     Ok(socket.into())
+}
+
+fn enlarge_buffers(socket: socket2::SockRef<'_>) {
+    // Best effort: the kernel caps what an unprivileged process asks for.
+    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
 }
 
 /// A pending ICMP error about an earlier packet: reading it has cleared it.
@@ -206,7 +295,10 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let sent = self.io.try_io(Interest::WRITABLE, || self.send(transmit));
+        let sent = match self.extras.towards(transmit.destination) {
+            Some(extra) => self.extras.send(&extra, transmit),
+            None => self.io.try_io(Interest::WRITABLE, || self.send(transmit)),
+        };
         if sent.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
             self.full.store(true, Ordering::Relaxed);
         }
@@ -219,23 +311,22 @@ impl AsyncUdpSocket for Socket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.io.poll_recv_ready(cx))?;
-            let receive = || self.state.recv(UdpSockRef::from(&self.io), bufs, meta);
-            match self.io.try_io(Interest::READABLE, receive) {
-                Ok(received) => return Poll::Ready(Ok(received)),
-                // An error would end the endpoint with all its connections, and it is about one destination.
-                Err(error) => tracing::trace!(%error, "nothing received"),
-            }
+        if self.extras.are_first()
+            && let Poll::Ready(received) = self.extras.poll_recv(cx, bufs, meta, &self.signals)
+        {
+            return Poll::Ready(Ok(received));
+        }
+        match self.poll_recv_main(cx, bufs, meta) {
+            Poll::Ready(received) => Poll::Ready(received),
+            Poll::Pending => self.extras.poll_recv(cx, bufs, meta, &self.signals).map(Ok),
         }
     }
-
     fn local_addr(&self) -> io::Result<SocketAddr> {
         Ok(self.local)
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.state.max_gso_segments()
+        self.state.max_gso_segments().min(self.extras.segments())
     }
 
     fn max_receive_segments(&self) -> usize {
@@ -274,9 +365,14 @@ impl UdpPoller for Writable {
 }
 
 async fn room(socket: Arc<Socket>) {
-    let ready = socket.io.ready(Interest::WRITABLE).await;
-    if ready.is_ok_and(|ready| ready.is_write_closed()) {
-        tokio::time::sleep(FULL_SOCKET_PAUSE).await;
+    match socket.extras.full() {
+        Some(extra) => extra.writable().await,
+        None => {
+            let ready = socket.io.ready(Interest::WRITABLE).await;
+            if ready.is_ok_and(|ready| ready.is_write_closed()) {
+                tokio::time::sleep(FULL_SOCKET_PAUSE).await;
+            }
+        }
     }
     socket.full.store(false, Ordering::Relaxed);
 }
@@ -286,3 +382,6 @@ impl fmt::Debug for Writable {
         f.debug_struct("Writable").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,7 +14,7 @@ pub(crate) mod probe;
 pub(crate) mod registration;
 pub(crate) mod server;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 /// Bytes of packets that a connection between a node and its relay takes in before they are looked at; the newest push the
 /// oldest out. 2 ms at 1 Gbit/s, for a task that is never long in coming. Who is no relay's node or relay takes none.

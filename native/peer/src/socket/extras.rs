@@ -1,0 +1,264 @@
+//! Sockets beside the one: where only packets from another port get through to a peer, that port is one of these.
+//!
+//! To QUIC they are not there. What comes by one of them is received as if it had come by the main socket, and what goes to
+//! an address that was heard by one of them leaves by it.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::task::{Context, Poll, Waker};
+
+use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use thiserror::Error;
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+
+use super::sift::{Signals, Via, sift};
+use super::{canonical, enlarge_buffers};
+use crate::link::lock;
+
+/// How many there may be: every one is looked at whenever something has come.
+const MAX_EXTRAS: usize = 64;
+
+/// Addresses of one peer that are remembered: its port changes when its NAT forgets it, and QUIC looks at the old one once
+/// more then.
+const ROUTES: usize = 4;
+
+/// Never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ExtraId(u64);
+
+#[derive(Debug, Error)]
+pub(crate) enum AddExtraError {
+    #[error("{MAX_EXTRAS} extra sockets are in use")]
+    TooMany,
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+pub(super) struct Extra {
+    id: ExtraId,
+    io: UdpSocket,
+    state: UdpSocketState,
+    /// Whom it is for. What others send to it is nothing.
+    peer: IpAddr,
+}
+
+pub(super) struct Extras {
+    /// As many as the table has, for those who need not look.
+    count: AtomicUsize,
+    table: RwLock<Table>,
+    /// Counts up: who is to be looked at first.
+    turn: AtomicUsize,
+    /// The least that any of them can send at once.
+    segments: AtomicUsize,
+    /// The one that had no room for a packet.
+    full: Mutex<Option<Arc<Extra>>>,
+    /// Who receives, and is to be told of new ones.
+    receiver: Mutex<Option<Waker>>,
+}
+
+#[derive(Default)]
+struct Table {
+    next_id: u64,
+    /// With the addresses of the peer that were heard by it, the newest last.
+    extras: Vec<(Arc<Extra>, VecDeque<SocketAddr>)>,
+    routes: HashMap<SocketAddr, Arc<Extra>>,
+}
+
+impl Default for Extras {
+    fn default() -> Self {
+        Self {
+            count: AtomicUsize::new(0),
+            table: RwLock::default(),
+            turn: AtomicUsize::new(0),
+            segments: AtomicUsize::new(usize::MAX),
+            full: Mutex::default(),
+            receiver: Mutex::default(),
+        }
+    }
+}
+
+impl Extras {
+    /// From now on what goes to `peer` leaves by `io`.
+    pub(super) fn add(&self, io: UdpSocket, peer: SocketAddr) -> Result<ExtraId, AddExtraError> {
+        let peer = canonical(peer);
+        let state = UdpSocketState::new(UdpSockRef::from(&io))?;
+        enlarge_buffers(socket2::SockRef::from(&io));
+        let id = {
+            let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+            if table.extras.len() >= MAX_EXTRAS {
+                return Err(AddExtraError::TooMany);
+            }
+            let id = ExtraId(table.next_id);
+            table.next_id += 1;
+            table.extras.push((Arc::new(Extra { id, io, state, peer: peer.ip() }), VecDeque::new()));
+            table.route(peer, id);
+            self.count.store(table.extras.len(), Ordering::Relaxed);
+            id
+        };
+        if let Some(receiver) = &*lock(&self.receiver) {
+            receiver.wake_by_ref();
+        }
+        Ok(id)
+    }
+
+    pub(super) fn remove(&self, id: ExtraId) {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        table.extras.retain(|(extra, _)| extra.id != id);
+        table.routes.retain(|_, extra| extra.id != id);
+        self.count.store(table.extras.len(), Ordering::Relaxed);
+    }
+
+    /// Whether there are any: all that who has none pays for.
+    pub(super) fn any(&self) -> bool {
+        self.count.load(Ordering::Relaxed) != 0
+    }
+
+    pub(super) fn get(&self, id: ExtraId) -> Option<Arc<Extra>> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        table.extras.iter().find(|(extra, _)| extra.id == id).map(|(extra, _)| extra.clone())
+    }
+
+    /// By which one an address is to be reached, if not by the main socket.
+    pub(super) fn towards(&self, destination: SocketAddr) -> Option<Arc<Extra>> {
+        if !self.any() {
+            return None;
+        }
+        self.table.read().unwrap_or_else(PoisonError::into_inner).routes.get(&canonical(destination)).cloned()
+    }
+
+    pub(super) fn send(&self, extra: &Arc<Extra>, transmit: &Transmit<'_>) -> io::Result<()> {
+        let sent = extra.send(transmit);
+        match &sent {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                *lock(&self.full) = Some(extra.clone());
+                sent
+            }
+            Err(error) => {
+                tracing::debug!(destination = %transmit.destination, %error, "packet not sent");
+                self.segments.fetch_min(extra.state.max_gso_segments(), Ordering::Relaxed);
+                Ok(())
+            }
+            Ok(()) => sent,
+        }
+    }
+
+    /// The least that any of them can send at once.
+    pub(super) fn segments(&self) -> usize {
+        self.segments.load(Ordering::Relaxed)
+    }
+
+    /// The one that last had no room, told once.
+    pub(super) fn full(&self) -> Option<Arc<Extra>> {
+        lock(&self.full).take()
+    }
+
+    /// Whether they are to be asked before the main socket. Neither may keep the other from being heard.
+    pub(super) fn are_first(&self) -> bool {
+        self.any() && self.turn.fetch_add(1, Ordering::Relaxed) % 2 == 0
+    }
+
+    /// Receives from one of them. Who waits is woken too when one is added.
+    pub(super) fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+        signals: &Signals,
+    ) -> Poll<usize> {
+        {
+            let mut receiver = lock(&self.receiver);
+            // Before the table is looked at: who adds one looks for this after.
+            if !receiver.as_ref().is_some_and(|receiver| receiver.will_wake(cx.waker())) {
+                *receiver = Some(cx.waker().clone());
+            }
+        }
+        if !self.any() {
+            return Poll::Pending;
+        }
+        let Poll::Ready((extra, received)) = self.poll_any(cx, bufs, meta) else { return Poll::Pending };
+        for (buffer, meta) in bufs.iter_mut().zip(meta.iter_mut()).take(received) {
+            self.take(&extra, buffer, meta, signals);
+        }
+        Poll::Ready(received)
+    }
+
+    fn poll_any(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<(Arc<Extra>, usize)> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let first = self.turn.load(Ordering::Relaxed);
+        for at in 0..table.extras.len() {
+            let (extra, _) = &table.extras[(first.wrapping_add(at)) % table.extras.len()];
+            if let Poll::Ready(received) = extra.poll_recv(cx, bufs, meta) {
+                return Poll::Ready((extra.clone(), received));
+            }
+        }
+        Poll::Pending
+    }
+
+    fn take(&self, extra: &Extra, buffer: &mut [u8], meta: &mut RecvMeta, signals: &Signals) {
+        let from = canonical(meta.addr);
+        if from.ip() != extra.peer {
+            meta.len = 0;
+            return;
+        }
+        sift(buffer, meta, Via::Extra(extra.id), signals);
+        if meta.len == 0 {
+            return;
+        }
+        let known = |table: &Table| table.routes.get(&from).is_some_and(|known| known.id == extra.id);
+        if !known(&self.table.read().unwrap_or_else(PoisonError::into_inner)) {
+            self.table.write().unwrap_or_else(PoisonError::into_inner).route(from, extra.id);
+        }
+    }
+}
+
+impl Table {
+    fn route(&mut self, destination: SocketAddr, id: ExtraId) {
+        for (_, routes) in &mut self.extras {
+            routes.retain(|route| *route != destination);
+        }
+        // It may have been removed a moment ago.
+        let Some((extra, routes)) = self.extras.iter_mut().find(|(extra, _)| extra.id == id) else { return };
+        routes.push_back(destination);
+        self.routes.insert(destination, extra.clone());
+        if routes.len() > ROUTES
+            && let Some(oldest) = routes.pop_front()
+        {
+            self.routes.remove(&oldest);
+        }
+    }
+}
+
+impl Extra {
+    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.io.try_io(Interest::WRITABLE, || self.send_now(transmit))
+    }
+
+    pub(super) fn send_now(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.state.try_send(UdpSockRef::from(&self.io), transmit)
+    }
+
+    pub(super) async fn writable(&self) {
+        // An error shows in the next packet.
+        let _ = self.io.writable().await;
+    }
+
+    fn poll_recv(&self, cx: &mut Context<'_>, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<usize> {
+        while let Poll::Ready(Ok(())) = self.io.poll_recv_ready(cx) {
+            let receive = || self.state.recv(UdpSockRef::from(&self.io), bufs, meta);
+            match self.io.try_io(Interest::READABLE, receive) {
+                Ok(received) => return Poll::Ready(received),
+                Err(error) => tracing::trace!(%error, "nothing received"),
+            }
+        }
+        Poll::Pending
+    }
+}

@@ -1,0 +1,230 @@
+//! Over real sockets on loopback.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashSet;
+use std::time::Instant;
+
+use quinn::{Connection, Endpoint, EndpointConfig, TransportConfig};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::*;
+use crate::relay::testing::{PATIENCE, client_config, server_config};
+use crate::runtime::BatchingRuntime;
+use crate::signal::{Body, Key, MAX_LEN, Role, Secret, Signal, Unverified};
+
+struct Side {
+    socket: Arc<Socket>,
+    quic: Endpoint,
+    received: mpsc::Receiver<Received>,
+}
+
+fn side(server: bool) -> Side {
+    let (signals, received) = signals();
+    let socket = Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, refusals(), signals).unwrap();
+    let server = server.then(|| server_config(TransportConfig::default()));
+    let mut config = EndpointConfig::default();
+    config.grease_quic_bit(false);
+    let quic = Endpoint::new_with_abstract_socket(config, server, socket.clone(), Arc::new(BatchingRuntime)).unwrap();
+    Side { socket, quic, received }
+}
+
+async fn connected(from: &Side, to: &Side, at: SocketAddr) -> (Connection, Connection) {
+    let connecting = from.quic.connect_with(client_config(TransportConfig::default()), at, "node").unwrap();
+    let accepting = async { to.quic.accept().await.unwrap().await.unwrap() };
+    timeout(PATIENCE, async { tokio::join!(async { connecting.await.unwrap() }, accepting) }).await.unwrap()
+}
+
+/// Moves so many bytes from one side to the other, and looks whether they are the same.
+async fn moved(from: &Connection, to: &Connection, len: usize) {
+    let sent: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
+    let expected = sent.clone();
+    let (from, to) = (from.clone(), to.clone());
+    let sending = async move {
+        let mut stream = from.open_uni().await.unwrap();
+        stream.write_all(&sent).await.unwrap();
+        stream.finish().unwrap();
+        stream.stopped().await.unwrap();
+    };
+    let receiving = async move {
+        let received = to.accept_uni().await.unwrap().read_to_end(len).await.unwrap();
+        assert!(received == expected);
+    };
+    timeout(PATIENCE, async { tokio::join!(sending, receiving) }).await.unwrap();
+}
+
+fn ping(nonce: u64) -> Signal {
+    Signal { id: 1, nonce, body: Body::Ping { sender: Role::Initiator } }
+}
+
+fn key() -> Key {
+    Key::from(&Secret::from([1; 32]))
+}
+
+/// Answers every ping that is one, and lets nothing else pass.
+async fn pong(socket: Arc<Socket>, mut received: mpsc::Receiver<Received>) {
+    let key = key();
+    while let Some(received) = received.recv().await {
+        let signal = Unverified::parse(received.bytes()).unwrap().verify(&key).unwrap();
+        let pong = Signal { body: Body::Pong { sender: Role::Responder }, ..signal };
+        socket.answer_signal(&received, &pong.encode(&key));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn quic_at_full_speed_and_signals_share_a_socket() {
+    const PINGS: u64 = 2000;
+    let (mut client, server) = (side(false), side(true));
+    let address = server.socket.local;
+    let (dialled, accepted) = connected(&client, &server, address).await;
+    let mut tasks = JoinSet::new();
+    tasks.spawn(pong(server.socket.clone(), server.received));
+    let (rounds, mut round) = watch::channel(0);
+    tasks.spawn(async move {
+        loop {
+            moved(&dialled, &accepted, 8 << 20).await;
+            moved(&accepted, &dialled, 8 << 20).await;
+            rounds.send_modify(|rounds| *rounds += 1);
+        }
+    });
+    let key = key();
+    let until = Instant::now() + PATIENCE;
+    let mut missing: HashSet<u64> = (0..PINGS).collect();
+    while !missing.is_empty() || *round.borrow_and_update() < 2 {
+        assert!(Instant::now() < until, "{} pings are not answered", missing.len());
+        for &nonce in missing.iter().take(64) {
+            client.socket.send_signal(address, &ping(nonce).encode(&key));
+        }
+        // The kernel may have dropped some of either kind: those are sent again.
+        while let Ok(Some(received)) = timeout(Duration::from_millis(20), client.received.recv()).await {
+            assert_eq!((received.from, received.via), (address, Via::Main));
+            let pong = Unverified::parse(received.bytes()).unwrap().verify(&key).unwrap();
+            assert_eq!(pong.body, Body::Pong { sender: Role::Responder });
+            missing.remove(&pong.nonce);
+        }
+    }
+    tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_connection_is_dialled_over_an_extra_socket() {
+    let (client, server) = (side(false), side(true));
+    let extra = client.socket.open_beside().unwrap();
+    let seen_at = extra.local_addr().unwrap();
+    let id = client.socket.add_extra(extra, server.socket.local).unwrap();
+    let (dialled, accepted) = connected(&client, &server, server.socket.local).await;
+    assert_eq!(accepted.remote_address(), seen_at);
+    moved(&dialled, &accepted, 8 << 20).await;
+    moved(&accepted, &dialled, 8 << 20).await;
+
+    client.socket.remove_extra(id);
+    assert!(!client.socket.extras.any());
+    // The server finds the client where it is now.
+    moved(&dialled, &accepted, 1000).await;
+    assert_eq!(accepted.remote_address(), client.socket.local);
+}
+
+#[tokio::test]
+async fn a_connection_is_accepted_over_an_extra_socket_and_others_over_the_main_one() {
+    let (client, other, server) = (side(false), side(false), side(true));
+    let extra = server.socket.open_beside().unwrap();
+    let address = extra.local_addr().unwrap();
+    // Somebody waits on the main socket by now, and the extra one is heard nevertheless. The peer's port is yet to be learnt.
+    let (beside, beside_accepted) = connected(&other, &server, server.socket.local).await;
+    server.socket.add_extra(extra, (Ipv4Addr::LOCALHOST, 1).into()).unwrap();
+    let (dialled, accepted) = connected(&client, &server, address).await;
+    assert_eq!(dialled.remote_address(), address);
+    tokio::join!(moved(&accepted, &dialled, 8 << 20), moved(&beside_accepted, &beside, 8 << 20));
+    tokio::join!(moved(&dialled, &accepted, 8 << 20), moved(&beside, &beside_accepted, 8 << 20));
+    assert_eq!((dialled.remote_address(), beside.remote_address()), (address, server.socket.local));
+}
+
+#[tokio::test]
+async fn signals_by_an_extra_socket_are_answered_by_it() {
+    let (mut client, mut server) = (side(false), side(false));
+    let extra = server.socket.open_beside().unwrap();
+    let address = extra.local_addr().unwrap();
+    let id = server.socket.add_extra(extra, client.socket.local).unwrap();
+    let (sent, key) = (ping(3).encode(&key()), key());
+    client.socket.send_signal(address, &sent);
+    let received = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
+    assert_eq!((received.bytes(), received.from, received.via), (&*sent, client.socket.local, Via::Extra(id)));
+    server.socket.answer_signal(&received, &ping(4).encode(&key));
+    let answer = timeout(PATIENCE, client.received.recv()).await.unwrap().unwrap();
+    assert_eq!((answer.from, answer.via), (address, Via::Main));
+}
+
+#[tokio::test]
+async fn an_extra_socket_hears_only_its_peer() {
+    let mut side = side(true);
+    let extra = side.socket.open_beside().unwrap();
+    let address = extra.local_addr().unwrap();
+    side.socket.add_extra(extra, (Ipv4Addr::LOCALHOST, 1).into()).unwrap();
+    let signal = ping(1).encode(&key());
+    let stranger = std::net::UdpSocket::bind((Ipv4Addr::new(127, 0, 0, 2), 0)).unwrap();
+    stranger.send_to(&signal, address).unwrap();
+    stranger.send_to(&[0x40; 1200], address).unwrap();
+    let peer = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    peer.send_to(&signal, address).unwrap();
+    let received = timeout(PATIENCE, side.received.recv()).await.unwrap().unwrap();
+    assert_eq!(received.from, peer.local_addr().unwrap());
+    assert!(side.received.try_recv().is_err());
+    assert!(side.socket.extras.towards(stranger.local_addr().unwrap()).is_none());
+}
+
+#[tokio::test]
+async fn extra_sockets_and_their_routes_are_bounded() {
+    let side = side(false);
+    let peer = |port: u16| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    let first = side.socket.open_beside().unwrap();
+    let address = first.local_addr().unwrap();
+    let first = side.socket.add_extra(first, peer(1)).unwrap();
+    let mut others = Vec::new();
+    while let Ok(id) = side.socket.add_extra(side.socket.open_beside().unwrap(), peer(2)) {
+        others.push(id);
+    }
+    assert_eq!(others.len(), 63);
+
+    // The peer is heard from many ports: the latest count, and QUIC is answered there by the socket that heard it.
+    let senders: Vec<_> = (0..10).map(|_| std::net::UdpSocket::bind(peer(0)).unwrap()).collect();
+    let routed = |sender: &std::net::UdpSocket| side.socket.extras.towards(sender.local_addr().unwrap()).is_some();
+    for sender in &senders {
+        let until = Instant::now() + PATIENCE;
+        while !routed(sender) {
+            assert!(Instant::now() < until);
+            sender.send_to(&[0x40; 30], address).unwrap();
+            sleep(Duration::from_millis(1)).await;
+        }
+    }
+    assert_eq!(senders.iter().filter(|sender| routed(sender)).count(), 4);
+    assert!(side.socket.extras.towards(peer(1)).is_none());
+
+    side.socket.remove_extra(first);
+    assert!(!senders.iter().any(routed));
+    for id in others {
+        side.socket.remove_extra(id);
+    }
+    assert!(side.socket.extras.towards(peer(2)).is_none());
+}
+
+#[tokio::test]
+async fn a_burst_of_signals_that_the_kernel_joins_comes_apart_again() {
+    let (client, mut server) = (side(false), side(false));
+    // One system call, and with Linux' segmentation offload one buffer at the other end.
+    let signals: Vec<_> = (0..8).map(|nonce| ping(nonce).encode(&key()).to_vec()).collect();
+    let len = signals[0].len();
+    let contents = signals.concat();
+    client.socket.io.writable().await.unwrap();
+    let at_once = client.socket.max_transmit_segments().min(signals.len());
+    for contents in contents.chunks(at_once * len) {
+        let destination = server.socket.local;
+        let transmit = Transmit { destination, ecn: None, contents, segment_size: Some(len), src_ip: None };
+        client.socket.try_send(&transmit).unwrap();
+    }
+    for signal in signals {
+        let received = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
+        assert_eq!(received.bytes(), signal);
+    }
+    assert!(len <= MAX_LEN);
+}
