@@ -61,6 +61,20 @@ pub struct Config {
     pub node_id: Option<NodeId>,
     /// Relays to be registered at, which others are also reached through. Default none.
     pub relays: Vec<Endpoint>,
+    /// Whether direct paths through NATs are looked for. Default [`HolePunching::On`].
+    pub hole_punching: HolePunching,
+}
+
+/// Whether, and how, direct paths through NATs are looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HolePunching {
+    /// By all means: where one of two NATs gives each destination another port at random, 256 sockets are opened on its
+    /// side, and 1,024 packets sent from the other.
+    On,
+    /// With some packets to each address that may be the other node's.
+    Plain,
+    /// Not at all.
+    Off,
 }
 
 /// Bytes that are not to be seen in logs.
@@ -116,6 +130,7 @@ impl Default for Config {
             realm_secret: None,
             node_id: None,
             relays: Vec::new(),
+            hole_punching: HolePunching::On,
         }
     }
 }

@@ -116,6 +116,14 @@ impl Dialer {
         }
     }
 
+    /// A link on a path that was found.
+    pub(crate) async fn dial_punched(self, address: SocketAddr) -> Result<Link, ConnectError> {
+        let address = self.socket.reachable(address).ok_or(ConnectError::Unreachable)?;
+        let mut link = self.connect(address, NO_NAME).await?;
+        link.path = Path::HolePunch;
+        Ok(link)
+    }
+
     async fn attempt(self: Arc<Self>, address: SocketAddr, name: String) -> Result<Link, ConnectError> {
         let mut backoff = Backoff::new(REFUSED_FIRST_PAUSE, REFUSED_LONGEST_PAUSE);
         let give_up = Instant::now() + self.config.connect_timeout;

@@ -24,7 +24,7 @@ use crate::relay::clients::Clients;
 use crate::relay::server::Relay;
 use crate::runtime::BatchingRuntime;
 use crate::socket::{self, Socket};
-use crate::stats::Stats;
+use crate::stats::{PathStatus, Stats};
 use crate::tls::{self, Certificate, Verify};
 
 /// Name lookups, which cannot be interrupted, and large payloads are worked on by threads of their own; more at once wait
@@ -79,8 +79,8 @@ impl Engine {
         let node = {
             let _inside = runtime.enter();
             let refusals = socket::refusals();
-            let signals = socket::signals();
-            let socket = Socket::bind(config.ip, config.port, refusals.clone(), signals.0.clone());
+            let (signals, heard) = socket::signals();
+            let socket = Socket::bind(config.ip, config.port, refusals.clone(), signals.clone());
             let socket = socket.map_err(StartError::Bind)?;
             let mut endpoint = identity.endpoint_config();
             // The first bits of a packet tell QUIC from signals on this socket.
@@ -91,7 +91,9 @@ impl Engine {
             let quic = quinn::Endpoint::new_with_abstract_socket(endpoint, server, socket.clone(), batching)
                 .map_err(StartError::Bind)?;
             let network = Network { quic, socket, refusals, signals };
-            Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone())
+            let node = Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone());
+            node.spawn(node.clone().hear_signals(heard));
+            node
         };
         node.spawn(listen::accept(node.clone()));
         if let Some(name) = node.config.node_id.clone() {
@@ -202,6 +204,11 @@ impl Engine {
     /// Who gets what arrives from now on.
     pub fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
         self.node.set_handler(handler);
+    }
+
+    /// How a peer is reached, and why not by better paths. Nothing, of one that nothing was sent to.
+    pub fn path(&self, target: &Target<'_>) -> PathStatus {
+        self.node.find(target).map_or_else(PathStatus::default, |peer| peer.path())
     }
 
     /// Everything that is counted.

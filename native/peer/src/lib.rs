@@ -18,6 +18,7 @@ mod listen;
 mod message;
 mod node;
 mod peer;
+mod punch;
 mod race;
 mod relay;
 mod request;
@@ -28,7 +29,7 @@ mod socket;
 mod stats;
 mod tls;
 
-pub use config::{Config, Delivery, Secret};
+pub use config::{Config, Delivery, HolePunching, Secret};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
 pub use error::{
@@ -38,9 +39,10 @@ pub use error::{
 pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Registration, ReplyToken, Unhandled};
 pub use peer::Waiting;
-pub use race::Ways;
+pub use punch::PunchError;
+pub use race::{Failures, Ways};
 pub use relay::clients::MAX_RELAYS;
 pub use relay::control::{Limit, Refusal};
 pub use relay::{RelayConfig, RelayStats};
-pub use stats::{AcceptedStats, LinkStats, PeerStats, RegistrationStats, Stats};
+pub use stats::{AcceptedStats, LinkStats, PathStatus, PeerStats, RegistrationStats, Stats};
 pub use tls::{Certificate, Dialect, Verify};

@@ -22,7 +22,9 @@ use crate::decide::witness::{Mark, Witness};
 use crate::identity::Fingerprint;
 use crate::listen::Accepted;
 use crate::message::{Message, Path};
+use crate::punch::ExtraGuard;
 use crate::socket::canonical;
+use crate::stats::LinkStats;
 use crate::tls::Dialect;
 
 /// Receive halves that wait for an answer to a message sent without waiting, lanes not counted. A 0.14.3 gateway allows
@@ -57,6 +59,8 @@ pub(crate) struct Link {
     pub(crate) doubted: Notify,
     out: Mutex<Out>,
     begun_by: BegunBy,
+    /// The socket that it needs beside the main one.
+    pub(crate) extra: Option<Arc<ExtraGuard>>,
 }
 
 /// Whose the connection is.
@@ -164,6 +168,7 @@ impl Link {
             doubted: Notify::new(),
             out: Mutex::default(),
             begun_by: BegunBy::Us,
+            extra: None,
         }
     }
 
@@ -195,6 +200,11 @@ impl Link {
         if let BegunBy::Peer(accepted) = &self.begun_by {
             accepted.mark_silent();
         }
+    }
+
+    pub(crate) fn stats(&self) -> LinkStats {
+        let Self { dialect, path, .. } = *self;
+        LinkStats { dialect, path, remote: self.remote(), round_trip: self.connection.rtt() }
     }
 
     /// Where its packets go and come from.

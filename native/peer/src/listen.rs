@@ -25,6 +25,7 @@ use crate::identity::Fingerprint;
 use crate::link::{Link, Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
 use crate::node::Node;
+use crate::punch::ExtraGuard;
 use crate::peer::{MAX_ANSWERING, Peer, deadline};
 use crate::relay::{RECEIVE_BUFFER, client, probe};
 use crate::session;
@@ -87,7 +88,7 @@ const UNEXPECTED: u8 = 6;
 const ONE_WAY_STREAMS: u8 = 3;
 
 /// A handshake follows at once when a path has been made; its first packets may be lost.
-const EXPECTED_FOR: Duration = Duration::from_secs(10);
+pub(crate) const EXPECTED_FOR: Duration = Duration::from_secs(10);
 
 /// Paths that may be made at once.
 const MAX_EXPECTED: usize = 256;
@@ -165,21 +166,27 @@ fn transport_config(two_way: u32, one_way: u8, config: &Config) -> TransportConf
     transport
 }
 
-/// Addresses that nodes are about to connect from, whose they are, and until when.
+/// Addresses that nodes are about to connect from, for as long as they may.
 #[derive(Default)]
-pub(crate) struct Expected(HashMap<SocketAddr, (Fingerprint, Instant)>);
+pub(crate) struct Expected(HashMap<SocketAddr, Caller>);
+
+#[derive(Clone)]
+struct Caller {
+    key: Fingerprint,
+    /// The socket that it is heard by, if not the main one.
+    extra: Option<Arc<ExtraGuard>>,
+}
 
 impl Expected {
-    pub(crate) fn insert(&mut self, address: SocketAddr, key: Fingerprint, now: Instant) {
-        self.0.retain(|_, (_, until)| *until > now);
+    pub(crate) fn insert(&mut self, address: SocketAddr, key: Fingerprint, extra: Option<Arc<ExtraGuard>>) {
         // Who is not expected tries again later.
         if self.0.len() < MAX_EXPECTED {
-            self.0.insert(address, (key, now + EXPECTED_FOR));
+            self.0.insert(address, Caller { key, extra });
         }
     }
 
-    fn get(&self, address: SocketAddr, now: Instant) -> Option<Fingerprint> {
-        self.0.get(&address).filter(|(_, until)| *until > now).map(|(key, _)| *key)
+    pub(crate) fn remove(&mut self, address: SocketAddr) {
+        self.0.remove(&address);
     }
 }
 
@@ -193,10 +200,10 @@ pub(crate) async fn accept(node: Arc<Node>) {
             incoming = node.quic.accept() => match incoming {
                 Some(incoming) => {
                     let admission = listening.borrow().clone();
-                    let key = lock(&node.expected).get(canonical(incoming.remote_address()), Instant::now());
-                    match (key, admission) {
-                        (Some(key), _) if expected.len() < node.config.max_accepted => {
-                            expected.spawn(accept_expected(node.clone(), key, incoming));
+                    let caller = lock(&node.expected).0.get(&canonical(incoming.remote_address())).cloned();
+                    match (caller, admission) {
+                        (Some(caller), _) if expected.len() < node.config.max_accepted => {
+                            expected.spawn(accept_expected(node.clone(), caller, incoming));
                         }
                         (_, Some(admission)) => admit(&node, &admission, incoming, &mut connections),
                         (_, None) => incoming.ignore(),
@@ -239,7 +246,8 @@ async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming) {
 }
 
 /// A connection on a path that both nodes have made.
-async fn accept_expected(node: Arc<Node>, key: Fingerprint, incoming: Incoming) {
+async fn accept_expected(node: Arc<Node>, caller: Caller, incoming: Incoming) {
+    let Caller { key, extra: _extra } = caller;
     let admission = node.clients.admission().clone();
     let Ok(handshake) = incoming.accept_with(admission.config.clone()) else { return };
     let connection = match timeout(HANDSHAKE_TIMEOUT, handshake).await {

@@ -15,6 +15,7 @@ use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
 use crate::identity::Fingerprint;
 use crate::node::Node;
+use crate::race::Failures;
 use crate::relay::control::{Limit, Refusal};
 use crate::session::Answers;
 use crate::tls::Dialect;
@@ -218,6 +219,15 @@ pub enum Event {
         count: u64,
         /// Why.
         reason: UndeliveredReason,
+    },
+    /// Messages to a peer take another path than before, or a better one than theirs could not be had.
+    Path {
+        /// The peer.
+        peer: PeerName,
+        /// The path. `None`: there is none.
+        path: Option<Path>,
+        /// Why others could not be had.
+        failures: Failures,
     },
     /// A sender goes on with a session that this node does not know: it was restarted, or had forgotten it. What was
     /// handed over before may come again.

@@ -24,7 +24,8 @@ use crate::listen::{Accepted, Admission, Expected};
 use crate::message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Unhandled};
 use crate::peer::{self, Peer};
 use crate::relay::clients::Clients;
-use crate::relay::registration::CircuitError;
+use crate::punch::Puncher;
+use crate::relay::registration::{CircuitError, Description};
 use crate::relay::server::Relay;
 use crate::session::Sessions;
 use crate::socket::{Received, Refusals, Signals, Socket};
@@ -48,6 +49,9 @@ pub(crate) struct Node {
     pub(crate) listening: watch::Sender<Option<Admission>>,
     /// Addresses that nodes are about to connect from, whether this one listens or not.
     pub(crate) expected: Mutex<Expected>,
+    pub(crate) puncher: Puncher,
+    /// What others need to know of this node to find a direct path to it.
+    pub(crate) description: watch::Sender<Description>,
     relay: RwLock<Option<Arc<Relay>>>,
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
@@ -66,8 +70,7 @@ pub(crate) struct Network {
     pub(crate) quic: quinn::Endpoint,
     pub(crate) socket: Arc<Socket>,
     pub(crate) refusals: Refusals,
-    /// What comes over the socket and is not QUIC's.
-    pub(crate) signals: (Signals, mpsc::Receiver<Received>),
+    pub(crate) signals: Signals,
 }
 
 #[derive(Default)]
@@ -101,7 +104,7 @@ impl Node {
         clients: Clients,
         runtime: Handle,
     ) -> Arc<Self> {
-        let Network { quic, socket, refusals, signals: (signals, _) } = network;
+        let Network { quic, socket, refusals, signals } = network;
         let mut tasks = JoinSet::new();
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
         Arc::new(Self {
@@ -115,6 +118,8 @@ impl Node {
             clients,
             listening: watch::Sender::new(None),
             expected: Mutex::default(),
+            puncher: Puncher::default(),
+            description: watch::Sender::default(),
             relay: RwLock::default(),
             known: Mutex::default(),
             tls: Arc::new(tls),
@@ -127,6 +132,17 @@ impl Node {
             stopping: watch::channel(false).0,
             started: Instant::now(),
         })
+    }
+
+    /// Gives signals to whom they are for, as long as the engine runs.
+    pub(crate) async fn hear_signals(self: Arc<Self>, mut heard: mpsc::Receiver<Received>) {
+        let mut stopping = self.stopping();
+        loop {
+            tokio::select! {
+                Some(received) = heard.recv() => self.puncher.received(&received),
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+            }
+        }
     }
 
     /// Sends over the live link to a peer, if there is one with room.
@@ -293,7 +309,7 @@ impl Node {
 
     /// Whether the node that was reached has the key that it is known by: the one that somebody knows, or else the one
     /// that it was first seen with.
-    fn check_key(&self, name: &PeerName, key: Option<Fingerprint>, link: Link) -> Result<Link, ConnectError> {
+    pub(crate) fn check_key(&self, name: &PeerName, key: Option<Fingerprint>, link: Link) -> Result<Link, ConnectError> {
         let PeerName::Node(node) = name else { return Ok(link) };
         let binds = !matches!(self.config.verify, Verify::None);
         let expected = key.or_else(|| self.known_key(node));
@@ -336,11 +352,19 @@ impl Node {
         self.config.max_accepted + self.relay().map_or(0, |relay| relay.registrations())
     }
 
-    fn dialer(&self) -> Dialer {
+    pub(crate) fn socket(&self) -> Arc<Socket> {
+        lock(&self.socket).socket.clone()
+    }
+
+    pub(crate) async fn sample_port(&self, _relay: std::net::SocketAddr) -> Option<u16> {
+        None
+    }
+
+    pub(crate) fn dialer(&self) -> Dialer {
         Dialer {
             to_relay: false,
             quic: self.quic.clone(),
-            socket: lock(&self.socket).socket.clone(),
+            socket: self.socket(),
             refusals: self.refusals.clone(),
             tls: self.tls.clone(),
             config: self.config.clone(),

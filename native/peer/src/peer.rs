@@ -14,13 +14,15 @@ use std::time::{Duration, Instant};
 
 use macula_peer_wire::RawFrame;
 use quinn::{ConnectionError, RecvStream, SendStream};
-use tokio::sync::{Notify, Semaphore, broadcast};
+use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
 
 use crate::call::{Call, Cancel};
 use crate::config::Delivery;
+use crate::decide::punch::Failure;
 use crate::decide::retry::Backoff;
+use crate::decide::upgrade::{Upgrade, Worth};
 use crate::dial::refused;
 use crate::endpoint::Target;
 use crate::error::{ConnectError, RequestError, RouteError, SendError, UndeliveredReason};
@@ -29,11 +31,13 @@ use crate::link::{Link, Partial, Swept, Written, lock};
 use crate::listen::{LARGE_FRAME, serve_link};
 use crate::message::{Event, Inbound, Message, Path, PeerName};
 use crate::node::Node;
-use crate::race::{self, Race, Ways};
+use crate::punch::PunchError;
+use crate::race::{self, Failures, Race, Ways};
 use crate::relay::control::Refusal;
+use crate::relay::registration::Description;
 use crate::request;
 use crate::session::{Progress, Session, Taken};
-use crate::stats::{LinkStats, PeerCounters, PeerStats};
+use crate::stats::{PathStatus, PeerCounters, PeerStats};
 use crate::tls::Dialect;
 
 /// Messages that are accepted for a live link while it has no stream to spare: some milliseconds of a fast sender.
@@ -60,11 +64,6 @@ const REDIAL_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// A peer that hangs up sooner than this, perhaps because of what it is sent, is not dialled again at once.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
-
-/// Pauses between attempts to replace a relayed path by a direct one. A firewall that was opened is used soon; one that
-/// stays closed costs a handshake's first packets a minute.
-const UPGRADE_FIRST_PAUSE: Duration = Duration::from_secs(1);
-const UPGRADE_LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long callers wait, within their deadlines, for a node that had a link and is not to be found. A relay that was
 /// restarted is back within some seconds, and its nodes with it.
@@ -123,6 +122,8 @@ struct State {
     learned: bool,
     /// The peer has begun connections that were not looked at.
     arrived: bool,
+    /// Why paths could not be had.
+    failures: Failures,
     /// When ways were last looked up, and whether somebody is still at it.
     resolved: Option<(Instant, bool)>,
     /// Who gets the messages instead, and until when: a relay that speaks only `macula`.
@@ -188,6 +189,7 @@ impl Peer {
             ways,
             learned: false,
             arrived: false,
+            failures: Failures::default(),
             resolved: None,
             stand_in: None,
             partials: Vec::new(),
@@ -311,13 +313,15 @@ impl Peer {
         lock(&self.state).link.is_some()
     }
 
+    pub(crate) fn path(&self) -> PathStatus {
+        let state = lock(&self.state);
+        let (link, failures) = (state.link.clone(), state.failures.clone());
+        drop(state);
+        PathStatus { link: link.map(|link| link.stats()), failures }
+    }
+
     pub(crate) fn stats(&self) -> PeerStats {
-        let link = lock(&self.state).link.clone().map(|link| LinkStats {
-            dialect: link.dialect,
-            path: link.path,
-            remote: link.remote(),
-            round_trip: link.connection.rtt(),
-        });
+        let link = lock(&self.state).link.clone().map(|link| link.stats());
         let counters = &self.counters;
         PeerStats {
             name: self.name.clone(),
@@ -599,7 +603,11 @@ struct Task {
     answers_until: Option<Instant>,
     /// When a better path than the present one is looked for, and the pauses between.
     upgrade_at: Option<Instant>,
-    upgrade: Backoff,
+    upgrade: Upgrade,
+    /// This node's NAT or address, which decide what can be tried.
+    description: watch::Receiver<Description>,
+    /// What was last said of the path.
+    told: Option<(Path, Failures)>,
     writers: JoinSet<WriteOutcome>,
     /// How many of them write what was accepted.
     accepted_writes: usize,
@@ -634,6 +642,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
     let _ended = Ended(peer.clone());
     let now = Instant::now();
     let refusals = peer.node.refusals.subscribe();
+    let description = peer.node.description.subscribe();
     let task = Task {
         peer,
         race: None,
@@ -651,7 +660,9 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         out_of_credit: false,
         answers_until: None,
         upgrade_at: None,
-        upgrade: Backoff::new(UPGRADE_FIRST_PAUSE, UPGRADE_LONGEST_PAUSE),
+        upgrade: Upgrade::new(now),
+        description,
+        told: None,
         writers: JoinSet::new(),
         accepted_writes: 0,
         requests: JoinSet::new(),
@@ -688,6 +699,8 @@ impl Task {
                 Some(_) = self.helpers.join_next() => {}
                 () = unreachable(&mut self.refusals, remote) => self.doubt(),
                 () = doubted(link.as_deref()) => self.doubt(),
+                // The sender is the node's.
+                Ok(()) = self.description.changed() => self.network_changed(),
                 _ = stopping.changed() => peer.retire(),
                 () = sleep_until(next.into()) => {}
             }
@@ -981,32 +994,40 @@ impl Task {
     }
 
     /// Whether such a link is better than the present one. Both nodes have to come to the same end, or each would let go
-    /// of the connection that the other one keeps: of two that the two of them began, that of the lesser key stays.
+    /// of the connection that the other one keeps.
     fn prefers(&self, path: Path, dialled: bool, shown: Fingerprint) -> bool {
-        let Some(present) = self.link.as_ref().filter(|_| !self.in_doubt) else { return true };
-        if path.is_relayed() != present.path.is_relayed() {
-            return present.path.is_relayed();
-        }
-        let ours_stays = self.node().identity.fingerprint() < shown;
-        dialled != present.is_dialled() && dialled == ours_stays
+        let own = self.node().identity.fingerprint();
+        let worth = |path: Path, dialled| Worth { relayed: path.is_relayed(), dialler: if dialled { own } else { shown } };
+        let present = self.link.as_ref().filter(|_| !self.in_doubt);
+        present.is_none_or(|present| worth(path, dialled) < worth(present.path, present.is_dialled()))
     }
 
     /// On a relayed path: tries the direct ones again.
     fn look_for_better(&mut self, now: Instant) {
-        self.upgrade_at = Some(now + self.upgrade.pause(fastrand::f64()));
-        if self.race.is_some() || self.in_doubt {
-            return;
-        }
+        self.upgrade_at = None;
+        let relay = match self.link.as_ref().map(|link| link.path) {
+            Some(Path::Relay(relay)) if self.race.is_none() && !self.in_doubt => self.node().clients.relay_at(relay),
+            // It is planned anew when the race is over, or another link is up.
+            _ => return,
+        };
         let mut state = lock(&self.peer.state);
         state.learned = false;
-        let direct = Ways { endpoints: state.ways.endpoints.clone(), key: state.ways.key, ..Ways::default() };
+        let Ways { endpoints, key, hole_punch, .. } = state.ways.clone();
         drop(state);
-        if direct.endpoints.is_empty() {
-            return;
-        }
         let mut race = Race::new(self.node().clone(), self.peer.name.clone(), now);
-        race.add(&direct, None, now);
+        race.add(&Ways { endpoints, key, hole_punch, ..Ways::default() }, None, now);
+        race.keep_direct();
+        if let Some(relay) = relay {
+            race.punch(relay);
+        }
         self.race = Some(race);
+    }
+
+    fn network_changed(&mut self) {
+        self.upgrade.changed(Instant::now(), fastrand::f64());
+        if self.upgrade_at.is_some() {
+            self.plan_upgrade();
+        }
     }
 
     fn has_learned(&self) -> bool {
@@ -1015,14 +1036,36 @@ impl Task {
 
     fn plan_upgrade(&mut self) {
         let relayed = self.link.as_ref().is_some_and(|link| link.path.is_relayed());
-        if !relayed {
-            self.upgrade.reset();
+        self.upgrade_at = (relayed && self.race.is_none()).then(|| self.upgrade.next());
+    }
+
+    /// The better paths have been tried, in vain.
+    fn not_better(&mut self) {
+        let now = Instant::now();
+        let state = lock(&self.peer.state);
+        let punch = state.failures.hole_punch.as_ref().map(PunchError::failure);
+        // An endpoint may be reached later whatever the NATs are.
+        let failure = punch.filter(|_| state.ways.endpoints.is_empty()).unwrap_or(Failure::TimedOut);
+        drop(state);
+        self.upgrade.failed(failure, now, fastrand::f64());
+        self.plan_upgrade();
+    }
+
+    /// Says how the peer is reached, if that is news.
+    fn tell_path(&mut self) {
+        let Some(path) = self.link.as_ref().map(|link| link.path) else { return };
+        let failures = lock(&self.peer.state).failures.clone();
+        if self.told.as_ref().is_none_or(|told| (&told.0, &told.1) != (&path, &failures)) {
+            self.told = Some((path, failures.clone()));
+            self.node().event(Event::Path { peer: self.peer.name.clone(), path: Some(path), failures });
         }
-        self.upgrade_at = relayed.then(|| Instant::now() + self.upgrade.pause(fastrand::f64()));
     }
 
     fn race_progressed(&mut self, progress: race::Progress) {
         let begun = self.race.as_ref().map_or_else(Instant::now, |race| race.begun);
+        if let Some(race) = &mut self.race {
+            race.take_failures(&mut lock(&self.peer.state).failures);
+        }
         match progress {
             race::Progress::Link(link) if !self.takes(&link) => link.close(),
             race::Progress::Link(link) => {
@@ -1037,6 +1080,9 @@ impl Task {
                 // Looking for something better while there is a link, it has not lost anything.
                 if self.link.is_none() || self.in_doubt {
                     self.race_lost(error, begun);
+                } else {
+                    self.not_better();
+                    self.tell_path();
                 }
             }
             race::Progress::StandIn(relay) => {
@@ -1131,7 +1177,12 @@ impl Task {
                 self.peer.arrived();
             }
         }
+        if !self.link.as_ref().is_some_and(|link| link.path.is_relayed()) {
+            self.upgrade = Upgrade::new(now);
+            lock(&self.peer.state).failures = Failures::default();
+        }
         self.plan_upgrade();
+        self.tell_path();
     }
 
     fn race_lost(&mut self, error: SendError, begun: Instant) {

@@ -15,6 +15,7 @@ use crate::listen::Accepted;
 use crate::message::{NodeId, PeerName};
 use crate::node::Node;
 use crate::peer::deadline;
+use crate::punch::{self, PunchError};
 use crate::relay::control::Refusal;
 use crate::relay::registration::CircuitError;
 
@@ -38,6 +39,27 @@ pub struct Ways {
     pub last_resorts: Vec<Endpoint>,
     /// The key that it has, where somebody knows.
     pub key: Option<Fingerprint>,
+    /// Whether a direct path through NATs is to be looked for, where somebody has said so.
+    pub hole_punch: Option<bool>,
+}
+
+/// Why paths could not be had, as far as they were tried and failed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Failures {
+    /// The last dial of an endpoint.
+    pub direct: Option<ConnectError>,
+    /// The last attempt to get through the NATs.
+    pub hole_punch: Option<PunchError>,
+    /// The last relay that was asked.
+    pub relay: Option<RouteError>,
+}
+
+impl Failures {
+    fn merge(&mut self, newer: Self) {
+        self.direct = newer.direct.or(self.direct.take());
+        self.hole_punch = newer.hole_punch.or(self.hole_punch.take());
+        self.relay = newer.relay.or(self.relay.take());
+    }
 }
 
 impl Ways {
@@ -48,12 +70,13 @@ impl Ways {
         merge(&mut self.relays, new.relays);
         merge(&mut self.last_resorts, new.last_resorts);
         self.key = new.key.or(self.key);
+        self.hole_punch = new.hole_punch.or(self.hole_punch);
         news
     }
 
     /// Whether nothing is known.
     pub fn is_empty(&self) -> bool {
-        let Self { endpoints, relays, last_resorts, key } = self;
+        let Self { endpoints, relays, last_resorts, key, hole_punch: _ } = self;
         endpoints.is_empty() && relays.is_empty() && last_resorts.is_empty() && key.is_none()
     }
 }
@@ -83,6 +106,7 @@ pub(crate) struct Race {
     until: Instant,
     direct: JoinSet<Result<Link, ConnectError>>,
     relayed: JoinSet<Result<Link, (CircuitError, Endpoint)>>,
+    punched: JoinSet<Result<Link, PunchError>>,
     /// Connections that the peer began.
     accepted: JoinSet<Option<Link>>,
     /// Relays to be asked, and when.
@@ -92,6 +116,8 @@ pub(crate) struct Race {
     /// More ways may come until then.
     resolving: Option<Instant>,
     failure: Option<SendError>,
+    /// Since they were last taken.
+    failures: Failures,
     stand_in: Option<Endpoint>,
 }
 
@@ -105,11 +131,13 @@ impl Race {
             until,
             direct: JoinSet::new(),
             relayed: JoinSet::new(),
+            punched: JoinSet::new(),
             accepted: JoinSet::new(),
             waiting: VecDeque::new(),
             taken: Ways::default(),
             resolving: None,
             failure: None,
+            failures: Failures::default(),
             stand_in: None,
         }
     }
@@ -118,6 +146,7 @@ impl Race {
     pub(crate) fn add(&mut self, ways: &Ways, resolving: Option<Instant>, now: Instant) {
         self.resolving = resolving;
         self.taken.key = ways.key;
+        self.taken.hole_punch = ways.hole_punch;
         for endpoint in new_ones(&ways.endpoints, &mut self.taken.endpoints) {
             let dial = self.node.clone().dial(self.name.clone(), endpoint, ways.key, self.until);
             self.direct.spawn(dial);
@@ -156,7 +185,7 @@ impl Race {
     /// What happens next. May be dropped and called again.
     pub(crate) async fn next(&mut self) -> Progress {
         loop {
-            if self.direct.is_empty() && self.relayed.is_empty() && self.accepted.is_empty() {
+            if self.direct.is_empty() && self.relayed.is_empty() && self.accepted.is_empty() && self.punched.is_empty() {
                 // Nothing else is under way: the next relay need not wait.
                 match (self.waiting.pop_front(), self.resolving) {
                     (Some((_, relay)), _) => self.ask(relay),
@@ -177,6 +206,11 @@ impl Race {
                         return Progress::Link(Arc::new(link));
                     }
                 }
+                Some(punched) = self.punched.join_next() => match punched {
+                    Ok(Ok(link)) => return Progress::Link(Arc::new(link)),
+                    Ok(Err(error)) => self.not_punched(error),
+                    Err(_panicked_or_aborted) => {}
+                },
                 Some(asked) = self.relayed.join_next() => match asked {
                     Ok(Ok(link)) => return Progress::Link(Arc::new(link)),
                     Ok(Err((error, relay))) => self.no_circuit(error, relay),
@@ -196,6 +230,7 @@ impl Race {
         let PeerName::Node(target) = &self.name else { return };
         let circuit = circuit(self.node.clone(), relay.clone(), target.clone(), self.taken.key);
         let until = self.until;
+        self.punch(relay.clone());
         self.relayed.spawn(async move {
             match timeout_at(until.into(), circuit).await {
                 Ok(outcome) => outcome.map_err(|error| (error, relay)),
@@ -204,7 +239,31 @@ impl Race {
         });
     }
 
+    /// Looks for a direct path through NATs with the help of a relay.
+    pub(crate) fn punch(&mut self, relay: Endpoint) {
+        let PeerName::Node(target) = &self.name else { return };
+        if self.taken.hole_punch == Some(false) {
+            self.failures.hole_punch = Some(PunchError::Skipped);
+            return;
+        }
+        self.punched.spawn(punch::initiate(self.node.clone(), relay, target.clone(), self.taken.key));
+    }
+
+    fn not_punched(&mut self, error: PunchError) {
+        tracing::debug!(peer = %self.name, %error, "no direct path");
+        // The other node has asked, and its connection will be there.
+        if error != PunchError::Refused(Refusal::InProgress) {
+            self.failures.hole_punch = Some(error);
+        }
+    }
+
+    /// Those since the last call.
+    pub(crate) fn take_failures(&mut self, into: &mut Failures) {
+        into.merge(std::mem::take(&mut self.failures));
+    }
+
     fn not_direct(&mut self, error: ConnectError) {
+        self.failures.direct = Some(error.clone());
         let error = match (&self.name, error) {
             (PeerName::Endpoint(_), error) => error.into(),
             (PeerName::Node(_), error @ ConnectError::Untrusted) => RouteError::Node(error).into(),
@@ -232,6 +291,7 @@ impl Race {
             CircuitError::NotRegistered => RouteError::Setup(Refusal::NotRegistered),
             CircuitError::Inner(error) => RouteError::Node(error),
         };
+        self.failures.relay = Some(error.clone());
         let known = match &self.failure {
             Some(SendError::Route(known)) => weight(known),
             _ => 0,

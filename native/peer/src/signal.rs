@@ -12,6 +12,8 @@ use ring::hmac;
 use ring::rand::{SecureRandom, SystemRandom};
 use subtle::ConstantTimeEq;
 
+use crate::decide::punch::Role;
+
 /// What every signal begins with. QUIC's packets have one of the two highest bits set.
 pub(crate) const FIRST_BYTE: u8 = 0x08;
 
@@ -100,7 +102,8 @@ pub(crate) enum Body {
     },
     /// Where the request came from.
     ProbeReply { observed: SocketAddr },
-    /// A node looks for a way to another one.
+    /// A node looks for a way to another one. Who it is is said, so that it is not taken for the other's when it comes
+    /// back.
     Ping { sender: Role },
     /// The answer to a ping.
     Pong { sender: Role },
@@ -113,13 +116,6 @@ pub(crate) enum AnswerFrom {
     Same,
     /// The relay's other one.
     Other,
-}
-
-/// Which of two nodes sent a signal, so that it is not taken for the other's when it comes back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    Initiator,
-    Responder,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

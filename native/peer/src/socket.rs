@@ -22,7 +22,8 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::broadcast;
 
-use self::extras::{AddExtraError, ExtraId, Extras};
+pub(crate) use self::extras::ExtraId;
+use self::extras::{AddExtraError, Extras};
 use self::sift::sift;
 pub(crate) use self::sift::{Received, Signals, Via, signals};
 
@@ -108,6 +109,19 @@ impl Socket {
         // A signal that is lost is sent again by those who wait for an answer. Without tokio's readiness, which a new
         // socket does not have yet.
         let _ = self.send(&transmit);
+    }
+
+    /// Sends a signal from an extra socket.
+    pub(crate) fn send_signal_by(&self, id: ExtraId, to: SocketAddr, signal: &[u8]) {
+        let (Some(extra), Some(destination)) = (self.extras.get(id), self.reachable(to)) else { return };
+        let transmit = Transmit { destination, ecn: None, contents: signal, segment_size: None, src_ip: None };
+        // As above.
+        let _ = extra.send_now(&transmit);
+    }
+
+    /// The extra socket by which QUIC's packets to an address leave.
+    pub(crate) fn extra_towards(&self, address: SocketAddr) -> Option<ExtraId> {
+        self.extras.towards(address).map(|extra| extra.id())
     }
 
     /// Answers a signal from where it came to.

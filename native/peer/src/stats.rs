@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::endpoint::Endpoint;
 use crate::message::{Path, PeerName, Registration};
+use crate::race::Failures;
 use crate::relay::RelayStats;
 use crate::tls::Dialect;
 
@@ -121,6 +122,15 @@ pub struct LinkStats {
     pub remote: SocketAddr,
     /// Smoothed round trip time.
     pub round_trip: Duration,
+}
+
+/// How a peer is reached.
+#[derive(Debug, Clone, Default)]
+pub struct PathStatus {
+    /// The link that carries the messages, if there is one.
+    pub link: Option<LinkStats>,
+    /// Why other paths could not be had. Those of paths that are no better than the link's are from before it was up.
+    pub failures: Failures,
 }
 
 /// One accepted connection.

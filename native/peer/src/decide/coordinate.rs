@@ -296,7 +296,7 @@ fn delays(round_trips: [Duration; 2], profiles: [NatProfile; 2]) -> [Duration; 2
 }
 
 /// Whether nobody but a node in the same network is to be found at an address.
-fn is_local(address: SocketAddr) -> bool {
+pub(crate) fn is_local(address: SocketAddr) -> bool {
     let local = match address.ip() {
         IpAddr::V4(ip) => {
             let shared = ip.octets()[0] == 100 && ip.octets()[1] & 0xC0 == 64;

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::client::{RegistrationState, RelayClient, RelayEvent, Settings};
 use super::control::Id;
-use super::registration::{CircuitError, IncomingCircuit};
+use super::registration::{CircuitError, IncomingCircuit, PunchSession};
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
 use crate::endpoint::Endpoint;
@@ -20,6 +20,7 @@ use crate::link::lock;
 use crate::listen::{self, Admission, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, STREAM_WINDOW};
 use crate::message::{Event, NodeId, Path, Registration};
 use crate::node::Node;
+use crate::punch;
 use crate::socket::canonical;
 use crate::stats::RegistrationStats;
 
@@ -101,6 +102,25 @@ impl Clients {
                 }
             }
         }
+    }
+
+    /// An attempt to find a direct path to a node, of which a relay has told it.
+    pub(crate) async fn punch(
+        &self,
+        node: &Arc<Node>,
+        relay: &Endpoint,
+        target: &NodeId,
+    ) -> Result<PunchSession, CircuitError> {
+        let Some(target) = Id::new(target.to_bytes()) else { return Err(CircuitError::NotRegistered) };
+        let Client { client, .. } = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
+        client.punch(&target).await
+    }
+
+    /// The relay at an address, if this node uses it.
+    pub(crate) fn relay_at(&self, relay: SocketAddr) -> Option<Endpoint> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let mut at = table.iter().filter(|(_, client)| client.address.get() == Some(&relay));
+        at.next().map(|(endpoint, _)| endpoint.clone())
     }
 
     fn remember_not(&self, relay: &Endpoint) {
@@ -190,7 +210,9 @@ impl Clients {
             timeout: node.config.connect_timeout,
             idle: UNUSED_FOR,
             on_event: Arc::new(telling(weak.clone(), relay.clone())),
-            on_incoming: Box::new(serving(weak, self.admission.clone(), address.clone())),
+            on_incoming: Box::new(serving(weak.clone(), self.admission.clone(), address.clone())),
+            on_punch: Box::new(punching(weak)),
+            description: node.description.subscribe(),
         };
         let client = RelayClient::new(settings);
         let (served, node, relay) = (client.clone(), node.clone(), relay.clone());
@@ -234,6 +256,14 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
             RelayEvent::Refused(refusal) => Event::Registration { relay, state: Registration::Refused(refusal) },
             RelayEvent::Dropped { limit, .. } => Event::RelayLimit { relay, limit },
         });
+    }
+}
+
+fn punching(node: Weak<Node>) -> impl Fn(PunchSession) + Send + Sync {
+    move |session| {
+        if let Some(node) = node.upgrade() {
+            node.spawn(punch::respond(node.clone(), session));
+        }
     }
 }
 

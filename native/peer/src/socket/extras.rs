@@ -238,6 +238,10 @@ impl Table {
 }
 
 impl Extra {
+    pub(super) fn id(&self) -> ExtraId {
+        self.id
+    }
+
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         self.io.try_io(Interest::WRITABLE, || self.send_now(transmit))
     }

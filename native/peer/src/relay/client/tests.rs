@@ -7,6 +7,7 @@ use macula_peer_wire::Reassembler;
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{ConnectionError, Endpoint};
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -178,6 +179,8 @@ fn node(name: &str, relay: SocketAddr, options: Options) -> Node {
         idle,
         on_event: Arc::new(on_event),
         on_incoming: Box::new(on_incoming),
+        on_punch: Box::new(|_| {}),
+        description: watch::channel(Default::default()).1,
     });
     let task = tokio::spawn(client.clone().run());
     Node { client, events, task, dials, ended }

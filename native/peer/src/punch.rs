@@ -1,0 +1,518 @@
+//! Direct paths through NATs: the attempts that this node takes part in.
+//!
+//! What is sent when is decided in `decide/punch.rs`; here are the sockets, the relay's word and the connection. Nothing is
+//! sent to an address that a registered relay did not name, but for answers to what the other node has signed.
+
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+use thiserror::Error;
+use tokio::io::ReadBuf;
+use tokio::net::UdpSocket;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{sleep, sleep_until, timeout};
+
+use crate::config::HolePunching;
+use crate::decide::coordinate::is_local;
+use crate::decide::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
+use crate::endpoint::Endpoint;
+use crate::error::ConnectError;
+use crate::identity::Fingerprint;
+use crate::link::{Link, lock};
+use crate::listen::EXPECTED_FOR;
+use crate::message::{NodeId, PeerName};
+use crate::node::Node;
+use crate::relay::control::Refusal;
+use crate::relay::registration::{CircuitError, PunchSession};
+use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
+use crate::socket::{ExtraId, Received, Socket, Via};
+
+/// Attempts that this node takes part in at once, whoever began them: each is some hundred packets in three seconds.
+const MAX_SESSIONS: usize = 64;
+
+/// Attempts with hundreds of sockets or packets at once. Many systems allow a process 1,024 open files.
+const MAX_HARD_SESSIONS: usize = 1;
+
+/// Signals of one session that wait to be looked at.
+const MAX_HEARD: usize = 64;
+
+/// No relay of ours asks for a longer wait.
+const LONGEST_DELAY: Duration = Duration::from_secs(3);
+
+/// A handshake on a path on which packets have just gone both ways. One that takes longer is better begun anew.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Why there is no direct path.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum PunchError {
+    /// It was not to be looked for.
+    #[error("skipped")]
+    Skipped,
+    /// Neither NAT gives ports that the other side could know.
+    #[error("no port of either node can be known to the other")]
+    BothHard,
+    /// It would take hundreds of packets, which one of the two does not allow.
+    #[error("it would take too many packets")]
+    NotAllowed,
+    /// Nothing came through.
+    #[error("nothing came through")]
+    TimedOut,
+    /// As many attempts are being made as may.
+    #[error("too many attempts at once")]
+    Busy,
+    /// There is no relay that both are registered at.
+    #[error("no relay: {0}")]
+    Relay(ConnectError),
+    /// The relay does not bring the two together.
+    #[error("refused by the relay: {}", .0.name())]
+    Refused(Refusal),
+    /// There is a path, but no connection over it.
+    #[error("no connection: {0}")]
+    Connect(ConnectError),
+}
+
+impl PunchError {
+    /// Whether another attempt comes to the same, as long as the two NATs are what they are.
+    pub(crate) fn failure(&self) -> Failure {
+        match self {
+            Self::BothHard | Self::Refused(Refusal::AddressFamily) => Failure::BothHard,
+            Self::NotAllowed | Self::Skipped => Failure::NotAllowed,
+            _ => Failure::TimedOut,
+        }
+    }
+}
+
+impl From<Failure> for PunchError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::BothHard => Self::BothHard,
+            Failure::NotAllowed => Self::NotAllowed,
+            Failure::TimedOut | Failure::Budget => Self::TimedOut,
+        }
+    }
+}
+
+impl From<CircuitError> for PunchError {
+    fn from(error: CircuitError) -> Self {
+        match error {
+            CircuitError::Refused(refusal) => Self::Refused(refusal),
+            CircuitError::NotRegistered => Self::Refused(Refusal::NotRegistered),
+            CircuitError::Relay(error) => Self::Relay(error),
+            CircuitError::NotARelay => Self::Relay(ConnectError::NoProtocol),
+            CircuitError::RelayLost | CircuitError::Ended(_) | CircuitError::Inner(_) | CircuitError::Stopped => {
+                Self::Relay(ConnectError::TimedOut)
+            }
+        }
+    }
+}
+
+/// The attempts that are being made.
+pub(crate) struct Puncher {
+    /// By the id in their signals. At most `MAX_SESSIONS`.
+    sessions: Mutex<HashMap<u64, Session>>,
+    hard: Arc<Semaphore>,
+}
+
+#[derive(Clone)]
+struct Session {
+    key: Key,
+    /// The role of who sends the signals.
+    peer: Role,
+    heard: mpsc::Sender<Heard>,
+}
+
+struct Heard {
+    via: HeardBy,
+    from: SocketAddr,
+    signal: punch::Signal,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum HeardBy {
+    Socket(Via),
+    /// A socket that QUIC does not use yet.
+    Extra(u16),
+}
+
+impl Default for Puncher {
+    fn default() -> Self {
+        Self { sessions: Mutex::default(), hard: Arc::new(Semaphore::new(MAX_HARD_SESSIONS)) }
+    }
+}
+
+impl Puncher {
+    /// A signal came by a socket that QUIC uses too. What is not of a session is nothing.
+    pub(crate) fn received(&self, received: &Received) {
+        let Some(unverified) = Unverified::parse(received.bytes()) else { return };
+        let session = lock(&self.sessions).get(&unverified.id()).cloned();
+        if let Some(session) = session
+            && let Some(signal) = session.verify(&unverified)
+        {
+            let via = HeardBy::Socket(received.via);
+            // What is lost is sent again.
+            let _ = session.heard.try_send(Heard { via, from: received.from, signal });
+        }
+    }
+}
+
+impl Session {
+    fn verify(&self, unverified: &Unverified<'_>) -> Option<punch::Signal> {
+        let Signal { nonce, body, .. } = unverified.verify(&self.key)?;
+        match body {
+            Body::Ping { sender } if sender == self.peer => Some(punch::Signal::Ping { nonce }),
+            Body::Pong { sender } if sender == self.peer => Some(punch::Signal::Pong { nonce }),
+            _ => None,
+        }
+    }
+}
+
+/// A session in the table, as long as it lasts.
+struct Entry {
+    node: Arc<Node>,
+    id: u64,
+    session: Session,
+}
+
+impl Entry {
+    fn new(node: &Arc<Node>, id: u64, key: Key, peer: Role) -> Result<(Self, mpsc::Receiver<Heard>), PunchError> {
+        let (heard, waiting) = mpsc::channel(MAX_HEARD);
+        let session = Session { key, peer, heard };
+        let mut sessions = lock(&node.puncher.sessions);
+        if sessions.len() >= MAX_SESSIONS || sessions.contains_key(&id) {
+            return Err(PunchError::Busy);
+        }
+        sessions.insert(id, session.clone());
+        Ok((Self { node: node.clone(), id, session }, waiting))
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        lock(&self.node.puncher.sessions).remove(&self.id);
+    }
+}
+
+/// An extra socket that QUIC uses, until this is dropped.
+pub(crate) struct ExtraGuard {
+    socket: Arc<Socket>,
+    id: ExtraId,
+}
+
+impl Drop for ExtraGuard {
+    fn drop(&mut self) {
+        self.socket.remove_extra(self.id);
+    }
+}
+
+/// A direct link to a node, with the help of a relay that both are registered at.
+pub(crate) async fn initiate(
+    node: Arc<Node>,
+    relay: Endpoint,
+    target: NodeId,
+    key: Option<Fingerprint>,
+) -> Result<Link, PunchError> {
+    if node.config.hole_punching == HolePunching::Off {
+        return Err(PunchError::Skipped);
+    }
+    let session = node.clients.punch(&node, &relay, &target).await?;
+    let (peer, shown) = (session.coordinate.address, session.coordinate.key);
+    let mut attempt = Attempt::new(&node, session).await?;
+    let found = attempt.run().await;
+    attempt.session.tell_result(found.is_ok());
+    let address = found?;
+    tracing::debug!(node = ?target, %peer, %address, "direct path found");
+    let extra = attempt.take_extra(address);
+    drop(attempt);
+    let connecting = node.dialer().dial_punched(address);
+    let link = timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or(Err(ConnectError::TimedOut));
+    let mut link = link.map_err(PunchError::Connect)?;
+    link.extra = extra;
+    if link.shown != Some(shown) {
+        link.close();
+        return Err(PunchError::Connect(ConnectError::Untrusted));
+    }
+    node.check_key(&PeerName::Node(target), key, link).map_err(PunchError::Connect)
+}
+
+/// Lets another node find a direct path to this one.
+pub(crate) async fn respond(node: Arc<Node>, session: PunchSession) {
+    if node.config.hole_punching == HolePunching::Off {
+        return;
+    }
+    let mut attempt = match Attempt::new(&node, session).await {
+        Ok(attempt) => attempt,
+        Err(error) => return tracing::debug!(%error, "no attempt to find a direct path"),
+    };
+    let found = attempt.run().await;
+    tracing::debug!(peer = ?attempt.session.coordinate.peer_id, ?found, "was looked for");
+    let expected = std::mem::take(&mut attempt.expected);
+    drop(attempt);
+    if !expected.is_empty() {
+        // The connection may still be on its way.
+        sleep(EXPECTED_FOR).await;
+    }
+}
+
+/// One session on its way.
+struct Attempt {
+    node: Arc<Node>,
+    socket: Arc<Socket>,
+    session: PunchSession,
+    entry: Entry,
+    heard: mpsc::Receiver<Heard>,
+    role: Role,
+    punch: Punch,
+    /// What `Via::Extra` counts.
+    sockets: Vec<Extra>,
+    /// Addresses that the other node may connect from.
+    expected: Vec<Expectation>,
+    _hard: Option<OwnedSemaphorePermit>,
+}
+
+enum Extra {
+    Ours(UdpSocket),
+    /// QUIC uses it too.
+    Shared(Arc<ExtraGuard>),
+    Closed,
+}
+
+impl Attempt {
+    async fn new(node: &Arc<Node>, mut session: PunchSession) -> Result<Self, PunchError> {
+        let coordinate = &session.coordinate;
+        let (role, theirs) = (coordinate.role, coordinate.profile);
+        let id = signal_id(coordinate.session_id.as_bytes());
+        let key = Key::from(&Secret::from(coordinate.secret));
+        let (entry, heard) = Entry::new(node, id, key, other(role))?;
+        let ours = node.description.borrow().profile;
+        let allowed = node.config.hole_punching == HolePunching::On;
+        let strategy = Strategy::choose(&ours, &theirs, allowed);
+        let hard = match strategy {
+            Strategy::BirthdayOpen | Strategy::BirthdayProbe => {
+                Some(node.puncher.hard.clone().try_acquire_owned().map_err(|_| PunchError::Busy)?)
+            }
+            _ => None,
+        };
+        if strategy.predicts(&ours)
+            && let Some(last) = node.sample_port(coordinate.address).await
+        {
+            session.tell_ports(ours.predict(last));
+        }
+        let told = session.ports.try_recv().unwrap_or_default();
+        let coordinate = &session.coordinate;
+        let now = Instant::now();
+        let own = node.description.borrow().candidates.clone();
+        let candidates = coordinate.candidates.iter().filter(|to| is_local(**to) && !own.contains(to));
+        let setup = Setup {
+            role,
+            ours,
+            theirs,
+            peer: coordinate.address,
+            ports: told,
+            candidates: candidates.copied().collect(),
+            hard: allowed,
+            begin: session.told + coordinate.delay.min(LONGEST_DELAY),
+            seed: fastrand::u64(..),
+        };
+        Ok(Self {
+            node: node.clone(),
+            socket: node.socket(),
+            entry,
+            heard,
+            role,
+            punch: Punch::new(setup, now),
+            sockets: Vec::new(),
+            expected: Vec::new(),
+            _hard: hard,
+            session,
+        })
+    }
+
+    /// The address on the path that was found.
+    async fn run(&mut self) -> Result<SocketAddr, PunchError> {
+        let mut found = None;
+        let mut buffer = [0; MAX_LEN + 1];
+        loop {
+            while let Some(action) = self.punch.poll(Instant::now()) {
+                match action {
+                    Action::Open(count) => self.open(count),
+                    Action::Send { via, to, signal } => self.send(via, to, signal),
+                    Action::Proven { to, .. } if self.role == Role::Initiator => return Ok(to),
+                    Action::Proven { to, .. } => found = found.or(Some(to)),
+                    Action::Over(failure) => return found.ok_or(failure.into()),
+                }
+            }
+            let Some(next) = self.punch.next(Instant::now()) else {
+                return found.ok_or(PunchError::TimedOut);
+            };
+            tokio::select! {
+                Some(heard) = self.heard.recv() => self.hear(heard),
+                heard = heard_by_extras(&self.sockets, &self.entry.session, &mut buffer) => self.hear(heard),
+                // None: the registration has ended. What is known of the session is enough.
+                Some(ports) = self.session.ports.recv() => self.punch.learn_ports(&ports, Instant::now()),
+                () = sleep_until(next.into()) => {}
+            }
+        }
+    }
+
+    fn open(&mut self, count: u16) {
+        for _ in 0..count {
+            match self.socket.open_beside() {
+                Ok(socket) => self.sockets.push(Extra::Ours(socket)),
+                // As many as there are will do, only less often.
+                Err(error) => {
+                    tracing::debug!(%error, opened = self.sockets.len(), "no more sockets");
+                    break;
+                }
+            }
+        }
+        // No more than were asked for.
+        self.punch.opened(self.sockets.len() as u16);
+    }
+
+    fn send(&self, via: punch::Via, to: SocketAddr, signal: punch::Signal) {
+        let (nonce, body) = match signal {
+            punch::Signal::Ping { nonce } => (nonce, Body::Ping { sender: self.role }),
+            punch::Signal::Pong { nonce } => (nonce, Body::Pong { sender: self.role }),
+        };
+        let encoded = Signal { id: self.entry.id, nonce, body }.encode(&self.entry.session.key);
+        match via {
+            punch::Via::Main => self.socket.send_signal(to, &encoded),
+            punch::Via::Extra(index) => match self.sockets.get(usize::from(index)) {
+                Some(Extra::Ours(socket)) => {
+                    if let Some(to) = self.socket.reachable(to) {
+                        // What is lost is sent again, or another one is. tokio does not know yet that there is room.
+                        let _ = SockRef::from(socket).send_to(&encoded, &to.into());
+                    }
+                }
+                Some(Extra::Shared(extra)) => self.socket.send_signal_by(extra.id, to, &encoded),
+                Some(Extra::Closed) | None => {}
+            },
+        }
+    }
+
+    fn hear(&mut self, Heard { via, from, signal }: Heard) {
+        let via = match via {
+            HeardBy::Socket(Via::Main) => punch::Via::Main,
+            HeardBy::Socket(Via::Extra(id)) => {
+                let shared = |extra: &Extra| matches!(extra, Extra::Shared(guard) if guard.id == id);
+                let Some(index) = self.sockets.iter().position(shared) else { return };
+                // There are no more than were asked for.
+                punch::Via::Extra(index as u16)
+            }
+            HeardBy::Extra(index) => {
+                self.share(index, from);
+                punch::Via::Extra(index)
+            }
+        };
+        if self.role == Role::Responder {
+            self.expect(via, from);
+        }
+        self.punch.received(via, from, signal, Instant::now());
+    }
+
+    /// From now on QUIC's packets may come by this socket.
+    fn share(&mut self, index: u16, from: SocketAddr) {
+        let Some(extra) = self.sockets.get_mut(usize::from(index)) else { return };
+        let Extra::Ours(socket) = std::mem::replace(extra, Extra::Closed) else { return };
+        match self.socket.add_extra(socket, from) {
+            Ok(id) => *extra = Extra::Shared(Arc::new(ExtraGuard { socket: self.socket.clone(), id })),
+            Err(error) => tracing::debug!(%error, "no path over another socket"),
+        }
+    }
+
+    /// The other node may connect from there.
+    fn expect(&mut self, via: punch::Via, from: SocketAddr) {
+        // More than that it is not answered on.
+        if self.expected.len() >= MAX_HEARD || self.expected.iter().any(|expected| expected.address == from) {
+            return;
+        }
+        let extra = match via {
+            punch::Via::Extra(index) => match self.sockets.get(usize::from(index)) {
+                Some(Extra::Shared(extra)) => Some(extra.clone()),
+                _ => return,
+            },
+            punch::Via::Main => None,
+        };
+        lock(&self.node.expected).insert(from, self.session.coordinate.key, extra);
+        self.expected.push(Expectation { node: self.node.clone(), address: from });
+    }
+
+    /// The extra socket by which an address is reached; the others are closed.
+    fn take_extra(&mut self, address: SocketAddr) -> Option<Arc<ExtraGuard>> {
+        let route = self.socket.extra_towards(address)?;
+        self.sockets.drain(..).find_map(|extra| match extra {
+            Extra::Shared(extra) if extra.id == route => Some(extra),
+            _ => None,
+        })
+    }
+}
+
+/// Until it is dropped.
+struct Expectation {
+    node: Arc<Node>,
+    address: SocketAddr,
+}
+
+impl Drop for Expectation {
+    fn drop(&mut self) {
+        lock(&self.node.expected).remove(self.address);
+    }
+}
+
+async fn heard_by_extras(sockets: &[Extra], session: &Session, buffer: &mut [u8]) -> Heard {
+    poll_fn(|cx| {
+        for (index, extra) in sockets.iter().enumerate() {
+            if let Extra::Ours(socket) = extra
+                && let Poll::Ready(heard) = poll_heard(cx, socket, index as u16, session, buffer)
+            {
+                return Poll::Ready(heard);
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+fn poll_heard(
+    cx: &mut Context<'_>,
+    socket: &UdpSocket,
+    index: u16,
+    session: &Session,
+    buffer: &mut [u8],
+) -> Poll<Heard> {
+    loop {
+        let mut read = ReadBuf::new(buffer);
+        match socket.poll_recv_from(cx, &mut read) {
+            Poll::Ready(Ok(from)) => {
+                let signal = Unverified::parse(read.filled()).and_then(|unverified| session.verify(&unverified));
+                if let Some(signal) = signal {
+                    let from = crate::socket::canonical(from);
+                    return Poll::Ready(Heard { via: HeardBy::Extra(index), from, signal });
+                }
+            }
+            // What ICMP says of one address ends nothing.
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => return Poll::Pending,
+        }
+    }
+}
+
+/// The session's id is 16 random bytes; whoever makes others gets in the way of no one but himself.
+fn signal_id(session_id: &[u8]) -> u64 {
+    let mut id = [0; 8];
+    let len = session_id.len().min(id.len());
+    id[..len].copy_from_slice(&session_id[..len]);
+    u64::from_be_bytes(id)
+}
+
+fn other(role: Role) -> Role {
+    match role {
+        Role::Initiator => Role::Responder,
+        Role::Responder => Role::Initiator,
+    }
+}
