@@ -262,7 +262,13 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
 fn punching(node: Weak<Node>) -> impl Fn(PunchSession) + Send + Sync {
     move |session| {
         if let Some(node) = node.upgrade() {
-            node.spawn(punch::respond(node.clone(), session));
+            let (owner, mut stopping) = (node.clone(), node.stopping());
+            owner.spawn(async move {
+                tokio::select! {
+                    () = punch::respond(node, session) => {}
+                    _ = stopping.wait_for(|stopping| *stopping) => {}
+                }
+            });
         }
     }
 }
