@@ -1,6 +1,6 @@
 //! A relay's book-keeping for punches: which nodes are told of each other, and what of what they say is passed on.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -97,8 +97,8 @@ pub(crate) struct Coordinator {
     nodes: HashMap<Generation, Node>,
     /// At most `MAX_SESSIONS`.
     sessions: HashMap<u64, Session>,
-    /// In the order in which they end, some have ended.
-    expiring: VecDeque<(Instant, u64)>,
+    /// When each ends.
+    expiring: BTreeSet<(Instant, u64)>,
     next_session: u64,
 }
 
@@ -115,6 +115,7 @@ struct Node {
 #[derive(Debug)]
 struct Session {
     id: Id,
+    until: Instant,
     /// The one that asked is the first.
     ends: [Generation; 2],
     /// How many more ports each may name.
@@ -179,8 +180,9 @@ impl Coordinator {
                 node.sessions.insert(session.clone(), number);
             }
         }
-        self.sessions.insert(number, Session { id: session.clone(), ends, ports_left: [MAX_PORTS; 2] });
-        self.expiring.push_back((now + LIFE, number));
+        self.sessions
+            .insert(number, Session { id: session.clone(), until: now + LIFE, ends, ports_left: [MAX_PORTS; 2] });
+        self.expiring.insert((now + LIFE, number));
 
         let profiles = ends.map(|end| self.nodes.get(&end).map(|node| node.profile).unwrap_or_default());
         let delays = delays([from.round_trip, target.round_trip], profiles);
@@ -264,16 +266,17 @@ impl Coordinator {
     }
 
     fn expire(&mut self, now: Instant) {
-        while let Some(&(at, number)) = self.expiring.front()
-            && (at <= now || !self.sessions.contains_key(&number))
+        while let Some(&(until, number)) = self.expiring.first()
+            && until <= now
         {
-            self.expiring.pop_front();
+            self.expiring.pop_first();
             self.end_session(number);
         }
     }
 
     fn end_session(&mut self, number: u64) {
-        let Some(Session { id, ends, .. }) = self.sessions.remove(&number) else { return };
+        let Some(Session { id, until, ends, .. }) = self.sessions.remove(&number) else { return };
+        self.expiring.remove(&(until, number));
         for end in ends {
             if let Some(node) = self.nodes.get_mut(&end) {
                 node.sessions.remove(&id);

@@ -59,17 +59,17 @@ const MAX_SOURCES: usize = 8;
 
 /// Of these, those with an address that nobody named. Nobody but the peer can make a ping, but the peer can write
 /// somebody else's address on it.
-const MAX_STRANGERS: usize = 2;
+pub(super) const MAX_STRANGERS: usize = 2;
 
 /// Packets to one address and port from one socket: pings for as long as it takes, and as many pongs.
-const MAX_PER_WAY: u32 = 80;
+pub(super) const MAX_PER_WAY: u32 = 80;
 
 /// As `MAX_PER_WAY`, to a stranger.
-const MAX_PER_STRANGER: u32 = 8;
+pub(super) const MAX_PER_STRANGER: u32 = 8;
 
 /// Packets in all, and in all with the birthday's.
-const MAX_PACKETS: u32 = 768;
-const MAX_BIRTHDAY_PACKETS: u32 = MAX_PACKETS + PROBES;
+pub(super) const MAX_PACKETS: u32 = 768;
+pub(super) const MAX_BIRTHDAY_PACKETS: u32 = MAX_PACKETS + PROBES;
 
 /// Which side a node is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
