@@ -57,6 +57,8 @@ pub(super) struct Gate {
     pub(super) filtering: Filtering,
     pub(super) allocation: Allocation,
     pub(super) hairpin: bool,
+    /// Whether up to three ports are taken by others before each one.
+    pub(super) shared: bool,
     /// Whether only relays can be sent to.
     pub(super) only_relays: bool,
     /// In which a mapping, and what it lets in, is forgotten.
@@ -103,6 +105,7 @@ impl Gate {
             filtering,
             allocation,
             hairpin: random.bool(),
+            shared: false,
             only_relays: kind == Kind::Blocked,
             timeout: random.u64(30..120) * SECOND,
             last: random.u16(1024..),
@@ -165,6 +168,7 @@ impl Gate {
         if self.allocation == Allocation::Preserving && !self.is_used(&SocketAddr::new(ip, wanted), now) {
             return wanted;
         }
+        let mut taken = if self.shared { self.random.u32(..=3) } else { 0 };
         loop {
             let port = match self.allocation {
                 Allocation::Contiguous(step) => {
@@ -174,9 +178,13 @@ impl Gate {
                 _ => self.random.u16(1024..),
             };
             self.last = port;
-            if !self.is_used(&SocketAddr::new(ip, port), now) {
+            if self.is_used(&SocketAddr::new(ip, port), now) {
+                continue;
+            }
+            if taken == 0 {
                 return port;
             }
+            taken -= 1;
         }
     }
 }

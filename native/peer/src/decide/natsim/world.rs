@@ -296,6 +296,12 @@ impl World {
         self.loss = 0.0;
     }
 
+    /// Others behind a node's NAT take ports all the time.
+    pub(super) fn share(&mut self, node: usize) {
+        let gate = self.uplinks[self.nodes[node].network].unwrap();
+        self.gates[gate].shared = true;
+    }
+
     pub(super) fn up_to(&mut self, most: u64) -> u64 {
         self.random.u64(0..=most)
     }
