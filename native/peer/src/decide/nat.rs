@@ -255,7 +255,7 @@ impl Observations {
         if kept * 2 > new.len() && !(hard && kept < new.len()) {
             return Some(Allocation::Preserving);
         }
-        let ports: Vec<i32> = new.iter().filter(|one| !preserved(*one)).map(|one| i32::from(one.seen.port())).collect();
+        let ports: Vec<i32> = new.iter().filter(|one| !preserved(one)).map(|one| i32::from(one.seen.port())).collect();
         let steps: Vec<i16> = ports.windows(2).map(|pair| step(pair[0], pair[1])).collect();
         let most = if steps.len() > 1 { NEAR } else { VERY_NEAR };
         if steps.is_empty() {

@@ -133,10 +133,10 @@ impl Gate {
         };
         if known.is_none() {
             self.outside.insert(key, outside);
-            if let Some(old) = self.entries.insert(outside, Entry { key, used: now, sent: HashMap::new() }) {
-                if old.key != key {
-                    self.outside.remove(&old.key);
-                }
+            if let Some(old) = self.entries.insert(outside, Entry { key, used: now, sent: HashMap::new() })
+                && old.key != key
+            {
+                self.outside.remove(&old.key);
             }
         }
         let entry = self.entries.get_mut(&outside)?;
