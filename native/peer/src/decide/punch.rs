@@ -771,6 +771,22 @@ mod tests {
     }
 
     #[test]
+    fn of_equal_paths_the_first_is_taken() {
+        let second = address("20.0.0.2:7001");
+        let mut side = Side::new(STRICT, STRICT, |setup| {
+            setup.ports = vec![second.port()];
+            setup.candidates = vec![local()];
+        });
+        side.answer(peer());
+        side.run(5);
+        side.answer(second);
+        side.run(9);
+        assert_eq!(side.proven(), []);
+        side.run(10);
+        assert_eq!(side.proven(), [(Via::Main, peer())]);
+    }
+
+    #[test]
     fn a_path_that_is_proven_in_the_last_moment_counts() {
         let mut side = Side::new(STRICT, STRICT, |setup| setup.candidates = vec![local()]);
         side.run(2995);

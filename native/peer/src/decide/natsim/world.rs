@@ -387,11 +387,9 @@ impl World {
         node
     }
 
-    /// One that knows the protocol and keeps to nothing.
-    pub(super) fn hostile(&mut self, relays: &[usize]) -> usize {
-        let node = self.node(Kind::Open, relays);
+    /// It knows the protocol and keeps to nothing.
+    pub(super) fn turn_hostile(&mut self, node: usize) {
         self.nodes[node].hostile = true;
-        node
     }
 
     /// Relays, nodes of all kinds, some in the same networks, and who wants to meet whom.
