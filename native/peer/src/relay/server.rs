@@ -361,7 +361,7 @@ impl Relay {
         answer: mpsc::Permit<'_, FromRelay>,
     ) {
         let state = &mut *lock(&self.state);
-        let target = state.book.find(target_id).and_then(|target| state.registrations.get(&target));
+        let target = state.book.find(registration.generation, target_id).and_then(|target| state.registrations.get(&target));
         let target = target.ok_or(Refused::NotRegistered);
         let told = target.and_then(|target| {
             let secret = Secret::generate().ok_or(Refused::Sessions)?;
