@@ -17,12 +17,12 @@ use crate::identity::{Fingerprint, Identity};
 use crate::link::lock;
 use crate::listen::{self, Admission};
 use crate::message::{Handler, Message, NodeId};
+use crate::nat::{self, NatStatus};
 use crate::node::{Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
 use crate::race::Ways;
 use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
-use crate::relay::server::Relay;
 use crate::runtime::BatchingRuntime;
 use crate::socket::{self, Socket};
 use crate::stats::Stats;
@@ -80,8 +80,8 @@ impl Engine {
         let node = {
             let _inside = runtime.enter();
             let refusals = socket::refusals();
-            let signals = socket::signals();
-            let socket = Socket::bind(config.ip, config.port, refusals.clone(), signals.0.clone());
+            let (signals, heard) = socket::signals();
+            let socket = Socket::bind(config.ip, config.port, refusals.clone(), signals.clone());
             let socket = socket.map_err(StartError::Bind)?;
             let mut endpoint = identity.endpoint_config();
             // The first bits of a packet tell QUIC from signals on this socket.
@@ -90,7 +90,10 @@ impl Engine {
                 quinn::Endpoint::new_with_abstract_socket(endpoint, None, socket.clone(), Arc::new(BatchingRuntime))
                     .map_err(StartError::Bind)?;
             let network = Network { quic, socket, refusals, signals };
-            Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone())
+            let node = Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone());
+            node.spawn(node.clone().hear_signals(heard));
+            node.spawn(nat::run(node.clone()));
+            node
         };
         if let Some(name) = node.config.node_id.clone() {
             node.clients.register(&node, Some(name), node.config.relays.clone());
@@ -179,7 +182,10 @@ impl Engine {
             let ip = listen.ip.or(self.node.config.ip);
             self.node.rebind(ip, asked.unwrap_or(0)).map_err(ListenError::Bind)?;
         }
-        self.node.set_relay(listen.relay.map(Relay::new));
+        match listen.relay {
+            Some(relay) => self.node.become_relay(relay).map_err(ListenError::Bind)?,
+            None => self.node.be_no_relay(),
+        }
         self.node.quic.set_server_config(Some(ServerConfig::clone(&admission.config)));
         *listener = Some(self.node.spawn(listen::accept(self.node.clone(), admission)));
         self.node.quic.local_addr().map_err(ListenError::Bind)
@@ -189,7 +195,7 @@ impl Engine {
     pub fn close(&self) -> bool {
         let Some(listener) = lock(&self.listener).take() else { return false };
         self.node.quic.set_server_config(None);
-        self.node.set_relay(None);
+        self.node.be_no_relay();
         listener.abort();
         true
     }
@@ -202,6 +208,11 @@ impl Engine {
     /// Who gets what arrives from now on.
     pub fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
         self.node.set_handler(handler);
+    }
+
+    /// What is known of the NAT that this node is behind, and where it is seen at.
+    pub fn nat_profile(&self) -> NatStatus {
+        self.node.nat.status(&self.node)
     }
 
     /// Everything that is counted.

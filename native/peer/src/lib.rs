@@ -16,6 +16,7 @@ mod identity;
 mod link;
 mod listen;
 mod message;
+mod nat;
 mod node;
 mod peer;
 mod race;
@@ -29,6 +30,7 @@ mod stats;
 mod tls;
 
 pub use config::{Config, Delivery, Secret};
+pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
 pub use error::{
@@ -37,6 +39,7 @@ pub use error::{
 };
 pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Registration, ReplyToken, Unhandled};
+pub use nat::NatStatus;
 pub use peer::Waiting;
 pub use race::Ways;
 pub use relay::clients::MAX_RELAYS;

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::RECEIVE_BUFFER;
-use super::control::{Id, Limit, Refusal};
+use super::control::{Id, Limit, Probes, Refusal};
 use super::registration::{CircuitError, Handle, IncomingCircuit, Registration, Serving, Terms};
 use crate::decide::retry::Backoff;
 use crate::error::ConnectError;
@@ -79,6 +79,8 @@ pub(crate) struct Settings {
 pub(crate) enum RelayEvent {
     /// The node is registered, and the relay sees it at this address.
     Registered { address: SocketAddr },
+    /// It is still registered, and seen at this address from now on.
+    Moved { address: SocketAddr },
     /// It is registered no longer; it is tried again if it is wanted.
     Lost,
     /// The relay does not register the node. Said once until another thing happens.
@@ -112,6 +114,23 @@ pub(crate) enum RegistrationState {
     Down(CircuitError),
 }
 
+/// A relay that can be probed.
+#[derive(Debug, Clone)]
+pub(crate) struct Probed {
+    /// Where it is.
+    pub(crate) relay: SocketAddr,
+    /// What it sees this node at.
+    pub(crate) seen_at: SocketAddr,
+    pub(crate) probes: Probes,
+}
+
+impl Probed {
+    /// The other address that it answers from.
+    pub(crate) fn second(&self) -> SocketAddr {
+        SocketAddr::new(self.probes.ip.unwrap_or(self.relay.ip()), self.probes.port)
+    }
+}
+
 /// This node at one relay.
 pub(crate) struct RelayClient {
     dial: Box<dyn Fn() -> Dialling + Send + Sync>,
@@ -122,6 +141,8 @@ pub(crate) struct RelayClient {
     wants: watch::Sender<Wants>,
     phase: watch::Sender<Phase>,
     state: Mutex<(RegistrationState, Instant)>,
+    /// While it is registered.
+    probed: Mutex<Option<Probed>>,
     circuits: watch::Sender<usize>,
 }
 
@@ -178,6 +199,7 @@ impl RelayClient {
             wants: watch::Sender::new(Wants::default()),
             phase: watch::Sender::new(Phase::Waiting),
             state: Mutex::new((RegistrationState::Unused, Instant::now())),
+            probed: Mutex::default(),
             circuits: watch::Sender::new(0),
         })
     }
@@ -195,6 +217,11 @@ impl RelayClient {
     pub(crate) fn status(&self) -> RegistrationStatus {
         let (state, since) = lock(&self.state).clone();
         RegistrationStatus { state, since, circuits: *self.circuits.borrow() }
+    }
+
+    /// The relay, while this node is registered there, if it can be probed.
+    pub(crate) fn probed(&self) -> Option<Probed> {
+        lock(&self.probed).clone()
     }
 
     /// A connection to a node that is registered at the relay. It must be closed by who gets it: dropping it is not
@@ -306,6 +333,8 @@ impl RelayClient {
 
     async fn serve(&self, registration: Registration) -> Over {
         let (address, node_id) = (registration.address, registration.node_id.clone());
+        let relay = registration.relay();
+        let probed = registration.probes.clone().map(|probes| Probed { relay, seen_at: address, probes });
         let (mut serving, handle) = match Serving::new(registration, self.terms.clone(), self.circuits.clone()) {
             Ok(serving) => serving,
             Err(error) => {
@@ -314,8 +343,10 @@ impl RelayClient {
             }
         };
         self.set_state(RegistrationState::Registered { address });
+        *lock(&self.probed) = probed;
         (self.on_event)(RelayEvent::Registered { address });
         let over = self.attend(&mut serving, handle, &node_id).await;
+        *lock(&self.probed) = None;
         // Before the registration is gone: who waited at it looks for the next one from here on.
         self.phase.send_replace(Phase::Waiting);
         if matches!(over, Over::Unused | Over::Stopped) {
@@ -327,7 +358,7 @@ impl RelayClient {
 
     async fn attend(&self, serving: &mut Serving, handle: Handle, node_id: &Id) -> Over {
         self.phase.send_replace(Phase::Up(handle.clone()));
-        let (mut doubt, heard) = (serving.doubt(), serving.heard());
+        let (mut doubt, mut seen_at, heard) = (serving.doubt(), serving.seen_at(), serving.heard());
         let mut wants = self.wants.subscribe();
         let renamed = |wants: &Wants| wants.standing.as_ref().is_some_and(|standing| standing != node_id);
         let mut serving = pin!(serving.run());
@@ -348,6 +379,11 @@ impl RelayClient {
                         beside.set(None);
                     }
                 },
+                // As above.
+                Ok(()) = seen_at.changed() => {
+                    let address = *seen_at.borrow_and_update();
+                    self.moved(address);
+                }
                 connection = pending_if_none(beside.as_mut()) => return Over::Replaced(connection),
                 () = &mut unused => return Over::Unused,
                 wants = wants.wait_for(|wants| wants.stop || renamed(wants)) => {
@@ -356,6 +392,14 @@ impl RelayClient {
                 }
             }
         }
+    }
+
+    fn moved(&self, address: SocketAddr) {
+        self.set_state(RegistrationState::Registered { address });
+        if let Some(probed) = &mut *lock(&self.probed) {
+            probed.seen_at = address;
+        }
+        (self.on_event)(RelayEvent::Moved { address });
     }
 
     /// Dials until somebody answers, unless the relay is heard first over the old connection.
@@ -505,6 +549,7 @@ struct Ended(Arc<RelayClient>);
 impl Drop for Ended {
     fn drop(&mut self) {
         self.0.set_state(RegistrationState::Unused);
+        *lock(&self.0.probed) = None;
         self.0.phase.send_replace(Phase::Ended);
     }
 }

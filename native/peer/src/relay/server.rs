@@ -22,10 +22,11 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 
 use super::control::{ControlError, FromNode, FromRelay, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal};
 use super::packet::{Fit, Form, SplitBy, Splitter, parse};
+use super::responder::{self, Responder};
 use super::{RelayConfig, RelayStats};
 use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
 use crate::identity::{Fingerprint, realm_proof_is_valid};
@@ -43,6 +44,9 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// answers at the least.
 const MIN_NOTES: usize = 64;
 
+/// How often a node's address is looked at. What its NAT makes of it shows with the next keep-alive, after 15 s at most.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
 /// How often a packet without room lets others run, among them the task that sends what fills the queue.
 const YIELDS: usize = 3;
 
@@ -56,6 +60,7 @@ const NO_RELAY: u8 = 4;
 /// A relay. Its tasks are those that call [`Relay::serve`].
 pub(crate) struct Relay {
     config: RelayConfig,
+    responder: Arc<Responder>,
     state: Mutex<State>,
     counters: Counters,
 }
@@ -128,14 +133,14 @@ impl End {
 }
 
 impl Relay {
-    pub(crate) fn new(config: RelayConfig) -> Arc<Self> {
+    pub(crate) fn new(config: RelayConfig, responder: Arc<Responder>) -> Arc<Self> {
         let state = State {
             book: Book::new(&config, Instant::now()),
             registrations: HashMap::new(),
             served: HashSet::new(),
             closed: false,
         };
-        Arc::new(Self { config, state: Mutex::new(state), counters: Counters::default() })
+        Arc::new(Self { config, responder, state: Mutex::new(state), counters: Counters::default() })
     }
 
     /// Serves a control stream whose opener has been read, and what came behind that into `frames`, until the registration
@@ -171,6 +176,11 @@ impl Relay {
         for registration in state.registrations.values() {
             registration.end(End::Closed);
         }
+    }
+
+    /// Answers probes.
+    pub(crate) fn responder(&self) -> &Arc<Responder> {
+        &self.responder
     }
 
     /// How many nodes are registered, each with a connection of its own.
@@ -226,6 +236,7 @@ impl Relay {
             end = tell(notes, send) => end,
             () = self.forward(registration) => End::Left,
             never = self.end_idle(registration) => match never {},
+            never = watch_address(registration) => match never {},
             // An error would mean that the registration, which is here, is gone.
             Ok(end) = ended.wait_for(Option::is_some) => end.unwrap_or(End::Left),
         };
@@ -271,10 +282,11 @@ impl Relay {
         let queue = connection.datagram_send_buffer_space();
         let address = canonical(connection.remote_address());
         let (legs, end) = (Mutex::default(), watch::Sender::new(None));
+        let (probes, place) = self.responder.admit(connection.clone()).unzip();
         let registration = Arc::new(Registration { generation, connection, legs, notes, end, queue });
-        registration.note(FromRelay::Registered { address });
+        registration.note(FromRelay::Registered { address, probes });
         state.registrations.insert(generation, registration.clone());
-        Ok((Entry { relay: self.clone(), registration }, waiting))
+        Ok((Entry { relay: self.clone(), registration, _place: place }, waiting))
     }
 
     /// Does what the node asks for, until it is gone.
@@ -440,6 +452,19 @@ impl Relay {
     }
 }
 
+/// Tells the node when it is seen at another address.
+async fn watch_address(registration: &Registration) -> Infallible {
+    let mut told = canonical(registration.connection.remote_address());
+    loop {
+        sleep(LOOK_EVERY).await;
+        let address = canonical(registration.connection.remote_address());
+        // A node that has no room for it now is told later.
+        if address != told && registration.notes.try_send(FromRelay::Registered { address, probes: None }).is_ok() {
+            told = address;
+        }
+    }
+}
+
 /// Writes to the node what it is to be told, until it is told that it is refused, or does not read.
 async fn tell(mut notes: mpsc::Receiver<FromRelay>, send: &mut SendStream) -> End {
     // The registration, which is there, has the other end.
@@ -536,6 +561,7 @@ impl Drop for Place {
 struct Entry {
     relay: Arc<Relay>,
     registration: Arc<Registration>,
+    _place: Option<responder::Place>,
 }
 
 impl Drop for Entry {
