@@ -232,6 +232,11 @@ impl Engine {
         runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
     }
 
+    #[cfg(test)]
+    pub(crate) fn node(&self) -> &Node {
+        &self.node
+    }
+
     fn enqueue<T: Abandoned>(
         &self,
         target: &Target<'_>,

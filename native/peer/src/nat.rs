@@ -31,6 +31,10 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// Between two looks: registrations that come and go must not cost more than a few packets a second.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// Relays that do not answer at all are asked again after this long: most likely their packets are filtered on the way, and
+/// that rarely changes.
+const RETRY: Duration = Duration::from_secs(10);
+
 /// More relays tell nothing new.
 const MAX_RELAYS: usize = 3;
 
@@ -98,10 +102,6 @@ impl Nat {
         }
     }
 
-    pub(crate) fn profile(&self) -> NatProfile {
-        lock(&self.found).profile
-    }
-
     pub(crate) fn status(&self, node: &Node) -> NatStatus {
         let Found { profile, observed, since } = lock(&self.found).clone();
         NatStatus { profile, observed, local: local_addresses(&node.socket()), since }
@@ -112,10 +112,13 @@ impl Nat {
 pub(crate) async fn run(node: Arc<Node>) {
     let mut stopping = node.stopping();
     let look = async {
+        let mut answered = true;
         loop {
-            node.nat.wanted.notified().await;
-            sleep(SETTLE).await;
-            look(&node).await;
+            tokio::select! {
+                () = node.nat.wanted.notified() => sleep(SETTLE).await,
+                () = sleep(RETRY), if !answered => {}
+            }
+            answered = look(&node).await;
             sleep(PAUSE).await;
         }
     };
@@ -127,6 +130,7 @@ pub(crate) async fn run(node: Arc<Node>) {
 }
 
 /// The port that the NAT gives to a new socket: a contiguous one gives the next ones to those that follow.
+#[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
 pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> {
     let probed = node.clients.probed_relay(relay)?;
     let mut asking = Asking::new(node, vec![probed]);
@@ -135,9 +139,13 @@ pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> 
     asking.ask(&mut [probe], FIRST_PATIENCE / 2).await.first()?.map(|answer| answer.seen)
 }
 
-async fn look(node: &Node) {
+/// False if no relay answered.
+async fn look(node: &Node) -> bool {
     let relays = chosen(node.clients.probed(), &node.socket());
-    let Some(found) = find_out(node, relays).await else { return };
+    if relays.is_empty() {
+        return true;
+    }
+    let Some(found) = find_out(node, relays).await else { return false };
     let news = {
         let mut known = lock(&node.nat.found);
         let news = (known.profile, known.observed) != (found.profile, found.observed);
@@ -147,6 +155,7 @@ async fn look(node: &Node) {
     if news {
         node.event(Event::Nat(node.nat.status(node)));
     }
+    true
 }
 
 /// Those that tell the most: of one family, IPv4 if there are any, and at different addresses.
@@ -467,4 +476,53 @@ fn interfaces() -> Vec<IpAddr> {
 #[cfg(not(unix))]
 fn interfaces() -> Vec<IpAddr> {
     Vec::new()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::{Config, EndpointRef, Engine, Listen, NodeId, RelayConfig};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn the_port_of_a_new_socket_is_told() {
+        let relay = Engine::start(Config::default()).unwrap();
+        let listen = Listen { relay: Some(RelayConfig::default()), ..Listen::default() };
+        let address = format!("127.0.0.1:{}", relay.listen(listen).unwrap().port());
+        let node = Engine::start(Config::default()).unwrap();
+        let endpoint = EndpointRef::parse(&address).unwrap().to_owned();
+        node.register(NodeId::new(b"node").unwrap(), vec![endpoint.clone()]);
+        let until = Instant::now() + PATIENCE;
+        while node.nat_profile().since.is_none() {
+            assert!(Instant::now() < until);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let sampled = || runtime.block_on(sample(node.node(), &endpoint));
+        let (one, two) = (sampled().unwrap(), sampled().unwrap());
+        assert!(one.ip().is_loopback() && one != two && one.port() != node.local_address().unwrap().port());
+        relay.stop();
+        assert_eq!(sampled(), None);
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_reached_at_what_it_is_bound_to() {
+        let local = |ip: Option<IpAddr>| {
+            let (signals, _) = crate::socket::signals();
+            let socket = Socket::bind(ip, 0, crate::socket::refusals(), signals).unwrap();
+            (local_addresses(&socket), socket.local().port())
+        };
+        let (all, port) = local(None);
+        assert!(all.iter().all(|address| address.port() == port && is_told(&address.ip())));
+        assert!(all.is_sorted_by_key(|address| address.is_ipv6()) && all.len() <= MAX_LOCAL);
+        for one in all {
+            let (only, port) = local(Some(one.ip()));
+            assert_eq!(only, [SocketAddr::new(one.ip(), port)]);
+        }
+        assert_eq!(local(Some([127, 0, 0, 1].into())).0, []);
+    }
 }

@@ -162,10 +162,3 @@ impl Responder {
         let _ = self.state.try_send(UdpSockRef::from(&self.io), &transmit);
     }
 }
-
-#[cfg(test)]
-impl Responder {
-    pub(crate) fn asking(&self) -> usize {
-        lock(&self.asking).len()
-    }
-}
