@@ -9,6 +9,10 @@ use macula_peer_wire::{HEADER_LEN, RawFrame};
 #[path = "../../peer/src/relay/control.rs"]
 mod control;
 
+#[allow(dead_code, unreachable_pub)]
+#[path = "../../peer/src/signal.rs"]
+mod signal;
+
 use control::{FromNode, FromRelay};
 
 fuzz_target!(|bytes: &[u8]| {

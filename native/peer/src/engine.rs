@@ -16,12 +16,12 @@ use crate::identity::{Fingerprint, Identity};
 use crate::link::lock;
 use crate::listen::{self, Admission};
 use crate::message::{Handler, Message, NodeId};
+use crate::nat::{self, NatStatus};
 use crate::node::{Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
 use crate::race::Ways;
 use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
-use crate::relay::server::Relay;
 use crate::runtime::BatchingRuntime;
 use crate::socket::{self, Socket};
 use crate::stats::{PathStatus, Stats};
@@ -93,6 +93,7 @@ impl Engine {
             let network = Network { quic, socket, refusals, signals };
             let node = Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone());
             node.spawn(node.clone().hear_signals(heard));
+            node.spawn(nat::run(node.clone()));
             node
         };
         node.spawn(listen::accept(node.clone()));
@@ -184,7 +185,10 @@ impl Engine {
             let ip = listen.ip.or(self.node.config.ip);
             self.node.rebind(ip, asked.unwrap_or(0)).map_err(ListenError::Bind)?;
         }
-        self.node.set_relay(listen.relay.map(Relay::new));
+        match listen.relay {
+            Some(relay) => self.node.become_relay(relay).map_err(ListenError::Bind)?,
+            None => self.node.be_no_relay(),
+        }
         self.node.listening.send_replace(Some(admission));
         self.node.quic.local_addr().map_err(ListenError::Bind)
     }
@@ -192,7 +196,7 @@ impl Engine {
     /// Stops accepting and ends the accepted connections; false if it did not listen.
     pub fn close(&self) -> bool {
         let _one = lock(&self.listener);
-        self.node.set_relay(None);
+        self.node.be_no_relay();
         self.node.listening.send_replace(None).is_some()
     }
 
@@ -211,6 +215,11 @@ impl Engine {
         self.node.find(target).map_or_else(PathStatus::default, |peer| peer.path())
     }
 
+    /// What is known of the NAT that this node is behind, and where it is seen at.
+    pub fn nat_profile(&self) -> NatStatus {
+        self.node.nat.status(&self.node)
+    }
+
     /// Everything that is counted.
     pub fn stats(&self) -> Stats {
         self.node.stats()
@@ -226,6 +235,11 @@ impl Engine {
             let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.node.quic.wait_idle()).await;
         });
         runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn node(&self) -> &Node {
+        &self.node
     }
 
     fn enqueue<T: Abandoned>(

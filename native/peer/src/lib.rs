@@ -16,6 +16,7 @@ mod identity;
 mod link;
 mod listen;
 mod message;
+mod nat;
 mod node;
 mod peer;
 mod punch;
@@ -30,6 +31,7 @@ mod stats;
 mod tls;
 
 pub use config::{Config, Delivery, HolePunching, Secret};
+pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
 pub use error::{
@@ -38,6 +40,7 @@ pub use error::{
 };
 pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Registration, ReplyToken, Unhandled};
+pub use nat::NatStatus;
 pub use peer::Waiting;
 pub use punch::PunchError;
 pub use race::{Failures, Ways};

@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
 use crate::identity::Fingerprint;
+use crate::nat::NatStatus;
 use crate::node::Node;
 use crate::race::Failures;
 use crate::relay::control::{Limit, Refusal};
@@ -244,6 +245,8 @@ pub enum Event {
         /// What it is now.
         state: Registration,
     },
+    /// What is known of the NAT that this node is behind has changed.
+    Nat(NatStatus),
     /// A relay dropped packets of one of this node's circuits. They are sent again, more slowly.
     RelayLimit {
         /// The relay.

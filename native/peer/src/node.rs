@@ -22,13 +22,17 @@ use crate::identity::{Fingerprint, Identity};
 use crate::link::{Link, lock, now_or_never};
 use crate::listen::{Accepted, Admission, Expected};
 use crate::message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Unhandled};
+use crate::nat::Nat;
 use crate::peer::{self, Peer};
+use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
 use crate::punch::Puncher;
 use crate::relay::registration::{CircuitError, Description};
+use crate::relay::responder::Responder;
 use crate::relay::server::Relay;
 use crate::session::Sessions;
-use crate::socket::{Received, Refusals, Signals, Socket};
+use crate::signal::{Kind, Unverified};
+use crate::socket::{Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
 use crate::tls::{Dialect, Verify};
 
@@ -52,7 +56,8 @@ pub(crate) struct Node {
     pub(crate) puncher: Puncher,
     /// What others need to know of this node to find a direct path to it.
     pub(crate) description: watch::Sender<Description>,
-    relay: RwLock<Option<Arc<Relay>>>,
+    pub(crate) nat: Nat,
+    relay: RwLock<Option<ServingRelay>>,
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
     socket: Mutex<BoundSocket>,
@@ -90,6 +95,12 @@ impl Peers {
     }
 }
 
+struct ServingRelay {
+    relay: Arc<Relay>,
+    /// The task of its second socket.
+    answering: AbortHandle,
+}
+
 struct BoundSocket {
     socket: Arc<Socket>,
     errors: AbortHandle,
@@ -120,6 +131,7 @@ impl Node {
             expected: Mutex::default(),
             puncher: Puncher::default(),
             description: watch::Sender::default(),
+            nat: Nat::default(),
             relay: RwLock::default(),
             known: Mutex::default(),
             tls: Arc::new(tls),
@@ -336,14 +348,31 @@ impl Node {
 
     /// This node as a relay, if it is one.
     pub(crate) fn relay(&self) -> Option<Arc<Relay>> {
-        self.relay.read().unwrap_or_else(PoisonError::into_inner).clone()
+        let serving = self.relay.read().unwrap_or_else(PoisonError::into_inner);
+        serving.as_ref().map(|serving| serving.relay.clone())
     }
 
-    /// From now on this node is that relay, or none.
-    pub(crate) fn set_relay(&self, relay: Option<Arc<Relay>>) {
+    /// From now on this node is such a relay.
+    pub(crate) fn become_relay(self: &Arc<Self>, config: RelayConfig) -> std::io::Result<()> {
+        let responder = {
+            let _inside = self.runtime.enter();
+            Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port)?
+        };
+        let answering = self.spawn(responder.clone().answer_second(Arc::downgrade(self)));
+        self.set_relay(Some(ServingRelay { relay: Relay::new(config, responder), answering }));
+        Ok(())
+    }
+
+    /// From now on this node is no relay.
+    pub(crate) fn be_no_relay(&self) {
+        self.set_relay(None);
+    }
+
+    fn set_relay(&self, relay: Option<ServingRelay>) {
         let before = std::mem::replace(&mut *self.relay.write().unwrap_or_else(PoisonError::into_inner), relay);
-        if let Some(before) = before {
-            before.close();
+        if let Some(ServingRelay { relay, answering }) = before {
+            relay.close();
+            answering.abort();
         }
     }
 
@@ -371,6 +400,35 @@ impl Node {
         }
     }
 
+    /// The one socket.
+    pub(crate) fn socket(&self) -> Arc<Socket> {
+        lock(&self.socket).socket.clone()
+    }
+
+    /// Hands out what comes over the socket and is not QUIC's, until the engine stops.
+    pub(crate) async fn hear_signals(self: Arc<Self>, mut signals: mpsc::Receiver<(Via, Received)>) {
+        let mut stopping = self.stopping();
+        loop {
+            tokio::select! {
+                Some((via, received)) = signals.recv() => self.hear(via, &received),
+                // Also if it was said before this task first ran.
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+            }
+        }
+    }
+
+    fn hear(&self, via: Via, received: &Received) {
+        match Unverified::parse(received.bytes()).map(|signal| signal.kind()) {
+            Some(Kind::ProbeRequest) if via == Via::Main => {
+                if let Some(relay) = self.relay() {
+                    relay.responder().answer_main(self, received);
+                }
+            }
+            Some(Kind::ProbeReply) if via == Via::Main => self.nat.hear(received),
+            _ => {}
+        }
+    }
+
     /// Moves the endpoint, with its live links, to another local address.
     pub(crate) fn rebind(&self, ip: Option<IpAddr>, port: u16) -> std::io::Result<()> {
         let _inside = self.runtime.enter();
@@ -379,6 +437,7 @@ impl Node {
         let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
         let old = std::mem::replace(&mut *lock(&self.socket), BoundSocket { socket, errors });
         old.errors.abort();
+        self.nat.look();
         Ok(())
     }
 
@@ -470,7 +529,7 @@ impl Node {
             std::mem::take(&mut *peers)
         };
         self.clients.stop();
-        self.set_relay(None);
+        self.be_no_relay();
         for peer in peers.pool.values().chain(peers.leaving.values()) {
             peer.retire();
         }

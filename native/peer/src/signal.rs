@@ -201,6 +201,11 @@ impl<'a> Unverified<'a> {
         self.number(2)
     }
 
+    /// What it claims to answer.
+    pub(crate) fn nonce(&self) -> u64 {
+        self.number(10)
+    }
+
     /// What it says, if it was made with this key.
     pub(crate) fn verify(&self, key: &Key) -> Option<Signal> {
         let (signed, mac) = self.bytes.split_at(self.bytes.len() - MAC_LEN);
@@ -208,7 +213,7 @@ impl<'a> Unverified<'a> {
             return None;
         }
         let body = Body::get(self.kind, &signed[HEADER_LEN..])?;
-        Some(Signal { id: self.id(), nonce: self.number(10), body })
+        Some(Signal { id: self.id(), nonce: self.nonce(), body })
     }
 
     fn number(&self, at: usize) -> u64 {

@@ -88,11 +88,13 @@ impl Socket {
 
     /// From now on QUIC's packets to `peer` leave by `socket`, and what the peer sends to that is heard. It must be one of
     /// [`Socket::open_beside`].
+    #[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
     pub(crate) fn add_extra(&self, socket: UdpSocket, peer: SocketAddr) -> Result<ExtraId, AddExtraError> {
         self.extras.add(socket, peer)
     }
 
     /// Closes an extra socket.
+    #[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
     pub(crate) fn remove_extra(&self, id: ExtraId) {
         self.extras.remove(id);
     }
@@ -125,8 +127,9 @@ impl Socket {
     }
 
     /// Answers a signal from where it came to.
-    pub(crate) fn answer_signal(&self, received: &Received, answer: &[u8]) {
-        match received.via {
+    #[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
+    pub(crate) fn answer_signal(&self, via: Via, received: &Received, answer: &[u8]) {
+        match via {
             Via::Main => self.send_signal_from(received.to, received.from, answer),
             Via::Extra(id) => {
                 let (Some(extra), Some(destination)) = (self.extras.get(id), self.reachable(received.from)) else {
@@ -161,11 +164,12 @@ impl Socket {
     /// The address in the family that this socket sends with: IPv4 is mapped on a socket of both families. `None` if
     /// the socket cannot reach it.
     pub(crate) fn reachable(&self, address: SocketAddr) -> Option<SocketAddr> {
-        match (self.local, address) {
-            (SocketAddr::V6(_), SocketAddr::V4(v4)) => Some((v4.ip().to_ipv6_mapped(), v4.port()).into()),
-            (SocketAddr::V4(_), SocketAddr::V6(v6)) => v6.ip().to_ipv4_mapped().map(|ip| (ip, v6.port()).into()),
-            _ => Some(address),
-        }
+        reachable_from(self.local, address)
+    }
+
+    /// Where it is bound.
+    pub(crate) fn local(&self) -> SocketAddr {
+        self.local
     }
 
     fn poll_recv_main(
@@ -214,7 +218,16 @@ pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-fn open(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+pub(crate) fn reachable_from(local: SocketAddr, address: SocketAddr) -> Option<SocketAddr> {
+    match (local, address) {
+        (SocketAddr::V6(_), SocketAddr::V4(v4)) => Some((v4.ip().to_ipv6_mapped(), v4.port()).into()),
+        (SocketAddr::V4(_), SocketAddr::V6(v6)) => v6.ip().to_ipv4_mapped().map(|ip| (ip, v6.port()).into()),
+        _ => Some(address),
+    }
+}
+
+/// A socket at an address, for both families if that is every IPv6 address.
+pub(crate) fn open(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
     let socket = socket2::Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         socket.set_only_v6(false)?;

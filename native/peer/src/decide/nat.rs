@@ -22,7 +22,7 @@ const MAX_OBSERVATIONS: usize = 64;
 
 /// For which destinations a NAT keeps the port that it has given to a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Mapping {
+pub enum Mapping {
     /// For all.
     EndpointIndependent,
     /// For one address.
@@ -33,7 +33,7 @@ pub(crate) enum Mapping {
 
 /// Whom a NAT or firewall lets send to a socket that has sent something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Filtering {
+pub enum Filtering {
     /// Everybody.
     EndpointIndependent,
     /// The addresses that the socket has sent to.
@@ -44,7 +44,7 @@ pub(crate) enum Filtering {
 
 /// How a NAT chooses the port of a new mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Allocation {
+pub enum Allocation {
     /// The socket's own.
     Preserving,
     /// One after the other, in this step.
@@ -56,15 +56,18 @@ pub(crate) enum Allocation {
 /// What is known of the NAT that a node is behind. A node that is behind none looks like one behind a NAT that keeps
 /// ports and gives each socket one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub(crate) struct NatProfile {
-    pub(crate) mapping: Option<Mapping>,
-    pub(crate) filtering: Option<Filtering>,
-    pub(crate) allocation: Option<Allocation>,
+pub struct NatProfile {
+    /// `None`: unknown.
+    pub mapping: Option<Mapping>,
+    /// `None`: unknown.
+    pub filtering: Option<Filtering>,
+    /// `None`: unknown.
+    pub allocation: Option<Allocation>,
 }
 
 impl Mapping {
     /// Its name in the protocol.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::EndpointIndependent => "ei",
             Self::HostDependent => "hd",
@@ -81,7 +84,7 @@ impl Mapping {
 
 impl Filtering {
     /// Its name in the protocol.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::EndpointIndependent => "ei",
             Self::HostDependent => "hd",
@@ -98,7 +101,7 @@ impl Filtering {
 
 impl Allocation {
     /// Its name in the protocol, which says the step apart.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Preserving => "pp",
             Self::Contiguous(_) => "pc",

@@ -277,7 +277,7 @@ impl Notices {
 
 /// A token bucket, as the moment when it will be full again.
 #[derive(Debug)]
-pub(super) struct Bucket {
+pub(crate) struct Bucket {
     /// Per second.
     rate: u64,
     /// The time in which it fills up.
@@ -286,13 +286,13 @@ pub(super) struct Bucket {
 }
 
 impl Bucket {
-    pub(super) fn new(rate: u64, burst: u64, now: Instant) -> Self {
+    pub(crate) fn new(rate: u64, burst: u64, now: Instant) -> Self {
         // With a rate of 0 it would never fill up: 1 is as good.
         let rate = max(rate, 1);
         Self { rate, depth: time(burst, rate), full: now }
     }
 
-    pub(super) fn take(&mut self, tokens: u64, now: Instant) -> bool {
+    pub(crate) fn take(&mut self, tokens: u64, now: Instant) -> bool {
         let full = max(self.full, now) + time(tokens, self.rate);
         let taken = full <= now + self.depth;
         if taken {

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::RECEIVE_BUFFER;
-use super::control::{Id, Limit, Refusal};
+use super::control::{Id, Limit, Probes, Refusal};
 use super::registration::{
     CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Terms,
 };
@@ -85,6 +85,8 @@ pub(crate) struct Settings {
 pub(crate) enum RelayEvent {
     /// The node is registered, and the relay sees it at this address.
     Registered { address: SocketAddr },
+    /// It is still registered, and seen at this address from now on.
+    Moved { address: SocketAddr },
     /// It is registered no longer; it is tried again if it is wanted.
     Lost,
     /// The relay does not register the node. Said once until another thing happens.
@@ -118,6 +120,23 @@ pub(crate) enum RegistrationState {
     Down(CircuitError),
 }
 
+/// A relay that can be probed.
+#[derive(Debug, Clone)]
+pub(crate) struct Probed {
+    /// Where it is.
+    pub(crate) relay: SocketAddr,
+    /// What it sees this node at.
+    pub(crate) seen_at: SocketAddr,
+    pub(crate) probes: Probes,
+}
+
+impl Probed {
+    /// The other address that it answers from.
+    pub(crate) fn second(&self) -> SocketAddr {
+        SocketAddr::new(self.probes.ip.unwrap_or(self.relay.ip()), self.probes.port)
+    }
+}
+
 /// This node at one relay.
 pub(crate) struct RelayClient {
     dial: Box<dyn Fn() -> Dialling + Send + Sync>,
@@ -128,6 +147,8 @@ pub(crate) struct RelayClient {
     wants: watch::Sender<Wants>,
     phase: watch::Sender<Phase>,
     state: Mutex<(RegistrationState, Instant)>,
+    /// While it is registered.
+    probed: Mutex<Option<Probed>>,
     circuits: watch::Sender<usize>,
 }
 
@@ -193,6 +214,7 @@ impl RelayClient {
             wants: watch::Sender::new(Wants::default()),
             phase: watch::Sender::new(Phase::Waiting),
             state: Mutex::new((RegistrationState::Unused, Instant::now())),
+            probed: Mutex::default(),
             circuits: watch::Sender::new(0),
         })
     }
@@ -210,6 +232,11 @@ impl RelayClient {
     pub(crate) fn status(&self) -> RegistrationStatus {
         let (state, since) = lock(&self.state).clone();
         RegistrationStatus { state, since, circuits: *self.circuits.borrow() }
+    }
+
+    /// The relay, while this node is registered there, if it can be probed.
+    pub(crate) fn probed(&self) -> Option<Probed> {
+        lock(&self.probed).clone()
     }
 
     /// A connection to a node that is registered at the relay. It must be closed by who gets it: dropping it is not
@@ -331,6 +358,8 @@ impl RelayClient {
 
     async fn serve(&self, registration: Registration) -> Over {
         let (address, node_id) = (registration.address, registration.node_id.clone());
+        let relay = registration.relay();
+        let probed = registration.probes.clone().map(|probes| Probed { relay, seen_at: address, probes });
         let (mut serving, handle) = match Serving::new(registration, self.terms.clone(), self.circuits.clone()) {
             Ok(serving) => serving,
             Err(error) => {
@@ -339,8 +368,10 @@ impl RelayClient {
             }
         };
         self.set_state(RegistrationState::Registered { address });
+        *lock(&self.probed) = probed;
         (self.on_event)(RelayEvent::Registered { address });
         let over = self.attend(&mut serving, handle, &node_id).await;
+        *lock(&self.probed) = None;
         // Before the registration is gone: who waited at it looks for the next one from here on.
         self.phase.send_replace(Phase::Waiting);
         if matches!(over, Over::Unused | Over::Stopped) {
@@ -352,7 +383,7 @@ impl RelayClient {
 
     async fn attend(&self, serving: &mut Serving, handle: Handle, node_id: &Id) -> Over {
         self.phase.send_replace(Phase::Up(handle.clone()));
-        let (mut doubt, heard) = (serving.doubt(), serving.heard());
+        let (mut doubt, mut seen_at, heard) = (serving.doubt(), serving.seen_at(), serving.heard());
         let mut wants = self.wants.subscribe();
         let renamed = |wants: &Wants| wants.standing.as_ref().is_some_and(|standing| standing != node_id);
         let mut serving = pin!(serving.run());
@@ -373,6 +404,11 @@ impl RelayClient {
                         beside.set(None);
                     }
                 },
+                // As above.
+                Ok(()) = seen_at.changed() => {
+                    let address = *seen_at.borrow_and_update();
+                    self.moved(address);
+                }
                 connection = pending_if_none(beside.as_mut()) => return Over::Replaced(connection),
                 () = &mut unused => return Over::Unused,
                 wants = wants.wait_for(|wants| wants.stop || renamed(wants)) => {
@@ -381,6 +417,14 @@ impl RelayClient {
                 }
             }
         }
+    }
+
+    fn moved(&self, address: SocketAddr) {
+        self.set_state(RegistrationState::Registered { address });
+        if let Some(probed) = &mut *lock(&self.probed) {
+            probed.seen_at = address;
+        }
+        (self.on_event)(RelayEvent::Moved { address });
     }
 
     /// Dials until somebody answers, unless the relay is heard first over the old connection.
@@ -530,6 +574,7 @@ struct Ended(Arc<RelayClient>);
 impl Drop for Ended {
     fn drop(&mut self) {
         self.0.set_state(RegistrationState::Unused);
+        *lock(&self.0.probed) = None;
         self.0.phase.send_replace(Phase::Ended);
     }
 }

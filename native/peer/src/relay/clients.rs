@@ -10,7 +10,7 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, TransportConfig};
 use tokio::time::timeout;
 
-use super::client::{RegistrationState, RelayClient, RelayEvent, Settings};
+use super::client::{Probed, RegistrationState, RelayClient, RelayEvent, Settings};
 use super::control::Id;
 use super::registration::{CircuitError, IncomingCircuit, PunchSession};
 use crate::config::Config;
@@ -169,6 +169,17 @@ impl Clients {
         stats.collect()
     }
 
+    /// The relays that this node is registered at and that can be probed.
+    pub(crate) fn probed(&self) -> Vec<Probed> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        table.values().filter_map(|Client { client, .. }| client.probed()).collect()
+    }
+
+    /// As [`Clients::probed`], one of them.
+    pub(crate) fn probed_relay(&self, relay: &Endpoint) -> Option<Probed> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).get(relay)?.client.probed()
+    }
+
     /// Ends all registrations.
     pub(crate) fn stop(&self) {
         for Client { client, .. } in self.table.read().unwrap_or_else(PoisonError::into_inner).values() {
@@ -250,7 +261,11 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
     move |event| {
         let Some(node) = node.upgrade() else { return };
         let relay = relay.clone();
+        if matches!(event, RelayEvent::Registered { .. } | RelayEvent::Moved { .. }) {
+            node.nat.look();
+        }
         node.event(match event {
+            RelayEvent::Moved { .. } => return,
             RelayEvent::Registered { .. } => Event::Registration { relay, state: Registration::Registered },
             RelayEvent::Lost => Event::Registration { relay, state: Registration::Lost },
             RelayEvent::Refused(refusal) => Event::Registration { relay, state: Registration::Refused(refusal) },

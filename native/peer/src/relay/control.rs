@@ -11,7 +11,7 @@ use macula_peer_wire::{HEADER_LEN, Limits, MessageType, PayloadError, RawFrame, 
 use crate::decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 use crate::decide::punch::Role;
 use crate::identity::Fingerprint;
-use crate::signal::SECRET_LEN;
+use crate::signal::{SECRET_LEN, Secret};
 
 /// The longest message and the deepest nesting: several times what the longest of today needs, so that later ones may
 /// say more.
@@ -67,8 +67,8 @@ pub(crate) enum FromNode {
 /// What a relay says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum FromRelay {
-    /// The node is registered, and is seen at this address.
-    Registered { address: SocketAddr },
+    /// The node is registered, and is seen at this address. Said again when the address changes.
+    Registered { address: SocketAddr, probes: Option<Probes> },
     /// The node is not registered, or no longer: nothing follows.
     Refused { error: Refusal },
     /// The circuit that was asked for.
@@ -104,6 +104,18 @@ pub(crate) struct Coordinate {
     pub(crate) secret: [u8; SECRET_LEN],
     /// After which both begin.
     pub(crate) delay: Duration,
+}
+
+/// How a node probes its relay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Probes {
+    /// Of the node's signals to the relay, and the relay's to the node.
+    pub(crate) id: u64,
+    pub(crate) secret: Secret,
+    /// The relay's second port.
+    pub(crate) port: u16,
+    /// The address of that. `None`: the one that the relay has anyway.
+    pub(crate) ip: Option<IpAddr>,
 }
 
 /// Texts that the protocol lists, with a place for those that a later version may add.
@@ -279,7 +291,16 @@ impl FromRelay {
     pub(crate) fn encode(&self) -> Bytes {
         let error = |refusal: &Refusal| ("error", text(refusal.name()));
         match self {
-            Self::Registered { address } => message(MessageType::Reply, vec![("address", text(&address.to_string()))]),
+            Self::Registered { address, probes } => {
+                let mut fields = vec![("address", text(&address.to_string()))];
+                if let Some(Probes { id, secret, port, ip }) = probes {
+                    fields.push(("probe_id", Value::Bin(id.to_be_bytes().into())));
+                    fields.push(("probe_secret", Value::Bin(secret.as_bytes().into())));
+                    fields.push(("probe_port", Value::Uint((*port).into())));
+                    fields.extend(ip.map(|ip| ("probe_ip", text(&ip.to_string()))));
+                }
+                message(MessageType::Reply, fields)
+            }
             Self::Refused { error: refusal } => message(MessageType::Reply, vec![error(refusal)]),
             Self::Opened { session_id, circuit } => message(
                 MessageType::Reply,
@@ -430,8 +451,28 @@ impl Fields {
             (Some(session_id), Some(error)) => Ok(FromRelay::NotOpened { session_id, error }),
             (Some(session_id), None) => Ok(FromRelay::Opened { session_id, circuit: self.circuit()? }),
             (None, Some(error)) => Ok(FromRelay::Refused { error }),
-            (None, None) => Ok(FromRelay::Registered { address: self.address()? }),
+            (None, None) => Ok(FromRelay::Registered { address: self.address()?, probes: self.probes()? }),
         }
+    }
+
+    fn probes(&self) -> Result<Option<Probes>, ControlError> {
+        if self.get("probe_id").is_none() {
+            return Ok(None);
+        }
+        let id = self.bin("probe_id")?.try_into().map_err(|_| ControlError::Field("probe_id"))?;
+        let secret = <[u8; SECRET_LEN]>::try_from(self.bin("probe_secret")?);
+        let secret = secret.map_err(|_| ControlError::Field("probe_secret"))?;
+        let port = u16::try_from(self.uint("probe_port")?).ok().filter(|&port| port != 0);
+        let ip = match self.get("probe_ip") {
+            Some(_) => Some(self.ip("probe_ip")?),
+            None => None,
+        };
+        Ok(Some(Probes {
+            id: u64::from_be_bytes(id),
+            secret: secret.into(),
+            port: port.ok_or(ControlError::Field("probe_port"))?,
+            ip,
+        }))
     }
 
     fn circuit(&self) -> Result<u32, ControlError> {
@@ -520,6 +561,11 @@ impl Fields {
         text.and_then(|text| text.parse().ok()).ok_or(ControlError::Field("address"))
     }
 
+    fn ip(&self, key: &'static str) -> Result<IpAddr, ControlError> {
+        let text = str::from_utf8(self.bin(key)?).ok();
+        text.and_then(|text| text.parse().ok()).ok_or(ControlError::Field(key))
+    }
+
     fn id(&self, key: &'static str) -> Result<Id, ControlError> {
         Id::new(Bytes::copy_from_slice(self.bin(key)?)).ok_or(ControlError::Field(key))
     }
@@ -595,10 +641,18 @@ mod tests {
         ]
     }
 
+    fn probes(ip: Option<IpAddr>) -> Probes {
+        Probes { id: u64::MAX - 1, secret: [9; SECRET_LEN].into(), port: 65535, ip }
+    }
+
     fn from_relay() -> Vec<FromRelay> {
         vec![
-            FromRelay::Registered { address: "[2001:db8::1]:9443".parse().unwrap() },
-            FromRelay::Registered { address: "127.0.0.1:1".parse().unwrap() },
+            FromRelay::Registered { address: "[2001:db8::1]:9443".parse().unwrap(), probes: None },
+            FromRelay::Registered { address: "127.0.0.1:1".parse().unwrap(), probes: Some(probes(None)) },
+            FromRelay::Registered {
+                address: "127.0.0.1:1".parse().unwrap(),
+                probes: Some(probes(Some("2001:db8::2".parse().unwrap()))),
+            },
             FromRelay::Refused { error: Refusal::NodeIdTaken },
             FromRelay::Opened { session_id: some_id(b"s"), circuit: 0 },
             FromRelay::NotOpened { session_id: some_id(b"s"), error: Refusal::SessionsPerNode },
@@ -685,6 +739,36 @@ mod tests {
 
         let refused = made(MessageType::Reply, vec![field("error", text("full_moon"))]);
         assert_eq!(FromRelay::decode(&refused), Ok(FromRelay::Refused { error: Refusal::Unknown }));
+    }
+
+    #[test]
+    fn a_relay_that_offers_probes_says_all_of_it() {
+        let all = || {
+            vec![
+                field("probe_id", Value::Bin(vec![1; 8])),
+                field("probe_secret", Value::Bin(vec![1; SECRET_LEN])),
+                field("probe_port", Value::Uint(9)),
+                field("probe_ip", text("192.0.2.1")),
+                field("address", text("127.0.0.1:1")),
+            ]
+        };
+        let decode = |pairs| FromRelay::decode(&made(MessageType::Reply, pairs));
+        let Ok(FromRelay::Registered { probes: Some(probes), .. }) = decode(all()) else { panic!("probes") };
+        assert_eq!((probes.id, probes.port), (0x0101010101010101, 9));
+        for (name, wrong) in [
+            ("probe_id", Value::Bin(vec![1; 7])),
+            ("probe_secret", Value::Bin(vec![1; 31])),
+            ("probe_port", Value::Uint(0)),
+            ("probe_port", Value::Uint(65536)),
+            ("probe_ip", text("localhost")),
+        ] {
+            let pairs = all().into_iter().chain([field(name, wrong)]).collect();
+            assert_eq!(decode(pairs), Err(ControlError::Field(name)));
+        }
+        for missing in ["probe_secret", "probe_port"] {
+            let pairs = all().into_iter().filter(|(key, _)| *key != text(missing)).collect();
+            assert_eq!(decode(pairs), Err(ControlError::Field(missing)));
+        }
     }
 
     #[test]

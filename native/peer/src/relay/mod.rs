@@ -1,6 +1,7 @@
 //! Relays and circuits: how nodes that cannot reach each other do.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::config::Secret;
@@ -12,6 +13,7 @@ pub(crate) mod control;
 mod packet;
 pub(crate) mod probe;
 pub(crate) mod registration;
+pub(crate) mod responder;
 pub(crate) mod server;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -45,6 +47,11 @@ pub struct RelayConfig {
     pub grace: Duration,
     /// What a node must prove to know before it is registered. Default `None`: nothing.
     pub realm_secret: Option<Secret>,
+    /// The port from which a relay also answers, so that nodes find out what their NATs are like. Default 0: the system
+    /// chooses.
+    pub probe_port: u16,
+    /// The address that this port is at. Default `None`: where the relay is. Another one tells nodes more about their NATs.
+    pub probe_ip: Option<IpAddr>,
 }
 
 impl Default for RelayConfig {
@@ -60,6 +67,8 @@ impl Default for RelayConfig {
             idle_timeout: Duration::from_secs(30 * 60),
             grace: Duration::from_secs(5 * 60),
             realm_secret: None,
+            probe_port: 0,
+            probe_ip: None,
         }
     }
 }
@@ -79,6 +88,8 @@ impl fmt::Debug for RelayConfig {
             .field("idle_timeout", &self.idle_timeout)
             .field("grace", &self.grace)
             .field("has_realm_secret", &self.realm_secret.is_some())
+            .field("probe_port", &self.probe_port)
+            .field("probe_ip", &self.probe_ip)
             .finish()
     }
 }

@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
-use super::control::{Coordinate, FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Reason, Refusal};
+use super::control::{Coordinate, FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal};
 use crate::decide::nat::NatProfile;
 use crate::decide::punch::Role;
 use crate::decide::relay::Notices;
@@ -28,6 +28,7 @@ use crate::decide::silence::{Counted, Silence};
 use crate::dial::{not_begun, not_connected};
 use crate::error;
 use crate::identity::realm_proof;
+use crate::socket::canonical;
 use crate::tls::Dialect;
 
 /// Requests for circuits that one relay is asked at once; the others wait for an answer to one of these.
@@ -150,6 +151,8 @@ pub(crate) struct Registration {
     pub(crate) node_id: Id,
     /// What the relay sees the node at.
     pub(crate) address: SocketAddr,
+    /// How to probe it, if it can be.
+    pub(crate) probes: Option<Probes>,
     connection: Closing,
     send: SendStream,
     receive: RecvStream,
@@ -157,6 +160,11 @@ pub(crate) struct Registration {
 }
 
 impl Registration {
+    /// Where the relay is.
+    pub(crate) fn relay(&self) -> SocketAddr {
+        canonical(self.connection.0.remote_address())
+    }
+
     /// Registers the node over a connection to what should be a relay.
     pub(crate) async fn new(
         connection: Connection,
@@ -179,8 +187,8 @@ impl Registration {
         let mut frames = Reassembler::new(LIMITS);
         loop {
             match next_message(&mut frames)? {
-                Some(FromRelay::Registered { address }) => {
-                    return Ok(Self { node_id, address, connection, send, receive, frames });
+                Some(FromRelay::Registered { address, probes }) => {
+                    return Ok(Self { node_id, address, probes, connection, send, receive, frames });
                 }
                 Some(FromRelay::Refused { error }) => return Err(CircuitError::Refused(error)),
                 Some(_) => return Err(CircuitError::NotARelay),
@@ -251,6 +259,8 @@ pub(crate) struct Serving {
     doubt: watch::Sender<bool>,
     /// How many circuits there are.
     count: watch::Sender<usize>,
+    /// What the relay sees the node at.
+    seen_at: watch::Sender<SocketAddr>,
 }
 
 impl Drop for Serving {
@@ -323,7 +333,7 @@ impl Serving {
         terms: Arc<Terms>,
         count: watch::Sender<usize>,
     ) -> io::Result<(Self, Handle)> {
-        let Registration { connection, send, receive, frames, .. } = registration;
+        let Registration { address, connection, send, receive, frames, .. } = registration;
         let (circuits, driver) = Circuits::new(connection.0.clone(), terms.server.clone())?;
         let mut carrying = JoinSet::new();
         carrying.spawn(driver);
@@ -359,6 +369,7 @@ impl Serving {
             look_at: Instant::now() + LOOK_QUIET_EVERY,
             doubt: watch::Sender::new(false),
             count,
+            seen_at: watch::Sender::new(address),
         };
         Ok((serving, handle))
     }
@@ -367,6 +378,11 @@ impl Serving {
     pub(crate) fn heard(&self) -> impl Fn() -> u64 + Send + use<> {
         let connection = self.connection.0.clone();
         move || connection.stats().udp_rx.datagrams
+    }
+
+    /// What the relay sees the node at.
+    pub(crate) fn seen_at(&self) -> watch::Receiver<SocketAddr> {
+        self.seen_at.subscribe()
     }
 
     /// Whether the relay has been silent too long.
@@ -426,7 +442,7 @@ impl Serving {
                 FromRelay::Disconnect { circuit, reason } => self.circuit_ended(circuit, reason),
                 FromRelay::Dropped { circuit, limit } => self.dropped(circuit, limit),
                 FromRelay::Refused { error } => return Err(CircuitError::Refused(error)),
-                FromRelay::Registered { .. } => return Err(CircuitError::NotARelay),
+                FromRelay::Registered { address, .. } => drop(self.seen_at.send_replace(address)),
                 FromRelay::PunchCoordinate(coordinate) => self.coordinated(*coordinate),
                 FromRelay::PunchExecute { session_id, ports } => {
                     if let Some(session) = self.punches.get(&session_id) {

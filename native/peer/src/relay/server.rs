@@ -22,10 +22,11 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 
 use super::control::{ControlError, Coordinate, FromNode, FromRelay, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal};
 use super::packet::{Fit, Form, SplitBy, Splitter, parse};
+use super::responder::{self, Responder};
 use super::{RelayConfig, RelayStats};
 use crate::decide::coordinate::{self, Coordinator, Execute, Party, Refused};
 use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
@@ -45,6 +46,9 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// answers at the least.
 const MIN_NOTES: usize = 64;
 
+/// How often a node's address is looked at. What its NAT makes of it shows with the next keep-alive, after 15 s at most.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
 /// How often a packet without room lets others run, among them the task that sends what fills the queue.
 const YIELDS: usize = 3;
 
@@ -58,6 +62,7 @@ const NO_RELAY: u8 = 4;
 /// A relay. Its tasks are those that call [`Relay::serve`].
 pub(crate) struct Relay {
     config: RelayConfig,
+    responder: Arc<Responder>,
     state: Mutex<State>,
     counters: Counters,
 }
@@ -135,7 +140,7 @@ impl End {
 }
 
 impl Relay {
-    pub(crate) fn new(config: RelayConfig) -> Arc<Self> {
+    pub(crate) fn new(config: RelayConfig, responder: Arc<Responder>) -> Arc<Self> {
         let state = State {
             book: Book::new(&config, Instant::now()),
             coordinator: Coordinator::default(),
@@ -143,7 +148,7 @@ impl Relay {
             served: HashSet::new(),
             closed: false,
         };
-        Arc::new(Self { config, state: Mutex::new(state), counters: Counters::default() })
+        Arc::new(Self { config, responder, state: Mutex::new(state), counters: Counters::default() })
     }
 
     /// Serves a control stream whose opener has been read, and what came behind that into `frames`, until the registration
@@ -179,6 +184,11 @@ impl Relay {
         for registration in state.registrations.values() {
             registration.end(End::Closed);
         }
+    }
+
+    /// Answers probes.
+    pub(crate) fn responder(&self) -> &Arc<Responder> {
+        &self.responder
     }
 
     /// How many nodes are registered, each with a connection of its own.
@@ -236,6 +246,7 @@ impl Relay {
             end = tell(notes, send) => end,
             () = self.forward(registration) => End::Left,
             never = self.end_idle(registration) => match never {},
+            never = watch_address(registration) => match never {},
             // An error would mean that the registration, which is here, is gone.
             Ok(end) = ended.wait_for(Option::is_some) => end.unwrap_or(End::Left),
         };
@@ -283,12 +294,13 @@ impl Relay {
         let queue = connection.datagram_send_buffer_space();
         let address = canonical(connection.remote_address());
         let (legs, end) = (Mutex::default(), watch::Sender::new(None));
+        let (probes, place) = self.responder.admit(connection.clone()).unzip();
         let registration = Registration { generation, node_id, owner, connection, legs, notes, end, queue };
         let registration = Arc::new(registration);
         state.coordinator.join(generation, now);
-        registration.note(FromRelay::Registered { address });
+        registration.note(FromRelay::Registered { address, probes });
         state.registrations.insert(generation, registration.clone());
-        Ok((Entry { relay: self.clone(), registration }, waiting))
+        Ok((Entry { relay: self.clone(), registration, _place: place }, waiting))
     }
 
     /// Does what the node asks for, until it is gone.
@@ -512,6 +524,19 @@ impl Relay {
     }
 }
 
+/// Tells the node when it is seen at another address.
+async fn watch_address(registration: &Registration) -> Infallible {
+    let mut told = canonical(registration.connection.remote_address());
+    loop {
+        sleep(LOOK_EVERY).await;
+        let address = canonical(registration.connection.remote_address());
+        // A node that has no room for it now is told later.
+        if address != told && registration.notes.try_send(FromRelay::Registered { address, probes: None }).is_ok() {
+            told = address;
+        }
+    }
+}
+
 /// Writes to the node what it is to be told, until it is told that it is refused, or does not read.
 async fn tell(mut notes: mpsc::Receiver<FromRelay>, send: &mut SendStream) -> End {
     // The registration, which is there, has the other end.
@@ -639,6 +664,7 @@ impl Drop for Place {
 struct Entry {
     relay: Arc<Relay>,
     registration: Arc<Registration>,
+    _place: Option<responder::Place>,
 }
 
 impl Drop for Entry {

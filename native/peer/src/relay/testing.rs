@@ -11,6 +11,7 @@ use quinn::{ClientConfig, Connection, Endpoint, EndpointConfig, ServerConfig, Tr
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
+use super::responder::Responder;
 use crate::identity::Identity;
 use crate::runtime::BatchingRuntime;
 use crate::tls::{self, Certificate, Verify};
@@ -34,6 +35,11 @@ pub(crate) fn server_config(transport: TransportConfig) -> ServerConfig {
     let mut config = ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport));
     config
+}
+
+/// A relay's second socket. To be called inside a runtime.
+pub(crate) fn responder() -> Arc<Responder> {
+    Responder::bind(Ipv4Addr::LOCALHOST.into(), None, 0).unwrap()
 }
 
 /// An endpoint on loopback.

@@ -158,7 +158,7 @@ impl Extras {
 
     /// Whether they are to be asked before the main socket. Neither may keep the other from being heard.
     pub(super) fn are_first(&self) -> bool {
-        self.any() && self.turn.fetch_add(1, Ordering::Relaxed) % 2 == 0
+        self.any() && self.turn.fetch_add(1, Ordering::Relaxed).is_multiple_of(2)
     }
 
     /// Receives from one of them. Who waits is woken too when one is added.

@@ -18,7 +18,7 @@ const WAITING: usize = 1024;
 const QUIC_BITS: u8 = 0xC0;
 
 /// Where signals go.
-pub(crate) type Signals = mpsc::Sender<Received>;
+pub(crate) type Signals = mpsc::Sender<(Via, Received)>;
 
 /// Something of the form of a signal, from anybody.
 #[derive(Debug, Clone, Copy)]
@@ -29,7 +29,6 @@ pub(crate) struct Received {
     pub(crate) from: SocketAddr,
     /// The local address that it came to, if the system tells.
     pub(crate) to: Option<IpAddr>,
-    pub(crate) via: Via,
 }
 
 /// Which socket a signal came by.
@@ -41,13 +40,13 @@ pub(crate) enum Via {
 
 impl Received {
     /// `None` if it is none.
-    pub(crate) fn new(bytes: &[u8], meta: &RecvMeta, via: Via) -> Option<Self> {
+    pub(crate) fn new(bytes: &[u8], from: SocketAddr, to: Option<IpAddr>) -> Option<Self> {
         if bytes.first() != Some(&FIRST_BYTE) || bytes.len() > MAX_LEN {
             return None;
         }
         let mut copy = [0; MAX_LEN];
         copy[..bytes.len()].copy_from_slice(bytes);
-        Some(Self { bytes: copy, len: bytes.len(), from: canonical(meta.addr), to: meta.dst_ip, via })
+        Some(Self { bytes: copy, len: bytes.len(), from: canonical(from), to })
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
@@ -55,7 +54,7 @@ impl Received {
     }
 }
 
-pub(crate) fn signals() -> (Signals, mpsc::Receiver<Received>) {
+pub(crate) fn signals() -> (Signals, mpsc::Receiver<(Via, Received)>) {
     mpsc::channel(WAITING)
 }
 
@@ -73,9 +72,9 @@ pub(super) fn sift(buffer: &mut [u8], meta: &mut RecvMeta, via: Via, signals: &S
             buffer.copy_within(datagram, kept);
             kept += len;
         } else if let Ok(place) = signals.try_reserve()
-            && let Some(received) = Received::new(&buffer[datagram], meta, via)
+            && let Some(received) = Received::new(&buffer[datagram], meta.addr, meta.dst_ip)
         {
-            place.send(received);
+            place.send((via, received));
         }
     }
     meta.len = kept;
@@ -104,7 +103,10 @@ mod tests {
         let mut meta = meta(buffer.len(), stride);
         sift(buffer, &mut meta, Via::Main, &signals);
         assert_eq!(meta.stride, stride);
-        (buffer[..meta.len].to_vec(), std::iter::from_fn(|| waiting.try_recv().ok()).collect())
+        (
+            buffer[..meta.len].to_vec(),
+            std::iter::from_fn(|| waiting.try_recv().ok().map(|(_, received)| received)).collect(),
+        )
     }
 
     #[test]
@@ -142,7 +144,7 @@ mod tests {
             sift(&mut signal, &mut meta, Via::Main, &signals);
             assert_eq!(meta.len, 0);
         }
-        let kept: Vec<_> = std::iter::from_fn(|| waiting.try_recv().ok()).collect();
+        let kept: Vec<_> = std::iter::from_fn(|| waiting.try_recv().ok().map(|(_, received)| received)).collect();
         assert_eq!(kept.len(), WAITING);
         assert_eq!(kept[WAITING - 1].bytes()[1..], (WAITING - 1).to_be_bytes());
     }

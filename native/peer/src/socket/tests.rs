@@ -17,7 +17,7 @@ use crate::signal::{Body, Key, MAX_LEN, Role, Secret, Signal, Unverified};
 struct Side {
     socket: Arc<Socket>,
     quic: Endpoint,
-    received: mpsc::Receiver<Received>,
+    received: mpsc::Receiver<(Via, Received)>,
 }
 
 fn side(server: bool) -> Side {
@@ -63,12 +63,12 @@ fn key() -> Key {
 }
 
 /// Answers every ping that is one, and lets nothing else pass.
-async fn pong(socket: Arc<Socket>, mut received: mpsc::Receiver<Received>) {
+async fn pong(socket: Arc<Socket>, mut received: mpsc::Receiver<(Via, Received)>) {
     let key = key();
-    while let Some(received) = received.recv().await {
+    while let Some((via, received)) = received.recv().await {
         let signal = Unverified::parse(received.bytes()).unwrap().verify(&key).unwrap();
         let pong = Signal { body: Body::Pong { sender: Role::Responder }, ..signal };
-        socket.answer_signal(&received, &pong.encode(&key));
+        socket.answer_signal(via, &received, &pong.encode(&key));
     }
 }
 
@@ -97,8 +97,8 @@ async fn quic_at_full_speed_and_signals_share_a_socket() {
             client.socket.send_signal(address, &ping(nonce).encode(&key));
         }
         // The kernel may have dropped some of either kind: those are sent again.
-        while let Ok(Some(received)) = timeout(Duration::from_millis(20), client.received.recv()).await {
-            assert_eq!((received.from, received.via), (address, Via::Main));
+        while let Ok(Some((via, received))) = timeout(Duration::from_millis(20), client.received.recv()).await {
+            assert_eq!((received.from, via), (address, Via::Main));
             let pong = Unverified::parse(received.bytes()).unwrap().verify(&key).unwrap();
             assert_eq!(pong.body, Body::Pong { sender: Role::Responder });
             missing.remove(&pong.nonce);
@@ -148,11 +148,11 @@ async fn signals_by_an_extra_socket_are_answered_by_it() {
     let id = server.socket.add_extra(extra, client.socket.local).unwrap();
     let (sent, key) = (ping(3).encode(&key()), key());
     client.socket.send_signal(address, &sent);
-    let received = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
-    assert_eq!((received.bytes(), received.from, received.via), (&*sent, client.socket.local, Via::Extra(id)));
-    server.socket.answer_signal(&received, &ping(4).encode(&key));
-    let answer = timeout(PATIENCE, client.received.recv()).await.unwrap().unwrap();
-    assert_eq!((answer.from, answer.via), (address, Via::Main));
+    let (via, received) = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
+    assert_eq!((received.bytes(), received.from, via), (&*sent, client.socket.local, Via::Extra(id)));
+    server.socket.answer_signal(via, &received, &ping(4).encode(&key));
+    let (via, answer) = timeout(PATIENCE, client.received.recv()).await.unwrap().unwrap();
+    assert_eq!((answer.from, via), (address, Via::Main));
 }
 
 #[tokio::test]
@@ -167,7 +167,7 @@ async fn an_extra_socket_hears_only_its_peer() {
     stranger.send_to(&[0x40; 1200], address).unwrap();
     let peer = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     peer.send_to(&signal, address).unwrap();
-    let received = timeout(PATIENCE, side.received.recv()).await.unwrap().unwrap();
+    let (_, received) = timeout(PATIENCE, side.received.recv()).await.unwrap().unwrap();
     assert_eq!(received.from, peer.local_addr().unwrap());
     assert!(side.received.try_recv().is_err());
     assert!(side.socket.extras.towards(stranger.local_addr().unwrap()).is_none());
@@ -223,7 +223,7 @@ async fn a_burst_of_signals_that_the_kernel_joins_comes_apart_again() {
         client.socket.try_send(&transmit).unwrap();
     }
     for signal in signals {
-        let received = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
+        let (_, received) = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
         assert_eq!(received.bytes(), signal);
     }
     assert!(len <= MAX_LEN);

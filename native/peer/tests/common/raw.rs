@@ -119,6 +119,13 @@ impl Said {
         }
     }
 
+    pub fn bytes(&self, key: &str) -> Option<&[u8]> {
+        match self.get(key)? {
+            Value::Bin(bytes) => Some(bytes),
+            _ => None,
+        }
+    }
+
     fn get(&self, key: &str) -> Option<&Value> {
         self.fields.iter().find(|(name, _)| *name == bin(key)).map(|(_, value)| value)
     }

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::super::RelayConfig;
 use super::super::control::LIMITS;
 use super::super::server::Relay;
-use super::super::testing::{Forwarder, PATIENCE, client_config, echo, endpoint, server_config, transport};
+use super::super::testing::{Forwarder, PATIENCE, client_config, echo, endpoint, responder, server_config, transport};
 use super::*;
 use crate::config::Secret;
 use crate::dial::not_connected;
@@ -41,8 +41,8 @@ impl Running {
 
     fn at(address: SocketAddr, config: RelayConfig) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let relay = Relay::new(config);
         let entered = runtime.enter();
+        let relay = Relay::new(config, responder());
         let endpoint = Endpoint::server(server_config(transport()), address).unwrap();
         drop(entered);
         let address = endpoint.local_addr().unwrap();

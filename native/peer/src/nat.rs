@@ -1,0 +1,528 @@
+//! What this node finds out about the NAT that it is behind, by asking its relays.
+//!
+//! Three rounds of questions: where relays see the main socket; where they see new sockets, of which the first asks all
+//! of them and the others one; and whether the last of these hears of addresses that it has sent nothing to. What the
+//! answers mean, `decide::nat` knows.
+
+use std::cmp::Reverse;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::net::UdpSocket;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, sleep_until};
+
+use crate::decide::nat::{NatProfile, Observations, Unsolicited};
+use crate::endpoint::Endpoint;
+use crate::link::lock;
+use crate::message::Event;
+use crate::node::Node;
+use crate::relay::client::Probed;
+use crate::signal::{AnswerFrom, Body, Key, MAX_LEN, Signal, Unverified};
+use crate::socket::{Received, Socket, canonical};
+
+/// A node registers at all its relays at once, and they answer within a round trip of each other.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// Between two looks: registrations that come and go must not cost more than a few packets a second.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// Relays that do not answer at all are asked again after this long: most likely their packets are filtered on the way, and
+/// that rarely changes.
+const RETRY: Duration = Duration::from_secs(10);
+
+/// More relays tell nothing new.
+const MAX_RELAYS: usize = 3;
+
+/// New sockets whose ports are compared: with four steps between them, one may be out of line.
+const NEW_SOCKETS: usize = 4;
+
+/// How long the first answers may take: three times a long round trip.
+const FIRST_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Later rounds take as many times the longest round trip of the first, for what is lost and sent again, and no less than
+/// a busy relay may need.
+const ROUND_TRIPS: u32 = 5;
+const LEAST_PATIENCE: Duration = Duration::from_millis(150);
+
+/// What is not answered is asked again after this share of a round's time, and once more after twice as much.
+const AGAIN: u32 = 4;
+const TRIES: u32 = 3;
+
+/// Answers that may wait to be looked at: more than are ever asked for at once.
+const WAITING: usize = 64;
+
+/// A host's addresses beyond these are not told: each costs a peer packets.
+const MAX_LOCAL: usize = 16;
+
+/// What a node knows of the NAT that it is behind.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NatStatus {
+    /// How it maps and filters.
+    pub profile: NatProfile,
+    /// Where others see the one socket. `None`: no relay has told.
+    pub observed: Option<SocketAddr>,
+    /// The addresses that the host itself has for the one socket, without those that only it or its link knows.
+    pub local: Vec<SocketAddr>,
+    /// When it was last found out.
+    pub since: Option<SystemTime>,
+}
+
+/// The node's side of it.
+#[derive(Default)]
+pub(crate) struct Nat {
+    wanted: Notify,
+    found: Mutex<Found>,
+    /// Gets what comes to the main socket while somebody asks.
+    listening: Mutex<Option<mpsc::Sender<Heard>>>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Found {
+    profile: NatProfile,
+    observed: Option<SocketAddr>,
+    since: Option<SystemTime>,
+}
+
+impl Nat {
+    /// Something has changed: it is to be found out anew.
+    pub(crate) fn look(&self) {
+        self.wanted.notify_one();
+    }
+
+    /// An answer of a relay, perhaps, has come to the main socket.
+    pub(crate) fn hear(&self, received: &Received) {
+        if let Some(listening) = &*lock(&self.listening) {
+            // Lost, it is asked for again.
+            let _ = listening.try_send(Heard { by: MAIN, from: received.from, received: *received });
+        }
+    }
+
+    pub(crate) fn status(&self, node: &Node) -> NatStatus {
+        let Found { profile, observed, since } = lock(&self.found).clone();
+        NatStatus { profile, observed, local: local_addresses(&node.socket()), since }
+    }
+}
+
+/// Finds it out whenever that is wanted, until the engine stops.
+pub(crate) async fn run(node: Arc<Node>) {
+    let mut stopping = node.stopping();
+    let look = async {
+        let mut answered = true;
+        loop {
+            tokio::select! {
+                () = node.nat.wanted.notified() => sleep(SETTLE).await,
+                () = sleep(RETRY), if !answered => {}
+            }
+            answered = look(&node).await;
+            sleep(PAUSE).await;
+        }
+    };
+    tokio::select! {
+        never = look => never,
+        // Also if it was said before this task first ran.
+        _ = stopping.wait_for(|stopping| *stopping) => {}
+    }
+}
+
+/// The port that the NAT gives to a new socket: a contiguous one gives the next ones to those that follow.
+#[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
+pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> {
+    let probed = node.clients.probed_relay(relay)?;
+    let mut asking = Asking::new(node, vec![probed]);
+    let by = asking.open().ok()?;
+    let probe = asking.probe(by, 0, Port::First, None);
+    asking.ask(&mut [probe], FIRST_PATIENCE / 2).await.first()?.map(|answer| answer.seen)
+}
+
+/// False if no relay answered.
+async fn look(node: &Node) -> bool {
+    let relays = chosen(node.clients.probed(), &node.socket());
+    if relays.is_empty() {
+        return true;
+    }
+    let Some(found) = find_out(node, relays).await else { return false };
+    let news = {
+        let mut known = lock(&node.nat.found);
+        let news = (known.profile, known.observed) != (found.profile, found.observed);
+        *known = found;
+        news
+    };
+    if news {
+        node.event(Event::Nat(node.nat.status(node)));
+    }
+    true
+}
+
+/// Those that tell the most: of one family, IPv4 if there are any, and at different addresses.
+fn chosen(mut relays: Vec<Probed>, socket: &Socket) -> Vec<Probed> {
+    relays.retain(|probed| socket.reachable(probed.relay).is_some());
+    let v4 = relays.iter().any(|probed| probed.relay.is_ipv4());
+    relays.retain(|probed| probed.relay.is_ipv4() == v4);
+    // The same ones in the same order each time.
+    relays.sort_by_key(|probed| probed.relay);
+    let mut seen: Vec<IpAddr> = Vec::new();
+    relays.sort_by_cached_key(|probed| {
+        let again = seen.contains(&probed.relay.ip());
+        seen.push(probed.relay.ip());
+        again
+    });
+    relays.truncate(MAX_RELAYS);
+    relays
+}
+
+/// `None`: no relay answers.
+async fn find_out(node: &Node, relays: Vec<Probed>) -> Option<Found> {
+    let mut asking = Asking::new(node, relays);
+
+    let mut main = Vec::new();
+    for relay in 0..asking.relays.len() {
+        main.extend([Port::First, Port::Second].map(|port| asking.probe(MAIN, relay, port, None)));
+    }
+    let answers = asking.ask(&mut main, FIRST_PATIENCE).await;
+    let observations = observed(&asking, &main, &answers);
+    let answered = |n: &usize| answers[*n].is_some();
+    // The relay that is asked by all new sockets: the quickest of those that answer.
+    let first = (0..main.len()).filter(|n| main[*n].port == Port::First).filter(answered);
+    let first = first.min_by_key(|n| answers[*n].map(|answer| answer.after))?;
+    let seen = answers[first]?.seen;
+    let longest = answers.iter().flatten().map(|answer| answer.after).max()?;
+    let patience = (longest * ROUND_TRIPS).clamp(LEAST_PATIENCE, FIRST_PATIENCE);
+    let first = main[first].relay;
+    let answering: Vec<_> = (0..main.len()).filter(answered).map(|n| (main[n].relay, main[n].port)).collect();
+
+    let mut new = Vec::new();
+    for n in 0..NEW_SOCKETS {
+        let by = asking.open().map_err(|error| tracing::debug!(%error, "no socket to ask with")).ok()?;
+        match n {
+            0 => new.extend(answering.iter().map(|&(relay, port)| asking.probe(by, relay, port, None))),
+            _ => new.push(asking.probe(by, first, Port::First, None)),
+        }
+    }
+    let answers = asking.ask(&mut new, patience).await;
+    let mut observations_new = observed(&asking, &new, &answers);
+
+    // The last one has asked nobody else.
+    if let (Some(last), Some(Some(answer))) = (new.last(), answers.last()) {
+        let mut unsolicited = Vec::new();
+        let mut meanings = Vec::new();
+        let known = asking.relays[first].relay;
+        let meaning = |from: SocketAddr| match from.ip() == known.ip() {
+            true => Unsolicited::OtherPort,
+            false => Unsolicited::OtherAddress,
+        };
+        if answering.contains(&(first, Port::Second)) {
+            let second = asking.relays[first].second();
+            unsolicited.push(asking.probe(last.by, first, Port::First, Some(Elsewhere::Second)));
+            meanings.push(meaning(second));
+        }
+        for &(relay, port) in answering.iter().filter(|(relay, _)| *relay != first) {
+            // Only to that address does a relay answer.
+            if port == Port::First && asking.relays[relay].seen_at.ip() == answer.seen.ip() {
+                unsolicited.extend(asking.probe_for(last.by, answer.seen.port(), relay));
+                meanings.push(meaning(asking.relays[relay].relay));
+            }
+        }
+        let heard = asking.ask(&mut unsolicited, patience).await;
+        for (meaning, heard) in meanings.into_iter().zip(heard) {
+            observations_new.answered(meaning, heard.is_some());
+        }
+    }
+
+    let profile = observations_new.profile();
+    // That of the socket that counts, if it is known.
+    let mapping = observations.profile().mapping.or(profile.mapping);
+    Some(Found { profile: NatProfile { mapping, ..profile }, observed: Some(seen), since: Some(SystemTime::now()) })
+}
+
+fn observed(asking: &Asking<'_>, probes: &[Probe], answers: &[Option<Answer>]) -> Observations {
+    let mut observations = Observations::default();
+    for (probe, answer) in probes.iter().zip(answers) {
+        if let Some(answer) = answer {
+            observations.mapped(asking.local_port(probe.by), probe.to, answer.seen);
+        }
+    }
+    observations
+}
+
+/// The number of the main socket among those that ask.
+const MAIN: usize = 0;
+
+/// Sockets that ask relays, until it is dropped.
+struct Asking<'a> {
+    node: &'a Node,
+    socket: Arc<Socket>,
+    relays: Vec<Probed>,
+    keys: Vec<Key>,
+    /// The first one is number 1.
+    new: Vec<Arc<UdpSocket>>,
+    hearing: JoinSet<()>,
+    heard: mpsc::Receiver<Heard>,
+    hear: mpsc::Sender<Heard>,
+}
+
+/// Which of a relay's two sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Port {
+    First,
+    Second,
+}
+
+/// Where an answer is to come from or go to, if not back the way that the question took.
+#[derive(Debug, Clone, Copy)]
+enum Elsewhere {
+    /// From the relay's second socket.
+    Second,
+    /// To the new socket of this number, which has this port.
+    To(usize, NonZeroU16),
+}
+
+/// A question.
+struct Probe {
+    by: usize,
+    relay: usize,
+    port: Port,
+    to: SocketAddr,
+    signal: Signal,
+    /// By which socket the answer comes, and from where.
+    answer: (usize, SocketAddr),
+    sent: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Answer {
+    seen: SocketAddr,
+    /// Since the question was first asked.
+    after: Duration,
+}
+
+/// Something that came to one of the sockets.
+struct Heard {
+    by: usize,
+    from: SocketAddr,
+    received: Received,
+}
+
+impl<'a> Asking<'a> {
+    fn new(node: &'a Node, relays: Vec<Probed>) -> Self {
+        let (hear, heard) = mpsc::channel(WAITING);
+        let keys = relays.iter().map(|probed| Key::from(&probed.probes.secret)).collect();
+        Self { node, socket: node.socket(), relays, keys, new: Vec::new(), hearing: JoinSet::new(), heard, hear }
+    }
+
+    /// Another socket; its number.
+    fn open(&mut self) -> io::Result<usize> {
+        let socket = Arc::new(self.socket.open_beside()?);
+        self.new.push(socket.clone());
+        let by = self.new.len();
+        self.hearing.spawn(listen(by, socket, self.hear.clone()));
+        Ok(by)
+    }
+
+    fn local_port(&self, by: usize) -> u16 {
+        match by.checked_sub(1).and_then(|at| self.new.get(at)) {
+            Some(socket) => socket.local_addr().map_or(0, |address| address.port()),
+            None => self.socket.local().port(),
+        }
+    }
+
+    fn probe(&self, by: usize, relay: usize, port: Port, elsewhere: Option<Elsewhere>) -> Probe {
+        let probed = &self.relays[relay];
+        let to = match port {
+            Port::First => probed.relay,
+            Port::Second => probed.second(),
+        };
+        let (from, to_port, answer) = match elsewhere {
+            None => (AnswerFrom::Same, None, (by, to)),
+            Some(Elsewhere::Second) => (AnswerFrom::Other, None, (by, probed.second())),
+            Some(Elsewhere::To(socket, port)) => (AnswerFrom::Same, Some(port), (socket, to)),
+        };
+        let body = Body::ProbeRequest { from, to_port };
+        let signal = Signal { id: probed.probes.id, nonce: fastrand::u64(..), body };
+        Probe { by, relay, port, to, signal, answer, sent: None }
+    }
+
+    /// Asks over the main socket for an answer to a new one, which the NAT has given this port.
+    fn probe_for(&self, new: usize, port: u16, relay: usize) -> Option<Probe> {
+        let elsewhere = Elsewhere::To(new, NonZeroU16::new(port)?);
+        Some(self.probe(MAIN, relay, Port::First, Some(elsewhere)))
+    }
+
+    /// Asks everything, in this order, and waits until all is answered, for so long at most.
+    async fn ask(&mut self, probes: &mut [Probe], patience: Duration) -> Vec<Option<Answer>> {
+        let by_main = probes.iter().any(|probe| probe.answer.0 == MAIN);
+        let _listening = by_main.then(|| Listening::new(&self.node.nat, self.hear.clone()));
+        let mut answers = vec![None; probes.len()];
+        let begun = Instant::now();
+        let again = patience / AGAIN;
+        let mut tries = 0;
+        while answers.iter().any(Option::is_none) {
+            let due = begun + if tries < TRIES { again * tries } else { patience };
+            tokio::select! {
+                // What has come is looked at before it is asked for again.
+                biased;
+                // `hear` is here, too.
+                Some(heard) = self.heard.recv() => {
+                    if let Some((at, answer)) = self.answer(probes, &heard) {
+                        answers[at].get_or_insert(answer);
+                    }
+                }
+                () = sleep_until(due.into()) => {
+                    if tries == TRIES {
+                        break;
+                    }
+                    tries += 1;
+                    for (probe, _) in probes.iter_mut().zip(&answers).filter(|(_, answer)| answer.is_none()) {
+                        probe.sent.get_or_insert_with(Instant::now);
+                        self.send(probe).await;
+                    }
+                }
+            }
+        }
+        answers
+    }
+
+    async fn send(&self, probe: &Probe) {
+        let signal = probe.signal.encode(&self.keys[probe.relay]);
+        match (probe.by.checked_sub(1).and_then(|at| self.new.get(at)), self.socket.reachable(probe.to)) {
+            // What cannot be sent is not answered.
+            (Some(socket), Some(to)) => drop(socket.send_to(&signal, to).await),
+            _ => self.socket.send_signal(probe.to, &signal),
+        }
+    }
+
+    fn answer(&self, probes: &[Probe], heard: &Heard) -> Option<(usize, Answer)> {
+        let unverified = Unverified::parse(heard.received.bytes())?;
+        let asked = |probe: &Probe| probe.signal.nonce == unverified.nonce();
+        let at = probes.iter().position(asked)?;
+        let probe = &probes[at];
+        let signal = unverified.verify(&self.keys[probe.relay])?;
+        let Body::ProbeReply { observed } = signal.body else { return None };
+        if signal.id != probe.signal.id || (heard.by, heard.from) != probe.answer {
+            return None;
+        }
+        Some((at, Answer { seen: observed, after: probe.sent?.elapsed() }))
+    }
+}
+
+async fn listen(by: usize, socket: Arc<UdpSocket>, hear: mpsc::Sender<Heard>) {
+    // One byte more than what is looked at.
+    let mut buffer = [0; MAX_LEN + 1];
+    loop {
+        // An error is about one datagram.
+        let Ok((len, from)) = socket.recv_from(&mut buffer).await else { continue };
+        if let Some(received) = Received::new(&buffer[..len], from, None) {
+            // Lost, it is asked for again.
+            let _ = hear.try_send(Heard { by, from: canonical(from), received });
+        }
+    }
+}
+
+/// Somebody listens to what comes to the main socket.
+struct Listening<'a>(&'a Nat);
+
+impl<'a> Listening<'a> {
+    fn new(nat: &'a Nat, hear: mpsc::Sender<Heard>) -> Self {
+        *lock(&nat.listening) = Some(hear);
+        Self(nat)
+    }
+}
+
+impl Drop for Listening<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.listening) = None;
+    }
+}
+
+/// The addresses that others in the host's networks may reach the main socket at.
+pub(crate) fn local_addresses(socket: &Socket) -> Vec<SocketAddr> {
+    let bound = socket.local();
+    let of_socket = |ip: &IpAddr| bound.ip().is_unspecified() || *ip == canonical(bound).ip();
+    let reachable = |ip: &IpAddr| socket.reachable((*ip, bound.port()).into()).is_some();
+    let mut ips: Vec<IpAddr> =
+        interfaces().into_iter().filter(|ip| of_socket(ip) && reachable(ip) && is_told(ip)).collect();
+    // Where two networks are in reach, the one of the older family is more often behind the NAT that is to be passed.
+    ips.sort_by_key(|ip| (Reverse(ip.is_ipv4()), *ip));
+    ips.dedup();
+    ips.truncate(MAX_LOCAL);
+    ips.into_iter().map(|ip| (ip, bound.port()).into()).collect()
+}
+
+/// Loopback and link-local addresses mean something else to everybody.
+fn is_told(ip: &IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => !(ip.is_loopback() || ip.is_link_local() || ip.is_unspecified()),
+        IpAddr::V6(ip) => !(ip.is_loopback() || ip.is_unicast_link_local() || ip.is_unspecified()),
+    }
+}
+
+#[cfg(unix)]
+fn interfaces() -> Vec<IpAddr> {
+    use nix::net::if_::InterfaceFlags;
+    let Ok(all) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
+    let up = all.filter(|interface| interface.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING));
+    let ips = up.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+    });
+    ips.collect()
+}
+
+#[cfg(not(unix))]
+fn interfaces() -> Vec<IpAddr> {
+    Vec::new()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::{Config, EndpointRef, Engine, Listen, NodeId, RelayConfig};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn the_port_of_a_new_socket_is_told() {
+        let relay = Engine::start(Config::default()).unwrap();
+        let listen = Listen { relay: Some(RelayConfig::default()), ..Listen::default() };
+        let address = format!("127.0.0.1:{}", relay.listen(listen).unwrap().port());
+        let node = Engine::start(Config::default()).unwrap();
+        let endpoint = EndpointRef::parse(&address).unwrap().to_owned();
+        node.register(NodeId::new(b"node").unwrap(), vec![endpoint.clone()]);
+        let until = Instant::now() + PATIENCE;
+        while node.nat_profile().since.is_none() {
+            assert!(Instant::now() < until);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let sampled = || runtime.block_on(sample(node.node(), &endpoint));
+        let (one, two) = (sampled().unwrap(), sampled().unwrap());
+        assert!(one.ip().is_loopback() && one != two && one.port() != node.local_address().unwrap().port());
+        relay.stop();
+        assert_eq!(sampled(), None);
+        node.stop();
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_reached_at_what_it_is_bound_to() {
+        let local = |ip: Option<IpAddr>| {
+            let (signals, _) = crate::socket::signals();
+            let socket = Socket::bind(ip, 0, crate::socket::refusals(), signals).unwrap();
+            (local_addresses(&socket), socket.local().port())
+        };
+        let (all, port) = local(None);
+        assert!(all.iter().all(|address| address.port() == port && is_told(&address.ip())));
+        assert!(all.is_sorted_by_key(|address| address.is_ipv6()) && all.len() <= MAX_LOCAL);
+        for one in all {
+            let (only, port) = local(Some(one.ip()));
+            assert_eq!(only, [SocketAddr::new(one.ip(), port)]);
+        }
+        assert_eq!(local(Some([127, 0, 0, 1].into())).0, []);
+    }
+}
