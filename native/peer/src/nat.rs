@@ -6,6 +6,7 @@
 
 use std::cmp::Reverse;
 use std::io;
+use std::mem;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::{Arc, Mutex};
@@ -16,12 +17,15 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
+use crate::decide::coordinate::is_local;
 use crate::decide::nat::{NatProfile, Observations, Unsolicited};
+use crate::decide::punch::MAX_CANDIDATES;
 use crate::endpoint::Endpoint;
 use crate::link::lock;
 use crate::message::Event;
 use crate::node::Node;
 use crate::relay::client::Probed;
+use crate::relay::registration::Description;
 use crate::signal::{AnswerFrom, Body, Key, MAX_LEN, Signal, Unverified};
 use crate::socket::{Received, Socket, canonical};
 
@@ -130,7 +134,6 @@ pub(crate) async fn run(node: Arc<Node>) {
 }
 
 /// The port that the NAT gives to a new socket: a contiguous one gives the next ones to those that follow.
-#[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
 pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> {
     let probed = node.clients.probed_relay(relay)?;
     let mut asking = Asking::new(node, vec![probed]);
@@ -145,7 +148,9 @@ async fn look(node: &Node) -> bool {
     if relays.is_empty() {
         return true;
     }
-    let Some(found) = find_out(node, relays).await else { return false };
+    let found = find_out(node, relays).await;
+    describe(node, found.as_ref().map_or_else(NatProfile::default, |found| found.profile));
+    let Some(found) = found else { return false };
     let news = {
         let mut known = lock(&node.nat.found);
         let news = (known.profile, known.observed) != (found.profile, found.observed);
@@ -156,6 +161,13 @@ async fn look(node: &Node) -> bool {
         node.event(Event::Nat(node.nat.status(node)));
     }
     true
+}
+
+/// Has the relays told what others need to know.
+fn describe(node: &Node, profile: NatProfile) {
+    let candidates = local_addresses(&node.socket()).into_iter().filter(|to| is_local(*to)).take(MAX_CANDIDATES);
+    let description = Some(Description { profile, candidates: candidates.collect() });
+    node.description.send_if_modified(|known| mem::replace(known, description.clone()) != description);
 }
 
 /// Those that tell the most: of one family, IPv4 if there are any, and at different addresses.

@@ -24,9 +24,9 @@ use crate::listen::{Accepted, Admission, Expected};
 use crate::message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Unhandled};
 use crate::nat::Nat;
 use crate::peer::{self, Peer};
+use crate::punch::Puncher;
 use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
-use crate::punch::Puncher;
 use crate::relay::registration::{CircuitError, Description};
 use crate::relay::responder::Responder;
 use crate::relay::server::Relay;
@@ -54,8 +54,8 @@ pub(crate) struct Node {
     /// Addresses that nodes are about to connect from, whether this one listens or not.
     pub(crate) expected: Mutex<Expected>,
     pub(crate) puncher: Puncher,
-    /// What others need to know of this node to find a direct path to it.
-    pub(crate) description: watch::Sender<Description>,
+    /// What others need to know of this node to find a direct path to it. `None`: it does not know yet.
+    pub(crate) description: watch::Sender<Option<Description>>,
     pub(crate) nat: Nat,
     relay: RwLock<Option<ServingRelay>>,
     known: Mutex<Known>,
@@ -130,7 +130,7 @@ impl Node {
             listening: watch::Sender::new(None),
             expected: Mutex::default(),
             puncher: Puncher::default(),
-            description: watch::Sender::default(),
+            description: watch::Sender::new(None),
             nat: Nat::default(),
             relay: RwLock::default(),
             known: Mutex::default(),
@@ -144,17 +144,6 @@ impl Node {
             stopping: watch::channel(false).0,
             started: Instant::now(),
         })
-    }
-
-    /// Gives signals to whom they are for, as long as the engine runs.
-    pub(crate) async fn hear_signals(self: Arc<Self>, mut heard: mpsc::Receiver<Received>) {
-        let mut stopping = self.stopping();
-        loop {
-            tokio::select! {
-                Some(received) = heard.recv() => self.puncher.received(&received),
-                _ = stopping.wait_for(|stopping| *stopping) => return,
-            }
-        }
     }
 
     /// Sends over the live link to a peer, if there is one with room.
@@ -321,7 +310,12 @@ impl Node {
 
     /// Whether the node that was reached has the key that it is known by: the one that somebody knows, or else the one
     /// that it was first seen with.
-    pub(crate) fn check_key(&self, name: &PeerName, key: Option<Fingerprint>, link: Link) -> Result<Link, ConnectError> {
+    pub(crate) fn check_key(
+        &self,
+        name: &PeerName,
+        key: Option<Fingerprint>,
+        link: Link,
+    ) -> Result<Link, ConnectError> {
         let PeerName::Node(node) = name else { return Ok(link) };
         let binds = !matches!(self.config.verify, Verify::None);
         let expected = key.or_else(|| self.known_key(node));
@@ -381,14 +375,6 @@ impl Node {
         self.config.max_accepted + self.relay().map_or(0, |relay| relay.registrations())
     }
 
-    pub(crate) fn socket(&self) -> Arc<Socket> {
-        lock(&self.socket).socket.clone()
-    }
-
-    pub(crate) async fn sample_port(&self, _relay: std::net::SocketAddr) -> Option<u16> {
-        None
-    }
-
     pub(crate) fn dialer(&self) -> Dialer {
         Dialer {
             to_relay: false,
@@ -425,6 +411,7 @@ impl Node {
                 }
             }
             Some(Kind::ProbeReply) if via == Via::Main => self.nat.hear(received),
+            Some(Kind::Ping | Kind::Pong) => self.puncher.received(via, received),
             _ => {}
         }
     }

@@ -605,7 +605,7 @@ struct Task {
     upgrade_at: Option<Instant>,
     upgrade: Upgrade,
     /// This node's NAT or address, which decide what can be tried.
-    description: watch::Receiver<Description>,
+    description: watch::Receiver<Option<Description>>,
     /// What was last said of the path.
     told: Option<(Path, Failures)>,
     writers: JoinSet<WriteOutcome>,
@@ -723,7 +723,7 @@ impl Task {
         self.look_at_arrived(now);
         if self.wants_dial(now) {
             self.begin_race(now);
-        } else if self.upgrade_at.is_some_and(|at| at <= now || self.has_learned()) {
+        } else if self.upgrade_at.is_some_and(|at| at <= now) || self.has_learned() {
             self.look_for_better(now);
         }
     }
@@ -997,30 +997,29 @@ impl Task {
     /// of the connection that the other one keeps.
     fn prefers(&self, path: Path, dialled: bool, shown: Fingerprint) -> bool {
         let own = self.node().identity.fingerprint();
-        let worth = |path: Path, dialled| Worth { relayed: path.is_relayed(), dialler: if dialled { own } else { shown } };
+        let worth =
+            |path: Path, dialled| Worth { relayed: path.is_relayed(), dialler: if dialled { own } else { shown } };
         let present = self.link.as_ref().filter(|_| !self.in_doubt);
         present.is_none_or(|present| worth(path, dialled) < worth(present.path, present.is_dialled()))
     }
 
     /// On a relayed path: tries the direct ones again.
     fn look_for_better(&mut self, now: Instant) {
+        // It is planned anew when the race is over, or another link is up.
         self.upgrade_at = None;
-        let relay = match self.link.as_ref().map(|link| link.path) {
-            Some(Path::Relay(relay)) if self.race.is_none() && !self.in_doubt => self.node().clients.relay_at(relay),
-            // It is planned anew when the race is over, or another link is up.
-            _ => return,
-        };
+        let Some(Path::Relay(relay)) = self.link.as_ref().map(|link| link.path) else { return };
         let mut state = lock(&self.peer.state);
         state.learned = false;
         let Ways { endpoints, key, hole_punch, .. } = state.ways.clone();
         drop(state);
-        let mut race = Race::new(self.node().clone(), self.peer.name.clone(), now);
+        let (node, name) = (self.node().clone(), self.peer.name.clone());
+        let punches = self.race.is_none();
+        let race = self.race.get_or_insert_with(|| Race::new(node.clone(), name, now));
         race.add(&Ways { endpoints, key, hole_punch, ..Ways::default() }, None, now);
         race.keep_direct();
-        if let Some(relay) = relay {
+        if let (true, Some(relay)) = (punches, node.clients.relay_at(relay)) {
             race.punch(relay);
         }
-        self.race = Some(race);
     }
 
     fn network_changed(&mut self) {
@@ -1031,7 +1030,8 @@ impl Task {
     }
 
     fn has_learned(&self) -> bool {
-        self.race.is_none() && lock(&self.peer.state).learned
+        let relayed = self.link.as_ref().is_some_and(|link| link.path.is_relayed());
+        relayed && !self.in_doubt && lock(&self.peer.state).learned
     }
 
     fn plan_upgrade(&mut self) {

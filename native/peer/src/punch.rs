@@ -26,9 +26,10 @@ use crate::identity::Fingerprint;
 use crate::link::{Link, lock};
 use crate::listen::EXPECTED_FOR;
 use crate::message::{NodeId, PeerName};
+use crate::nat;
 use crate::node::Node;
 use crate::relay::control::Refusal;
-use crate::relay::registration::{CircuitError, PunchSession};
+use crate::relay::registration::{CircuitError, Description, PunchSession};
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
 use crate::socket::{ExtraId, Received, Socket, Via};
 
@@ -43,6 +44,10 @@ const MAX_HEARD: usize = 64;
 
 /// No relay of ours asks for a longer wait.
 const LONGEST_DELAY: Duration = Duration::from_secs(3);
+
+/// How long a node that has just registered may take to find out what NAT it is behind, before it asks to get through it:
+/// three rounds of questions of a relay that is not near.
+const DESCRIBED_WITHIN: Duration = Duration::from_millis(1500);
 
 /// A handshake on a path on which packets have just gone both ways. One that takes longer is better begun anew.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -147,13 +152,13 @@ impl Default for Puncher {
 
 impl Puncher {
     /// A signal came by a socket that QUIC uses too. What is not of a session is nothing.
-    pub(crate) fn received(&self, received: &Received) {
+    pub(crate) fn received(&self, via: Via, received: &Received) {
         let Some(unverified) = Unverified::parse(received.bytes()) else { return };
         let session = lock(&self.sessions).get(&unverified.id()).cloned();
         if let Some(session) = session
             && let Some(signal) = session.verify(&unverified)
         {
-            let via = HeardBy::Socket(received.via);
+            let via = HeardBy::Socket(via);
             // What is lost is sent again.
             let _ = session.heard.try_send(Heard { via, from: received.from, signal });
         }
@@ -219,9 +224,12 @@ pub(crate) async fn initiate(
     if node.config.hole_punching == HolePunching::Off {
         return Err(PunchError::Skipped);
     }
+    let described = async { node.description.subscribe().wait_for(Option::is_some).await.is_ok() };
+    // Without it the attempt may be of the wrong kind, and still succeed.
+    let _ = timeout(DESCRIBED_WITHIN, described).await;
     let session = node.clients.punch(&node, &relay, &target).await?;
     let (peer, shown) = (session.coordinate.address, session.coordinate.key);
-    let mut attempt = Attempt::new(&node, session).await?;
+    let mut attempt = Attempt::new(&node, session, &relay).await?;
     let found = attempt.run().await;
     attempt.session.tell_result(found.is_ok());
     let address = found?;
@@ -240,11 +248,11 @@ pub(crate) async fn initiate(
 }
 
 /// Lets another node find a direct path to this one.
-pub(crate) async fn respond(node: Arc<Node>, session: PunchSession) {
+pub(crate) async fn respond(node: Arc<Node>, session: PunchSession, relay: Endpoint) {
     if node.config.hole_punching == HolePunching::Off {
         return;
     }
-    let mut attempt = match Attempt::new(&node, session).await {
+    let mut attempt = match Attempt::new(&node, session, &relay).await {
         Ok(attempt) => attempt,
         Err(error) => return tracing::debug!(%error, "no attempt to find a direct path"),
     };
@@ -282,13 +290,13 @@ enum Extra {
 }
 
 impl Attempt {
-    async fn new(node: &Arc<Node>, mut session: PunchSession) -> Result<Self, PunchError> {
+    async fn new(node: &Arc<Node>, mut session: PunchSession, relay: &Endpoint) -> Result<Self, PunchError> {
         let coordinate = &session.coordinate;
         let (role, theirs) = (coordinate.role, coordinate.profile);
         let id = signal_id(coordinate.session_id.as_bytes());
         let key = Key::from(&Secret::from(coordinate.secret));
         let (entry, heard) = Entry::new(node, id, key, other(role))?;
-        let ours = node.description.borrow().profile;
+        let Description { profile: ours, candidates: own } = node.description.borrow().clone().unwrap_or_default();
         let allowed = node.config.hole_punching == HolePunching::On;
         let strategy = Strategy::choose(&ours, &theirs, allowed);
         let hard = match strategy {
@@ -298,14 +306,13 @@ impl Attempt {
             _ => None,
         };
         if strategy.predicts(&ours)
-            && let Some(last) = node.sample_port(coordinate.address).await
+            && let Some(last) = nat::sample(node, relay).await
         {
-            session.tell_ports(ours.predict(last));
+            session.tell_ports(ours.predict(last.port()));
         }
         let told = session.ports.try_recv().unwrap_or_default();
         let coordinate = &session.coordinate;
         let now = Instant::now();
-        let own = node.description.borrow().candidates.clone();
         let candidates = coordinate.candidates.iter().filter(|to| is_local(**to) && !own.contains(to));
         let setup = Setup {
             role,

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout_at;
 
 use crate::endpoint::Endpoint;
@@ -107,6 +107,8 @@ pub(crate) struct Race {
     direct: JoinSet<Result<Link, ConnectError>>,
     relayed: JoinSet<Result<Link, (CircuitError, Endpoint)>>,
     punched: JoinSet<Result<Link, PunchError>>,
+    /// The relays that help to punch.
+    punching: Vec<(Endpoint, AbortHandle)>,
     /// Connections that the peer began.
     accepted: JoinSet<Option<Link>>,
     /// Relays to be asked, and when.
@@ -132,6 +134,7 @@ impl Race {
             direct: JoinSet::new(),
             relayed: JoinSet::new(),
             punched: JoinSet::new(),
+            punching: Vec::new(),
             accepted: JoinSet::new(),
             waiting: VecDeque::new(),
             taken: Ways::default(),
@@ -185,7 +188,8 @@ impl Race {
     /// What happens next. May be dropped and called again.
     pub(crate) async fn next(&mut self) -> Progress {
         loop {
-            if self.direct.is_empty() && self.relayed.is_empty() && self.accepted.is_empty() && self.punched.is_empty() {
+            if self.direct.is_empty() && self.relayed.is_empty() && self.accepted.is_empty() && self.punched.is_empty()
+            {
                 // Nothing else is under way: the next relay need not wait.
                 match (self.waiting.pop_front(), self.resolving) {
                     (Some((_, relay)), _) => self.ask(relay),
@@ -246,7 +250,8 @@ impl Race {
             self.failures.hole_punch = Some(PunchError::Skipped);
             return;
         }
-        self.punched.spawn(punch::initiate(self.node.clone(), relay, target.clone(), self.taken.key));
+        let punch = punch::initiate(self.node.clone(), relay.clone(), target.clone(), self.taken.key);
+        self.punching.push((relay, self.punched.spawn(punch)));
     }
 
     fn not_punched(&mut self, error: PunchError) {
@@ -277,6 +282,12 @@ impl Race {
         tracing::debug!(peer = %self.name, %relay, %error, "no circuit");
         if let Some((at, _)) = self.waiting.front_mut() {
             *at = Instant::now();
+        }
+        if !matches!(error, CircuitError::Refused(_) | CircuitError::Ended(_) | CircuitError::Inner(_)) {
+            // It will not help to punch either.
+            for (_, punch) in self.punching.iter().filter(|(helps, _)| *helps == relay) {
+                punch.abort();
+            }
         }
         let error = match error {
             CircuitError::NotARelay => {

@@ -88,13 +88,11 @@ impl Socket {
 
     /// From now on QUIC's packets to `peer` leave by `socket`, and what the peer sends to that is heard. It must be one of
     /// [`Socket::open_beside`].
-    #[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
     pub(crate) fn add_extra(&self, socket: UdpSocket, peer: SocketAddr) -> Result<ExtraId, AddExtraError> {
         self.extras.add(socket, peer)
     }
 
     /// Closes an extra socket.
-    #[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
     pub(crate) fn remove_extra(&self, id: ExtraId) {
         self.extras.remove(id);
     }
@@ -127,7 +125,6 @@ impl Socket {
     }
 
     /// Answers a signal from where it came to.
-    #[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
     pub(crate) fn answer_signal(&self, via: Via, received: &Received, answer: &[u8]) {
         match via {
             Via::Main => self.send_signal_from(received.to, received.from, answer),

@@ -6,8 +6,8 @@ mod common;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{endpoint, engine, listener, member, message, node_id, over, relay, send_to_node, until};
-use macula_peer::{Config, Engine, Path, Ways};
+use common::{endpoint, listener, member, member_of, message, node_id, over, relay, send_to_node, until};
+use macula_peer::{Config, Engine, HolePunching, Path, Ways};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -80,8 +80,9 @@ fn a_node_that_can_be_dialled_answers_over_the_direct_connection() {
 #[test]
 fn a_connection_that_the_other_side_uses_is_not_idle() {
     let (relay, address) = relay(0);
-    let short = || Config { idle_timeout: Duration::from_millis(300), ..Config::default() };
-    let ((a, a_inbox), (b, b_inbox)) = (listening(short(), "a", &address), listening(short(), "b", &address));
+    let short =
+        || Config { idle_timeout: Duration::from_millis(300), hole_punching: HolePunching::Off, ..Config::default() };
+    let ((a, a_inbox), (b, b_inbox)) = (member_of(short(), "a", &[&address]), member_of(short(), "b", &[&address]));
     send_to_node(&a, "b", over(&[&address]), message(Publish, 0, TIMEOUT)).unwrap();
     until("it arrives", || b_inbox.len() == 1);
     let send = |n| {
@@ -108,15 +109,4 @@ fn a_connection_that_the_other_side_uses_is_not_idle() {
     for engine in [a, b, relay] {
         engine.stop();
     }
-}
-
-fn listening(config: Config, name: &str, relay: &str) -> (Engine, std::sync::Arc<common::Inbox>) {
-    let engine = engine(config);
-    let inbox = std::sync::Arc::new(common::Inbox::default());
-    engine.set_handler(Some(inbox.clone()));
-    engine.register(node_id(name), vec![endpoint(relay)]);
-    until("registered", || {
-        engine.stats().registrations.iter().any(|r| r.state == macula_peer::Registration::Registered)
-    });
-    (engine, inbox)
 }

@@ -4,10 +4,10 @@
 mod common;
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{member, message, node_id, over, relay, send_to_node, until};
-use macula_peer::{Engine, Path, Target};
+use common::{member_of, message, node_id, over, relay, send_to_node, until};
+use macula_peer::{Config, Engine, Path, Target};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -19,12 +19,11 @@ fn path(engine: &Engine, to: &str) -> Option<Path> {
 #[test]
 fn a_relayed_path_becomes_a_direct_one() {
     let (relay, address) = relay(0);
-    let ((a, _), (b, inbox)) = (member("a", &[&address]), member("b", &[&address]));
-    let begun = Instant::now();
+    let ((a, _), (b, inbox)) =
+        (member_of(Config::default(), "a", &[&address]), member_of(Config::default(), "b", &[&address]));
     send_to_node(&a, "b", over(&[&address]), message(Publish, 0, TIMEOUT)).unwrap();
     until("it arrives", || inbox.len() == 1);
     until("punched", || path(&a, "b") == Some(Path::HolePunch));
-    println!("direct after {:?}", begun.elapsed());
     send_to_node(&a, "b", over(&[&address]), message(Publish, 1, TIMEOUT)).unwrap();
     until("it arrives", || inbox.len() == 2);
     assert_eq!(inbox.messages.lock().unwrap()[1].path, Path::HolePunch);
@@ -39,30 +38,38 @@ fn a_relayed_path_becomes_a_direct_one() {
 #[test]
 fn when_both_begin_at_once_one_connection_remains() {
     let (relay, address) = relay(0);
-    for round in 0..100 {
-        let names = [format!("a{round}"), format!("b{round}")];
-        let nodes = names.each_ref().map(|name| member(name, &[&address]));
-        let [(a, a_inbox), (b, b_inbox)] = &nodes;
+    for round in 0..10 {
         thread::scope(|scope| {
-            for (from, to) in [(a, &names[1]), (b, &names[0])] {
+            for pair in 0..10 {
+                let names = [format!("a{round}-{pair}"), format!("b{round}-{pair}")];
                 let address = &address;
-                scope.spawn(move || {
-                    for n in 0..10 {
-                        send_to_node(from, to, over(&[address]), message(Publish, n, TIMEOUT)).unwrap();
-                    }
-                });
+                scope.spawn(move || one_connection_remains(names, address));
             }
         });
-        until("all arrived", || a_inbox.len() == 10 && b_inbox.len() == 10);
-        assert_eq!((a_inbox.disorder(), b_inbox.disorder()), (None, None));
-        until("both are on the direct path", || {
-            path(a, &names[1]) == Some(Path::HolePunch) && path(b, &names[0]) == Some(Path::HolePunch)
-        });
         until("no circuit is left", || relay.stats().relay.unwrap().circuits == 0);
-        until("one connection remains", || a.stats().accepted.len() + b.stats().accepted.len() == 1);
-        for (node, _) in &nodes {
-            node.stop();
-        }
     }
     relay.stop();
+}
+
+fn one_connection_remains(names: [String; 2], relay: &str) {
+    let nodes = names.each_ref().map(|name| member_of(Config::default(), name, &[relay]));
+    let [(a, a_inbox), (b, b_inbox)] = &nodes;
+    thread::scope(|scope| {
+        for (from, to) in [(a, &names[1]), (b, &names[0])] {
+            scope.spawn(move || {
+                for n in 0..10 {
+                    send_to_node(from, to, over(&[relay]), message(Publish, n, TIMEOUT)).unwrap();
+                }
+            });
+        }
+    });
+    until("all arrived", || a_inbox.len() == 10 && b_inbox.len() == 10);
+    assert_eq!((a_inbox.disorder(), b_inbox.disorder()), (None, None));
+    until("both are on the direct path", || {
+        path(a, &names[1]) == Some(Path::HolePunch) && path(b, &names[0]) == Some(Path::HolePunch)
+    });
+    until("one connection remains", || a.stats().accepted.len() + b.stats().accepted.len() == 1);
+    for (node, _) in &nodes {
+        node.stop();
+    }
 }

@@ -77,7 +77,7 @@ pub(crate) struct Settings {
     /// Called in the client's task when another node wants a direct path to this one. Must not block.
     pub(crate) on_punch: Box<dyn Fn(PunchSession) + Send + Sync>,
     /// What the relay is to know of this node.
-    pub(crate) description: watch::Receiver<Description>,
+    pub(crate) description: watch::Receiver<Option<Description>>,
 }
 
 /// What becomes of a registration.
@@ -191,7 +191,8 @@ enum Over {
 
 impl RelayClient {
     pub(crate) fn new(settings: Settings) -> Arc<Self> {
-        let Settings { dial, node_id, realm_secret, client, server, timeout, idle, on_event, on_incoming, .. } = settings;
+        let Settings { dial, node_id, realm_secret, client, server, timeout, idle, on_event, on_incoming, .. } =
+            settings;
         let on_dropped = Box::new({
             let on_event = on_event.clone();
             move |circuit, limit| on_event(RelayEvent::Dropped { circuit, limit })

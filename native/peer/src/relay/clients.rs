@@ -222,7 +222,7 @@ impl Clients {
             idle: UNUSED_FOR,
             on_event: Arc::new(telling(weak.clone(), relay.clone())),
             on_incoming: Box::new(serving(weak.clone(), self.admission.clone(), address.clone())),
-            on_punch: Box::new(punching(weak)),
+            on_punch: Box::new(punching(weak, relay.clone())),
             description: node.description.subscribe(),
         };
         let client = RelayClient::new(settings);
@@ -274,13 +274,13 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
     }
 }
 
-fn punching(node: Weak<Node>) -> impl Fn(PunchSession) + Send + Sync {
+fn punching(node: Weak<Node>, relay: Endpoint) -> impl Fn(PunchSession) + Send + Sync {
     move |session| {
         if let Some(node) = node.upgrade() {
-            let (owner, mut stopping) = (node.clone(), node.stopping());
+            let (owner, mut stopping, relay) = (node.clone(), node.stopping(), relay.clone());
             owner.spawn(async move {
                 tokio::select! {
-                    () = punch::respond(node, session) => {}
+                    () = punch::respond(node, session, relay) => {}
                     _ = stopping.wait_for(|stopping| *stopping) => {}
                 }
             });

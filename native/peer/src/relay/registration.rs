@@ -107,7 +107,7 @@ pub(crate) struct Terms {
     /// Called when another node wants a direct path to this one. It must not block.
     pub(crate) on_punch: Box<dyn Fn(PunchSession) + Send + Sync>,
     /// What the relay is to know of this node.
-    pub(crate) description: watch::Receiver<Description>,
+    pub(crate) description: watch::Receiver<Option<Description>>,
 }
 
 /// What others need to know of a node to find a direct path to it.
@@ -249,7 +249,7 @@ pub(crate) struct Serving {
     punch_requests: HashMap<Id, PunchRequest>,
     /// At most `MAX_PUNCHES`.
     punches: HashMap<Id, mpsc::Sender<Vec<u16>>>,
-    description: watch::Receiver<Description>,
+    description: watch::Receiver<Option<Description>>,
     open: HashMap<u32, Open>,
     arriving: Arc<Semaphore>,
     /// Resolve to the circuits whose inner connections have ended.
@@ -462,8 +462,10 @@ impl Serving {
     }
 
     fn describe(&mut self) {
-        let Description { profile, candidates } = self.description.borrow_and_update().clone();
-        self.say(FromNode::Describe { profile, candidates });
+        let description = self.description.borrow_and_update().clone();
+        if let Some(Description { profile, candidates }) = description {
+            self.say(FromNode::Describe { profile, candidates });
+        }
     }
 
     fn coordinated(&mut self, coordinate: Coordinate) {

@@ -32,8 +32,8 @@ use crate::decide::coordinate::{self, Coordinator, Execute, Party, Refused};
 use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
 use crate::identity::{Fingerprint, realm_proof_is_valid};
 use crate::link::{lock, write_now};
-use crate::socket::canonical;
 use crate::signal::Secret;
+use crate::socket::canonical;
 use crate::stats::Counter;
 
 /// Who opens a control stream and does not say `connect` is let go after this long. It can come in the same packet.
@@ -373,7 +373,8 @@ impl Relay {
         answer: mpsc::Permit<'_, FromRelay>,
     ) {
         let state = &mut *lock(&self.state);
-        let target = state.book.find(registration.generation, target_id).and_then(|target| state.registrations.get(&target));
+        let target =
+            state.book.find(registration.generation, target_id).and_then(|target| state.registrations.get(&target));
         let target = target.ok_or(Refused::NotRegistered);
         let told = target.and_then(|target| {
             let secret = Secret::generate().ok_or(Refused::Sessions)?;

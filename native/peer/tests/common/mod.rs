@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer::{
-    Config, Endpoint, EndpointRef, Engine, Event, Handler, Inbound, Listen, Message, NodeId, Registration, RelayConfig,
-    SendError, Target, Unhandled, Ways,
+    Config, Endpoint, EndpointRef, Engine, Event, Handler, HolePunching, Inbound, Listen, Message, NodeId,
+    Registration, RelayConfig, SendError, Target, Unhandled, Ways,
 };
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, decode_payload};
@@ -222,9 +222,14 @@ pub fn endpoint(text: &str) -> Endpoint {
     EndpointRef::parse(text).unwrap().to_owned()
 }
 
-/// A node that is registered at relays and gathers what arrives.
+/// A node that is registered at relays and gathers what arrives, over these alone.
 pub fn member(name: &str, relays: &[&str]) -> (Engine, Arc<Inbox>) {
-    let engine = engine(Config::default());
+    member_of(Config { hole_punching: HolePunching::Off, ..Config::default() }, name, relays)
+}
+
+/// The same, with other settings.
+pub fn member_of(config: Config, name: &str, relays: &[&str]) -> (Engine, Arc<Inbox>) {
+    let engine = engine(config);
     let inbox = Arc::new(Inbox::default());
     engine.set_handler(Some(inbox.clone()));
     engine.register(node_id(name), relays.iter().map(|relay| endpoint(relay)).collect());
