@@ -17,6 +17,10 @@
 %%   <dt>`{macula_peer_event, #{event := relay_limit, relay, limit}}'</dt>
 %%   <dd>A relay dropped packets of a circuit of this node: of `bandwidth', `packet_queue' or `packet_size' there was too
 %%       much. They are sent again, more slowly.</dd>
+%%   <dt>`{macula_peer_event, #{event := nat_profile, mapping_policy, filtering_policy, allocation_policy,
+%%       reflexive_address, local_addresses, detected_at}}'</dt>
+%%   <dd>What is known of the NAT that this node is behind, or where others see it, has changed: see {@link
+%%       nat_profile()}.</dd>
 %%   <dt>`{macula_peer_event, #{event := session_restarted, from, key}}'</dt>
 %%   <dd>The sender at `from' goes on with messages to a node that was here before: this one was restarted, and what that
 %%       one got and did not acknowledge comes again.</dd>
@@ -34,10 +38,12 @@
 -export([set_handler/1]).
 -export([reply/3]).
 -export([stats/0]).
+-export([nat_profile/0]).
 -export([start/0]).
 -export([stop/0]).
 
--export_type([listen_opts/0, relay_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0]).
+-export_type([listen_opts/0, relay_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0,
+              nat_profile/0]).
 
 -type handler() :: pid() | {module(), atom(), [term()]}.
 %% The function gets the message as its first argument, before the listed ones.
@@ -53,11 +59,14 @@
 -type relay_opts() :: #{max_registrations => pos_integer(), max_sessions => pos_integer(),
                         max_sessions_per_node => pos_integer(), bandwidth => pos_integer(),
                         packet_queue => pos_integer(), max_packet => pos_integer(), accept_rate => pos_integer(),
-                        idle_timeout => pos_integer(), grace => non_neg_integer(), realm_secret => binary()}.
+                        idle_timeout => pos_integer(), grace => non_neg_integer(), realm_secret => binary(),
+                        probe_port => inet:port_number(), probe_ip => inet:ip_address()}.
 %% What a relay gives at most: nodes registered (10,000), circuits in all (100, as in the original) and of one node (20),
 %% bytes a second of a circuit (1,000,000), bytes that wait to be sent to a node (64 KiB), bytes of a packet (1,500),
 %% registrations a second (100), milliseconds without a packet before a circuit ends (30 minutes) and for which a node id is
 %% kept for its key after its registration ended (5 minutes). With `realm_secret' only nodes that know it are registered.
+%% `probe_port' (0: any) is the second UDP port, by which nodes find out what their NATs are like; with `probe_ip' it is at
+%% that address of the host, which tells them more than another port of the same one.
 
 -type fingerprint() :: <<_:256>>.
 %% What a node is known by: the SHA-256 of its public key's SubjectPublicKeyInfo in DER.
@@ -85,6 +94,18 @@
 %% `forwarded_bytes', `refused' and `dropped' by limit, `stray' (packets of no circuit of the sender), `unread' (nodes that
 %% did not read). `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
 %% `pool_size'.
+
+-type nat_profile() :: #{mapping_policy := ei | hd | pd | unknown, filtering_policy := ei | hd | pd | unknown,
+                         allocation_policy := pp | pc | rd | unknown,
+                         reflexive_address := {inet:ip_address(), inet:port_number()} | undefined,
+                         local_addresses := [{inet:ip_address(), inet:port_number()}],
+                         detected_at := non_neg_integer() | undefined}.
+%% The NAT that this node is behind, in the original's words. Whether it gives the one socket the same port for everybody
+%% (`ei'), one for each host (`hd') or one for each port of a host (`pd'); whether it lets in everybody, the hosts that the
+%% socket has sent to, or their ports alone; whether it keeps the port of a socket (`pp'), gives one port after the other
+%% (`pc') or any (`rd'). Without a NAT that is `ei', `ei' and `pp'. `reflexive_address' is where relays see the socket,
+%% `local_addresses' are the host's own, without loopback and link-local ones, and `detected_at' is when it was found out,
+%% in milliseconds of system time.
 
 %% @doc Accepts connections. Returns the local address.
 %%
@@ -181,6 +202,14 @@ reply(Token, Type, Msg) ->
 -spec stats() -> stats() | {error, term()}.
 stats() ->
     macula_peer_engine:running(fun macula_peer_nif:stats/0).
+
+%% @doc What is known of the NAT that this node is behind. It is found out with the help of the relays that the node is
+%% registered at, within about a second, and again when it registers or is seen at another address; an event tells the
+%% handler what has changed. Two relays at different hosts, or one with `probe_ip', tell everything; of one alone `unknown'
+%% may remain.
+-spec nat_profile() -> nat_profile() | {error, term()}.
+nat_profile() ->
+    macula_peer_engine:running(fun macula_peer_nif:nat_profile/0).
 
 %% @doc Starts the engine with the settings of the application environment, unless it runs. Every other function does so
 %% by itself.

@@ -26,7 +26,10 @@ rustler::atoms! {
     relay_setup_failed, node, node_id, endpoints, relays, last_resorts, relay, registration, registrations, state, limit,
     registered, connecting, lost, session_restarted, relay_limit, circuits, forwarded_packets, forwarded_bytes, dropped,
     stray, unread, max_registrations, max_sessions, max_sessions_per_node, bandwidth, packet_queue, max_packet,
-    accept_rate, grace,
+    accept_rate, grace, probe_port, probe_ip,
+
+    nat_profile, mapping_policy, filtering_policy, allocation_policy, reflexive_address, local_addresses, detected_at,
+    unknown,
 
     insecure_permissions, not_a_key, not_pkcs8, not_a_certificate, identity_file, cacertfile, verify, pin, realm_secret,
     hidden, fingerprint,

@@ -10,6 +10,7 @@ use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, Resou
 use crate::atoms;
 use crate::decode::Terms;
 use crate::errors::{Reason, binary, bytes_term};
+use crate::nat;
 
 /// Payloads from this size on are copied once, as a whole, and the binaries in them refer to the copy.
 const SHARED_PAYLOAD: usize = 16 << 10;
@@ -80,6 +81,11 @@ fn fields<'a>(env: Env<'a>, event: &Event) -> Vec<(Atom, Term<'a>)> {
                 (atoms::state(), state.encode(env)),
                 (atoms::reason(), reason.encode(env)),
             ]
+        }
+        Event::Nat(status) => {
+            let mut fields = nat::fields(env, status);
+            fields.push((atoms::event(), atoms::nat_profile().encode(env)));
+            fields
         }
         Event::RelayLimit { relay, limit } => vec![
             (atoms::event(), atoms::relay_limit().encode(env)),

@@ -137,6 +137,8 @@ fn relay(value: Term<'_>) -> Result<RelayConfig, InvalidOption<'_>> {
             key if key == atoms::idle_timeout() => config.idle_timeout = time(value)?,
             key if key == atoms::grace() => config.grace = pause(value)?,
             key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
+            key if key == atoms::probe_port() => config.probe_port = port(value)?,
+            key if key == atoms::probe_ip() => config.probe_ip = Some(ip(value)?),
             _ => return None,
         }
         Some(())
