@@ -1,6 +1,6 @@
 //! A relay's book-keeping for punches: which nodes are told of each other, and what of what they say is passed on.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -97,8 +97,8 @@ pub(crate) struct Coordinator {
     nodes: HashMap<Generation, Node>,
     /// At most `MAX_SESSIONS`.
     sessions: HashMap<u64, Session>,
-    /// In the order in which they end, some have ended.
-    expiring: VecDeque<(Instant, u64)>,
+    /// When each ends.
+    expiring: BTreeSet<(Instant, u64)>,
     next_session: u64,
 }
 
@@ -115,6 +115,7 @@ struct Node {
 #[derive(Debug)]
 struct Session {
     id: Id,
+    until: Instant,
     /// The one that asked is the first.
     ends: [Generation; 2],
     /// How many more ports each may name.
@@ -179,8 +180,9 @@ impl Coordinator {
                 node.sessions.insert(session.clone(), number);
             }
         }
-        self.sessions.insert(number, Session { id: session.clone(), ends, ports_left: [MAX_PORTS; 2] });
-        self.expiring.push_back((now + LIFE, number));
+        self.sessions
+            .insert(number, Session { id: session.clone(), until: now + LIFE, ends, ports_left: [MAX_PORTS; 2] });
+        self.expiring.insert((now + LIFE, number));
 
         let profiles = ends.map(|end| self.nodes.get(&end).map(|node| node.profile).unwrap_or_default());
         let delays = delays([from.round_trip, target.round_trip], profiles);
@@ -264,16 +266,17 @@ impl Coordinator {
     }
 
     fn expire(&mut self, now: Instant) {
-        while let Some(&(at, number)) = self.expiring.front()
-            && (at <= now || !self.sessions.contains_key(&number))
+        while let Some(&(until, number)) = self.expiring.first()
+            && until <= now
         {
-            self.expiring.pop_front();
+            self.expiring.pop_first();
             self.end_session(number);
         }
     }
 
     fn end_session(&mut self, number: u64) {
-        let Some(Session { id, ends, .. }) = self.sessions.remove(&number) else { return };
+        let Some(Session { id, until, ends, .. }) = self.sessions.remove(&number) else { return };
+        self.expiring.remove(&(until, number));
         for end in ends {
             if let Some(node) = self.nodes.get_mut(&end) {
                 node.sessions.remove(&id);
@@ -305,4 +308,334 @@ fn is_local(address: SocketAddr) -> bool {
         IpAddr::V6(ip) => ip.is_unique_local(),
     };
     local && address.port() >= LOWEST_PORT
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::{prop_assert, prop_assert_eq, prop_oneof, proptest};
+    use proptest::strategy::Strategy as Values;
+
+    use super::super::nat::{Allocation, Filtering, Mapping};
+    use super::super::relay::Book;
+    use super::*;
+    use crate::relay::RelayConfig;
+
+    const SECRET: [u8; 32] = [7; 32];
+
+    const SEQUENTIAL: NatProfile = NatProfile {
+        mapping: Some(Mapping::PortDependent),
+        filtering: Some(Filtering::PortDependent),
+        allocation: Some(Allocation::Contiguous(1)),
+    };
+
+    fn id(name: impl ToString) -> Id {
+        Id::new(name.to_string().into_bytes()).unwrap()
+    }
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    struct Relay {
+        book: Book,
+        coordinator: Coordinator,
+        start: Instant,
+    }
+
+    impl Relay {
+        fn new() -> Self {
+            let start = Instant::now();
+            let config = RelayConfig { accept_rate: 100_000, ..RelayConfig::default() };
+            Self { book: Book::new(&config, start), coordinator: Coordinator::default(), start }
+        }
+
+        fn node(&mut self, n: usize, seen: &str) -> Party {
+            let (key, seen) = ([n as u8; 32].into(), address(seen));
+            let node = self.book.register(id(n), key, self.start).unwrap().generation;
+            self.coordinator.join(node, self.start);
+            Party { node, id: id(n), key, seen, round_trip: ms(40) }
+        }
+
+        fn nodes<const N: usize>(&mut self) -> [Party; N] {
+            let mut n = 0;
+            [(); N].map(|()| {
+                n += 1;
+                self.node(n, &format!("20.0.0.{n}:7000"))
+            })
+        }
+
+        fn request(&mut self, from: &Party, target: &Party, session: &str) -> Result<[Coordinate; 2], Refused> {
+            self.coordinator.request(from, target, id(session), SECRET, self.start)
+        }
+
+        fn refused(&mut self, from: &Party, target: &Party, session: &str) -> Option<Refused> {
+            self.request(from, target, session).err()
+        }
+    }
+
+    #[test]
+    fn both_are_told_of_each_other() {
+        let mut relay = Relay::new();
+        let [a, b] = relay.nodes();
+        relay.coordinator.describe(a.node, SEQUENTIAL, &[]);
+        let [to_a, to_b] = relay.request(&a, &b, "s").unwrap();
+        let expected = Coordinate {
+            to: a.node,
+            session: id("s"),
+            role: Role::Initiator,
+            peer: b.id.clone(),
+            key: b.key,
+            seen: b.seen,
+            profile: NatProfile::default(),
+            candidates: Vec::new(),
+            secret: SECRET,
+            delay: to_a.delay,
+        };
+        assert_eq!(to_a, expected);
+        let expected = Coordinate {
+            to: b.node,
+            role: Role::Responder,
+            peer: a.id.clone(),
+            key: a.key,
+            seen: a.seen,
+            profile: SEQUENTIAL,
+            delay: to_b.delay,
+            ..expected
+        };
+        assert_eq!(to_b, expected);
+    }
+
+    #[test]
+    fn both_begin_at_one_moment_and_not_before_they_can() {
+        let mut relay = Relay::new();
+        let [mut a, mut b] = relay.nodes();
+        (a.round_trip, b.round_trip) = (ms(20), ms(100));
+        let [to_a, to_b] = relay.request(&a, &b, "s").unwrap();
+        assert_eq!(to_a.delay + ms(10), to_b.delay + ms(50));
+        assert_eq!(to_b.delay, PREPARATION);
+
+        assert!(relay.coordinator.result(a.node, &id("s"), relay.start));
+        relay.coordinator.describe(b.node, SEQUENTIAL, &[]);
+        let [to_a, to_b] = relay.request(&a, &b, "s").unwrap();
+        assert_eq!(to_a.delay + ms(10), to_b.delay + ms(50));
+        // It is told, probes, tells its ports, and they are told.
+        assert_eq!(to_b.delay, ms(100) + ms(50) + ms(10) + PREPARATION);
+
+        assert!(relay.coordinator.result(a.node, &id("s"), relay.start));
+        b.round_trip = ms(3_600_000);
+        let [to_a, to_b] = relay.request(&a, &b, "s").unwrap();
+        assert!(to_a.delay < ms(1100) && to_b.delay < ms(1100), "{to_a:?}");
+    }
+
+    #[test]
+    fn local_addresses_are_told_only_where_both_are_seen_at_one_address() {
+        let mut relay = Relay::new();
+        let a = relay.node(1, "20.0.0.1:7000");
+        let neighbour = relay.node(2, "20.0.0.1:7001");
+        let other = relay.node(3, "20.0.0.2:7000");
+        let local = [address("192.168.0.2:5000"), address("[fd00::1]:5000"), address("100.64.0.9:5000")];
+        relay.coordinator.describe(a.node, NatProfile::default(), &local);
+        assert_eq!(relay.request(&neighbour, &a, "s").unwrap()[0].candidates, local);
+        assert_eq!(relay.request(&other, &a, "t").unwrap()[0].candidates, []);
+    }
+
+    #[test]
+    fn nobody_can_name_an_address_that_is_not_local() {
+        let mut relay = Relay::new();
+        let [a, b] = [1, 2].map(|n| relay.node(n, "20.0.0.1:7000"));
+        let named = [
+            "20.0.0.1:5000",
+            "8.8.8.8:5353",
+            "127.0.0.1:5000",
+            "0.0.0.0:5000",
+            "169.254.169.254:8080",
+            "224.0.0.251:5353",
+            "255.255.255.255:5000",
+            "100.128.0.1:5000",
+            "192.168.0.2:53",
+            "[2001:db8::1]:5000",
+            "[::1]:5000",
+            "[::ffff:8.8.8.8]:5000",
+            "[ff02::fb]:5353",
+        ];
+        relay.coordinator.describe(a.node, NatProfile::default(), &named.map(address));
+        assert_eq!(relay.request(&b, &a, "s").unwrap()[0].candidates, []);
+        relay.coordinator.result(b.node, &id("s"), relay.start);
+
+        let many: Vec<SocketAddr> = (0..100).map(|n| SocketAddr::new([10, 0, 0, n / 2].into(), 5000)).collect();
+        relay.coordinator.describe(a.node, NatProfile::default(), &many);
+        let told = relay.request(&b, &a, "s").unwrap()[0].candidates.clone();
+        assert_eq!(told, [many[0], many[2], many[4], many[6]]);
+    }
+
+    #[test]
+    fn ports_are_passed_on_within_bounds_between_the_two_ends_only() {
+        let mut relay = Relay::new();
+        let [a, b, c] = relay.nodes();
+        relay.request(&a, &b, "s").unwrap();
+        let start = relay.start;
+        let mut execute = |from: &Party, session, ports: &[u16]| {
+            let execute = relay.coordinator.execute(from.node, &id(session), ports, start)?;
+            assert_eq!(execute.session, id(session));
+            Some((execute.to, execute.ports))
+        };
+        assert_eq!(execute(&a, "s", &[0, 22, 1023, 1024, 5000, 5000]), Some((b.node, vec![1024, 5000])));
+        assert_eq!(execute(&b, "s", &[7001]), Some((a.node, vec![7001])));
+        assert_eq!(execute(&b, "s", &[53]), None, "none is left");
+        assert_eq!(execute(&c, "s", &[7001]), None);
+        assert_eq!(execute(&a, "t", &[7001]), None);
+        let many: Vec<u16> = (2000..3000).collect();
+        assert_eq!(execute(&a, "s", &many), Some((b.node, many[..MAX_PORTS - 2].to_vec())));
+        assert_eq!(execute(&a, "s", &many), None);
+    }
+
+    #[test]
+    fn two_nodes_have_one_session_whoever_asks_until_the_initiator_says_how_it_went() {
+        let mut relay = Relay::new();
+        let [a, b, c] = relay.nodes();
+        relay.request(&a, &b, "s").unwrap();
+        assert_eq!(relay.refused(&b, &a, "t"), Some(Refused::InProgress));
+        assert_eq!(relay.refused(&a, &b, "t"), Some(Refused::InProgress));
+        assert_eq!(relay.refused(&a, &c, "s"), Some(Refused::IdInUse), "at the one that asks");
+        assert_eq!(relay.refused(&c, &b, "s"), Some(Refused::IdInUse), "at the other");
+        assert!(!relay.coordinator.result(b.node, &id("s"), relay.start), "the other one decides");
+        assert!(!relay.coordinator.result(c.node, &id("s"), relay.start));
+        assert!(relay.coordinator.result(a.node, &id("s"), relay.start));
+        assert!(!relay.coordinator.result(a.node, &id("s"), relay.start), "ended already");
+        assert!(relay.request(&b, &a, "s").is_ok());
+    }
+
+    #[test]
+    fn a_session_is_forgotten_after_its_time_and_with_either_node() {
+        let mut relay = Relay::new();
+        let [a, b, c] = relay.nodes();
+        relay.request(&a, &b, "s").unwrap();
+        let end = relay.start + LIFE;
+        let refused = relay.coordinator.request(&b, &a, id("t"), SECRET, end - ms(1));
+        assert_eq!(refused, Err(Refused::InProgress));
+        assert!(relay.coordinator.execute(a.node, &id("s"), &[7001], end).is_none());
+        assert!(relay.coordinator.request(&b, &a, id("t"), SECRET, end).is_ok());
+        assert!(relay.coordinator.request(&c, &a, id("u"), SECRET, end).is_ok());
+        relay.coordinator.end(a.node);
+        assert_eq!(relay.coordinator.sessions(), 0);
+        relay.start = end;
+        assert_eq!(relay.refused(&a, &b, "v"), Some(Refused::NotRegistered));
+        assert_eq!(relay.refused(&b, &a, "v"), Some(Refused::NotRegistered));
+        assert_eq!(relay.refused(&b, &b, "v"), Some(Refused::NotRegistered));
+        assert!(relay.request(&b, &c, "v").is_ok());
+    }
+
+    #[test]
+    fn two_families_do_not_meet() {
+        let mut relay = Relay::new();
+        let (a, b) = (relay.node(1, "20.0.0.1:7000"), relay.node(2, "[2001:db8::1]:7000"));
+        assert_eq!(relay.refused(&a, &b, "s"), Some(Refused::Family));
+    }
+
+    #[test]
+    fn a_node_takes_part_in_so_many_sessions_and_asks_so_often() {
+        let mut relay = Relay::new();
+        let all: [Party; 40] = relay.nodes();
+        let target = &all[0];
+        for (n, asking) in all[1..=MAX_SESSIONS_PER_NODE].iter().enumerate() {
+            relay.request(asking, target, &n.to_string()).unwrap();
+        }
+        assert_eq!(relay.refused(&all[30], target, "x"), Some(Refused::SessionsPerNode));
+        assert_eq!(relay.refused(target, &all[30], "x"), Some(Refused::SessionsPerNode));
+
+        let asking = &all[31];
+        for n in 0..MAX_SESSIONS_PER_NODE {
+            relay.request(asking, &all[1], &format!("y{n}")).unwrap();
+            relay.coordinator.result(asking.node, &id(format!("y{n}")), relay.start);
+        }
+        assert_eq!(relay.refused(asking, &all[1], "z"), Some(Refused::Rate));
+        relay.start += ms(250);
+        assert!(relay.request(asking, &all[1], "z").is_ok());
+        assert_eq!(relay.refused(asking, &all[2], "z2"), Some(Refused::Rate));
+        assert!(relay.request(&all[32], &all[2], "z2").is_ok(), "others may");
+    }
+
+    #[test]
+    fn sessions_are_limited_in_all() {
+        let mut relay = Relay::new();
+        let parties: Vec<Party> = (0..2 * (MAX_SESSIONS + 1)).map(|n| relay.node(n, "20.0.0.1:7000")).collect();
+        let mut pairs = parties.chunks(2);
+        for pair in pairs.by_ref().take(MAX_SESSIONS) {
+            relay.request(&pair[0], &pair[1], "s").unwrap();
+        }
+        let last = pairs.next().unwrap();
+        assert_eq!(relay.refused(&last[0], &last[1], "s"), Some(Refused::Sessions));
+        relay.coordinator.end(parties[0].node);
+        assert!(relay.request(&last[0], &last[1], "s").is_ok());
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Request(usize, usize, u8),
+        Execute(usize, u8),
+        Result(usize, u8),
+        End(usize),
+        Wait(u64),
+    }
+
+    fn steps() -> impl Values<Value = Vec<Step>> {
+        let step = prop_oneof![
+            4 => (0..6usize, 0..6usize, 0..8u8).prop_map(|(from, to, session)| Step::Request(from, to, session)),
+            1 => (0..6usize, 0..8u8).prop_map(|(from, session)| Step::Execute(from, session)),
+            1 => (0..6usize, 0..8u8).prop_map(|(from, session)| Step::Result(from, session)),
+            1 => (0..6usize).prop_map(Step::End),
+            1 => (0..4000u64).prop_map(Step::Wait),
+        ];
+        vec(step, 0..200)
+    }
+
+    proptest! {
+        /// Whatever happens, each session has two ends that know of it, each pair has one, and all are gone in time.
+        #[test]
+        fn the_tables_agree(steps in steps()) {
+            let mut relay = Relay::new();
+            let parties: [Party; 6] = relay.nodes();
+            let mut now = relay.start;
+            for step in steps {
+                let coordinator = &mut relay.coordinator;
+                match step {
+                    Step::Request(from, to, session) => {
+                        drop(coordinator.request(&parties[from], &parties[to], id(session), SECRET, now));
+                    }
+                    Step::Execute(from, session) => {
+                        drop(coordinator.execute(parties[from].node, &id(session), &[5000], now));
+                    }
+                    Step::Result(from, session) => {
+                        coordinator.result(parties[from].node, &id(session), now);
+                    }
+                    Step::End(node) => {
+                        coordinator.end(parties[node].node);
+                        coordinator.join(parties[node].node, now);
+                    }
+                    Step::Wait(more) => now += ms(more),
+                }
+                let mut pairs = Vec::new();
+                for (number, session) in &coordinator.sessions {
+                    let known = |end| coordinator.nodes[end].sessions[&session.id] == *number;
+                    prop_assert!(session.ends.iter().all(known));
+                    prop_assert!(coordinator.expiring.contains(&(session.until, *number)));
+                    let mut pair = session.ends;
+                    pair.sort_unstable();
+                    prop_assert!(pair[0] != pair[1] && !pairs.contains(&pair));
+                    pairs.push(pair);
+                }
+                prop_assert_eq!(coordinator.expiring.len(), coordinator.sessions.len());
+                let at_nodes: usize = coordinator.nodes.values().map(|node| node.sessions.len()).sum();
+                prop_assert_eq!(at_nodes, 2 * coordinator.sessions.len());
+            }
+            relay.coordinator.result(parties[0].node, &id("none"), now + LIFE);
+            prop_assert_eq!(relay.coordinator.sessions(), 0);
+        }
+    }
 }

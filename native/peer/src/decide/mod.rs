@@ -7,6 +7,8 @@ pub(crate) mod known;
 pub(crate) mod lanes;
 #[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
 pub(crate) mod nat;
+#[cfg(test)]
+mod natsim;
 #[cfg_attr(not(test), expect(dead_code, reason = "until nodes punch"))]
 pub(crate) mod punch;
 pub(crate) mod relay;

@@ -59,17 +59,17 @@ const MAX_SOURCES: usize = 8;
 
 /// Of these, those with an address that nobody named. Nobody but the peer can make a ping, but the peer can write
 /// somebody else's address on it.
-const MAX_STRANGERS: usize = 2;
+pub(super) const MAX_STRANGERS: usize = 2;
 
 /// Packets to one address and port from one socket: pings for as long as it takes, and as many pongs.
-const MAX_PER_WAY: u32 = 80;
+pub(super) const MAX_PER_WAY: u32 = 80;
 
 /// As `MAX_PER_WAY`, to a stranger.
-const MAX_PER_STRANGER: u32 = 8;
+pub(super) const MAX_PER_STRANGER: u32 = 8;
 
 /// Packets in all, and in all with the birthday's.
-const MAX_PACKETS: u32 = 768;
-const MAX_BIRTHDAY_PACKETS: u32 = MAX_PACKETS + PROBES;
+pub(super) const MAX_PACKETS: u32 = 768;
+pub(super) const MAX_BIRTHDAY_PACKETS: u32 = MAX_PACKETS + PROBES;
 
 /// Which side a node is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -407,7 +407,7 @@ impl Punch {
     }
 
     fn pinged(&mut self, via: Via, from: SocketAddr, nonce: u64, now: Instant) {
-        // The peer has begun, so it is time.
+        // Where it has come from is pinged at once, though it is not time yet.
         self.setup.begin = self.setup.begin.min(now);
         self.learn_source(via, from, now);
         let Some(way) = self.ways.iter_mut().find(|way| (way.via, way.to) == (via, from)) else { return };
@@ -539,5 +539,503 @@ impl Birthday {
     fn is_due(&self, strategy: Strategy) -> bool {
         let all = if strategy == Strategy::BirthdayProbe { PROBES } else { 2 * u32::from(self.sockets) };
         self.done < all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::net::IpAddr;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::strategy::Strategy as _;
+
+    use super::super::nat::{Allocation, Mapping};
+    use super::{Strategy, *};
+
+    const UNKNOWN: NatProfile = NatProfile { mapping: None, filtering: None, allocation: None };
+    const OPEN: NatProfile = profile(Mapping::EndpointIndependent, Filtering::HostDependent, Allocation::Preserving);
+    const STRICT: NatProfile = profile(Mapping::EndpointIndependent, Filtering::PortDependent, Allocation::Preserving);
+    const SEQUENTIAL: NatProfile = profile(Mapping::PortDependent, Filtering::PortDependent, Allocation::Contiguous(1));
+    const RANDOM: NatProfile = profile(Mapping::PortDependent, Filtering::PortDependent, Allocation::Random);
+
+    const fn profile(mapping: Mapping, filtering: Filtering, allocation: Allocation) -> NatProfile {
+        NatProfile { mapping: Some(mapping), filtering: Some(filtering), allocation: Some(allocation) }
+    }
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn peer() -> SocketAddr {
+        address("20.0.0.2:7000")
+    }
+
+    fn local() -> SocketAddr {
+        address("192.168.0.7:5000")
+    }
+
+    /// A session, driven as a node would, and what it did when.
+    struct Side {
+        punch: Punch,
+        start: Instant,
+        ms: u64,
+        log: Vec<(u64, Action)>,
+    }
+
+    impl Side {
+        fn new(ours: NatProfile, theirs: NatProfile, change: impl FnOnce(&mut Setup)) -> Self {
+            let start = Instant::now();
+            let mut setup = Setup {
+                role: Role::Initiator,
+                ours,
+                theirs,
+                peer: peer(),
+                ports: Vec::new(),
+                candidates: Vec::new(),
+                hard: true,
+                begin: start,
+                seed: 1,
+            };
+            change(&mut setup);
+            let mut side = Self { punch: Punch::new(setup, start), start, ms: 0, log: Vec::new() };
+            side.run(0);
+            side
+        }
+
+        fn now(&self) -> Instant {
+            self.start + Duration::from_millis(self.ms)
+        }
+
+        /// Until then, or until it is over. Polled when it wants to be, to the next millisecond.
+        fn run(&mut self, until: u64) {
+            loop {
+                while let Some(action) = self.punch.poll(self.now()) {
+                    if let Action::Open(sockets) = action {
+                        self.punch.opened(sockets);
+                    }
+                    self.log.push((self.ms, action));
+                }
+                let Some(next) = self.punch.next(self.now()) else { return };
+                assert!(next > self.now(), "to be polled again at once");
+                let nanos = (next - self.start).as_nanos() as u64;
+                if nanos.div_ceil(1_000_000) > until {
+                    self.ms = until;
+                    return;
+                }
+                self.ms = nanos.div_ceil(1_000_000);
+            }
+        }
+
+        fn hear(&mut self, via: Via, from: SocketAddr, signal: Signal) {
+            self.punch.received(via, from, signal, self.now());
+            self.run(self.ms);
+        }
+
+        /// The pings so far.
+        fn pings(&self) -> Vec<(u64, Via, SocketAddr, u64)> {
+            let ping = |(at, action): &(u64, Action)| match *action {
+                Action::Send { via, to, signal: Signal::Ping { nonce } } => Some((*at, via, to, nonce)),
+                _ => None,
+            };
+            self.log.iter().filter_map(ping).collect()
+        }
+
+        fn pinged(&self) -> Vec<SocketAddr> {
+            self.pings().into_iter().map(|(_, _, to, _)| to).collect()
+        }
+
+        /// The peer answers the last ping to an address.
+        fn answer(&mut self, to: SocketAddr) {
+            let (_, via, to, nonce) = self.pings().into_iter().rfind(|ping| ping.2 == to).unwrap();
+            self.hear(via, to, Signal::Pong { nonce });
+        }
+
+        fn pongs(&self) -> usize {
+            self.sent(|action| matches!(action, Action::Send { signal: Signal::Pong { .. }, .. }))
+        }
+
+        fn sent(&self, which: impl Fn(&Action) -> bool) -> usize {
+            self.log.iter().filter(|(_, action)| which(action)).count()
+        }
+
+        fn proven(&self) -> Vec<(Via, SocketAddr)> {
+            let proven = |(_, action): &(u64, Action)| match *action {
+                Action::Proven { via, to } => Some((via, to)),
+                _ => None,
+            };
+            self.log.iter().filter_map(proven).collect()
+        }
+
+        fn last(&self) -> (u64, Action) {
+            *self.log.last().unwrap()
+        }
+    }
+
+    #[test]
+    fn both_sides_do_what_belongs_together() {
+        let all = [UNKNOWN, OPEN, STRICT, SEQUENTIAL, RANDOM];
+        for ours in &all {
+            for theirs in &all {
+                let there = match Strategy::choose(theirs, ours, true) {
+                    Strategy::BirthdayOpen => Strategy::BirthdayProbe,
+                    Strategy::BirthdayProbe => Strategy::BirthdayOpen,
+                    same => same,
+                };
+                assert_eq!(Strategy::choose(ours, theirs, true), there, "{ours:?} {theirs:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_strategy_is_as_simple_as_the_two_nats_let_it_be() {
+        let choose = |ours, theirs| Strategy::choose(&ours, &theirs, true);
+        for theirs in [UNKNOWN, OPEN, STRICT] {
+            assert_eq!(choose(UNKNOWN, theirs), Strategy::Plain);
+            assert_eq!(choose(STRICT, theirs), Strategy::Plain);
+        }
+        for hard in [SEQUENTIAL, RANDOM] {
+            assert_eq!(choose(hard, OPEN), Strategy::Plain, "an open one sees where it is sent from");
+        }
+        assert_eq!(choose(RANDOM, UNKNOWN), Strategy::Plain);
+        for theirs in [UNKNOWN, STRICT, SEQUENTIAL] {
+            assert_eq!(choose(SEQUENTIAL, theirs), Strategy::Predicted);
+        }
+        assert_eq!(choose(RANDOM, STRICT), Strategy::BirthdayOpen);
+        assert_eq!(choose(RANDOM, SEQUENTIAL), Strategy::None(Failure::BothHard));
+        assert_eq!(Strategy::choose(&RANDOM, &STRICT, false), Strategy::None(Failure::NotAllowed));
+        assert_eq!(Strategy::choose(&STRICT, &RANDOM, false), Strategy::None(Failure::NotAllowed));
+        let by_host = NatProfile { mapping: Some(Mapping::HostDependent), ..RANDOM };
+        assert_eq!(choose(by_host, STRICT), Strategy::BirthdayOpen);
+
+        let predicts = |ours, theirs| choose(ours, theirs).predicts(&ours);
+        assert!(predicts(SEQUENTIAL, STRICT) && predicts(SEQUENTIAL, SEQUENTIAL));
+        assert!(!predicts(STRICT, SEQUENTIAL) && !predicts(SEQUENTIAL, OPEN) && !predicts(SEQUENTIAL, RANDOM));
+    }
+
+    #[test]
+    fn pings_begin_together_are_fast_then_slow_and_end_after_three_seconds() {
+        let mut side = Side::new(UNKNOWN, UNKNOWN, |setup| setup.begin += Duration::from_millis(50));
+        assert_eq!(side.pings(), [], "too early");
+        side.run(10_000);
+        let pings = side.pings();
+        assert!(pings.iter().all(|(_, via, to, _)| (*via, *to) == (Via::Main, peer())));
+        assert_eq!(pings[0].0, 50);
+        let pauses: Vec<u64> = pings.windows(2).map(|pair| pair[1].0 - pair[0].0).collect();
+        assert!(pauses[..10].iter().all(|pause| (25..=36).contains(pause)), "{pauses:?}");
+        assert!(pauses[10..].iter().all(|pause| (95..=106).contains(pause)), "{pauses:?}");
+        let mut nonces: Vec<u64> = pings.iter().map(|ping| ping.3).collect();
+        nonces.sort_unstable();
+        nonces.dedup();
+        assert_eq!(nonces.len(), pings.len());
+        assert_eq!(side.last(), (3050, Action::Over(Failure::TimedOut)));
+        assert_eq!(side.punch.next(side.now()), None);
+        side.hear(Via::Main, peer(), Signal::Ping { nonce: 7 });
+        assert_eq!(side.pongs(), 0, "over is over");
+    }
+
+    #[test]
+    fn a_pong_proves_only_the_way_that_its_ping_went() {
+        let mut side = Side::new(STRICT, STRICT, |_| ());
+        let (_, _, _, nonce) = side.pings()[0];
+        side.hear(Via::Main, peer(), Signal::Pong { nonce: nonce ^ 1 });
+        side.hear(Via::Main, address("20.0.0.2:7001"), Signal::Pong { nonce });
+        side.hear(Via::Extra(0), peer(), Signal::Pong { nonce });
+        side.run(100);
+        assert_eq!(side.proven(), []);
+        side.hear(Via::Main, peer(), Signal::Pong { nonce });
+        assert_eq!(side.last(), (100, Action::Proven { via: Via::Main, to: peer() }), "nothing better can come");
+        let sent = side.pings().len();
+        side.run(10_000);
+        assert_eq!(side.pings().len(), sent, "proven is enough");
+        assert_eq!(side.sent(|action| matches!(action, Action::Over(_))), 0);
+    }
+
+    #[test]
+    fn the_initiator_waits_a_moment_for_a_local_path_and_decides_once() {
+        for wins in [true, false] {
+            let mut side = Side::new(STRICT, STRICT, |setup| setup.candidates = vec![local()]);
+            assert_eq!(side.pinged(), [peer(), local()]);
+            side.answer(peer());
+            assert_eq!(side.proven(), []);
+            side.run(if wins { 9 } else { 10 });
+            side.answer(local());
+            side.answer(peer());
+            side.run(10_000);
+            assert_eq!(side.proven(), [(Via::Main, if wins { local() } else { peer() })]);
+        }
+        let mut side = Side::new(STRICT, STRICT, |setup| setup.candidates = vec![local()]);
+        side.answer(local());
+        assert_eq!(side.proven(), [(Via::Main, local())], "at once");
+    }
+
+    #[test]
+    fn of_equal_paths_the_first_is_taken() {
+        let second = address("20.0.0.2:7001");
+        let mut side = Side::new(STRICT, STRICT, |setup| {
+            setup.ports = vec![second.port()];
+            setup.candidates = vec![local()];
+        });
+        side.answer(peer());
+        side.run(5);
+        side.answer(second);
+        side.run(9);
+        assert_eq!(side.proven(), []);
+        side.run(10);
+        assert_eq!(side.proven(), [(Via::Main, peer())]);
+    }
+
+    #[test]
+    fn a_path_that_is_proven_in_the_last_moment_counts() {
+        let mut side = Side::new(STRICT, STRICT, |setup| setup.candidates = vec![local()]);
+        side.run(2995);
+        side.answer(peer());
+        side.run(10_000);
+        assert_eq!(side.proven(), [(Via::Main, peer())]);
+        assert!(matches!(side.last().1, Action::Proven { .. }));
+    }
+
+    #[test]
+    fn the_responder_says_each_path_for_the_initiator_may_take_any() {
+        let mut side = Side::new(STRICT, STRICT, |setup| {
+            setup.role = Role::Responder;
+            setup.candidates = vec![local()];
+        });
+        for _ in 0..2 {
+            side.answer(peer());
+            side.answer(local());
+        }
+        assert_eq!(side.proven(), [(Via::Main, peer()), (Via::Main, local())]);
+        let sent = side.pings().len();
+        side.hear(Via::Main, peer(), Signal::Ping { nonce: 7 });
+        side.run(10_000);
+        assert_eq!((side.pings().len(), side.pongs()), (sent, 1), "the initiator may still need answers");
+    }
+
+    #[test]
+    fn a_ping_is_answered_once_and_pinged_back_from_where_it_came() {
+        let mut side = Side::new(OPEN, RANDOM, |_| ());
+        let (from, other) = (address("20.0.0.2:40000"), address("20.0.0.2:40001"));
+        side.hear(Via::Main, from, Signal::Ping { nonce: 7 });
+        let expected = Action::Send { via: Via::Main, to: from, signal: Signal::Pong { nonce: 7 } };
+        assert!(side.log.contains(&(0, expected)));
+        assert_eq!(side.pinged(), [peer(), from]);
+        side.hear(Via::Main, from, Signal::Ping { nonce: 7 });
+        side.hear(Via::Main, other, Signal::Ping { nonce: 7 });
+        assert_eq!(side.pongs(), 1, "somebody may have kept it");
+        side.answer(from);
+        assert_eq!(side.proven(), [(Via::Main, from)]);
+    }
+
+    #[test]
+    fn a_ping_that_comes_before_the_time_is_answered() {
+        let mut side = Side::new(STRICT, STRICT, |setup| setup.begin += Duration::from_millis(500));
+        side.run(100);
+        side.hear(Via::Main, address("20.0.0.2:7001"), Signal::Ping { nonce: 7 });
+        assert_eq!((side.pongs(), side.pinged()), (1, vec![address("20.0.0.2:7001")]));
+        side.run(499);
+        assert!(!side.pinged().contains(&peer()));
+        side.run(500);
+        assert!(side.pinged().contains(&peer()));
+    }
+
+    #[test]
+    fn both_hard_is_said_at_once_unless_there_is_a_local_address() {
+        for (ours, theirs) in [(RANDOM, RANDOM), (SEQUENTIAL, RANDOM), (RANDOM, SEQUENTIAL)] {
+            let side = Side::new(ours, theirs, |setup| setup.begin += LONGEST);
+            assert_eq!(side.log, [(0, Action::Over(Failure::BothHard))]);
+            assert_eq!(side.punch.next(side.now()), None);
+        }
+        let side = Side::new(RANDOM, STRICT, |setup| setup.hard = false);
+        assert_eq!(side.log, [(0, Action::Over(Failure::NotAllowed))]);
+
+        let mut side = Side::new(RANDOM, RANDOM, |setup| setup.candidates = vec![local()]);
+        side.punch.learn_ports(&[7001], side.now());
+        side.run(10_000);
+        assert!(side.pinged().iter().all(|to| *to == local()) && side.pinged().len() > 10);
+        assert_eq!(side.last(), (1000, Action::Over(Failure::BothHard)));
+    }
+
+    #[test]
+    fn of_a_sequential_peer_only_the_ports_that_it_told_are_pinged_in_their_order() {
+        for ours in [SEQUENTIAL, STRICT] {
+            let mut side = Side::new(ours, SEQUENTIAL, |setup| setup.candidates = vec![local()]);
+            side.run(20);
+            assert_eq!(side.pinged(), [local()], "nobody is where the relay sees it");
+            side.punch.learn_ports(&[7003, 7002, 7001], side.now());
+            side.run(20);
+            let told = [7003, 7002, 7001].map(|port| SocketAddr::new(peer().ip(), port));
+            assert_eq!(side.pinged()[1..], told);
+        }
+        let side = Side::new(SEQUENTIAL, STRICT, |setup| setup.candidates = vec![local()]);
+        assert_eq!(side.pinged(), [peer(), local()], "the first port is for the peer");
+    }
+
+    #[test]
+    fn ports_and_local_addresses_are_bounded() {
+        let candidates = (1..100).map(|n| SocketAddr::new([192, 168, 0, n].into(), 5000)).collect();
+        let mut side = Side::new(STRICT, SEQUENTIAL, |setup| {
+            setup.ports = (0..10).collect();
+            setup.candidates = candidates;
+        });
+        side.punch.learn_ports(&[3; 100], side.now());
+        side.punch.learn_ports(&(0..10_000).collect::<Vec<_>>(), side.now());
+        side.run(0);
+        assert_eq!(side.pinged().len(), MAX_PORTS + MAX_CANDIDATES);
+        assert!(side.pinged().iter().all(|to| to.port() != 0));
+    }
+
+    #[test]
+    fn a_birthday_opens_sockets_and_uses_each_twice() {
+        let mut side = Side::new(RANDOM, STRICT, |_| ());
+        assert_eq!(side.log[0], (0, Action::Open(256)));
+        side.run(10_000);
+        let pings = side.pings();
+        assert!(pings.iter().all(|(_, _, to, _)| *to == peer()));
+        let sockets: Vec<Via> = pings.iter().map(|(_, via, _, _)| *via).collect();
+        let round: Vec<Via> = (0..256).map(Via::Extra).collect();
+        assert_eq!(sockets, [round.clone(), round].concat());
+        assert!(pings[255].0 < 300 && pings[256].0 >= 1300, "{} {}", pings[255].0, pings[256].0);
+        assert_eq!(side.last(), (3000, Action::Over(Failure::TimedOut)));
+    }
+
+    #[test]
+    fn a_birthday_works_with_the_sockets_that_there_are() {
+        for sockets in [0, 1, 100, 1000] {
+            let mut side = Side::new(RANDOM, STRICT, |setup| setup.begin += Duration::from_millis(100));
+            side.punch.opened(sockets);
+            side.run(10_000);
+            assert_eq!(side.pings().len(), 2 * usize::from(sockets.min(256)));
+        }
+    }
+
+    #[test]
+    fn the_other_side_of_a_birthday_tries_each_port_once_and_keeps_its_pace() {
+        let mut side = Side::new(STRICT, RANDOM, |_| ());
+        side.run(500);
+        // The machine was busy.
+        side.ms = 700;
+        side.run(10_000);
+        let pings = side.pings();
+        assert_eq!(pings.len(), 1024);
+        let ports: HashSet<u16> = pings.iter().map(|(_, _, to, _)| to.port()).collect();
+        assert!(ports.len() == 1024 && ports.iter().all(|port| *port >= 1024));
+        assert!(pings.iter().all(|(_, via, to, _)| *via == Via::Main && to.ip() == peer().ip()));
+        let at = |ms| pings.iter().filter(|ping| ping.0 == ms).count();
+        assert!((0..2000).all(|ms| at(ms) <= if ms == 700 { 12 } else { 1 }), "{} at once", at(700));
+    }
+
+    #[test]
+    fn the_hard_side_keeps_the_socket_that_was_hit() {
+        let mut side = Side::new(RANDOM, STRICT, |_| ());
+        side.run(400);
+        side.hear(Via::Extra(77), peer(), Signal::Ping { nonce: 7 });
+        let pong = Action::Send { via: Via::Extra(77), to: peer(), signal: Signal::Pong { nonce: 7 } };
+        assert!(side.log.contains(&(400, pong)));
+        side.answer(peer());
+        assert_eq!(side.proven(), [(Via::Extra(77), peer())]);
+    }
+
+    #[test]
+    fn strangers_get_a_few_packets_and_only_two_of_them_any() {
+        let mut side = Side::new(STRICT, STRICT, |_| ());
+        for n in 0..1000 {
+            let from = SocketAddr::new([30, 0, 0, (n % 50) as u8].into(), 53);
+            side.hear(Via::Main, from, Signal::Ping { nonce: n });
+            side.run(side.ms + 1);
+        }
+        for n in 0..50 {
+            let sent =
+                |action: &Action| matches!(action, Action::Send { to, .. } if to.ip() == IpAddr::from([30, 0, 0, n]));
+            assert_eq!(side.sent(sent), if n < 2 { MAX_PER_STRANGER as usize } else { 0 });
+        }
+    }
+
+    #[test]
+    fn a_peer_that_pings_without_end_uses_up_the_budget() {
+        let mut side = Side::new(STRICT, STRICT, |setup| setup.ports = (8000..8016).collect());
+        let mut nonce = 0;
+        while side.punch.next(side.now()).is_some() {
+            for port in 8000..8030 {
+                nonce += 1;
+                side.hear(Via::Main, SocketAddr::new(peer().ip(), port), Signal::Ping { nonce });
+            }
+            side.run(side.ms + 10);
+        }
+        let packets = side.sent(|action| matches!(action, Action::Send { .. }));
+        assert_eq!(packets, MAX_PACKETS as usize);
+        assert_eq!(side.last(), (3000, Action::Over(Failure::Budget)));
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Run(u64),
+        Ping(u16, u8, u64),
+        /// Of one of the pings that were sent, and whether on the way that it went.
+        Pong(prop::sample::Index, bool),
+        Ports(Vec<u16>),
+    }
+
+    fn steps() -> impl proptest::strategy::Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            (0..200u64).prop_map(Step::Run),
+            (0..4u16, 0..4u8, 0..50u64).prop_map(|(port, ip, nonce)| Step::Ping(port, ip, nonce)),
+            (any::<prop::sample::Index>(), prop::bool::weighted(0.1)).prop_map(|(which, way)| Step::Pong(which, way)),
+            vec(any::<u16>(), 0..20).prop_map(Step::Ports),
+        ];
+        vec(step, 0..200)
+    }
+
+    proptest! {
+        /// Whatever comes, it ends, says how exactly once, sends only to whom it was named or heard from, and no more
+        /// than it may.
+        #[test]
+        fn a_session_ends_and_keeps_to_its_bounds(
+            ours in 0..5usize, theirs in 0..5usize, responds: bool, near: bool, seed: u64, steps in steps(),
+        ) {
+            let all = [UNKNOWN, OPEN, STRICT, SEQUENTIAL, RANDOM];
+            let mut side = Side::new(all[ours], all[theirs], |setup| {
+                setup.role = if responds { Role::Responder } else { Role::Initiator };
+                setup.candidates = if near { vec![local()] } else { Vec::new() };
+                setup.seed = seed;
+            });
+            let mut heard = HashSet::new();
+            for step in steps {
+                match step {
+                    Step::Run(ms) => side.run(side.ms + ms),
+                    Step::Ping(port, ip, nonce) => {
+                        let from = SocketAddr::new([20, 0, 0, ip].into(), 7000 + port);
+                        heard.insert(from);
+                        side.hear(if port == 3 { Via::Extra(3) } else { Via::Main }, from, Signal::Ping { nonce });
+                    }
+                    Step::Pong(which, way) => {
+                        let pings = side.pings();
+                        if !pings.is_empty() {
+                            let (_, via, to, nonce) = *which.get(&pings);
+                            let from = if way { to } else { address("20.0.0.2:1") };
+                            side.hear(via, from, Signal::Pong { nonce });
+                        }
+                    }
+                    Step::Ports(ports) => side.punch.learn_ports(&ports, side.now()),
+                }
+            }
+            side.run(side.ms + 10_000);
+            prop_assert_eq!(side.punch.next(side.now()), None);
+            prop_assert!(side.ms <= 3000 + 40_000);
+            let over = side.sent(|action| matches!(action, Action::Over(_)));
+            let proven = side.proven();
+            prop_assert_eq!(over, usize::from(proven.is_empty()));
+            prop_assert!(responds || proven.len() <= 1);
+            let mut ways: HashMap<_, u32> = HashMap::new();
+            for (_, action) in &side.log {
+                if let Action::Send { via, to, .. } = *action {
+                    *ways.entry((via, to)).or_default() += 1;
+                    prop_assert!(to.ip() == peer().ip() || to == local() || heard.contains(&to), "{}", to);
+                }
+            }
+            prop_assert!(ways.values().sum::<u32>() <= MAX_BIRTHDAY_PACKETS);
+            prop_assert!(ways.values().all(|sent| *sent <= MAX_PER_WAY + 2));
+        }
     }
 }

@@ -146,8 +146,7 @@ impl Book {
 
     /// A circuit from one node to another. There is none from a node to itself: to it, no *other* node has that id.
     pub(crate) fn open(&mut self, from: Generation, target: &Id) -> Result<Opened, Refusal> {
-        let name = self.names.get(target).filter(|name| name.vacant_until.is_none() && name.generation != from);
-        let target = name.ok_or(Refusal::NotRegistered)?.generation;
+        let target = self.find(from, target).ok_or(Refusal::NotRegistered)?;
         if self.circuits.len() >= self.max_sessions {
             return Err(Refusal::Sessions);
         }
@@ -172,6 +171,12 @@ impl Book {
             }
         }
         Ok(Opened { circuit, target })
+    }
+
+    /// Another node than the one that asks.
+    pub(crate) fn find(&self, from: Generation, target: &Id) -> Option<Generation> {
+        let name = self.names.get(target).filter(|name| name.vacant_until.is_none() && name.generation != from);
+        name.map(|name| name.generation)
     }
 
     /// Ends a circuit, if it is one of this registration.
