@@ -4,7 +4,7 @@
 
 -export([kinds/0]).
 -export([start/1, stop/0, lengthen/2, loss/2]).
--export([hosts/2, public/2, router/2, relays/1, seen_by/2]).
+-export([sites/1, hosts/2, public/2, relays/1, relays/2]).
 
 -define(CARRIER, {100, 64, 0, 1}).
 -define(HOME, {192, 168, 1, 1}).
@@ -37,18 +37,18 @@ loss(#{switch := Switch}, Permille) ->
 
 %% ---- what there is ----
 
+sites(#{sites := Sites}) -> maps:keys(Sites).
+
 hosts(#{sites := Sites}, Name) -> maps:get(hosts, maps:get(Name, Sites)).
 
-%% The address that the site is seen at by others.
+%% The address that others see the first host of the site at.
 public(#{sites := Sites}, Name) -> maps:get(public, maps:get(Name, Sites)).
 
-%% The one next to the Internet.
-router(#{sites := Sites}, Name) -> maps:get(router, maps:get(Name, Sites)).
-
-%% Each with its host and the addresses that the node of a site dials it at, which are of the site's family.
+%% Each with its host and addresses.
 relays(#{relays := Relays}) -> Relays.
 
-seen_by(Lab, Name) ->
+%% With the addresses of the family that the site has, or likes.
+relays(Lab, Name) ->
     [{Host, [Ip || Ip <- Ips, size(Ip) =:= size(public(Lab, Name))]} || {Host, Ips} <- relays(Lab)].
 
 %% ---- building ----

@@ -190,7 +190,7 @@ arrived(There, Last, Count) ->
 %% The kernel hands over packets that are still to be cut and summed.
 nodes_send_much_over_long_cables(Config) ->
     Lab = ?config(lab, Config),
-    [{Host, [Ip | _]} | _] = macula_peer_natlab:seen_by(Lab, home),
+    [{Host, [Ip | _]} | _] = macula_peer_natlab:relays(Lab, home),
     Listener = macula_peer_net:start_node(Host),
     {ok, {_, Port}} = call(Listener, macula_peer_test, listen, [#{}]),
     Sender = macula_peer_net:start_node(hd(macula_peer_natlab:hosts(Lab, home))),
@@ -205,7 +205,7 @@ nodes_send_much_over_long_cables(Config) ->
 
 %% The relay that has two addresses.
 observer(Lab, Site) ->
-    hd(macula_peer_natlab:seen_by(Lab, Site)).
+    hd(macula_peer_natlab:relays(Lab, Site)).
 
 %% At the relay with an address of the family of the host that asks.
 socket(Lab, relay, Asking) ->
