@@ -65,8 +65,8 @@
 %% bytes a second of a circuit (1,000,000), bytes that wait to be sent to a node (64 KiB), bytes of a packet (1,500),
 %% registrations a second (100), milliseconds without a packet before a circuit ends (30 minutes) and for which a node id is
 %% kept for its key after its registration ended (5 minutes). With `realm_secret' only nodes that know it are registered.
-%% `probe_port' (0: any) is the second UDP port, by which nodes find out what their NATs are like; with `probe_ip' it is at
-%% that address of the host, which tells them more than another port of the same one.
+%% `probe_port' (0: any) is the second UDP port, by which nodes find out what their NATs are like; `probe_ip' is
+%% another address of the host, from which the relay also answers there: that tells them more.
 
 -type fingerprint() :: <<_:256>>.
 %% What a node is known by: the SHA-256 of its public key's SubjectPublicKeyInfo in DER.

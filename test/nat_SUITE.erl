@@ -3,9 +3,10 @@
 
 -compile([export_all, nowarn_export_all]).
 
+-include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
--import(macula_peer_test, [call/4, until/1, events/2, closed_port/0]).
+-import(macula_peer_test, [call/4, until/1, until/2, events/2, closed_port/0]).
 -import(macula_peer_relays, [start_relay/2, node_of/1, start_member/2, settings/2, await_registered/2]).
 
 -define(SECOND, {127, 0, 0, 2}).
@@ -14,7 +15,19 @@ suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
     [without_a_relay_little_is_known, no_nat, one_address_does_not_tell_everything, who_moves_looks_again,
-     options_are_checked].
+     options_are_checked, {group, real}].
+
+groups() ->
+    [{real, [], [two_relays_tell_everything, so_does_one_with_two_addresses, long_ways_make_no_difference]}].
+
+init_per_group(real, Config) ->
+    case macula_peer_net:available() of
+        ok -> [{lab, macula_peer_natlab:start([{Kind, Kind} || Kind <- macula_peer_natlab:kinds()])} | Config];
+        {skip, _} = Skip -> Skip
+    end.
+
+end_per_group(real, _Config) ->
+    macula_peer_natlab:stop().
 
 without_a_relay_little_is_known(_Config) ->
     ok = macula_peer_test:engine(#{}),
@@ -66,6 +79,55 @@ options_are_checked(_Config) ->
      || {Key, Value} <- [{probe_port, 65536}, {probe_port, any}, {probe_ip, "127.0.0.1"}, {probe_ip, {1, 2, 3}}]],
     ?assertEqual({error, {listen_failed, eaddrnotavail}}, Listen(#{probe_ip => {192, 0, 2, 1}})),
     ?assertMatch({ok, _}, Listen(#{probe_ip => ?SECOND, probe_port => 0})).
+
+%% ---- behind real NATs ----
+
+two_relays_tell_everything(Config) ->
+    all_are_told_apart(?config(lab, Config), [#{}, #{}]).
+
+%% The other relay host has no relay.
+so_does_one_with_two_addresses(Config) ->
+    Lab = ?config(lab, Config),
+    [{_, [_, Second | _]} | _] = macula_peer_natlab:relays(Lab, none),
+    %% Of the same family as the first.
+    are_told_apart(Lab, macula_peer_natlab:kinds() -- [ipv6_firewall], [#{probe_ip => Second}]).
+
+%% Nothing in it depends on quick answers. From here on the cables are long.
+long_ways_make_no_difference(Config) ->
+    Lab = ?config(lab, Config),
+    ok = macula_peer_natlab:lengthen(Lab, 40),
+    all_are_told_apart(Lab, [#{}, #{}]).
+
+all_are_told_apart(Lab, Limits) ->
+    are_told_apart(Lab, macula_peer_natlab:kinds(), Limits).
+
+%% A relay on each of the first relay hosts, a node behind each kind of NAT.
+are_told_apart(Lab, Kinds, Limits) ->
+    Hosts = lists:sublist(macula_peer_natlab:relays(Lab), length(Limits)),
+    Relays = [start_relay(Host, Of) || {{Host, _}, Of} <- lists:zip(Hosts, Limits)],
+    Members = [{Kind, start_member(host(Lab, Kind), settings(Kind, endpoints(Lab, Kind, Relays)))} || Kind <- Kinds],
+    Expected = [{Kind, policies_of(macula_peer_nat:is(Kind)), macula_peer_natlab:public(Lab, Kind)} || Kind <- Kinds],
+    _ = catch until(fun() -> Expected =:= found(Members) end, 10000),
+    ?assertEqual(Expected, found(Members)).
+
+found(Members) ->
+    [{Kind, policies(Member), seen(profile(Member))} || {Kind, Member} <- Members].
+
+seen(#{reflexive_address := {Ip, _}}) -> Ip;
+seen(#{reflexive_address := undefined}) -> undefined.
+
+policies_of(#{mapping := Mapping, filtering := Filtering, allocation := Allocation}) ->
+    {Mapping, Filtering, Allocation}.
+
+host(Lab, Kind) -> hd(macula_peer_natlab:hosts(Lab, Kind)).
+
+%% Those of the family that the site has.
+endpoints(Lab, Kind, Relays) ->
+    [macula_peer_net:endpoint(hd(Ips), port(Relay)) || {{_, Ips}, Relay} <- zip(macula_peer_natlab:relays(Lab, Kind), Relays)].
+
+zip(Hosts, Relays) -> lists:zip(lists:sublist(Hosts, length(Relays)), Relays).
+
+port({relay, _Node, _Where, _Limits, Port}) -> Port.
 
 profile(Node) ->
     call(Node, macula_peer_endpoint, nat_profile, []).
