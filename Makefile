@@ -14,7 +14,14 @@ FUZZ_SECONDS ?= 10
 BENCH_MESSAGES ?= 200000
 BENCH_ROUNDS ?= 5
 
-.PHONY: test demo bench check setup nif compile testkit test-rust test-erlang fuzz clean
+# Of the laboratory of NATs: meetings of each pair, kinds of sites (all), and for each cable the milliseconds that a packet
+# takes and how many of a thousand are lost.
+NATLAB_RUNS ?= 1
+NATLAB_KINDS ?=
+NATLAB_DELAY ?= 0
+NATLAB_LOSS ?= 0
+
+.PHONY: test demo bench natlab check setup nif compile testkit test-rust test-erlang fuzz clean
 
 test: check test-rust test-erlang fuzz
 
@@ -27,6 +34,13 @@ bench: compile testkit
 	@mkdir -p _build/bench
 	@erlc -o _build/bench bench/*.erl
 	@erl -noshell -pa $(EBIN) _build/bench -s macula_peer_bench main $(BENCH_MESSAGES) $(BENCH_ROUNDS)
+
+# Linux, as root.
+natlab: compile
+	@mkdir -p _build/natlab
+	@erlc -o _build/natlab test/macula_peer_*.erl test/natlab/macula_peer_*.erl
+	@erl -noshell -pa $(EBIN) _build/natlab -s macula_peer_natlab_matrix main $(NATLAB_RUNS) $(NATLAB_DELAY) \
+	  $(NATLAB_LOSS) $(NATLAB_KINDS)
 
 check: setup nif
 	$(CARGO) fmt --all --check

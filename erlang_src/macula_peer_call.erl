@@ -11,7 +11,7 @@
 %% A node without ways is only sent to over a link that there is; otherwise the answer is `unlinked'.
 
 -type ways() :: #{endpoints => [macula_peer_connector:endpoint()], relays => [macula_peer_connector:endpoint()],
-                  last_resorts => [macula_peer_connector:endpoint()], fingerprint => binary()}.
+                  last_resorts => [macula_peer_connector:endpoint()], fingerprint => binary(), hole_punch => boolean()}.
 
 %% @doc Sends a message.
 -spec send(target(), term(), term(), term()) -> ok | unlinked | {error, term()}.

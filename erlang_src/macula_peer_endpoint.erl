@@ -14,9 +14,16 @@
 %%   <dd>This node at a relay: `state' is `registered', `lost' (over; it is tried again while it is wanted) or `refused' (it
 %%       is tried again after a longer time); then `reason' is the relay's, such as `node_id_taken', `realm', `registrations'
 %%       or `accept_rate', otherwise `none'.</dd>
+%%   <dt>`{macula_peer_event, #{event := path, peer, path, failed}}'</dt>
+%%   <dd>Messages to `peer' take another path than before, or a better one than theirs was looked for in vain: see {@link
+%%       path()}.</dd>
 %%   <dt>`{macula_peer_event, #{event := relay_limit, relay, limit}}'</dt>
 %%   <dd>A relay dropped packets of a circuit of this node: of `bandwidth', `packet_queue' or `packet_size' there was too
 %%       much. They are sent again, more slowly.</dd>
+%%   <dt>`{macula_peer_event, #{event := nat_profile, mapping_policy, filtering_policy, allocation_policy,
+%%       reflexive_address, local_addresses, detected_at}}'</dt>
+%%   <dd>What is known of the NAT that this node is behind, or where others see it, has changed: see {@link
+%%       nat_profile()}.</dd>
 %%   <dt>`{macula_peer_event, #{event := session_restarted, from, key}}'</dt>
 %%   <dd>The sender at `from' goes on with messages to a node that was here before: this one was restarted, and what that
 %%       one got and did not acknowledge comes again.</dd>
@@ -34,10 +41,13 @@
 -export([set_handler/1]).
 -export([reply/3]).
 -export([stats/0]).
+-export([path/1]).
+-export([nat_profile/0]).
 -export([start/0]).
 -export([stop/0]).
 
--export_type([listen_opts/0, relay_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0]).
+-export_type([listen_opts/0, relay_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0,
+              nat_profile/0, path/0]).
 
 -type handler() :: pid() | {module(), atom(), [term()]}.
 %% The function gets the message as its first argument, before the listed ones.
@@ -53,11 +63,14 @@
 -type relay_opts() :: #{max_registrations => pos_integer(), max_sessions => pos_integer(),
                         max_sessions_per_node => pos_integer(), bandwidth => pos_integer(),
                         packet_queue => pos_integer(), max_packet => pos_integer(), accept_rate => pos_integer(),
-                        idle_timeout => pos_integer(), grace => non_neg_integer(), realm_secret => binary()}.
+                        idle_timeout => pos_integer(), grace => non_neg_integer(), realm_secret => binary(),
+                        probe_port => inet:port_number(), probe_ip => inet:ip_address()}.
 %% What a relay gives at most: nodes registered (10,000), circuits in all (100, as in the original) and of one node (20),
 %% bytes a second of a circuit (1,000,000), bytes that wait to be sent to a node (64 KiB), bytes of a packet (1,500),
 %% registrations a second (100), milliseconds without a packet before a circuit ends (30 minutes) and for which a node id is
 %% kept for its key after its registration ended (5 minutes). With `realm_secret' only nodes that know it are registered.
+%% `probe_port' (0: any) is the second UDP port, by which nodes find out what their NATs are like; `probe_ip' is
+%% another address of the host, from which the relay also answers there: that tells them more.
 
 -type fingerprint() :: <<_:256>>.
 %% What a node is known by: the SHA-256 of its public key's SubjectPublicKeyInfo in DER.
@@ -70,7 +83,8 @@
 -opaque reply_token() :: reference().
 
 -type inbound() :: #{type := macula_peer_wire:type(), message := term(), from := {inet:ip_address(), inet:port_number()},
-                     path := direct | relay, dialect := macula | 'macula-peer/1', key := fingerprint() | undefined,
+                     path := direct | hole_punch | relay, dialect := macula | 'macula-peer/1',
+                     key := fingerprint() | undefined,
                      reply_to := reply_token() | none}.
 %% `from' is the address that the packets came from: with the path `relay' the relay's. `key' is the sender's, which nobody
 %% else has; in the dialect `macula' there is none. `reply_to' is `none' when the sender reads no answer.
@@ -78,13 +92,36 @@
 -type stats() :: #{peers := [map()], accepted := [map()], pool := map(), verify_none_links := non_neg_integer(),
                    undelivered := non_neg_integer(), unhandled := non_neg_integer(), malformed := non_neg_integer(),
                    refused := non_neg_integer(), registrations := [map()], relay => map()}.
-%% `peers': `endpoint' or `node_id', `path' (`direct', `relay' or `none'), `sent', `acknowledged', `received', `failed', `dials',
+%% `peers': `endpoint' or `node_id', `path' (`direct', `hole_punch', `relay' or `none'), `sent', `acknowledged', `received', `failed', `dials',
 %% `unacknowledged_bytes', and while there is a link `dialect', `address' and `round_trip_us'. `accepted': `dialect',
 %% `path', `address', `round_trip_us', `received'. `registrations': `relay', `state', `reason', `address' (what the relay
 %% sees this node at), `circuits'. `relay', of a relay: `registrations', `circuits', `forwarded_packets',
 %% `forwarded_bytes', `refused' and `dropped' by limit, `stray' (packets of no circuit of the sender), `unread' (nodes that
-%% did not read). `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
+%% did not read), `punches' and `punched' (direct paths looked for, and found). `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
 %% `pool_size'.
+
+-type path() :: #{path := direct | hole_punch | relay | none,
+                  failed := #{direct => term(), hole_punch => term(), relay => term()},
+                  dialect => macula | 'macula-peer/1', address => {inet:ip_address(), inet:port_number()},
+                  round_trip_us => non_neg_integer()}.
+%% `direct': straight to the peer, which this node dialled or which dialled this node. `hole_punch': straight, through NATs or
+%% firewalls that both sides have opened. `relay': through a relay, whose address `address' is then.
+%% `failed': why paths could not be had since there was last a direct one, with the reasons of failed calls. For `hole_punch':
+%% `both_hard' (neither NAT gives ports that the other side could know), `timeout' (nothing came through), `not_allowed' (the
+%% setting `hole_punching' of one side is `plain'), `hole_punch_skipped', `busy', `{relay_setup_failed, Reason}' and
+%% `{relay_connect_failed, Reason}' (no relay helped), `{connect_failed, Reason}'.
+
+-type nat_profile() :: #{mapping_policy := ei | hd | pd | unknown, filtering_policy := ei | hd | pd | unknown,
+                         allocation_policy := pp | pc | rd | unknown,
+                         reflexive_address := {inet:ip_address(), inet:port_number()} | undefined,
+                         local_addresses := [{inet:ip_address(), inet:port_number()}],
+                         detected_at := non_neg_integer() | undefined}.
+%% The NAT that this node is behind, in the original's words. Whether it gives the one socket the same port for everybody
+%% (`ei'), one for each host (`hd') or one for each port of a host (`pd'); whether it lets in everybody, the hosts that the
+%% socket has sent to, or their ports alone; whether it keeps the port of a socket (`pp'), gives one port after the other
+%% (`pc') or any (`rd'). Without a NAT that is `ei', `ei' and `pp'. `reflexive_address' is where relays see the socket,
+%% `local_addresses' are the host's own, without loopback and link-local ones, and `detected_at' is when it was found out,
+%% in milliseconds of system time.
 
 %% @doc Accepts connections. Returns the local address.
 %%
@@ -177,10 +214,37 @@ reply(Token, Type, Msg) ->
         Result -> Result
     end.
 
+%% @doc How messages to a peer travel, an endpoint or a node id, and why not by better paths. With the path `none' there is no
+%% link: nothing was sent to it, or not for some time.
+-spec path(macula_peer_connector:endpoint() | binary() | {node, binary()}) -> {ok, path()} | {error, term()}.
+path({node, NodeId}) ->
+    macula_peer_engine:running(fun() -> macula_peer_nif:path({node, NodeId, none}) end);
+path(Peer) ->
+    case path({node, Peer}) of
+        {ok, #{path := Path}} = Found when Path =/= none -> Found;
+        NotANode -> path_to_endpoint(Peer, NotANode)
+    end.
+
+-spec path_to_endpoint(term(), {ok, path()} | {error, term()}) -> {ok, path()} | {error, term()}.
+path_to_endpoint(Endpoint, NotANode) ->
+    case {macula_peer_engine:running(fun() -> macula_peer_nif:path(Endpoint) end), NotANode} of
+        {{error, {invalid_endpoint, _}}, {ok, _}} -> NotANode;
+        {{ok, #{path := none}}, {ok, #{failed := Failed}}} when map_size(Failed) > 0 -> NotANode;
+        {Found, _} -> Found
+    end.
+
 %% @doc What is counted, and the peers with their links.
 -spec stats() -> stats() | {error, term()}.
 stats() ->
     macula_peer_engine:running(fun macula_peer_nif:stats/0).
+
+%% @doc What is known of the NAT that this node is behind. It is found out with the help of the relays that the node is
+%% registered at, within about a second, and again when it registers or is seen at another address; an event tells the
+%% handler what has changed. Two relays at different hosts, or one with `probe_ip', tell everything; of one alone `unknown'
+%% may remain.
+-spec nat_profile() -> nat_profile() | {error, term()}.
+nat_profile() ->
+    macula_peer_engine:running(fun macula_peer_nif:nat_profile/0).
 
 %% @doc Starts the engine with the settings of the application environment, unless it runs. Every other function does so
 %% by itself.

@@ -20,6 +20,8 @@
 -export([reply/3]).
 -export([reply_dirty/3]).
 -export([stats/0]).
+-export([path/1]).
+-export([nat_profile/0]).
 -export([encode/2]).
 -export([encode_dirty/2]).
 -export([decode/1]).
@@ -125,8 +127,14 @@ reply(_Token, _Type, _Msg) -> not_loaded().
 -spec reply_dirty(term(), term(), term()) -> ok | {error, term()}.
 reply_dirty(_Token, _Type, _Msg) -> not_loaded().
 
+-spec path(macula_peer_call:target()) -> {ok, map()} | {error, term()} | not_started | not_loaded().
+path(_Peer) -> not_loaded().
+
 -spec stats() -> map() | not_started | not_loaded().
 stats() -> not_loaded().
+
+-spec nat_profile() -> map() | not_started | not_loaded().
+nat_profile() -> not_loaded().
 
 -spec encode(term(), term()) -> {ok, binary()} | dirty | {error, term()}.
 encode(_Type, _Msg) -> not_loaded().

@@ -48,6 +48,7 @@ way(endpoint, Endpoint, Ways) -> Ways#{endpoints => [Endpoint]};
 way(relay_endpoint, {ok, Host, Port}, Ways) -> Ways#{relays => [host_port(Host, Port)]};
 way(relay_endpoint, {Host, Port}, Ways) -> Ways#{relays => [host_port(Host, Port)]};
 way(relay_endpoint, Relay, Ways) -> Ways#{relays => [Relay]};
+way(skip_hole_punch, Skip, Ways) when is_boolean(Skip) -> Ways#{hole_punch => not Skip};
 way(fingerprint, Fingerprint, Ways) -> Ways#{fingerprint => Fingerprint};
 way(_Key, _Value, Ways) -> Ways.
 

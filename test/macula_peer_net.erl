@@ -1,12 +1,14 @@
-%% A laboratory of hosts, each a network namespace, around a switch, which is another. There is no way out of it, and
-%% nothing of it in the namespace that it was made from. One to a BEAM; the processes on the hosts end with it.
+%% A laboratory of hosts, each a network namespace, around switches. There is no way out of it, and nothing of it in the
+%% namespace that it was made from. One to a BEAM; the processes on the hosts end with it.
 -module(macula_peer_net).
 
 -export([available/0]).
--export([start/1, stop/0, namespaces/1]).
--export([address/1, endpoint/2]).
+-export([start/0, start/1, stop/0, namespaces/1]).
+-export([add/2, switch/2, give/3, plug/4, isolate/2, lengthen/2, loss/2]).
+-export([ip/2, nft/2, kernel/3]).
+-export([name/1, address/1, endpoint/2]).
 -export([firewall/1, dropped/1, open/1]).
--export([start_node/1, command/3, socket/2]).
+-export([start_node/1, start_node/2, command/3, socket/2, socket/3, netns/1]).
 
 -define(PREFIX, "macula-peer-").
 -define(TABLE, "inet macula_peer").
@@ -42,28 +44,91 @@ forbidden(ok) ->
     [].
 
 attempt() ->
-    Name = name("attempt"),
+    Host = {?MODULE, namespace("attempt"), none},
     try
-        ip(["netns", "add", Name]),
-        ip(["netns", "exec", Name, tool("nft"), "list", "tables"]),
+        Host = add("attempt", none),
+        nft(Host, "list tables"),
         ok
     catch
         error:{command_failed, Command, Status, Output} -> {error, {Command, Status, Output}}
     after
-        run(tool("ip"), ["netns", "del", Name])
+        run(tool("ip"), ["netns", "del", name(Host)])
     end.
 
 %% ---- the laboratory ----
 
-%% The hosts, which reach each other. Removes what was here before, and what a run left that has died.
+%% So many hosts on one switch, which reach each other.
 start(Count) ->
+    Switch = start(),
+    [begin
+         Address = {10, 77, 0, N},
+         Host = add(integer_to_list(N), Address),
+         _ = plug(Host, "eth0", [{Address, 24}], Switch),
+         Host
+     end || N <- lists:seq(1, Count)].
+
+%% One switch and nothing else. Removes what was here before, and what a run left that has died.
+start() ->
     ok = stop(),
     [remove(Name) || Name <- namespaces(all), not is_alive(Name)],
-    Switch = name("switch"),
-    ip(["netns", "add", Switch]),
-    ip(["-n", Switch, "link", "add", "bridge", "type", "bridge"]),
-    ip(["-n", Switch, "link", "set", "bridge", "up"]),
-    [add_host(Switch, N) || N <- lists:seq(1, Count)].
+    switch(add("switch", none), "bridge").
+
+%% A host that is connected to nothing. The address is the one that it is called by.
+add(Label, Address) ->
+    Host = {?MODULE, namespace(Label), Address},
+    ip(["netns", "add", name(Host)]),
+    ip(Host, "link set lo up"),
+    Host.
+
+%% A switch with this name on the host, which has a port of it by the same name.
+switch(Host, Bridge) ->
+    ip(Host, "link add " ++ Bridge ++ " type bridge"),
+    ip(Host, "link set " ++ Bridge ++ " up"),
+    %% What it passes is not the host's, so the host's rules are not for it.
+    Netfilter = "/proc/sys/net/bridge/bridge-nf-call-",
+    succeed(Host, "sh", ["-c", "for f in " ++ Netfilter ++ "*tables; do [ ! -e $f ] || echo 0 > $f; done"]),
+    {Host, Bridge}.
+
+%% Puts an interface into the host and its cable into the switch. Returns the name of the switch's port.
+plug(Host, Interface, Addresses, {Place, Bridge}) ->
+    Port = "port-" ++ lists:last(string:split(name(Host), "-", all)),
+    ip(Place, "link add " ++ Port ++ " type veth peer name " ++ Interface ++ " netns " ++ name(Host)),
+    ip(Place, "link set " ++ Port ++ " master " ++ Bridge ++ " up"),
+    ok = give(Host, Interface, Addresses),
+    ip(Host, "link set " ++ Interface ++ " up"),
+    Port.
+
+%% The hosts at two such ports do not reach each other through the switch.
+isolate({Place, _Bridge}, Port) ->
+    ip(Place, "link set " ++ Port ++ " type bridge_slave isolated on").
+
+%% From now on every packet takes these milliseconds for each cable of the switch.
+lengthen({Place, _Bridge} = Switch, Ms) ->
+    Node = start_node(Place, [{"ERL_FLAGS", "+S 1"}]),
+    _ = [lengthen(Switch, Port, Node, Ms) || Port <- ports(Switch)],
+    ok.
+
+lengthen({Place, Bridge}, Port, Node, Ms) ->
+    [Line, Slot] = [Name ++ lists:nthtail(length("port"), Port) || Name <- ["line", "slot"]],
+    ip(Place, "link set " ++ Port ++ " nomaster"),
+    ip(Place, "link add " ++ Line ++ " type veth peer name " ++ Slot),
+    _ = [ok = kernel(Place, "ipv6/conf/" ++ Name ++ "/disable_ipv6", 1) || Name <- [Port, Line, Slot]],
+    ip(Place, "link set " ++ Slot ++ " master " ++ Bridge ++ " up"),
+    ip(Place, "link set " ++ Line ++ " up"),
+    ok = macula_peer_test:call(Node, macula_peer_long_link, join, [Port, Line, Ms]).
+
+ports({Place, Bridge}) ->
+    {match, Ports} = re:run(ip(Place, "-o link show master " ++ Bridge), "^\\d+: ([^@:]+)",
+                            [global, multiline, {capture, all_but_first, list}]),
+    lists:append(Ports).
+
+%% From now on each cable of the switch loses so many UDP packets of a thousand.
+loss({Place, _Bridge}, Permille) ->
+    Lost = " meta l4proto udp numgen random mod 1000 < " ++ integer_to_list(Permille) ++ " drop\n",
+    %% A packet that is passed on comes over one cable and leaves over another.
+    nft(Place, "add table bridge loss; delete table bridge loss\n"
+               "table bridge loss {\nchain pass {\ntype filter hook forward priority 0;\n" ++ Lost ++ Lost ++ "}\n}"),
+    ok.
 
 stop() ->
     [remove(Name) || Name <- namespaces(os:getpid())],
@@ -92,25 +157,24 @@ remove(Name) ->
 is_digits(Text) ->
     lists:all(fun(Char) -> Char >= $0 andalso Char =< $9 end, Text).
 
-add_host(Switch, N) ->
-    Name = name(integer_to_list(N)),
-    Port = "port" ++ integer_to_list(N),
-    Address = {10, 77, 0, N},
-    ip(["netns", "add", Name]),
-    ip(["-n", Switch, "link", "add", Port, "type", "veth", "peer", "name", "eth0", "netns", Name]),
-    ip(["-n", Switch, "link", "set", Port, "master", "bridge", "up"]),
-    ip(["-n", Name, "address", "add", inet:ntoa(Address) ++ "/24", "dev", "eth0"]),
-    [ip(["-n", Name, "link", "set", Interface, "up"]) || Interface <- ["lo", "eth0"]],
-    {?MODULE, Name, Address}.
+%% Addresses are `{Ip, PrefixLength}'. Nobody else has them, and nobody waits until that is found out.
+give(Host, Interface, Addresses) ->
+    _ = [ip(Host, lists:concat(["address add ", inet:ntoa(Ip), "/", Length, " dev ", Interface, " nodad"]))
+         || {Ip, Length} <- Addresses],
+    ok.
 
-name(Host) ->
-    ?PREFIX ++ os:getpid() ++ "-" ++ Host.
+namespace(Label) ->
+    ?PREFIX ++ os:getpid() ++ "-" ++ Label.
+
+name({?MODULE, Name, _Address}) -> Name.
 
 address(here) -> {127, 0, 0, 1};
 address({?MODULE, _Name, Address}) -> Address.
 
-endpoint(Where, Port) ->
-    macula_peer_test:endpoint(inet:ntoa(address(Where)), Port).
+%% Of a host, of this one, or of an address.
+endpoint({_, _, _, _} = Ip, Port) -> macula_peer_test:endpoint(inet:ntoa(Ip), Port);
+endpoint({_, _, _, _, _, _, _, _} = Ip, Port) -> macula_peer_test:endpoint([$[, inet:ntoa(Ip), $]], Port);
+endpoint(Where, Port) -> endpoint(address(Where), Port).
 
 %% ---- the firewall of a host ----
 
@@ -133,34 +197,55 @@ open(Host) ->
     ok.
 
 nft(Host, Script) ->
-    {Executable, Args} = command(Host, tool("nft"), [Script]),
-    succeed(Executable, Args).
+    succeed(Host, "nft", [Script]).
 
 %% ---- what runs on a host ----
 
 %% A BEAM node, as those of macula_peer_test.
 start_node(Host) ->
-    macula_peer_test:start_node(macula_peer_test:node_paths(), #{exec => command(Host, tool("erl"), [])}).
+    start_node(Host, []).
+
+%% With variables of its environment.
+start_node(Host, Variables) ->
+    macula_peer_test:start_node(macula_peer_test:node_paths(),
+                                #{exec => command(Host, tool("erl"), []), env => Variables}).
 
 %% A command line that runs the program on the host.
 command(here, Program, Args) -> {Program, Args};
-command({?MODULE, Name, _Address}, Program, Args) -> {tool("ip"), ["netns", "exec", Name, Program | Args]}.
+command(Host, Program, Args) -> {tool("ip"), ["netns", "exec", name(Host), Program | Args]}.
 
 %% A UDP socket of this process, on the host.
-socket({?MODULE, Name, Address}, Port) ->
-    Options = [binary, {active, false}, {ip, Address}, {netns, "/run/netns/" ++ Name}],
-    {ok, Socket} = gen_udp:open(Port, Options),
+socket(Host, Port) ->
+    socket(Host, address(Host), Port).
+
+socket(Host, Address, Port) ->
+    Family = case size(Address) of 4 -> inet; 8 -> inet6 end,
+    {ok, Socket} = gen_udp:open(Port, [Family, binary, {active, false}, {ip, Address}, {netns, netns(Host)}]),
     Socket.
+
+%% The file that stands for the host's network.
+netns(Host) ->
+    "/run/netns/" ++ name(Host).
 
 %% ---- commands ----
 
-ip(Args) ->
-    succeed(tool("ip"), Args).
+%% What `ip' says to these words on the host.
+ip(Host, Words) ->
+    ip(["-n", name(Host) | string:lexemes(Words, " ")]).
 
-succeed(Program, Args) ->
-    case run(Program, Args) of
+ip(Args) ->
+    succeed(here, "ip", Args).
+
+%% Sets what the host's kernel has below /proc/sys/net.
+kernel(Host, Setting, Value) ->
+    succeed(Host, "sh", ["-c", "echo " ++ integer_to_list(Value) ++ " > /proc/sys/net/" ++ Setting]),
+    ok.
+
+succeed(Where, Tool, Args) ->
+    {Program, AllArgs} = command(Where, tool(Tool), Args),
+    case run(Program, AllArgs) of
         {0, Output} -> Output;
-        {Status, Output} -> error({command_failed, [Program | Args], Status, Output})
+        {Status, Output} -> error({command_failed, [Program | AllArgs], Status, Output})
     end.
 
 run(Program, Args) ->

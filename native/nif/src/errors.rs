@@ -3,7 +3,7 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, IdentityError, ListenError, ReplyError, RequestError, RouteError, SendError,
+    ConnectError, EndpointError, IdentityError, ListenError, PunchError, ReplyError, RequestError, RouteError, SendError,
     StartError, TlsError, UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
@@ -38,7 +38,8 @@ impl Reason for ConnectError {
     }
 }
 
-trait Why {
+/// What is wrapped differently where it is told.
+pub(crate) trait Why {
     fn why<'a>(&self, env: Env<'a>) -> Term<'a>;
 }
 
@@ -57,14 +58,34 @@ impl Why for ConnectError {
 
 impl Reason for RouteError {
     fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
-        let why = match self {
+        (atoms::nat_connection_failed(), self.why(env)).encode(env)
+    }
+}
+
+impl Why for RouteError {
+    fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
             // Whether other relays were meant is known to Erlang.
             Self::NoRelay => (atoms::no_relay_available(), atoms::no_bootstrap_peers()).encode(env),
             Self::Relay(error) => (atoms::relay_connect_failed(), error.why(env)).encode(env),
             Self::Setup(refusal) => (atoms::relay_setup_failed(), atoms::named(env, refusal.name())).encode(env),
             Self::Node(error) => error.reason(env),
-        };
-        (atoms::nat_connection_failed(), why).encode(env)
+        }
+    }
+}
+
+impl Why for PunchError {
+    fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::Skipped => atoms::hole_punch_skipped().encode(env),
+            Self::BothHard => atoms::both_hard().encode(env),
+            Self::NotAllowed => atoms::not_allowed().encode(env),
+            Self::TimedOut => atoms::timeout().encode(env),
+            Self::Busy => atoms::busy().encode(env),
+            Self::Relay(error) => (atoms::relay_connect_failed(), error.why(env)).encode(env),
+            Self::Refused(refusal) => (atoms::relay_setup_failed(), atoms::named(env, refusal.name())).encode(env),
+            Self::Connect(error) => error.reason(env),
+        }
     }
 }
 

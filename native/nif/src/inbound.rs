@@ -3,13 +3,14 @@
 use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
 
-use macula_peer::{Dialect, Event, Handler, Inbound, Path, PeerName, Registration, ReplyToken, Unhandled};
+use macula_peer::{Dialect, Event, Failures, Handler, Inbound, Path, PeerName, Registration, ReplyToken, Unhandled};
 use macula_peer_wire::{Limits, decode_payload};
 use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, ResourceArc, Term};
 
 use crate::atoms;
 use crate::decode::Terms;
-use crate::errors::{Reason, binary, bytes_term};
+use crate::errors::{Why, Reason, binary, bytes_term};
+use crate::nat;
 
 /// Payloads from this size on are copied once, as a whole, and the binaries in them refer to the copy.
 const SHARED_PAYLOAD: usize = 16 << 10;
@@ -81,12 +82,35 @@ fn fields<'a>(env: Env<'a>, event: &Event) -> Vec<(Atom, Term<'a>)> {
                 (atoms::reason(), reason.encode(env)),
             ]
         }
+        Event::Nat(status) => {
+            let mut fields = nat::fields(env, status);
+            fields.push((atoms::event(), atoms::nat_profile().encode(env)));
+            fields
+        }
+        Event::Path { peer, path, failures } => vec![
+            (atoms::event(), atoms::path().encode(env)),
+            (atoms::peer(), peer_name(env, peer)),
+            (atoms::path(), self::path(*path).encode(env)),
+            (atoms::failed(), self::failures(env, failures)),
+        ],
         Event::RelayLimit { relay, limit } => vec![
             (atoms::event(), atoms::relay_limit().encode(env)),
             (atoms::relay(), binary(env, &relay.to_string())),
             (atoms::limit(), atoms::named(env, limit.name()).encode(env)),
         ],
     }
+}
+
+/// Why paths could not be had.
+pub(crate) fn failures<'a>(env: Env<'a>, failures: &Failures) -> Term<'a> {
+    let Failures { direct, hole_punch, relay } = failures;
+    let all = [
+        (atoms::direct(), direct.as_ref().map(|error| error.why(env))),
+        (atoms::hole_punch(), hole_punch.as_ref().map(|error| error.why(env))),
+        (atoms::relay(), relay.as_ref().map(|error| error.why(env))),
+    ];
+    let failed: Vec<_> = all.into_iter().filter_map(|(path, why)| Some((path, why?))).collect();
+    map(env, &failed)
 }
 
 /// Its endpoint, or `{node, NodeId}`.
@@ -110,6 +134,7 @@ pub(crate) fn registration(env: Env<'_>, state: Registration) -> (Atom, Atom) {
 pub(crate) fn path(path: Path) -> Atom {
     match path {
         Path::Direct => atoms::direct(),
+        Path::HolePunch => atoms::hole_punch(),
         Path::Relay(_) => atoms::relay(),
     }
 }

@@ -12,6 +12,7 @@ mod encode;
 mod errors;
 mod inbound;
 mod log;
+mod nat;
 mod options;
 mod stats;
 mod whom;
@@ -410,6 +411,27 @@ fn answer<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>, 
 fn stats(env: Env<'_>) -> Term<'_> {
     match engine() {
         Some(engine) => stats::term(env, &engine.stats()),
+        None => atoms::not_started().encode(env),
+    }
+}
+
+/// A host may have many interfaces to look through.
+#[rustler::nif]
+fn path<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
+    let text = Text::of(peer);
+    match (Whom::read(peer, &text), engine()) {
+        (Ok(whom), Some(engine)) => {
+            (atoms::ok(), stats::path(env, &engine.path(&whom.target()))).encode(env)
+        }
+        (Err(misnamed), _) => misnamed.error(env, peer),
+        (Ok(_), None) => atoms::not_started().encode(env),
+    }
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn nat_profile(env: Env<'_>) -> Term<'_> {
+    match engine() {
+        Some(engine) => nat::term(env, &engine.nat_profile()),
         None => atoms::not_started().encode(env),
     }
 }

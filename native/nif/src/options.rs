@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use macula_peer::{
-    Certificate, Config, Delivery, Endpoint, Fingerprint, Listen, MAX_RELAYS, RelayConfig, Secret, Verify,
+    Certificate, Config, Delivery, Endpoint, Fingerprint, HolePunching, Listen, MAX_RELAYS, RelayConfig, Secret, Verify,
 };
 use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term};
 
@@ -112,6 +112,14 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
         key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
         key if key == atoms::node_id() => config.node_id = Some(node_id(value)?),
         key if key == atoms::relays() => config.relays = endpoints(value)?,
+        key if key == atoms::hole_punching() => {
+            config.hole_punching = match Atom::from_term(value).ok()? {
+                value if value == atoms::on() => HolePunching::On,
+                value if value == atoms::plain() => HolePunching::Plain,
+                value if value == atoms::off() => HolePunching::Off,
+                _ => return None,
+            }
+        }
         _ => return None,
     }
     Some(())
@@ -137,6 +145,8 @@ fn relay(value: Term<'_>) -> Result<RelayConfig, InvalidOption<'_>> {
             key if key == atoms::idle_timeout() => config.idle_timeout = time(value)?,
             key if key == atoms::grace() => config.grace = pause(value)?,
             key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
+            key if key == atoms::probe_port() => config.probe_port = port(value)?,
+            key if key == atoms::probe_ip() => config.probe_ip = Some(ip(value)?),
             _ => return None,
         }
         Some(())

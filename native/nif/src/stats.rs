@@ -1,6 +1,6 @@
 //! What is counted, as a map.
 
-use macula_peer::{AcceptedStats, LinkStats, PeerName, PeerStats, RegistrationStats, RelayStats, Stats};
+use macula_peer::{AcceptedStats, LinkStats, PathStatus, PeerName, PeerStats, RegistrationStats, RelayStats, Stats};
 use rustler::{Atom, Encoder, Env, Term};
 
 use crate::atoms;
@@ -92,6 +92,17 @@ fn peer<'a>(env: Env<'a>, stats: &PeerStats) -> Term<'a> {
         (atoms::unacknowledged_bytes(), stats.unacknowledged_bytes.encode(env)),
     ];
     if let Some(live) = &stats.link {
+        fields.extend(link(env, live));
+    }
+    map(env, &fields)
+}
+
+/// How a peer is reached.
+pub(crate) fn path<'a>(env: Env<'a>, status: &PathStatus) -> Term<'a> {
+    let path = status.link.map_or_else(atoms::none, |link| inbound::path(link.path));
+    let mut fields =
+        vec![(atoms::path(), path.encode(env)), (atoms::failed(), inbound::failures(env, &status.failures))];
+    if let Some(live) = &status.link {
         fields.extend(link(env, live));
     }
     map(env, &fields)

@@ -116,6 +116,7 @@ pub(crate) fn ways(options: Term<'_>) -> Result<Ways, Misnamed<'_>> {
             key if key == atoms::endpoints() => ways.endpoints = all(value, Misnamed::Endpoint, &mut misnamed)?,
             key if key == atoms::relays() => ways.relays = all(value, Misnamed::Relay, &mut misnamed)?,
             key if key == atoms::last_resorts() => ways.last_resorts = all(value, Misnamed::Relay, &mut misnamed)?,
+            key if key == atoms::hole_punch() => ways.hole_punch = Some(value.decode().ok()?),
             key if key == atoms::fingerprint() => ways.key = Some(options::fingerprint(value)?),
             _ => return None,
         }

@@ -225,8 +225,8 @@ pub enum Event {
     Path {
         /// The peer.
         peer: PeerName,
-        /// The path. `None`: there is none.
-        path: Option<Path>,
+        /// The path.
+        path: Path,
         /// Why others could not be had.
         failures: Failures,
     },

@@ -1,7 +1,7 @@
 //! What this node finds out about the NAT that it is behind, by asking its relays.
 //!
-//! Three rounds of questions: where relays see the main socket; where they see new sockets, of which the first asks all
-//! of them and the others one; and whether the last of these hears of addresses that it has sent nothing to. What the
+//! Three rounds of questions: where relays see the main socket; where they see new sockets, of which the first asks at all
+//! of their addresses and the others at one; and whether the last of these hears of addresses that it has sent nothing to. What the
 //! answers mean, `decide::nat` knows.
 
 use std::cmp::Reverse;
@@ -138,7 +138,7 @@ pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> 
     let probed = node.clients.probed_relay(relay)?;
     let mut asking = Asking::new(node, vec![probed]);
     let by = asking.open().ok()?;
-    let probe = asking.probe(by, 0, Port::First, None);
+    let probe = asking.probe(by, 0, At::Relay, None)?;
     asking.ask(&mut [probe], FIRST_PATIENCE / 2).await.first()?.map(|answer| answer.seen)
 }
 
@@ -193,26 +193,26 @@ async fn find_out(node: &Node, relays: Vec<Probed>) -> Option<Found> {
 
     let mut main = Vec::new();
     for relay in 0..asking.relays.len() {
-        main.extend([Port::First, Port::Second].map(|port| asking.probe(MAIN, relay, port, None)));
+        main.extend(At::ALL.into_iter().filter_map(|at| asking.probe(MAIN, relay, at, None)));
     }
     let answers = asking.ask(&mut main, FIRST_PATIENCE).await;
     let observations = observed(&asking, &main, &answers);
     let answered = |n: &usize| answers[*n].is_some();
     // The relay that is asked by all new sockets: the quickest of those that answer.
-    let first = (0..main.len()).filter(|n| main[*n].port == Port::First).filter(answered);
+    let first = (0..main.len()).filter(|n| main[*n].at == At::Relay).filter(answered);
     let first = first.min_by_key(|n| answers[*n].map(|answer| answer.after))?;
     let seen = answers[first]?.seen;
     let longest = answers.iter().flatten().map(|answer| answer.after).max()?;
     let patience = (longest * ROUND_TRIPS).clamp(LEAST_PATIENCE, FIRST_PATIENCE);
     let first = main[first].relay;
-    let answering: Vec<_> = (0..main.len()).filter(answered).map(|n| (main[n].relay, main[n].port)).collect();
+    let answering: Vec<_> = (0..main.len()).filter(answered).map(|n| (main[n].relay, main[n].at)).collect();
 
     let mut new = Vec::new();
     for n in 0..NEW_SOCKETS {
         let by = asking.open().map_err(|error| tracing::debug!(%error, "no socket to ask with")).ok()?;
         match n {
-            0 => new.extend(answering.iter().map(|&(relay, port)| asking.probe(by, relay, port, None))),
-            _ => new.push(asking.probe(by, first, Port::First, None)),
+            0 => new.extend(answering.iter().filter_map(|&(relay, at)| asking.probe(by, relay, at, None))),
+            _ => new.extend(asking.probe(by, first, At::Relay, None)),
         }
     }
     let answers = asking.ask(&mut new, patience).await;
@@ -220,28 +220,8 @@ async fn find_out(node: &Node, relays: Vec<Probed>) -> Option<Found> {
 
     // The last one has asked nobody else.
     if let (Some(last), Some(Some(answer))) = (new.last(), answers.last()) {
-        let mut unsolicited = Vec::new();
-        let mut meanings = Vec::new();
-        let known = asking.relays[first].relay;
-        let meaning = |from: SocketAddr| match from.ip() == known.ip() {
-            true => Unsolicited::OtherPort,
-            false => Unsolicited::OtherAddress,
-        };
-        if answering.contains(&(first, Port::Second)) {
-            let second = asking.relays[first].second();
-            unsolicited.push(asking.probe(last.by, first, Port::First, Some(Elsewhere::Second)));
-            meanings.push(meaning(second));
-        }
-        for &(relay, port) in answering.iter().filter(|(relay, _)| *relay != first) {
-            // Only to that address does a relay answer.
-            if port == Port::First && asking.relays[relay].seen_at.ip() == answer.seen.ip() {
-                unsolicited.extend(asking.probe_for(last.by, answer.seen.port(), relay));
-                meanings.push(meaning(asking.relays[relay].relay));
-            }
-        }
-        let heard = asking.ask(&mut unsolicited, patience).await;
-        for (meaning, heard) in meanings.into_iter().zip(heard) {
-            observations_new.answered(meaning, heard.is_some());
+        for (from, came) in unsolicited(&mut asking, &answering, last, answer.seen, patience).await {
+            observations_new.answered(from, came);
         }
     }
 
@@ -249,6 +229,35 @@ async fn find_out(node: &Node, relays: Vec<Probed>) -> Option<Found> {
     // That of the socket that counts, if it is known.
     let mapping = observations.profile().mapping.or(profile.mapping);
     Some(Found { profile: NatProfile { mapping, ..profile }, observed: Some(seen), since: Some(SystemTime::now()) })
+}
+
+/// Whether a socket hears of where it has sent nothing. It has asked `known`, and is seen at `seen`.
+async fn unsolicited(
+    asking: &mut Asking<'_>,
+    answering: &[(usize, At)],
+    known: &Probe,
+    seen: SocketAddr,
+    patience: Duration,
+) -> Vec<(Unsolicited, bool)> {
+    let mut probes = Vec::new();
+    for &(relay, at) in answering {
+        probes.extend(match (relay == known.relay, at) {
+            (true, At::Relay) => None,
+            (true, elsewhere) => asking.probe(known.by, relay, At::Relay, Some(Elsewhere::From(elsewhere))),
+            // Only to that address does a relay answer.
+            (false, At::Relay) if asking.relays[relay].seen_at.ip() == seen.ip() => {
+                let new = NonZeroU16::new(seen.port()).map(|port| Elsewhere::To(known.by, port));
+                new.and_then(|new| asking.probe(MAIN, relay, At::Relay, Some(new)))
+            }
+            (false, _) => None,
+        });
+    }
+    let heard = asking.ask(&mut probes, patience).await;
+    let meant = probes.iter().map(|probe| match probe.answer.1.ip() == known.to.ip() {
+        true => Unsolicited::OtherPort,
+        false => Unsolicited::OtherAddress,
+    });
+    meant.zip(heard).map(|(from, heard)| (from, heard.is_some())).collect()
 }
 
 fn observed(asking: &Asking<'_>, probes: &[Probe], answers: &[Option<Answer>]) -> Observations {
@@ -277,19 +286,34 @@ struct Asking<'a> {
     hear: mpsc::Sender<Heard>,
 }
 
-/// Which of a relay's two sockets.
+/// Where a relay answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Port {
-    First,
-    Second,
+enum At {
+    /// Where this node is registered.
+    Relay,
+    OtherPort,
+    OtherAddress,
+}
+
+impl At {
+    const ALL: [Self; 3] = [Self::Relay, Self::OtherPort, Self::OtherAddress];
+
+    /// `None`: the relay has no such address.
+    fn of(self, probed: &Probed) -> Option<SocketAddr> {
+        match self {
+            Self::Relay => Some(probed.relay),
+            Self::OtherPort => Some(probed.other_port()),
+            Self::OtherAddress => probed.other_address(),
+        }
+    }
 }
 
 /// Where an answer is to come from or go to, if not back the way that the question took.
 #[derive(Debug, Clone, Copy)]
 enum Elsewhere {
-    /// From the relay's second socket.
-    Second,
-    /// To the new socket of this number, which has this port.
+    /// From there.
+    From(At),
+    /// To the new socket of this number, which has this port outside.
     To(usize, NonZeroU16),
 }
 
@@ -297,7 +321,7 @@ enum Elsewhere {
 struct Probe {
     by: usize,
     relay: usize,
-    port: Port,
+    at: At,
     to: SocketAddr,
     signal: Signal,
     /// By which socket the answer comes, and from where.
@@ -342,26 +366,24 @@ impl<'a> Asking<'a> {
         }
     }
 
-    fn probe(&self, by: usize, relay: usize, port: Port, elsewhere: Option<Elsewhere>) -> Probe {
+    fn probe(&self, by: usize, relay: usize, at: At, elsewhere: Option<Elsewhere>) -> Option<Probe> {
         let probed = &self.relays[relay];
-        let to = match port {
-            Port::First => probed.relay,
-            Port::Second => probed.second(),
-        };
+        let to = at.of(probed)?;
         let (from, to_port, answer) = match elsewhere {
             None => (AnswerFrom::Same, None, (by, to)),
-            Some(Elsewhere::Second) => (AnswerFrom::Other, None, (by, probed.second())),
+            Some(Elsewhere::From(elsewhere)) => {
+                let from = match elsewhere {
+                    At::Relay => AnswerFrom::Same,
+                    At::OtherPort => AnswerFrom::OtherPort,
+                    At::OtherAddress => AnswerFrom::OtherAddress,
+                };
+                (from, None, (by, elsewhere.of(probed)?))
+            }
             Some(Elsewhere::To(socket, port)) => (AnswerFrom::Same, Some(port), (socket, to)),
         };
         let body = Body::ProbeRequest { from, to_port };
         let signal = Signal { id: probed.probes.id, nonce: fastrand::u64(..), body };
-        Probe { by, relay, port, to, signal, answer, sent: None }
-    }
-
-    /// Asks over the main socket for an answer to a new one, which the NAT has given this port.
-    fn probe_for(&self, new: usize, port: u16, relay: usize) -> Option<Probe> {
-        let elsewhere = Elsewhere::To(new, NonZeroU16::new(port)?);
-        Some(self.probe(MAIN, relay, Port::First, Some(elsewhere)))
+        Some(Probe { by, relay, at, to, signal, answer, sent: None })
     }
 
     /// Asks everything, in this order, and waits until all is answered, for so long at most.

@@ -97,7 +97,7 @@ impl Peers {
 
 struct ServingRelay {
     relay: Arc<Relay>,
-    /// The task of its second socket.
+    /// The task of its other sockets.
     answering: AbortHandle,
 }
 
@@ -352,7 +352,7 @@ impl Node {
             let _inside = self.runtime.enter();
             Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port)?
         };
-        let answering = self.spawn(responder.clone().answer_second(Arc::downgrade(self)));
+        let answering = self.spawn(responder.clone().answer_others(Arc::downgrade(self)));
         self.set_relay(Some(ServingRelay { relay: Relay::new(config, responder), answering }));
         Ok(())
     }

@@ -1057,7 +1057,7 @@ impl Task {
         let failures = lock(&self.peer.state).failures.clone();
         if self.told.as_ref().is_none_or(|told| (&told.0, &told.1) != (&path, &failures)) {
             self.told = Some((path, failures.clone()));
-            self.node().event(Event::Path { peer: self.peer.name.clone(), path: Some(path), failures });
+            self.node().event(Event::Path { peer: self.peer.name.clone(), path, failures });
         }
     }
 

@@ -109,13 +109,19 @@ pub(crate) enum Body {
     Pong { sender: Role },
 }
 
-/// Which socket of the relay is to answer.
+/// From where the relay is to answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AnswerFrom {
-    /// The one that got the request.
+    /// Where it got the request.
     Same,
-    /// The relay's other one.
-    Other,
+    /// The other port.
+    OtherPort,
+    /// The other address, if it has one.
+    OtherAddress,
+}
+
+impl AnswerFrom {
+    const ALL: [Self; 3] = [Self::Same, Self::OtherPort, Self::OtherAddress];
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -221,8 +227,6 @@ impl<'a> Unverified<'a> {
     }
 }
 
-const OTHER: u8 = 1;
-
 impl Body {
     fn kind(&self) -> Kind {
         match self {
@@ -237,7 +241,7 @@ impl Body {
     fn put(&self, to: &mut [u8]) {
         match *self {
             Self::ProbeRequest { from, to_port } => {
-                to[0] = if from == AnswerFrom::Other { OTHER } else { 0 };
+                to[0] = from as u8;
                 to[1..3].copy_from_slice(&to_port.map_or(0, NonZeroU16::get).to_be_bytes());
             }
             Self::ProbeReply { observed } => {
@@ -259,7 +263,7 @@ impl Body {
         match kind {
             Kind::ProbeRequest => {
                 let to_port = NonZeroU16::new(port(1));
-                let from = if from[0] & OTHER == 0 { AnswerFrom::Same } else { AnswerFrom::Other };
+                let from = AnswerFrom::ALL.into_iter().find(|&known| known as u8 == from[0])?;
                 Some(Self::ProbeRequest { from, to_port })
             }
             Kind::ProbeReply => {
@@ -289,7 +293,7 @@ mod tests {
     }
 
     fn body() -> impl Strategy<Value = Body> {
-        let from = prop::sample::select(vec![AnswerFrom::Same, AnswerFrom::Other]);
+        let from = prop::sample::select(AnswerFrom::ALL.to_vec());
         let request =
             (from, any::<u16>()).prop_map(|(from, port)| Body::ProbeRequest { from, to_port: NonZeroU16::new(port) });
         let v4 = any::<([u8; 4], u16)>().prop_map(|(ip, port)| SocketAddr::from((ip, port)));

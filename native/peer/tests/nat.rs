@@ -185,6 +185,10 @@ impl Drop for Forgetful {
 
 // ---- what a relay answers, and what not ----
 
+const SAME: u8 = 0;
+const OTHER_PORT: u8 = 1;
+const OTHER_ADDRESS: u8 = 2;
+
 struct Asker {
     _control: Stream,
     _connection: quinn::Connection,
@@ -215,11 +219,11 @@ async fn asker(relay: &str, name: &str) -> Asker {
 }
 
 impl Asker {
-    fn request(&self, nonce: u64, other: bool, to_port: u16) -> Vec<u8> {
+    fn request(&self, nonce: u64, from: u8, to_port: u16) -> Vec<u8> {
         let mut request = vec![0x08, 1];
         request.extend_from_slice(&self.id);
         request.extend_from_slice(&nonce.to_be_bytes());
-        request.push(other.into());
+        request.push(from);
         request.extend_from_slice(&to_port.to_be_bytes());
         request.resize(36, 0);
         let mac = hmac::sign(&self.key, &request);
@@ -247,21 +251,49 @@ fn a_relay_answers_from_both_ports_and_to_another_one_of_the_node() {
         let asker = asker(&address, "node").await;
         let me = asker.socket.local_addr().unwrap();
         for (to, other, from) in [
-            (asker.relay, false, asker.relay),
-            (asker.relay, true, asker.second),
-            (asker.second, false, asker.second),
-            (asker.second, true, asker.relay),
+            (asker.relay, SAME, asker.relay),
+            (asker.relay, OTHER_PORT, asker.second),
+            (asker.second, SAME, asker.second),
+            (asker.second, OTHER_PORT, asker.relay),
         ] {
             asker.socket.send_to(&asker.request(1, other, 0), to).unwrap();
             assert_eq!(asker.answer(&asker.socket), (from, 1, me));
         }
+        // It has no other address.
+        asker.socket.send_to(&asker.request(7, OTHER_ADDRESS, 0), asker.relay).unwrap();
+        asker.socket.send_to(&asker.request(7, 3, 0), asker.relay).unwrap();
+        asker.socket.send_to(&asker.request(8, SAME, 0), asker.relay).unwrap();
+        assert_eq!(asker.answer(&asker.socket), (asker.relay, 8, me));
         let another = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         another.set_read_timeout(Some(PATIENCE)).unwrap();
         let port = another.local_addr().unwrap().port();
-        asker.socket.send_to(&asker.request(2, true, port), asker.relay).unwrap();
+        asker.socket.send_to(&asker.request(2, OTHER_PORT, port), asker.relay).unwrap();
         assert_eq!(asker.answer(&another), (asker.second, 2, me));
     });
     relay.stop();
+}
+
+#[test]
+fn a_relay_answers_from_its_other_address_wherever_it_is_bound() {
+    for ip in [Ipv4Addr::LOCALHOST, Ipv4Addr::UNSPECIFIED] {
+        let config = RelayConfig { probe_ip: Some(SECOND.into()), ..RelayConfig::default() };
+        let (relay, address) = relay_at(ip, config);
+        tokio_runtime(2).unwrap().block_on(async {
+            let asker = asker(&address.replace("0.0.0.0", "127.0.0.1"), "node").await;
+            let me = asker.socket.local_addr().unwrap();
+            let third = SocketAddr::from((SECOND, asker.second.port()));
+            for (to, other, from) in [
+                (asker.relay, OTHER_PORT, asker.second),
+                (asker.relay, OTHER_ADDRESS, third),
+                (asker.second, OTHER_ADDRESS, third),
+                (third, SAME, third),
+            ] {
+                asker.socket.send_to(&asker.request(1, other, 0), to).unwrap();
+                assert_eq!(asker.answer(&asker.socket), (from, 1, me));
+            }
+        });
+        relay.stop();
+    }
 }
 
 #[test]
@@ -269,15 +301,15 @@ fn a_relay_answers_nobody_else_nowhere_else_and_not_without_end() {
     let (relay, address) = relay();
     tokio_runtime(2).unwrap().block_on(async {
         let asker = asker(&address, "node").await;
-        let good = asker.request(1, false, 0);
+        let good = asker.request(1, SAME, 0);
         // Not the node's address: not answered there, and not anywhere.
         let elsewhere = UdpSocket::bind((SECOND, 0)).unwrap();
         let third = UdpSocket::bind((SECOND, 0)).unwrap();
         elsewhere.send_to(&good, asker.relay).unwrap();
-        let to_third = asker.request(2, false, third.local_addr().unwrap().port());
+        let to_third = asker.request(2, SAME, third.local_addr().unwrap().port());
         elsewhere.send_to(&to_third, asker.relay).unwrap();
         // A server's port.
-        asker.socket.send_to(&asker.request(3, false, 53), asker.relay).unwrap();
+        asker.socket.send_to(&asker.request(3, SAME, 53), asker.relay).unwrap();
         // Nobody's secret, another one's, and what is no request.
         let mut forged = good.clone();
         forged[51] ^= 1;
@@ -291,7 +323,7 @@ fn a_relay_answers_nobody_else_nowhere_else_and_not_without_end() {
             asker.socket.send_to(bad, asker.second).unwrap();
         }
         elsewhere.send_to(&good, asker.second).unwrap();
-        asker.socket.send_to(&asker.request(4, false, 0), asker.relay).unwrap();
+        asker.socket.send_to(&asker.request(4, SAME, 0), asker.relay).unwrap();
         assert_eq!(asker.answer(&asker.socket).1, 4, "the first that is answered");
         for silent in [&elsewhere, &third] {
             silent.set_nonblocking(true).unwrap();
@@ -330,11 +362,11 @@ fn a_secret_is_good_as_long_as_the_registration() {
         assert_ne!(gone.id, here.id);
         gone._connection.close(0u8.into(), b"");
         eventually("gone", || relay.stats().relay.unwrap().registrations == 1).await;
-        gone.socket.send_to(&gone.request(1, false, 0), gone.relay).unwrap();
-        gone.socket.send_to(&gone.request(2, false, 0), gone.second).unwrap();
+        gone.socket.send_to(&gone.request(1, SAME, 0), gone.relay).unwrap();
+        gone.socket.send_to(&gone.request(2, SAME, 0), gone.second).unwrap();
         // One after the other to each port: what is answered after them shows that they were not.
         for to in [here.relay, here.second] {
-            here.socket.send_to(&here.request(3, false, 0), to).unwrap();
+            here.socket.send_to(&here.request(3, SAME, 0), to).unwrap();
             assert_eq!(here.answer(&here.socket).1, 3);
         }
         gone.socket.set_nonblocking(true).unwrap();
@@ -342,7 +374,7 @@ fn a_secret_is_good_as_long_as_the_registration() {
 
         // A node that is no relay any more answers nobody.
         assert!(relay.close());
-        here.socket.send_to(&here.request(4, false, 0), here.relay).unwrap();
+        here.socket.send_to(&here.request(4, SAME, 0), here.relay).unwrap();
         here.socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
         assert!(here.socket.recv_from(&mut [0; 100]).is_err());
         // And its second port is free again.

@@ -238,6 +238,7 @@ impl Coordinator {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn sessions(&self) -> usize {
         self.sessions.len()
     }

@@ -131,9 +131,16 @@ pub(crate) struct Probed {
 }
 
 impl Probed {
-    /// The other address that it answers from.
-    pub(crate) fn second(&self) -> SocketAddr {
-        SocketAddr::new(self.probes.ip.unwrap_or(self.relay.ip()), self.probes.port)
+    /// Its other port.
+    pub(crate) fn other_port(&self) -> SocketAddr {
+        SocketAddr::new(self.relay.ip(), self.probes.port)
+    }
+
+    /// Its other address, if it has one that is of any use.
+    pub(crate) fn other_address(&self) -> Option<SocketAddr> {
+        let relay = self.relay.ip();
+        let ip = self.probes.ip.filter(|&ip| ip.is_ipv4() == relay.is_ipv4() && ip != relay)?;
+        Some(SocketAddr::new(ip, self.probes.port))
     }
 }
 

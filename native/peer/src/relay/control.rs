@@ -114,7 +114,7 @@ pub(crate) struct Probes {
     pub(crate) secret: Secret,
     /// The relay's second port.
     pub(crate) port: u16,
-    /// The address of that. `None`: the one that the relay has anyway.
+    /// The relay's second address, which has that port too.
     pub(crate) ip: Option<IpAddr>,
 }
 

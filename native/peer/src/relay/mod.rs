@@ -50,7 +50,8 @@ pub struct RelayConfig {
     /// The port from which a relay also answers, so that nodes find out what their NATs are like. Default 0: the system
     /// chooses.
     pub probe_port: u16,
-    /// The address that this port is at. Default `None`: where the relay is. Another one tells nodes more about their NATs.
+    /// Another address of the host, from which a relay also answers at that port. Default `None`: it is left to other relays
+    /// to tell nodes whether their NATs treat addresses differently.
     pub probe_ip: Option<IpAddr>,
 }
 

@@ -5,6 +5,7 @@
 //! from, nowhere else: nobody can have a relay send to a third.
 
 use std::collections::HashMap;
+use std::future::pending;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
@@ -34,15 +35,23 @@ const LOWEST_PORT: u16 = 1024;
 /// The kernel joins as many datagrams of one sender.
 const JOINED: usize = 64;
 
-/// A relay's second socket, and who may ask.
+/// A relay's other sockets, and who may ask.
 pub(crate) struct Responder {
-    io: UdpSocket,
-    state: UdpSocketState,
-    local: SocketAddr,
-    /// What nodes are told, if not the address that they know.
-    ip: Option<IpAddr>,
+    /// At the address of the main socket.
+    second: Beside,
+    /// At the relay's other address. None, if the second is at every address.
+    third: Option<Beside>,
+    other_ip: Option<IpAddr>,
     /// One for each registration.
     asking: Mutex<HashMap<u64, Asking>>,
+}
+
+/// Where a request came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    Main,
+    Second,
+    Third,
 }
 
 /// A node that is registered.
@@ -74,12 +83,16 @@ struct Answer {
 }
 
 impl Responder {
-    /// Opens a port (0: any) of `ip`, or of the address that the main socket has. Must be called inside the runtime.
-    pub(crate) fn bind(main: IpAddr, ip: Option<IpAddr>, port: u16) -> io::Result<Arc<Self>> {
-        let io = UdpSocket::from_std(open((ip.unwrap_or(main), port).into())?)?;
-        let state = UdpSocketState::new(UdpSockRef::from(&io))?;
-        let local = io.local_addr()?;
-        Ok(Arc::new(Self { io, state, local, ip, asking: Mutex::default() }))
+    /// Opens a port (0: any) of the address that the main socket has, and of `other_ip`. Must be called inside the runtime.
+    pub(crate) fn bind(main: IpAddr, other_ip: Option<IpAddr>, port: u16) -> io::Result<Arc<Self>> {
+        let second = Beside::bind(main, port)?;
+        let third = match other_ip {
+            // Only whether the host has it.
+            Some(ip) if main.is_unspecified() => Beside::bind(ip, 0).map(|_| None)?,
+            Some(ip) => Some(Beside::bind(ip, second.local.port())?),
+            None => None,
+        };
+        Ok(Arc::new(Self { second, third, other_ip, asking: Mutex::default() }))
     }
 
     /// Lets the node at the other end of a connection ask until the place is dropped. `None`: the system has no random
@@ -91,41 +104,61 @@ impl Responder {
         let id = std::iter::repeat_with(|| fastrand::u64(..)).find(|id| !asking.contains_key(id))?;
         asking.insert(id, Asking { connection, key: Key::from(&secret), rate });
         let place = Place { responder: Arc::downgrade(self), id };
-        Some((Probes { id, secret, port: self.local.port(), ip: self.ip }, place))
+        Some((Probes { id, secret, port: self.second.local.port(), ip: self.other_ip }, place))
     }
 
     /// Answers a request that came to the main socket of this node.
     pub(crate) fn answer_main(&self, node: &Node, received: &Received) {
-        let Some(Answer { from, to, signal }) = self.answer(received) else { return };
-        match from {
-            AnswerFrom::Same => node.socket().send_signal_from(received.to, to, &signal),
-            AnswerFrom::Other => self.send(self.other_source(received), to, &signal),
+        self.answer(node, At::Main, received);
+    }
+
+    /// Answers what comes to the other sockets, until the node is gone.
+    pub(crate) async fn answer_others(self: Arc<Self>, node: Weak<Node>) {
+        let third = async {
+            match &self.third {
+                Some(third) => self.answer_all(&node, third, At::Third).await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.answer_all(&node, &self.second, At::Second) => {}
+            () = third => {}
         }
     }
 
-    /// Answers what comes to the second socket. Does not end.
-    pub(crate) async fn answer_second(self: Arc<Self>, node: Weak<Node>) {
+    async fn answer_all(&self, node: &Weak<Node>, socket: &Beside, at: At) {
         let mut buffer = [0; JOINED * MAX_LEN];
         loop {
-            let Some(meta) = self.receive(&mut buffer).await else { continue };
+            let Some(meta) = socket.receive(&mut buffer).await else { continue };
             let Some(node) = node.upgrade() else { return };
             for datagram in buffer[..meta.len].chunks(meta.stride.max(1)) {
-                let Some(received) = Received::new(datagram, meta.addr, meta.dst_ip) else { continue };
-                let Some(Answer { from, to, signal }) = self.answer(&received) else { continue };
-                match from {
-                    AnswerFrom::Same => self.send(received.to, to, &signal),
-                    AnswerFrom::Other => node.socket().send_signal_from(self.other_source(&received), to, &signal),
+                if let Some(received) = Received::new(datagram, meta.addr, meta.dst_ip) {
+                    self.answer(&node, at, &received);
                 }
             }
         }
     }
 
-    /// The other socket is at the same address, unless it was given one of its own.
-    fn other_source(&self, received: &Received) -> Option<IpAddr> {
-        received.to.filter(|_| self.ip.is_none())
+    fn answer(&self, node: &Node, at: At, received: &Received) {
+        let Some(Answer { from, to, signal }) = self.make(received) else { return };
+        // A socket at every address answers from the one that was asked, the others from their own.
+        let source = received.to.filter(|_| self.second.local.ip().is_unspecified());
+        let (socket, source) = match (from, at) {
+            (AnswerFrom::Same, at) => (at, source),
+            (AnswerFrom::OtherPort, At::Main) => (At::Second, source),
+            (AnswerFrom::OtherPort, At::Second | At::Third) => (At::Main, source),
+            (AnswerFrom::OtherAddress, _) if self.other_ip.is_none() => return,
+            (AnswerFrom::OtherAddress, _) if self.third.is_some() => (At::Third, None),
+            (AnswerFrom::OtherAddress, _) => (At::Second, self.other_ip),
+        };
+        match (socket, &self.third) {
+            (At::Main, _) => node.socket().send_signal_from(source, to, &signal),
+            (At::Third, Some(third)) => third.send(source, to, &signal),
+            (At::Second | At::Third, _) => self.second.send(source, to, &signal),
+        }
     }
 
-    fn answer(&self, received: &Received) -> Option<Answer> {
+    fn make(&self, received: &Received) -> Option<Answer> {
         let unverified = Unverified::parse(received.bytes())?;
         let mut asking = lock(&self.asking);
         let Asking { connection, key, rate } = asking.get_mut(&unverified.id())?;
@@ -144,6 +177,22 @@ impl Responder {
         let to = SocketAddr::new(registered, port);
         let signal = Signal { id, nonce, body: Body::ProbeReply { observed: received.from } }.encode(key);
         Some(Answer { from, to, signal })
+    }
+}
+
+/// A socket beside the main one.
+struct Beside {
+    io: UdpSocket,
+    state: UdpSocketState,
+    local: SocketAddr,
+}
+
+impl Beside {
+    fn bind(ip: IpAddr, port: u16) -> io::Result<Self> {
+        let io = UdpSocket::from_std(open((ip, port).into())?)?;
+        let state = UdpSocketState::new(UdpSockRef::from(&io))?;
+        let local = io.local_addr()?;
+        Ok(Self { io, state, local })
     }
 
     async fn receive(&self, buffer: &mut [u8]) -> Option<RecvMeta> {

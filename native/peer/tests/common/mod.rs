@@ -153,8 +153,12 @@ impl Forwarder {
             while !stop.load(Ordering::Relaxed) {
                 let mut idle = true;
                 while let Ok((n, from)) = front.recv_from(&mut buffer) {
-                    client = Some(from);
                     idle = false;
+                    // The client's other sockets ask what its NAT is like, and get no answer.
+                    if buffer[0] < 0x40 {
+                        continue;
+                    }
+                    client = Some(from);
                     queue.push_back((Instant::now() + delay, true, buffer[..n].to_vec()));
                 }
                 while let Ok(n) = back.recv(&mut buffer) {

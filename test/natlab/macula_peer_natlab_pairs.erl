@@ -1,0 +1,168 @@
+%% Two nodes of the NAT laboratory meet: how soon the first message arrives, and which path there is in the end. Each host
+%% has a node, which is started once; for each meeting both engines are started anew, as nodes that nobody knows yet.
+-module(macula_peer_natlab_pairs).
+
+-export([start/1]).
+-export([meet/3, expected/2, judge/2, misses/2]).
+-export([first_message/3]).
+
+-import(macula_peer_test, [call/4]).
+
+%% Until a direct path is no longer waited for, in milliseconds: as long as a node may take to find one or say why not.
+-define(PATIENCE, 3000).
+-define(POLL, 5).
+%% Many on few processors.
+-define(SMALL, [{"ERL_FLAGS", "+S 1 +SDio 2 +A 1"}]).
+
+%% A relay on each relay host, and a node on each host of the sites, which are those of the laboratory.
+start(Lab) ->
+    Sites = macula_peer_natlab:sites(Lab),
+    Hosts = [Host || {Host, _} <- macula_peer_natlab:relays(Lab)]
+            ++ [Host || Site <- Sites, Host <- macula_peer_natlab:hosts(Lab, Site)],
+    Started = macula_peer_test:in_parallel(length(Hosts), fun(N) ->
+        macula_peer_net:start_node(lists:nth(N, Hosts), ?SMALL)
+    end),
+    Nodes = maps:from_list(lists:zip(Hosts, Started)),
+    Ports = maps:from_list([{Host, relay(maps:get(Host, Nodes))} || {Host, _} <- macula_peer_natlab:relays(Lab)]),
+    #{lab => Lab, nodes => Nodes, ports => Ports}.
+
+relay(Node) ->
+    {ok, {_, Port}} = call(Node, macula_peer_test, listen, [#{relay => #{}}]),
+    Port.
+
+%% ---- a meeting ----
+
+%% Of the nodes on the N-th hosts of two sites, of which the first sends to the other. What is wrong is `failed'.
+%% `first' and `direct' are the milliseconds until the first message had arrived and until there was a direct path
+%% (`none': there was not), `path' is the one in the end, and `said' the milliseconds until the node said that there is no
+%% direct one (`none': it did not), and `why'.
+meet(Pairs, From, To) ->
+    try
+        try_to_meet(Pairs, From, To)
+    catch
+        Class:Reason:Stack -> #{failed => {Class, Reason, Stack}}
+    end.
+
+try_to_meet(#{nodes := Nodes, lab := Lab} = Pairs, {FromSite, _} = From, {ToSite, _} = To) ->
+    [Sender, Target] = Both = [maps:get(host(Lab, At), Nodes) || At <- [From, To]],
+    [Name, Other] = Names = [crypto:strong_rand_bytes(32) || _ <- Both],
+    Relays = [relays(Pairs, Site) || Site <- [FromSite, ToSite]],
+    [ok, ok] = macula_peer_test:in_parallel(2, fun(N) ->
+        begin_anew(lists:nth(N, Both), lists:nth(N, Names), lists:nth(N, Relays))
+    end),
+    Id = erlang:unique_integer([positive]),
+    case call(Sender, ?MODULE, first_message, [Name, Other, Id]) of
+        {ok, Start, Outcome} ->
+            #{at := At} = macula_peer_relays:delivered(Target, Id),
+            confirm(Outcome#{first => (At - Start) div 1000}, Sender, {Name, Other}, Target);
+        {error, Reason} ->
+            #{failed => Reason}
+    end.
+
+host(Lab, {Site, N}) ->
+    lists:nth(N, macula_peer_natlab:hosts(Lab, Site)).
+
+relays(#{lab := Lab, ports := Ports}, Site) ->
+    [macula_peer_net:endpoint(Ip, maps:get(Host, Ports)) || {Host, [Ip | _]} <- macula_peer_natlab:relays(Lab, Site)].
+
+begin_anew(Node, Name, Relays) ->
+    ok = call(Node, macula_peer_relays, engine, [#{node_id => Name, relays => Relays, workers => 1}]),
+    Registered = fun() ->
+        #{registrations := All} = macula_peer_test:stats(Node),
+        length([registered || #{state := registered} <- All]) =:= length(Relays)
+    end,
+    macula_peer_test:until(Registered).
+
+%% Runs in the sender.
+first_message(Name, Other, Id) ->
+    Start = os:system_time(microsecond),
+    case macula_peer_connector:send_message_nat_aware(Name, Other, store, #{id => Id}) of
+        ok -> {ok, Start, outcome(Other, Start)};
+        {error, _} = Error -> Error
+    end.
+
+outcome(Other, Start) ->
+    Path = path(Other),
+    Ms = (os:system_time(microsecond) - Start) div 1000,
+    case Path of
+        #{path := Direct} when Direct =:= direct; Direct =:= hole_punch -> #{path => Direct, direct => Ms, said => none};
+        #{path := Relay, failed := #{hole_punch := _} = Why} -> #{path => Relay, direct => none, said => Ms, why => Why};
+        #{path := Relay} when Ms > ?PATIENCE -> #{path => Relay, direct => none, said => none};
+        #{} -> receive after ?POLL -> outcome(Other, Start) end
+    end.
+
+path(Other) ->
+    case erlang:function_exported(macula_peer_endpoint, path, 1) of
+        true ->
+            {ok, Path} = macula_peer_endpoint:path(Other),
+            Path;
+        false ->
+            #{peers := Peers} = macula_peer_endpoint:stats(),
+            [Peer] = [Peer || #{node_id := Node} = Peer <- Peers, Node =:= Other],
+            Peer
+    end.
+
+%% A message does come by the path that there is said to be.
+confirm(#{direct := none} = Outcome, _Sender, _Names, _Target) ->
+    Outcome;
+confirm(#{path := Path} = Outcome, Sender, {Name, Other}, Target) ->
+    Id = erlang:unique_integer([positive]),
+    ok = call(Sender, macula_peer_connector, send_message_nat_aware, [Name, Other, store, #{id => Id}]),
+    case macula_peer_relays:delivered(Target, Id) of
+        #{path := relay} -> Outcome#{failed => {not_by, Path}};
+        #{} -> Outcome
+    end.
+
+%% ---- what is to come out ----
+
+%% Between two kinds of site, or two neighbours of one: `direct' every time, `mostly_direct', which is nine times of ten,
+%% by `relay', `said' to be by relay only, or `any'.
+expected(Kind, neighbour) when Kind =:= none; Kind =:= udp_blocked -> any;
+expected(_Kind, neighbour) -> direct;
+expected(One, Other) -> between(lists:sort([class(One), class(Other)])).
+
+%% From the easiest to the hardest.
+class(none) -> {1, public};
+class(full_cone) -> {2, cone};
+class(address_restricted) -> {2, cone};
+class(port_restricted) -> {3, strict};
+class(carrier_grade) -> {3, strict};
+class(symmetric_sequential) -> {4, sequential};
+class(symmetric) -> {5, random};
+class(ipv6_firewall) -> {6, ipv6};
+class(udp_blocked) -> {7, blocked}.
+
+between([_, {_, blocked}]) -> relay;
+between([{_, ipv6}, {_, ipv6}]) -> direct;
+%% This one has addresses of both families, and says to the relays which it likes.
+between([{_, public}, {_, ipv6}]) -> any;
+between([_, {_, ipv6}]) -> relay;
+between([{_, random}, {_, random}]) -> said;
+between([{_, sequential}, {_, random}]) -> any;
+between([{_, strict}, {_, random}]) -> mostly_direct;
+between([{_, sequential}, {_, sequential}]) -> any;
+between([_, {_, sequential}]) -> mostly_direct;
+between([_, _]) -> direct.
+
+%% Whether these meetings are what is expected: `ok', `broken', or `more' where there were too few to tell.
+judge(Expected, Meetings) ->
+    Failed = [Meeting || #{failed := _} = Meeting <- Meetings],
+    case {length(misses(Expected, Meetings)), length(Meetings)} of
+        {_, _} when Failed =/= [] -> broken;
+        {0, _} -> ok;
+        {Misses, Count} when Expected =:= mostly_direct, Misses * 10 =< Count -> ok;
+        {1, _} when Expected =:= mostly_direct -> more;
+        {_, _} -> broken
+    end.
+
+%% Those that are otherwise.
+misses(Expected, Meetings) ->
+    [Meeting || Meeting <- Meetings, not fits(Expected, Meeting)].
+
+fits(_, #{failed := _}) -> false;
+fits(any, _) -> true;
+fits(relay, Meeting) -> not is_direct(Meeting);
+fits(said, Meeting) -> not is_direct(Meeting) andalso maps:get(said, Meeting) =/= none;
+fits(_, Meeting) -> is_direct(Meeting).
+
+is_direct(#{direct := Ms}) -> Ms =/= none.
