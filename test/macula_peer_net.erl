@@ -6,14 +6,16 @@
 -export([start/0, start/1, stop/0, namespaces/1]).
 -export([add/2, switch/2, give/3, plug/4, isolate/2, lengthen/2, loss/2]).
 -export([ip/2, nft/2, kernel/3]).
--export([name/1, address/1, endpoint/2]).
+-export([address/1, endpoint/2]).
 -export([firewall/1, dropped/1, open/1]).
--export([start_node/1, start_node/2, command/3, socket/2, socket/3, netns/1]).
+-export([start_node/1, start_node/2, command/3, socket/2, socket/3]).
 
 -define(PREFIX, "macula-peer-").
 -define(TABLE, "inet macula_peer").
 %% Only what is there can be deleted.
 -define(NO_TABLE, "add table " ?TABLE "; delete table " ?TABLE).
+%% Of a node among many that start, in milliseconds.
+-define(LONGEST_BOOT, 60000).
 %% Where the administrator's tools are, if not in the PATH.
 -define(TOOL_PATH, "/usr/sbin:/sbin:/usr/bin:/bin").
 
@@ -102,7 +104,7 @@ plug(Host, Interface, Addresses, {Place, Bridge}) ->
 isolate({Place, _Bridge}, Port) ->
     ip(Place, "link set " ++ Port ++ " type bridge_slave isolated on").
 
-%% From now on every packet takes these milliseconds for each cable of the switch.
+%% From now on every packet takes these milliseconds for each cable of the switch. Once.
 lengthen({Place, _Bridge} = Switch, Ms) ->
     Node = start_node(Place, [{"ERL_FLAGS", "+S 1"}]),
     _ = [lengthen(Switch, Port, Node, Ms) || Port <- ports(Switch)],
@@ -208,7 +210,8 @@ start_node(Host) ->
 %% With variables of its environment.
 start_node(Host, Variables) ->
     macula_peer_test:start_node(macula_peer_test:node_paths(),
-                                #{exec => command(Host, tool("erl"), []), env => Variables}).
+                                #{exec => command(Host, tool("erl"), []), env => Variables,
+                                  wait_boot => ?LONGEST_BOOT}).
 
 %% A command line that runs the program on the host.
 command(here, Program, Args) -> {Program, Args};
@@ -218,14 +221,12 @@ command(Host, Program, Args) -> {tool("ip"), ["netns", "exec", name(Host), Progr
 socket(Host, Port) ->
     socket(Host, address(Host), Port).
 
+%% At this one of its addresses.
 socket(Host, Address, Port) ->
     Family = case size(Address) of 4 -> inet; 8 -> inet6 end,
-    {ok, Socket} = gen_udp:open(Port, [Family, binary, {active, false}, {ip, Address}, {netns, netns(Host)}]),
+    Options = [Family, binary, {active, false}, {ip, Address}, {netns, "/run/netns/" ++ name(Host)}],
+    {ok, Socket} = gen_udp:open(Port, Options),
     Socket.
-
-%% The file that stands for the host's network.
-netns(Host) ->
-    "/run/netns/" ++ name(Host).
 
 %% ---- commands ----
 

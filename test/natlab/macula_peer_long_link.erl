@@ -1,5 +1,5 @@
-%% Two interfaces of this BEAM's host as the ends of one long cable: each frame that comes in at one leaves at the other,
-%% after a delay and in order. Linux only.
+%% Two interfaces of this BEAM's host as the ends of one long cable: what comes in at one leaves at the other, after a
+%% delay and in order. Linux only.
 -module(macula_peer_long_link).
 
 -export([join/3]).

@@ -13,7 +13,7 @@
 -define(ANSWERED, 120).
 
 %% What others find out about a node behind it. Mapping and filtering: `ei', `hd' or `pd' (independent of the endpoint,
-%% dependent on its host, on its port too). Allocation: `pp', `pc' or `rd' (ports preserved, one after the other, random).
+%% dependent on its host, on its port too). Allocation: `pp', `pc' or `rd' (ports preserved, one after another, random).
 is(none) -> #{mapping => ei, filtering => ei, allocation => pp};
 is(full_cone) -> #{mapping => ei, filtering => ei, allocation => pp};
 is(address_restricted) -> #{mapping => ei, filtering => hd, allocation => pp};
@@ -46,7 +46,8 @@ rules(symmetric, _Public, _Opts) ->
 rules(symmetric_sequential, Public, _Opts) ->
     Ports = lists:join(",", lists:map(fun sequential_port/1, lists:seq(0, ?SEQUENTIAL_PORTS - 1))),
     Next = ["numgen inc mod ", integer_to_list(?SEQUENTIAL_PORTS), " map {", Ports, "}"],
-    table("ip", [through([]), input(), outward([["oifname outside meta l4proto udp snat ip to ", Public, " : ", Next]])]);
+    Rule = ["oifname outside meta l4proto udp snat ip to ", Public, " : ", Next],
+    table("ip", [through([]), input(), outward([Rule])]);
 rules(Cone, Public, Opts) ->
     table("ip", [through([]), input(), inward(inward_rules(Cone, Public, Opts)),
                  outward([["iifname inside oifname inside snat ip to ", Public], "oifname outside masquerade"])]).
@@ -60,16 +61,16 @@ through(First) ->
           First ++ ["ct state established,related accept", "ct status dnat accept",
                     "iifname outside meta l4proto udp drop"]).
 
-%% The router takes no UDP for itself. Otherwise it would remember who sent it, and move what is sent there from inside to
-%% another port: such a NAT would fail nodes that begin at the same moment for a reason that no real one has.
+%% The router takes no UDP for itself. Otherwise it would remember who sent it, and move what is sent there from inside
+%% to another port: nodes that begin at the same moment would fail for a reason that no real NAT has.
 input() ->
     chain("input", "filter hook input priority 0", ["iifname != lo ct state new meta l4proto udp drop"]).
 
 outward(Rules) ->
     chain("outward", "nat hook postrouting priority 100", Rules).
 
-%% The kernel itself passes answers, and nothing else. For others there are rules, and what those ask: which host has the
-%% port, and whom it has sent to.
+%% The kernel itself passes answers, and nothing else. For others there are rules, and what those ask: which host has
+%% the port, and whom it has sent to.
 inward([]) ->
     [];
 inward(Rules) ->

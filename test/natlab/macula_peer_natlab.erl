@@ -1,5 +1,5 @@
-%% A small Internet: a switch, two relay hosts with addresses of both families, and sites, each of which is a public host
-%% or hosts behind a NAT or firewall. Every home has the same addresses inside.
+%% A small Internet: a switch, two relay hosts with addresses of both families, and sites, each of which is a public
+%% host, or hosts behind a NAT or firewall. Every home has the same addresses inside.
 -module(macula_peer_natlab).
 
 -export([kinds/0]).
@@ -14,8 +14,8 @@ kinds() ->
     [none, full_cone, address_restricted, port_restricted, symmetric, symmetric_sequential, carrier_grade,
      ipv6_firewall, udp_blocked].
 
-%% Sites are `{Name, Kind}' or `{Name, Kind, Opts}'. Options: `hosts' (1), `hairpin' (false), and `isolated' (false): the
-%% hosts of the site do not reach each other inside.
+%% Sites are `{Name, Kind}' or `{Name, Kind, Opts}'. Options: `hosts' (1), `hairpin' (false; of cones, see
+%% macula_peer_nat), and `isolated' (false): the hosts of the site do not reach each other inside.
 start(Sites) ->
     Switch = macula_peer_net:start(),
     Relays = [relay(Label, Numbers, Switch) || {Label, Numbers} <- [{"relay1", [1, 2]}, {"relay2", [3]}]],

@@ -1,5 +1,5 @@
-%% `make natlab': every kind of site with every other, and with a neighbour, as a table; what is not as it should be ends
-%% it with a status.
+%% `make natlab': every kind of site with every other, and with a neighbour, as a table. What is not as expected ends it
+%% with a status.
 -module(macula_peer_natlab_matrix).
 
 -export([main/1]).
@@ -30,9 +30,8 @@ available() ->
         {skip, Reason} -> error(Reason)
     end.
 
-%% A `hairpin' is no kind of its own to others: its hosts reach each other only at their addresses outside.
 kinds([]) ->
-    macula_peer_natlab:kinds() ++ [hairpin];
+    macula_peer_natlab_pairs:kinds();
 kinds(Kinds) ->
     case Kinds -- kinds([]) of
         [] -> Kinds;
@@ -40,7 +39,7 @@ kinds(Kinds) ->
     end.
 
 run(Runs, Ms, Permille, Kinds) ->
-    Lab = macula_peer_natlab:start(lists:append([sites(Kind) || Kind <- Kinds])),
+    Lab = macula_peer_natlab:start(macula_peer_natlab_pairs:sites(Kinds)),
     _ = [ok = macula_peer_natlab:lengthen(Lab, Ms) || Ms > 0],
     ok = macula_peer_natlab:loss(Lab, Permille),
     Pairs = macula_peer_natlab_pairs:start(Lab),
@@ -50,11 +49,6 @@ run(Runs, Ms, Permille, Kinds) ->
     Broken = lists:append([row(Kind, Columns, Runs, Pairs) || Kind <- Kinds]),
     _ = [report(Cell) || Cell <- Broken],
     min(length(Broken), 1).
-
-%% Rows are on the one side, columns on the other.
-sites(none) -> [{{none, row}, none}, {{none, column}, none}];
-sites(hairpin) -> [{{hairpin, row}, port_restricted, #{hosts => 2, hairpin => true, isolated => true}}];
-sites(Kind) -> [{{Kind, row}, Kind, #{hosts => 2}}, {{Kind, column}, Kind}].
 
 %% ---- rows ----
 
@@ -70,22 +64,9 @@ cell(none, neighbour, _Runs, _Pairs) ->
 cell(hairpin, Column, _Runs, _Pairs) when Column =/= neighbour ->
     print("");
 cell(Kind, Column, Runs, Pairs) ->
-    Expected = macula_peer_natlab_pairs:expected(Kind, Column),
-    {Verdict, Meetings} = meetings(Pairs, {{{Kind, row}, 1}, other(Kind, Column)}, Expected, Runs),
+    {Verdict, Meetings} = macula_peer_natlab_pairs:meet_as_expected(Pairs, Kind, Column, Runs),
     print(summary(Meetings) ++ [" !" || Verdict =/= ok]),
-    [{Kind, Column, Expected, Meetings} || Verdict =/= ok].
-
-other(Kind, neighbour) -> {{Kind, row}, 2};
-other(_Kind, Column) -> {{Column, column}, 1}.
-
-meetings(Pairs, {From, To}, Expected, Runs) ->
-    judged(Pairs, {From, To}, Expected, [macula_peer_natlab_pairs:meet(Pairs, From, To) || _ <- lists:seq(1, Runs)]).
-
-judged(Pairs, {From, To}, Expected, Meetings) ->
-    case macula_peer_natlab_pairs:judge(Expected, Meetings) of
-        more -> judged(Pairs, {From, To}, Expected, [macula_peer_natlab_pairs:meet(Pairs, From, To) | Meetings]);
-        Verdict -> {Verdict, Meetings}
-    end.
+    [{Kind, Column, Meetings} || Verdict =/= ok].
 
 %% ---- words ----
 
@@ -108,12 +89,16 @@ print(Text) ->
     [].
 
 summary(Meetings) ->
-    Paths = [case Meeting of #{failed := _} -> $x; #{path := Path} -> hd(atom_to_list(Path)) end || Meeting <- Meetings],
+    Paths = lists:map(fun letter/1, Meetings),
     Counts = [[Path | [integer_to_list(count(Path, Paths)) || length(Paths) > 1]] || Path <- lists:usort(Paths)],
     Times = [median([Ms || #{Key := Ms} <- Meetings, is_integer(Ms)]) || Key <- [first, direct]],
     lists:flatten([lists:join(" ", Counts), " ", lists:join("/", Times)]).
 
-report({From, To, Expected, Meetings}) ->
+letter(#{failed := _}) -> $x;
+letter(#{path := Path}) -> hd(atom_to_list(Path)).
+
+report({From, To, Meetings}) ->
+    Expected = macula_peer_natlab_pairs:expected(From, To),
     io:format("~n~s to ~s: expected ~s, but~n", [From, To, Expected]),
     Misses = macula_peer_natlab_pairs:misses(Expected, Meetings),
     [io:format("  ~0tP~n", [Miss, 60]) || Miss <- lists:sublist(Misses, ?SHOWN)].

@@ -1,9 +1,9 @@
-%% Two nodes of the NAT laboratory meet: how soon the first message arrives, and which path there is in the end. Each host
-%% has a node, which is started once; for each meeting both engines are started anew, as nodes that nobody knows yet.
+%% Two nodes of the NAT laboratory meet: how soon the first message arrives, and which path there is in the end. Each
+%% host has a node, which is started once; for each meeting both engines start anew, as nodes that nobody knows yet.
 -module(macula_peer_natlab_pairs).
 
--export([start/1]).
--export([meet/3, expected/2, judge/2, misses/2]).
+-export([kinds/0, sites/1, start/1]).
+-export([meet_as_expected/4, expected/2, misses/2]).
 -export([first_message/3]).
 
 -import(macula_peer_test, [call/4]).
@@ -13,6 +13,19 @@
 -define(POLL, 5).
 %% Many on few processors.
 -define(SMALL, [{"ERL_FLAGS", "+S 1 +SDio 2 +A 1"}]).
+
+%% The kinds that meet each other. A `hairpin' only meets its neighbour: the hosts of one reach each other at no other
+%% addresses than those outside.
+kinds() ->
+    macula_peer_natlab:kinds() ++ [hairpin].
+
+%% Each kind meets its own at another site, and a neighbour behind the same router.
+sites(Kinds) ->
+    lists:append([sites_of(Kind) || Kind <- Kinds]).
+
+sites_of(none) -> [{{none, here}, none}, {{none, there}, none}];
+sites_of(hairpin) -> [{{hairpin, here}, port_restricted, #{hosts => 2, hairpin => true, isolated => true}}];
+sites_of(Kind) -> [{{Kind, here}, Kind, #{hosts => 2}}, {{Kind, there}, Kind}].
 
 %% A relay on each relay host, and a node on each host of the sites, which are those of the laboratory.
 start(Lab) ->
@@ -30,20 +43,34 @@ relay(Node) ->
     {ok, {_, Port}} = call(Node, macula_peer_test, listen, [#{relay => #{}}]),
     Port.
 
-%% ---- a meeting ----
+%% ---- meetings ----
+
+%% So many, or more where that is too few to tell.
+meet_as_expected(Pairs, Kind, Other, Count) ->
+    Ends = {{{Kind, here}, 1}, end_of(Kind, Other)},
+    judged(Pairs, Ends, expected(Kind, Other), [meet(Pairs, Ends) || _ <- lists:seq(1, Count)]).
+
+end_of(Kind, neighbour) -> {{Kind, here}, 2};
+end_of(_Kind, Other) -> {{Other, there}, 1}.
+
+judged(Pairs, Ends, Expected, Meetings) ->
+    case judge(Expected, Meetings) of
+        more -> judged(Pairs, Ends, Expected, [meet(Pairs, Ends) | Meetings]);
+        Verdict -> {Verdict, Meetings}
+    end.
 
 %% Of the nodes on the N-th hosts of two sites, of which the first sends to the other. What is wrong is `failed'.
 %% `first' and `direct' are the milliseconds until the first message had arrived and until there was a direct path
-%% (`none': there was not), `path' is the one in the end, and `said' the milliseconds until the node said that there is no
-%% direct one (`none': it did not), and `why'.
-meet(Pairs, From, To) ->
+%% (`none': there was not), `path' is the one in the end, and `said' the milliseconds until the node said that there is
+%% no direct one (`none': it did not), and `why'.
+meet(Pairs, Ends) ->
     try
-        try_to_meet(Pairs, From, To)
+        try_to_meet(Pairs, Ends)
     catch
         Class:Reason:Stack -> #{failed => {Class, Reason, Stack}}
     end.
 
-try_to_meet(#{nodes := Nodes, lab := Lab} = Pairs, {FromSite, _} = From, {ToSite, _} = To) ->
+try_to_meet(#{nodes := Nodes, lab := Lab} = Pairs, {{FromSite, _} = From, {ToSite, _} = To}) ->
     [Sender, Target] = Both = [maps:get(host(Lab, At), Nodes) || At <- [From, To]],
     [Name, Other] = Names = [crypto:strong_rand_bytes(32) || _ <- Both],
     Relays = [relays(Pairs, Site) || Site <- [FromSite, ToSite]],
@@ -81,14 +108,17 @@ first_message(Name, Other, Id) ->
         {error, _} = Error -> Error
     end.
 
-outcome(Other, Start) ->
-    Path = path(Other),
+outcome(To, Start) ->
+    Path = path(To),
     Ms = (os:system_time(microsecond) - Start) div 1000,
     case Path of
-        #{path := Direct} when Direct =:= direct; Direct =:= hole_punch -> #{path => Direct, direct => Ms, said => none};
-        #{path := Relay, failed := #{hole_punch := _} = Why} -> #{path => Relay, direct => none, said => Ms, why => Why};
-        #{path := Relay} when Ms > ?PATIENCE -> #{path => Relay, direct => none, said => none};
-        #{} -> receive after ?POLL -> outcome(Other, Start) end
+        #{path := Direct} when Direct =:= direct; Direct =:= hole_punch ->
+            #{path => Direct, direct => Ms, said => none};
+        #{path := Other, failed := #{hole_punch := _} = Why} ->
+            #{path => Other, direct => none, said => Ms, why => Why};
+        #{path := Other} when Ms > ?PATIENCE ->
+            #{path => Other, direct => none, said => none};
+        #{} -> receive after ?POLL -> outcome(To, Start) end
     end.
 
 path(Other) ->
@@ -115,8 +145,8 @@ confirm(#{path := Path} = Outcome, Sender, {Name, Other}, Target) ->
 
 %% ---- what is to come out ----
 
-%% Between two kinds of site, or two neighbours of one: `direct' every time, `mostly_direct', which is nine times of ten,
-%% by `relay', `said' to be by relay only, or `any'.
+%% Between two kinds of site, or two neighbours of one: `direct' every time, `mostly_direct', which is nine times of
+%% ten, by `relay', `said' to be by relay only, or `any'.
 expected(Kind, neighbour) when Kind =:= none; Kind =:= udp_blocked -> any;
 expected(_Kind, neighbour) -> direct;
 expected(One, Other) -> between(lists:sort([class(One), class(Other)])).

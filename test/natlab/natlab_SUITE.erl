@@ -1,5 +1,5 @@
-%% The NAT laboratory: each NAT is what it says, as far as plain UDP sockets on both sides of it can tell, and its cables
-%% are as long and as bad as asked for.
+%% The NAT laboratory: each NAT is what it says, as far as plain UDP sockets on both sides of it can tell, and its
+%% cables are as long and as bad as asked for. Then nodes meet in it: `make natlab' has all pairs, here are the telling.
 -module(natlab_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -14,8 +14,11 @@
 
 suite() -> [{timetrap, {seconds, 60}}].
 
+%% Not yet: nodes behind NATs only meet through relays.
+-define(NOT_YET, [pairs]).
+
 all() ->
-    [{group, kinds}, {group, cables}].
+    [{group, Group} || {Group, _, _} <- groups(), not lists:member(Group, ?NOT_YET)].
 
 groups() ->
     [{kinds, [],
@@ -25,14 +28,20 @@ groups() ->
        and_do_not_where_there_is_none]},
      {cables, [],
       [a_packet_takes_its_time_over_every_cable, as_many_packets_are_lost_as_asked_for,
-       nodes_send_much_over_long_cables]}].
+       nodes_send_much_over_long_cables]},
+     {pairs, [],
+      [a_public_node_and_a_port_restricted_one, a_full_cone_and_an_address_restricted_one, two_port_restricted_ones,
+       a_port_restricted_and_a_carrier_grade_one, a_symmetric_and_an_address_restricted_one,
+       a_symmetric_and_a_port_restricted_one, a_port_restricted_and_a_symmetric_one,
+       a_sequential_and_a_port_restricted_one, two_symmetric_ones_say_that_they_need_a_relay, two_ipv6_firewalls,
+       a_port_restricted_and_a_blocked_one, neighbours, symmetric_neighbours, neighbours_who_need_a_hairpin]}].
 
 init_per_suite(Config) ->
     case macula_peer_net:available() of
         ok ->
             Config;
         {skip, _} = Skip ->
-            Cases = lists:append([Cases || {_, _, Cases} <- groups()]),
+            Cases = lists:append([Cases || {Group, _, Cases} <- groups(), lists:member({group, Group}, all())]),
             io:format(user, "SKIPPED: ~b cases of the NAT laboratory~n", [length(Cases)]),
             Skip
     end.
@@ -45,7 +54,10 @@ init_per_group(kinds, Config) ->
     Sites = [{Kind, Kind, #{hosts => 2}} || Kind <- macula_peer_natlab:kinds()],
     [{lab, macula_peer_natlab:start(Sites ++ Hairpins)} | Config];
 init_per_group(cables, Config) ->
-    [{lab, macula_peer_natlab:start([{public, none}, {home, port_restricted}, {firewall, ipv6_firewall}])} | Config].
+    [{lab, macula_peer_natlab:start([{public, none}, {home, port_restricted}, {firewall, ipv6_firewall}])} | Config];
+init_per_group(pairs, Config) ->
+    Lab = macula_peer_natlab:start(macula_peer_natlab_pairs:sites(macula_peer_natlab_pairs:kinds())),
+    [{pairs, macula_peer_natlab_pairs:start(Lab)} | Config].
 
 end_per_group(_Group, _Config) ->
     macula_peer_natlab:stop().
@@ -134,7 +146,7 @@ a_packet_takes_its_time_over_every_cable(Config) ->
     Delayed = [round_trip(Lab, From, To) || {From, To} <- Ways],
     ct:pal("microseconds there and back: ~p, then ~p", [Undelayed, Delayed]),
     ?assert(lists:max(Undelayed) < 40000),
-    _ = [?assert(Us >= 80000 andalso Us < 80000 + ?LATE * 1000) || Us <- Delayed].
+    [?assert(Us >= 80000 andalso Us < 80000 + ?LATE * 1000) || Us <- Delayed].
 
 %% The second: for the first one the hosts look for each other.
 round_trip(Lab, From, To) ->
@@ -166,8 +178,8 @@ as_many_packets_are_lost_as_asked_for(Config) ->
     ?assertEqual(500, arriving(500, Here, There)),
     lists:foreach(fun gen_udp:close/1, Sockets).
 
-%% A few at a time, so that nothing is lost for another reason. The last, which says that no more will come, is sent until
-%% it arrives.
+%% A few at a time, so that nothing is lost for another reason. The last, which says that no more will come, is sent
+%% until it arrives.
 arriving(Count, Here, There) ->
     {ok, Address} = inet:sockname(There),
     lists:sum([begin
@@ -200,6 +212,41 @@ nodes_send_much_over_long_cables(Config) ->
                        20000])),
     _ = [macula_peer_test:stop_node(Node) || Node <- [Sender, Listener]],
     ok.
+
+%% ---- pairs ----
+
+a_public_node_and_a_port_restricted_one(Config) -> meet(none, port_restricted, Config).
+
+a_full_cone_and_an_address_restricted_one(Config) -> meet(full_cone, address_restricted, Config).
+
+two_port_restricted_ones(Config) -> meet(port_restricted, port_restricted, Config).
+
+a_port_restricted_and_a_carrier_grade_one(Config) -> meet(port_restricted, carrier_grade, Config).
+
+a_symmetric_and_an_address_restricted_one(Config) -> meet(symmetric, address_restricted, Config).
+
+a_symmetric_and_a_port_restricted_one(Config) -> meet(symmetric, port_restricted, Config).
+
+a_port_restricted_and_a_symmetric_one(Config) -> meet(port_restricted, symmetric, Config).
+
+a_sequential_and_a_port_restricted_one(Config) -> meet(symmetric_sequential, port_restricted, Config).
+
+two_symmetric_ones_say_that_they_need_a_relay(Config) -> meet(symmetric, symmetric, Config).
+
+two_ipv6_firewalls(Config) -> meet(ipv6_firewall, ipv6_firewall, Config).
+
+a_port_restricted_and_a_blocked_one(Config) -> meet(port_restricted, udp_blocked, Config).
+
+neighbours(Config) -> meet(port_restricted, neighbour, Config).
+
+symmetric_neighbours(Config) -> meet(symmetric, neighbour, Config).
+
+neighbours_who_need_a_hairpin(Config) -> meet(hairpin, neighbour, Config).
+
+meet(Kind, Other, Config) ->
+    {_, Meetings} = Result = macula_peer_natlab_pairs:meet_as_expected(?config(pairs, Config), Kind, Other, 1),
+    ct:pal("~p", [Meetings]),
+    ?assertMatch({ok, _}, Result).
 
 %% ---- common ----
 
