@@ -18,7 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
-use crate::decide::coordinate::is_local;
+use crate::decide::coordinate::{DESCRIBED_WITHIN, is_local};
 use crate::decide::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
@@ -45,9 +45,9 @@ const MAX_HEARD: usize = 64;
 /// No relay of ours asks for a longer wait.
 const LONGEST_DELAY: Duration = Duration::from_secs(3);
 
-/// How long a node that has just registered may take to find out what NAT it is behind, before it asks to get through it:
-/// three rounds of questions of a relay that is not near.
-const DESCRIBED_WITHIN: Duration = Duration::from_millis(1500);
+/// Pause before a relay is asked again that waits for the other node to find out what NAT it is behind: a part of what that
+/// takes, and four times a second is what a relay allows in the long run.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// A handshake on a path on which packets have just gone both ways. One that takes longer is better begun anew.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -227,7 +227,7 @@ pub(crate) async fn initiate(
     let described = async { node.description.subscribe().wait_for(Option::is_some).await.is_ok() };
     // Without it the attempt may be of the wrong kind, and still succeed.
     let _ = timeout(DESCRIBED_WITHIN, described).await;
-    let session = node.clients.punch(&node, &relay, &target).await?;
+    let session = ask(&node, &relay, &target).await?;
     let (peer, shown) = (session.coordinate.address, session.coordinate.key);
     let mut attempt = Attempt::new(&node, session, &relay).await?;
     let found = attempt.run().await;
@@ -245,6 +245,16 @@ pub(crate) async fn initiate(
         return Err(PunchError::Connect(ConnectError::Untrusted));
     }
     node.check_key(&PeerName::Node(target), key, link).map_err(PunchError::Connect)
+}
+
+async fn ask(node: &Arc<Node>, relay: &Endpoint, target: &NodeId) -> Result<PunchSession, PunchError> {
+    let give_up = Instant::now() + DESCRIBED_WITHIN;
+    loop {
+        match node.clients.punch(node, relay, target).await {
+            Err(CircuitError::Refused(Refusal::NotReady)) if Instant::now() < give_up => sleep(ASK_AGAIN).await,
+            asked => return Ok(asked?),
+        }
+    }
 }
 
 /// Lets another node find a direct path to this one.

@@ -31,6 +31,10 @@ const PREPARATION: Duration = Duration::from_millis(20);
 const LIFE: Duration = Duration::from_secs(6);
 const _: () = assert!(LIFE.as_millis() > 3 * LONGEST_ROUND_TRIP.as_millis() + LONGEST.as_millis() + 500);
 
+/// How long a node that has just registered may take to find out what NAT it is behind: three rounds of questions of a relay
+/// that is not near. An attempt of the wrong kind would take longer, in vain.
+pub(crate) const DESCRIBED_WITHIN: Duration = Duration::from_millis(1500);
+
 /// The lowest port that a node may name: those below are servers', and no NAT gives them away.
 const LOWEST_PORT: u16 = 1024;
 
@@ -39,6 +43,8 @@ const LOWEST_PORT: u16 = 1024;
 pub(crate) enum Refused {
     #[error("one of the two is not registered, or both are the same")]
     NotRegistered,
+    #[error("the other one is about to find out what NAT it is behind")]
+    NotReady,
     #[error("a session of the two is in progress")]
     InProgress,
     #[error("one of the two has another session of that id")]
@@ -105,6 +111,8 @@ pub(crate) struct Coordinator {
 #[derive(Debug)]
 struct Node {
     requests: Bucket,
+    /// Until when it is waited for that it describes itself, if it has not.
+    ready_at: Option<Instant>,
     profile: NatProfile,
     /// At most `MAX_CANDIDATES`.
     candidates: Vec<SocketAddr>,
@@ -127,7 +135,8 @@ impl Coordinator {
     pub(crate) fn join(&mut self, node: Generation, now: Instant) {
         let requests = Bucket::new(REQUESTS_PER_SECOND, MAX_SESSIONS_PER_NODE as u64, now);
         let (profile, candidates) = (NatProfile::default(), Vec::new());
-        self.nodes.insert(node, Node { requests, profile, candidates, sessions: HashMap::new() });
+        let ready_at = Some(now + DESCRIBED_WITHIN);
+        self.nodes.insert(node, Node { requests, ready_at, profile, candidates, sessions: HashMap::new() });
     }
 
     /// A registration has ended.
@@ -141,6 +150,7 @@ impl Coordinator {
     /// A node tells what NAT it is behind, and its local addresses.
     pub(crate) fn describe(&mut self, node: Generation, profile: NatProfile, candidates: &[SocketAddr]) {
         if let Some(node) = self.nodes.get_mut(&node) {
+            node.ready_at = None;
             node.profile = profile;
             node.candidates.clear();
             for &candidate in candidates {
@@ -164,8 +174,12 @@ impl Coordinator {
         now: Instant,
     ) -> Result<[Coordinate; 2], Refused> {
         self.expire(now);
-        if from.node == target.node || !self.nodes.contains_key(&target.node) {
-            return Err(Refused::NotRegistered);
+        let ready_at = match self.nodes.get(&target.node) {
+            Some(asked) if from.node != target.node => asked.ready_at,
+            _ => return Err(Refused::NotRegistered),
+        };
+        if ready_at.is_some_and(|ready_at| now < ready_at) {
+            return Err(Refused::NotReady);
         }
         let asking = self.nodes.get_mut(&from.node).ok_or(Refused::NotRegistered)?;
         if !asking.requests.take(1, now) {

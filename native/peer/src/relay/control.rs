@@ -165,6 +165,8 @@ names! {
         Sessions "sessions",
         /// As many circuits end at one of the two nodes as may.
         SessionsPerNode "sessions_per_node",
+        /// The target has just registered, and will soon know what NAT it is behind.
+        NotReady "not_ready",
         /// The two have been asked to find a direct path already.
         InProgress "in_progress",
         /// One of the two is seen at an IPv4 address, the other at an IPv6 address.

@@ -528,6 +528,10 @@ impl Serving {
     fn obey(&mut self, command: Command) {
         match command {
             Command::PunchRequest(session_id, request) => {
+                // What the relay is to go by comes before.
+                if self.description.has_changed().unwrap_or(false) {
+                    self.describe();
+                }
                 let target_id = request.target.clone();
                 self.say(FromNode::PunchRequest { session_id: session_id.clone(), target_id });
                 self.punch_requests.insert(session_id, request);

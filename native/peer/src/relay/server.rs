@@ -625,6 +625,7 @@ impl From<Refused> for Refusal {
     fn from(refused: Refused) -> Self {
         match refused {
             Refused::NotRegistered => Self::NotRegistered,
+            Refused::NotReady => Self::NotReady,
             Refused::InProgress => Self::InProgress,
             Refused::IdInUse => Self::Malformed,
             Refused::Family => Self::AddressFamily,

@@ -12,7 +12,8 @@ use tokio::time::{sleep, timeout};
 use super::*;
 use crate::relay::testing::{PATIENCE, client_config, server_config};
 use crate::runtime::BatchingRuntime;
-use crate::signal::{Body, Key, MAX_LEN, Role, Secret, Signal, Unverified};
+use crate::decide::punch::Role;
+use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
 
 struct Side {
     socket: Arc<Socket>,
