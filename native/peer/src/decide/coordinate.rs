@@ -374,6 +374,7 @@ mod tests {
             let (key, seen) = ([n as u8; 32].into(), address(seen));
             let node = self.book.register(id(n), key, self.start).unwrap().generation;
             self.coordinator.join(node, self.start);
+            self.coordinator.describe(node, NatProfile::default(), &[]);
             Party { node, id: id(n), key, seen, round_trip: ms(40) }
         }
 
@@ -392,6 +393,21 @@ mod tests {
         fn refused(&mut self, from: &Party, target: &Party, session: &str) -> Option<Refused> {
             self.request(from, target, session).err()
         }
+    }
+
+    #[test]
+    fn a_node_that_has_just_registered_is_waited_for_until_it_describes_itself_or_should_have() {
+        let mut relay = Relay::new();
+        let [a, b, c] = relay.nodes();
+        for party in [&b, &c] {
+            relay.coordinator.end(party.node);
+            relay.coordinator.join(party.node, relay.start);
+        }
+        assert_eq!(relay.refused(&a, &b, "s"), Some(Refused::NotReady));
+        relay.coordinator.describe(b.node, NatProfile::default(), &[]);
+        assert_eq!(relay.refused(&a, &b, "s"), None);
+        let late = relay.start + DESCRIBED_WITHIN;
+        assert!(relay.coordinator.request(&a, &c, id("t"), SECRET, late).is_ok());
     }
 
     #[test]
