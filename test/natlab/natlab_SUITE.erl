@@ -14,7 +14,7 @@
 
 suite() -> [{timetrap, {seconds, 60}}].
 
-%% Not yet: nodes behind NATs only meet through relays.
+%% Groups that are left out: nodes behind NATs still meet through relays only.
 -define(NOT_YET, [pairs]).
 
 all() ->
