@@ -401,3 +401,23 @@ fn the_second_socket_is_where_it_is_asked_to_be() {
     assert!(UdpSocket::bind((SECOND, port)).is_err());
     node.stop();
 }
+
+#[test]
+fn a_relay_that_listens_again_has_its_ports_again() {
+    let relay = engine(Config::default());
+    let probe_port = free_port();
+    let listen = || {
+        let config = RelayConfig { probe_port, ..RelayConfig::default() };
+        relay.listen(Listen { relay: Some(config), ..Listen::default() }).unwrap().port()
+    };
+    let address = format!("127.0.0.1:{}", listen());
+    let (node, _) = member("node", &[&address]);
+    for _ in 0..20 {
+        assert!(relay.close());
+        listen();
+    }
+    until("registered again", || relay.stats().relay.unwrap().registrations == 1);
+    for engine in [node, relay] {
+        engine.stop();
+    }
+}
