@@ -1,5 +1,6 @@
 //! What everything in an engine shares.
 
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -40,6 +41,9 @@ use crate::tls::{Dialect, Verify};
 /// smallest terms takes some milliseconds, in which no connection would be driven.
 pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
 
+/// The tasks of a relay that has been closed let go of its ports as soon as they run.
+const PORTS_FREE: Duration = Duration::from_secs(1);
+
 pub(crate) struct Node {
     pub(crate) config: Arc<Config>,
     pub(crate) identity: Identity,
@@ -58,6 +62,8 @@ pub(crate) struct Node {
     pub(crate) description: watch::Sender<Option<Description>>,
     pub(crate) nat: Nat,
     relay: RwLock<Option<ServingRelay>>,
+    /// When this node was last a relay.
+    relay_closed: Mutex<Option<Instant>>,
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
     socket: Mutex<BoundSocket>,
@@ -133,6 +139,7 @@ impl Node {
             description: watch::Sender::new(None),
             nat: Nat::default(),
             relay: RwLock::default(),
+            relay_closed: Mutex::default(),
             known: Mutex::default(),
             tls: Arc::new(tls),
             socket: Mutex::new(BoundSocket { socket, errors }),
@@ -346,11 +353,19 @@ impl Node {
         serving.as_ref().map(|serving| serving.relay.clone())
     }
 
-    /// From now on this node is such a relay.
+    /// From now on this node is such a relay. Waits a moment where it has just been another one.
     pub(crate) fn become_relay(self: &Arc<Self>, config: RelayConfig) -> std::io::Result<()> {
-        let responder = {
+        self.be_no_relay();
+        let until = lock(&self.relay_closed).map(|closed| closed + PORTS_FREE);
+        let responder = loop {
             let _inside = self.runtime.enter();
-            Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port)?
+            let bound = Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port);
+            match bound {
+                Err(error) if error.kind() == ErrorKind::AddrInUse && until > Some(Instant::now()) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                bound => break bound?,
+            }
         };
         let answering = self.spawn(responder.clone().answer_others(Arc::downgrade(self)));
         self.set_relay(Some(ServingRelay { relay: Relay::new(config, responder), answering }));
@@ -367,6 +382,7 @@ impl Node {
         if let Some(ServingRelay { relay, answering }) = before {
             relay.close();
             answering.abort();
+            *lock(&self.relay_closed) = Some(Instant::now());
         }
     }
 

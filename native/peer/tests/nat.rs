@@ -303,13 +303,14 @@ fn a_relay_answers_nobody_else_nowhere_else_and_not_without_end() {
         let asker = asker(&address, "node").await;
         let good = asker.request(1, SAME, 0);
         // Not the node's address: not answered there, and not anywhere.
-        let elsewhere = UdpSocket::bind((SECOND, 0)).unwrap();
-        let third = UdpSocket::bind((SECOND, 0)).unwrap();
+        let [(elsewhere, same_port), (third, third_port)] = [0; 2].map(|_| same_port_at_both());
         elsewhere.send_to(&good, asker.relay).unwrap();
         let to_third = asker.request(2, SAME, third.local_addr().unwrap().port());
         elsewhere.send_to(&to_third, asker.relay).unwrap();
-        // A server's port.
-        asker.socket.send_to(&asker.request(3, SAME, 53), asker.relay).unwrap();
+        // A server's port, which not everybody may listen at.
+        let server = (512..1024).find_map(|port| UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).ok());
+        let port = server.as_ref().map_or(53, |server| server.local_addr().unwrap().port());
+        asker.socket.send_to(&asker.request(3, SAME, port), asker.relay).unwrap();
         // Nobody's secret, another one's, and what is no request.
         let mut forged = good.clone();
         forged[51] ^= 1;
@@ -325,7 +326,7 @@ fn a_relay_answers_nobody_else_nowhere_else_and_not_without_end() {
         elsewhere.send_to(&good, asker.second).unwrap();
         asker.socket.send_to(&asker.request(4, SAME, 0), asker.relay).unwrap();
         assert_eq!(asker.answer(&asker.socket).1, 4, "the first that is answered");
-        for silent in [&elsewhere, &third] {
+        for silent in [&elsewhere, &third, &same_port, &third_port].into_iter().chain(&server) {
             silent.set_nonblocking(true).unwrap();
             assert!(silent.recv_from(&mut [0; 100]).is_err());
         }
@@ -352,6 +353,16 @@ fn a_relay_answers_nobody_else_nowhere_else_and_not_without_end() {
         assert!((150..=most).contains(&answered), "{answered}");
     });
     relay.stop();
+}
+
+/// At the second address, and at the first.
+fn same_port_at_both() -> (UdpSocket, UdpSocket) {
+    let pair = || {
+        let one = UdpSocket::bind((SECOND, 0)).ok()?;
+        let other = UdpSocket::bind((Ipv4Addr::LOCALHOST, one.local_addr().ok()?.port())).ok()?;
+        Some((one, other))
+    };
+    (0..100).find_map(|_| pair()).unwrap()
 }
 
 #[test]
@@ -400,4 +411,24 @@ fn the_second_socket_is_where_it_is_asked_to_be() {
     });
     assert!(UdpSocket::bind((SECOND, port)).is_err());
     node.stop();
+}
+
+#[test]
+fn a_relay_that_listens_again_has_its_ports_again() {
+    let relay = engine(Config::default());
+    let probe_port = free_port();
+    let listen = || {
+        let config = RelayConfig { probe_port, ..RelayConfig::default() };
+        relay.listen(Listen { relay: Some(config), ..Listen::default() }).unwrap().port()
+    };
+    let address = format!("127.0.0.1:{}", listen());
+    let (node, _) = member("node", &[&address]);
+    for _ in 0..20 {
+        assert!(relay.close());
+        listen();
+    }
+    until("registered again", || relay.stats().relay.unwrap().registrations == 1);
+    for engine in [node, relay] {
+        engine.stop();
+    }
 }

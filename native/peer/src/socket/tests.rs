@@ -144,6 +144,9 @@ async fn a_connection_is_accepted_over_an_extra_socket_and_others_over_the_main_
 #[tokio::test]
 async fn signals_by_an_extra_socket_are_answered_by_it() {
     let (mut client, mut server) = (side(false), side(false));
+    // From here on somebody waits, and is to be told of the extra socket.
+    client.socket.send_signal(server.socket.local, &ping(1).encode(&key()));
+    assert!(timeout(PATIENCE, server.received.recv()).await.is_ok());
     let extra = server.socket.open_beside().unwrap();
     let address = extra.local_addr().unwrap();
     let id = server.socket.add_extra(extra, client.socket.local).unwrap();
