@@ -98,7 +98,12 @@ begin_anew(Node, Name, Relays) ->
         #{registrations := All} = macula_peer_test:stats(Node),
         length([registered || #{state := registered} <- All]) =:= length(Relays)
     end,
-    macula_peer_test:until(Registered).
+    macula_peer_test:until(Registered),
+    macula_peer_test:until(fun() -> knows_its_nat(Node) end).
+
+knows_its_nat(Node) ->
+    #{detected_at := At} = call(Node, macula_peer_endpoint, nat_profile, []),
+    is_integer(At).
 
 %% Runs in the sender.
 first_message(Name, Other, Id) ->
@@ -109,7 +114,7 @@ first_message(Name, Other, Id) ->
     end.
 
 outcome(To, Start) ->
-    Path = path(To),
+    {ok, Path} = macula_peer_endpoint:path(To),
     Ms = (os:system_time(microsecond) - Start) div 1000,
     case Path of
         #{path := Direct} when Direct =:= direct; Direct =:= hole_punch ->
@@ -121,16 +126,6 @@ outcome(To, Start) ->
         #{} -> receive after ?POLL -> outcome(To, Start) end
     end.
 
-path(Other) ->
-    case erlang:function_exported(macula_peer_endpoint, path, 1) of
-        true ->
-            {ok, Path} = macula_peer_endpoint:path(Other),
-            Path;
-        false ->
-            #{peers := Peers} = macula_peer_endpoint:stats(),
-            [Peer] = [Peer || #{node_id := Node} = Peer <- Peers, Node =:= Other],
-            Peer
-    end.
 
 %% A message does come by the path that there is said to be.
 confirm(#{direct := none} = Outcome, _Sender, _Names, _Target) ->

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, sleep_until};
+use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::decide::coordinate::is_local;
 use crate::decide::nat::{NatProfile, Observations, Unsolicited};
@@ -29,8 +29,8 @@ use crate::relay::registration::Description;
 use crate::signal::{AnswerFrom, Body, Key, MAX_LEN, Signal, Unverified};
 use crate::socket::{Received, Socket, canonical};
 
-/// A node registers at all its relays at once, and they answer within a round trip of each other.
-const SETTLE: Duration = Duration::from_millis(100);
+/// A node registers at all its relays at once, and they answer within a round trip of each other, or a lost packet later.
+const SETTLE: Duration = Duration::from_millis(500);
 
 /// Between two looks: registrations that come and go must not cost more than a few packets a second.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -119,7 +119,7 @@ pub(crate) async fn run(node: Arc<Node>) {
         let mut answered = true;
         loop {
             tokio::select! {
-                () = node.nat.wanted.notified() => sleep(SETTLE).await,
+                () = node.nat.wanted.notified() => settle(&node).await,
                 () = sleep(RETRY), if !answered => {}
             }
             answered = look(&node).await;
@@ -131,6 +131,16 @@ pub(crate) async fn run(node: Arc<Node>) {
         // Also if it was said before this task first ran.
         _ = stopping.wait_for(|stopping| *stopping) => {}
     }
+}
+
+/// Waits for the relays that are being dialled: two tell more than one.
+async fn settle(node: &Node) {
+    let more = async {
+        while node.clients.is_registering() {
+            node.nat.wanted.notified().await;
+        }
+    };
+    let _ = timeout(SETTLE, more).await;
 }
 
 /// The port that the NAT gives to a new socket: a contiguous one gives the next ones to those that follow.

@@ -107,8 +107,9 @@ pub(crate) struct Race {
     direct: JoinSet<Result<Link, ConnectError>>,
     relayed: JoinSet<Result<Link, (CircuitError, Endpoint)>>,
     punched: JoinSet<Result<Link, PunchError>>,
-    /// The relays that help to punch.
-    punching: Vec<(Endpoint, AbortHandle)>,
+    /// The relay that helps to punch, and those that may if it does not.
+    punching: Option<(Endpoint, AbortHandle)>,
+    helpers: VecDeque<Endpoint>,
     /// Connections that the peer began.
     accepted: JoinSet<Option<Link>>,
     /// Relays to be asked, and when.
@@ -134,7 +135,8 @@ impl Race {
             direct: JoinSet::new(),
             relayed: JoinSet::new(),
             punched: JoinSet::new(),
-            punching: Vec::new(),
+            punching: None,
+            helpers: VecDeque::new(),
             accepted: JoinSet::new(),
             waiting: VecDeque::new(),
             taken: Ways::default(),
@@ -213,7 +215,7 @@ impl Race {
                 Some(punched) = self.punched.join_next() => match punched {
                     Ok(Ok(link)) => return Progress::Link(Arc::new(link)),
                     Ok(Err(error)) => self.not_punched(error),
-                    Err(_panicked_or_aborted) => {}
+                    Err(_panicked_or_aborted) => self.punch_on(),
                 },
                 Some(asked) = self.relayed.join_next() => match asked {
                     Ok(Ok(link)) => return Progress::Link(Arc::new(link)),
@@ -250,15 +252,30 @@ impl Race {
             self.failures.hole_punch = Some(PunchError::Skipped);
             return;
         }
+        if self.punching.is_some() {
+            // Two attempts at once would be in each other's way.
+            return self.helpers.push_back(relay);
+        }
         let punch = punch::initiate(self.node.clone(), relay.clone(), target.clone(), self.taken.key);
-        self.punching.push((relay, self.punched.spawn(punch)));
+        self.punching = Some((relay, self.punched.spawn(punch)));
     }
 
     fn not_punched(&mut self, error: PunchError) {
         tracing::debug!(peer = %self.name, %error, "no direct path");
-        // The other node has asked, and its connection will be there.
-        if error != PunchError::Refused(Refusal::InProgress) {
-            self.failures.hole_punch = Some(error);
+        match error {
+            // The other node has asked, and its connection will be there.
+            PunchError::Refused(Refusal::InProgress) => return,
+            PunchError::Refused(_) | PunchError::Relay(_) => self.punch_on(),
+            _ => self.helpers.clear(),
+        }
+        self.failures.hole_punch = Some(error);
+    }
+
+    /// The relay does not help. The next one may.
+    fn punch_on(&mut self) {
+        self.punching = None;
+        if let Some(relay) = self.helpers.pop_front() {
+            self.punch(relay);
         }
     }
 
@@ -285,7 +302,8 @@ impl Race {
         }
         if !matches!(error, CircuitError::Refused(_) | CircuitError::Ended(_) | CircuitError::Inner(_)) {
             // It will not help to punch either.
-            for (_, punch) in self.punching.iter().filter(|(helps, _)| *helps == relay) {
+            self.helpers.retain(|helps| *helps != relay);
+            if let Some((_, punch)) = self.punching.as_ref().filter(|(helps, _)| *helps == relay) {
                 punch.abort();
             }
         }

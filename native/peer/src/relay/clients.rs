@@ -180,6 +180,12 @@ impl Clients {
         self.table.read().unwrap_or_else(PoisonError::into_inner).get(relay)?.client.probed()
     }
 
+    /// Whether it is not known yet of some relays whether they register this node.
+    pub(crate) fn is_registering(&self) -> bool {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        table.values().any(|client| client.client.status().state == RegistrationState::Connecting)
+    }
+
     /// Ends all registrations.
     pub(crate) fn stop(&self) {
         for Client { client, .. } in self.table.read().unwrap_or_else(PoisonError::into_inner).values() {
