@@ -3,8 +3,8 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, IdentityError, ListenError, PunchError, ReplyError, RequestError, RouteError, SendError,
-    StartError, TlsError, UndeliveredReason,
+    ConnectError, EndpointError, IdentityError, ListenError, PunchError, ReplyError, RequestError, RouteError,
+    SendError, StartError, TlsError, UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
 use rustler::{Encoder, Env, NewBinary, Term};

@@ -9,7 +9,7 @@ use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, Resou
 
 use crate::atoms;
 use crate::decode::Terms;
-use crate::errors::{Why, Reason, binary, bytes_term};
+use crate::errors::{Reason, Why, binary, bytes_term};
 use crate::nat;
 
 /// Payloads from this size on are copied once, as a whole, and the binaries in them refer to the copy.

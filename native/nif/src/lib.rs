@@ -420,9 +420,7 @@ fn stats(env: Env<'_>) -> Term<'_> {
 fn path<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
     let text = Text::of(peer);
     match (Whom::read(peer, &text), engine()) {
-        (Ok(whom), Some(engine)) => {
-            (atoms::ok(), stats::path(env, &engine.path(&whom.target()))).encode(env)
-        }
+        (Ok(whom), Some(engine)) => (atoms::ok(), stats::path(env, &engine.path(&whom.target()))).encode(env),
         (Err(misnamed), _) => misnamed.error(env, peer),
         (Ok(_), None) => atoms::not_started().encode(env),
     }

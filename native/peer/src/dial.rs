@@ -19,7 +19,7 @@ use crate::decide::witness::Witness;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::link::{Link, lock};
-use crate::listen::{CONNECTION_WINDOW, STREAM_WINDOW};
+use crate::listen::{CONNECTION_WINDOW, KNOWN_WAY, STREAM_WINDOW};
 use crate::message::Path;
 use crate::relay::client::relay_transport;
 use crate::socket::{Refusals, Socket};
@@ -49,6 +49,8 @@ pub(crate) struct Dialer {
     pub(crate) config: Arc<Config>,
     /// For a registration.
     pub(crate) to_relay: bool,
+    /// Until it is measured. `None`: nothing is known.
+    pub(crate) initial_round_trip: Option<Duration>,
 }
 
 impl Dialer {
@@ -117,8 +119,9 @@ impl Dialer {
     }
 
     /// A link on a path that was found.
-    pub(crate) async fn dial_punched(self, address: SocketAddr) -> Result<Link, ConnectError> {
+    pub(crate) async fn dial_punched(mut self, address: SocketAddr) -> Result<Link, ConnectError> {
         let address = self.socket.reachable(address).ok_or(ConnectError::Unreachable)?;
+        self.initial_round_trip = Some(KNOWN_WAY);
         let mut link = self.connect(address, NO_NAME).await?;
         link.path = Path::HolePunch;
         Ok(link)
@@ -172,6 +175,9 @@ impl Dialer {
             .datagram_receive_buffer_size(None)
             .congestion_controller_factory(Arc::new(Witnessed { witness }));
         set_idle_timeout(&mut transport, &self.config);
+        if let Some(round_trip) = self.initial_round_trip {
+            transport.initial_rtt(round_trip);
+        }
         if self.to_relay {
             relay_transport(&mut transport);
         }

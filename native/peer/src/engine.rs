@@ -66,8 +66,8 @@ impl Engine {
         };
         let tls = tls::client(&identity, &config.verify)?;
         let circuits = tls::circuit_client(&identity, &config.verify)?;
-        let admission =
-            Admission::new(tls::circuit_server(&identity, &config.verify)?, config.verify.is_strict(), false, &config);
+        let circuit_server = tls::circuit_server(&identity, &config.verify)?;
+        let admission = Admission::over_known_ways(circuit_server, config.verify.is_strict(), &config);
         let clients = Clients::new(circuits, admission.clone(), &config);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.workers.max(1))

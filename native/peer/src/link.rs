@@ -41,6 +41,10 @@ const LANE_PATIENCE: Duration = Duration::from_millis(150);
 /// Frames from this size on leave behind all smaller ones. A 0.14.3 gateway reads none larger than this.
 const LARGE_FRAME: usize = 64 << 10;
 
+/// A peer that has acknowledged nothing and sent nothing for this long, while something is unacknowledged, may have been
+/// restarted: a new link is tried beside the old one. A false alarm costs a handshake.
+const DOUBT_AFTER: Duration = Duration::from_millis(500);
+
 /// Messages looked at in one go of a sweep, so that the callers are not kept from the lock.
 const SWEEP_BATCH: usize = 256;
 
@@ -249,6 +253,12 @@ impl Link {
     /// For one frame that is read from this link.
     pub(crate) fn reassembler(&self) -> Reassembler {
         Reassembler::new(self.limits)
+    }
+
+    /// How long the peer may be silent while it owes an acknowledgement. A lost packet is repeated after three round trips
+    /// and the peer's delay (RFC 9002, section 6.2), and that may be lost too.
+    pub(crate) fn patience(&self) -> Duration {
+        DOUBT_AFTER.max(self.connection.rtt() * 6)
     }
 
     /// Datagrams received so far.

@@ -120,7 +120,7 @@ impl Admission {
     /// `strict`: not everybody is let in. Streams are then allowed to those who are, which is how they know. `relay`:
     /// packets of circuits are taken.
     pub(crate) fn new(tls: QuicServerConfig, strict: bool, relay: bool, config: &Config) -> Self {
-        let (two_way, one_way) = if strict { (0, 0) } else { (first_streams(config), ONE_WAY_STREAMS) };
+        let (two_way, one_way) = streams(strict, config);
         let mut transport = transport_config(two_way, one_way, config);
         transport.datagram_receive_buffer_size(relay.then_some(RECEIVE_BUFFER));
         if relay {
@@ -129,6 +129,18 @@ impl Admission {
             // A time beyond QUIC's 2^62 ms means none.
             transport.max_idle_timeout(timeout.try_into().ok());
         }
+        Self::with_transport(tls, strict, transport)
+    }
+
+    /// For connections over circuits, and on paths that both nodes have made.
+    pub(crate) fn over_known_ways(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
+        let (two_way, one_way) = streams(strict, config);
+        let mut transport = transport_config(two_way, one_way, config);
+        transport.datagram_receive_buffer_size(None).initial_rtt(KNOWN_WAY);
+        Self::with_transport(tls, strict, transport)
+    }
+
+    fn with_transport(tls: QuicServerConfig, strict: bool, transport: TransportConfig) -> Self {
         let mut server = ServerConfig::with_crypto(Arc::new(tls));
         server.transport_config(Arc::new(transport));
         Self { config: Arc::new(server), strict }
@@ -144,6 +156,10 @@ impl Admission {
             connection.set_max_concurrent_uni_streams(ONE_WAY_STREAMS.into());
         }
     }
+}
+
+fn streams(strict: bool, config: &Config) -> (u32, u8) {
+    if strict { (0, 0) } else { (first_streams(config), ONE_WAY_STREAMS) }
 }
 
 fn first_streams(config: &Config) -> u32 {
@@ -165,6 +181,10 @@ fn transport_config(two_way: u32, one_way: u8, config: &Config) -> TransportConf
     set_idle_timeout(&mut transport, config);
     transport
 }
+
+/// The round trip of a way on which packets have just gone, as long as it is not measured: most are shorter. quinn's 333 ms
+/// are for ways of which nothing is known, and make a handshake's lost packet cost a second.
+pub(crate) const KNOWN_WAY: Duration = Duration::from_millis(100);
 
 /// Addresses that nodes are about to connect from, for as long as they may.
 #[derive(Default)]

@@ -394,6 +394,7 @@ impl Node {
     pub(crate) fn dialer(&self) -> Dialer {
         Dialer {
             to_relay: false,
+            initial_round_trip: None,
             quic: self.quic.clone(),
             socket: self.socket(),
             refusals: self.refusals.clone(),

@@ -53,11 +53,6 @@ const KEPT_BESIDE: usize = 128;
 /// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(10);
 
-/// A peer that has acknowledged nothing and sent nothing for this long, while something is unacknowledged, may have been
-/// restarted: a new link is tried beside the old one. Four probe timeouts (RFC 9002) on a path of 100 ms; a false alarm
-/// costs a handshake.
-pub(crate) const DOUBT_AFTER: Duration = Duration::from_millis(500);
-
 /// Pauses between dials for messages that are owed, when nobody waits.
 const REDIAL_FIRST_PAUSE: Duration = Duration::from_millis(100);
 const REDIAL_LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -901,7 +896,7 @@ impl Task {
             if self.in_doubt {
                 self.trust_again();
             }
-        } else if self.oldest.is_some_and(|oldest| now >= oldest.max(self.heard.1) + DOUBT_AFTER) {
+        } else if self.oldest.is_some_and(|oldest| now >= oldest.max(self.heard.1) + link.patience()) {
             self.doubt();
         }
     }

@@ -12,7 +12,7 @@ use crate::error::RequestError;
 use crate::link::{Link, is_acknowledged};
 use crate::message::Message;
 use crate::node::LARGE_PAYLOAD;
-use crate::peer::{DOUBT_AFTER, deadline};
+use crate::peer::deadline;
 
 /// How a request ended. The first two have answered the caller.
 pub(crate) enum End {
@@ -91,7 +91,7 @@ async fn exchange(link: &Link, message: Message) -> Result<RawFrame, Failure> {
         let heard = link.heard();
         tokio::select! {
             answer = &mut answer => return answer,
-            () = tokio::time::sleep(DOUBT_AFTER) => {
+            () = tokio::time::sleep(link.patience()) => {
                 if !is_acknowledged(&send) && link.heard() == heard {
                     link.doubted.notify_one();
                 }

@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::dial::set_idle_timeout;
 use crate::endpoint::Endpoint;
 use crate::link::lock;
-use crate::listen::{self, Admission, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, STREAM_WINDOW};
+use crate::listen::{self, Admission, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_WAY, STREAM_WINDOW};
 use crate::message::{Event, NodeId, Path, Registration};
 use crate::node::Node;
 use crate::punch;
@@ -55,6 +55,7 @@ impl Clients {
     pub(crate) fn new(client: QuicClientConfig, admission: Admission, config: &Config) -> Self {
         let mut transport = TransportConfig::default();
         transport
+            .initial_rtt(KNOWN_WAY)
             .keep_alive_interval(Some(config.keep_alive))
             .receive_window(CONNECTION_WINDOW.into())
             .stream_receive_window(STREAM_WINDOW.into())
