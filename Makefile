@@ -27,7 +27,7 @@ test: check test-rust test-erlang fuzz
 
 demo: compile
 	@mkdir -p _build/demo
-	@erlc -o _build/demo demo/macula_peer_demo.erl
+	@erlc -o _build/demo demo/macula_peer_demo.erl test/macula_peer_*.erl test/natlab/macula_peer_*.erl
 	@erl -noshell -pa $(EBIN) _build/demo -s macula_peer_demo main
 
 bench: compile testkit

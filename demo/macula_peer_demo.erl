@@ -1,4 +1,5 @@
-%% @doc What `make demo' runs: this node sends, to one that listens and to one that only a relay reaches.
+%% @doc What `make demo' runs: this node sends, to one that listens and to one that only a relay reaches; then others send
+%% through NATs, where there can be some.
 -module(macula_peer_demo).
 
 -export([main/0]).
@@ -25,12 +26,11 @@ main() ->
         ok = burst(Listener, Endpoint),
         ok = closed_port(),
         ok = stats(#{endpoint => Endpoint}),
-        io:nl(),
-        ok = relayed(Registered, #{relay_endpoint => RelayEndpoint}),
-        ok = request("  request", fun(Msg) -> macula_peer_endpoint:request(?NODE_ID, ping, Msg, 1000) end),
-        ok = stats(#{node_id => ?NODE_ID}),
-        ok = direct(Registered),
-        ok = stats(#{node_id => ?NODE_ID}),
+        io:format("~nby node id, to nodes that nothing was sent to before~n"
+                  "  ~-34s ~-15s ~s~n", ["", "first message", "then"]),
+        ok = direct(Listener, Endpoint),
+        ok = relayed(Registered, RelayEndpoint),
+        ok = through_nats(),
         io:format("~ndemo: ok~n"),
         halt(0)
     catch
@@ -53,9 +53,13 @@ dht_store(Listener, Endpoint) ->
     ok.
 
 request(Title, Ask) ->
-    Times = [begin {Time, {ok, {pong, _}}} = timer:tc(Ask, [#{timestamp => 1}]), Time end || _ <- lists:seq(1, 200)],
-    io:format("~-15s 200 pings, 200 pongs; median ~s~n", [Title, us(lists:nth(100, lists:sort(Times)))]),
+    Median = median(fun() -> Ask(#{timestamp => 1}) end),
+    io:format("~-15s 200 pings, 200 pongs; median ~s~n", [Title, us(Median)]),
     ok.
+
+median(Ask) ->
+    Times = [begin {Time, {ok, {pong, _}}} = timer:tc(Ask), Time end || _ <- lists:seq(1, 200)],
+    lists:nth(100, lists:sort(Times)).
 
 burst(Listener, Endpoint) ->
     Send = fun(N) ->
@@ -83,30 +87,54 @@ closed_port() ->
     io:format("closed port     ~0p after ~s~n", [Error, us(Time)]),
     ok.
 
-%% To a node id: registers this node at the relay too, opens a circuit, and makes a connection over it.
-relayed(Registered, Opts) ->
-    Began = os:system_time(microsecond),
-    Message = #{key => <<"temperature">>, value => <<"21.5">>},
-    ok = macula_peer_connector:send_message_nat_aware(<<"demo">>, ?NODE_ID, store, Message, Opts),
-    {Arrived, #{type := store, path := relay}} = peer:call(Registered, ?MODULE, ask, [first, store]),
-    io:format("by node id      arrived after ~s, through the relay~n", [us(Arrived - Began)]),
-    ok.
+%% The node's endpoint is known.
+direct(Listener, Endpoint) ->
+    Sent = send_to_node(<<"orangery">>, #{endpoint => Endpoint}),
+    {Arrived, #{path := direct}} = peer:call(Listener, ?MODULE, ask, [first, subscribe]),
+    row("direct", Arrived - Sent, "").
 
-%% Once an endpoint is known, the direct path takes over. The connection over the relay carries messages until then.
-direct(Registered) ->
-    Opts = #{endpoint => peer:call(Registered, ?MODULE, listen, [#{}])},
-    Began = os:system_time(microsecond),
-    ok = publish_until_direct(Opts, 1),
-    {Arrived, #{path := direct}} = peer:call(Registered, ?MODULE, ask, [first, direct], 30000),
-    io:format("  direct path   took over ~s after the endpoint was known~n", [us(Arrived - Began)]),
-    ok.
+%% Nothing is known of the node but a relay. This node registers there too, and opens a circuit.
+relayed(Registered, RelayEndpoint) ->
+    Sent = send_to_node(?NODE_ID, #{relay_endpoint => RelayEndpoint, skip_hole_punch => true}),
+    {Arrived, #{path := relay}} = peer:call(Registered, ?MODULE, ask, [first, subscribe]),
+    Ask = fun() -> macula_peer_endpoint:request(?NODE_ID, ping, #{timestamp => 1}, 1000) end,
+    row("through a relay, no NATs", Arrived - Sent, ["a request takes " | us(median(Ask))]).
 
-publish_until_direct(Opts, N) ->
-    ok = macula_peer_connector:send_message_nat_aware(<<"demo">>, ?NODE_ID, publish, publication(N), Opts),
-    case peer_stats(#{node_id => ?NODE_ID}) of
-        #{path := direct} -> macula_peer_connector:send_message_nat_aware(<<"demo">>, ?NODE_ID, publish, publication(N));
-        #{path := relay} -> receive after 1 -> publish_until_direct(Opts, N + 1) end
+send_to_node(NodeId, Opts) ->
+    Began = os:system_time(microsecond),
+    Message = #{topics => [<<"demo">>], qos => 0},
+    ok = macula_peer_connector:send_message_nat_aware(<<"demo">>, NodeId, subscribe, Message, Opts),
+    Began.
+
+%% Nodes in network namespaces, behind NATs of the kernel's.
+through_nats() ->
+    Meetings = [{"both behind NATs", port_restricted, port_restricted},
+                {"one behind a symmetric NAT", symmetric, port_restricted},
+                {"both behind symmetric NATs", symmetric, symmetric}],
+    case macula_peer_net:available() of
+        ok ->
+            try
+                Lab = macula_peer_natlab:start(macula_peer_natlab_pairs:sites([port_restricted, symmetric])),
+                Pairs = macula_peer_natlab_pairs:start(Lab),
+                lists:foreach(fun(Meeting) -> ok = meet(Pairs, Meeting) end, Meetings)
+            after
+                macula_peer_natlab:stop()
+            end;
+        {skip, Reason} ->
+            io:format("  left out: ~s. ~s~n", [lists:join(", ", [Title || {Title, _, _} <- Meetings]), Reason])
     end.
+
+meet(Pairs, {Title, Kind, Other}) ->
+    {_, [Meeting | _]} = macula_peer_natlab_pairs:meet_as_expected(Pairs, Kind, Other, 1),
+    case Meeting of
+        #{first := First, direct := Ms} when is_integer(Ms) ->
+            row(Title, First * 1000, ["a direct path after " | us(Ms * 1000)]);
+        #{first := First, path := relay, why := #{hole_punch := Why}} ->
+            row(Title, First * 1000, io_lib:format("by the relay: ~0p", [Why]))
+    end.
+
+row(Title, First, Then) ->
+    io:format("  ~-34s ~-15s ~s~n", [Title, us(First), Then]).
 
 stats(Name) ->
     #{undelivered := 0} = macula_peer_endpoint:stats(),
@@ -156,8 +184,8 @@ server() ->
             Server
     end.
 
-%% `Seen' has, for each type, path and relay, how often it was seen, and what came first, when. `Asked' are questions
-%% that wait for their answer.
+%% `Seen' has, for each type and relay, how often it was seen, and what came first, when. `Asked' are questions that wait
+%% for their answer.
 loop(Seen, Asked) ->
     loop(Seen, [], Asked).
 
@@ -168,10 +196,9 @@ loop(Seen, Waiting, [{Question, Argument, From} = Asked | Rest]) ->
     end;
 loop(Seen, Waiting, []) ->
     receive
-        {macula_peer_message, #{type := Type, path := Path, message := Msg, reply_to := Token} = Message} ->
+        {macula_peer_message, #{type := Type, message := Msg, reply_to := Token} = Message} ->
             Type =:= ping andalso pong(Token, Msg),
-            First = {os:system_time(microsecond), Message},
-            loop(see(Path, First, see(Type, First, Seen)), Waiting);
+            loop(see(Type, {os:system_time(microsecond), Message}, Seen), Waiting);
         {macula_peer_event, #{event := registration, state := registered, relay := Relay}} ->
             loop(see(Relay, registered, Seen), Waiting);
         {macula_peer_event, _} ->
