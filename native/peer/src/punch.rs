@@ -20,6 +20,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use crate::config::HolePunching;
 use crate::decide::coordinate::{DESCRIBED_WITHIN, is_local};
 use crate::decide::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
+use crate::decide::targets::Targets;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::identity::Fingerprint;
@@ -121,6 +122,8 @@ pub(crate) struct Puncher {
     /// By the id in their signals. At most `MAX_SESSIONS`.
     sessions: Mutex<HashMap<u64, Session>>,
     hard: Arc<Semaphore>,
+    /// What all of them together may send.
+    targets: Mutex<Targets>,
 }
 
 #[derive(Clone)]
@@ -146,7 +149,8 @@ enum HeardBy {
 
 impl Default for Puncher {
     fn default() -> Self {
-        Self { sessions: Mutex::default(), hard: Arc::new(Semaphore::new(MAX_HARD_SESSIONS)) }
+        let targets = Mutex::new(Targets::new(Instant::now()));
+        Self { sessions: Mutex::default(), hard: Arc::new(Semaphore::new(MAX_HARD_SESSIONS)), targets }
     }
 }
 
@@ -392,6 +396,9 @@ impl Attempt {
     }
 
     fn send(&self, via: punch::Via, to: SocketAddr, signal: punch::Signal) {
+        if !lock(&self.node.puncher.targets).take(to, Instant::now()) {
+            return tracing::trace!(%to, "too much is sent there");
+        }
         let (nonce, body) = match signal {
             punch::Signal::Ping { nonce } => (nonce, Body::Ping { sender: self.role }),
             punch::Signal::Pong { nonce } => (nonce, Body::Pong { sender: self.role }),
