@@ -489,12 +489,15 @@ impl Serving {
         let (sender, ports) = mpsc::channel(MAX_TOLD);
         let session_id = coordinate.session_id.clone();
         let commands = self.handle.clone();
-        let session = PunchSession { told: Instant::now(), ports, commands, open: true, coordinate };
+        let mut session = PunchSession { told: Instant::now(), ports, commands, open: true, coordinate };
         match (session.coordinate.role, asked) {
             // Nobody waits any more: then it is dropped.
             (Role::Initiator, Some(request)) => drop(request.answer.send(Ok(session))),
-            // It was not asked for, or is not wanted any more.
-            (Role::Initiator, None) => return,
+            // It was not asked for. Nothing is said of it: a relay that does not read must not make this node say ever more.
+            (Role::Initiator, None) => {
+                session.open = false;
+                return;
+            }
             (Role::Responder, _) => (self.terms.on_punch)(session),
         }
         self.punches.insert(session_id, sender);
