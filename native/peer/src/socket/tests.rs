@@ -10,9 +10,9 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::*;
+use crate::decide::punch::Role;
 use crate::relay::testing::{PATIENCE, client_config, server_config};
 use crate::runtime::BatchingRuntime;
-use crate::decide::punch::Role;
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
 
 struct Side {
