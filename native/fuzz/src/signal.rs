@@ -5,8 +5,21 @@
 use libfuzzer_sys::fuzz_target;
 
 #[allow(dead_code, unreachable_pub)]
+#[path = "../../peer/src/decide/nat.rs"]
+mod nat;
+
+#[allow(dead_code, unreachable_pub)]
+#[path = "../../peer/src/decide/punch.rs"]
+mod punch;
+
+#[allow(dead_code, unreachable_pub)]
 #[path = "../../peer/src/signal.rs"]
 mod signal;
+
+/// Where the engine has them.
+mod decide {
+    pub(crate) use crate::punch;
+}
 
 use ring::hmac;
 use signal::{Key, SECRET_LEN, Secret, Unverified};

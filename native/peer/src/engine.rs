@@ -238,7 +238,7 @@ impl Engine {
     }
 
     #[cfg(test)]
-    pub(crate) fn node(&self) -> &Node {
+    pub(crate) fn node(&self) -> &Arc<Node> {
         &self.node
     }
 

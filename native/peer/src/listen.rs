@@ -90,8 +90,10 @@ const ONE_WAY_STREAMS: u8 = 3;
 /// A handshake follows at once when a path has been made; its first packets may be lost.
 pub(crate) const EXPECTED_FOR: Duration = Duration::from_secs(10);
 
-/// Paths that may be made at once.
-const MAX_EXPECTED: usize = 256;
+/// Addresses that nodes may be expected from at once, and of these those that are for one key: a session has some, and
+/// nobody else's give way to those of one who begins one session after the other.
+const MAX_EXPECTED: usize = 1024;
+const MAX_EXPECTED_PER_KEY: usize = 32;
 
 /// One accepted connection.
 pub(crate) struct Accepted {
@@ -188,25 +190,49 @@ pub(crate) const KNOWN_WAY: Duration = Duration::from_millis(100);
 
 /// Addresses that nodes are about to connect from, for as long as they may.
 #[derive(Default)]
-pub(crate) struct Expected(HashMap<SocketAddr, Caller>);
+pub(crate) struct Expected {
+    /// Several of one address: who is expected wrote it on his packets, and it may be another's.
+    callers: HashMap<SocketAddr, Vec<Caller>>,
+    next_ticket: u64,
+}
 
 #[derive(Clone)]
 struct Caller {
+    ticket: u64,
     key: Fingerprint,
     /// The socket that it is heard by, if not the main one.
     extra: Option<Arc<ExtraGuard>>,
 }
 
 impl Expected {
-    pub(crate) fn insert(&mut self, address: SocketAddr, key: Fingerprint, extra: Option<Arc<ExtraGuard>>) {
-        // Who is not expected tries again later.
-        if self.0.len() < MAX_EXPECTED {
-            self.0.insert(address, Caller { key, extra });
+    /// Expects a key until its ticket is given back. `None`: there are too many, and who is not expected tries again later.
+    pub(crate) fn insert(
+        &mut self,
+        address: SocketAddr,
+        key: Fingerprint,
+        extra: Option<Arc<ExtraGuard>>,
+    ) -> Option<u64> {
+        let all = || self.callers.values().flatten();
+        if all().count() >= MAX_EXPECTED || all().filter(|caller| caller.key == key).count() >= MAX_EXPECTED_PER_KEY {
+            return None;
+        }
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.callers.entry(address).or_default().push(Caller { ticket, key, extra });
+        Some(ticket)
+    }
+
+    pub(crate) fn remove(&mut self, address: SocketAddr, ticket: u64) {
+        if let Some(callers) = self.callers.get_mut(&address) {
+            callers.retain(|caller| caller.ticket != ticket);
+            if callers.is_empty() {
+                self.callers.remove(&address);
+            }
         }
     }
 
-    pub(crate) fn remove(&mut self, address: SocketAddr) {
-        self.0.remove(&address);
+    fn at(&self, address: SocketAddr) -> Option<Vec<Caller>> {
+        self.callers.get(&address).cloned()
     }
 }
 
@@ -220,10 +246,10 @@ pub(crate) async fn accept(node: Arc<Node>) {
             incoming = node.quic.accept() => match incoming {
                 Some(incoming) => {
                     let admission = listening.borrow().clone();
-                    let caller = lock(&node.expected).0.get(&canonical(incoming.remote_address())).cloned();
-                    match (caller, admission) {
-                        (Some(caller), _) if expected.len() < node.config.max_accepted => {
-                            expected.spawn(accept_expected(node.clone(), caller, incoming));
+                    let callers = lock(&node.expected).at(canonical(incoming.remote_address()));
+                    match (callers, admission) {
+                        (Some(callers), _) if expected.len() < node.config.max_accepted => {
+                            expected.spawn(accept_expected(node.clone(), callers, incoming));
                         }
                         (_, Some(admission)) => admit(&node, &admission, incoming, &mut connections),
                         (_, None) => incoming.ignore(),
@@ -266,8 +292,7 @@ async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming) {
 }
 
 /// A connection on a path that both nodes have made.
-async fn accept_expected(node: Arc<Node>, caller: Caller, incoming: Incoming) {
-    let Caller { key, extra: _extra } = caller;
+async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incoming) {
     let admission = node.clients.admission().clone();
     let Ok(handshake) = incoming.accept_with(admission.config.clone()) else { return };
     let connection = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
@@ -275,10 +300,11 @@ async fn accept_expected(node: Arc<Node>, caller: Caller, incoming: Incoming) {
         Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
         Err(_) => return,
     };
-    if Fingerprint::of_connection(&connection) != Some(key) {
+    let shown = Fingerprint::of_connection(&connection);
+    let Some(Caller { extra: _extra, .. }) = callers.into_iter().find(|caller| Some(caller.key) == shown) else {
         tracing::warn!(from = %connection.remote_address(), "another node than the expected one");
         return connection.close(UNEXPECTED.into(), b"unexpected key");
-    }
+    };
     serve(node, admission, connection, Path::HolePunch).await;
 }
 
@@ -738,5 +764,44 @@ impl Accepted {
             Path::Direct | Path::HolePunch => canonical(self.connection.remote_address()),
             Path::Relay(relay) => relay,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn keys(expected: &Expected, address: SocketAddr) -> Vec<Fingerprint> {
+        expected.at(address).into_iter().flatten().map(|caller| caller.key).collect()
+    }
+
+    #[test]
+    fn who_is_expected_twice_is_so_until_both_tickets_are_back() {
+        let (mut expected, address) = (Expected::default(), "20.0.0.1:7000".parse().unwrap());
+        let (one, other) = ([1; 32].into(), [2; 32].into());
+        let tickets = [one, one, other].map(|key| expected.insert(address, key, None).unwrap());
+        assert_eq!(keys(&expected, address), [one, one, other], "nobody takes another's place");
+        expected.remove(address, tickets[0]);
+        assert_eq!(keys(&expected, address), [one, other]);
+        expected.remove(address, tickets[0]);
+        expected.remove(address, tickets[2]);
+        assert_eq!(keys(&expected, address), [one]);
+        expected.remove(address, tickets[1]);
+        assert!(expected.at(address).is_none() && expected.callers.is_empty());
+    }
+
+    #[test]
+    fn one_key_does_not_take_all_the_room() {
+        let mut expected = Expected::default();
+        let address = |port| SocketAddr::from(([20, 0, 0, 1], port));
+        let mut insert = |key, ports: std::ops::Range<u16>| {
+            ports.filter(|port| expected.insert(address(*port), [key; 32].into(), None).is_some()).count()
+        };
+        assert_eq!(insert(1, 0..5000), MAX_EXPECTED_PER_KEY);
+        assert_eq!(insert(2, 0..10), 10);
+        let all: usize = (3..100).map(|key| insert(key, 0..5000)).sum();
+        assert_eq!(all, MAX_EXPECTED - MAX_EXPECTED_PER_KEY - 10);
     }
 }

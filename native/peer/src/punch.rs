@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::future::poll_fn;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use tokio::time::{sleep, sleep_until, timeout};
 use crate::config::HolePunching;
 use crate::decide::coordinate::{DESCRIBED_WITHIN, is_local};
 use crate::decide::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
+use crate::decide::targets::Targets;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::identity::Fingerprint;
@@ -121,6 +122,8 @@ pub(crate) struct Puncher {
     /// By the id in their signals. At most `MAX_SESSIONS`.
     sessions: Mutex<HashMap<u64, Session>>,
     hard: Arc<Semaphore>,
+    /// What all of them together may send.
+    targets: Mutex<Targets>,
 }
 
 #[derive(Clone)]
@@ -146,7 +149,8 @@ enum HeardBy {
 
 impl Default for Puncher {
     fn default() -> Self {
-        Self { sessions: Mutex::default(), hard: Arc::new(Semaphore::new(MAX_HARD_SESSIONS)) }
+        let targets = Mutex::new(Targets::new(Instant::now()));
+        Self { sessions: Mutex::default(), hard: Arc::new(Semaphore::new(MAX_HARD_SESSIONS)), targets }
     }
 }
 
@@ -302,6 +306,9 @@ enum Extra {
 impl Attempt {
     async fn new(node: &Arc<Node>, mut session: PunchSession, relay: &Endpoint) -> Result<Self, PunchError> {
         let coordinate = &session.coordinate;
+        if !is_of_one(coordinate.address) {
+            return Err(CircuitError::NotARelay.into());
+        }
         let (role, theirs) = (coordinate.role, coordinate.profile);
         let id = signal_id(coordinate.session_id.as_bytes());
         let key = Key::from(&Secret::from(coordinate.secret));
@@ -391,7 +398,13 @@ impl Attempt {
         self.punch.opened(self.sockets.len() as u16);
     }
 
-    fn send(&self, via: punch::Via, to: SocketAddr, signal: punch::Signal) {
+    fn send(&mut self, via: punch::Via, to: SocketAddr, signal: punch::Signal) {
+        if self.role == Role::Responder && matches!(signal, punch::Signal::Pong { .. }) {
+            self.expect(via, to);
+        }
+        if !lock(&self.node.puncher.targets).take(to, Instant::now()) {
+            return tracing::trace!(%to, "too much is sent there");
+        }
         let (nonce, body) = match signal {
             punch::Signal::Ping { nonce } => (nonce, Body::Ping { sender: self.role }),
             punch::Signal::Pong { nonce } => (nonce, Body::Pong { sender: self.role }),
@@ -422,13 +435,14 @@ impl Attempt {
                 punch::Via::Extra(index as u16)
             }
             HeardBy::Extra(index) => {
+                // Whatever else is written on it, such packets must not take another's way.
+                if from.ip() != self.session.coordinate.address.ip() {
+                    return;
+                }
                 self.share(index, from);
                 punch::Via::Extra(index)
             }
         };
-        if self.role == Role::Responder {
-            self.expect(via, from);
-        }
         self.punch.received(via, from, signal, Instant::now());
     }
 
@@ -442,10 +456,9 @@ impl Attempt {
         }
     }
 
-    /// The other node may connect from there.
+    /// The other node may connect from where it is answered.
     fn expect(&mut self, via: punch::Via, from: SocketAddr) {
-        // More than that it is not answered on.
-        if self.expected.len() >= MAX_HEARD || self.expected.iter().any(|expected| expected.address == from) {
+        if self.expected.iter().any(|expected| expected.address == from) {
             return;
         }
         let extra = match via {
@@ -455,8 +468,9 @@ impl Attempt {
             },
             punch::Via::Main => None,
         };
-        lock(&self.node.expected).insert(from, self.session.coordinate.key, extra);
-        self.expected.push(Expectation { node: self.node.clone(), address: from });
+        let ticket = lock(&self.node.expected).insert(from, self.session.coordinate.key, extra);
+        let node = self.node.clone();
+        self.expected.extend(ticket.map(|ticket| Expectation { node, address: from, ticket }));
     }
 
     /// The extra socket by which an address is reached; the others are closed.
@@ -473,11 +487,12 @@ impl Attempt {
 struct Expectation {
     node: Arc<Node>,
     address: SocketAddr,
+    ticket: u64,
 }
 
 impl Drop for Expectation {
     fn drop(&mut self) {
-        lock(&self.node.expected).remove(self.address);
+        lock(&self.node.expected).remove(self.address, self.ticket);
     }
 }
 
@@ -517,6 +532,13 @@ fn poll_heard(
             Poll::Pending => return Poll::Pending,
         }
     }
+}
+
+/// Whether an address can be one host's.
+fn is_of_one(address: SocketAddr) -> bool {
+    let ip = address.ip().to_canonical();
+    let many = ip.is_multicast() || ip == IpAddr::from(Ipv4Addr::BROADCAST);
+    !many && !ip.is_unspecified() && address.port() != 0
 }
 
 /// The session's id is 16 random bytes; whoever makes others gets in the way of no one but himself.

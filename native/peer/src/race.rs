@@ -28,6 +28,9 @@ const RELAY_STAGGER: Duration = Duration::from_millis(200);
 /// Endpoints and relays remembered for a peer; more come from callers and the resolver, and the oldest give way.
 const MAX_WAYS: usize = 16;
 
+/// Connections that the peer began and that are waited for. One that begins many wants none.
+const MAX_ADOPTING: usize = 8;
+
 /// How a peer can be reached.
 #[derive(Debug, Clone, Default)]
 pub struct Ways {
@@ -112,6 +115,8 @@ pub(crate) struct Race {
     helpers: VecDeque<Endpoint>,
     /// Connections that the peer began.
     accepted: JoinSet<Option<Link>>,
+    /// Which ones, those that came to nothing too. At most `MAX_ADOPTING`.
+    adopting: Vec<usize>,
     /// Relays to be asked, and when.
     waiting: VecDeque<(Instant, Endpoint)>,
     /// Every way that was taken into the race.
@@ -138,6 +143,7 @@ impl Race {
             punching: None,
             helpers: VecDeque::new(),
             accepted: JoinSet::new(),
+            adopting: Vec::new(),
             waiting: VecDeque::new(),
             taken: Ways::default(),
             resolving: None,
@@ -173,8 +179,13 @@ impl Race {
         }
     }
 
-    /// Waits for a connection that the peer began to be of use.
+    /// Waits for a connection that the peer began to be of use, unless it does so already.
     pub(crate) fn adopt(&mut self, accepted: Arc<Accepted>, key: Option<Fingerprint>) {
+        let id = accepted.connection().stable_id();
+        if self.adopting.len() >= MAX_ADOPTING || self.adopting.contains(&id) {
+            return;
+        }
+        self.adopting.push(id);
         let adopted = self.node.clone().adopt(self.name.clone(), accepted, key);
         let until = self.until;
         self.accepted.spawn(async move { timeout_at(until.into(), adopted).await.ok()?.ok() });
@@ -369,4 +380,43 @@ async fn circuit(
     key: Option<Fingerprint>,
 ) -> Result<Link, CircuitError> {
     node.circuit(&relay, &target, key).await
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::link::lock;
+    use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
+    use crate::{Config, Engine, Listen};
+
+    /// Whoever knows it may begin as many connections as he likes, and each makes the peer's task look at all of them.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn each_connection_that_the_peer_begins_is_waited_for_once_and_few_at_once() {
+        let engine = Engine::start(Config::default()).unwrap();
+        let port = engine.listen(Listen::default()).unwrap().port();
+        let (dialler, config) = (endpoint(None), client_config(transport()));
+        let mut connections = Vec::new();
+        for _ in 0..2 * MAX_ADOPTING {
+            let connecting = dialler.connect_with(config.clone(), ([127, 0, 0, 1], port).into(), "node").unwrap();
+            connections.push(connecting.await.unwrap());
+        }
+        let node = engine.node().clone();
+        let until = Instant::now() + PATIENCE;
+        while lock(&node.accepted).len() < connections.len() {
+            assert!(Instant::now() < until);
+            tokio::task::yield_now().await;
+        }
+        let accepted: Vec<_> = lock(&node.accepted).values().cloned().collect();
+        let mut race = Race::new(node.clone(), PeerName::Node(NodeId::new(b"peer").unwrap()), Instant::now());
+        for _ in 0..2 {
+            race.adopt(accepted[0].clone(), None);
+        }
+        assert_eq!(race.accepted.len(), 1);
+        accepted.into_iter().for_each(|accepted| race.adopt(accepted, None));
+        assert_eq!(race.accepted.len(), MAX_ADOPTING);
+        drop((race, node, connections));
+        tokio::task::spawn_blocking(move || engine.stop()).await.unwrap();
+    }
 }

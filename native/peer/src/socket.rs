@@ -124,22 +124,6 @@ impl Socket {
         self.extras.towards(address).map(|extra| extra.id())
     }
 
-    /// Answers a signal from where it came to.
-    pub(crate) fn answer_signal(&self, via: Via, received: &Received, answer: &[u8]) {
-        match via {
-            Via::Main => self.send_signal_from(received.to, received.from, answer),
-            Via::Extra(id) => {
-                let (Some(extra), Some(destination)) = (self.extras.get(id), self.reachable(received.from)) else {
-                    return;
-                };
-                let contents = answer;
-                let transmit = Transmit { destination, ecn: None, contents, segment_size: None, src_ip: received.to };
-                // As above.
-                let _ = extra.send_now(&transmit);
-            }
-        }
-    }
-
     /// Publishes refused destinations, as long as the socket lives.
     pub(crate) async fn watch_errors(self: Arc<Self>) {
         loop {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::nat::NatProfile;
-use super::punch::{LONGEST, MAX_CANDIDATES, MAX_PORTS, Role, Strategy};
+use super::punch::{LONGEST, LOWEST_PORT, MAX_CANDIDATES, MAX_PORTS, Role, Strategy};
 use super::relay::{Bucket, Generation};
 use crate::identity::Fingerprint;
 use crate::relay::control::Id;
@@ -34,9 +34,6 @@ const _: () = assert!(LIFE.as_millis() > 3 * LONGEST_ROUND_TRIP.as_millis() + LO
 /// How long a node that has just registered may take to find out what NAT it is behind: three rounds of questions of a relay
 /// that is not near. An attempt of the wrong kind would take longer, in vain.
 pub(crate) const DESCRIBED_WITHIN: Duration = Duration::from_millis(1500);
-
-/// The lowest port that a node may name: those below are servers', and no NAT gives them away.
-const LOWEST_PORT: u16 = 1024;
 
 /// Why there is no session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]

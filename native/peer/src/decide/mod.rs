@@ -14,5 +14,6 @@ pub(crate) mod session;
 pub(crate) mod silence;
 #[cfg(test)]
 mod simulation;
+pub(crate) mod targets;
 pub(crate) mod upgrade;
 pub(crate) mod witness;

@@ -51,6 +51,9 @@ const SECOND_ROUND: Duration = Duration::from_millis(1300);
 /// Ports of the peer that are told, and looked at.
 pub(crate) const MAX_PORTS: usize = 16;
 
+/// The lowest port that a node may name: those below are servers', and no NAT gives them away.
+pub(super) const LOWEST_PORT: u16 = 1024;
+
 /// Local addresses of the peer that are looked at.
 pub(crate) const MAX_CANDIDATES: usize = 4;
 
@@ -389,7 +392,7 @@ impl Punch {
         for &port in ports {
             peer.set_port(port);
             let told = |way: &&Way| way.to.ip() == peer.ip() && way.origin == Origin::Named;
-            if port != 0 && self.ways.iter().filter(told).count() < MAX_PORTS {
+            if port >= LOWEST_PORT && self.ways.iter().filter(told).count() < MAX_PORTS {
                 self.name(peer, now);
             }
         }
@@ -407,12 +410,16 @@ impl Punch {
     }
 
     fn pinged(&mut self, via: Via, from: SocketAddr, nonce: u64, now: Instant) {
+        // Once only: somebody may have kept the packet to send it again, with another's address.
+        if self.answered.contains(&nonce) {
+            return;
+        }
         // Where it has come from is pinged at once, though it is not time yet.
         self.setup.begin = self.setup.begin.min(now);
         self.learn_source(via, from, now);
         let Some(way) = self.ways.iter_mut().find(|way| (way.via, way.to) == (via, from)) else { return };
-        // Once only: somebody may have kept the packet to send it again, with another's address.
-        if way.packets_left > 0 && self.packets_left > 0 && self.answered.insert(nonce) {
+        if way.packets_left > 0 && self.packets_left > 0 {
+            self.answered.insert(nonce);
             way.packets_left -= 1;
             self.packets_left -= 1;
             self.ready.push_back(Action::Send { via, to: from, signal: Signal::Pong { nonce } });
@@ -823,7 +830,9 @@ mod tests {
         assert_eq!(side.pinged(), [peer(), from]);
         side.hear(Via::Main, from, Signal::Ping { nonce: 7 });
         side.hear(Via::Main, other, Signal::Ping { nonce: 7 });
+        side.run(100);
         assert_eq!(side.pongs(), 1, "somebody may have kept it");
+        assert!(!side.pinged().contains(&other));
         side.answer(from);
         assert_eq!(side.proven(), [(Via::Main, from)]);
     }
@@ -876,14 +885,14 @@ mod tests {
     fn ports_and_local_addresses_are_bounded() {
         let candidates = (1..100).map(|n| SocketAddr::new([192, 168, 0, n].into(), 5000)).collect();
         let mut side = Side::new(STRICT, SEQUENTIAL, |setup| {
-            setup.ports = (0..10).collect();
+            setup.ports = (1020..1030).collect();
             setup.candidates = candidates;
         });
-        side.punch.learn_ports(&[3; 100], side.now());
+        side.punch.learn_ports(&[2000; 100], side.now());
         side.punch.learn_ports(&(0..10_000).collect::<Vec<_>>(), side.now());
         side.run(0);
         assert_eq!(side.pinged().len(), MAX_PORTS + MAX_CANDIDATES);
-        assert!(side.pinged().iter().all(|to| to.port() != 0));
+        assert!(side.pinged().iter().all(|to| to.port() >= LOWEST_PORT));
     }
 
     #[test]

@@ -300,6 +300,11 @@ impl Bucket {
         }
         taken
     }
+
+    /// Whether it is as if nothing had ever been taken.
+    pub(crate) fn is_full(&self, now: Instant) -> bool {
+        self.full <= now
+    }
 }
 
 /// In which so many tokens come, at most a day: more would be as much as any use of it can notice.

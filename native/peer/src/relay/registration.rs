@@ -127,6 +127,8 @@ pub(crate) struct PunchSession {
     /// Ports that the other node tells.
     pub(crate) ports: mpsc::Receiver<Vec<u16>>,
     commands: mpsc::UnboundedSender<Command>,
+    /// Whether the relay is still to be told how it went.
+    open: bool,
 }
 
 impl PunchSession {
@@ -136,13 +138,23 @@ impl PunchSession {
     }
 
     /// Tells the relay how it went.
-    pub(crate) fn tell_result(&self, success: bool) {
+    pub(crate) fn tell_result(&mut self, success: bool) {
+        self.open = false;
         self.say(FromNode::PunchResult { session_id: self.coordinate.session_id.clone(), success });
     }
 
     fn say(&self, message: FromNode) {
         // Nobody there: the registration has ended, and the session with it.
         let _ = self.commands.send(Command::Say(message));
+    }
+}
+
+impl Drop for PunchSession {
+    fn drop(&mut self) {
+        // Given up: until the relay knows, it lets neither of the two ask again.
+        if self.open && self.coordinate.role == Role::Initiator {
+            self.tell_result(false);
+        }
     }
 }
 
@@ -477,12 +489,15 @@ impl Serving {
         let (sender, ports) = mpsc::channel(MAX_TOLD);
         let session_id = coordinate.session_id.clone();
         let commands = self.handle.clone();
-        let session = PunchSession { told: Instant::now(), ports, commands, coordinate };
+        let mut session = PunchSession { told: Instant::now(), ports, commands, open: true, coordinate };
         match (session.coordinate.role, asked) {
             // Nobody waits any more: then it is dropped.
             (Role::Initiator, Some(request)) => drop(request.answer.send(Ok(session))),
-            // It was not asked for.
-            (Role::Initiator, None) => return,
+            // It was not asked for. Nothing is said of it: a relay that does not read must not make this node say ever more.
+            (Role::Initiator, None) => {
+                session.open = false;
+                return;
+            }
             (Role::Responder, _) => (self.terms.on_punch)(session),
         }
         self.punches.insert(session_id, sender);

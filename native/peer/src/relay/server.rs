@@ -377,16 +377,17 @@ impl Relay {
             state.book.find(registration.generation, target_id).and_then(|target| state.registrations.get(&target));
         let target = target.ok_or(Refused::NotRegistered);
         let told = target.and_then(|target| {
+            let room = target.room_for_other_nodes().ok_or(Refused::SessionsPerNode)?;
             let secret = Secret::generate().ok_or(Refused::Sessions)?;
             let parties = [registration.party(), target.party()];
             let [from, to] = &parties;
             let told = state.coordinator.request(from, to, session_id.clone(), *secret.as_bytes(), Instant::now())?;
-            Ok((told, target))
+            Ok((told, room))
         });
         match told {
-            Ok(([ours, theirs], target)) => {
+            Ok(([ours, theirs], room)) => {
                 self.counters.punches.add(1);
-                target.note(FromRelay::PunchCoordinate(Box::new(theirs.into())));
+                room.send(FromRelay::PunchCoordinate(Box::new(theirs.into())));
                 answer.send(FromRelay::PunchCoordinate(Box::new(ours.into())));
             }
             Err(refused) => {
@@ -401,9 +402,9 @@ impl Relay {
         let state = &mut *lock(&self.state);
         let execute = state.coordinator.execute(registration.generation, session_id, ports, Instant::now());
         if let Some(Execute { to, session, ports }) = execute
-            && let Some(to) = state.registrations.get(&to)
+            && let Some(room) = state.registrations.get(&to).and_then(|to| to.room_for_other_nodes())
         {
-            to.note(FromRelay::PunchExecute { session_id: session, ports });
+            room.send(FromRelay::PunchExecute { session_id: session, ports });
         }
     }
 
@@ -594,6 +595,12 @@ impl Registration {
         if let Err(TrySendError::Full(_)) = self.notes.try_send(message) {
             self.end(End::Slow);
         }
+    }
+
+    /// Room for what another node has it told, which may as well be lost. Half of all is kept for what it must hear:
+    /// otherwise that other one could have it disconnected by saying more than it reads.
+    fn room_for_other_nodes(&self) -> Option<mpsc::Permit<'_, FromRelay>> {
+        self.notes.try_reserve().ok().filter(|_| self.notes.capacity() >= self.notes.max_capacity() / 2)
     }
 
     /// Has the node told that packets are dropped, as long as that is not too much.

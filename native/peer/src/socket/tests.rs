@@ -63,13 +63,21 @@ fn key() -> Key {
     Key::from(&Secret::from([1; 32]))
 }
 
+/// By the socket that it came by.
+fn answer(socket: &Socket, via: Via, received: &Received, answer: &[u8]) {
+    match via {
+        Via::Main => socket.send_signal(received.from, answer),
+        Via::Extra(id) => socket.send_signal_by(id, received.from, answer),
+    }
+}
+
 /// Answers every ping that is one, and lets nothing else pass.
 async fn pong(socket: Arc<Socket>, mut received: mpsc::Receiver<(Via, Received)>) {
     let key = key();
     while let Some((via, received)) = received.recv().await {
         let signal = Unverified::parse(received.bytes()).unwrap().verify(&key).unwrap();
         let pong = Signal { body: Body::Pong { sender: Role::Responder }, ..signal };
-        socket.answer_signal(via, &received, &pong.encode(&key));
+        answer(&socket, via, &received, &pong.encode(&key));
     }
 }
 
@@ -154,7 +162,7 @@ async fn signals_by_an_extra_socket_are_answered_by_it() {
     client.socket.send_signal(address, &sent);
     let (via, received) = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
     assert_eq!((received.bytes(), received.from, via), (&*sent, client.socket.local, Via::Extra(id)));
-    server.socket.answer_signal(via, &received, &ping(4).encode(&key));
+    answer(&server.socket, via, &received, &ping(4).encode(&key));
     let (via, answer) = timeout(PATIENCE, client.received.recv()).await.unwrap().unwrap();
     assert_eq!((answer.from, via), (address, Via::Main));
 }

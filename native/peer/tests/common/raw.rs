@@ -10,6 +10,7 @@ use macula_peer_testkit::quic::{self, Key};
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, Reassembler, decode_payload};
 use quinn::{Connection, Endpoint, ReadError, RecvStream, SendStream, TransportConfig, VarInt};
+use ring::hmac;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -76,6 +77,91 @@ pub fn relay_request(session: &str, target: &str) -> Bytes {
     map(MessageType::RelayRequest, &[("session_id", bin(session)), ("target_id", bin(target))])
 }
 
+/// What a NAT is said to be like.
+pub type Nat = [(&'static str, Value); 3];
+
+pub fn nat(mapping: &str, filtering: &str, allocation: &str) -> Nat {
+    [("mapping", bin(mapping)), ("filtering", bin(filtering)), ("allocation", bin(allocation))]
+}
+
+pub fn describe(nat: &Nat, candidates: &[&str]) -> Bytes {
+    let candidates = ("candidates", Value::Array(candidates.iter().map(bin).collect()));
+    map(MessageType::Cast, &[&nat[..], &[candidates]].concat())
+}
+
+pub fn punch_request(session: &str, target: &str) -> Bytes {
+    map(MessageType::PunchRequest, &[("session_id", bin(session)), ("target_id", bin(target))])
+}
+
+pub fn punch_execute(session: impl AsRef<[u8]>, ports: &[u16]) -> Bytes {
+    let ports = Value::Array(ports.iter().map(|&port| Value::Uint(port.into())).collect());
+    map(MessageType::PunchExecute, &[("session_id", bin(session)), ("ports", ports)])
+}
+
+pub fn punch_result(session: &str, success: bool) -> Bytes {
+    map(MessageType::PunchResult, &[("session_id", bin(session)), ("success", Value::Bool(success))])
+}
+
+/// A session of two nodes, as a relay tells one of them of it, and the signals of it.
+pub struct Punch {
+    pub session: [u8; 16],
+    secret: [u8; 32],
+}
+
+impl Punch {
+    pub const INITIATOR: u8 = 0;
+    pub const RESPONDER: u8 = 1;
+    pub const PING: u8 = 3;
+    pub const PONG: u8 = 4;
+
+    pub fn new() -> Self {
+        Self { session: fastrand::u128(..).to_be_bytes(), secret: [fastrand::u8(..); 32] }
+    }
+
+    /// One that the node has asked for under this id.
+    pub fn asked(session: &[u8]) -> Self {
+        Self { session: session.try_into().unwrap(), ..Self::new() }
+    }
+
+    /// What the node is told of another one.
+    pub fn coordinate(&self, role: u8, peer: SocketAddr, key: [u8; 32], nat: &Nat) -> Bytes {
+        let fields = [
+            ("session_id", bin(self.session)),
+            ("peer_id", bin("peer")),
+            ("peer_host", bin(peer.ip().to_string())),
+            ("peer_ports", Value::Array(vec![Value::Uint(peer.port().into())])),
+            ("role", bin(["initiator", "responder"][usize::from(role)])),
+            ("key", bin(key)),
+            ("secret", bin(self.secret)),
+            ("delay", Value::Uint(0)),
+            ("candidates", Value::Array(vec![])),
+        ];
+        map(MessageType::PunchCoordinate, &[&fields[..], nat].concat())
+    }
+
+    pub fn signal(&self, kind: u8, sender: u8, nonce: u64) -> Vec<u8> {
+        let mut signal = vec![0x08, kind];
+        signal.extend_from_slice(&self.session[..8]);
+        signal.extend_from_slice(&nonce.to_be_bytes());
+        signal.push(sender);
+        let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &self.secret), &signal);
+        signal.extend_from_slice(&mac.as_ref()[..16]);
+        signal
+    }
+
+    /// The kind and the nonce of a signal of the other side.
+    pub fn read(&self, signal: &[u8], sender: u8) -> Option<(u8, u64)> {
+        let nonce = u64::from_be_bytes(signal.get(10..18)?.try_into().unwrap());
+        (self.signal(signal[1], sender, nonce) == signal).then_some((signal[1], nonce))
+    }
+}
+
+impl Default for Punch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 pub fn disconnect(circuit: u32) -> Bytes {
     let fields = [("reason", bin("closed")), ("message", bin("")), ("circuit", Value::Uint(circuit.into()))];
     map(MessageType::Disconnect, &fields)
@@ -91,7 +177,7 @@ pub fn packet(circuit: u32, bytes: &[u8]) -> Bytes {
 }
 
 /// The map in a message.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Said {
     pub kind: u8,
     fields: Vec<(Value, Value)>,
@@ -117,6 +203,23 @@ impl Said {
             Value::Uint(n) => Some(*n),
             _ => None,
         }
+    }
+
+    pub fn bool(&self, key: &str) -> Option<bool> {
+        match self.get(key)? {
+            Value::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// The elements of a list.
+    pub fn texts(&self, key: &str) -> Option<Vec<String>> {
+        let Value::Array(values) = self.get(key)? else { return None };
+        let text = |value: &Value| match value {
+            Value::Bin(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
+            _ => None,
+        };
+        values.iter().map(text).collect()
     }
 
     pub fn bytes(&self, key: &str) -> Option<&[u8]> {
@@ -293,6 +396,10 @@ pub struct FakeRelay {
 struct World {
     manner: Mutex<Manner>,
     nodes: Mutex<HashMap<String, FakeNode>>,
+    /// What nodes are told beside their address when they register.
+    welcome: Mutex<Vec<(&'static str, Value)>>,
+    /// What nodes said that is not about circuits.
+    said: Mutex<Vec<Said>>,
     circuits: Mutex<Vec<Option<[String; 2]>>>,
 }
 
@@ -308,8 +415,13 @@ impl FakeRelay {
         let config = quic::server_config(&[ALPN.into()], transport()).unwrap();
         let endpoint = Endpoint::server(config, "127.0.0.1:0".parse().unwrap()).unwrap();
         let address = endpoint.local_addr().unwrap().to_string();
-        let world = World { manner: Mutex::new(manner), nodes: Mutex::default(), circuits: Mutex::default() };
-        let world = Arc::new(world);
+        let world = Arc::new(World {
+            manner: Mutex::new(manner),
+            nodes: Mutex::default(),
+            welcome: Mutex::default(),
+            said: Mutex::default(),
+            circuits: Mutex::default(),
+        });
         let mut tasks = JoinSet::new();
         tasks.spawn({
             let world = world.clone();
@@ -330,6 +442,16 @@ impl FakeRelay {
 
     pub fn set_manner(&self, manner: Manner) {
         *self.world.manner.lock().unwrap() = manner;
+    }
+
+    /// Nodes are told this too when they register.
+    pub fn set_welcome(&self, fields: Vec<(&'static str, Value)>) {
+        *self.world.welcome.lock().unwrap() = fields;
+    }
+
+    /// What nodes said of this type, if it is not about circuits.
+    pub fn said(&self, kind: MessageType) -> Vec<Said> {
+        self.world.said.lock().unwrap().iter().filter(|said| said.kind == kind.id()).cloned().collect()
     }
 
     pub fn knows(&self, node: &str) -> bool {
@@ -375,7 +497,9 @@ impl World {
                     Some(MessageType::Connect) => {
                         name = said.text("node_id").unwrap();
                         self.nodes.lock().unwrap().insert(name.clone(), node.clone());
-                        tell(node, &map(MessageType::Reply, &[("address", bin("127.0.0.1:1"))])).await;
+                        let mut fields = vec![("address", bin("127.0.0.1:1"))];
+                        fields.extend(self.welcome.lock().unwrap().clone());
+                        tell(node, &map(MessageType::Reply, &fields)).await;
                     }
                     Some(MessageType::RelayRequest) => {
                         let session = said.text("session_id").unwrap_or_default();
@@ -394,7 +518,7 @@ impl World {
                         tell(node, &map(MessageType::Reply, &fields)).await;
                     }
                     Some(MessageType::Disconnect) => self.end(said.uint("circuit").unwrap() as u32).await,
-                    _ => {}
+                    _ => self.said.lock().unwrap().push(said),
                 }
             }
         }
