@@ -19,7 +19,7 @@ use crate::decide::witness::Witness;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::link::{Link, lock};
-use crate::listen::{CONNECTION_WINDOW, KNOWN_WAY, STREAM_WINDOW};
+use crate::listen::{DIALLED_WINDOW, KNOWN_WAY, STREAM_WINDOW};
 use crate::message::Path;
 use crate::relay::client::relay_transport;
 use crate::socket::{Refusals, Socket};
@@ -170,7 +170,7 @@ impl Dialer {
             // Raised when it is known who the peer is.
             .max_concurrent_bidi_streams(0u8.into())
             .max_concurrent_uni_streams(0u8.into())
-            .receive_window(CONNECTION_WINDOW.into())
+            .receive_window(DIALLED_WINDOW.into())
             .stream_receive_window(STREAM_WINDOW.into())
             .datagram_receive_buffer_size(None)
             .congestion_controller_factory(Arc::new(Witnessed { witness }));

@@ -45,8 +45,11 @@ pub(crate) const LARGE_FRAME: usize = 256 << 10;
 const LARGE_FRAMES: usize = 4;
 
 /// Bytes that may be on their way to one connection unread, over all its streams and on one.
-pub(crate) const CONNECTION_WINDOW: u32 = 8 << 20;
+const CONNECTION_WINDOW: u32 = 8 << 20;
 pub(crate) const STREAM_WINDOW: u32 = 1 << 20;
+
+/// The same where answers come too: those that wait to be read, because they are large, must not hold up the others.
+pub(crate) const DIALLED_WINDOW: u32 = CONNECTION_WINDOW + MAX_ANSWERING * STREAM_WINDOW;
 
 /// A token that is kept longer than this answers nothing: the stream and its memory are let go.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(300);

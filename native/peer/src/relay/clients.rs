@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::dial::set_idle_timeout;
 use crate::endpoint::Endpoint;
 use crate::link::lock;
-use crate::listen::{self, Admission, CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_WAY, STREAM_WINDOW};
+use crate::listen::{self, Admission, DIALLED_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_WAY, STREAM_WINDOW};
 use crate::message::{Event, NodeId, Path, Registration};
 use crate::node::Node;
 use crate::punch;
@@ -57,7 +57,7 @@ impl Clients {
         transport
             .initial_rtt(KNOWN_WAY)
             .keep_alive_interval(Some(config.keep_alive))
-            .receive_window(CONNECTION_WINDOW.into())
+            .receive_window(DIALLED_WINDOW.into())
             .stream_receive_window(STREAM_WINDOW.into())
             .datagram_receive_buffer_size(None)
             // Raised when it is known who the peer is.
