@@ -1048,6 +1048,8 @@ impl Task {
 
     /// Says how the peer is reached, if that is news.
     fn tell_path(&mut self) {
+        // A peer that is known by its address has but one path.
+        let PeerName::Node(_) = self.peer.name else { return };
         let Some(path) = self.link.as_ref().map(|link| link.path) else { return };
         let failures = lock(&self.peer.state).failures.clone();
         if self.told.as_ref().is_none_or(|told| (&told.0, &told.1) != (&path, &failures)) {

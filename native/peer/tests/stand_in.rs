@@ -78,7 +78,9 @@ fn at_most_once_what_may_have_arrived_is_not_passed_on() {
     until("passed on", || passed_on.lock().unwrap().contains(&2));
     let peer = PeerName::Node(node_id("target"));
     let lost = Event::Undelivered { peer, count: 1, reason: UndeliveredReason::LinkLost };
-    assert_eq!(*events.events.lock().unwrap(), [lost]);
+    let mut events = std::mem::take(&mut *events.events.lock().unwrap());
+    events.retain(|event| !matches!(event, Event::Path { .. }));
+    assert_eq!(events, [lost]);
     assert_eq!(*passed_on.lock().unwrap(), [2]);
     sender.stop();
     server.stop();
