@@ -15,7 +15,7 @@
 %%       is tried again after a longer time); then `reason' is the relay's, such as `node_id_taken', `realm', `registrations'
 %%       or `accept_rate', otherwise `none'.</dd>
 %%   <dt>`{macula_peer_event, #{event := path, peer, path, failed}}'</dt>
-%%   <dd>Messages to `peer' take another path than before, or a better one than theirs was looked for in vain: see {@link
+%%   <dd>Messages to a node, `peer', take another path than before, or a better one than theirs was looked for in vain: see {@link
 %%       path()}.</dd>
 %%   <dt>`{macula_peer_event, #{event := relay_limit, relay, limit}}'</dt>
 %%   <dd>A relay dropped packets of a circuit of this node: of `bandwidth', `packet_queue' or `packet_size' there was too

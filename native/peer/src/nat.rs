@@ -156,6 +156,10 @@ pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> 
 async fn look(node: &Node) -> bool {
     let relays = chosen(node.clients.probed(), &node.socket());
     if relays.is_empty() {
+        // Relays that answer no probes: nobody is to wait for what they tell.
+        if node.description.borrow().is_none() {
+            describe(node, NatProfile::default());
+        }
         return true;
     }
     let found = find_out(node, relays).await;
