@@ -218,7 +218,7 @@ fn a_relay_sends_nothing_to_an_address_that_somebody_names() {
                 sent += 1;
             }
         }
-        eventually("most of them arrive, as strays", || relay.stats().relay.unwrap().stray > sent * 9 / 10).await;
+        eventually("many of them arrive, as strays", || relay.stats().relay.unwrap().stray > sent / 2).await;
 
         // A circuit of its own, for packets that would be for somebody else if anything in them counted.
         let circuit = control.circuit_to("victim").await.unwrap();

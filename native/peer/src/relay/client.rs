@@ -38,6 +38,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Three keep-alives may be lost. Silence is noticed sooner, and this is for when the relay cannot be reached anew.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(45);
 
+/// How often another circuit is asked for when one ends before there is a connection over it: the other node may just have
+/// registered anew.
+const MORE_CIRCUITS: usize = 2;
+
 /// What may wait for the connection to the relay; inner connections wait beyond that. A tenth of a second at 10 Mbit/s:
 /// more would only make packets late.
 const SEND_BUFFER: usize = 128 << 10;
@@ -254,7 +258,7 @@ impl RelayClient {
         let mut phase = self.phase.subscribe();
         let mut late = CircuitError::Relay(ConnectError::TimedOut);
         let connect = async {
-            let mut fresh = false;
+            let (mut fresh, mut ended) = (false, 0);
             loop {
                 let handle = live(&mut phase, fresh).await?;
                 let mut later = phase.clone();
@@ -269,11 +273,15 @@ impl RelayClient {
                     // A relay that has become silent may be found to be down.
                     error = failed(&mut later) => Err(error),
                 };
-                if !matches!(connected, Err(CircuitError::RelayLost)) {
-                    return connected;
+                match connected {
+                    // The next registration will do as well; the phase changes when this one has ended.
+                    Err(CircuitError::RelayLost) => changed(&mut phase).await?,
+                    Err(CircuitError::Ended(_)) if ended < MORE_CIRCUITS => {
+                        ended += 1;
+                        continue;
+                    }
+                    connected => return connected,
                 }
-                // The next registration will do as well; the phase changes when this one has ended.
-                changed(&mut phase).await?;
                 fresh = true;
             }
         };
