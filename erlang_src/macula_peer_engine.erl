@@ -23,7 +23,7 @@
 %% What the native part is told; the other keys of the environment are ours.
 -define(NATIVE_KEYS, [ip, port, max_frame_size, max_nesting, pool_size, idle_timeout, keep_alive, connect_timeout,
                       delivery, max_unacknowledged, answer_timeout, workers, max_accepted, max_streams,
-                      frame_timeout, node_id, relays, identity_file, verify, realm_secret]).
+                      frame_timeout, node_id, relays, identity_file, verify, realm_secret, hole_punching]).
 
 -spec start_link() -> gen_server:start_ret().
 start_link() ->
