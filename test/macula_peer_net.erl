@@ -138,15 +138,15 @@ loss({Place, _Bridge}, Permille) ->
 watch({Place, _Bridge}, [Ip, Other], Verdict) when Verdict =:= accept; Verdict =:= drop ->
     Rules = [lists:concat(["ip saddr ", inet:ntoa(From), " ip daddr ", inet:ntoa(To), " meta l4proto udp counter ",
                            Verdict, "\n"]) || {From, To} <- [{Ip, Other}, {Other, Ip}]],
-    nft(Place, lists:flatten(["add table bridge watch; delete table bridge watch\n"
-                             "table bridge watch {\nchain pass {\ntype filter hook forward priority 1;\n", Rules, "}\n}"])),
+    nft(Place, lists:append(["add table bridge watch; delete table bridge watch\n"
+                             "table bridge watch {\nchain pass {\ntype filter hook forward priority 1;\n" | Rules] ++ ["}\n}"])),
     ok.
 
-%% How many came, in either direction.
+%% How many came from the one and from the other.
 passed({Place, _Bridge}) ->
     {match, Counts} = re:run(nft(Place, "list table bridge watch"), "counter packets (\\d+)",
                              [global, {capture, [1], list}]),
-    lists:sum([list_to_integer(Count) || [Count] <- Counts]).
+    [list_to_integer(Count) || [Count] <- Counts].
 
 stop() ->
     [remove(Name) || Name <- namespaces(os:getpid())],

@@ -81,14 +81,14 @@ an_unused_direct_path_is_let_go(Config) ->
     _ = await_path(Sender, Other, hole_punch),
     ok = send(Sender, Name, Other, 2),
     ok = macula_peer_natlab:between(Lab, one, two, accept),
-    until(fun() -> macula_peer_natlab:passed(Lab) > 4 end),
+    until(fun() -> lists:sum(macula_peer_natlab:passed(Lab)) > 4 end),
     _ = await_path(Sender, Other, none),
     until(fun() -> maps:get(accepted, macula_peer_test:stats(Target)) =:= [] end),
     %% Its last words are under way.
     receive after 100 -> ok end,
     ok = macula_peer_natlab:between(Lab, one, two, accept),
     receive after 2000 -> ok end,
-    ?assertEqual(0, macula_peer_natlab:passed(Lab)),
+    ?assertEqual([0, 0], macula_peer_natlab:passed(Lab)),
     Sent = now_ms(),
     ok = send(Sender, Name, Other, 3),
     #{at := At, path := Path} = macula_peer_relays:delivered(Target, 3),
@@ -105,14 +105,14 @@ relays_and_gateways_say_the_address_that_was_found_out(Config) ->
     Gateway = macula_peer_program:start(Host, "gateway_stand_in",
                                         ["--bind", binary_to_list(macula_peer_net:endpoint(Ip, 0))]),
     Asked = [macula_peer_net:endpoint(Ip, macula_peer_program:port(Gateway))],
-    [begin
-         [{Node, _}] = begin_anew(Config, [Site]),
-         #{reflexive_address := {Public, _} = Address} = call(Node, macula_peer_endpoint, nat_profile, []),
-         ?assertEqual(macula_peer_natlab:public(Lab, Site), Public),
-         Relays = [Relay || #{relay := Relay} <- maps:get(registrations, macula_peer_test:stats(Node))],
-         ?assertEqual([{Endpoint, Address} || Endpoint <- Relays ++ Asked],
-                      [{Endpoint, probed(Node, Endpoint)} || Endpoint <- Relays ++ Asked])
-     end || Site <- [one, cone]],
+    _ = [begin
+             [{Node, _}] = begin_anew(Config, [Site]),
+             #{reflexive_address := {Public, _} = Address} = call(Node, macula_peer_endpoint, nat_profile, []),
+             ?assertEqual(macula_peer_natlab:public(Lab, Site), Public),
+             Relays = [Relay || #{relay := Relay} <- maps:get(registrations, macula_peer_test:stats(Node))],
+             ?assertEqual([{Endpoint, Address} || Endpoint <- Relays ++ Asked],
+                          [{Endpoint, probed(Node, Endpoint)} || Endpoint <- Relays ++ Asked])
+         end || Site <- [one, cone]],
     macula_peer_stand_in:stop(Gateway).
 
 probed(Node, Endpoint) ->
@@ -197,7 +197,12 @@ stays_on_relay(Config, [Site, OtherSite] = Sites, [Settings, OtherSettings], Opt
     ok = await_count(Target, 2),
     ?assertEqual([relay], macula_peer_relays:paths(Target)),
     ?assertEqual([relay], told_paths(Sender)),
-    Why =:= timeout orelse ?assertEqual({Sites, 0}, {Sites, macula_peer_natlab:passed(Lab)}),
+    %% As long as the first packets of an attempt take.
+    receive after 300 -> ok end,
+    [Packets, Back] = macula_peer_natlab:passed(Lab),
+    ?assertEqual({Why, Why =:= timeout}, {Why, Packets > 0}),
+    %% The other side may not know that it is not wanted.
+    ?assert(Back =:= 0 orelse Why =:= not_allowed),
     Ms.
 
 %% A caller may say the ways each time. It asks the relay no more often for that.
@@ -229,7 +234,7 @@ a_stream_goes_on_when_the_host_moves(Config) ->
         ok = macula_peer_natlab:move_host(Lab, two),
         macula_peer_natlab:public(Lab, two)
     end,
-    goes_on(Config, [two, cone], Move).
+    goes_on(Config, [two, one], Move).
 
 goes_on(Config, Sites, Move) ->
     [{Sender, Name}, {Target, Other}] = begin_anew(Config, Sites),
