@@ -139,7 +139,8 @@ watch({Place, _Bridge}, [Ip, Other], Verdict) when Verdict =:= accept; Verdict =
     Rules = [lists:concat(["ip saddr ", inet:ntoa(From), " ip daddr ", inet:ntoa(To), " meta l4proto udp counter ",
                            Verdict, "\n"]) || {From, To} <- [{Ip, Other}, {Other, Ip}]],
     nft(Place, lists:append(["add table bridge watch; delete table bridge watch\n"
-                             "table bridge watch {\nchain pass {\ntype filter hook forward priority 1;\n" | Rules] ++ ["}\n}"])),
+                             "table bridge watch {\nchain pass {\ntype filter hook forward priority 1;\n"]
+                            ++ Rules ++ ["}\n}"])),
     ok.
 
 %% How many came from the one and from the other.

@@ -151,8 +151,8 @@ delivered(Target, Id) ->
 
 %% ---- a stream of numbered messages ----
 
-%% The node sends so many, one after the other, while others do something else; or, with `{every, Ms}', one each time until
-%% the stream is ended.
+%% The node sends so many, one after the other, while others do something else; or, with `{every, Ms}', one each time
+%% until the stream is ended.
 start_stream(Node, {From, To}, Rhythm, Opts) ->
     ok = call(Node, ?MODULE, stream, [id(From), id(To), Rhythm, Opts]).
 
