@@ -4,7 +4,9 @@
 
 -export([available/0]).
 -export([start/0, start/1, stop/0, namespaces/1]).
--export([add/2, switch/2, give/3, plug/4, isolate/2, lengthen/2, loss/2]).
+-export([add/2, switch/2, give/3, take/3, plug/4, isolate/2, lengthen/2, loss/2]).
+-export([watch/3, passed/1]).
+
 -export([ip/2, nft/2, kernel/3]).
 -export([address/1, endpoint/2]).
 -export([firewall/1, dropped/1, open/1]).
@@ -132,6 +134,21 @@ loss({Place, _Bridge}, Permille) ->
                "table bridge loss {\nchain pass {\ntype filter hook forward priority 0;\n" ++ Lost ++ Lost ++ "}\n}"),
     ok.
 
+%% From now on UDP packets between the two addresses pass, or are dropped, and are counted from 0 on.
+watch({Place, _Bridge}, [Ip, Other], Verdict) when Verdict =:= accept; Verdict =:= drop ->
+    Rules = [lists:concat(["ip saddr ", inet:ntoa(From), " ip daddr ", inet:ntoa(To), " meta l4proto udp counter ",
+                           Verdict, "\n"]) || {From, To} <- [{Ip, Other}, {Other, Ip}]],
+    nft(Place, lists:append(["add table bridge watch; delete table bridge watch\n"
+                             "table bridge watch {\nchain pass {\ntype filter hook forward priority 1;\n"]
+                            ++ Rules ++ ["}\n}"])),
+    ok.
+
+%% How many came from the one and from the other.
+passed({Place, _Bridge}) ->
+    {match, Counts} = re:run(nft(Place, "list table bridge watch"), "counter packets (\\d+)",
+                             [global, {capture, [1], list}]),
+    [list_to_integer(Count) || [Count] <- Counts].
+
 stop() ->
     [remove(Name) || Name <- namespaces(os:getpid())],
     ok.
@@ -162,6 +179,12 @@ is_digits(Text) ->
 %% Addresses are `{Ip, PrefixLength}'. Nobody else has them, and nobody waits until that is found out.
 give(Host, Interface, Addresses) ->
     _ = [ip(Host, lists:concat(["address add ", inet:ntoa(Ip), "/", Length, " dev ", Interface, " nodad"]))
+         || {Ip, Length} <- Addresses],
+    ok.
+
+%% Takes them away again.
+take(Host, Interface, Addresses) ->
+    _ = [ip(Host, lists:concat(["address del ", inet:ntoa(Ip), "/", Length, " dev ", Interface]))
          || {Ip, Length} <- Addresses],
     ok.
 

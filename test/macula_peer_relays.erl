@@ -4,11 +4,11 @@
 
 -export([start_relay/1, start_relay/2, restart_relay/1, kill_relay/1, relay_stats/1]).
 -export([endpoint/1, endpoints/1, node_of/1]).
--export([start_cold/2, start_member/2, engine/1]).
+-export([start_cold/2, start_member/2, engine/1, forget/1]).
 -export([id/1, settings/2, await_registered/2, registration/3, await_registration/4]).
 -export([send/4, send/5, request/4, cold_send/4, delivered/2]).
--export([start_stream/4, stream_with/2, streamed/1, await_count/2, sequence/1, paths/1]).
--export([stream/4, stream_opts/1, stream_state/0, own_sequence/0, own_paths/0]).
+-export([start_stream/4, stream_with/2, end_stream/2, streamed/1, await_count/2, sequence/1, paths/1, last/1]).
+-export([stream/4, stream_end/1, stream_opts/1, stream_state/0, own_sequence/0, own_paths/0, own_last/0]).
 
 -import(macula_peer_test, [call/4, await/3, until/2]).
 
@@ -65,10 +65,17 @@ start_member(Where, Settings) ->
 engine(Settings) ->
     macula_peer_test:engine(Settings#{handler => macula_peer_test:collector()}).
 
+%% What the node got before.
+forget(Node) ->
+    _ = call(Node, macula_peer_test, collector, []),
+    macula_peer_test:forget(Node).
+
 %% The settings of a node that registers with relays, and is reached through them where nothing else is said.
 settings(Name, Relays) ->
     #{node_id => id(Name), relays => endpoints(Relays), hole_punching => off}.
 
+id(Name) when is_binary(Name) ->
+    Name;
 id(Name) ->
     crypto:hash(sha256, atom_to_binary(Name)).
 
@@ -144,13 +151,18 @@ delivered(Target, Id) ->
 
 %% ---- a stream of numbered messages ----
 
-%% The node sends them, one after the other, while others do something else.
-start_stream(Node, {From, To}, Count, Opts) ->
-    ok = call(Node, ?MODULE, stream, [id(From), id(To), Count, Opts]).
+%% The node sends so many, one after the other, while others do something else; or, with `{every, Ms}', one each time
+%% until the stream is ended.
+start_stream(Node, {From, To}, Rhythm, Opts) ->
+    ok = call(Node, ?MODULE, stream, [id(From), id(To), Rhythm, Opts]).
 
 %% What is not sent yet is sent with other options.
 stream_with(Node, Opts) ->
     ok = call(Node, ?MODULE, stream_opts, [Opts]).
+
+%% After one more and so many in all, sent without a pause; how many they are.
+end_stream(Node, AtLeast) ->
+    call(Node, ?MODULE, stream_end, [AtLeast]).
 
 %% How many were sent, and those that were not accepted.
 streamed(Node) ->
@@ -167,34 +179,61 @@ sequence(Target) ->
 paths(Target) ->
     call(Target, ?MODULE, own_paths, []).
 
+%% Which message the target got last.
+last(Target) ->
+    call(Target, ?MODULE, own_last, []).
+
 %% These run in the nodes.
 
-stream(From, To, Count, Opts) ->
+stream(From, To, Rhythm, Opts) ->
     Sent = counters:new(1, []),
     Refused = ets:new(?STREAM, [public]),
-    ok = persistent_term:put(?STREAM, {Sent, Refused}),
     ok = stream_opts(Opts),
+    Send = fun(Id) ->
+        Result = macula_peer_connector:send_message_nat_aware(From, To, store, #{id => Id},
+                                                              persistent_term:get({?STREAM, opts})),
+        Result =:= ok orelse ets:insert(Refused, {Id, Result}),
+        counters:add(Sent, 1, 1)
+    end,
     Owner = spawn(fun() ->
         receive go -> ok end,
-        [begin
-             Result = macula_peer_connector:send_message_nat_aware(From, To, store, #{id => Id},
-                                                                   persistent_term:get({?STREAM, opts})),
-             Result =:= ok orelse ets:insert(Refused, {Id, Result}),
-             counters:add(Sent, 1, 1),
-             %% Some seconds long, so that relays can be killed and started under way.
-             Id rem 20 =:= 0 andalso receive after 1 -> ok end
-         end || Id <- lists:seq(1, Count)],
+        stream_on(1, Rhythm, Send),
         receive after infinity -> ok end
     end),
+    ok = persistent_term:put(?STREAM, {Sent, Refused, Owner}),
     true = ets:give_away(Refused, Owner, none),
     Owner ! go,
     ok.
+
+stream_on(Id, {every, Ms}, Send) ->
+    Send(Id),
+    receive
+        {stream_end, AtLeast, From, Tag} ->
+            Count = max(AtLeast, Id + 1),
+            stream_on(Id + 1, Count, Send),
+            From ! {Tag, Count}
+    after Ms ->
+        stream_on(Id + 1, {every, Ms}, Send)
+    end;
+stream_on(Id, Count, Send) when Id =< Count ->
+    Send(Id),
+    %% Some seconds long, so that relays can be killed and started under way.
+    Id rem 20 =:= 0 andalso receive after 1 -> ok end,
+    stream_on(Id + 1, Count, Send);
+stream_on(_Id, _Count, _Send) ->
+    ok.
+
+stream_end(AtLeast) ->
+    {_Sent, _Refused, Owner} = persistent_term:get(?STREAM),
+    Tag = make_ref(),
+    Owner ! {stream_end, AtLeast, self(), Tag},
+    receive {Tag, Count} -> Count end.
 
 stream_opts(Opts) ->
     persistent_term:put({?STREAM, opts}, Opts).
 
 stream_state() ->
-    {Sent, Refused} = persistent_term:get(?STREAM),
+    {Sent, Refused, _Owner} = persistent_term:get(?STREAM),
     {counters:get(Sent, 1), ets:tab2list(Refused)}.
 
 own_sequence() ->
@@ -208,6 +247,9 @@ own_sequence() ->
 
 own_paths() ->
     once([Path || #{path := Path} <- macula_peer_test:asked(received)]).
+
+own_last() ->
+    lists:last([none | macula_peer_test:asked(received)]).
 
 once([A, A | Rest]) -> once([A | Rest]);
 once([A | Rest]) -> [A | once(Rest)];

@@ -5,7 +5,7 @@
 -export([node_paths/0]).
 -export([start_node/0, start_node/1, start_node/2, call/4, stop_node/1, kill_node/1]).
 -export([start_listener/0, start_listener/1]).
--export([listen/1, collector/0, asked/1, received/1, count/1, events/2, ids/1, stats/1, serve/1]).
+-export([listen/1, collector/0, asked/1, received/1, count/1, events/2, forget/1, ids/1, stats/1, serve/1]).
 -export([root/0]).
 -export([closed_port/0, free_port/0, silent_port/0, endpoint/1, endpoint/2]).
 -export([until/1, until/2, await/2, await/3, elapsed/1, in_parallel/2, mailbox/0]).
@@ -116,6 +116,10 @@ count(Node) ->
 events(Node, Name) ->
     [Event || #{event := Of} = Event <- call(Node, ?MODULE, asked, [events]), Of =:= Name].
 
+%% A listener lets go of what it got.
+forget(Node) ->
+    call(Node, ?MODULE, asked, [forget]).
+
 %% Runs in the listener's node.
 asked(What) ->
     Tag = make_ref(),
@@ -139,6 +143,9 @@ collect(Messages, Events) ->
             collect([{Arrived, Token} | Messages], Events);
         {macula_peer_event, Event} ->
             collect(Messages, [Event | Events]);
+        {?COLLECTOR, forget, From, Tag} ->
+            From ! {Tag, ok},
+            collect([], []);
         {?COLLECTOR, What, From, Tag} ->
             From ! {Tag, kept(What, Messages, Events)},
             collect(Messages, Events)

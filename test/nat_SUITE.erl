@@ -78,7 +78,10 @@ options_are_checked(_Config) ->
     [?assertEqual({error, {invalid_option, {Key, Value}}}, Listen(#{Key => Value}))
      || {Key, Value} <- [{probe_port, 65536}, {probe_port, any}, {probe_ip, "127.0.0.1"}, {probe_ip, {1, 2, 3}}]],
     ?assertEqual({error, {listen_failed, eaddrnotavail}}, Listen(#{probe_ip => {192, 0, 2, 1}})),
-    ?assertMatch({ok, _}, Listen(#{probe_ip => ?SECOND, probe_port => 0})).
+    ?assertMatch({ok, _}, Listen(#{probe_ip => ?SECOND, probe_port => 0})),
+    ?assertError({badmatch, {error, {invalid_option, {hole_punching, sometimes}}}},
+                 macula_peer_test:engine(#{hole_punching => sometimes})),
+    [ok = macula_peer_test:engine(#{hole_punching => How}) || How <- [on, plain, off]].
 
 %% ---- behind real NATs ----
 

@@ -4,10 +4,13 @@
 
 -export([kinds/0]).
 -export([start/1, stop/0, lengthen/2, loss/2]).
+-export([between/4, passed/1, move_router/2, move_host/2]).
 -export([sites/1, hosts/2, public/2, relays/1, relays/2]).
 
 -define(CARRIER, {100, 64, 0, 1}).
 -define(HOME, {192, 168, 1, 1}).
+%% Of an address from the one before, where somebody moves.
+-define(AWAY, 100).
 
 %% Of sites.
 kinds() ->
@@ -34,6 +37,29 @@ lengthen(#{switch := Switch}, Ms) ->
 
 loss(#{switch := Switch}, Permille) ->
     macula_peer_net:loss(Switch, Permille).
+
+%% Packets between two sites, see macula_peer_net:watch/3.
+between(#{switch := Switch} = Lab, Name, Other, Verdict) ->
+    macula_peer_net:watch(Switch, [public(Lab, Site) || Site <- [Name, Other]], Verdict).
+
+passed(#{switch := Switch}) ->
+    macula_peer_net:passed(Switch).
+
+%% The site's router gets another address outside instead of the one that it has.
+move_router(#{sites := Sites} = Lab, Name) ->
+    #{router := Router, public := Public} = Site = maps:get(Name, Sites),
+    Other = second(Public, ?AWAY),
+    ok = macula_peer_net:take(Router, "outside", [subnet(Public)]),
+    ok = macula_peer_net:give(Router, "outside", [subnet(Other)]),
+    Lab#{sites := Sites#{Name := Site#{public := Other}}}.
+
+%% The first host of the site gets another address inside instead of the one that it has. Nobody calls it by that.
+move_host(Lab, Name) ->
+    Host = hd(hosts(Lab, Name)),
+    Inside = macula_peer_net:address(Host),
+    ok = macula_peer_net:take(Host, "eth0", [subnet(Inside)]),
+    ok = macula_peer_net:give(Host, "eth0", [subnet(second(Inside, ?AWAY))]),
+    default_route(Host, ?HOME).
 
 %% ---- what there is ----
 

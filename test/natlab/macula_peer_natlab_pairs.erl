@@ -4,6 +4,7 @@
 
 -export([kinds/0, sites/1, start/1]).
 -export([meet_as_expected/4, expected/2, misses/2]).
+-export([begin_anew/3]).
 -export([first_message/3]).
 
 -import(macula_peer_test, [call/4]).
@@ -70,13 +71,9 @@ meet(Pairs, Ends) ->
         Class:Reason:Stack -> #{failed => {Class, Reason, Stack}}
     end.
 
-try_to_meet(#{nodes := Nodes, lab := Lab} = Pairs, {{FromSite, _} = From, {ToSite, _} = To}) ->
-    [Sender, Target] = Both = [maps:get(host(Lab, At), Nodes) || At <- [From, To]],
-    [Name, Other] = Names = [crypto:strong_rand_bytes(32) || _ <- Both],
-    Relays = [relays(Pairs, Site) || Site <- [FromSite, ToSite]],
-    [ok, ok] = macula_peer_test:in_parallel(2, fun(N) ->
-        begin_anew(lists:nth(N, Both), lists:nth(N, Names), lists:nth(N, Relays))
-    end),
+try_to_meet(Pairs, Ends) ->
+    [{Sender, Name}, {Target, Other}] =
+        macula_peer_test:in_parallel(2, fun(N) -> begin_anew(Pairs, element(N, Ends), #{}) end),
     Id = erlang:unique_integer([positive]),
     case call(Sender, ?MODULE, first_message, [Name, Other, Id]) of
         {ok, Start, Outcome} ->
@@ -86,20 +83,20 @@ try_to_meet(#{nodes := Nodes, lab := Lab} = Pairs, {{FromSite, _} = From, {ToSit
             #{failed => Reason}
     end.
 
-host(Lab, {Site, N}) ->
-    lists:nth(N, macula_peer_natlab:hosts(Lab, Site)).
+%% The node on the N-th host of a site, with a name that nobody knows, as soon as it can be met.
+begin_anew(#{lab := Lab, nodes := Nodes} = Pairs, {Site, N}, Settings) ->
+    Node = maps:get(lists:nth(N, macula_peer_natlab:hosts(Lab, Site)), Nodes),
+    Name = crypto:strong_rand_bytes(32),
+    Relays = relays(Pairs, Site),
+    ok = call(Node, macula_peer_endpoint, stop, []),
+    ok = macula_peer_relays:forget(Node),
+    ok = call(Node, macula_peer_relays, engine, [Settings#{node_id => Name, relays => Relays, workers => 1}]),
+    macula_peer_relays:await_registered(Node, Relays),
+    macula_peer_test:until(fun() -> knows_its_nat(Node) end),
+    {Node, Name}.
 
 relays(#{lab := Lab, ports := Ports}, Site) ->
     [macula_peer_net:endpoint(Ip, maps:get(Host, Ports)) || {Host, [Ip | _]} <- macula_peer_natlab:relays(Lab, Site)].
-
-begin_anew(Node, Name, Relays) ->
-    ok = call(Node, macula_peer_relays, engine, [#{node_id => Name, relays => Relays, workers => 1}]),
-    Registered = fun() ->
-        #{registrations := All} = macula_peer_test:stats(Node),
-        length([registered || #{state := registered} <- All]) =:= length(Relays)
-    end,
-    macula_peer_test:until(Registered),
-    macula_peer_test:until(fun() -> knows_its_nat(Node) end).
 
 knows_its_nat(Node) ->
     #{detected_at := At} = call(Node, macula_peer_endpoint, nat_profile, []),

@@ -115,6 +115,8 @@ struct State {
     ways: Ways,
     /// There are ways that were not tried.
     learned: bool,
+    /// Of these, some may be better than a relay.
+    better: bool,
     /// The peer has begun connections that were not looked at.
     arrived: bool,
     /// Why paths could not be had.
@@ -183,6 +185,7 @@ impl Peer {
             session: Session::new(node.config.delivery == Delivery::AtMostOnce),
             ways,
             learned: false,
+            better: false,
             arrived: false,
             failures: Failures::default(),
             resolved: None,
@@ -358,9 +361,9 @@ impl Peer {
     pub(crate) fn learn(&self, ways: Ways) -> bool {
         let now = Instant::now();
         let mut state = lock(&self.state);
-        let better = state.ways.learn(ways);
+        state.better |= state.ways.learn(ways);
         state.learned = true;
-        if better && state.link.as_ref().is_some_and(|link| link.path.is_relayed()) {
+        if state.better && state.link.as_ref().is_some_and(|link| link.path.is_relayed()) {
             self.wake.notify_one();
         }
         let fresh = |(since, at_it)| since + if at_it { RESOLVING_FOR } else { RESOLVED_FOR } > now;
@@ -374,7 +377,7 @@ impl Peer {
     /// What was found by looking up.
     pub(crate) fn resolved(&self, ways: Ways) {
         let mut state = lock(&self.state);
-        state.ways.learn(ways);
+        state.better |= state.ways.learn(ways);
         (state.learned, state.resolved) = (true, Some((Instant::now(), false)));
         self.wake.notify_one();
     }
@@ -718,7 +721,7 @@ impl Task {
         self.look_at_arrived(now);
         if self.wants_dial(now) {
             self.begin_race(now);
-        } else if self.upgrade_at.is_some_and(|at| at <= now) || self.has_learned() {
+        } else if self.upgrade_at.is_some_and(|at| at <= now) || self.knows_better() {
             self.look_for_better(now);
         }
     }
@@ -936,6 +939,7 @@ impl Task {
         let mut state = lock(&self.peer.state);
         if let Some(race) = &mut self.race {
             if std::mem::take(&mut state.learned) {
+                state.better = false;
                 race.add(&state.ways, state.resolving(now), now);
             }
             return false;
@@ -957,7 +961,7 @@ impl Task {
         let (node, name) = (self.node().clone(), self.peer.name.clone());
         let race = self.race.get_or_insert_with(|| Race::new(node, name, now));
         let mut state = lock(&self.peer.state);
-        state.learned = false;
+        (state.learned, state.better) = (false, false);
         race.add(&state.ways, state.resolving(now), now);
     }
 
@@ -1004,7 +1008,7 @@ impl Task {
         self.upgrade_at = None;
         let Some(Path::Relay(relay)) = self.link.as_ref().map(|link| link.path) else { return };
         let mut state = lock(&self.peer.state);
-        state.learned = false;
+        (state.learned, state.better) = (false, false);
         let Ways { endpoints, key, hole_punch, .. } = state.ways.clone();
         drop(state);
         let (node, name) = (self.node().clone(), self.peer.name.clone());
@@ -1024,9 +1028,9 @@ impl Task {
         }
     }
 
-    fn has_learned(&self) -> bool {
+    fn knows_better(&self) -> bool {
         let relayed = self.link.as_ref().is_some_and(|link| link.path.is_relayed());
-        relayed && !self.in_doubt && lock(&self.peer.state).learned
+        relayed && !self.in_doubt && lock(&self.peer.state).better
     }
 
     fn plan_upgrade(&mut self) {

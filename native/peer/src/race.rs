@@ -66,9 +66,11 @@ impl Failures {
 }
 
 impl Ways {
-    /// Puts what is known now before what was known. Returns whether there are new endpoints.
+    /// Puts what is known now before what was known. Returns whether direct paths may be had that could not before:
+    /// there are new endpoints, or NATs may be passed now.
     pub(crate) fn learn(&mut self, new: Ways) -> bool {
-        let news = new.endpoints.iter().any(|endpoint| !self.endpoints.contains(endpoint));
+        let endpoints = new.endpoints.iter().any(|endpoint| !self.endpoints.contains(endpoint));
+        let news = endpoints || (new.hole_punch == Some(true) && self.hole_punch == Some(false));
         merge(&mut self.endpoints, new.endpoints);
         merge(&mut self.relays, new.relays);
         merge(&mut self.last_resorts, new.last_resorts);

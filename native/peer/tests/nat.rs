@@ -13,9 +13,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::raw::{Stream, connect_as, eventually, stranger};
-use common::{PATIENCE, endpoint, engine, member, node_id, until};
+use common::{Forwarder, PATIENCE, endpoint, engine, member, message, node_id, over, send_to_node, until};
 use macula_peer::{Allocation, Config, Engine, Event, Filtering, Listen, Mapping, NatProfile, RelayConfig};
 use macula_peer_testkit::quic::tokio_runtime;
+use macula_peer_wire::MessageType::Publish;
 use ring::hmac;
 
 const SECOND: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
@@ -111,6 +112,36 @@ fn a_node_that_moves_is_told_where_it_is_seen_and_looks_again() {
     });
     until("the registration knows", || node.stats().registrations[0].address == Some(here));
     for engine in [node, relay] {
+        engine.stop();
+    }
+}
+
+/// The others would hear of it with the next keep-alive, 15 s later.
+#[test]
+fn relays_that_hear_nothing_of_a_node_know_when_it_has_moved() {
+    let ((busy, first), (quiet, second)) = (relay(), relay());
+    let ways = [&first, &second].map(|relay| Forwarder::new(relay.parse().unwrap(), 0, 0.0, Duration::ZERO));
+    let [busy_way, quiet_way] = ways.each_ref().map(|way| way.address.to_string());
+    let (node, _) = member("node", &[&busy_way, &quiet_way]);
+    let (other, inbox) = member("other", &[&first]);
+    let addresses = || {
+        let mut all: Vec<_> = node.stats().registrations.into_iter().map(|r| (r.relay, r.address)).collect();
+        all.sort_by_key(|(relay, _)| *relay == endpoint(&quiet_way));
+        all.into_iter().filter_map(|(_, address)| address).collect::<Vec<_>>()
+    };
+    let before = addresses();
+    let moved = Instant::now();
+    ways.iter().for_each(Forwarder::move_away);
+    until("both know", || {
+        let n = inbox.len() as u64;
+        send_to_node(&node, "other", over(&[&busy_way]), message(Publish, n, PATIENCE)).unwrap();
+        let now = addresses();
+        now.len() == 2 && now.iter().zip(&before).all(|(now, before)| now != before)
+    });
+    let took = moved.elapsed();
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    drop(ways);
+    for engine in [node, other, busy, quiet] {
         engine.stop();
     }
 }

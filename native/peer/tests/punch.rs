@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::{member_of, message, node_id, over, relay, send_to_node, until};
-use macula_peer::{Config, Engine, Path, Target};
+use macula_peer::{Config, Engine, Path, Target, Ways};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -71,5 +71,34 @@ fn one_connection_remains(names: [String; 2], relay: &str) {
     until("one connection remains", || a.stats().accepted.len() + b.stats().accepted.len() == 1);
     for (node, _) in &nodes {
         node.stop();
+    }
+}
+
+/// Callers may name a relay with every message. That is no reason to ask it again for what it has refused.
+#[test]
+fn what_is_hopeless_is_asked_for_once_whatever_callers_say() {
+    let (relay, address) = relay(0);
+    let (v4, v6) = (address.clone(), address.replace("127.0.0.1", "[::1]"));
+    let (a, _) = member_of(Config::default(), "a", &[&v4]);
+    let (b, inbox) = member_of(Config::default(), "b", &[&v6]);
+    let refused = || {
+        let counts = relay.stats().relay.unwrap().refused;
+        counts.iter().find(|(refusal, _)| *refusal == "address_family").map_or(0, |(_, count)| *count)
+    };
+    send_to_node(&a, "b", over(&[&v4]), message(Publish, 0, TIMEOUT)).unwrap();
+    until("said", || a.path(&Target::Node(&node_id("b"))).failures.hole_punch.is_some());
+    assert_eq!((path(&a, "b").is_some(), refused()), (true, 1));
+    for n in 1..100 {
+        a.learn(&node_id("b"), over(&[&v4]));
+        send_to_node(&a, "b", over(&[&v4]), message(Publish, n, TIMEOUT)).unwrap();
+        until("it arrives", || inbox.len() as u64 == n + 1);
+    }
+    assert_eq!(refused(), 1);
+    // What was skipped until now is tried once more.
+    a.learn(&node_id("b"), Ways { hole_punch: Some(false), ..Ways::default() });
+    a.learn(&node_id("b"), Ways { hole_punch: Some(true), ..Ways::default() });
+    until("asked once more", || refused() == 2);
+    for engine in [a, b, relay] {
+        engine.stop();
     }
 }

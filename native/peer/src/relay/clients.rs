@@ -268,6 +268,11 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
     move |event| {
         let Some(node) = node.upgrade() else { return };
         let relay = relay.clone();
+        if let RelayEvent::Moved { .. } = event {
+            // Other relays see the new address with the next packet: told anew what they know, they get one now and not
+            // with the next keep-alive. And a direct path that was not to be had may be there now.
+            node.description.send_modify(|_| ());
+        }
         if matches!(event, RelayEvent::Registered { .. } | RelayEvent::Moved { .. }) {
             node.nat.look();
         }

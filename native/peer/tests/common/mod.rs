@@ -125,6 +125,7 @@ pub struct Forwarder {
     pub address: SocketAddr,
     swallow: Arc<AtomicBool>,
     widest: Arc<AtomicUsize>,
+    moves: Arc<AtomicBool>,
     /// Packets that were too wide.
     pub too_wide: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
@@ -134,7 +135,7 @@ pub struct Forwarder {
 impl Forwarder {
     pub fn new(server: SocketAddr, seed: u64, loss: f64, delay: Duration) -> Self {
         let front = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let back = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut back = UdpSocket::bind("127.0.0.1:0").unwrap();
         back.connect(server).unwrap();
         for socket in [&front, &back] {
             socket.set_nonblocking(true).unwrap();
@@ -143,15 +144,23 @@ impl Forwarder {
         let (swallow, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let widest = Arc::new(AtomicUsize::new(usize::MAX));
         let too_wide = Arc::new(AtomicUsize::new(0));
-        let flags = (swallow.clone(), widest.clone(), too_wide.clone(), stop.clone());
+        let moves = Arc::new(AtomicBool::new(false));
+        let flags = (swallow.clone(), widest.clone(), too_wide.clone(), moves.clone(), stop.clone());
         let thread = std::thread::spawn(move || {
-            let (swallow, widest, too_wide, stop) = flags;
+            let (swallow, widest, too_wide, moves, stop) = flags;
             let mut random = fastrand::Rng::with_seed(seed);
             let mut client = None;
             let mut queue: VecDeque<(Instant, bool, Vec<u8>)> = VecDeque::new();
             let mut buffer = [0; 65536];
             while !stop.load(Ordering::Relaxed) {
                 let mut idle = true;
+                if moves.swap(false, Ordering::Relaxed) {
+                    // The old one stays bound meanwhile, so this is another port.
+                    let new = UdpSocket::bind("127.0.0.1:0").unwrap();
+                    new.connect(server).unwrap();
+                    new.set_nonblocking(true).unwrap();
+                    back = new;
+                }
                 while let Ok((n, from)) = front.recv_from(&mut buffer) {
                     idle = false;
                     // The client's other sockets ask what its NAT is like, and get no answer.
@@ -186,11 +195,16 @@ impl Forwarder {
                 }
             }
         });
-        Self { address, swallow, widest, too_wide, stop, thread: Some(thread) }
+        Self { address, swallow, widest, moves, too_wide, stop, thread: Some(thread) }
     }
 
     pub fn swallow(&self, all: bool) {
         self.swallow.store(all, Ordering::Relaxed);
+    }
+
+    /// From now on the server sees the client at another address.
+    pub fn move_away(&self) {
+        self.moves.store(true, Ordering::Relaxed);
     }
 
     /// From now on longer packets are lost without a word, as where ICMP is filtered.
