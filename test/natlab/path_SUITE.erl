@@ -180,7 +180,7 @@ many_packets_are_not_sent_where_they_are_not_allowed(Config) ->
     ct:pal("said after ~p ms", [Ms]),
     ?assert(lists:max(Ms) < 1000).
 
-stays_on_relay(Config, [Site, OtherSite] = Sites, [Settings, OtherSettings], Opts, Why) ->
+stays_on_relay(Config, [Site, OtherSite], [Settings, OtherSettings], Opts, Why) ->
     Lab = ?config(lab, Config),
     Ends = [{Site, Settings}, {OtherSite, OtherSettings}],
     [{Sender, Name}, {Target, Other}] = begin_all_anew(Config, Ends),
