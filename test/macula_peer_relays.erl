@@ -70,9 +70,9 @@ forget(Node) ->
     _ = call(Node, macula_peer_test, collector, []),
     macula_peer_test:forget(Node).
 
-%% The settings of a node that registers with relays.
+%% The settings of a node that registers with relays, and is reached through these alone.
 settings(Name, Relays) ->
-    #{node_id => id(Name), relays => endpoints(Relays)}.
+    #{node_id => id(Name), relays => endpoints(Relays), hole_punching => off}.
 
 id(Name) when is_binary(Name) ->
     Name;
