@@ -70,7 +70,7 @@ forget(Node) ->
     _ = call(Node, macula_peer_test, collector, []),
     macula_peer_test:forget(Node).
 
-%% The settings of a node that registers with relays, and is reached through them where nothing else is said.
+%% The settings of a node that registers with relays, and is reached through these alone.
 settings(Name, Relays) ->
     #{node_id => id(Name), relays => endpoints(Relays), hole_punching => off}.
 
