@@ -98,6 +98,10 @@ pub(crate) const EXPECTED_FOR: Duration = Duration::from_secs(10);
 const MAX_EXPECTED: usize = 1024;
 const MAX_EXPECTED_PER_KEY: usize = 32;
 
+/// The round trip of a way on which packets have just gone, as long as it is not measured: most are shorter. quinn's 333 ms
+/// are for ways of which nothing is known, and make a handshake's lost packet cost a second.
+pub(crate) const KNOWN_WAY: Duration = Duration::from_millis(100);
+
 /// One accepted connection.
 pub(crate) struct Accepted {
     connection: Connection,
@@ -186,10 +190,6 @@ fn transport_config(two_way: u32, one_way: u8, config: &Config) -> TransportConf
     set_idle_timeout(&mut transport, config);
     transport
 }
-
-/// The round trip of a way on which packets have just gone, as long as it is not measured: most are shorter. quinn's 333 ms
-/// are for ways of which nothing is known, and make a handshake's lost packet cost a second.
-pub(crate) const KNOWN_WAY: Duration = Duration::from_millis(100);
 
 /// Addresses that nodes are about to connect from, for as long as they may.
 #[derive(Default)]

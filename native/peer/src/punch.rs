@@ -236,10 +236,9 @@ pub(crate) async fn initiate(
     let mut attempt = Attempt::new(&node, session, &relay).await?;
     let found = attempt.run().await;
     attempt.session.tell_result(found.is_ok());
-    let address = found?;
-    tracing::debug!(node = ?target, %peer, %address, "direct path found");
-    let extra = attempt.take_extra(address);
-    drop(attempt);
+    let (via, address) = found?;
+    tracing::debug!(node = ?target, %peer, ?via, %address, "direct path found");
+    let extra = attempt.keep(via, address);
     let connecting = node.dialer().dial_punched(address);
     let link = timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or(Err(ConnectError::TimedOut));
     let mut link = link.map_err(PunchError::Connect)?;
@@ -356,8 +355,8 @@ impl Attempt {
         })
     }
 
-    /// The address on the path that was found.
-    async fn run(&mut self) -> Result<SocketAddr, PunchError> {
+    /// The path that was found.
+    async fn run(&mut self) -> Result<(punch::Via, SocketAddr), PunchError> {
         let mut found = None;
         let mut buffer = [0; MAX_LEN + 1];
         loop {
@@ -365,8 +364,8 @@ impl Attempt {
                 match action {
                     Action::Open(count) => self.open(count),
                     Action::Send { via, to, signal } => self.send(via, to, signal),
-                    Action::Proven { to, .. } if self.role == Role::Initiator => return Ok(to),
-                    Action::Proven { to, .. } => found = found.or(Some(to)),
+                    Action::Proven { via, to } if self.role == Role::Initiator => return Ok((via, to)),
+                    Action::Proven { via, to } => found = found.or(Some((via, to))),
                     Action::Over(failure) => return found.ok_or(failure.into()),
                 }
             }
@@ -473,13 +472,24 @@ impl Attempt {
         self.expected.extend(ticket.map(|ticket| Expectation { node, address: from, ticket }));
     }
 
-    /// The extra socket by which an address is reached; the others are closed.
-    fn take_extra(&mut self, address: SocketAddr) -> Option<Arc<ExtraGuard>> {
-        let route = self.socket.extra_towards(address)?;
-        self.sockets.drain(..).find_map(|extra| match extra {
-            Extra::Shared(extra) if extra.id == route => Some(extra),
-            _ => None,
-        })
+    /// Has QUIC's packets take the path that was proven, which need not be the one that was heard last. The other sockets are
+    /// closed.
+    fn keep(mut self, via: punch::Via, address: SocketAddr) -> Option<Arc<ExtraGuard>> {
+        let kept = match via {
+            punch::Via::Extra(index) => self.sockets.drain(..).nth(index.into()),
+            punch::Via::Main => None,
+        };
+        let (socket, extra) = (
+            self.socket.clone(),
+            match kept {
+                Some(Extra::Shared(extra)) => extra,
+                _ => return None,
+            },
+        );
+        // After the others, whose routes end with them.
+        drop(self);
+        socket.route(address, extra.id);
+        Some(extra)
     }
 }
 

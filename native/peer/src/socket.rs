@@ -119,9 +119,9 @@ impl Socket {
         let _ = extra.send_now(&transmit);
     }
 
-    /// The extra socket by which QUIC's packets to an address leave.
-    pub(crate) fn extra_towards(&self, address: SocketAddr) -> Option<ExtraId> {
-        self.extras.towards(address).map(|extra| extra.id())
+    /// From now on QUIC's packets to an address leave by this extra socket.
+    pub(crate) fn route(&self, address: SocketAddr, id: ExtraId) {
+        self.extras.route(address, id);
     }
 
     /// Publishes refused destinations, as long as the socket lives.

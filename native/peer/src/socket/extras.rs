@@ -112,6 +112,10 @@ impl Extras {
         self.count.store(table.extras.len(), Ordering::Relaxed);
     }
 
+    pub(super) fn route(&self, destination: SocketAddr, id: ExtraId) {
+        self.table.write().unwrap_or_else(PoisonError::into_inner).route(canonical(destination), id);
+    }
+
     /// Whether there are any: all that who has none pays for.
     pub(super) fn any(&self) -> bool {
         self.count.load(Ordering::Relaxed) != 0
@@ -238,10 +242,6 @@ impl Table {
 }
 
 impl Extra {
-    pub(super) fn id(&self) -> ExtraId {
-        self.id
-    }
-
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         self.io.try_io(Interest::WRITABLE, || self.send_now(transmit))
     }
