@@ -64,6 +64,13 @@ const RELEASE_EVERY: Duration = Duration::from_millis(20);
 /// Answers of one stream that may wait to be written. Beyond that nothing more is read from who does not read them.
 const MAX_WAITING_ANSWERS: usize = 64;
 
+/// Bytes taken from a stream at once, more than a packet holds. While a stream waits, quinn may join all that has come to
+/// one chunk: whole, it would be heard however many answers wait.
+const READ_AT_ONCE: usize = 4 << 10;
+
+/// Bytes read of a new stream before it gets a task, which goes by the answers that wait.
+const READ_AT_FIRST: usize = 32 << 10;
+
 /// More than a sender of this library listens on: some of them must be given up.
 const MANY_ANSWERABLE: usize = 128;
 
@@ -398,7 +405,9 @@ impl Serving {
             begun: None,
             permit: None,
         };
-        while let Some(chunk) = now_or_never(stream.receive.read_chunk(usize::MAX, true)) {
+        while stream.frames.buffered() < READ_AT_FIRST
+            && let Some(chunk) = now_or_never(stream.receive.read_chunk(READ_AT_ONCE, true))
+        {
             if !stream.took(chunk) {
                 break;
             }
@@ -543,7 +552,7 @@ impl Stream {
             }
             let hears = self.reading && (send.is_none() || replied.len() < MAX_WAITING_ANSWERS);
             tokio::select! {
-                chunk = self.receive.read_chunk(usize::MAX, true), if hears => {
+                chunk = self.receive.read_chunk(READ_AT_ONCE, true), if hears => {
                     self.took(chunk);
                 }
                 reply = replied.recv(), if send.is_some() => {
@@ -638,7 +647,7 @@ impl Stream {
         self.pace().await;
         let until = self.begun.map(|begun| begun + self.node.config.frame_timeout);
         let chunk = tokio::select! {
-            chunk = self.receive.read_chunk(usize::MAX, true) => chunk,
+            chunk = self.receive.read_chunk(READ_AT_ONCE, true) => chunk,
             () = deadline(until) => {
                 self.too_slow();
                 return false;
