@@ -59,7 +59,7 @@ a_precompiled_nif_with_another_checksum_is_refused(Config) ->
 
 what_is_not_there_is_named(Config) ->
     Sum = ?config(nif_sum, Config),
-    Nowhere = ?config(priv_dir, Config),
+    Nowhere = filename:join([?config(priv_dir, Config)]),
     refused(Config, [{"MACULA_PEER_NIF_DIR", Nowhere}, {"MACULA_PEER_NIF_SHA256", Sum}],
             [filename:join(Nowhere, file_name(Config))]),
     refused(Config, [{"MACULA_PEER_NIF_DIR", "relative"}, {"MACULA_PEER_NIF_SHA256", Sum}], ["absolute"]).
