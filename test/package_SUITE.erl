@@ -16,12 +16,15 @@
 suite() -> [{timetrap, {minutes, 15}}].
 
 all() ->
-    [{group, precompiled}].
+    [{group, precompiled}, {group, package}, {group, repository}].
 
 groups() ->
     [{precompiled, [a_precompiled_nif_is_taken_without_rust, a_precompiled_nif_needs_its_checksum,
                     a_precompiled_nif_with_another_checksum_is_refused, what_is_not_there_is_named,
-                    the_file_is_that_of_the_target, without_cargo_the_build_says_what_to_do]}].
+                    the_file_is_that_of_the_target, without_cargo_the_build_says_what_to_do]},
+     {package, [the_package_has_what_belongs_in_it, the_links_of_the_package_lead_somewhere,
+                a_project_builds_it_from_source]},
+     {repository, [a_project_has_it_as_a_git_dependency, a_project_has_it_as_a_checkout, two_builds_at_once]}].
 
 init_per_suite(Config) ->
     {0, Said} = run(root(), [], "make --no-print-directory nif-package"),
@@ -31,6 +34,23 @@ init_per_suite(Config) ->
     [{precompiled, Precompiled}, {nif_dir, Dir}, {nif_sum, Sum} | Config].
 
 end_per_suite(_Config) ->
+    ok.
+
+init_per_group(package, Config) ->
+    %% The code that makes and reads packages is rebar3's own.
+    case code:ensure_loaded(r3_hex_tarball) of
+        {module, _} ->
+            {Files, Tarball} = package(Config),
+            Unpacked = filename:join(?config(priv_dir, Config), "unpacked"),
+            {ok, _} = r3_hex_tarball:unpack(Tarball, Unpacked),
+            [{files, Files}, {tarball, Tarball}, {unpacked, Unpacked} | Config];
+        {error, _} ->
+            {skip, "not run by rebar3"}
+    end;
+init_per_group(_Group, Config) ->
+    Config.
+
+end_per_group(_Group, _Config) ->
     ok.
 
 %% ---- the precompiled NIF ----
@@ -139,7 +159,154 @@ program(Dir, Name, Script) ->
 path(Dir) ->
     {"PATH", Dir ++ ":" ++ os:getenv("PATH")}.
 
+%% ---- the package ----
+
+%% Built as `rebar3 hex build' does it, from a clone in which somebody has worked.
+package(Config) ->
+    Project = clone(Config),
+    [begin
+         ok = filelib:ensure_dir(filename:join(Project, File)),
+         ok = file:write_file(filename:join(Project, File), "left behind")
+     end || File <- ["priv/macula_peer_nif.so", "target/release/libmacula_peer_nif.so", "target/package/some.so",
+                     "_build/default/lib/macula_peer_connector/ebin/x.beam", "native/fuzz/target/x",
+                     "native/fuzz/corpus/decode/x", "doc/index.html", "erl_crash.dump"]],
+    AppSrc = "macula_peer_connector.app.src",
+    {ok, [{application, ?APP, Keys} = App]} = file:consult(filename:join([Project, "erlang_src", AppSrc])),
+    Files = [{File, filename:join(Project, File)} || Path <- proplists:get_value(files, Keys), File <- expand(Path, Project)],
+    %% The plugin puts the application's file there, wherever else it may be.
+    All = [{filename:join("src", AppSrc), unicode:characters_to_binary(io_lib:format("~tp.~n", [App]))} | Files],
+    Text = fun(Key) -> unicode:characters_to_binary(proplists:get_value(Key, Keys)) end,
+    Metadata = #{<<"name">> => atom_to_binary(?APP), <<"app">> => atom_to_binary(?APP), <<"version">> => Text(vsn),
+                 <<"description">> => Text(description), <<"requirements">> => #{}, <<"build_tools">> => [<<"rebar3">>],
+                 <<"licenses">> => [unicode:characters_to_binary(L) || L <- proplists:get_value(licenses, Keys)],
+                 <<"links">> => #{}, <<"files">> => [unicode:characters_to_binary(File) || {File, _} <- All]},
+    {ok, #{tarball := Tarball}} = r3_hex_tarball:create(Metadata, All),
+    {[File || {File, _} <- All], Tarball}.
+
+%% Every name in the list is one of something.
+expand(Path, Project) ->
+    [_ | _] = [File || Found <- filelib:wildcard(Path, Project),
+                       File <- case filelib:is_dir(filename:join(Project, Found)) of
+                                   true -> filelib:wildcard(filename:join(Found, "**"), Project);
+                                   false -> [Found]
+                               end,
+                       filelib:is_regular(filename:join(Project, File))].
+
+the_package_has_what_belongs_in_it(Config) ->
+    Files = ?config(files, Config),
+    {0, Committed} = run(root(), [], "git ls-tree -r --name-only HEAD"),
+    ?assertEqual([], Files -- ["src/macula_peer_connector.app.src" | string:lexemes(Committed, "\n")]),
+    Sources = [File || File <- string:lexemes(Committed, "\n"),
+                       re:run(File, "^(erlang_src|docs)/|^native/(nif|peer|wire)/src/|^native/[^/]*/Cargo.toml$") =/= nomatch,
+                       not lists:prefix("native/fuzz/", File)],
+    ?assertEqual([], Sources -- Files),
+    ?assertEqual([], [File || File <- Files, re:run(File, "^test|^native/fuzz|/tests/|[.](so|beam)$") =/= nomatch]).
+
+the_links_of_the_package_lead_somewhere(Config) ->
+    Files = ?config(files, Config),
+    Links = [{File, Link} || File <- Files, filename:extension(File) =:= ".md",
+                             Link <- links(filename:join(?config(unpacked, Config), File))],
+    ?assertMatch([_, _, _ | _], Links),
+    ?assertEqual([], [{File, Link} || {File, Link} <- Links,
+                                      not lists:member(filename:join(parent(File), Link), Files)]).
+
+links(File) ->
+    {ok, Page} = file:read_file(File),
+    case re:run(Page, "\\]\\(([^):#]+)[^):]*\\)", [global, {capture, [1], list}]) of
+        {match, Links} -> lists:append(Links);
+        nomatch -> []
+    end.
+
+parent(File) ->
+    case filename:dirname(File) of "." -> ""; Dir -> Dir end.
+
+%% A registry on this machine, and a project that has the package from it by name and version.
+a_project_builds_it_from_source(Config) ->
+    {Httpd, Port} = registry(Config),
+    Project = project(Config, "from_hex", [
+        {deps, [{?APP, version()}]},
+        {hex, [{repos, [#{name => <<"hexpm">>, repo_url => unicode:characters_to_binary(["http://127.0.0.1:", integer_to_list(Port)]),
+                          repo_verify => false, repo_verify_origin => false}]}]}]),
+    %% The dependencies in Rust are those of this project, and compiled already.
+    Target = {"CARGO_TARGET_DIR", filename:join(root(), "target")},
+    Cache = [{"REBAR_CACHE_DIR", filename:join(?config(priv_dir, Config), "cache")},
+             {"REBAR_GLOBAL_CONFIG_DIR", ?config(priv_dir, Config)}],
+    ?assertMatch({0, _}, run(Project, [Target | Cache], "rebar3 compile")),
+    ok = inets:stop(httpd, Httpd),
+    ?assert(filelib:is_regular(filename:join([Project, "_build/default/lib", ?APP, "hex_metadata.config"]))),
+    works_in(Project).
+
+registry(Config) ->
+    Root = filename:join(?config(priv_dir, Config), "registry"),
+    Tarball = ?config(tarball, Config),
+    Name = atom_to_binary(?APP),
+    Version = unicode:characters_to_binary(version()),
+    {ok, #{inner_checksum := Inner, outer_checksum := Outer}} = r3_hex_tarball:unpack(Tarball, memory),
+    Release = #{version => Version, inner_checksum => Inner, outer_checksum => Outer, dependencies => []},
+    Key = public_key:pem_encode([public_key:pem_entry_encode('RSAPrivateKey', public_key:generate_key({rsa, 2048, 65537}))]),
+    Signed = fun(Protobuf) -> zlib:gzip(r3_hex_registry:sign_protobuf(Protobuf, Key)) end,
+    [begin
+         ok = filelib:ensure_dir(filename:join(Root, File)),
+         ok = file:write_file(filename:join(Root, File), Content)
+     end || {File, Content} <- [
+        {"names", Signed(r3_hex_registry:encode_names(#{repository => <<"hexpm">>, packages => [#{name => Name}]}))},
+        {"versions", Signed(r3_hex_registry:encode_versions(
+                         #{repository => <<"hexpm">>, packages => [#{name => Name, versions => [Version], retired => []}]}))},
+        {filename:join("packages", Name), Signed(r3_hex_registry:encode_package(
+                         #{repository => <<"hexpm">>, name => Name, releases => [Release]}))},
+        {"tarballs/" ++ atom_to_list(?APP) ++ "-" ++ version() ++ ".tar", Tarball}]],
+    {ok, _} = application:ensure_all_started(inets),
+    {ok, Httpd} = inets:start(httpd, [{port, 0}, {bind_address, {127, 0, 0, 1}}, {server_name, "registry"},
+                                      {server_root, Root}, {document_root, Root}]),
+    {Httpd, proplists:get_value(port, httpd:info(Httpd))}.
+
+%% ---- dependencies of other kinds ----
+
+a_project_has_it_as_a_git_dependency(Config) ->
+    {0, Head} = run(root(), [], "git rev-parse HEAD"),
+    Project = project(Config, "from_git", [{deps, [{?APP, {git, "file://" ++ root(), {ref, string:trim(Head)}}}]}]),
+    ?assertMatch({0, _}, run(Project, ?config(precompiled, Config), "rebar3 compile")),
+    works_in(Project).
+
+a_project_has_it_as_a_checkout(Config) ->
+    Project = project(Config, "from_checkout", [{deps, [?APP]}]),
+    Checkout = filename:join([Project, "_checkouts", ?APP]),
+    ok = filelib:ensure_dir(Checkout),
+    ok = file:make_symlink(clone(Config), Checkout),
+    ?assertMatch({0, _}, run(Project, ?config(precompiled, Config), "rebar3 compile")),
+    works_in(Project).
+
+%% Neither installs half a library, nor trips over the other one's.
+two_builds_at_once(Config) ->
+    Project = clone(Config),
+    Env = ?config(precompiled, Config),
+    Builds = [spawn_monitor(fun() -> exit(run(Project, Env, "sh native/nif.sh")) end) || _ <- lists:seq(1, 8)],
+    [receive {'DOWN', Monitor, process, Pid, Ended} -> ?assertMatch({0, _}, Ended) end || {Pid, Monitor} <- Builds],
+    ?assertEqual(["macula_peer_nif.so"], filelib:wildcard("{*,.m*}", filename:join(Project, "priv"))),
+    ?assertEqual(?config(nif_sum, Config), sha256(filename:join(Project, ?NIF))).
+
 %% ---- projects ----
+
+%% A new application that starts ours.
+project(Config, Name, RebarConfig) ->
+    {0, _} = run(?config(priv_dir, Config), [], ["rebar3 new app ", Name]),
+    Project = filename:join(?config(priv_dir, Config), Name),
+    ok = file:write_file(filename:join(Project, "rebar.config"), [io_lib:format("~tp.~n", [Term]) || Term <- RebarConfig]),
+    AppSrc = filename:join([Project, "src", Name ++ ".app.src"]),
+    {ok, [{application, App, Keys}]} = file:consult(AppSrc),
+    Started = lists:keyreplace(applications, 1, Keys, {applications, [kernel, stdlib, ?APP]}),
+    ok = file:write_file(AppSrc, io_lib:format("~tp.~n", [{application, App, Started}])),
+    Project.
+
+works_in(Project) ->
+    Paths = filelib:wildcard(filename:join(Project, "_build/default/{lib,checkouts}/*/ebin")),
+    works(Paths),
+    Node = macula_peer_test:start_node(Paths),
+    {ok, Started} = macula_peer_test:call(Node, application, ensure_all_started, [list_to_atom(filename:basename(Project))]),
+    ?assert(lists:member(?APP, Started)),
+    Priv = macula_peer_test:call(Node, code, priv_dir, [?APP]),
+    ?assertMatch({_, [_ | _]}, {Priv, string:find(Priv, filename:basename(Project))}),
+    macula_peer_test:stop_node(Node).
 
 %% What is committed, in a directory of its own.
 clone(Config) ->
@@ -173,7 +340,7 @@ run(Dir, Env, Command) ->
 %% What this run of rebar3 and its caller have set is not for another one.
 clean(Env) ->
     Set = [{Name, false} || Name <- ["REBAR_PROFILE", "ERL_LIBS", "ERL_FLAGS", "MACULA_PEER_NIF_DIR", "MACULA_PEER_NIF_SHA256",
-                                     "MACULA_PEER_NIF_TARGET", "CARGO_BUILD_TARGET", "MAKEFLAGS", "MAKELEVEL"]],
+                                     "MACULA_PEER_NIF_TARGET", "CARGO_BUILD_TARGET", "http_proxy", "https_proxy", "MAKEFLAGS", "MAKELEVEL"]],
     lists:ukeymerge(1, lists:ukeysort(1, Env), lists:ukeysort(1, Set)).
 
 output(Port, Said) ->
