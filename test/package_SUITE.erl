@@ -5,6 +5,7 @@
 -compile([export_all, nowarn_export_all]).
 
 -include_lib("common_test/include/ct.hrl").
+-include_lib("public_key/include/public_key.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
 -import(macula_peer_test, [root/0]).
@@ -203,12 +204,12 @@ the_package_has_what_belongs_in_it(Config) ->
     ?assertEqual([], [File || File <- Files, re:run(File, "^test|^native/fuzz|/tests/|[.](so|beam)$") =/= nomatch]).
 
 the_links_of_the_package_lead_somewhere(Config) ->
-    Files = ?config(files, Config),
+    {Files, Unpacked} = {?config(files, Config), ?config(unpacked, Config)},
     Links = [{File, Link} || File <- Files, filename:extension(File) =:= ".md",
-                             Link <- links(filename:join(?config(unpacked, Config), File))],
+                             Link <- links(filename:join(Unpacked, File))],
     ?assertMatch([_, _, _ | _], Links),
     ?assertEqual([], [{File, Link} || {File, Link} <- Links,
-                                      not lists:member(filename:join(parent(File), Link), Files)]).
+                                      not filelib:is_regular(filename:join([Unpacked, filename:dirname(File), Link]))]).
 
 links(File) ->
     {ok, Page} = file:read_file(File),
@@ -217,16 +218,10 @@ links(File) ->
         nomatch -> []
     end.
 
-parent(File) ->
-    case filename:dirname(File) of "." -> ""; Dir -> Dir end.
-
 %% A registry on this machine, and a project that has the package from it by name and version.
 a_project_builds_it_from_source(Config) ->
-    {Httpd, Port} = registry(Config),
-    Project = project(Config, "from_hex", [
-        {deps, [{?APP, version()}]},
-        {hex, [{repos, [#{name => <<"hexpm">>, repo_url => unicode:characters_to_binary(["http://127.0.0.1:", integer_to_list(Port)]),
-                          repo_verify => false, repo_verify_origin => false}]}]}]),
+    {Httpd, Registry} = registry(Config),
+    Project = project(Config, "from_hex", [{deps, [{?APP, version()}]}, {hex, [{repos, replace, [Registry]}]}]),
     %% The dependencies in Rust are those of this project, and compiled already.
     Target = {"CARGO_TARGET_DIR", filename:join(root(), "target")},
     Cache = [{"REBAR_CACHE_DIR", filename:join(?config(priv_dir, Config), "cache")},
@@ -243,22 +238,26 @@ registry(Config) ->
     Version = unicode:characters_to_binary(version()),
     {ok, #{inner_checksum := Inner, outer_checksum := Outer}} = r3_hex_tarball:unpack(Tarball, memory),
     Release = #{version => Version, inner_checksum => Inner, outer_checksum => Outer, dependencies => []},
-    Key = public_key:pem_encode([public_key:pem_entry_encode('RSAPrivateKey', public_key:generate_key({rsa, 2048, 65537}))]),
+    #'RSAPrivateKey'{modulus = N, publicExponent = E} = PrivateKey = public_key:generate_key({rsa, 2048, 65537}),
+    Pem = fun(Type, What) -> public_key:pem_encode([public_key:pem_entry_encode(Type, What)]) end,
+    Key = Pem('RSAPrivateKey', PrivateKey),
     Signed = fun(Protobuf) -> zlib:gzip(r3_hex_registry:sign_protobuf(Protobuf, Key)) end,
     [begin
          ok = filelib:ensure_dir(filename:join(Root, File)),
          ok = file:write_file(filename:join(Root, File), Content)
      end || {File, Content} <- [
-        {"names", Signed(r3_hex_registry:encode_names(#{repository => <<"hexpm">>, packages => [#{name => Name}]}))},
+        {"names", Signed(r3_hex_registry:encode_names(#{repository => <<"here">>, packages => [#{name => Name}]}))},
         {"versions", Signed(r3_hex_registry:encode_versions(
-                         #{repository => <<"hexpm">>, packages => [#{name => Name, versions => [Version], retired => []}]}))},
+                         #{repository => <<"here">>, packages => [#{name => Name, versions => [Version], retired => []}]}))},
         {filename:join("packages", Name), Signed(r3_hex_registry:encode_package(
-                         #{repository => <<"hexpm">>, name => Name, releases => [Release]}))},
+                         #{repository => <<"here">>, name => Name, releases => [Release]}))},
         {"tarballs/" ++ atom_to_list(?APP) ++ "-" ++ version() ++ ".tar", Tarball}]],
     {ok, _} = application:ensure_all_started(inets),
     {ok, Httpd} = inets:start(httpd, [{port, 0}, {bind_address, {127, 0, 0, 1}}, {server_name, "registry"},
                                       {server_root, Root}, {document_root, Root}]),
-    {Httpd, proplists:get_value(port, httpd:info(Httpd))}.
+    Url = ["http://127.0.0.1:", integer_to_list(proplists:get_value(port, httpd:info(Httpd)))],
+    {Httpd, #{name => <<"here">>, repo_url => unicode:characters_to_binary(Url),
+              repo_public_key => Pem('SubjectPublicKeyInfo', #'RSAPublicKey'{modulus = N, publicExponent = E})}}.
 
 %% ---- dependencies of other kinds ----
 
