@@ -6,7 +6,6 @@ REBAR ?= rebar3
 CARGO ?= cargo
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
-LIBRARY := target/release/libmacula_peer_nif.$(if $(filter Darwin,$(shell uname -s)),dylib,so)
 EBIN := _build/default/lib/macula_peer_connector/ebin
 
 # Seconds per fuzz target, and messages per row of the benchmark.
@@ -21,7 +20,7 @@ NATLAB_KINDS ?=
 NATLAB_DELAY ?= 0
 NATLAB_LOSS ?= 0
 
-.PHONY: test demo bench natlab check setup nif compile testkit test-rust test-erlang fuzz clean
+.PHONY: test demo bench natlab check setup nif nif-package compile testkit test-rust test-erlang fuzz clean
 
 test: check test-rust test-erlang fuzz
 
@@ -72,14 +71,13 @@ fuzz: setup
 compile: setup
 	$(REBAR) compile
 
-# Called by rebar3 too, so it must not call rebar3. cargo knows what changed; the copy is made only then, because a
-# running node has the old one mapped.
+# What rebar3 calls by itself, without make.
 nif:
-	@command -v $(CARGO) >/dev/null || { echo "cargo is not in the PATH: install Rust to build the NIF" >&2; exit 1; }
-	$(CARGO) build --release --locked -p macula-peer-nif
-	@mkdir -p priv
-	@cmp -s $(LIBRARY) priv/macula_peer_nif.so || \
-	  { install -m 644 $(LIBRARY) priv/.macula_peer_nif.new && mv priv/.macula_peer_nif.new priv/macula_peer_nif.so; }
+	@sh native/nif.sh
+
+# A precompiled NIF for this machine (or CARGO_BUILD_TARGET), and its checksum: docs/packaging.md.
+nif-package:
+	@sh native/nif.sh package
 
 testkit: setup
 	$(CARGO) build --release --locked -p macula-peer-testkit

@@ -1,0 +1,116 @@
+#!/bin/sh
+# Puts the NIF into priv/: built by cargo, or taken precompiled from MACULA_PEER_NIF_DIR (docs/packaging.md). With the word
+# `package` it makes such a precompiled file instead. rebar3 calls this before it compiles, in whatever directory it has the
+# application in; plain sh, because small images have no more.
+set -eu
+cd "$(dirname "$0")/.."
+PATH="$PATH:${HOME:-}/.cargo/bin"
+cargo="${CARGO:-cargo}"
+installed=priv/macula_peer_nif.so
+
+main() {
+  case "${1:-install}" in
+    install) if [ -n "${MACULA_PEER_NIF_DIR:-}" ]; then take; else build && put "$built"; fi ;;
+    package) build && package ;;
+    *) fail "native/nif.sh takes no argument or the word 'package', not '$1'" ;;
+  esac
+}
+
+take() {
+  case "$MACULA_PEER_NIF_DIR" in
+    # Relative to what? This runs in the directory of a dependency.
+    [!/]*) fail "MACULA_PEER_NIF_DIR is '$MACULA_PEER_NIF_DIR': an absolute path is needed" ;;
+  esac
+  expected=$(printf %s "${MACULA_PEER_NIF_SHA256:-}" | tr A-F a-f)
+  case "$expected" in
+    '') fail "MACULA_PEER_NIF_DIR is set and MACULA_PEER_NIF_SHA256 is not: a precompiled NIF is only taken with its checksum" ;;
+  esac
+  target="${MACULA_PEER_NIF_TARGET:-$(target_of_erlang)}"
+  [ -n "$target" ] ||
+    fail "no Rust target is known for this Erlang ($(architecture)): name it in MACULA_PEER_NIF_TARGET"
+  file="$MACULA_PEER_NIF_DIR/$(file_name "$target")"
+  [ -f "$file" ] || fail "there is no $file (MACULA_PEER_NIF_DIR; MACULA_PEER_NIF_TARGET names another target than $target)"
+  put "$file" "$expected"
+}
+
+# Leaves the path of the library in $built. cargo knows what changed, and where its target directory is.
+build() {
+  command -v "$cargo" >/dev/null ||
+    fail "cargo is not in the PATH: install Rust $(rust_version) or newer to build the NIF, or take a precompiled one" \
+      "(MACULA_PEER_NIF_DIR)"
+  # musl's Rust links statically unless it is told not to, and makes no shared library then.
+  artifacts=$("$cargo" build --release --locked -p macula-peer-nif --message-format json-render-diagnostics \
+    --config "target.'cfg(target_env=\"musl\")'.rustflags=['-Ctarget-feature=-crt-static']") ||
+    fail "cargo could not build the NIF; it needs Rust $(rust_version) or newer and a C compiler"
+  built=$(printf '%s\n' "$artifacts" | sed -n 's/.*"filenames":\["\([^"]*macula_peer_nif\.[a-z]*\)".*/\1/p')
+  [ -n "$built" ] || fail "cargo made no shared library for this target"
+}
+
+# A running node has the old file mapped, so it is replaced by name and only when there is something new; the check is of
+# the very bytes that are installed.
+put() {
+  mkdir -p priv || fail "priv/ cannot be written in $(pwd)"
+  new="priv/.macula_peer_nif.$$"
+  trap 'rm -f "$new"' EXIT
+  cp "$1" "$new" && chmod 644 "$new" || fail "priv/ cannot be written in $(pwd)"
+  if [ $# -gt 1 ]; then
+    actual=$(sha256 "$new")
+    [ "$actual" = "$2" ] || fail "$1 has the SHA-256 $actual, and MACULA_PEER_NIF_SHA256 is $2: it is not installed"
+  fi
+  cmp -s "$new" "$installed" || mv "$new" "$installed"
+}
+
+package() {
+  dir="$(pwd)/target/package"
+  host=$(rustc -vV | sed -n 's/^host: //p')
+  file=$(file_name "${CARGO_BUILD_TARGET:-$host}")
+  mkdir -p "$dir"
+  cp "$built" "$dir/$file.$$"
+  chmod 644 "$dir/$file.$$"
+  mv "$dir/$file.$$" "$dir/$file"
+  echo "$dir/$file"
+  echo "MACULA_PEER_NIF_DIR=$dir"
+  echo "MACULA_PEER_NIF_SHA256=$(sha256 "$dir/$file")"
+}
+
+file_name() {
+  echo "macula_peer_nif-$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)-$1.so"
+}
+
+rust_version() {
+  sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml
+}
+
+# The NIF is for the BEAM that loads it, which need not be of the kernel's architecture, and no compiler need be there.
+target_of_erlang() {
+  architecture=$(architecture)
+  case "$architecture" in
+    x86_64-* | amd64-*) cpu=x86_64 ;;
+    aarch64-* | arm64-*) cpu=aarch64 ;;
+    riscv64-*) cpu=riscv64gc ;;
+    *) return ;;
+  esac
+  case "$architecture" in
+    *-linux-musl*) echo "$cpu-unknown-linux-musl" ;;
+    *-linux | *-linux-gnu) echo "$cpu-unknown-linux-gnu" ;;
+    *-apple-darwin*) echo "$cpu-apple-darwin" ;;
+    *-freebsd*) echo "$cpu-unknown-freebsd" ;;
+  esac
+}
+
+# Flags that are meant for the node that is built would give this one a name that is taken, for example.
+architecture() {
+  ERL_FLAGS='' ERL_AFLAGS='' ERL_ZFLAGS='' erl -noinput -boot start_clean \
+    -eval 'io:put_chars(erlang:system_info(system_architecture)), halt().'
+}
+
+sha256() {
+  { if command -v sha256sum >/dev/null; then sha256sum "$1"; else shasum -a 256 "$1"; fi; } | cut -d ' ' -f 1
+}
+
+fail() {
+  echo "macula_peer_connector: $*" >&2
+  exit 1
+}
+
+main "$@"
