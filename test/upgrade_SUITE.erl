@@ -83,6 +83,8 @@ the_library_is_loaded_again_under_its_callers(Config) ->
 %% Deleted, purged and loaded, it finds its engine as it was: what waits goes on waiting, and what arrives is handled.
 the_library_is_deleted_and_loaded(Config) ->
     Node = start_node(),
+    ok = call(Node, ?MODULE, keep_a_token, []),
+    ok = call(Node, macula_peer_endpoint, close, []),
     {Port, _} = call(Node, ?MODULE, listen_with_function, []),
     {Silent, SilentPort} = macula_peer_test:silent_port(),
     Waiting = call(Node, ?MODULE, start_waiting, [endpoint(SilentPort)]),
@@ -96,6 +98,7 @@ the_library_is_deleted_and_loaded(Config) ->
     ?assertEqual([ok], Results),
     until(fun() -> call(Node, ?MODULE, handled, []) =:= Sent end, 60000),
     ?assertMatch({ok, {_, Port}}, call(Node, macula_peer_endpoint, local_address, [])),
+    ?assertEqual({error, invalid_token}, call(Node, ?MODULE, use_the_token, [])),
     ok = call(Node, macula_peer_endpoint, stop, []),
     ?assertMatch({error, _}, call(Node, ?MODULE, waited, [Waiting])),
     gen_udp:close(Silent),
