@@ -20,7 +20,7 @@ NATLAB_KINDS ?=
 NATLAB_DELAY ?= 0
 NATLAB_LOSS ?= 0
 
-.PHONY: test demo bench natlab check setup nif nif-package compile testkit test-rust test-erlang fuzz clean
+.PHONY: test demo bench natlab check setup nif nif-package compile testkit test-rust test-erlang test-otp27 fuzz clean
 
 test: check test-rust test-erlang fuzz
 
@@ -55,6 +55,10 @@ test-rust: setup
 test-erlang: setup testkit
 	$(REBAR) eunit
 	$(REBAR) ct
+
+# On the OTP of a newer Debian, in a folder: 27. Linux, as root; says when it was left out.
+test-otp27:
+	@.ci/otp trixie
 
 # libFuzzer by rustc's own coverage instrumentation, on the stable toolchain. A new finding is left in
 # native/fuzz/artifacts.

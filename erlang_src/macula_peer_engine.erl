@@ -11,6 +11,7 @@
 -export([ensure_started/0]).
 -export([running/1]).
 -export([stop/0]).
+-export([retire/0]).
 
 -export([init/1]).
 -export([handle_call/3]).
@@ -61,6 +62,14 @@ stop() ->
     _ = macula_peer_nif:stop(),
     ok = macula_peer_lookups:stop(),
     %% Afterwards: it is told of what the stop left behind.
+    ok = macula_peer_handler:stop().
+
+%% @doc Stops the engine for an upgrade: no call starts it again before the module macula_peer_nif is loaded anew, from the
+%% same library or another one. Meanwhile calls answer `{error, {start_failed, upgrading}}'.
+-spec retire() -> ok.
+retire() ->
+    _ = macula_peer_nif:retire(),
+    ok = macula_peer_lookups:stop(),
     ok = macula_peer_handler:stop().
 
 -spec verify_mode(map()) -> first_seen | none | pin | cacertfile.

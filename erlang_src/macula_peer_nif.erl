@@ -5,6 +5,7 @@
 -export([check/2]).
 -export([start/1]).
 -export([stop/0]).
+-export([retire/0]).
 -export([send/5]).
 -export([send_dirty/5]).
 -export([request/5]).
@@ -87,6 +88,9 @@ start(_Options) -> not_loaded().
 
 -spec stop() -> ok | not_started | not_loaded().
 stop() -> not_loaded().
+
+-spec retire() -> ok | not_started | not_loaded().
+retire() -> not_loaded().
 
 -spec send(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | dirty | not_started | {error, term()}.
 send(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().

@@ -221,7 +221,11 @@ links(File) ->
 %% A registry on this machine, and a project that has the package from it by name and version.
 a_project_builds_it_from_source(Config) ->
     {Httpd, Registry} = registry(Config),
-    Project = project(Config, "from_hex", [{deps, [{?APP, version()}]}, {hex, [{repos, replace, [Registry]}]}]),
+    %% Always in the same place, so that what cargo makes of it does not pile up.
+    Dir = filename:join(root(), "_build/package"),
+    _ = file:del_dir_r(Dir),
+    ok = filelib:ensure_dir(filename:join(Dir, "x")),
+    Project = project(Dir, "from_hex", [{deps, [{?APP, version()}]}, {hex, [{repos, replace, [Registry]}]}]),
     %% The dependencies in Rust are those of this project, and compiled already.
     Target = {"CARGO_TARGET_DIR", filename:join(root(), "target")},
     Cache = [{"REBAR_CACHE_DIR", filename:join(?config(priv_dir, Config), "cache")},
@@ -263,12 +267,12 @@ registry(Config) ->
 
 a_project_has_it_as_a_git_dependency(Config) ->
     {0, Head} = run(root(), [], "git rev-parse HEAD"),
-    Project = project(Config, "from_git", [{deps, [{?APP, {git, "file://" ++ root(), {ref, string:trim(Head)}}}]}]),
+    Project = project(?config(priv_dir, Config), "from_git", [{deps, [{?APP, {git, "file://" ++ root(), {ref, string:trim(Head)}}}]}]),
     ?assertMatch({0, _}, run(Project, ?config(precompiled, Config), "rebar3 compile")),
     works_in(Project).
 
 a_project_has_it_as_a_checkout(Config) ->
-    Project = project(Config, "from_checkout", [{deps, [?APP]}]),
+    Project = project(?config(priv_dir, Config), "from_checkout", [{deps, [?APP]}]),
     Checkout = filename:join([Project, "_checkouts", ?APP]),
     ok = filelib:ensure_dir(Checkout),
     ok = file:make_symlink(clone(Config), Checkout),
@@ -287,9 +291,9 @@ two_builds_at_once(Config) ->
 %% ---- projects ----
 
 %% A new application that starts ours.
-project(Config, Name, RebarConfig) ->
-    {0, _} = run(?config(priv_dir, Config), [], ["rebar3 new app ", Name]),
-    Project = filename:join(?config(priv_dir, Config), Name),
+project(Dir, Name, RebarConfig) ->
+    {0, _} = run(Dir, [], ["rebar3 new app ", Name]),
+    Project = filename:join(Dir, Name),
     ok = file:write_file(filename:join(Project, "rebar.config"), [io_lib:format("~tp.~n", [Term]) || Term <- RebarConfig]),
     AppSrc = filename:join([Project, "src", Name ++ ".app.src"]),
     {ok, [{application, App, Keys}]} = file:consult(AppSrc),
@@ -304,6 +308,7 @@ works_in(Project) ->
     {ok, Started} = macula_peer_test:call(Node, application, ensure_all_started, [list_to_atom(filename:basename(Project))]),
     ?assert(lists:member(?APP, Started)),
     Priv = macula_peer_test:call(Node, code, priv_dir, [?APP]),
+    ?assert(filelib:is_regular(filename:join(filename:dirname(Priv), "ebin/macula_peer_connector.appup"))),
     ?assertMatch({_, [_ | _]}, {Priv, string:find(Priv, filename:basename(Project))}),
     macula_peer_test:stop_node(Node).
 

@@ -40,8 +40,8 @@ const LIGHT_DECODE: usize = 64 << 10;
 /// A lock and not a once-cell, so that the engine can be stopped and started again.
 static ENGINE: RwLock<Option<Arc<Engine>>> = RwLock::new(None);
 
-/// Held while the engine is started or stopped.
-static LIFE: Mutex<()> = Mutex::new(());
+/// Held while the engine is started or stopped. Whether this library has been retired: it starts no engine any more.
+static RETIRED: Mutex<bool> = Mutex::new(false);
 
 rustler::init!("macula_peer_nif", load = load);
 
@@ -49,6 +49,8 @@ rustler::init!("macula_peer_nif", load = load);
 /// application's file is not in the code path.
 fn load(env: Env<'_>, version: Term<'_>) -> bool {
     log::install();
+    // A library that was retired stays mapped, and this may be the way back to it.
+    *RETIRED.lock().unwrap_or_else(PoisonError::into_inner) = false;
     let fits = |version: String| version.is_empty() || version == env!("CARGO_PKG_VERSION");
     options::text(version).is_some_and(fits) && atoms::load(env)
 }
@@ -83,7 +85,10 @@ fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
         Err(invalid) => return error(env, &invalid),
     };
     // Starting takes milliseconds, in which the callers' lock stays free.
-    let _one_at_a_time = LIFE.lock().unwrap_or_else(PoisonError::into_inner);
+    let retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
+    if *retired {
+        return (atoms::error(), (atoms::start_failed(), atoms::upgrading())).encode(env);
+    }
     if engine().is_some() {
         return (atoms::error(), atoms::already_started()).encode(env);
     }
@@ -96,7 +101,20 @@ fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
 
 #[rustler::nif(schedule = "DirtyIo")]
 fn stop() -> Atom {
-    let _one_at_a_time = LIFE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _one_at_a_time = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
+    stop_engine()
+}
+
+/// Another library is about to take the place of this one, which stays mapped: an engine that a call started here
+/// meanwhile would run, and keep its port, for as long as the BEAM.
+#[rustler::nif(schedule = "DirtyIo")]
+fn retire() -> Atom {
+    let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
+    *retired = true;
+    stop_engine()
+}
+
+fn stop_engine() -> Atom {
     let engine = ENGINE.write().unwrap_or_else(PoisonError::into_inner).take();
     match engine {
         Some(engine) => {
