@@ -109,7 +109,8 @@
 %% firewalls that both sides have opened. `relay': through a relay, whose address `address' is then.
 %% `failed': why paths could not be had since there was last a direct one, with the reasons of failed calls. For `hole_punch':
 %% `both_hard' (neither NAT gives ports that the other side could know), `timeout' (nothing came through), `not_allowed' (the
-%% setting `hole_punching' of one side is `plain'), `hole_punch_skipped', `busy', `{relay_setup_failed, Reason}' and
+%% setting `hole_punching' of one side is `off', or `plain' where that is not enough), `hole_punch_skipped', `busy' (one side makes as
+%% many attempts as it may), `interrupted' (the socket of one side moved meanwhile), `{relay_setup_failed, Reason}' and
 %% `{relay_connect_failed, Reason}' (no relay helped), `{connect_failed, Reason}'.
 
 -type nat_profile() :: #{mapping_policy := ei | hd | pd | unknown, filtering_policy := ei | hd | pd | unknown,

@@ -29,7 +29,7 @@ rustler::atoms! {
     max_packet, accept_rate, grace, probe_port, probe_ip,
 
     nat_profile, mapping_policy, filtering_policy, allocation_policy, reflexive_address, local_addresses, detected_at,
-    unknown, hole_punch, hole_punching, on, off, plain, hole_punch_skipped, both_hard, not_allowed, busy,
+    unknown, hole_punch, hole_punching, on, off, plain, hole_punch_skipped, both_hard, not_allowed, busy, interrupted,
 
     insecure_permissions, not_a_key, not_pkcs8, not_a_certificate, identity_file, cacertfile, verify, pin, realm_secret,
     hidden, fingerprint,

@@ -82,6 +82,7 @@ impl Why for PunchError {
             Self::NotAllowed => atoms::not_allowed().encode(env),
             Self::TimedOut => atoms::timeout().encode(env),
             Self::Busy => atoms::busy().encode(env),
+            Self::Interrupted => atoms::interrupted().encode(env),
             Self::Relay(error) => (atoms::relay_connect_failed(), error.why(env)).encode(env),
             Self::Refused(refusal) => (atoms::relay_setup_failed(), atoms::named(env, refusal.name())).encode(env),
             Self::Connect(error) => error.reason(env),

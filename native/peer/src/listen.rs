@@ -15,7 +15,7 @@ use hashbrown::HashMap;
 use macula_peer_wire::{FrameError, MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 
@@ -212,6 +212,8 @@ struct Caller {
     key: Fingerprint,
     /// The socket that it is heard by, if not the main one.
     extra: Option<Arc<ExtraGuard>>,
+    /// Told when it has connected.
+    connected: Arc<Notify>,
 }
 
 impl Expected {
@@ -221,6 +223,7 @@ impl Expected {
         address: SocketAddr,
         key: Fingerprint,
         extra: Option<Arc<ExtraGuard>>,
+        connected: Arc<Notify>,
     ) -> Option<u64> {
         let all = || self.callers.values().flatten();
         if all().count() >= MAX_EXPECTED || all().filter(|caller| caller.key == key).count() >= MAX_EXPECTED_PER_KEY {
@@ -228,7 +231,7 @@ impl Expected {
         }
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.callers.entry(address).or_default().push(Caller { ticket, key, extra });
+        self.callers.entry(address).or_default().push(Caller { ticket, key, extra, connected });
         Some(ticket)
     }
 
@@ -311,10 +314,14 @@ async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incomi
         Err(_) => return,
     };
     let shown = Fingerprint::of_connection(&connection);
-    let Some(Caller { extra: _extra, .. }) = callers.into_iter().find(|caller| Some(caller.key) == shown) else {
+    let mut meant = callers.into_iter().filter(|caller| Some(caller.key) == shown);
+    let Some(Caller { extra: _extra, connected, .. }) = meant.next() else {
         tracing::warn!(from = %connection.remote_address(), "another node than the expected one");
         return connection.close(UNEXPECTED.into(), b"unexpected key");
     };
+    connected.notify_one();
+    // Of several attempts, each has reached its end.
+    meant.for_each(|caller| caller.connected.notify_one());
     serve(node, admission, connection, Path::HolePunch).await;
 }
 
@@ -793,7 +800,7 @@ mod tests {
     fn who_is_expected_twice_is_so_until_both_tickets_are_back() {
         let (mut expected, address) = (Expected::default(), "20.0.0.1:7000".parse().unwrap());
         let (one, other) = ([1; 32].into(), [2; 32].into());
-        let tickets = [one, one, other].map(|key| expected.insert(address, key, None).unwrap());
+        let tickets = [one, one, other].map(|key| expected.insert(address, key, None, Arc::default()).unwrap());
         assert_eq!(keys(&expected, address), [one, one, other], "nobody takes another's place");
         expected.remove(address, tickets[0]);
         assert_eq!(keys(&expected, address), [one, other]);
@@ -809,7 +816,9 @@ mod tests {
         let mut expected = Expected::default();
         let address = |port| SocketAddr::from(([20, 0, 0, 1], port));
         let mut insert = |key, ports: std::ops::Range<u16>| {
-            ports.filter(|port| expected.insert(address(*port), [key; 32].into(), None).is_some()).count()
+            ports
+                .filter(|port| expected.insert(address(*port), [key; 32].into(), None, Arc::default()).is_some())
+                .count()
         };
         assert_eq!(insert(1, 0..5000), MAX_EXPECTED_PER_KEY);
         assert_eq!(insert(2, 0..10), 10);

@@ -67,6 +67,7 @@ pub(crate) struct Node {
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
     socket: Mutex<BoundSocket>,
+    moves: watch::Sender<()>,
     signals: Signals,
     peers: RwLock<Peers>,
     handler: RwLock<Option<Arc<dyn Handler>>>,
@@ -143,6 +144,7 @@ impl Node {
             known: Mutex::default(),
             tls: Arc::new(tls),
             socket: Mutex::new(BoundSocket { socket, errors }),
+            moves: watch::Sender::new(()),
             signals,
             peers: RwLock::default(),
             handler: RwLock::default(),
@@ -408,6 +410,11 @@ impl Node {
         lock(&self.socket).socket.clone()
     }
 
+    /// Tells when [`Node::socket`] is another one from now on.
+    pub(crate) fn moves(&self) -> watch::Receiver<()> {
+        self.moves.subscribe()
+    }
+
     /// Hands out what comes over the socket and is not QUIC's, until the engine stops.
     pub(crate) async fn hear_signals(self: Arc<Self>, mut signals: mpsc::Receiver<(Via, Received)>) {
         let mut stopping = self.stopping();
@@ -441,6 +448,7 @@ impl Node {
         let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
         let old = std::mem::replace(&mut *lock(&self.socket), BoundSocket { socket, errors });
         old.errors.abort();
+        self.moves.send_replace(());
         self.nat.look();
         Ok(())
     }

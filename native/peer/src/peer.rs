@@ -1098,7 +1098,8 @@ impl Task {
         let state = lock(&self.peer.state);
         let punch = state.failures.hole_punch.as_ref().map(PunchError::failure);
         // An endpoint may be reached later whatever the NATs are.
-        let failure = punch.filter(|_| state.known().endpoints.is_empty()).unwrap_or(Failure::TimedOut);
+        let counts = |failure: &Failure| *failure == Failure::Interrupted || state.known().endpoints.is_empty();
+        let failure = punch.filter(counts).unwrap_or(Failure::TimedOut);
         drop(state);
         self.upgrade.failed(failure, now, fastrand::f64());
         self.plan_upgrade();

@@ -4,17 +4,15 @@
 //! sent to an address that a registered relay did not name, but for answers to what the other node has signed.
 
 use std::collections::HashMap;
-use std::future::poll_fn;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 use thiserror::Error;
-use tokio::io::ReadBuf;
 use tokio::net::UdpSocket;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
@@ -29,10 +27,10 @@ use crate::listen::EXPECTED_FOR;
 use crate::message::{NodeId, PeerName};
 use crate::nat;
 use crate::node::Node;
-use crate::relay::control::Refusal;
+use crate::relay::control::{GivenUp, Refusal};
 use crate::relay::registration::{CircuitError, Description, PunchSession};
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
-use crate::socket::{ExtraId, Received, Socket, Via};
+use crate::socket::{ExtraId, Received, Socket, Via, canonical};
 
 /// Attempts that this node takes part in at once, whoever began them: each is some hundred packets in three seconds.
 const MAX_SESSIONS: usize = 64;
@@ -46,9 +44,9 @@ const MAX_HEARD: usize = 64;
 /// No relay of ours asks for a longer wait.
 const LONGEST_DELAY: Duration = Duration::from_secs(3);
 
-/// Pause before a relay is asked again that waits for the other node to find out what NAT it is behind: a part of what that
-/// takes, and four times a second is what a relay allows in the long run.
-const ASK_AGAIN: Duration = Duration::from_millis(200);
+/// The first pause before a relay is asked again that waits for the other node to find out what NAT it is behind: a part of
+/// what that takes. The next ones double, because a relay allows 16 questions at once and four a second, whoever is asked for.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// A handshake on a path on which packets have just gone both ways. One that takes longer is better begun anew.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -62,15 +60,18 @@ pub enum PunchError {
     /// Neither NAT gives ports that the other side could know.
     #[error("no port of either node can be known to the other")]
     BothHard,
-    /// It would take hundreds of packets, which one of the two does not allow.
+    /// It would take packets, or hundreds of them, which one of the two does not allow.
     #[error("it would take too many packets")]
     NotAllowed,
     /// Nothing came through.
     #[error("nothing came through")]
     TimedOut,
-    /// As many attempts are being made as may.
+    /// One of the two makes as many attempts as it may.
     #[error("too many attempts at once")]
     Busy,
+    /// The socket of one of the two moved meanwhile.
+    #[error("a socket moved meanwhile")]
+    Interrupted,
     /// There is no relay that both are registered at.
     #[error("no relay: {0}")]
     Relay(ConnectError),
@@ -88,6 +89,7 @@ impl PunchError {
         match self {
             Self::BothHard | Self::Refused(Refusal::AddressFamily) => Failure::BothHard,
             Self::NotAllowed | Self::Skipped => Failure::NotAllowed,
+            Self::Interrupted => Failure::Interrupted,
             _ => Failure::TimedOut,
         }
     }
@@ -99,6 +101,35 @@ impl From<Failure> for PunchError {
             Failure::BothHard => Self::BothHard,
             Failure::NotAllowed => Self::NotAllowed,
             Failure::TimedOut | Failure::Budget => Self::TimedOut,
+            Failure::Interrupted => Self::Interrupted,
+        }
+    }
+}
+
+/// What the other node says.
+impl From<GivenUp> for PunchError {
+    fn from(why: GivenUp) -> Self {
+        match why {
+            GivenUp::NotAllowed => Self::NotAllowed,
+            GivenUp::BothHard => Self::BothHard,
+            GivenUp::Busy => Self::Busy,
+            GivenUp::Interrupted => Self::Interrupted,
+            GivenUp::TimedOut | GivenUp::Unwanted | GivenUp::Unknown => Self::TimedOut,
+        }
+    }
+}
+
+/// What the other node is told.
+impl From<&PunchError> for GivenUp {
+    fn from(error: &PunchError) -> Self {
+        match error {
+            PunchError::NotAllowed | PunchError::Skipped => Self::NotAllowed,
+            PunchError::BothHard => Self::BothHard,
+            PunchError::Busy => Self::Busy,
+            PunchError::Interrupted => Self::Interrupted,
+            PunchError::TimedOut | PunchError::Relay(_) | PunchError::Refused(_) | PunchError::Connect(_) => {
+                Self::TimedOut
+            }
         }
     }
 }
@@ -234,13 +265,18 @@ pub(crate) async fn initiate(
     let session = ask(&node, &relay, &target).await?;
     let (peer, shown) = (session.coordinate.address, session.coordinate.key);
     let mut attempt = Attempt::new(&node, session, &relay).await?;
-    let found = attempt.run().await;
-    attempt.session.tell_result(found.is_ok());
+    let found = attempt.run().await.and_then(|found| found.ok_or(PunchError::TimedOut));
+    attempt.session.tell_result(found.as_ref().map(drop).map_err(GivenUp::from));
     let (via, address) = found?;
     tracing::debug!(node = ?target, %peer, ?via, %address, "direct path found");
+    let mut moves = attempt.moves.clone();
     let extra = attempt.keep(via, address);
     let connecting = node.dialer().dial_punched(address);
-    let link = timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or(Err(ConnectError::TimedOut));
+    let link = tokio::select! {
+        connected = timeout(CONNECT_TIMEOUT, connecting) => connected.unwrap_or(Err(ConnectError::TimedOut)),
+        // The path was the old socket's. The sender is the node's.
+        Ok(()) = moves.changed() => return Err(PunchError::Interrupted),
+    };
     let mut link = link.map_err(PunchError::Connect)?;
     link.extra = extra;
     if link.shown != Some(shown) {
@@ -252,18 +288,20 @@ pub(crate) async fn initiate(
 
 async fn ask(node: &Arc<Node>, relay: &Endpoint, target: &NodeId) -> Result<PunchSession, PunchError> {
     let give_up = Instant::now() + DESCRIBED_WITHIN;
+    let mut pause = ASK_AGAIN;
     loop {
         match node.clients.punch(node, relay, target).await {
-            Err(CircuitError::Refused(Refusal::NotReady)) if Instant::now() < give_up => sleep(ASK_AGAIN).await,
+            Err(CircuitError::Refused(Refusal::NotReady)) if Instant::now() < give_up => sleep(pause).await,
             asked => return Ok(asked?),
         }
+        pause *= 2;
     }
 }
 
 /// Lets another node find a direct path to this one.
-pub(crate) async fn respond(node: Arc<Node>, session: PunchSession, relay: Endpoint) {
+pub(crate) async fn respond(node: Arc<Node>, mut session: PunchSession, relay: Endpoint) {
     if node.config.hole_punching == HolePunching::Off {
-        return;
+        return session.tell_result(Err(GivenUp::NotAllowed));
     }
     let mut attempt = match Attempt::new(&node, session, &relay).await {
         Ok(attempt) => attempt,
@@ -271,12 +309,25 @@ pub(crate) async fn respond(node: Arc<Node>, session: PunchSession, relay: Endpo
     };
     let found = attempt.run().await;
     tracing::debug!(peer = ?attempt.session.coordinate.peer_id, ?found, "was looked for");
+    match &found {
+        // The initiator says it.
+        Ok(_) => attempt.session.close(),
+        Err(error) => attempt.session.tell_result(Err(error.into())),
+    }
     let expected = std::mem::take(&mut attempt.expected);
     drop(attempt);
     if !expected.is_empty() {
         // The connection may still be on its way.
         sleep(EXPECTED_FOR).await;
     }
+}
+
+/// What an attempt begins with.
+struct Beginning {
+    entry: Entry,
+    heard: mpsc::Receiver<Heard>,
+    punch: Punch,
+    hard: Option<OwnedSemaphorePermit>,
 }
 
 /// One session on its way.
@@ -290,20 +341,53 @@ struct Attempt {
     punch: Punch,
     /// What `Via::Extra` counts.
     sockets: Vec<Extra>,
+    /// The tasks that listen at those which QUIC does not use yet.
+    listening: JoinSet<Heard>,
     /// Addresses that the other node may connect from.
     expected: Vec<Expectation>,
+    /// It has done so.
+    connected: Arc<Notify>,
+    /// Told when the socket is another one.
+    moves: watch::Receiver<()>,
     _hard: Option<OwnedSemaphorePermit>,
 }
 
 enum Extra {
-    Ours(UdpSocket),
+    Ours(Arc<UdpSocket>),
     /// QUIC uses it too.
     Shared(Arc<ExtraGuard>),
     Closed,
 }
 
 impl Attempt {
+    /// Otherwise the other node is told why not.
     async fn new(node: &Arc<Node>, mut session: PunchSession, relay: &Endpoint) -> Result<Self, PunchError> {
+        // Before the socket is looked at.
+        let moves = node.moves();
+        match Self::begin(node, &mut session, relay).await {
+            Ok(Beginning { entry, heard, punch, hard }) => Ok(Self {
+                node: node.clone(),
+                socket: node.socket(),
+                entry,
+                heard,
+                role: session.coordinate.role,
+                punch,
+                sockets: Vec::new(),
+                listening: JoinSet::new(),
+                expected: Vec::new(),
+                connected: Arc::default(),
+                moves,
+                _hard: hard,
+                session,
+            }),
+            Err(error) => {
+                session.tell_result(Err((&error).into()));
+                Err(error)
+            }
+        }
+    }
+
+    async fn begin(node: &Arc<Node>, session: &mut PunchSession, relay: &Endpoint) -> Result<Beginning, PunchError> {
         let coordinate = &session.coordinate;
         if !is_of_one(coordinate.address) {
             return Err(CircuitError::NotARelay.into());
@@ -341,42 +425,43 @@ impl Attempt {
             begin: session.told + coordinate.delay.min(LONGEST_DELAY),
             seed: fastrand::u64(..),
         };
-        Ok(Self {
-            node: node.clone(),
-            socket: node.socket(),
-            entry,
-            heard,
-            role,
-            punch: Punch::new(setup, now),
-            sockets: Vec::new(),
-            expected: Vec::new(),
-            _hard: hard,
-            session,
-        })
+        Ok(Beginning { entry, heard, punch: Punch::new(setup, now), hard })
     }
 
-    /// The path that was found.
-    async fn run(&mut self) -> Result<(punch::Via, SocketAddr), PunchError> {
-        let mut found = None;
-        let mut buffer = [0; MAX_LEN + 1];
+    /// The path that was found. `None`: there is one, which is the initiator's choice.
+    async fn run(&mut self) -> Result<Option<(punch::Via, SocketAddr)>, PunchError> {
+        let mut met = false;
+        let mut given_up = None;
         loop {
             while let Some(action) = self.punch.poll(Instant::now()) {
                 match action {
                     Action::Open(count) => self.open(count),
                     Action::Send { via, to, signal } => self.send(via, to, signal),
-                    Action::Proven { via, to } if self.role == Role::Initiator => return Ok((via, to)),
-                    Action::Proven { via, to } => found = found.or(Some((via, to))),
-                    Action::Over(failure) => return found.ok_or(failure.into()),
+                    Action::Proven { via, to } if self.role == Role::Initiator => return Ok(Some((via, to))),
+                    Action::Proven { .. } => met = true,
+                    Action::Over(_) if met => return Ok(None),
+                    Action::Over(failure) => return Err(given_up.map_or_else(|| failure.into(), PunchError::from)),
                 }
             }
-            let Some(next) = self.punch.next(Instant::now()) else {
-                return found.ok_or(PunchError::TimedOut);
-            };
+            // Without a path it would have been over.
+            let Some(next) = self.punch.next(Instant::now()) else { return Ok(None) };
             tokio::select! {
                 Some(heard) = self.heard.recv() => self.hear(heard),
-                heard = heard_by_extras(&self.sockets, &self.entry.session, &mut buffer) => self.hear(heard),
-                // None: the registration has ended. What is known of the session is enough.
+                Some(Ok(heard)) = self.listening.join_next() => self.hear(heard),
+                // None, here and below: the registration has ended. What is known of the session is enough.
                 Some(ports) = self.session.ports.recv() => self.punch.learn_ports(&ports, Instant::now()),
+                Some(result) = self.session.over.recv() => {
+                    self.session.close();
+                    met |= result.is_ok();
+                    given_up = result.err();
+                    self.punch.stop(Instant::now());
+                }
+                () = self.connected.notified() => {
+                    met = true;
+                    self.punch.stop(Instant::now());
+                }
+                // The sender is the node's.
+                Ok(()) = self.moves.changed() => return Err(PunchError::Interrupted),
                 () = sleep_until(next.into()) => {}
             }
         }
@@ -385,7 +470,13 @@ impl Attempt {
     fn open(&mut self, count: u16) {
         for _ in 0..count {
             match self.socket.open_beside() {
-                Ok(socket) => self.sockets.push(Extra::Ours(socket)),
+                Ok(socket) => {
+                    // No more than were asked for.
+                    let (index, socket) = (self.sockets.len() as u16, Arc::new(socket));
+                    let peer = self.session.coordinate.address.ip();
+                    self.listening.spawn(hear_first(socket.clone(), index, self.entry.session.clone(), peer));
+                    self.sockets.push(Extra::Ours(socket));
+                }
                 // As many as there are will do, only less often.
                 Err(error) => {
                     tracing::debug!(%error, opened = self.sockets.len(), "no more sockets");
@@ -415,7 +506,7 @@ impl Attempt {
                 Some(Extra::Ours(socket)) => {
                     if let Some(to) = self.socket.reachable(to) {
                         // What is lost is sent again, or another one is. tokio does not know yet that there is room.
-                        let _ = SockRef::from(socket).send_to(&encoded, &to.into());
+                        let _ = SockRef::from(&**socket).send_to(&encoded, &to.into());
                     }
                 }
                 Some(Extra::Shared(extra)) => self.socket.send_signal_by(extra.id, to, &encoded),
@@ -434,10 +525,6 @@ impl Attempt {
                 punch::Via::Extra(index as u16)
             }
             HeardBy::Extra(index) => {
-                // Whatever else is written on it, such packets must not take another's way.
-                if from.ip() != self.session.coordinate.address.ip() {
-                    return;
-                }
                 self.share(index, from);
                 punch::Via::Extra(index)
             }
@@ -449,6 +536,8 @@ impl Attempt {
     fn share(&mut self, index: u16, from: SocketAddr) {
         let Some(extra) = self.sockets.get_mut(usize::from(index)) else { return };
         let Extra::Ours(socket) = std::mem::replace(extra, Extra::Closed) else { return };
+        // The task that listened there is over.
+        let Some(socket) = Arc::into_inner(socket) else { return };
         match self.socket.add_extra(socket, from) {
             Ok(id) => *extra = Extra::Shared(Arc::new(ExtraGuard { socket: self.socket.clone(), id })),
             Err(error) => tracing::debug!(%error, "no path over another socket"),
@@ -467,7 +556,8 @@ impl Attempt {
             },
             punch::Via::Main => None,
         };
-        let ticket = lock(&self.node.expected).insert(from, self.session.coordinate.key, extra);
+        let (key, connected) = (self.session.coordinate.key, self.connected.clone());
+        let ticket = lock(&self.node.expected).insert(from, key, extra, connected);
         let node = self.node.clone();
         self.expected.extend(ticket.map(|ticket| Expectation { node, address: from, ticket }));
     }
@@ -506,40 +596,17 @@ impl Drop for Expectation {
     }
 }
 
-async fn heard_by_extras(sockets: &[Extra], session: &Session, buffer: &mut [u8]) -> Heard {
-    poll_fn(|cx| {
-        for (index, extra) in sockets.iter().enumerate() {
-            if let Extra::Ours(socket) = extra
-                && let Poll::Ready(heard) = poll_heard(cx, socket, index as u16, session, buffer)
-            {
-                return Poll::Ready(heard);
-            }
-        }
-        Poll::Pending
-    })
-    .await
-}
-
-fn poll_heard(
-    cx: &mut Context<'_>,
-    socket: &UdpSocket,
-    index: u16,
-    session: &Session,
-    buffer: &mut [u8],
-) -> Poll<Heard> {
+/// Waits at a socket for a first signal of the other node. What comes from elsewhere, whatever is written on it, must not take
+/// another's way.
+async fn hear_first(socket: Arc<UdpSocket>, index: u16, session: Session, peer: IpAddr) -> Heard {
+    let mut buffer = [0; MAX_LEN + 1];
     loop {
-        let mut read = ReadBuf::new(buffer);
-        match socket.poll_recv_from(cx, &mut read) {
-            Poll::Ready(Ok(from)) => {
-                let signal = Unverified::parse(read.filled()).and_then(|unverified| session.verify(&unverified));
-                if let Some(signal) = signal {
-                    let from = crate::socket::canonical(from);
-                    return Poll::Ready(Heard { via: HeardBy::Extra(index), from, signal });
-                }
-            }
-            // What ICMP says of one address ends nothing.
-            Poll::Ready(Err(_)) => {}
-            Poll::Pending => return Poll::Pending,
+        // What ICMP says of one address ends nothing.
+        let Ok((len, from)) = socket.recv_from(&mut buffer).await else { continue };
+        let from = canonical(from);
+        let signal = Unverified::parse(&buffer[..len]).and_then(|unverified| session.verify(&unverified));
+        if let Some(signal) = signal.filter(|_| from.ip() == peer) {
+            return Heard { via: HeardBy::Extra(index), from, signal };
         }
     }
 }

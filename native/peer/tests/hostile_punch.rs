@@ -6,7 +6,7 @@
 
 mod common;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,19 +15,22 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use common::raw::{
-    self, FakeRelay, Manner, Nat, Punch, Stream, bin, describe, eventually, nat, punch_execute, punch_request,
-    punch_result, raw_frame, registered, stranger,
+    self, FakeRelay, Manner, Nat, Punch, Stream, bin, describe, eventually, nat, punch_execute, punch_over,
+    punch_request, punch_result, raw_frame, registered, stranger,
 };
 use common::{
     Inbox, PATIENCE, endpoint, engine, listener, member_of, message, node_id, over, relay, send, send_to_node, until,
 };
-use macula_peer::{Config, Engine, Filtering, HolePunching, Mapping, Path, Registration, Target};
+use macula_peer::{
+    Config, Engine, Filtering, HolePunching, Listen, Mapping, Path, PunchError, Registration, Target, Ways,
+};
 use macula_peer_testkit::quic::{self, Key, tokio_runtime};
 use macula_peer_wire::MessageType::{Publish, PunchCoordinate, PunchRequest, PunchResult};
 use macula_peer_wire::value::Value;
 use quinn::{Connection, ConnectionError, Endpoint, EndpointConfig, TokioRuntime};
 use rcgen::PublicKeyData;
 use ring::{digest, hmac};
+use tokio::runtime::Runtime;
 use tokio::time::timeout;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -37,6 +40,9 @@ const SIGNAL_LEN: usize = 35;
 
 /// What a node sends at most to one address and port in one session.
 const MAX_PER_WAY: usize = 80;
+
+/// As often as a relay allows.
+const ASK_AGAIN: Duration = Duration::from_millis(250);
 
 /// Whoever counts open files does so alone.
 static FILES: RwLock<()> = RwLock::new(());
@@ -82,6 +88,12 @@ impl Bystander {
 
     fn senders(&self) -> usize {
         self.came.lock().unwrap().iter().map(|(_, from, _)| from).collect::<HashSet<_>>().len()
+    }
+
+    /// From the first to the last that came.
+    fn lasted(&self) -> Duration {
+        let came = self.came.lock().unwrap();
+        came.last().unwrap().0 - came[0].0
     }
 
     /// Waits until something has come, and nothing more does.
@@ -179,7 +191,7 @@ async fn told_of(control: &mut Stream, session: &str, target: &str) {
     loop {
         let said = control.ask(punch_request(session, target)).await;
         match said.text("error").as_deref() {
-            Some("not_ready") => tokio::time::sleep(Duration::from_millis(20)).await,
+            Some("not_ready") => tokio::time::sleep(ASK_AGAIN).await,
             None => return,
             Some(error) => panic!("{error}"),
         }
@@ -205,6 +217,7 @@ fn a_relay_passes_on_no_address_that_a_node_claims_to_have_in_public() {
 async fn told_of_candidates(control: &mut Stream, target: &str, expected: &[&str]) {
     let mut said = control.ask(punch_request("s", target)).await;
     while said.text("error").as_deref() == Some("not_ready") {
+        tokio::time::sleep(ASK_AGAIN).await;
         said = control.ask(punch_request("s", target)).await;
     }
     assert_eq!(said.texts("candidates").unwrap(), expected);
@@ -216,6 +229,8 @@ fn a_node_that_asks_for_ever_more_attempts_disturbs_nobody() {
     let (relay, address) = relay(0);
     let names: Vec<_> = (0..8).map(|n| format!("victim {n}")).collect();
     let victims: Vec<_> = names.iter().map(|name| member_of(Config::default(), name, &[&address])).collect();
+    // Each question counts, also one that is answered with not_ready.
+    until("all are described", || victims.iter().all(|(victim, _)| victim.nat_profile().since.is_some()));
     let bystander = Bystander::new(Ipv4Addr::LOCALHOST, 1);
     let (a, _) = member_of(Config::default(), "a", &[&address]);
     let (b, inbox) = member_of(Config::default(), "b", &[&address]);
@@ -233,7 +248,10 @@ fn a_node_that_asks_for_ever_more_attempts_disturbs_nobody() {
                     let said = control.ask(punch_request(&session, target)).await;
                     assert!([PunchCoordinate.id(), PunchResult.id()].contains(&said.kind), "{said:?}");
                     control.say(punch_execute(&session, &bystander.ports)).await;
-                    control.say(punch_result(&session, false)).await;
+                    // Said, nothing more is sent.
+                    if asked != 0 {
+                        control.say(punch_result(&session, false)).await;
+                    }
                     asked += 1;
                 }
                 asked
@@ -299,6 +317,23 @@ fn a_node_is_not_disconnected_for_what_another_has_it_told() {
 
 // ---- relays ----
 
+/// A relay of the test, and where it runs.
+fn fake_relay() -> (Runtime, FakeRelay) {
+    let runtime = tokio_runtime(2).unwrap();
+    let inside = runtime.enter();
+    let fake = FakeRelay::new(Manner::Swallow);
+    drop(inside);
+    (runtime, fake)
+}
+
+/// "victim" at that relay, which others may dial too.
+fn listening_at_fake(fake: &FakeRelay) -> (Engine, Arc<Inbox>, String) {
+    let (victim, inbox, address) = listener(Config::default());
+    victim.register(node_id("victim"), vec![endpoint(&fake.address)]);
+    until("registered", || fake.knows("victim"));
+    (victim, inbox, address)
+}
+
 /// A node at a relay of the test alone.
 fn at_fake(fake: &FakeRelay, config: Config, name: &str) -> (Engine, Arc<Inbox>) {
     member_of(config, name, &[&fake.address])
@@ -307,12 +342,8 @@ fn at_fake(fake: &FakeRelay, config: Config, name: &str) -> (Engine, Arc<Inbox>)
 #[test]
 fn a_relay_that_names_a_bystander_again_and_again_makes_no_flood() {
     let _among = among_others();
-    let runtime = tokio_runtime(2).unwrap();
-    let _inside = runtime.enter();
-    let fake = FakeRelay::new(Manner::Swallow);
-    let (victim, inbox, address) = listener(Config::default());
-    victim.register(node_id("victim"), vec![endpoint(&fake.address)]);
-    until("registered", || fake.knows("victim"));
+    let (runtime, fake) = fake_relay();
+    let (victim, inbox, address) = listening_at_fake(&fake);
     let honest = engine(Config::default());
     let bystander = Bystander::new(Ipv4Addr::new(127, 0, 0, 3), 17);
     let named: SocketAddr = (Ipv4Addr::new(127, 0, 0, 3), bystander.ports[0]).into();
@@ -348,9 +379,7 @@ fn a_relay_that_names_a_bystander_again_and_again_makes_no_flood() {
 #[test]
 fn an_address_that_is_no_hosts_is_not_sent_to_and_the_relay_hears_of_it() {
     let _among = among_others();
-    let runtime = tokio_runtime(2).unwrap();
-    let _inside = runtime.enter();
-    let fake = FakeRelay::new(Manner::Swallow);
+    let (runtime, fake) = fake_relay();
     let (node, _) = at_fake(&fake, Config::default(), "node");
     thread::scope(|scope| {
         scope.spawn(|| send_to_node(&node, "peer", over(&[&fake.address]), message(Publish, 0, TIMEOUT)));
@@ -369,9 +398,7 @@ fn an_address_that_is_no_hosts_is_not_sent_to_and_the_relay_hears_of_it() {
 #[test]
 fn who_does_not_punch_sends_nothing_whoever_asks() {
     let _among = among_others();
-    let runtime = tokio_runtime(2).unwrap();
-    let _inside = runtime.enter();
-    let fake = FakeRelay::new(Manner::Swallow);
+    let (runtime, fake) = fake_relay();
     let off = Config { hole_punching: HolePunching::Off, ..Config::default() };
     let nodes = [at_fake(&fake, off, "off"), at_fake(&fake, Config::default(), "on")];
     let bystanders =
@@ -385,7 +412,101 @@ fn who_does_not_punch_sends_nothing_whoever_asks() {
     let [(_, off), (_, on)] = &bystanders;
     on.quiet();
     assert_eq!(off.count(), 0);
+    until("both have said how it went", || fake.said(PunchResult).len() == 2);
+    let mut said: Vec<_> = fake.said(PunchResult).iter().map(|said| said.text("error").unwrap()).collect();
+    said.sort();
+    assert_eq!(said, ["not_allowed", "timeout"]);
     nodes.iter().for_each(|(node, _)| node.stop());
+}
+
+fn how_it_went(engine: &Engine, to: &str) -> Option<PunchError> {
+    engine.path(&Target::Node(&node_id(to))).failures.hole_punch
+}
+
+/// The session that a node asks for, and where it sends its pings.
+fn begun(runtime: &Runtime, fake: &FakeRelay, node: &str, last: u8) -> (Vec<u8>, Bystander) {
+    until("asked", || !fake.said(PunchRequest).is_empty());
+    let session = fake.said(PunchRequest)[0].bytes("session_id").unwrap().to_vec();
+    let ip = Ipv4Addr::new(127, 0, 0, last);
+    let bystander = Bystander::new(ip, 1);
+    let named = (ip, bystander.ports[0]).into();
+    runtime.block_on(fake.say(node, &Punch::asked(&session).coordinate(Punch::INITIATOR, named, [7; 32], &unknown())));
+    until("begun", || bystander.count() > 0);
+    (session, bystander)
+}
+
+#[test]
+fn what_the_other_one_says_ends_an_attempt_at_once() {
+    let _among = among_others();
+    let (runtime, fake) = fake_relay();
+    let (victim, _) = at_fake(&fake, Config::default(), "victim");
+    for (last, error) in [(11, None), (12, Some("not_allowed")), (13, Some("full_moon"))] {
+        let (ip, punch) = (Ipv4Addr::new(127, 0, 0, last), Punch::new());
+        let bystander = Bystander::new(ip, 1);
+        let named = (ip, bystander.ports[0]).into();
+        runtime.block_on(fake.say("victim", &punch.coordinate(Punch::RESPONDER, named, [7; 32], &unknown())));
+        until("begun", || bystander.count() > 0);
+        // Of another session.
+        runtime.block_on(fake.say("victim", &punch_over("other", error)));
+        let before = bystander.count();
+        until("it goes on", || bystander.count() > before + 5);
+        runtime.block_on(fake.say("victim", &punch_over(punch.session, error)));
+        bystander.quiet();
+        assert!(bystander.lasted() < Duration::from_millis(2500), "not to its end: {:?}", bystander.lasted());
+    }
+    // The other one knows.
+    assert!(fake.said(PunchResult).is_empty());
+    stop(&[&victim]);
+}
+
+#[test]
+fn the_initiator_is_told_why() {
+    let _among = among_others();
+    let told = [
+        ("not_allowed", PunchError::NotAllowed),
+        ("busy", PunchError::Busy),
+        ("both_hard", PunchError::BothHard),
+        ("interrupted", PunchError::Interrupted),
+        ("full_moon", PunchError::TimedOut),
+    ];
+    for (error, expected) in told {
+        let (runtime, fake) = fake_relay();
+        let (node, _) = at_fake(&fake, Config::default(), "node");
+        thread::scope(|scope| {
+            scope.spawn(|| send_to_node(&node, "peer", over(&[&fake.address]), message(Publish, 0, TIMEOUT)));
+            let (session, bystander) = begun(&runtime, &fake, "node", 14);
+            runtime.block_on(fake.say("node", &punch_over(&session, Some(error))));
+            bystander.quiet();
+            assert!(bystander.lasted() < Duration::from_millis(2500), "not to its end: {:?}", bystander.lasted());
+            until("it is told", || how_it_went(&node, "peer") == Some(expected.clone()));
+            node.stop();
+        });
+    }
+}
+
+#[test]
+fn an_attempt_ends_when_the_socket_moves_and_the_next_one_is_soon() {
+    let _among = among_others();
+    let (runtime, fake) = fake_relay();
+    fake.set_manner(Manner::Misroute("b".into()));
+    let (a, _) = at_fake(&fake, Config::default(), "a");
+    let (b, inbox) = at_fake(&fake, Config::default(), "b");
+    send_to_node(&a, "b", over(&[&fake.address]), message(Publish, 0, TIMEOUT)).unwrap();
+    let (_, _bystander) = begun(&runtime, &fake, "a", 15);
+    until("relayed", || path(&a, "b").is_some());
+    let moved = Instant::now();
+    a.listen(Listen { port: Some(free_port()), ..Listen::default() }).unwrap();
+    until("the other one is told", || !fake.said(PunchResult).is_empty());
+    assert_eq!(fake.said(PunchResult)[0].text("error").as_deref(), Some("interrupted"));
+    until("said", || how_it_went(&a, "b") == Some(PunchError::Interrupted));
+    until("asked again", || fake.said(PunchRequest).len() == 2);
+    assert!(moved.elapsed() < Duration::from_millis(2500), "the attempt went on for {:?}", moved.elapsed());
+    until("it arrives", || inbox.len() == 1);
+    stop(&[&a, &b]);
+}
+
+fn free_port() -> u16 {
+    UdpSocket::bind("[::]:0").unwrap().local_addr().unwrap().port()
 }
 
 /// The other end of a session: the relay is the test's too.
@@ -463,12 +584,8 @@ fn local(engine: &Engine) -> SocketAddr {
 #[test]
 fn a_ping_is_worth_one_pong_and_nothing_else_is_worth_any() {
     let _among = among_others();
-    let runtime = tokio_runtime(2).unwrap();
-    let _inside = runtime.enter();
-    let fake = FakeRelay::new(Manner::Swallow);
-    let (victim, inbox, address) = listener(Config::default());
-    victim.register(node_id("victim"), vec![endpoint(&fake.address)]);
-    until("registered", || fake.knows("victim"));
+    let (runtime, fake) = fake_relay();
+    let (victim, inbox, address) = listening_at_fake(&fake);
     let (to, peer, thief) = (local(&victim), Peer::new(), Bystander::new(Ipv4Addr::LOCALHOST, 1));
     // From another address, which the session does not know.
     let replay = UdpSocket::bind((Ipv4Addr::new(127, 0, 0, 6), 0)).unwrap();
@@ -554,9 +671,7 @@ fn a_ping_is_worth_one_pong_and_nothing_else_is_worth_any() {
 #[test]
 fn only_who_is_expected_gets_in_where_it_is_expected_and_not_for_long() {
     let _among = among_others();
-    let runtime = tokio_runtime(2).unwrap();
-    let _inside = runtime.enter();
-    let fake = FakeRelay::new(Manner::Swallow);
+    let (runtime, fake) = fake_relay();
     let (victim, inbox) = at_fake(&fake, Config::default(), "victim");
     let (to, peer, mute) = (local(&victim), Peer::new(), Peer::new());
     for one in [&mute, &peer] {
@@ -591,6 +706,28 @@ fn only_who_is_expected_gets_in_where_it_is_expected_and_not_for_long() {
         assert!(expected.close_reason().is_none(), "who is in stays");
     });
     victim.stop();
+}
+
+/// The relay may not hear of it, or say nothing.
+#[test]
+fn nothing_more_is_sent_when_the_connection_is_there() {
+    let _among = among_others();
+    let (runtime, fake) = fake_relay();
+    let (victim, _) = at_fake(&fake, Config::default(), "victim");
+    let (to, peer, elsewhere) = (local(&victim), Peer::new(), Bystander::new(Ipv4Addr::LOCALHOST, 1));
+    runtime.block_on(async {
+        peer.meets(&fake, "victim", Punch::RESPONDER).await;
+        fake.say("victim", &punch_execute(peer.punch.session, &elsewhere.ports)).await;
+    });
+    until("looked for", || elsewhere.count() > 0);
+    peer.is_heard(to);
+    let connection = runtime.block_on(async { connects(&peer.quic(), to, &peer.key).await.expect("a connection") });
+    elsewhere.quiet();
+    assert!(elsewhere.lasted() < Duration::from_millis(2500), "not to its end: {:?}", elsewhere.lasted());
+    assert!(connection.close_reason().is_none());
+    // It was a success, of which the initiator has to tell.
+    assert!(fake.said(PunchResult).is_empty());
+    stop(&[&victim]);
 }
 
 /// Passes on what goes to and comes from a relay of the test, but for probes: those it answers as it likes.
@@ -682,7 +819,7 @@ fn open_files() -> usize {
 }
 
 /// A relay has the node told of a bystander, as if that were a node behind such a NAT.
-fn told(runtime: &tokio::runtime::Runtime, fake: &FakeRelay, node: &str, ip: Ipv4Addr, port: u16, nat: &Nat) {
+fn told(runtime: &Runtime, fake: &FakeRelay, node: &str, ip: Ipv4Addr, port: u16, nat: &Nat) {
     let punch = Punch::new();
     runtime.block_on(fake.say(node, &punch.coordinate(Punch::RESPONDER, (ip, port).into(), [7; 32], nat)));
 }
@@ -690,9 +827,7 @@ fn told(runtime: &tokio::runtime::Runtime, fake: &FakeRelay, node: &str, ip: Ipv
 #[test]
 fn hundreds_of_sockets_are_opened_where_that_is_allowed_and_all_are_closed() {
     let _alone = FILES.write().unwrap_or_else(PoisonError::into_inner);
-    let runtime = tokio_runtime(2).unwrap();
-    let _inside = runtime.enter();
-    let fake = FakeRelay::new(Manner::Swallow);
+    let (runtime, fake) = fake_relay();
     let (on, _liar) = deceived(&fake, true, HolePunching::On, "on");
     let (plain, _other_liar) = deceived(&fake, true, HolePunching::Plain, "plain");
     let ips = [7, 8].map(|last| Ipv4Addr::new(127, 0, 0, last));
@@ -710,6 +845,8 @@ fn hundreds_of_sockets_are_opened_where_that_is_allowed_and_all_are_closed() {
         until("closed", || open_files() <= before);
         rounds += 1;
         assert_eq!(bystanders[0].count(), 512 * rounds);
+        let busy = fake.said(PunchResult).iter().filter(|said| said.text("error").as_deref() == Some("busy")).count();
+        assert_eq!(busy, rounds, "the second is told");
         // Of the second round some may have the ports of the first.
         assert!(rounds == 2 || bystanders[0].senders() == 256);
     }
@@ -720,9 +857,7 @@ fn hundreds_of_sockets_are_opened_where_that_is_allowed_and_all_are_closed() {
 #[test]
 fn ports_are_guessed_where_that_is_allowed_and_not_for_ever() {
     let _among = among_others();
-    let runtime = tokio_runtime(2).unwrap();
-    let _inside = runtime.enter();
-    let fake = FakeRelay::new(Manner::Swallow);
+    let (runtime, fake) = fake_relay();
     let (on, _liar) = deceived(&fake, false, HolePunching::On, "on");
     let (plain, _other_liar) = deceived(&fake, false, HolePunching::Plain, "plain");
     let ips = [9, 10].map(|last| Ipv4Addr::new(127, 0, 0, last));
@@ -743,4 +878,99 @@ fn ports_are_guessed_where_that_is_allowed_and_not_for_ever() {
     assert!((8..=(2.0 * sent * 2000.0 / 64_512.0) as usize).contains(&hits), "{hits}");
     assert_eq!((bystanders[0].senders(), bystanders[1].count()), (1, 0));
     stop(&[&on, &plain]);
+}
+
+/// A NAT of the test before a node, which lets in everybody until it lets in nobody new.
+struct Gate {
+    address: SocketAddr,
+    closed: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Gate {
+    fn new(node: SocketAddr) -> Self {
+        let front = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        front.set_nonblocking(true).unwrap();
+        let address = front.local_addr().unwrap();
+        let (closed, stop): (Arc<AtomicBool>, Arc<AtomicBool>) = Default::default();
+        let thread = thread::spawn({
+            let (closed, stop) = (closed.clone(), stop.clone());
+            move || {
+                let (mut inside, mut buffer): (HashMap<SocketAddr, UdpSocket>, _) = (HashMap::new(), [0; 65536]);
+                while !stop.load(Ordering::Relaxed) {
+                    while let Ok((len, from)) = front.recv_from(&mut buffer) {
+                        if !inside.contains_key(&from) && !closed.load(Ordering::Relaxed) {
+                            let back = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+                            back.connect(node).unwrap();
+                            back.set_nonblocking(true).unwrap();
+                            inside.insert(from, back);
+                        }
+                        // Who is refused has lost a packet, here and below.
+                        let _ = inside.get(&from).map(|back| back.send(&buffer[..len]));
+                    }
+                    for (to, back) in &inside {
+                        while let Ok(len) = back.recv(&mut buffer) {
+                            let _ = front.send_to(&buffer[..len], to);
+                        }
+                    }
+                    thread::sleep(Duration::from_micros(500));
+                }
+            }
+        });
+        Self { address, closed, stop, thread: Some(thread) }
+    }
+
+    fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap();
+    }
+}
+
+/// Such a path ends with the socket that it led through, and neither side is told.
+#[test]
+fn messages_of_a_link_over_another_socket_go_on_over_the_relay_when_the_socket_moves() {
+    let _among = among_others();
+    let (runtime, fake) = fake_relay();
+    fake.set_manner(Manner::Misroute("target".into()));
+    let (sender, _liar) = deceived(&fake, true, HolePunching::On, "sender");
+    let (target, _other_liar) = deceived(&fake, false, HolePunching::On, "target");
+    let inbox = Arc::new(Inbox::default());
+    target.set_handler(Some(inbox.clone()));
+    let (gate, nobody) = (Gate::new(local(&target)), Bystander::new(Ipv4Addr::LOCALHOST, 1));
+    let send = |n| send_to_node(&sender, "target", Ways::default(), message(Publish, n, TIMEOUT)).unwrap();
+    send(0);
+    until("asked", || !fake.said(PunchRequest).is_empty());
+    let punch = Punch::asked(fake.said(PunchRequest)[0].bytes("session_id").unwrap());
+    let keys = [&sender, &target].map(|node| *node.fingerprint().as_bytes());
+    runtime.block_on(async {
+        // It does not guess ports, which may be of other tests, nor find the main socket.
+        let nobody = (Ipv4Addr::LOCALHOST, nobody.ports[0]).into();
+        fake.say("target", &punch.coordinate(Punch::RESPONDER, nobody, keys[0], &unknown())).await;
+        fake.say("sender", &punch.coordinate(Punch::INITIATOR, gate.address, keys[1], &strict())).await;
+    });
+    until("punched", || path(&sender, "target") == Some(Path::HolePunch));
+    gate.close();
+    send(1);
+    until("they arrive", || inbox.len() == 2);
+    assert_eq!(inbox.messages.lock().unwrap()[1].path, Path::HolePunch);
+
+    let moved = Instant::now();
+    sender.listen(Listen { port: Some(free_port()), ..Listen::default() }).unwrap();
+    for n in 2..50 {
+        send(n);
+        thread::sleep(Duration::from_millis(10));
+    }
+    until("all arrive", || inbox.len() == 50);
+    println!("all there after {:?}", moved.elapsed());
+    assert!(moved.elapsed() < Duration::from_secs(5), "{:?}", moved.elapsed());
+    assert_eq!(inbox.disorder(), None);
+    assert!(matches!(path(&sender, "target"), Some(Path::Relay(_))), "{:?}", path(&sender, "target"));
+    stop(&[&sender, &target]);
 }

@@ -4,10 +4,10 @@
 mod common;
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{member_of, message, node_id, over, relay, send_to_node, until};
-use macula_peer::{Config, Engine, Path, Target, Ways};
+use macula_peer::{Config, Engine, HolePunching, Path, PunchError, Target, Ways};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -98,6 +98,31 @@ fn what_is_hopeless_is_asked_for_once_whatever_callers_say() {
     a.learn(&node_id("b"), Ways { hole_punch: Some(false), ..Ways::default() });
     a.learn(&node_id("b"), Ways { hole_punch: Some(true), ..Ways::default() });
     until("asked once more", || refused() == 2);
+    for engine in [a, b, relay] {
+        engine.stop();
+    }
+}
+
+/// It was found out by waiting for three seconds.
+#[test]
+fn the_no_of_the_other_node_is_known_at_once() {
+    let (relay, address) = relay(0);
+    let (a, _) = member_of(Config::default(), "a", &[&address]);
+    let off = Config { hole_punching: HolePunching::Off, ..Config::default() };
+    let (b, inbox) = member_of(off, "b", &[&address]);
+    until("they know their NATs", || [&a, &b].iter().all(|node| node.nat_profile().since.is_some()));
+    let begun = Instant::now();
+    send_to_node(&a, "b", over(&[&address]), message(Publish, 0, TIMEOUT)).unwrap();
+    let failed = || a.path(&Target::Node(&node_id("b"))).failures.hole_punch;
+    until("it is told", || failed().is_some());
+    // Without its word it would be `TimedOut`.
+    assert_eq!(failed(), Some(PunchError::NotAllowed));
+    println!("told after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    until("it arrives", || inbox.len() == 1);
+    assert_eq!(path(&a, "b").map(|path| matches!(path, Path::Relay(_))), Some(true));
+    let stats = relay.stats().relay.unwrap();
+    assert_eq!((stats.punches, stats.punched), (1, 0), "asked once");
     for engine in [a, b, relay] {
         engine.stop();
     }

@@ -171,16 +171,17 @@ impl Coordinator {
         now: Instant,
     ) -> Result<[Coordinate; 2], Refused> {
         self.expire(now);
+        let asking = self.nodes.get_mut(&from.node).ok_or(Refused::NotRegistered)?;
+        // Whatever is answered: who is told to wait must not ask without end either.
+        if !asking.requests.take(1, now) {
+            return Err(Refused::Rate);
+        }
         let ready_at = match self.nodes.get(&target.node) {
             Some(asked) if from.node != target.node => asked.ready_at,
             _ => return Err(Refused::NotRegistered),
         };
         if ready_at.is_some_and(|ready_at| now < ready_at) {
             return Err(Refused::NotReady);
-        }
-        let asking = self.nodes.get_mut(&from.node).ok_or(Refused::NotRegistered)?;
-        if !asking.requests.take(1, now) {
-            return Err(Refused::Rate);
         }
         self.allow([from, target], &session)?;
         let number = self.next_session;
@@ -236,17 +237,17 @@ impl Coordinator {
         (!execute.ports.is_empty()).then_some(execute)
     }
 
-    /// One of the two says how the session went. It ends with what the initiator says, who decides. Whether that was it.
-    pub(crate) fn result(&mut self, from: Generation, session: &Id, now: Instant) -> bool {
+    /// One of the two says how its attempt went. That ends the session, but for a path that the responder claims to have: the
+    /// initiator decides for one. The other one, who is to be told, if it has ended with this.
+    pub(crate) fn result(&mut self, from: Generation, session: &Id, success: bool, now: Instant) -> Option<Generation> {
         self.expire(now);
-        let number = self.nodes.get(&from).and_then(|node| node.sessions.get(session)).copied();
-        match number.filter(|number| self.sessions.get(number).is_some_and(|session| session.ends[0] == from)) {
-            Some(number) => {
-                self.end_session(number);
-                true
-            }
-            None => false,
+        let number = *self.nodes.get(&from)?.sessions.get(session)?;
+        let [initiator, responder] = self.sessions.get(&number)?.ends;
+        if success && from != initiator {
+            return None;
         }
+        self.end_session(number);
+        Some(if from == initiator { responder } else { initiator })
     }
 
     #[cfg(test)]
@@ -326,7 +327,7 @@ pub(crate) fn is_local(address: SocketAddr) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::collection::vec;
-    use proptest::prelude::{prop_assert, prop_assert_eq, prop_oneof, proptest};
+    use proptest::prelude::{any, prop_assert, prop_assert_eq, prop_oneof, proptest};
     use proptest::strategy::Strategy as Values;
 
     use super::super::nat::{Allocation, Filtering, Mapping};
@@ -448,14 +449,14 @@ mod tests {
         assert_eq!(to_a.delay + ms(10), to_b.delay + ms(50));
         assert_eq!(to_b.delay, PREPARATION);
 
-        assert!(relay.coordinator.result(a.node, &id("s"), relay.start));
+        assert!(relay.coordinator.result(a.node, &id("s"), true, relay.start).is_some());
         relay.coordinator.describe(b.node, SEQUENTIAL, &[]);
         let [to_a, to_b] = relay.request(&a, &b, "s").unwrap();
         assert_eq!(to_a.delay + ms(10), to_b.delay + ms(50));
         // It is told, probes, tells its ports, and they are told.
         assert_eq!(to_b.delay, ms(100) + ms(50) + ms(10) + PREPARATION);
 
-        assert!(relay.coordinator.result(a.node, &id("s"), relay.start));
+        assert!(relay.coordinator.result(a.node, &id("s"), true, relay.start).is_some());
         b.round_trip = ms(3_600_000);
         let [to_a, to_b] = relay.request(&a, &b, "s").unwrap();
         assert!(to_a.delay < ms(1100) && to_b.delay < ms(1100), "{to_a:?}");
@@ -494,7 +495,7 @@ mod tests {
         ];
         relay.coordinator.describe(a.node, NatProfile::default(), &named.map(address));
         assert_eq!(relay.request(&b, &a, "s").unwrap()[0].candidates, []);
-        relay.coordinator.result(b.node, &id("s"), relay.start);
+        relay.coordinator.result(b.node, &id("s"), false, relay.start);
 
         let many: Vec<SocketAddr> = (0..100).map(|n| SocketAddr::new([10, 0, 0, n / 2].into(), 5000)).collect();
         relay.coordinator.describe(a.node, NatProfile::default(), &many);
@@ -524,7 +525,7 @@ mod tests {
     }
 
     #[test]
-    fn two_nodes_have_one_session_whoever_asks_until_the_initiator_says_how_it_went() {
+    fn two_nodes_have_one_session_whoever_asks_until_one_says_that_it_is_over() {
         let mut relay = Relay::new();
         let [a, b, c] = relay.nodes();
         relay.request(&a, &b, "s").unwrap();
@@ -532,11 +533,28 @@ mod tests {
         assert_eq!(relay.refused(&a, &b, "t"), Some(Refused::InProgress));
         assert_eq!(relay.refused(&a, &c, "s"), Some(Refused::IdInUse), "at the one that asks");
         assert_eq!(relay.refused(&c, &b, "s"), Some(Refused::IdInUse), "at the other");
-        assert!(!relay.coordinator.result(b.node, &id("s"), relay.start), "the other one decides");
-        assert!(!relay.coordinator.result(c.node, &id("s"), relay.start));
-        assert!(relay.coordinator.result(a.node, &id("s"), relay.start));
-        assert!(!relay.coordinator.result(a.node, &id("s"), relay.start), "ended already");
-        assert!(relay.request(&b, &a, "s").is_ok());
+        let mut result =
+            |from: &Party, session, success| relay.coordinator.result(from.node, &id(session), success, relay.start);
+        assert_eq!(result(&b, "s", true), None, "the initiator decides for a path");
+        for success in [true, false] {
+            assert_eq!(result(&c, "s", success), None, "it is none of the two");
+            assert_eq!(result(&a, "t", success), None, "there is no such session");
+        }
+        assert_eq!(result(&a, "s", true), Some(b.node));
+        for (one, other) in [(&a, &b), (&b, &a)] {
+            assert_eq!((result(one, "s", false), result(other, "s", false)), (None, None), "ended already");
+        }
+
+        for gives_up in [0, 1] {
+            let [asking, asked] = [&b, &a];
+            relay.request(asking, asked, "s").unwrap();
+            let ends = [asking.node, asked.node];
+            assert_eq!(
+                relay.coordinator.result(ends[gives_up], &id("s"), false, relay.start),
+                Some(ends[1 - gives_up])
+            );
+            assert_eq!(relay.coordinator.sessions(), 0);
+        }
     }
 
     #[test]
@@ -580,13 +598,28 @@ mod tests {
         let asking = &all[31];
         for n in 0..MAX_SESSIONS_PER_NODE {
             relay.request(asking, &all[1], &format!("y{n}")).unwrap();
-            relay.coordinator.result(asking.node, &id(format!("y{n}")), relay.start);
+            relay.coordinator.result(asking.node, &id(format!("y{n}")), false, relay.start);
         }
         assert_eq!(relay.refused(asking, &all[1], "z"), Some(Refused::Rate));
         relay.start += ms(250);
         assert!(relay.request(asking, &all[1], "z").is_ok());
         assert_eq!(relay.refused(asking, &all[2], "z2"), Some(Refused::Rate));
         assert!(relay.request(&all[32], &all[2], "z2").is_ok(), "others may");
+    }
+
+    /// A node could ask as often as it liked for one that has just registered.
+    #[test]
+    fn to_be_told_to_wait_counts_as_asking() {
+        let mut relay = Relay::new();
+        let [a, b, c] = relay.nodes();
+        relay.coordinator.end(b.node);
+        relay.coordinator.join(b.node, relay.start);
+        for n in 0..MAX_SESSIONS_PER_NODE {
+            assert_eq!(relay.refused(&a, &b, &n.to_string()), Some(Refused::NotReady));
+        }
+        assert_eq!(relay.refused(&a, &b, "s"), Some(Refused::Rate));
+        assert_eq!(relay.refused(&a, &c, "s"), Some(Refused::Rate));
+        assert_eq!(relay.refused(&c, &b, "s"), Some(Refused::NotReady), "others may");
     }
 
     #[test]
@@ -607,7 +640,7 @@ mod tests {
     enum Step {
         Request(usize, usize, u8),
         Execute(usize, u8),
-        Result(usize, u8),
+        Result(usize, u8, bool),
         End(usize),
         Wait(u64),
     }
@@ -616,7 +649,7 @@ mod tests {
         let step = prop_oneof![
             4 => (0..6usize, 0..6usize, 0..8u8).prop_map(|(from, to, session)| Step::Request(from, to, session)),
             1 => (0..6usize, 0..8u8).prop_map(|(from, session)| Step::Execute(from, session)),
-            1 => (0..6usize, 0..8u8).prop_map(|(from, session)| Step::Result(from, session)),
+            1 => (0..6usize, 0..8u8, any::<bool>()).prop_map(|(from, id, success)| Step::Result(from, id, success)),
             1 => (0..6usize).prop_map(Step::End),
             1 => (0..4000u64).prop_map(Step::Wait),
         ];
@@ -639,8 +672,8 @@ mod tests {
                     Step::Execute(from, session) => {
                         drop(coordinator.execute(parties[from].node, &id(session), &[5000], now));
                     }
-                    Step::Result(from, session) => {
-                        coordinator.result(parties[from].node, &id(session), now);
+                    Step::Result(from, session, success) => {
+                        coordinator.result(parties[from].node, &id(session), success, now);
                     }
                     Step::End(node) => {
                         coordinator.end(parties[node].node);
@@ -662,7 +695,7 @@ mod tests {
                 let at_nodes: usize = coordinator.nodes.values().map(|node| node.sessions.len()).sum();
                 prop_assert_eq!(at_nodes, 2 * coordinator.sessions.len());
             }
-            relay.coordinator.result(parties[0].node, &id("none"), now + LIFE);
+            relay.coordinator.result(parties[0].node, &id("none"), false, now + LIFE);
             prop_assert_eq!(relay.coordinator.sessions(), 0);
         }
     }

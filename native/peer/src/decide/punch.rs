@@ -109,6 +109,8 @@ pub(crate) enum Failure {
     TimedOut,
     /// No pong came, for as many packets as may be sent.
     Budget,
+    /// The socket of one of the two moved meanwhile.
+    Interrupted,
 }
 
 /// What a session begins with.
@@ -395,6 +397,15 @@ impl Punch {
             if port >= LOWEST_PORT && self.ways.iter().filter(told).count() < MAX_PORTS {
                 self.name(peer, now);
             }
+        }
+    }
+
+    /// The peer's attempt is over, or the connection is there: what is proven now is all that will be.
+    pub(crate) fn stop(&mut self, now: Instant) {
+        self.setup.begin = self.setup.begin.min(now);
+        self.end = self.end.min(now);
+        if let Some((good, ..)) = &mut self.best {
+            *good = now.min(*good);
         }
     }
 
@@ -804,6 +815,44 @@ mod tests {
     }
 
     #[test]
+    fn when_the_peer_stops_it_is_over_unless_a_path_is_proven() {
+        for role in [Role::Initiator, Role::Responder] {
+            for begun in [true, false] {
+                let mut side = Side::new(RANDOM, STRICT, |setup| {
+                    setup.role = role;
+                    setup.begin += Duration::from_millis(100);
+                });
+                side.run(if begun { 200 } else { 50 });
+                let sent = side.pings().len();
+                assert_eq!(sent > 0, begun);
+                side.punch.stop(side.now());
+                side.run(10_000);
+                assert_eq!(side.pings().len(), sent);
+                let at = if begun { 200 } else { 50 };
+                assert_eq!(side.last(), (at, Action::Over(Failure::TimedOut)));
+                assert_eq!(side.punch.next(side.now()), None);
+            }
+        }
+
+        // It waits for a better one.
+        let mut side = Side::new(STRICT, STRICT, |setup| setup.candidates = vec![local()]);
+        side.answer(peer());
+        assert_eq!(side.proven(), []);
+        side.punch.stop(side.now());
+        side.run(0);
+        assert_eq!(side.proven(), [(Via::Main, peer())]);
+
+        let mut side = Side::new(STRICT, STRICT, |setup| setup.role = Role::Responder);
+        side.answer(peer());
+        side.punch.stop(side.now());
+        side.run(0);
+        side.hear(Via::Main, peer(), Signal::Ping { nonce: 7 });
+        assert_eq!((side.proven(), side.pongs()), (vec![(Via::Main, peer())], 0));
+        assert_eq!(side.punch.next(side.now()), None);
+        assert_eq!(side.sent(|action| matches!(action, Action::Over(_))), 0);
+    }
+
+    #[test]
     fn the_responder_says_each_path_for_the_initiator_may_take_any() {
         let mut side = Side::new(STRICT, STRICT, |setup| {
             setup.role = Role::Responder;
@@ -980,6 +1029,7 @@ mod tests {
     #[derive(Debug, Clone)]
     enum Step {
         Run(u64),
+        Stop,
         Ping(u16, u8, u64),
         /// Of one of the pings that were sent, and whether on the way that it went.
         Pong(prop::sample::Index, bool),
@@ -988,10 +1038,11 @@ mod tests {
 
     fn steps() -> impl proptest::strategy::Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
-            (0..200u64).prop_map(Step::Run),
-            (0..4u16, 0..4u8, 0..50u64).prop_map(|(port, ip, nonce)| Step::Ping(port, ip, nonce)),
-            (any::<prop::sample::Index>(), prop::bool::weighted(0.1)).prop_map(|(which, way)| Step::Pong(which, way)),
-            vec(any::<u16>(), 0..20).prop_map(Step::Ports),
+            50 => (0..200u64).prop_map(Step::Run),
+            1 => Just(Step::Stop),
+            50 => (0..4u16, 0..4u8, 0..50u64).prop_map(|(port, ip, nonce)| Step::Ping(port, ip, nonce)),
+            50 => (any::<prop::sample::Index>(), prop::bool::weighted(0.1)).prop_map(|(which, way)| Step::Pong(which, way)),
+            50 => vec(any::<u16>(), 0..20).prop_map(Step::Ports),
         ];
         vec(step, 0..200)
     }
@@ -1013,6 +1064,7 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Run(ms) => side.run(side.ms + ms),
+                    Step::Stop => side.punch.stop(side.now()),
                     Step::Ping(port, ip, nonce) => {
                         let from = SocketAddr::new([20, 0, 0, ip].into(), 7000 + port);
                         heard.insert(from);

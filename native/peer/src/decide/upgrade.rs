@@ -40,6 +40,11 @@ impl Upgrade {
             + match failure {
                 Failure::BothHard | Failure::NotAllowed => HOPELESS.mul_f64(0.5 + draw / 2.0),
                 Failure::TimedOut | Failure::Budget => self.pauses.pause(draw),
+                // It says nothing of the NATs.
+                Failure::Interrupted => {
+                    self.pauses.reset();
+                    self.pauses.pause(draw)
+                }
             };
     }
 
@@ -89,6 +94,17 @@ mod tests {
         assert_eq!(upgrade.next(), later + FIRST);
         upgrade.failed(Failure::TimedOut, later + FIRST, 1.0);
         assert_eq!(upgrade.next(), later + FIRST + 2 * FIRST, "the change's pause was the first");
+    }
+
+    #[test]
+    fn after_an_attempt_that_was_interrupted_the_next_one_is_soon() {
+        let start = Instant::now();
+        let mut upgrade = Upgrade::new(start);
+        for _ in 0..8 {
+            upgrade.failed(Failure::TimedOut, start, 1.0);
+        }
+        upgrade.failed(Failure::Interrupted, start, 1.0);
+        assert_eq!(upgrade.next(), start + FIRST);
     }
 
     #[test]

@@ -60,8 +60,8 @@ pub(crate) enum FromNode {
     PunchRequest { session_id: Id, target_id: Id },
     /// Ports that the node's NAT is about to give, the likeliest first.
     PunchExecute { session_id: Id, ports: Vec<u16> },
-    /// It is over.
-    PunchResult { session_id: Id, success: bool },
+    /// The node's attempt is over.
+    PunchResult { session_id: Id, result: Result<(), GivenUp> },
 }
 
 /// What a relay says.
@@ -85,6 +85,8 @@ pub(crate) enum FromRelay {
     PunchExecute { session_id: Id, ports: Vec<u16> },
     /// Why there is no attempt to find a direct path.
     NotPunched { session_id: Id, error: Refusal },
+    /// The other node's attempt is over, and so is the session.
+    PunchResult { session_id: Id, result: Result<(), GivenUp> },
 }
 
 /// What one of two nodes needs to know to find a direct path to the other.
@@ -179,6 +181,24 @@ names! {
 }
 
 names! {
+    /// Why a node looks no longer for a direct path to another, or not at all.
+    pub(crate) GivenUp {
+        /// It would take more packets than the node's settings allow.
+        NotAllowed "not_allowed",
+        /// Neither NAT gives ports that the other side could know.
+        BothHard "both_hard",
+        /// Nothing came through.
+        TimedOut "timeout",
+        /// The node makes as many attempts as it may.
+        Busy "busy",
+        /// The node's socket has moved.
+        Interrupted "interrupted",
+        /// Nobody at the node wants it any more.
+        Unwanted "unwanted",
+    }
+}
+
+names! {
     /// Why a circuit ended.
     pub(crate) Reason {
         /// The other side's registration ended.
@@ -245,10 +265,7 @@ impl FromNode {
                 message(MessageType::PunchRequest, vec![("session_id", id(session_id)), ("target_id", id(target_id))])
             }
             Self::PunchExecute { session_id, ports } => execute(session_id, ports),
-            Self::PunchResult { session_id, success } => message(
-                MessageType::PunchResult,
-                vec![("session_id", id(session_id)), ("success", Value::Bool(*success))],
-            ),
+            Self::PunchResult { session_id, result } => punch_result(session_id, *result),
         }
     }
 
@@ -265,7 +282,7 @@ impl FromNode {
                 Ok(Self::PunchExecute { session_id: fields.id("session_id")?, ports: fields.ports("ports")? })
             }
             Some(MessageType::PunchResult) => {
-                Ok(Self::PunchResult { session_id: fields.id("session_id")?, success: fields.bool("success")? })
+                Ok(Self::PunchResult { session_id: fields.id("session_id")?, result: fields.punch_result()? })
             }
             Some(MessageType::Connect) => {
                 if fields.uint("version")? != VERSION {
@@ -321,6 +338,7 @@ impl FromRelay {
             Self::NotPunched { session_id, error: refusal } => {
                 message(MessageType::PunchResult, vec![("session_id", id(session_id)), error(refusal)])
             }
+            Self::PunchResult { session_id, result } => punch_result(session_id, *result),
         }
     }
 
@@ -337,6 +355,9 @@ impl FromRelay {
             Some(MessageType::PunchCoordinate) => Ok(Self::PunchCoordinate(Box::new(fields.coordinate()?))),
             Some(MessageType::PunchExecute) => {
                 Ok(Self::PunchExecute { session_id: fields.id("session_id")?, ports: fields.ports("ports")? })
+            }
+            Some(MessageType::PunchResult) if fields.get("success").is_some() => {
+                Ok(Self::PunchResult { session_id: fields.id("session_id")?, result: fields.punch_result()? })
             }
             Some(MessageType::PunchResult) => Ok(Self::NotPunched {
                 session_id: fields.id("session_id")?,
@@ -377,6 +398,12 @@ fn role_name(role: Role) -> &'static str {
 
 fn execute(session_id: &Id, told: &[u16]) -> Bytes {
     message(MessageType::PunchExecute, vec![("session_id", id(session_id)), ("ports", ports(told))])
+}
+
+fn punch_result(session_id: &Id, result: Result<(), GivenUp>) -> Bytes {
+    let mut fields = vec![("session_id", id(session_id)), ("success", Value::Bool(result.is_ok()))];
+    fields.extend(result.err().map(|why| ("error", text(why.name()))));
+    message(MessageType::PunchResult, fields)
 }
 
 fn ports(ports: &[u16]) -> Value {
@@ -524,6 +551,14 @@ impl Fields {
         })
     }
 
+    fn punch_result(&self) -> Result<Result<(), GivenUp>, ControlError> {
+        match (self.bool("success")?, self.get("error")) {
+            (true, _) => Ok(Ok(())),
+            (false, Some(_)) => Ok(Err(GivenUp::from_name(self.bin("error")?))),
+            (false, None) => Ok(Err(GivenUp::Unknown)),
+        }
+    }
+
     fn addresses(&self, key: &'static str) -> Result<Vec<SocketAddr>, ControlError> {
         let address = |value: &Value| match value {
             Value::Bin(text) => str::from_utf8(text).ok()?.parse().ok(),
@@ -639,7 +674,8 @@ mod tests {
             FromNode::Describe { profile: sequential(-3), candidates: vec![address("10.0.0.1:9443"); MAX_LISTED] },
             FromNode::PunchRequest { session_id: some_id(b"s"), target_id: some_id(b"b") },
             FromNode::PunchExecute { session_id: some_id(b"s"), ports: vec![u16::MAX; MAX_LISTED] },
-            FromNode::PunchResult { session_id: some_id(b"s"), success: true },
+            FromNode::PunchResult { session_id: some_id(b"s"), result: Ok(()) },
+            FromNode::PunchResult { session_id: some_id(b"s"), result: Err(GivenUp::NotAllowed) },
         ]
     }
 
@@ -673,6 +709,8 @@ mod tests {
             })),
             FromRelay::PunchExecute { session_id: some_id(b"s"), ports: vec![1] },
             FromRelay::NotPunched { session_id: some_id(b"s"), error: Refusal::InProgress },
+            FromRelay::PunchResult { session_id: some_id(b"s"), result: Ok(()) },
+            FromRelay::PunchResult { session_id: some_id(b"s"), result: Err(GivenUp::Busy) },
         ]
     }
 
@@ -702,7 +740,8 @@ mod tests {
         let refusals = Refusal::ALL.map(Refusal::name);
         let reasons = Reason::ALL.map(Reason::name);
         let limits = Limit::ALL.map(Limit::name);
-        for name in refusals.iter().chain(&reasons).chain(&limits) {
+        let given_up = GivenUp::ALL.map(GivenUp::name);
+        for name in refusals.iter().chain(&reasons).chain(&limits).chain(&given_up) {
             assert!(document.contains(&format!("`{name}`")), "{name}");
         }
     }

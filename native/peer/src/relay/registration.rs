@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
-use super::control::{Coordinate, FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal};
+use super::control::{Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal};
 use crate::decide::nat::NatProfile;
 use crate::decide::punch::Role;
 use crate::decide::relay::Notices;
@@ -43,6 +43,10 @@ const MAX_PUNCHES: usize = 16;
 
 /// Times that the other node may tell ports before they are looked at: it does so once.
 const MAX_TOLD: usize = 4;
+
+/// Bytes of messages that wait for the stream, from which on nothing more is said of punches: otherwise a relay that tells of
+/// many and does not read would have this node keep ever more. Those that may be under way at once fit.
+const MAX_UNSENT: usize = 16 << 10;
 
 /// How often a relay that owes something is looked at: a fifth of what counts as silence. And how often one that does not,
 /// for the sake of its keep-alives.
@@ -126,6 +130,8 @@ pub(crate) struct PunchSession {
     pub(crate) told: Instant,
     /// Ports that the other node tells.
     pub(crate) ports: mpsc::Receiver<Vec<u16>>,
+    /// How the other node's attempt went, once it is over.
+    pub(crate) over: mpsc::Receiver<Result<(), GivenUp>>,
     commands: mpsc::UnboundedSender<Command>,
     /// Whether the relay is still to be told how it went.
     open: bool,
@@ -137,10 +143,16 @@ impl PunchSession {
         self.say(FromNode::PunchExecute { session_id: self.coordinate.session_id.clone(), ports });
     }
 
-    /// Tells the relay how it went.
-    pub(crate) fn tell_result(&mut self, success: bool) {
+    /// Tells the relay, and so the other node, how it went, unless they know that it is over.
+    pub(crate) fn tell_result(&mut self, result: Result<(), GivenUp>) {
+        if mem::replace(&mut self.open, false) {
+            self.say(FromNode::PunchResult { session_id: self.coordinate.session_id.clone(), result });
+        }
+    }
+
+    /// Nothing is to be told of it any more.
+    pub(crate) fn close(&mut self) {
         self.open = false;
-        self.say(FromNode::PunchResult { session_id: self.coordinate.session_id.clone(), success });
     }
 
     fn say(&self, message: FromNode) {
@@ -151,10 +163,8 @@ impl PunchSession {
 
 impl Drop for PunchSession {
     fn drop(&mut self) {
-        // Given up: until the relay knows, it lets neither of the two ask again.
-        if self.open && self.coordinate.role == Role::Initiator {
-            self.tell_result(false);
-        }
+        // Until the relay knows, it lets neither of the two ask again, and the other one goes on.
+        self.tell_result(Err(GivenUp::Unwanted));
     }
 }
 
@@ -260,7 +270,7 @@ pub(crate) struct Serving {
     /// At most `MAX_REQUESTS`.
     punch_requests: HashMap<Id, PunchRequest>,
     /// At most `MAX_PUNCHES`.
-    punches: HashMap<Id, mpsc::Sender<Vec<u16>>>,
+    punches: HashMap<Id, Told>,
     description: watch::Receiver<Option<Description>>,
     open: HashMap<u32, Open>,
     arriving: Arc<Semaphore>,
@@ -279,6 +289,12 @@ impl Drop for Serving {
     fn drop(&mut self) {
         self.count.send_replace(0);
     }
+}
+
+/// What the relay passes on of the other node of a punch.
+struct Told {
+    ports: mpsc::Sender<Vec<u16>>,
+    over: mpsc::Sender<Result<(), GivenUp>>,
 }
 
 #[derive(Debug)]
@@ -409,6 +425,10 @@ impl Serving {
                 Ok(()) => {}
                 Err(error) => return error,
             }
+            // All of them, or a relay that tells of many punches would make them more and more.
+            while let Ok(command) = self.commands.try_recv() {
+                self.obey(command);
+            }
             self.count.send_if_modified(|count| mem::replace(count, self.open.len()) != self.open.len());
             let punches = self.punch_requests.values().map(|request| request.until);
             let overdue = self.requests.values().map(|request| request.until).chain(punches).min();
@@ -459,7 +479,13 @@ impl Serving {
                 FromRelay::PunchExecute { session_id, ports } => {
                     if let Some(session) = self.punches.get(&session_id) {
                         // More than it looks at are of no use.
-                        let _ = session.try_send(ports);
+                        let _ = session.ports.try_send(ports);
+                    }
+                }
+                FromRelay::PunchResult { session_id, result } => {
+                    if let Some(session) = self.punches.remove(&session_id) {
+                        // It is the only one, and nobody hears it if nobody waits any more.
+                        let _ = session.over.try_send(result);
                     }
                 }
                 FromRelay::NotPunched { session_id, error } => {
@@ -481,26 +507,30 @@ impl Serving {
     }
 
     fn coordinated(&mut self, coordinate: Coordinate) {
-        self.punches.retain(|_, session| !session.is_closed());
+        self.punches.retain(|_, session| !session.ports.is_closed());
         let asked = self.punch_requests.remove(&coordinate.session_id);
-        if self.punches.len() >= MAX_PUNCHES || self.punches.contains_key(&coordinate.session_id) {
+        let session_id = coordinate.session_id.clone();
+        if self.punches.contains_key(&session_id) {
             return;
         }
-        let (sender, ports) = mpsc::channel(MAX_TOLD);
-        let session_id = coordinate.session_id.clone();
+        if self.punches.len() >= MAX_PUNCHES {
+            return self.say_if_read(FromNode::PunchResult { session_id, result: Err(GivenUp::Busy) });
+        }
+        let ((tell_ports, ports), (tell_over, over)) = (mpsc::channel(MAX_TOLD), mpsc::channel(1));
+        let told = Told { ports: tell_ports, over: tell_over };
         let commands = self.handle.clone();
-        let mut session = PunchSession { told: Instant::now(), ports, commands, open: true, coordinate };
+        let mut session = PunchSession { told: Instant::now(), ports, over, commands, open: true, coordinate };
         match (session.coordinate.role, asked) {
             // Nobody waits any more: then it is dropped.
             (Role::Initiator, Some(request)) => drop(request.answer.send(Ok(session))),
             // It was not asked for. Nothing is said of it: a relay that does not read must not make this node say ever more.
             (Role::Initiator, None) => {
-                session.open = false;
+                session.close();
                 return;
             }
             (Role::Responder, _) => (self.terms.on_punch)(session),
         }
-        self.punches.insert(session_id, sender);
+        self.punches.insert(session_id, told);
     }
 
     fn opened(&mut self, session_id: &Id, circuit: u32) -> Result<(), CircuitError> {
@@ -551,7 +581,7 @@ impl Serving {
                 self.say(FromNode::PunchRequest { session_id: session_id.clone(), target_id });
                 self.punch_requests.insert(session_id, request);
             }
-            Command::Say(message) => self.say(message),
+            Command::Say(message) => self.say_if_read(message),
             Command::Request(session_id, request) => {
                 let target_id = request.target.clone();
                 self.say(FromNode::RelayRequest { session_id: session_id.clone(), target_id });
@@ -608,6 +638,13 @@ impl Serving {
 
     fn say(&mut self, message: FromNode) {
         self.unsent.put(message.encode());
+    }
+
+    /// Says what may as well be lost.
+    fn say_if_read(&mut self, message: FromNode) {
+        if self.unsent.len() < MAX_UNSENT {
+            self.say(message);
+        }
     }
 
     fn look_soon(&mut self) {

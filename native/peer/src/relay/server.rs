@@ -24,7 +24,9 @@ use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until, timeout};
 
-use super::control::{ControlError, Coordinate, FromNode, FromRelay, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal};
+use super::control::{
+    ControlError, Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal,
+};
 use super::packet::{Fit, Form, SplitBy, Splitter, parse};
 use super::responder::{self, Responder};
 use super::{RelayConfig, RelayStats};
@@ -323,7 +325,7 @@ impl Relay {
                     self.coordinate(registration, session_id, &target_id, answer);
                 }
                 Ok(FromNode::PunchExecute { session_id, ports }) => self.execute(registration, &session_id, &ports),
-                Ok(FromNode::PunchResult { session_id, success }) => self.punched(registration, &session_id, success),
+                Ok(FromNode::PunchResult { session_id, result }) => self.punched(registration, session_id, result),
                 Err(NextError::Ended) => return End::Left,
                 Ok(FromNode::Connect { .. }) | Err(NextError::Frame(_) | NextError::Message(_)) => {
                     let error = Refusal::Malformed;
@@ -409,10 +411,15 @@ impl Relay {
         }
     }
 
-    fn punched(&self, registration: &Registration, session_id: &Id, success: bool) {
-        let ended = lock(&self.state).coordinator.result(registration.generation, session_id, Instant::now());
-        if ended && success {
+    fn punched(&self, registration: &Registration, session_id: Id, result: Result<(), GivenUp>) {
+        let state = &mut *lock(&self.state);
+        let other = state.coordinator.result(registration.generation, &session_id, result.is_ok(), Instant::now());
+        let Some(other) = other else { return };
+        if result.is_ok() {
             self.counters.punched.add(1);
+        }
+        if let Some(room) = state.registrations.get(&other).and_then(|other| other.room_for_other_nodes()) {
+            room.send(FromRelay::PunchResult { session_id, result });
         }
     }
 

@@ -102,6 +102,13 @@ pub fn punch_result(session: &str, success: bool) -> Bytes {
     map(MessageType::PunchResult, &[("session_id", bin(session)), ("success", Value::Bool(success))])
 }
 
+/// The other node's attempt is over, as a relay tells it.
+pub fn punch_over(session: impl AsRef<[u8]>, error: Option<&str>) -> Bytes {
+    let mut fields = vec![("session_id", bin(session)), ("success", Value::Bool(error.is_none()))];
+    fields.extend(error.map(|error| ("error", bin(error))));
+    map(MessageType::PunchResult, &fields)
+}
+
 /// A session of two nodes, as a relay tells one of them of it, and the signals of it.
 pub struct Punch {
     pub session: [u8; 16],

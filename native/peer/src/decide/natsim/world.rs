@@ -85,13 +85,14 @@ enum ToRelay {
     Describe(NatProfile, Vec<SocketAddr>),
     Request { session: Id, target: Id },
     Execute { session: Id, ports: Vec<u16> },
-    Result { session: Id },
+    Result { session: Id, success: bool },
 }
 
 enum ToNode {
     Coordinate(Coordinate),
     Refused { target: Id, error: Refused },
     Execute { session: Id, ports: Vec<u16> },
+    Over { session: Id },
 }
 
 enum Event {
@@ -553,7 +554,7 @@ impl World {
             .iter_mut()
             .filter_map(|relay| {
                 let (node, _) = relay.registered.values().next()?;
-                relay.coordinator.result(*node, &nobody, now);
+                relay.coordinator.result(*node, &nobody, false, now);
                 Some(relay.coordinator.sessions())
             })
             .sum()
@@ -688,7 +689,11 @@ impl World {
                     self.tell(relay, execute.to, ToNode::Execute { session, ports: execute.ports });
                 }
             }
-            ToRelay::Result { session } => drop(at.coordinator.result(generation, &session, now)),
+            ToRelay::Result { session, success } => {
+                if let Some(to) = at.coordinator.result(generation, &session, success, now) {
+                    self.tell(relay, to, ToNode::Over { session });
+                }
+            }
         }
     }
 
@@ -749,6 +754,7 @@ impl World {
                 ToNode::Coordinate(told) => self.begin(node, relay, told),
                 ToNode::Execute { session, ports } => self.learn_ports(node, relay, &session, &ports),
                 ToNode::Refused { target, error } => self.refused(node, &target, error),
+                ToNode::Over { session } => self.over(node, relay, &session),
             },
             Body::Signal { session, by, signal } => self.signalled(node, socket, from, session, by, signal),
             Body::Connect { session } => self.accept(node, to, from, session),
@@ -986,6 +992,15 @@ impl World {
         self.wake(node, number);
     }
 
+    /// The other one's attempt is over.
+    fn over(&mut self, node: usize, relay: usize, id: &Id) {
+        let now = self.instant(self.now);
+        let known = |(_, session): &(&u64, &mut Session)| session.relay == relay && session.id == *id;
+        let Some((&number, session)) = self.nodes[node].sessions.iter_mut().find(known) else { return };
+        session.punch.stop(now);
+        self.wake(node, number);
+    }
+
     fn signalled(&mut self, node: usize, socket: Socket, from: SocketAddr, number: u64, by: Role, signal: Signal) {
         let now = self.instant(self.now);
         let via = match socket {
@@ -1052,9 +1067,9 @@ impl World {
             }
             Action::Over(failure) => {
                 let Session { role, peer, relay, ref id, .. } = self.nodes[node].sessions[&number];
+                let id = id.clone();
+                self.say(node, relay, ToRelay::Result { session: id, success: false });
                 if role == Role::Initiator {
-                    let id = id.clone();
-                    self.say(node, relay, ToRelay::Result { session: id });
                     self.ended(node, peer, Ended::Failed(failure));
                 }
             }
@@ -1128,7 +1143,7 @@ impl World {
         let (peer, relay, id, path) = (session.peer, session.relay, session.id.clone(), session.path);
         let dialler = self.nodes[node].key;
         self.connected(node, peer, number, dialler, path.unwrap().1);
-        self.say(node, relay, ToRelay::Result { session: id });
+        self.say(node, relay, ToRelay::Result { session: id, success: true });
         self.ended(node, peer, Ended::Direct);
     }
 

@@ -12,6 +12,8 @@ use super::super::packet::{Half, Joiner, Packet};
 use super::super::testing::responder;
 use super::*;
 use crate::config::Secret;
+use crate::decide::nat::NatProfile;
+use crate::decide::punch::Role;
 use crate::identity::realm_proof;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -344,6 +346,60 @@ async fn a_packet_that_does_not_fit_on_the_way_to_or_from_the_relay_is_cut_in_tw
     // Cut by their sender: they pass as they are.
     carries(&b, &a, circuit, 1200, Some(1160)).await;
     assert_eq!(running.relay.stats().forwarded_packets, 5 * 320);
+}
+
+/// Two nodes that are told of each other, under this id.
+async fn brought_together(a: &mut Node, b: &mut Node, session: &str, target: &str) {
+    let target_id = id(target);
+    a.say(FromNode::PunchRequest { session_id: id(session), target_id }).await;
+    for (node, role) in [(a, Role::Initiator), (b, Role::Responder)] {
+        match node.hear().await {
+            FromRelay::PunchCoordinate(told) => assert_eq!((told.session_id, told.role), (id(session), role)),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+async fn described(running: &Running, name: &str) -> Node {
+    let mut node = Node::registered(running, name).await;
+    node.say(FromNode::Describe { profile: NatProfile::default(), candidates: Vec::new() }).await;
+    // Once it is answered, the relay has heard what came before.
+    assert_eq!(node.request("nobody").await, Err(Refusal::NotRegistered));
+    node
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_of_two_hears_at_once_how_the_others_attempt_went_and_nobody_else_has_a_say() {
+    let running = running(RelayConfig::default());
+    let mut a = described(&running, "a").await;
+    let mut b = described(&running, "b").await;
+    let mut c = described(&running, "c").await;
+    let over = |session, result| FromNode::PunchResult { session_id: id(session), result };
+    let told = |session, result| FromRelay::PunchResult { session_id: id(session), result };
+
+    brought_together(&mut a, &mut b, "1", "b").await;
+    c.say(over("1", Err(GivenUp::Busy))).await;
+    c.say(over("1", Ok(()))).await;
+    assert_eq!(c.request("nobody").await, Err(Refusal::NotRegistered));
+    // It does not decide.
+    b.say(over("1", Ok(()))).await;
+    b.say(over("1", Err(GivenUp::NotAllowed))).await;
+    assert_eq!(a.hear().await, told("1", Err(GivenUp::NotAllowed)), "only that");
+    assert_eq!(running.relay.stats().punched, 0);
+
+    brought_together(&mut b, &mut a, "2", "a").await;
+    b.say(over("2", Err(GivenUp::Interrupted))).await;
+    assert_eq!(a.hear().await, told("2", Err(GivenUp::Interrupted)));
+    brought_together(&mut a, &mut b, "3", "b").await;
+    a.say(over("3", Ok(()))).await;
+    // No more is said of what is over.
+    a.say(over("3", Err(GivenUp::TimedOut))).await;
+    assert_eq!(b.hear().await, told("3", Ok(())));
+    b.say(over("3", Err(GivenUp::TimedOut))).await;
+    for (node, name) in [(&mut a, "b"), (&mut b, "a"), (&mut c, "a")] {
+        node.circuit_to(name).await;
+    }
+    assert_eq!(running.relay.stats().punched, 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
