@@ -32,13 +32,32 @@ start_link() ->
 %% @doc Starts the engine unless it runs.
 -spec ensure_started() -> ok | {error, term()}.
 ensure_started() ->
-    case macula_peer_nif:start(settings()) of
+    case macula_peer_gateway:setting() of
+        {ok, Gateway} -> start_with((settings())#{gateway => Gateway});
+        {error, _} = Error -> Error
+    end.
+
+-spec start_with(map()) -> ok | {error, term()}.
+start_with(Settings) ->
+    case macula_peer_nif:start(Settings) of
         ok ->
             logger:notice("macula_peer_connector: peers are verified by ~p", [verify_mode()]),
-            set_default_handler();
+            or_stop([fun set_default_handler/0, fun listen/0]);
         {error, already_started} ->
             ok;
         {error, _} = Error ->
+            Error
+    end.
+
+-spec or_stop([fun(() -> ok | {error, term()})]) -> ok | {error, term()}.
+or_stop([]) ->
+    ok;
+or_stop([Step | Steps]) ->
+    case Step() of
+        ok ->
+            or_stop(Steps);
+        {error, _} = Error ->
+            ok = stop(),
             Error
     end.
 
@@ -79,6 +98,23 @@ set_default_handler() ->
     case application:get_env(?APP, handler) of
         {ok, Handler} -> macula_peer_endpoint:set_handler(Handler);
         undefined -> ok
+    end.
+
+%% As the setting `listen' says. The handler is a setting of its own.
+-spec listen() -> ok | {error, term()}.
+listen() ->
+    case application:get_env(?APP, listen) of
+        undefined ->
+            ok;
+        {ok, Opts} when is_map(Opts) ->
+            case macula_peer_nif:listen(Opts) of
+                {ok, _Address} -> ok;
+                not_started -> {error, {send_failed, connection_shutdown}};
+                {error, {invalid_option, Option}} -> {error, {invalid_option, {listen, Option}}};
+                {error, _} = Error -> Error
+            end;
+        {ok, Other} ->
+            {error, {invalid_option, {listen, Other}}}
     end.
 
 -spec init([]) -> {ok, []} | {stop, term()}.
