@@ -8,9 +8,15 @@
 
 -spec start(application:start_type(), term()) -> {ok, pid()} | {error, term()}.
 start(_Type, _Args) ->
-    case macula_peer_takeover:apply_settings() of
-        ok -> start();
-        {error, _} = Error -> Error
+    case macula_peer_config:read() of
+        {ok, _} ->
+            case macula_peer_takeover:apply_settings() of
+                ok -> start();
+                {error, _} = Error -> Error
+            end;
+        {error, Reason} ->
+            logger:error("macula_peer_connector does not start: ~ts", [macula_peer_config:format_error(Reason)]),
+            {error, Reason}
     end.
 
 -spec start() -> {ok, pid()} | {error, term()}.

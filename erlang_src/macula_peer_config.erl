@@ -5,8 +5,6 @@
 -module(macula_peer_config).
 
 -export([read/0]).
--export([listen_options/1]).
--export([gateway_port/0]).
 -export([bootstrap_peers/0]).
 -export([wrong_bootstrap_peers/0]).
 -export([format_error/1]).
@@ -16,7 +14,7 @@
 -define(APP, macula_peer_connector).
 
 -type settings() :: #{native := map(), handler := macula_peer_endpoint:handler() | undefined,
-                      resolver := module() | none}.
+                      listen := macula_peer_endpoint:listen_opts() | undefined, resolver := module() | none}.
 %% `native' is for the native library.
 
 -type reason() :: {invalid_option, {Key :: term(), Value :: term()}} | {unknown_option, Key :: atom()}
@@ -50,7 +48,9 @@
                   frame_timeout => "milliseconds, from 1 to a day"}).
 
 %% What is ours.
--define(OWN, #{handler => "a process of this node or {Module, Function, Args}",
+-define(OWN, #{gateway => "auto, an endpoint \"host:port\" or none",
+               listen => "a map of options of macula_peer_endpoint:listen/1, but for the handler",
+               handler => "a process of this node or {Module, Function, Args}",
                resolver => "a module with callbacks of macula_peer_resolver, or none",
                takeover => "true or false",
                takeover_pool => "true or false"}).
@@ -77,26 +77,10 @@ read() ->
               fun() -> check_own(Env) end,
               fun() -> macula_peer_nif:check(settings, Native) end],
     case first_error(Checks) of
-        ok -> {ok, #{native => Native, handler => maps:get(handler, Env, undefined),
+        ok -> {ok, #{native => Native, handler => maps:get(handler, Env, undefined), listen => listen(Env),
                      resolver => maps:get(resolver, Env, macula_peer_resolver_macula)}};
         {error, _} = Error -> Error
     end.
-
-%% @doc The options of `listen/1' for a node that listens by its settings: the variables make it a relay, or say what the
-%% relay gives, where the options do not.
--spec listen_options(term()) -> {ok, macula_peer_endpoint:listen_opts()} | {error, reason() | term()}.
-listen_options(Opts) when is_map(Opts) ->
-    case check_variables() of
-        ok -> checked_listen_options(with_relay(Opts));
-        {error, _} = Error -> Error
-    end;
-listen_options(Opts) ->
-    {error, {invalid_option, {listen, Opts}}}.
-
-%% @doc The port that macula's gateway on this host listens at. Never ours.
--spec gateway_port() -> inet:port_number().
-gateway_port() ->
-    variable("MACULA_QUIC_PORT", ?GATEWAY_PORT).
 
 %% @doc Every entry of `MACULA_BOOTSTRAP_PEERS' that is an endpoint, and what is wrong where there is none.
 -spec bootstrap_peers() -> {[string()], no_bootstrap_peers | invalid_bootstrap_format | invalid_bootstrap_port}.
@@ -133,7 +117,13 @@ native(Env) ->
         true -> #{};
         false -> #{hole_punching => off}
     end,
-    maps:merge(Variables, maps:with(maps:keys(?NATIVE), Env)).
+    maps:merge(Variables#{gateway => gateway(Env)}, maps:with(maps:keys(?NATIVE), Env)).
+
+-spec gateway(map()) -> term().
+gateway(#{gateway := Gateway}) when Gateway =/= auto ->
+    Gateway;
+gateway(#{}) ->
+    {auto, "127.0.0.1:" ++ integer_to_list(variable("MACULA_QUIC_PORT", ?GATEWAY_PORT))}.
 
 -spec check_known(map()) -> ok | {error, reason()}.
 check_known(Env) ->
@@ -153,6 +143,14 @@ check(handler, Pid) when is_pid(Pid), node(Pid) =:= node() ->
     ok;
 check(handler, {Module, Function, Args}) when is_atom(Module), is_atom(Function), is_list(Args) ->
     ok;
+check(gateway, Gateway) when not is_tuple(Gateway) ->
+    %% The native library looks at it.
+    ok;
+check(listen, Opts) when is_map(Opts) ->
+    case macula_peer_nif:check(listen, with_relay(Opts)) of
+        {error, {invalid_option, Option}} -> {error, {invalid_option, {listen, Option}}};
+        Result -> Result
+    end;
 check(resolver, none) ->
     ok;
 check(resolver, Module) when is_atom(Module) ->
@@ -183,14 +181,10 @@ first_error([]) ->
 
 %% ---- listening ----
 
--spec checked_listen_options(map()) -> {ok, macula_peer_endpoint:listen_opts()} | {error, reason() | term()}.
-checked_listen_options(Opts) ->
-    Checks = [fun() -> check(handler, maps:get(handler, Opts, undefined)) end,
-              fun() -> macula_peer_nif:check(listen, maps:remove(handler, Opts)) end],
-    case first_error(Checks) of
-        ok -> {ok, Opts};
-        {error, _} = Error -> Error
-    end.
+%% The variables make a node that listens by its settings a relay, or say what the relay gives, where the options do not.
+-spec listen(map()) -> macula_peer_endpoint:listen_opts() | undefined.
+listen(#{listen := Opts}) -> with_relay(Opts);
+listen(#{}) -> undefined.
 
 -spec with_relay(map()) -> map().
 with_relay(#{relay := Limits} = Opts) when is_map(Limits) ->

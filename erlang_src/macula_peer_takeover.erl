@@ -41,8 +41,7 @@ take_over([{Module, Setting} | Rest]) ->
     Taken = case {application:get_env(?APP, Setting, false), find(Module)} of
         {true, #{module := ours, loaded := true}} -> ok;
         {true, _} -> load(Module);
-        {false, _} -> ok;
-        {Other, _} -> {error, {invalid_option, {Setting, Other}}}
+        {false, _} -> ok
     end,
     case Taken of
         ok -> take_over(Rest);
@@ -161,6 +160,4 @@ explain({takeover_failed, Module, {not_found, File}}) ->
     io_lib:format("cannot take the place of ~s: there is no ~ts. It may have been left out of the release; then leave "
                   "out the module of macula instead", [Module, File]);
 explain({takeover_failed, Module, What}) ->
-    io_lib:format("cannot take the place of ~s: ~p", [Module, What]);
-explain({invalid_option, {Key, Value}}) ->
-    io_lib:format("the setting ~s is ~p; it has to be true or false", [Key, Value]).
+    io_lib:format("cannot take the place of ~s: ~p", [Module, What]).

@@ -16,8 +16,8 @@ all() ->
     [a_wrong_value_stops_the_start_and_is_named, every_setting_has_wrong_values, an_unknown_setting_is_named,
      a_wrong_secret_is_not_shown, the_sentence_in_the_log_names_setting_and_value, right_values_start,
      an_application_file_is_enough, a_wrong_variable_stops_the_start_and_is_named, hole_punching_is_turned_off,
-     a_node_that_listens_is_a_relay, the_settings_win_over_variables, listen_options_are_checked,
-     the_gateways_port, bootstrap_peers].
+     a_node_that_listens_is_a_relay, the_settings_win_over_variables, what_is_listened_with_is_checked,
+     bootstrap_peers].
 
 init_per_testcase(_Case, Config) ->
     ok = macula_peer_endpoint:stop(),
@@ -53,7 +53,8 @@ wrong_settings() ->
      {max_frame_size, 0}, {max_nesting, -1}, {node_id, <<>>}, {node_id, "name"}, {node_id, <<0:(256 * 8)>>},
      {relays, "127.0.0.1:9443"}, {relays, ["127.0.0.1"]}, {relays, ["r:1" | "r:2"]},
      {relays, ["r:" ++ integer_to_list(N) || N <- lists:seq(1, 65)]}, {hole_punching, true},
-     {resolver, 1}, {resolver, "none"}, {resolver, no_such_module}, {resolver, lists},
+     {gateway, 9443}, {gateway, "127.0.0.1"}, {gateway, {auto, "127.0.0.1:9443"}}, {listen, true}, {listen, [{port, 0}]},
+     {takeover, yes}, {takeover_pool, 1}, {resolver, 1}, {resolver, "none"}, {resolver, no_such_module}, {resolver, lists},
      {pool_size, 0}, {idle_timeout, 0}, {idle_timeout, infinity}, {keep_alive, 86400001}, {connect_timeout, 1.5},
      {delivery, exactly_once}, {max_unacknowledged, many}, {answer_timeout, -1}, {workers, 0},
      {identity_file, none}, {identity_file, 1}, {verify, always}, {verify, {pin, [Hex]}}, {verify, {cacertfile, 1}},
@@ -113,7 +114,8 @@ hole_punching_is_turned_off(_Config) ->
         {Value, Expected} <- [{"false", off}, {"0", off}, {"FALSE", off}, {"true", default}, {"1", default}, {"", default}]].
 
 a_node_that_listens_is_a_relay(_Config) ->
-    Relay = fun() -> {ok, Opts} = macula_peer_config:listen_options(#{port => 1}), maps:get(relay, Opts, none) end,
+    ok = settings([{listen, #{port => 1}}]),
+    Relay = fun() -> maps:get(relay, listens_with(), none) end,
     ?assertEqual(none, Relay()),
     [with_variable(Name, Value, fun() -> ?assertEqual({Name, Expected}, {Name, Relay()}) end)
      || Name <- ["RELAY_ENABLED", "MACULA_NAT_RELAY_ENABLED"], {Value, Expected} <- [{"true", #{}}, {"1", #{}}, {"false", none}]],
@@ -122,8 +124,8 @@ a_node_that_listens_is_a_relay(_Config) ->
     ?assertEqual(#{max_sessions => 7}, Relay()),
     true = os:putenv("MACULA_NAT_RELAY_BANDWIDTH", "1000"),
     ?assertEqual(#{max_sessions => 7, bandwidth => 1000}, Relay()),
-    {ok, Opts} = macula_peer_config:listen_options(#{}),
-    ?assertMatch({ok, _}, macula_peer_endpoint:listen(Opts)),
+    ok = settings([{listen, #{}}]),
+    ok = macula_peer_endpoint:start(),
     ?assertMatch(#{relay := #{circuits := 0}}, macula_peer_endpoint:stats()),
     %% One of them says no.
     true = os:putenv("MACULA_NAT_RELAY_ENABLED", "false"),
@@ -133,22 +135,15 @@ the_settings_win_over_variables(_Config) ->
     [true = os:putenv(Name, Value) || {Name, Value} <- [{"MACULA_NAT_PUNCH_ENABLED", "false"}, {"RELAY_ENABLED", "false"},
                                                         {"MACULA_NAT_RELAY_MAX_SESSIONS", "7"},
                                                         {"MACULA_NAT_RELAY_BANDWIDTH", "1000"}]],
-    ok = settings([{hole_punching, plain}]),
+    ok = settings([{hole_punching, plain}, {listen, #{relay => #{max_sessions => 9}}}]),
     ?assertEqual(plain, hole_punching()),
-    ?assertEqual({ok, #{relay => #{max_sessions => 9, bandwidth => 1000}}},
-                 macula_peer_config:listen_options(#{relay => #{max_sessions => 9}})).
+    ?assertEqual(#{relay => #{max_sessions => 9, bandwidth => 1000}}, listens_with()).
 
-listen_options_are_checked(_Config) ->
-    [?assertEqual({error, {invalid_option, Wrong}}, macula_peer_config:listen_options(Opts))
-     || {Opts, Wrong} <- [{#{port => 65536}, {port, 65536}}, {#{handler => 1}, {handler, 1}}, {#{no_option => 1}, {no_option, 1}},
-                          {#{relay => #{bandwidth => 0}}, {bandwidth, 0}}, {true, {listen, true}},
-                          {#{relay => #{realm_secret => "secret"}}, {realm_secret, hidden}}]],
-    true = os:putenv("RELAY_ENABLED", "perhaps"),
-    ?assertEqual({error, {invalid_variable, {"RELAY_ENABLED", "perhaps"}}}, macula_peer_config:listen_options(#{})).
-
-the_gateways_port(_Config) ->
-    ?assertEqual(9443, macula_peer_config:gateway_port()),
-    with_variable("MACULA_QUIC_PORT", "4433", fun() -> ?assertEqual(4433, macula_peer_config:gateway_port()) end).
+what_is_listened_with_is_checked(_Config) ->
+    [is_refused({invalid_option, {listen, Wrong}}, [{listen, Opts}])
+     || {Opts, Wrong} <- [{#{port => 65536}, {port, 65536}}, {#{handler => self()}, {handler, self()}},
+                          {#{no_option => 1}, {no_option, 1}}, {#{relay => #{bandwidth => 0}}, {bandwidth, 0}},
+                          {#{relay => #{realm_secret => "secret"}}, {realm_secret, hidden}}]].
 
 %% They do not stop the start: calls that need them say what is wrong, as in macula.
 bootstrap_peers(_Config) ->
@@ -173,7 +168,7 @@ start(Settings) ->
     ok = settings(Settings),
     case application:start(?APP) of
         ok -> application:stop(?APP);
-        {error, {{shutdown, {failed_to_start_child, macula_peer_engine, Reason}}, _}} -> {error, Reason}
+        {error, {Reason, {macula_peer_app, start, _}}} -> {error, Reason}
     end.
 
 settings(Settings) ->
@@ -181,6 +176,10 @@ settings(Settings) ->
     [ok = application:unset_env(?APP, Key) || {Key, _} <- application:get_all_env(?APP)],
     [ok = application:set_env(?APP, Key, Value) || {Key, Value} <- Settings],
     ok.
+
+listens_with() ->
+    {ok, #{listen := Opts}} = macula_peer_config:read(),
+    Opts.
 
 hole_punching() ->
     {ok, #{native := Native}} = macula_peer_config:read(),
