@@ -360,7 +360,7 @@ a_wrong_gateway_stops_the_start(_Config) ->
     ok = application:unset_env(macula_peer_connector, gateway),
     [begin
          true = os:putenv("MACULA_QUIC_PORT", Wrong),
-         ?assertEqual({error, {invalid_option, {'MACULA_QUIC_PORT', Wrong}}}, macula_peer_endpoint:start())
+         ?assertEqual({error, {invalid_variable, {"MACULA_QUIC_PORT", Wrong}}}, macula_peer_endpoint:start())
      end || Wrong <- ["0", "65536", "quic", "9443 ", "-1"]],
     true = os:putenv("MACULA_QUIC_PORT", ""),
     ?assertEqual(ok, macula_peer_endpoint:start()),
