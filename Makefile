@@ -20,7 +20,7 @@ NATLAB_KINDS ?=
 NATLAB_DELAY ?= 0
 NATLAB_LOSS ?= 0
 
-.PHONY: test demo bench natlab check setup nif nif-package compile testkit test-rust test-erlang test-otp27 fuzz clean
+.PHONY: test demo bench natlab check setup nif nif-package compile testkit test-rust test-erlang test-original test-otp27 fuzz clean
 
 test: check test-rust test-erlang fuzz
 
@@ -59,6 +59,15 @@ test-erlang: setup testkit
 # On the OTP of a newer Debian, in a folder: 27. Linux, as root; says when it was left out.
 test-otp27:
 	@.ci/otp trixie
+# macula's own tests of the module, from a checkout of it.
+test-original: compile
+	@test -n "$(MACULA)" || { echo "say where macula is: make test-original MACULA=dir" >&2; exit 1; }
+	@tests=$$(find $(MACULA)/test -name macula_peer_connector_tests.erl); \
+	  test -n "$$tests" || { echo "no macula_peer_connector_tests.erl in $(MACULA)/test" >&2; exit 1; }; \
+	  mkdir -p _build/original; \
+	  erlc -o _build/original $$tests; \
+	  erl -noshell -pa $(EBIN) _build/original \
+	    -eval 'halt(case eunit:test(macula_peer_connector_tests, [verbose]) of ok -> 0; error -> 1 end)'
 
 # libFuzzer by rustc's own coverage instrumentation, on the stable toolchain. A new finding is left in
 # native/fuzz/artifacts.
