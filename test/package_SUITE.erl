@@ -225,8 +225,10 @@ a_project_builds_it_from_source(Config) ->
     Cache = [{"REBAR_CACHE_DIR", filename:join(?config(priv_dir, Config), "cache")},
              {"REBAR_GLOBAL_CONFIG_DIR", ?config(priv_dir, Config)}],
     ?assertMatch({0, _}, run(Project, Cache, "rebar3 get-deps")),
-    ok = macula_peer_test:warm_target(filename:join([Project, "_build/default/lib", ?APP, "target"])),
+    Target = filename:join([Project, "_build/default/lib", ?APP, "target"]),
+    ok = macula_peer_test:warm_target(Target),
     ?assertMatch({0, _}, run(Project, Cache, "rebar3 compile")),
+    ok = file:del_dir_r(Target),
     ok = inets:stop(httpd, Httpd),
     ?assert(filelib:is_regular(filename:join([Project, "_build/default/lib", ?APP, "hex_metadata.config"]))),
     works_in(Project).
