@@ -33,13 +33,16 @@ take() {
   put "$file" "$expected"
 }
 
-# Leaves the path of the library in $built. cargo knows what changed, and where its target directory is.
+# Leaves the path of the library in $built. cargo knows what changed, but only in a target directory of our own: in one that is
+# shared it takes the library of another clone or version, which has the same name, for this one.
 build() {
+  target_dir="${CARGO_TARGET_DIR:+$CARGO_TARGET_DIR/macula_peer_connector-$(pwd | cksum | cut -d ' ' -f 1)}"
   command -v "$cargo" >/dev/null ||
     fail "cargo is not in the PATH: install Rust $(rust_version) or newer to build the NIF, or take a precompiled one" \
       "(MACULA_PEER_NIF_DIR)"
   # musl's Rust links statically unless it is told not to, and makes no shared library then.
   artifacts=$("$cargo" build --release --locked -p macula-peer-nif --message-format json-render-diagnostics \
+    --target-dir "${target_dir:-target}" \
     --config "target.'cfg(target_env=\"musl\")'.rustflags=['-Ctarget-feature=-crt-static']") ||
     fail "cargo could not build the NIF; it needs Rust $(rust_version) or newer and a C compiler"
   built=$(printf '%s\n' "$artifacts" | sed -n 's/.*"filenames":\["\([^"]*macula_peer_nif\.[a-z]*\)".*/\1/p')

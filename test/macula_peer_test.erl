@@ -6,7 +6,7 @@
 -export([start_node/0, start_node/1, start_node/2, call/4, stop_node/1, kill_node/1]).
 -export([start_listener/0, start_listener/1]).
 -export([listen/1, collector/0, asked/1, received/1, count/1, events/2, forget/1, ids/1, stats/1, serve/1]).
--export([root/0]).
+-export([root/0, warm_target/1]).
 -export([closed_port/0, free_port/0, silent_port/0, endpoint/1, endpoint/2]).
 -export([until/1, until/2, await/2, await/3, elapsed/1, in_parallel/2, mailbox/0]).
 -export([peer_stats/1, rpc/2]).
@@ -46,6 +46,16 @@ root(Dir) ->
         {false, Dir} -> error(project_not_found);
         {false, Above} -> root(Above)
     end.
+
+%% A target directory for cargo in which the dependencies are compiled already, and nothing of ours.
+warm_target(Dir) ->
+    From = filename:join(root(), "target/release"),
+    To = filename:join(Dir, "release"),
+    Entries = [Entry || Entry <- filelib:wildcard("{build,deps,.fingerprint}/*", From), string:find(Entry, "macula") =:= nomatch],
+    [] = os:cmd(["mkdir -p ", [[" ", filename:join(To, Sub)] || Sub <- ["build", "deps", ".fingerprint"]]]),
+    [[] = os:cmd(["cp -Rp ", filename:join(From, Entry), " ", filename:join([To, filename:dirname(Entry), "."])])
+     || Entry <- Entries],
+    ok.
 
 %% ---- other nodes ----
 

@@ -221,16 +221,14 @@ links(File) ->
 %% A registry on this machine, and a project that has the package from it by name and version.
 a_project_builds_it_from_source(Config) ->
     {Httpd, Registry} = registry(Config),
-    %% Always in the same place, so that what cargo makes of it does not pile up.
-    Dir = filename:join(root(), "_build/package"),
-    _ = file:del_dir_r(Dir),
-    ok = filelib:ensure_dir(filename:join(Dir, "x")),
-    Project = project(Dir, "from_hex", [{deps, [{?APP, version()}]}, {hex, [{repos, replace, [Registry]}]}]),
-    %% The dependencies in Rust are those of this project, and compiled already.
-    Target = {"CARGO_TARGET_DIR", filename:join(root(), "target")},
+    Project = project(?config(priv_dir, Config), "from_hex", [{deps, [{?APP, version()}]}, {hex, [{repos, replace, [Registry]}]}]),
     Cache = [{"REBAR_CACHE_DIR", filename:join(?config(priv_dir, Config), "cache")},
              {"REBAR_GLOBAL_CONFIG_DIR", ?config(priv_dir, Config)}],
-    ?assertMatch({0, _}, run(Project, [Target | Cache], "rebar3 compile")),
+    ?assertMatch({0, _}, run(Project, Cache, "rebar3 get-deps")),
+    Target = filename:join([Project, "_build/default/lib", ?APP, "target"]),
+    ok = macula_peer_test:warm_target(Target),
+    ?assertMatch({0, _}, run(Project, Cache, "rebar3 compile")),
+    ok = file:del_dir_r(Target),
     ok = inets:stop(httpd, Httpd),
     ?assert(filelib:is_regular(filename:join([Project, "_build/default/lib", ?APP, "hex_metadata.config"]))),
     works_in(Project).
@@ -344,7 +342,7 @@ run(Dir, Env, Command) ->
 %% What this run of rebar3 and its caller have set is not for another one.
 clean(Env) ->
     Set = [{Name, false} || Name <- ["REBAR_PROFILE", "ERL_LIBS", "ERL_FLAGS", "MACULA_PEER_NIF_DIR", "MACULA_PEER_NIF_SHA256",
-                                     "MACULA_PEER_NIF_TARGET", "CARGO_BUILD_TARGET", "http_proxy", "https_proxy", "MAKEFLAGS", "MAKELEVEL"]],
+                                     "MACULA_PEER_NIF_TARGET", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR", "http_proxy", "https_proxy", "MAKEFLAGS", "MAKELEVEL"]],
     lists:ukeymerge(1, lists:ukeysort(1, Env), lists:ukeysort(1, Set)).
 
 output(Port, Said) ->

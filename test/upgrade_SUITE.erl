@@ -246,12 +246,13 @@ version() ->
 %% The library of another version. Always in the same place, so that cargo finds what it did the last time.
 build(Version) ->
     Dir = filename:join(root(), "_build/upgrade"),
-    _ = file:del_dir_r(Dir),
-    [] = shell(["mkdir -p ", Dir, "/native && cd ", root(), " && cp -p Cargo.toml Cargo.lock ", Dir, " && cp -Rp native/nif ",
+    [] = shell(["rm -rf ", Dir, "/native && mkdir -p ", Dir, "/native && cd ", root(), " && cp -p Cargo.toml Cargo.lock ", Dir, " && cp -Rp native/nif ",
                 "native/nif.sh native/peer native/wire native/testkit ", Dir, "/native"]),
     substitute(filename:join(Dir, "Cargo.toml"), ["^version = \"(", version(), ")\""], Version),
     substitute(filename:join(Dir, "Cargo.lock"), ["name = \"macula-peer[^\"]*\"\nversion = \"(", version(), ")\""], Version),
-    Said = shell(["cd ", Dir, " && CARGO_TARGET_DIR=", root(), "/target MACULA_PEER_NIF_DIR= sh native/nif.sh 2>&1"]),
+    Target = filename:join(Dir, "target"),
+    [ok = macula_peer_test:warm_target(Target) || not filelib:is_dir(Target)],
+    Said = shell(["cd ", Dir, " && CARGO_TARGET_DIR= MACULA_PEER_NIF_DIR= sh native/nif.sh 2>&1"]),
     ct:log("~ts", [Said]),
     filename:join(Dir, "priv/macula_peer_nif.so").
 
