@@ -5,12 +5,14 @@
 //! from, nowhere else: nobody can have a relay send to a third.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::future::pending;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn::Connection;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
@@ -44,6 +46,19 @@ pub(crate) struct Responder {
     other_ip: Option<IpAddr>,
     /// One for each registration.
     asking: Mutex<HashMap<u64, Asking>>,
+    /// The last field: dropped when the sockets are.
+    _closed: Sender<Infallible>,
+}
+
+/// Tells when the sockets of a responder are closed.
+pub(crate) struct Closed(Receiver<Infallible>);
+
+impl Closed {
+    /// Waits for it, for so long at most. Blocks.
+    pub(crate) fn wait(&self, patience: Duration) {
+        // Nothing is ever sent: the end of the sender is what is waited for.
+        let _ = self.0.recv_timeout(patience);
+    }
 }
 
 /// Where a request came.
@@ -84,7 +99,7 @@ struct Answer {
 
 impl Responder {
     /// Opens a port (0: any) of the address that the main socket has, and of `other_ip`. Must be called inside the runtime.
-    pub(crate) fn bind(main: IpAddr, other_ip: Option<IpAddr>, port: u16) -> io::Result<Arc<Self>> {
+    pub(crate) fn bind(main: IpAddr, other_ip: Option<IpAddr>, port: u16) -> io::Result<(Arc<Self>, Closed)> {
         let second = Beside::bind(main, port)?;
         let third = match other_ip {
             // Only whether the host has it.
@@ -92,7 +107,9 @@ impl Responder {
             Some(ip) => Some(Beside::bind(ip, second.local.port())?),
             None => None,
         };
-        Ok(Arc::new(Self { second, third, other_ip, asking: Mutex::default() }))
+        let (sender, receiver) = channel();
+        let responder = Self { second, third, other_ip, asking: Mutex::default(), _closed: sender };
+        Ok((Arc::new(responder), Closed(receiver)))
     }
 
     /// Lets the node at the other end of a connection ask until the place is dropped. `None`: the system has no random
