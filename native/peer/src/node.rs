@@ -30,7 +30,7 @@ use crate::punch::Puncher;
 use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
 use crate::relay::registration::{CircuitError, Description};
-use crate::relay::responder::Responder;
+use crate::relay::responder::{Closed, Responder};
 use crate::relay::server::Relay;
 use crate::session::Sessions;
 use crate::signal::{Kind, Unverified};
@@ -63,8 +63,8 @@ pub(crate) struct Node {
     pub(crate) description: watch::Sender<Option<Description>>,
     pub(crate) nat: Nat,
     relay: RwLock<Option<ServingRelay>>,
-    /// When this node was last a relay.
-    relay_closed: Mutex<Option<Instant>>,
+    /// Of the relay that this node is, or was before.
+    relay_closed: Mutex<Option<Closed>>,
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
     /// For a gateway on this host.
@@ -388,18 +388,20 @@ impl Node {
     /// From now on this node is such a relay. Waits a moment where it has just been another one.
     pub(crate) fn become_relay(self: &Arc<Self>, config: RelayConfig) -> std::io::Result<()> {
         self.be_no_relay();
-        let until = lock(&self.relay_closed).map(|closed| closed + PORTS_FREE);
-        let responder = loop {
+        let bind = || {
             let _inside = self.runtime.enter();
             let reserved = self.config.reserved_port(None);
-            let bound = Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port, reserved);
-            match bound {
-                Err(error) if error.kind() == ErrorKind::AddrInUse && until > Some(Instant::now()) => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                bound => break bound?,
-            }
+            Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port, reserved)
         };
+        let before = lock(&self.relay_closed).take();
+        let (responder, closed) = match (bind(), before) {
+            (Err(error), Some(before)) if error.kind() == ErrorKind::AddrInUse => {
+                before.wait(PORTS_FREE);
+                bind()?
+            }
+            (bound, _) => bound?,
+        };
+        *lock(&self.relay_closed) = Some(closed);
         let answering = self.spawn(responder.clone().answer_others(Arc::downgrade(self)));
         self.set_relay(Some(ServingRelay { relay: Relay::new(config, responder), answering }));
         Ok(())
@@ -415,7 +417,6 @@ impl Node {
         if let Some(ServingRelay { relay, answering }) = before {
             relay.close();
             answering.abort();
-            *lock(&self.relay_closed) = Some(Instant::now());
         }
     }
 

@@ -54,6 +54,10 @@ const KEPT_BESIDE: usize = 128;
 /// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(10);
 
+/// A sweep that comes later than this was late because the host is busy: the time beyond does not count as the peer's silence.
+/// Short, so that a peer is given up in some sweeps however busy the host is.
+const LONGEST_SWEEP: Duration = Duration::from_millis(100);
+
 /// Pauses between dials for messages that are owed, when nobody waits.
 const REDIAL_FIRST_PAUSE: Duration = Duration::from_millis(100);
 const REDIAL_LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -932,6 +936,9 @@ impl Task {
     }
 
     fn sweep(&mut self, now: Instant) {
+        // As long as this host had no time for the task, it may have had none for what came either.
+        let late = now.saturating_duration_since(self.swept_at).saturating_sub(LONGEST_SWEEP);
+        self.heard.1 = now.min(self.heard.1 + late);
         self.swept_at = now;
         let Some(link) = self.link.clone() else { return };
         match link.dialect {

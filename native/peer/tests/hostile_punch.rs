@@ -968,7 +968,6 @@ fn messages_of_a_link_over_another_socket_go_on_over_the_relay_when_the_socket_m
         thread::sleep(Duration::from_millis(10));
     }
     until("all arrive", || inbox.len() == 50);
-    println!("all there after {:?}", moved.elapsed());
     assert!(moved.elapsed() < Duration::from_secs(5), "{:?}", moved.elapsed());
     assert_eq!(inbox.disorder(), None);
     assert!(matches!(path(&sender, "target"), Some(Path::Relay(_))), "{:?}", path(&sender, "target"));

@@ -30,6 +30,12 @@ fn numbered(inbox: &Inbox, large: bool) -> Vec<u64> {
     messages.iter().filter(|m| (m.payload.len() >= LARGE) == large).filter_map(|m| number(&m.payload)).collect()
 }
 
+/// How many messages came over each connection. Where this host had no time for one of the two, the other one may have begun to
+/// dial anew, and that is no mistake; a message that had to go over another connection is one.
+fn over_each(server: &Engine) -> Vec<u64> {
+    server.stats().accepted.iter().map(|accepted| accepted.received).filter(|received| *received > 0).collect()
+}
+
 fn of_size(n: u64, size: usize) -> Message {
     Message { frame: frame(Publish, n, size), kind: Publish, deadline: Some(Instant::now() + TIMEOUT), key: None }
 }
@@ -156,7 +162,7 @@ fn a_batch_that_comes_at_once_is_handed_over_to_its_end() {
     }
     until("all arrive", || inbox.len() == 1000);
     until("all acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
-    assert_eq!(client.stats().peers[0].dials, 1, "the receiver was found silent");
+    assert_eq!(over_each(&server), [1000], "the receiver was found silent");
     client.stop();
     server.stop();
 }
@@ -177,7 +183,7 @@ fn a_message_that_the_receiver_does_not_take_is_reported_and_holds_up_nothing() 
     until("the others are reported", || client.stats().undelivered == 4);
     assert_eq!(numbered(&inbox, false), (0..30).filter(|n| n % 10 != 5).collect::<Vec<_>>());
     until("the rest is acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
-    assert_eq!(client.stats().peers[0].dials, 1);
+    assert_eq!(over_each(&server), [27]);
     for event in events.events.lock().unwrap().iter() {
         assert!(matches!(event, Event::Undelivered { reason: UndeliveredReason::Rejected, .. }), "{event:?}");
     }
@@ -289,7 +295,7 @@ fn many_tiny_messages_do_not_wait_for_the_next_one() {
         send(&client, &address, Message { frame: tiny.clone(), kind: Publish, deadline, key: None }).unwrap();
     }
     until("all arrive", || inbox.len() == 20_001);
-    assert_eq!(client.stats().peers[0].dials, 1, "the receiver was never taken for silent");
+    assert_eq!(over_each(&server), [20_001], "the receiver was never taken for silent");
     client.stop();
     server.stop();
 }
@@ -305,7 +311,7 @@ fn a_busy_stream_is_not_taken_for_a_slow_one() {
         n += 1;
     }
     until("all arrive", || inbox.len() == n as usize);
-    assert_eq!((client.stats().peers[0].dials, server.stats().malformed), (1, 0));
+    assert_eq!((over_each(&server), server.stats().malformed), (vec![n], 0));
     client.stop();
     server.stop();
 }

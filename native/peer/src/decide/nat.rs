@@ -65,39 +65,28 @@ pub struct NatProfile {
     pub allocation: Option<Allocation>,
 }
 
-impl Mapping {
-    /// Its name in the protocol.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::EndpointIndependent => "ei",
-            Self::HostDependent => "hd",
-            Self::PortDependent => "pd",
-        }
-    }
+/// What a mapping or a filter depends on, in the protocol's words and in the order of both types.
+const DEPENDS_ON: [&str; 3] = ["ei", "hd", "pd"];
 
-    pub(crate) fn from_name(name: &[u8]) -> Option<Self> {
-        [Self::EndpointIndependent, Self::HostDependent, Self::PortDependent]
-            .into_iter()
-            .find(|known| known.name().as_bytes() == name)
-    }
+macro_rules! named {
+    ($type:ident) => {
+        impl $type {
+            const ALL: [Self; DEPENDS_ON.len()] = [Self::EndpointIndependent, Self::HostDependent, Self::PortDependent];
+
+            /// Its name in the protocol.
+            pub fn name(self) -> &'static str {
+                DEPENDS_ON[self as usize]
+            }
+
+            pub(crate) fn from_name(name: &[u8]) -> Option<Self> {
+                Self::ALL.into_iter().find(|known| known.name().as_bytes() == name)
+            }
+        }
+    };
 }
 
-impl Filtering {
-    /// Its name in the protocol.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::EndpointIndependent => "ei",
-            Self::HostDependent => "hd",
-            Self::PortDependent => "pd",
-        }
-    }
-
-    pub(crate) fn from_name(name: &[u8]) -> Option<Self> {
-        [Self::EndpointIndependent, Self::HostDependent, Self::PortDependent]
-            .into_iter()
-            .find(|known| known.name().as_bytes() == name)
-    }
-}
+named!(Mapping);
+named!(Filtering);
 
 impl Allocation {
     /// Its name in the protocol, which says the step apart.
@@ -429,10 +418,10 @@ mod tests {
 
     #[test]
     fn names_come_back_and_others_are_refused() {
-        for mapping in [Mapping::EndpointIndependent, Mapping::HostDependent, Mapping::PortDependent] {
+        for mapping in Mapping::ALL {
             assert_eq!(Mapping::from_name(mapping.name().as_bytes()), Some(mapping));
         }
-        for filtering in [Filtering::EndpointIndependent, Filtering::HostDependent, Filtering::PortDependent] {
+        for filtering in Filtering::ALL {
             assert_eq!(Filtering::from_name(filtering.name().as_bytes()), Some(filtering));
         }
         for allocation in [Allocation::Preserving, Allocation::Contiguous(-3), Allocation::Random] {

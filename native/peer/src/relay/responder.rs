@@ -5,12 +5,14 @@
 //! from, nowhere else: nobody can have a relay send to a third.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::future::pending;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn::Connection;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
@@ -44,6 +46,19 @@ pub(crate) struct Responder {
     other_ip: Option<IpAddr>,
     /// One for each registration.
     asking: Mutex<HashMap<u64, Asking>>,
+    /// The last field: dropped when the sockets are.
+    _closed: Sender<Infallible>,
+}
+
+/// Tells when the sockets of a responder are closed.
+pub(crate) struct Closed(Receiver<Infallible>);
+
+impl Closed {
+    /// Waits for it, for so long at most. Blocks.
+    pub(crate) fn wait(&self, patience: Duration) {
+        // Nothing is ever sent: the end of the sender is what is waited for.
+        let _ = self.0.recv_timeout(patience);
+    }
 }
 
 /// Where a request came.
@@ -90,7 +105,7 @@ impl Responder {
         other_ip: Option<IpAddr>,
         port: u16,
         reserved: Option<u16>,
-    ) -> io::Result<Arc<Self>> {
+    ) -> io::Result<(Arc<Self>, Closed)> {
         let second = Beside::bind(main, port, reserved)?;
         let third = match other_ip {
             // Only whether the host has it.
@@ -98,7 +113,9 @@ impl Responder {
             Some(ip) => Some(Beside::bind(ip, second.local.port(), reserved)?),
             None => None,
         };
-        Ok(Arc::new(Self { second, third, other_ip, asking: Mutex::default() }))
+        let (sender, receiver) = channel();
+        let responder = Self { second, third, other_ip, asking: Mutex::default(), _closed: sender };
+        Ok((Arc::new(responder), Closed(receiver)))
     }
 
     /// Lets the node at the other end of a connection ask until the place is dropped. `None`: the system has no random
