@@ -123,7 +123,7 @@ large_messages_are_handed_over(_Config) ->
      end || {N, Size} <- lists:zip(lists:seq(1, 5), [1000, 2000, 4000, 6000, 8000])],
     %% The process itself can have it.
     Payload = rand:bytes(1 bsl 20),
-    true = call(Node, erlang, register, [macula_gateway, call(Node, macula_peer_test, collector, [])]),
+    true = call(Node, erlang, register, [macula_gateway, call(Node, erlang, spawn, [timer, sleep, [infinity]])]),
     ok = macula_peer_connector:send_message(Endpoint, cast, #{n => 6, payload => Payload}),
     Casts = fun() -> call(Node, ?MODULE, casts, []) end,
     [{route_message, cast, Message, _Stream, {ok, _From}}] = await(Casts, fun(All) -> All =/= [] end),
