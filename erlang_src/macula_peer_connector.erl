@@ -10,6 +10,9 @@
 %% handler as undelivered.
 -module(macula_peer_connector).
 
+%% Tells this module from macula's: macula_peer_takeover.
+-application(macula_peer_connector).
+
 -export([send_message/3]).
 -export([send_message/4]).
 -export([send_message_and_wait/4]).

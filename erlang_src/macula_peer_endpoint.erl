@@ -43,6 +43,7 @@
 -export([stats/0]).
 -export([path/1]).
 -export([nat_profile/0]).
+-export([which/0]).
 -export([start/0]).
 -export([stop/0]).
 
@@ -245,6 +246,13 @@ stats() ->
 -spec nat_profile() -> nat_profile() | {error, term()}.
 nat_profile() ->
     macula_peer_engine:running(fun macula_peer_nif:nat_profile/0).
+
+%% @doc Which modules are in force where macula has modules of the same names: `macula_peer_connector' and
+%% `macula_peer_connection_pool'. `loaded' is false for one that nobody has called yet: then it is what the code path has.
+%% `file' is where it came from, as far as is known. Works whether or not anything is started.
+-spec which() -> #{module() => macula_peer_takeover:found()}.
+which() ->
+    macula_peer_takeover:which().
 
 %% @doc Starts the engine with the settings of the application environment, unless it runs. Every other function does so
 %% by itself.

@@ -19,6 +19,7 @@
 -export([set_logger/1]).
 -export([reply/3]).
 -export([reply_dirty/3]).
+-export([invalidate/1]).
 -export([stats/0]).
 -export([path/1]).
 -export([nat_profile/0]).
@@ -129,6 +130,9 @@ reply_dirty(_Token, _Type, _Msg) -> not_loaded().
 
 -spec path(macula_peer_call:target()) -> {ok, map()} | {error, term()} | not_started | not_loaded().
 path(_Peer) -> not_loaded().
+
+-spec invalidate(term()) -> ok | not_started | {error, term()}.
+invalidate(_Endpoint) -> not_loaded().
 
 -spec stats() -> map() | not_started | not_loaded().
 stats() -> not_loaded().

@@ -405,6 +405,20 @@ fn answer<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>, 
     }
 }
 
+/// Closes the link to a peer.
+#[rustler::nif]
+fn invalidate<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
+    let text = Text::of(peer);
+    match (Whom::read(peer, &text), engine()) {
+        (Ok(whom), Some(engine)) => {
+            engine.invalidate(&whom.target());
+            atoms::ok().encode(env)
+        }
+        (Err(misnamed), _) => misnamed.error(env, peer),
+        (Ok(_), None) => atoms::not_started().encode(env),
+    }
+}
+
 // ---- insight ----
 
 #[rustler::nif(schedule = "DirtyCpu")]

@@ -145,6 +145,14 @@ impl Engine {
         self.enqueue(target, &call, |peer| peer.request(message.clone(), &call))
     }
 
+    /// Closes the link to a peer, if there is one and this engine began it. What is on its way and not acknowledged goes
+    /// over the next, which is dialled when something is to be sent.
+    pub fn invalidate(&self, target: &Target<'_>) {
+        if let Some(peer) = self.node.find(target) {
+            peer.invalidate();
+        }
+    }
+
     /// Tells what is known of the ways to a node, before something is sent to it. True if more should be looked up: then [`Engine::resolved`] is to be
     /// called, whatever comes of it.
     pub fn learn(&self, node: &NodeId, ways: Ways) -> bool {

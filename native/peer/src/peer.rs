@@ -129,6 +129,8 @@ struct State {
     /// When the queue is to be looked through for deadlines.
     expiry: Option<Instant>,
     cancelled: bool,
+    /// Somebody wants the link closed.
+    invalidated: bool,
     /// No longer in the pool: takes nothing new.
     retired: bool,
     /// Nobody looks after it any more.
@@ -193,6 +195,7 @@ impl Peer {
             partials: Vec::new(),
             expiry: None,
             cancelled: false,
+            invalidated: false,
             retired: false,
             ended: false,
         };
@@ -286,6 +289,13 @@ impl Peer {
         self.enqueue(message, deadline, Who::Requester(call.clone()), call.clone(), || {
             call.answer(Err(SendError::Overloaded.into()));
         })
+    }
+
+    /// Gives up the link, if there is one. From now on callers wait for the next.
+    pub(crate) fn invalidate(&self) {
+        let mut state = lock(&self.state);
+        (state.link, state.invalidated) = (None, true);
+        self.wake.notify_one();
     }
 
     /// Leaves the pool. The task sends what is on its way and ends.
@@ -592,6 +602,8 @@ struct Task {
     /// Why there is none.
     failure: Option<SendError>,
     in_doubt: bool,
+    /// The link is given up, and until when what went over it may still be acknowledged.
+    leaving: Option<Instant>,
     /// Datagrams received over the link when last looked, and when they last became more.
     heard: (u64, Instant),
     /// When the oldest unacknowledged message was written.
@@ -652,6 +664,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         linked_until: None,
         failure: None,
         in_doubt: false,
+        leaving: None,
         heard: (0, now),
         oldest: None,
         swept_at: now,
@@ -709,10 +722,12 @@ impl Task {
     fn look_after(&mut self, now: Instant) {
         self.answer_expired(now);
         self.start_partials();
+        self.begin_leaving(now);
         // A link that is trusted again, or has room again, goes on with the queue.
         if now >= self.swept_at + SWEEP_EVERY {
             self.sweep(now);
         }
+        self.leave(now);
         self.flush();
         if let (Some(link), true) = (&self.link, self.answers_until.is_none_or(|until| until <= now)) {
             self.answers_until = link.expire_answers(now);
@@ -735,7 +750,7 @@ impl Task {
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
         // Past, it waits for somebody to want the peer.
         let redial = self.redial_at.max(self.hold_off).filter(|&at| at > now);
-        let times = [state.expiry, sweep, redial, self.upgrade_at, self.answers_until, self.drain_until];
+        let times = [state.expiry, sweep, redial, self.leaving, self.upgrade_at, self.answers_until, self.drain_until];
         for time in times.into_iter().flatten() {
             next = next.min(time);
         }
@@ -799,6 +814,34 @@ impl Task {
         known || !self.node().config.relays.is_empty() || !self.node().clients.standing().is_empty()
     }
 
+    /// Gives the link up if somebody wants that. Callers do not see it any more.
+    fn begin_leaving(&mut self, now: Instant) {
+        if !std::mem::take(&mut lock(&self.peer.state).invalidated) {
+            return;
+        }
+        let Some(link) = &self.link else { return };
+        lock(&self.peer.state).link = None;
+        self.leaving.get_or_insert(now + link.patience());
+        // A race for a better link goes on for any link.
+        self.race = None;
+    }
+
+    /// Ends a link that is given up. What a 0.14.3 gateway has not acknowledged by then goes to it again, so acknowledgements
+    /// are waited for; in a session the receiver says itself what it has.
+    fn leave(&mut self, now: Instant) {
+        let Some(until) = self.leaving else { return };
+        let macula = self.link.as_ref().is_some_and(|link| link.dialect == Dialect::Macula);
+        let owing = macula && (self.oldest.is_some() || !self.writers.is_empty());
+        if owing && !self.in_doubt && now < until {
+            return;
+        }
+        self.redial_at = None;
+        match self.in_doubt {
+            true => self.retire_link(),
+            false => self.replace_link(),
+        }
+    }
+
     fn start_partials(&mut self) {
         let partials = std::mem::take(&mut lock(&self.peer.state).partials);
         for (link, job, partial) in partials {
@@ -810,7 +853,7 @@ impl Task {
     /// Gives the queue to the link, as far as it takes it.
     fn flush(&mut self) {
         self.out_of_credit = false;
-        let Some(link) = self.link.clone().filter(|_| !self.in_doubt) else { return };
+        let Some(link) = self.link.clone().filter(|_| !self.in_doubt && self.leaving.is_none()) else { return };
         loop {
             let mut state = lock(&self.peer.state);
             let Some(mut job) = state.queue.pop_front() else { return };
@@ -927,7 +970,9 @@ impl Task {
     fn trust_again(&mut self) {
         self.in_doubt = false;
         self.race = None;
-        lock(&self.peer.state).link = self.link.clone();
+        if self.leaving.is_none() {
+            lock(&self.peer.state).link = self.link.clone();
+        }
         self.plan_upgrade();
     }
 
@@ -1287,7 +1332,7 @@ impl Task {
     }
 
     fn unlink(&mut self) -> Option<Arc<Link>> {
-        self.in_doubt = false;
+        (self.in_doubt, self.leaving) = (false, None);
         self.oldest = None;
         self.out_of_credit = false;
         self.upgrade_at = None;

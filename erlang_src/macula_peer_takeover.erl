@@ -1,0 +1,166 @@
+%% @private
+%% @doc Which modules are in force, where macula brings modules of the same names: what is loaded, and putting ours in the
+%% place of others where the settings ask for it.
+-module(macula_peer_takeover).
+
+-export([apply_settings/0]).
+-export([which/0]).
+
+-export_type([found/0]).
+
+-define(APP, macula_peer_connector).
+
+-type found() :: #{module := ours | other | none, file := file:filename() | cover_compiled | preloaded | none,
+                   loaded := boolean()}.
+
+%% @doc Puts our modules in the place of others where `takeover' and `takeover_pool' say so, and logs what is in force.
+-spec apply_settings() -> ok | {error, term()}.
+apply_settings() ->
+    case take_over(modules()) of
+        ok ->
+            log(which());
+        {error, Reason} = Error ->
+            logger:error("~s: ~ts", [?APP, explain(Reason)]),
+            Error
+    end.
+
+%% @doc What is in force, by module. One that is not loaded yet is what the code path has.
+-spec which() -> #{module() => found()}.
+which() ->
+    maps:from_list([{Module, find(Module)} || {Module, _} <- modules()]).
+
+%% With the setting that says whether ours takes the place of another.
+-spec modules() -> [{module(), atom()}].
+modules() ->
+    [{macula_peer_connector, takeover}, {macula_peer_connection_pool, takeover_pool}].
+
+-spec take_over([{module(), atom()}]) -> ok | {error, term()}.
+take_over([]) ->
+    ok;
+take_over([{Module, Setting} | Rest]) ->
+    Taken = case {application:get_env(?APP, Setting, false), find(Module)} of
+        {true, #{module := ours, loaded := true}} -> ok;
+        {true, _} -> load(Module);
+        {false, _} -> ok;
+        {Other, _} -> {error, {invalid_option, {Setting, Other}}}
+    end,
+    case Taken of
+        ok -> take_over(Rest);
+        {error, _} -> Taken
+    end.
+
+%% The code server ends processes that run code which is old already, so there must be none. Those that run what is
+%% current now go on with it.
+-spec load(module()) -> ok | {error, term()}.
+load(Module) ->
+    File = own_file(Module),
+    case {erl_prim_loader:get_file(File), code:soft_purge(Module)} of
+        {error, _} ->
+            {error, {takeover_failed, Module, {not_found, File}}};
+        {_, false} ->
+            {error, {takeover_failed, Module, old_code_in_use}};
+        {{ok, Binary, _}, true} ->
+            case code:load_binary(Module, File, Binary) of
+                {module, Module} -> ok;
+                {error, What} -> {error, {takeover_failed, Module, What}}
+            end
+    end.
+
+-spec find(module()) -> found().
+find(Module) ->
+    case {erlang:module_loaded(Module), code:get_mode()} of
+        {true, _} ->
+            #{module => whose(is_ours_loaded(Module)), file => file(code:which(Module)), loaded => true};
+        {false, interactive} ->
+            found_in_path(code:which(Module));
+        {false, embedded} ->
+            found_in_path(non_existing)
+    end.
+
+-spec found_in_path(file:filename() | atom()) -> found().
+found_in_path(File) when is_list(File), File =/= [] ->
+    #{module => whose(is_ours_file(File)), file => File, loaded => false};
+found_in_path(_) ->
+    #{module => none, file => none, loaded => false}.
+
+-spec file(file:filename() | atom()) -> file:filename() | cover_compiled | preloaded | none.
+file(File) when is_list(File), File =/= [] -> File;
+file(How) when How =:= cover_compiled; How =:= preloaded -> How;
+file(_) -> none.
+
+-spec whose(boolean()) -> ours | other.
+whose(true) -> ours;
+whose(false) -> other.
+
+%% Ours has an attribute, also when it is compiled for coverage. A release that is stripped has no attributes; the code is
+%% then that of our file.
+-spec is_ours_loaded(module()) -> boolean().
+is_ours_loaded(Module) ->
+    is_marked(Module:module_info(attributes)) orelse is_code_of(Module:module_info(md5), own_file(Module)).
+
+-spec is_ours_file(file:filename()) -> boolean().
+is_ours_file(File) ->
+    Module = list_to_existing_atom(filename:basename(File, ".beam")),
+    case erl_prim_loader:get_file(File) of
+        {ok, Binary, _} ->
+            case beam_lib:chunks(Binary, [attributes]) of
+                {ok, {_, [{attributes, Attributes}]}} -> is_marked(Attributes) orelse is_own_code(Binary, Module);
+                {error, beam_lib, _} -> is_own_code(Binary, Module)
+            end;
+        error ->
+            false
+    end.
+
+-spec is_own_code(binary(), module()) -> boolean().
+is_own_code(Binary, Module) ->
+    {ok, {_, Md5}} = beam_lib:md5(Binary),
+    is_code_of(Md5, own_file(Module)).
+
+-spec is_code_of(binary() | undefined, file:filename()) -> boolean().
+is_code_of(Md5, File) ->
+    case erl_prim_loader:get_file(File) of
+        {ok, Binary, _} -> beam_lib:md5(Binary) =:= {ok, {list_to_existing_atom(filename:basename(File, ".beam")), Md5}};
+        error -> false
+    end.
+
+-spec is_marked([{atom(), term()}]) -> boolean().
+is_marked(Attributes) ->
+    lists:member({application, [?APP]}, Attributes).
+
+%% Beside this module, unless that was compiled for coverage.
+-spec own_file(module()) -> file:filename().
+own_file(Module) ->
+    Ebin = case {code:which(?MODULE), code:lib_dir(?APP, ebin)} of
+        {File, _} when is_list(File), File =/= [] -> filename:dirname(File);
+        {_, Dir} when is_list(Dir) -> Dir;
+        {_, {error, bad_name}} -> "."
+    end,
+    filename:join(Ebin, atom_to_list(Module) ++ ".beam").
+
+-spec log(#{module() => found()}) -> ok.
+log(#{macula_peer_connector := #{module := Whose} = Connector, macula_peer_connection_pool := Pool}) ->
+    Text = io_lib:format("module macula_peer_connector: ~ts, macula_peer_connection_pool: ~ts",
+                         [describe(Connector), describe(Pool)]),
+    case Whose of
+        ours ->
+            logger:notice("~s is in force: ~ts", [?APP, Text]);
+        _ ->
+            logger:warning("~s is NOT in force: ~ts. Calls do not come here. Set {takeover, true}, or leave the other module "
+                           "out of the release; docs/drop-in.md says how", [?APP, Text])
+    end.
+
+-spec describe(found()) -> iolist().
+describe(#{module := none}) -> "none";
+describe(#{module := Whose, file := File}) -> io_lib:format("~s (~ts)", [Whose, [File || is_list(File)]]).
+
+-spec explain(term()) -> iolist().
+explain({takeover_failed, Module, old_code_in_use}) ->
+    io_lib:format("cannot take the place of ~s: processes still run code of it that was replaced before, and would be killed. "
+                  "Start ~s before macula, or start the node anew", [Module, ?APP]);
+explain({takeover_failed, Module, {not_found, File}}) ->
+    io_lib:format("cannot take the place of ~s: there is no ~ts. It may have been left out of the release; then leave "
+                  "out the module of macula instead", [Module, File]);
+explain({takeover_failed, Module, What}) ->
+    io_lib:format("cannot take the place of ~s: ~p", [Module, What]);
+explain({invalid_option, {Key, Value}}) ->
+    io_lib:format("the setting ~s is ~p; it has to be true or false", [Key, Value]).
