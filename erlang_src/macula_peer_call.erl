@@ -3,6 +3,7 @@
 -module(macula_peer_call).
 
 -export([send/4]).
+-export([send/5]).
 -export([request/4]).
 
 -export_type([target/0, ways/0]).
@@ -16,11 +17,17 @@
 %% @doc Sends a message.
 -spec send(target(), term(), term(), term()) -> ok | unlinked | {error, term()}.
 send(To, Type, Msg, Timeout) ->
+    send(To, Type, Msg, Timeout, undefined).
+
+%% @doc Sends a message. `Local' is the node id that this node looks others up as.
+-spec send(target(), term(), term(), term(), term()) -> ok | unlinked | {error, term()}.
+send(To, Type, Msg, Timeout, Local) ->
     Tag = make_ref(),
     try macula_peer_nif:send(Tag, To, Type, Msg, Timeout) of
         ok -> ok;
-        dirty -> answer(macula_peer_nif:send_dirty(Tag, To, Type, Msg, Timeout), Tag, To, again(fun send/4, To, Type, Msg, Timeout));
-        Answer -> answer(Answer, Tag, To, again(fun send/4, To, Type, Msg, Timeout))
+        dirty -> answer(macula_peer_nif:send_dirty(Tag, To, Type, Msg, Timeout), Tag, To, Local,
+                        fun() -> send(To, Type, Msg, Timeout, Local) end);
+        Answer -> answer(Answer, Tag, To, Local, fun() -> send(To, Type, Msg, Timeout, Local) end)
     catch
         error:nif_panicked -> {error, {internal, nif_panicked}}
     end.
@@ -30,29 +37,29 @@ send(To, Type, Msg, Timeout) ->
           {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, term()}.
 request(To, Type, Msg, Timeout) ->
     Tag = make_ref(),
-    Again = again(fun request/4, To, Type, Msg, Timeout),
+    Again = fun() -> request(To, Type, Msg, Timeout) end,
     try macula_peer_nif:request(Tag, To, Type, Msg, Timeout) of
-        dirty -> answer(macula_peer_nif:request_dirty(Tag, To, Type, Msg, Timeout), Tag, To, Again);
-        Answer -> answer(Answer, Tag, To, Again)
+        dirty -> answer(macula_peer_nif:request_dirty(Tag, To, Type, Msg, Timeout), Tag, To, undefined, Again);
+        Answer -> answer(Answer, Tag, To, undefined, Again)
     catch
         error:nif_panicked -> {error, {internal, nif_panicked}}
     end.
 
--spec answer(Answer, reference(), target(), fun(() -> Answer)) -> Answer
+-spec answer(Answer, reference(), target(), term(), fun(() -> Answer)) -> Answer
               when Answer :: ok | unlinked | {ok, term()} | {error, term()} | wait | resolve | not_started.
-answer(wait, Tag, _To, _Again) ->
+answer(wait, Tag, _To, _Local, _Again) ->
     receive {Tag, Result} -> Result end;
-answer(resolve, Tag, {node, NodeId, _Ways}, _Again) ->
-    ok = macula_peer_resolver:resolve(NodeId),
-    receive {Tag, Result} -> Result end;
-answer(not_started, _Tag, _To, Again) ->
+answer(resolve, Tag, {node, NodeId, _Ways}, Local, _Again) ->
+    ok = macula_peer_lookups:look_up(NodeId, Local, Tag),
+    receive
+        {Tag, Result} ->
+            ok = macula_peer_lookups:ended(Tag, Result),
+            Result
+    end;
+answer(not_started, _Tag, _To, _Local, Again) ->
     case macula_peer_engine:ensure_started() of
         ok -> Again();
         {error, _} = Error -> Error
     end;
-answer(Answer, _Tag, _To, _Again) ->
+answer(Answer, _Tag, _To, _Local, _Again) ->
     Answer.
-
--spec again(fun((target(), term(), term(), term()) -> Result), target(), term(), term(), term()) -> fun(() -> Result).
-again(Call, To, Type, Msg, Timeout) ->
-    fun() -> Call(To, Type, Msg, Timeout) end.

@@ -61,13 +61,16 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
     send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, #{}).
 
 %% @doc Sends a message to a node, by whichever path is up first: directly, at the endpoint that the options name or that
-%% macula knows, or through a relay. A direct path takes over from a relayed one when there is one.
+%% macula knows, or through a relay. A direct path takes over from a relayed one when there is one. Where there is no path
+%% yet, the node is looked up meanwhile ({@link macula_peer_resolver}), for the node `LocalNodeId'.
 %%
 %% Relays are tried in this order: `relay_endpoint', those that this node is registered at, the setting `relays', and at
-%% last all of `MACULA_BOOTSTRAP_PEERS'. One that speaks only `macula' gets the message itself, as in the original.
+%% last all of `MACULA_BOOTSTRAP_PEERS'; those that were looked up as soon as they are known. One that speaks only `macula'
+%% gets the message itself, as in the original.
 %%
 %% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node
 %% must have the key that it was first seen with.
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) -> ok | {error, term()}.
-send_message_nat_aware(_LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
-    macula_peer_path:call(TargetNodeId, Opts, fun(To, Timeout) -> macula_peer_call:send(To, Type, Msg, Timeout) end).
+send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
+    Send = fun(To, Timeout) -> macula_peer_call:send(To, Type, Msg, Timeout, LocalNodeId) end,
+    macula_peer_path:call(TargetNodeId, Opts, Send).

@@ -18,13 +18,6 @@
 -export([handle_info/2]).
 -export([terminate/2]).
 
--define(APP, macula_peer_connector).
-
-%% What the native part is told; the other keys of the environment are ours.
--define(NATIVE_KEYS, [ip, port, max_frame_size, max_nesting, pool_size, idle_timeout, keep_alive, connect_timeout,
-                      delivery, max_unacknowledged, answer_timeout, workers, max_accepted, max_streams,
-                      frame_timeout, node_id, relays, hole_punching, identity_file, verify, realm_secret]).
-
 -spec start_link() -> gen_server:start_ret().
 start_link() ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
@@ -32,10 +25,17 @@ start_link() ->
 %% @doc Starts the engine unless it runs.
 -spec ensure_started() -> ok | {error, term()}.
 ensure_started() ->
-    case macula_peer_nif:start(settings()) of
+    case macula_peer_config:read() of
+        {ok, Settings} -> start(Settings);
+        {error, _} = Error -> Error
+    end.
+
+-spec start(macula_peer_config:settings()) -> ok | {error, term()}.
+start(#{native := Native, handler := Handler}) ->
+    case macula_peer_nif:start(Native) of
         ok ->
-            logger:notice("macula_peer_connector: peers are verified by ~p", [verify_mode()]),
-            set_default_handler();
+            logger:notice("macula_peer_connector: peers are verified by ~p", [verify_mode(Native)]),
+            set_default_handler(Handler);
         {error, already_started} ->
             ok;
         {error, _} = Error ->
@@ -59,35 +59,29 @@ running(Call) ->
 -spec stop() -> ok.
 stop() ->
     _ = macula_peer_nif:stop(),
+    ok = macula_peer_lookups:stop(),
     %% Afterwards: it is told of what the stop left behind.
     ok = macula_peer_handler:stop().
 
--spec settings() -> map().
-settings() ->
-    maps:from_list([{Key, Value} || Key <- ?NATIVE_KEYS, {ok, Value} <- [application:get_env(?APP, Key)]]).
+-spec verify_mode(map()) -> first_seen | none | pin | cacertfile.
+verify_mode(#{verify := {Mode, _}}) -> Mode;
+verify_mode(#{verify := Mode}) -> Mode;
+verify_mode(#{}) -> first_seen.
 
--spec verify_mode() -> first_seen | none | pin | cacertfile.
-verify_mode() ->
-    case application:get_env(?APP, verify) of
-        undefined -> first_seen;
-        {ok, {Mode, _}} -> Mode;
-        {ok, Mode} -> Mode
-    end.
-
--spec set_default_handler() -> ok | {error, term()}.
-set_default_handler() ->
-    case application:get_env(?APP, handler) of
-        {ok, Handler} -> macula_peer_endpoint:set_handler(Handler);
-        undefined -> ok
-    end.
+-spec set_default_handler(macula_peer_endpoint:handler() | undefined) -> ok | {error, term()}.
+set_default_handler(undefined) -> ok;
+set_default_handler(Handler) -> macula_peer_endpoint:set_handler(Handler).
 
 -spec init([]) -> {ok, []} | {stop, term()}.
 init([]) ->
     _ = process_flag(trap_exit, true),
     _ = macula_peer_nif:set_logger(self()),
     case ensure_started() of
-        ok -> {ok, []};
-        {error, Reason} -> {stop, Reason}
+        ok ->
+            {ok, []};
+        {error, Reason} ->
+            logger:error("macula_peer_connector does not start: ~ts", [macula_peer_config:format_error(Reason)]),
+            {stop, Reason}
     end.
 
 -spec handle_call(term(), gen_server:from(), []) -> {reply, {error, unknown_call}, []}.

@@ -2,12 +2,14 @@
 %% @doc The native library. Thin by rule: what these functions mean is said where they are called.
 -module(macula_peer_nif).
 
+-export([check/2]).
 -export([start/1]).
 -export([stop/0]).
 -export([send/5]).
 -export([send_dirty/5]).
 -export([request/5]).
 -export([request_dirty/5]).
+-export([found/2]).
 -export([resolved/2]).
 -export([register/2]).
 -export([unregister/0]).
@@ -77,6 +79,9 @@ version() ->
         undefined -> ""
     end.
 
+-spec check(settings | listen, map()) -> ok | {error, term()}.
+check(_What, _Options) -> not_loaded().
+
 -spec start(map()) -> ok | {error, term()}.
 start(_Options) -> not_loaded().
 
@@ -95,8 +100,11 @@ request(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
 -spec request_dirty(reference(), term(), term(), term(), term()) -> wait | resolve | unlinked | not_started | {error, term()}.
 request_dirty(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
 
--spec resolved(term(), map()) -> ok | not_started | {error, term()}.
-resolved(_NodeId, _Ways) -> not_loaded().
+-spec found(term(), map()) -> ok | not_started | {error, term()}.
+found(_NodeId, _Ways) -> not_loaded().
+
+-spec resolved(term(), boolean()) -> ok | not_started | {error, term()}.
+resolved(_NodeId, _Answered) -> not_loaded().
 
 -spec register(term(), term()) -> ok | not_started | {error, term()}.
 register(_NodeId, _Relays) -> not_loaded().

@@ -27,7 +27,7 @@ call(_NodeId, Opts, _Call) ->
 
 -spec with_ways(binary(), macula_peer_call:ways(), timeout(), call()) -> ok | {ok, term()} | {error, term()}.
 with_ways(NodeId, Ways, Timeout, Call) ->
-    {LastResorts, Reason} = bootstrap_peers(os:getenv("MACULA_BOOTSTRAP_PEERS", "")),
+    {LastResorts, Reason} = macula_peer_config:bootstrap_peers(),
     case Call({node, NodeId, Ways#{last_resorts => LastResorts}}, Timeout) of
         {error, {nat_connection_failed, {no_relay_available, _}}} ->
             {error, {nat_connection_failed, {no_relay_available, Reason}}};
@@ -63,26 +63,3 @@ host_port(Host, Port) when is_integer(Port), is_binary(Host) orelse is_list(Host
 host_port(_Host, _Port) ->
     %% Refused by the endpoint parser, with its own term.
     undefined.
-
-%% Every entry that is an endpoint, and what is wrong where there is none.
--spec bootstrap_peers(string()) -> {[string()], atom()}.
-bootstrap_peers(Peers) ->
-    Entries = [string:trim(Peer) || Peer <- string:lexemes(Peers, ","), string:trim(Peer) =/= ""],
-    Checked = [{checked(Entry), Entry} || Entry <- Entries],
-    Reason = case Checked of
-        [{Why, _} | _] when Why =/= ok -> Why;
-        _ -> no_bootstrap_peers
-    end,
-    {[Entry || {ok, Entry} <- Checked], Reason}.
-
--spec checked(string()) -> ok | invalid_bootstrap_format | invalid_bootstrap_port.
-checked(Peer) ->
-    case string:split(Peer, ":", trailing) of
-        [_, Port] ->
-            case string:to_integer(Port) of
-                {Number, ""} when Number > 0, Number < 65536 -> ok;
-                _ -> invalid_bootstrap_port
-            end;
-        _ ->
-            invalid_bootstrap_format
-    end.

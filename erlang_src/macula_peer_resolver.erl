@@ -1,71 +1,56 @@
-%% @private
-%% @doc Asks macula where a node is. Each lookup runs in a process of its own with a deadline: macula's servers may be
-%% slow, absent or call the connector themselves.
+%% @doc Who is asked where a node is: a behaviour. The setting `resolver' names the module; without it {@link
+%% macula_peer_resolver_macula} asks macula's own servers, and with `none' nobody is asked.
+%%
+%% A node is looked up when a message for it finds no link to it, once in a minute at the most, whatever was found. All
+%% callbacks that a module has are called at the same time, each in a process of its own, which is killed after 4.5 s. They
+%% may wait, fail and call {@link macula_peer_connector}, even for the same node. What one of them finds is tried at once,
+%% beside everything else that is known; nothing waits for the others where there is a way to try. An answer of another form
+%% is as good as none. All callbacks are optional.
 -module(macula_peer_resolver).
 
--export([resolve/1]).
+-export([is_one/1]).
 
--export([look_up/1]).
--export([ask/1]).
+-export_type([way/0, profile/0, strategy/0]).
 
-%% How long a lookup may take. The engine waits for its end only where it knows no other way.
--define(LOOKUP_TIMEOUT, 4500).
+-type way() :: macula_peer_connector:endpoint()
+             | {Host :: inet:ip_address() | string() | binary(), inet:port_number()}
+             | #{binary() | atom() => term()}.
+%% A map has `host' and `port', and may have `fingerprint', which is then the only key that the node is known by: atoms or
+%% binaries, as in macula's DHT.
 
-%% How many nodes the DHT asks, as in the original.
--define(NODES, 20).
+-type profile() :: #{reflexive_address => {Host :: inet:ip_address() | string() | binary(), inet:port_number()},
+                     can_receive_unsolicited => boolean(), requires_relay => boolean(),
+                     mapping_policy => ei | hd | pd, filtering_policy => ei | hd | pd, atom() => term()}.
 
-%% @doc Begins to look up the ways to a node. What is found, if anything, is told to the engine.
--spec resolve(binary()) -> ok.
-resolve(NodeId) ->
-    _ = spawn(?MODULE, look_up, [NodeId]),
-    ok.
+-type strategy() :: direct | hole_punch | relay.
 
-%% @private
--spec look_up(binary()) -> ok | not_started | {error, term()}.
-look_up(NodeId) ->
-    macula_peer_nif:resolved(NodeId, endpoint(NodeId)).
+-callback endpoints(NodeId :: binary()) -> [way()].
+%% Where a node may be dialled: 16 at the most.
 
-%% What the DHT has.
--spec endpoint(binary()) -> macula_peer_call:ways().
-endpoint(NodeId) ->
-    case whereis(macula_routing_server) of
-        undefined -> #{};
-        Server -> found(contained(fun() -> find_value(Server, NodeId) end))
-    end.
+-callback nat_profile(NodeId :: binary()) -> profile() | undefined.
+%% What is known of the NAT that a node is behind. The address that others see it at is dialled if it can receive what it
+%% did not ask for: if the profile says so, or both policies are `ei', and it does not say that the node requires a relay.
 
--spec find_value(pid() | port(), binary()) -> term().
-find_value(Server, NodeId) ->
-    Key = crypto:hash(sha256, <<"peer.endpoint.", NodeId/binary>>),
-    %% The module is macula's; this application does not depend on it.
-    apply(macula_routing_server, find_value, [Server, Key, ?NODES]).
+-callback relays(NodeId :: binary()) -> [way()].
+%% Relays where a node may be registered: 16 at the most.
 
--spec found(term()) -> macula_peer_call:ways().
-found({ok, {ok, [Entry | _]}}) ->
-    found({ok, {ok, Entry}});
-found({ok, {ok, #{<<"host">> := Host, <<"port">> := Port} = Entry}})
-  when is_integer(Port), is_binary(Host) orelse is_list(Host) ->
-    Ways = #{endpoints => [iolist_to_binary([Host, $:, integer_to_list(Port)])]},
-    case Entry of
-        #{<<"fingerprint">> := Fingerprint} when is_binary(Fingerprint) -> Ways#{fingerprint => Fingerprint};
-        _ -> Ways
-    end;
-found(_) ->
-    #{}.
+-callback bootstrap_peers() -> [way()].
+%% Relays of last resort, beside those in `MACULA_BOOTSTRAP_PEERS'.
 
-%% Exits, exceptions and slowness stay in the process that asks.
--spec contained(fun(() -> term())) -> {ok, term()} | error.
-contained(Lookup) ->
-    {Pid, Monitor} = spawn_monitor(?MODULE, ask, [Lookup]),
-    receive
-        {'DOWN', Monitor, process, Pid, {?MODULE, Result}} -> {ok, Result};
-        {'DOWN', Monitor, process, Pid, _Reason} -> error
-    after ?LOOKUP_TIMEOUT ->
-        exit(Pid, kill),
-        _ = erlang:demonitor(Monitor, [flush]),
-        error
-    end.
+-callback request_connection(LocalNodeId :: binary(), NodeId :: binary()) ->
+    {ok, strategy(), SessionId :: term()} | {error, term()}.
+%% A coordinator's advice. The engine tries all ways whatever it says; the coordinator is told of this session what came
+%% of it.
+
+-callback report_result(SessionId :: term(), LocalNodeId :: binary(), success | failure) -> term().
+%% `success' if the call that the node was looked up for was, within a minute; `failure' also if its caller died.
+
+-optional_callbacks([endpoints/1, nat_profile/1, relays/1, bootstrap_peers/0, request_connection/2, report_result/3]).
 
 %% @private
--spec ask(fun(() -> term())) -> no_return().
-ask(Lookup) ->
-    exit({?MODULE, Lookup()}).
+%% @doc Whether a module can be asked anything.
+-spec is_one(module()) -> boolean().
+is_one(Module) ->
+    {module, Module} =:= code:ensure_loaded(Module)
+        andalso lists:any(fun({Name, Arity}) -> erlang:function_exported(Module, Name, Arity) end,
+                          ?MODULE:behaviour_info(callbacks)).

@@ -19,7 +19,7 @@ rustler::atoms! {
     connect_failed, transport_down, connection_refused, untrusted_peer, rejected_by_peer, no_application_protocol, handshake_failed,
     send_failed, overloaded, connection_closed, connection_shutdown, timeout,
 
-    already_listening, listen_failed, eaddrinuse, eacces, eaddrnotavail, enoent, enotdir, eisdir, erofs, enospc, bad_certificate, start_failed,
+    listen, already_listening, listen_failed, eaddrinuse, eacces, eaddrnotavail, enoent, enotdir, eisdir, erofs, enospc, bad_certificate, start_failed,
     already_replied, gone, invalid_token, invalid_option, invalid_node_id,
 
     resolve, unlinked, nat_connection_failed, no_relay_available, no_bootstrap_peers, relay_connect_failed,

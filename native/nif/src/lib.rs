@@ -20,7 +20,7 @@ mod whom;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use macula_peer::{Engine, Message, Ways};
+use macula_peer::{Engine, Message};
 use macula_peer_wire::Limits;
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, NewBinary, ResourceArc, Term};
 
@@ -62,6 +62,19 @@ fn limits() -> Limits {
 }
 
 // ---- life of the engine ----
+
+/// Whether options are right: `settings` those of the engine, `listen` those of listening.
+#[rustler::nif]
+fn check<'a>(env: Env<'a>, what: Atom, options: Term<'a>) -> Term<'a> {
+    let checked = match what {
+        what if what == atoms::listen() => options::listen(options).map(drop),
+        _ => options::config(options).map(drop),
+    };
+    match checked {
+        Ok(()) => atoms::ok().encode(env),
+        Err(invalid) => error(env, &invalid),
+    }
+}
 
 #[rustler::nif(schedule = "DirtyIo")]
 fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
@@ -273,24 +286,31 @@ fn deadline(timeout: Term<'_>, now: Instant) -> Result<Option<Instant>, ()> {
     }
 }
 
-/// What was found by looking up the ways to a node.
+/// What was found by looking up the ways to a node, so far.
 #[rustler::nif]
-fn resolved<'a>(env: Env<'a>, node: Term<'a>, ways: Term<'a>) -> Term<'a> {
+fn found<'a>(env: Env<'a>, node: Term<'a>, ways: Term<'a>) -> Term<'a> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };
     let Some(node) = whom::node_id(node) else {
         return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
     };
     match whom::ways(ways) {
         Ok(ways) => {
-            engine.resolved(&node, ways);
+            engine.found(&node, ways);
             atoms::ok().encode(env)
         }
-        Err(misnamed) => {
-            // The lookup has ended all the same.
-            engine.resolved(&node, Ways::default());
-            misnamed.error(env, ways)
-        }
+        Err(misnamed) => misnamed.error(env, ways),
     }
+}
+
+/// Looking up the ways to a node is over.
+#[rustler::nif]
+fn resolved<'a>(env: Env<'a>, node: Term<'a>, answered: bool) -> Term<'a> {
+    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    let Some(node) = whom::node_id(node) else {
+        return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
+    };
+    engine.resolved(&node, answered);
+    atoms::ok().encode(env)
 }
 
 // ---- registrations ----

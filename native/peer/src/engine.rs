@@ -153,16 +153,24 @@ impl Engine {
         }
     }
 
-    /// Tells what is known of the ways to a node, before something is sent to it. True if more should be looked up: then [`Engine::resolved`] is to be
-    /// called, whatever comes of it.
+    /// Tells what is known of the ways to a node, before something is sent to it. True if more should be looked up: then
+    /// [`Engine::resolved`] is to be called, whatever comes of it.
     pub fn learn(&self, node: &NodeId, ways: Ways) -> bool {
         self.node.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(ways))
     }
 
-    /// Tells what was found by looking up the ways to a node.
-    pub fn resolved(&self, node: &NodeId, ways: Ways) {
+    /// Tells what was found by looking up the ways to a node; more may come. It holds until they are looked up the next time.
+    pub fn found(&self, node: &NodeId, ways: Ways) {
         if let Some(peer) = self.node.find(&Target::Node(node)) {
-            peer.resolved(ways);
+            peer.found(ways);
+        }
+    }
+
+    /// Tells that looking up the ways to a node is over. With `answered` that holds for a minute, if nothing was found too;
+    /// without, who was to be asked could not be, and the next call may try again.
+    pub fn resolved(&self, node: &NodeId, answered: bool) {
+        if let Some(peer) = self.node.find(&Target::Node(node)) {
+            peer.resolved(answered);
         }
     }
 

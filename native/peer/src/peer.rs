@@ -20,11 +20,12 @@ use tokio::time::{sleep_until, timeout};
 
 use crate::call::{Call, Cancel};
 use crate::config::Delivery;
+use crate::decide::lookup::Lookup;
 use crate::decide::punch::Failure;
 use crate::decide::retry::Backoff;
 use crate::decide::upgrade::{Upgrade, Worth};
 use crate::dial::refused;
-use crate::endpoint::Target;
+use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::identity::Fingerprint;
 use crate::link::{Link, Partial, Swept, Written, lock};
@@ -71,12 +72,6 @@ const REPLACED_FOR: Duration = Duration::from_secs(1);
 /// How long a relay that speaks only `macula` gets the messages for a node, before other ways are tried again.
 const STAND_IN_FOR: Duration = Duration::from_secs(60);
 
-/// How long more ways are waited for once somebody has begun to look them up.
-const RESOLVING_FOR: Duration = Duration::from_secs(5);
-
-/// How long what was looked up is good for.
-const RESOLVED_FOR: Duration = Duration::from_secs(60);
-
 /// Answers, to messages sent without waiting, that the peer may send at once. Of those beyond [`LARGE_FRAME`] only some
 /// are read at once.
 pub(crate) const MAX_ANSWERING: u32 = 64;
@@ -111,8 +106,10 @@ struct State {
     queue: VecDeque<Job>,
     /// What is on its way over a link of `macula-peer/1`, or is to go on over the next.
     session: Session,
-    /// How the peer can be reached.
+    /// How the peer can be reached, as callers say.
     ways: Ways,
+    /// And what was found by looking up.
+    lookup: Lookup,
     /// There are ways that were not tried.
     learned: bool,
     /// Of these, some may be better than a relay.
@@ -121,8 +118,6 @@ struct State {
     arrived: bool,
     /// Why paths could not be had.
     failures: Failures,
-    /// When ways were last looked up, and whether somebody is still at it.
-    resolved: Option<(Instant, bool)>,
     /// Who gets the messages instead, and until when: a relay that speaks only `macula`.
     stand_in: Option<(Arc<Peer>, Instant)>,
     partials: Vec<(Arc<Link>, Job, Partial)>,
@@ -186,11 +181,11 @@ impl Peer {
             queue: VecDeque::new(),
             session: Session::new(node.config.delivery == Delivery::AtMostOnce),
             ways,
+            lookup: Lookup::default(),
             learned: false,
             better: false,
             arrived: false,
             failures: Failures::default(),
-            resolved: None,
             stand_in: None,
             partials: Vec::new(),
             expiry: None,
@@ -376,19 +371,29 @@ impl Peer {
         if state.better && state.link.as_ref().is_some_and(|link| link.path.is_relayed()) {
             self.wake.notify_one();
         }
-        let fresh = |(since, at_it)| since + if at_it { RESOLVING_FOR } else { RESOLVED_FOR } > now;
-        let wanted = state.link.is_none() && !state.resolved.is_some_and(fresh);
-        if wanted {
-            state.resolved = Some((now, true));
-        }
-        wanted
+        state.link.is_none() && state.lookup.begin(now)
     }
 
-    /// What was found by looking up.
-    pub(crate) fn resolved(&self, ways: Ways) {
+    /// What was found by looking up, so far.
+    pub(crate) fn found(&self, ways: Ways) {
         let mut state = lock(&self.state);
-        state.better |= state.ways.learn(ways);
-        (state.learned, state.resolved) = (true, Some((Instant::now(), false)));
+        let known = state.known();
+        let endpoints = has_new(&ways.endpoints, &known.endpoints);
+        if endpoints || has_new(&ways.relays, &known.relays) || has_new(&ways.last_resorts, &known.last_resorts) {
+            // The next message goes this way, if it can.
+            state.stand_in = None;
+        }
+        state.lookup.found(ways);
+        state.better |= endpoints;
+        state.learned = true;
+        self.wake.notify_one();
+    }
+
+    /// No more will be found. `answered`: what was found is all that there is for now, and need not be looked up again.
+    pub(crate) fn resolved(&self, answered: bool) {
+        let mut state = lock(&self.state);
+        state.lookup.ended(answered, Instant::now());
+        state.learned = true;
         self.wake.notify_one();
     }
 
@@ -401,7 +406,7 @@ impl Peer {
         let PeerName::Node(node) = &self.name else { return None };
         let state = lock(&self.state);
         let shown = state.link.as_ref().and_then(|link| link.shown);
-        shown.or(state.ways.key).or_else(|| self.node.known_key(node))
+        shown.or(state.ways.key).or(state.lookup.key()).or_else(|| self.node.known_key(node))
     }
 
     /// The peer has begun a connection.
@@ -503,11 +508,14 @@ impl Peer {
     }
 }
 
+fn has_new(ways: &[Endpoint], known: &[Endpoint]) -> bool {
+    ways.iter().any(|way| !known.contains(way))
+}
+
 impl State {
-    /// Until when more ways may come.
-    fn resolving(&self, now: Instant) -> Option<Instant> {
-        let (since, at_it) = self.resolved?;
-        Some(since + RESOLVING_FOR).filter(|&until| at_it && until > now)
+    /// Every way to the peer. What its callers say comes first.
+    fn known(&self) -> Ways {
+        self.ways.and(&self.lookup.ways())
     }
 
     fn first_waiting(&self) -> usize {
@@ -809,7 +817,7 @@ impl Task {
     }
 
     fn has_relays(&self) -> bool {
-        let ways = &lock(&self.peer.state).ways;
+        let ways = lock(&self.peer.state).known();
         let known = !ways.relays.is_empty() || !ways.last_resorts.is_empty();
         known || !self.node().config.relays.is_empty() || !self.node().clients.standing().is_empty()
     }
@@ -985,7 +993,7 @@ impl Task {
         if let Some(race) = &mut self.race {
             if std::mem::take(&mut state.learned) {
                 state.better = false;
-                race.add(&state.ways, state.resolving(now), now);
+                race.add(&state.known(), state.lookup.until(now), now);
             }
             return false;
         }
@@ -1007,7 +1015,7 @@ impl Task {
         let race = self.race.get_or_insert_with(|| Race::new(node, name, now));
         let mut state = lock(&self.peer.state);
         (state.learned, state.better) = (false, false);
-        race.add(&state.ways, state.resolving(now), now);
+        race.add(&state.known(), state.lookup.until(now), now);
     }
 
     /// The peer has begun connections: one may be better than the link.
@@ -1054,7 +1062,7 @@ impl Task {
         let Some(Path::Relay(relay)) = self.link.as_ref().map(|link| link.path) else { return };
         let mut state = lock(&self.peer.state);
         (state.learned, state.better) = (false, false);
-        let Ways { endpoints, key, hole_punch, .. } = state.ways.clone();
+        let Ways { endpoints, key, hole_punch, .. } = state.known();
         drop(state);
         let (node, name) = (self.node().clone(), self.peer.name.clone());
         let punches = self.race.is_none();
@@ -1089,7 +1097,7 @@ impl Task {
         let state = lock(&self.peer.state);
         let punch = state.failures.hole_punch.as_ref().map(PunchError::failure);
         // An endpoint may be reached later whatever the NATs are.
-        let failure = punch.filter(|_| state.ways.endpoints.is_empty()).unwrap_or(Failure::TimedOut);
+        let failure = punch.filter(|_| state.known().endpoints.is_empty()).unwrap_or(Failure::TimedOut);
         drop(state);
         self.upgrade.failed(failure, now, fastrand::f64());
         self.plan_upgrade();

@@ -25,7 +25,7 @@ const HEAD_START: Duration = Duration::from_millis(50);
 /// What a relay has before the next one is asked too. One that does not know the node says so at once.
 const RELAY_STAGGER: Duration = Duration::from_millis(200);
 
-/// Endpoints and relays remembered for a peer; more come from callers and the resolver, and the oldest give way.
+/// Endpoints and relays remembered for a peer, from callers and from each looking up; the oldest give way.
 const MAX_WAYS: usize = 16;
 
 /// Connections that the peer began and that are waited for. One that begins many wants none.
@@ -77,6 +77,17 @@ impl Ways {
         self.key = new.key.or(self.key);
         self.hole_punch = new.hole_punch.or(self.hole_punch);
         news
+    }
+
+    /// These and others, which come behind.
+    pub(crate) fn and(&self, others: &Self) -> Self {
+        let mut all = self.clone();
+        all.endpoints.extend(others.endpoints.iter().filter(|endpoint| !self.endpoints.contains(endpoint)).cloned());
+        all.relays.extend(others.relays.iter().filter(|relay| !self.relays.contains(relay)).cloned());
+        all.last_resorts.extend(others.last_resorts.iter().filter(|relay| !self.last_resorts.contains(relay)).cloned());
+        all.key = self.key.or(others.key);
+        all.hole_punch = self.hole_punch.or(others.hole_punch);
+        all
     }
 
     /// Whether nothing is known.
@@ -208,8 +219,9 @@ impl Race {
                 // Nothing else is under way: the next relay need not wait.
                 match (self.waiting.pop_front(), self.resolving) {
                     (Some((_, relay)), _) => self.ask(relay),
-                    (None, Some(_)) => {}
-                    (None, None) => return self.lost(),
+                    // Who stands in is there now; what is found later may end that.
+                    (None, Some(_)) if self.stand_in.is_none() || self.is_known() => {}
+                    (None, _) => return self.lost(),
                 }
             }
             let next = self.waiting.front().map(|(at, _)| *at);

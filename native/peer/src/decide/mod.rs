@@ -4,6 +4,7 @@
 pub(crate) mod coordinate;
 pub(crate) mod known;
 pub(crate) mod lanes;
+pub(crate) mod lookup;
 pub(crate) mod nat;
 #[cfg(test)]
 mod natsim;

@@ -266,7 +266,7 @@ pub fn send_to_node(engine: &Engine, name: &str, ways: Ways, message: Message) -
     let (answer, answered) = mpsc::channel();
     engine.send(&target, message, move |sent| answer.send(sent).unwrap());
     if look_up {
-        engine.resolved(&node, Ways::default());
+        engine.resolved(&node, true);
     }
     answered.recv_timeout(PATIENCE).expect("a call is always answered")
 }
