@@ -49,7 +49,8 @@
                   frame_timeout => "milliseconds, from 1 to a day"}).
 
 %% What is ours.
--define(OWN, #{handler => "a process of this node or {Module, Function, Args}",
+-define(OWN, #{takeover => "true or false", takeover_pool => "true or false",
+               handler => "a process of this node or {Module, Function, Args}",
                resolver => "a module with callbacks of macula_peer_resolver, or none"}).
 
 %% The variables that are checked at the start. What is wrong with MACULA_BOOTSTRAP_PEERS is told by each call that needs
@@ -141,6 +142,8 @@ check_own(Env) ->
     first_error([fun() -> check(Key, Value) end || {Key, Value} <- maps:to_list(maps:with(maps:keys(?OWN), Env))]).
 
 -spec check(atom(), term()) -> ok | {error, reason()}.
+check(Switch, On) when Switch =:= takeover orelse Switch =:= takeover_pool, is_boolean(On) ->
+    ok;
 check(handler, undefined) ->
     ok;
 check(handler, Pid) when is_pid(Pid), node(Pid) =:= node() ->

@@ -14,8 +14,8 @@ suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
     [the_gateway_answers_on_the_stream, a_chunk_is_one_frame, without_a_stream_answers_go_nowhere,
-     the_gateway_has_variants, servers_answer_as_macula, servers_are_slow, servers_answer_strangely, servers_crash_and_come_again,
-     servers_are_absent].
+     the_gateway_has_variants, servers_answer_as_macula, servers_are_slow, servers_answer_strangely,
+     servers_crash_and_come_again, servers_are_absent].
 
 init_per_suite(Config) ->
     [{ebin, macula_peer_macula:build()} | Config].

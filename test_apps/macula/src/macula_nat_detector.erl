@@ -5,7 +5,7 @@
 
 -export([start_link/0]).
 -export([detect/0]).
--export([init/1, handle_call/3, handle_cast/2]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
 %% Of one probe, in milliseconds.
 -define(TIMEOUT, 5000).
@@ -26,6 +26,10 @@ handle_call(detect, _From, State) ->
 
 handle_cast(_Request, State) ->
     {noreply, State}.
+
+%% Nobody sends it anything: a call of the connector leaves nothing behind.
+handle_info(Info, _State) ->
+    exit({stray, Info}).
 
 probe(Observer) ->
     Probe = #{node_id => macula_node:id(), local_port => macula_node:port(),

@@ -5,7 +5,7 @@
 
 -export([start_link/0]).
 -export([subscribe/2, publish/2]).
--export([init/1, handle_call/3, handle_cast/2]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
 -define(SUBSCRIBERS, 20).
 
@@ -34,6 +34,10 @@ handle_call({publish, Topic, Payload}, _From, Number) ->
 
 handle_cast(_Request, State) ->
     {noreply, State}.
+
+%% Nobody sends it anything: a call of the connector leaves nothing behind.
+handle_info(Info, _State) ->
+    exit({stray, Info}).
 
 key(Topic) ->
     crypto:hash(sha256, Topic).

@@ -8,7 +8,7 @@
 -export([find_value/3, store/3]).
 -export([store_local/2, get_local/1, nodes/0, add_node/1]).
 -export([peer_endpoint_key/1]).
--export([init/1, handle_call/3, handle_cast/2]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
 -define(NODES, 20).
 %% Of a question to one node, in milliseconds.
@@ -21,7 +21,8 @@ start_link() ->
 find_value(Server, Key, Count) ->
     gen_server:call(Server, {find_value, Key, Count}, infinity).
 
-%% Here and at up to 20 other nodes. What came of the sends is the answer.
+%% Here and at up to 20 other nodes; one that is known by its id alone is told wherever it is. What came of each send
+%% is the answer.
 store(Server, Key, Value) ->
     gen_server:call(Server, {store, Key, Value}, infinity).
 
@@ -34,7 +35,7 @@ get_local(Key) ->
 nodes() ->
     gen_server:call(?MODULE, nodes, infinity).
 
-add_node(#{node_id := _, endpoint := _} = Node) ->
+add_node(#{node_id := _} = Node) ->
     gen_server:call(?MODULE, {add_node, Node}, infinity).
 
 %% Under which the endpoint of a node is.
@@ -48,8 +49,7 @@ handle_call({find_value, Key, Count}, _From, State) ->
     Answer = macula_variant:answer(?MODULE, fun() -> look_up(Key, Count, State) end, fun strange/0),
     {reply, Answer, State};
 handle_call({store, Key, Value}, _From, #{nodes := Nodes} = State) ->
-    Sent = [{Endpoint, macula_peer_connector:send_message(Endpoint, store, #{key => Key, value => Value})}
-            || #{endpoint := Endpoint} <- lists:sublist(Nodes, ?NODES)],
+    Sent = [tell(Node, #{key => Key, value => Value}) || Node <- lists:sublist(Nodes, ?NODES)],
     {reply, Sent, keep(Key, Value, State)};
 handle_call({get_local, Key}, _From, #{values := Values} = State) ->
     {reply, local(Key, Values), State};
@@ -60,6 +60,15 @@ handle_call({add_node, Node}, _From, #{nodes := Nodes} = State) ->
 
 handle_cast({store_local, Key, Value}, State) ->
     {noreply, keep(Key, Value, State)}.
+
+%% Nobody sends it anything: a call of the connector leaves nothing behind.
+handle_info(Info, _State) ->
+    exit({stray, Info}).
+
+tell(#{endpoint := Endpoint}, Message) ->
+    macula_peer_connector:send_message(Endpoint, store, Message);
+tell(#{node_id := NodeId}, Message) ->
+    macula_peer_connector:send_message_nat_aware(macula_node:id(), NodeId, store, Message).
 
 keep(Key, Value, #{values := Values} = State) ->
     Others = [Other || Other <- maps:get(Key, Values, []), Other =/= Value],
@@ -81,7 +90,8 @@ look_up(Key, Count, #{values := Values, nodes := Nodes}) ->
 
 ask(Endpoint, Key) ->
     case macula_peer_connector:send_message_and_wait(Endpoint, find_value, #{<<"key">> => Key}, ?TIMEOUT) of
-        {ok, {find_value_reply, #{<<"value">> := Found}}} -> {ok, Found};
+        {ok, {find_value_reply, #{<<"value">> := Found}}} when is_list(Found) -> {ok, Found};
+        {ok, {find_value_reply, #{<<"value">> := Found}}} -> {ok, [Found]};
         {ok, {find_value_reply, _}} -> not_found;
         {error, _} = Error -> Error
     end.
