@@ -24,7 +24,7 @@ NATLAB_LOSS ?= 0
 # Seconds under load.
 SOAK_SECONDS ?= 600
 
-.PHONY: test demo bench soak natlab check setup nif compile testkit test-rust test-erlang fuzz clean
+.PHONY: test demo bench soak natlab check setup nif compile testkit test-rust test-erlang test-original fuzz clean
 
 test: check test-rust test-erlang fuzz
 
@@ -64,6 +64,16 @@ test-rust: setup
 test-erlang: setup testkit
 	$(REBAR) eunit
 	$(REBAR) ct
+
+# macula's own tests of the module, from a checkout of it.
+test-original: compile
+	@test -n "$(MACULA)" || { echo "say where macula is: make test-original MACULA=dir" >&2; exit 1; }
+	@tests=$$(find $(MACULA)/test -name macula_peer_connector_tests.erl); \
+	  test -n "$$tests" || { echo "no macula_peer_connector_tests.erl in $(MACULA)/test" >&2; exit 1; }; \
+	  mkdir -p _build/original; \
+	  erlc -o _build/original $$tests; \
+	  erl -noshell -pa $(EBIN) _build/original \
+	    -eval 'halt(case eunit:test(macula_peer_connector_tests, [verbose]) of ok -> 0; error -> 1 end)'
 
 # libFuzzer by rustc's own coverage instrumentation, on the stable toolchain. A new finding is left in
 # native/fuzz/artifacts.

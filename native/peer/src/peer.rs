@@ -834,12 +834,13 @@ impl Task {
         self.race = None;
     }
 
-    /// Ends a link that is given up. What a 0.14.3 gateway has not acknowledged by then goes to it again, so acknowledgements
-    /// are waited for; in a session the receiver says itself what it has.
+    /// Ends a link that is given up. What went over it is about to be acknowledged, and otherwise would have to go over
+    /// another, and to a 0.14.3 gateway twice.
     fn leave(&mut self, now: Instant) {
         let Some(until) = self.leaving else { return };
-        let macula = self.link.as_ref().is_some_and(|link| link.dialect == Dialect::Macula);
-        let owing = macula && (self.oldest.is_some() || !self.writers.is_empty());
+        // Callers may have written since it was last looked.
+        self.sweep(now);
+        let owing = self.oldest.is_some() || !self.writers.is_empty();
         if owing && !self.in_doubt && now < until {
             return;
         }

@@ -1,0 +1,178 @@
+//! A link that somebody wants closed is closed, and costs no message.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::{Forwarder, engine, frame, listener, message, number, request, send, until};
+use macula_peer::{Config, Delivery, EndpointRef, Engine, Message, Target};
+use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
+use macula_peer_wire::MessageType::{Ping, Publish};
+use macula_peer_wire::{Limits, Reassembler};
+use quinn::Endpoint;
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+fn invalidate(engine: &Engine, endpoint: &str) {
+    engine.invalidate(&Target::Endpoint(EndpointRef::parse(endpoint).unwrap()));
+}
+
+fn is_linked(engine: &Engine) -> bool {
+    engine.stats().peers[0].link.is_some()
+}
+
+/// Speaks only `macula`: the numbers of what it got, and how many connections are open.
+struct Gateway {
+    runtime: tokio::runtime::Runtime,
+    address: String,
+    numbers: Arc<Mutex<Vec<u64>>>,
+    open: Arc<AtomicUsize>,
+}
+
+/// One that answers a ping after so long.
+fn gateway(answers_after: Duration) -> Gateway {
+    let runtime = tokio_runtime(1).unwrap();
+    let (numbers, open) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicUsize::new(0)));
+    let (got, connections) = (numbers.clone(), open.clone());
+    let address = runtime.block_on(async {
+        let server = server_config(&["macula".into()], transport(100, 3)).unwrap();
+        let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = endpoint.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                let (got, connections) = (got.clone(), connections.clone());
+                tokio::spawn(async move {
+                    let connection = incoming.await.unwrap();
+                    connections.fetch_add(1, Ordering::Relaxed);
+                    while let Ok((mut send, mut receive)) = connection.accept_bi().await {
+                        let got = got.clone();
+                        tokio::spawn(async move {
+                            let mut frames = Reassembler::new(Limits::default());
+                            while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
+                                frames.push(chunk.bytes);
+                                while let Ok(Some(frame)) = frames.next_frame() {
+                                    got.lock().unwrap().push(number(&frame.payload).unwrap());
+                                    if frame.type_id == Ping.id() {
+                                        tokio::time::sleep(answers_after).await;
+                                        let _ = send.write_all(&common::frame(Ping, 7, 0)).await;
+                                    }
+                                }
+                            }
+                        });
+                    }
+                    connections.fetch_sub(1, Ordering::Relaxed);
+                });
+            }
+        });
+        address
+    });
+    Gateway { runtime, address: address.to_string(), numbers, open }
+}
+
+/// A message of 3,000 bytes and a small one by turns: neither fits the way that the other one takes.
+fn send_and_invalidate(client: &Engine, endpoint: &str) {
+    for n in 0..300 {
+        let bytes = if n % 2 == 0 { 3000 } else { 10 };
+        let deadline = Some(Instant::now() + TIMEOUT);
+        send(client, endpoint, Message { frame: frame(Publish, n, bytes), kind: Publish, deadline, key: None })
+            .unwrap();
+        if n % 50 == 49 {
+            invalidate(client, endpoint);
+        }
+    }
+}
+
+#[test]
+fn in_a_session_each_message_arrives_once_and_in_order() {
+    for delivery in [Delivery::AtLeastOnce, Delivery::AtMostOnce] {
+        let (server, inbox, address) = listener(Config::default());
+        let client = engine(Config { delivery, ..Config::default() });
+        send_and_invalidate(&client, &address);
+        until("all arrive", || inbox.len() >= 300);
+        assert_eq!(inbox.disorder(), None);
+        until("all acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
+        invalidate(&client, &address);
+        until("the connections end", || server.stats().accepted.is_empty());
+        let stats = client.stats();
+        assert_eq!((inbox.len(), stats.undelivered), (300, 0));
+        assert!(stats.peers[0].dials >= 6, "{}", stats.peers[0].dials);
+        client.stop();
+        server.stop();
+    }
+}
+
+/// At most once: what may have arrived would be lost, so this shows that what has arrived is waited for.
+#[test]
+fn a_gateway_gets_each_message_once() {
+    for delivery in [Delivery::AtLeastOnce, Delivery::AtMostOnce] {
+        let gateway = gateway(Duration::ZERO);
+        let client = engine(Config { delivery, ..Config::default() });
+        send_and_invalidate(&client, &gateway.address);
+        until("all arrive", || gateway.numbers.lock().unwrap().len() >= 300);
+        until("all acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
+        invalidate(&client, &gateway.address);
+        until("the connections end", || gateway.open.load(Ordering::Relaxed) == 0);
+        let mut numbers = std::mem::take(&mut *gateway.numbers.lock().unwrap());
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..300).collect::<Vec<_>>());
+        assert_eq!(client.stats().undelivered, 0);
+        client.stop();
+        gateway.runtime.shutdown_background();
+    }
+}
+
+#[test]
+fn a_silent_link_is_given_up_within_its_patience() {
+    let (server, inbox, address) = listener(Config::default());
+    let forwarder = Forwarder::new(address.parse().unwrap(), 1, 0.0, Duration::ZERO);
+    let endpoint = forwarder.address.to_string();
+    let client = engine(Config::default());
+    send(&client, &endpoint, message(Publish, 0, TIMEOUT)).unwrap();
+    until("acknowledged", || client.stats().peers[0].acknowledged == 1);
+    forwarder.swallow(true);
+    send(&client, &endpoint, message(Publish, 1, TIMEOUT)).unwrap();
+    invalidate(&client, &endpoint);
+    assert!(!is_linked(&client), "at once, for callers");
+    until("a new one is dialled", || client.stats().peers[0].dials == 2);
+    forwarder.swallow(false);
+    until("it arrives over the new one", || inbox.len() == 2);
+    assert_eq!(client.stats().undelivered, 0);
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn a_request_is_answered_over_the_link_that_it_went_over() {
+    let gateway = gateway(Duration::from_millis(1500));
+    let client = Arc::new(engine(Config::default()));
+    let asker = {
+        let (client, endpoint) = (client.clone(), gateway.address.clone());
+        std::thread::spawn(move || request(&client, &endpoint, message(Ping, 5, TIMEOUT)))
+    };
+    until("asked", || *gateway.numbers.lock().unwrap() == [5]);
+    invalidate(&client, &gateway.address);
+    let answer = asker.join().unwrap().unwrap();
+    assert_eq!(number(&answer.payload), Some(7));
+    assert_eq!(*gateway.numbers.lock().unwrap(), [5], "asked once");
+    client.stop();
+    gateway.runtime.shutdown_background();
+}
+
+#[test]
+fn without_a_link_nothing_happens() {
+    let (server, inbox, address) = listener(Config::default());
+    let client = engine(Config::default());
+    invalidate(&client, &address);
+    assert!(client.stats().peers.is_empty());
+    send(&client, &address, message(Publish, 0, TIMEOUT)).unwrap();
+    invalidate(&client, &address);
+    until("the link is gone", || server.stats().accepted.is_empty());
+    invalidate(&client, &address);
+    send(&client, &address, message(Publish, 1, TIMEOUT)).unwrap();
+    until("both arrive", || inbox.numbers() == [0, 1]);
+    client.stop();
+    server.stop();
+}
