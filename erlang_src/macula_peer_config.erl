@@ -8,6 +8,7 @@
 -export([listen_options/1]).
 -export([gateway_port/0]).
 -export([bootstrap_peers/0]).
+-export([wrong_bootstrap_peers/0]).
 -export([format_error/1]).
 
 -export_type([settings/0, reason/0]).
@@ -54,7 +55,7 @@
                resolver => "a module with callbacks of macula_peer_resolver, or none"}).
 
 %% The variables that are checked at the start. What is wrong with MACULA_BOOTSTRAP_PEERS is told by each call that needs
-%% one of them, as in macula.
+%% one of them, as in macula, and logged.
 -define(VARIABLES, #{"RELAY_ENABLED" => boolean,
                      "MACULA_NAT_RELAY_ENABLED" => boolean,
                      "MACULA_NAT_RELAY_MAX_SESSIONS" => positive,
@@ -99,14 +100,17 @@ gateway_port() ->
 %% @doc Every entry of `MACULA_BOOTSTRAP_PEERS' that is an endpoint, and what is wrong where there is none.
 -spec bootstrap_peers() -> {[string()], no_bootstrap_peers | invalid_bootstrap_format | invalid_bootstrap_port}.
 bootstrap_peers() ->
-    Peers = os:getenv("MACULA_BOOTSTRAP_PEERS", ""),
-    Entries = [string:trim(Peer) || Peer <- string:lexemes(Peers, ","), string:trim(Peer) =/= ""],
-    Checked = [{bootstrap_peer(Entry), Entry} || Entry <- Entries],
+    Checked = checked_bootstrap_peers(),
     Reason = case Checked of
         [{Why, _} | _] when Why =/= ok -> Why;
         _ -> no_bootstrap_peers
     end,
-    {[Entry || {ok, Entry} <- Checked], Reason}.
+    {[Peer || {ok, Peer} <- Checked], Reason}.
+
+%% @doc Every entry that is none.
+-spec wrong_bootstrap_peers() -> [string()].
+wrong_bootstrap_peers() ->
+    [Peer || {Why, Peer} <- checked_bootstrap_peers(), Why =/= ok].
 
 %% @doc A sentence for the log.
 -spec format_error(term()) -> unicode:chardata().
@@ -246,6 +250,11 @@ number(_Kind, _NoSuchNumber) -> wrong.
 takes(boolean) -> "true, 1, false or 0";
 takes(positive) -> "a number above 0";
 takes(port) -> "a port from 1 to 65535".
+
+-spec checked_bootstrap_peers() -> [{ok | invalid_bootstrap_format | invalid_bootstrap_port, string()}].
+checked_bootstrap_peers() ->
+    Entries = [string:trim(Peer) || Peer <- string:lexemes(os:getenv("MACULA_BOOTSTRAP_PEERS", ""), ",")],
+    [{bootstrap_peer(Entry), Entry} || Entry <- Entries, Entry =/= ""].
 
 -spec bootstrap_peer(string()) -> ok | invalid_bootstrap_format | invalid_bootstrap_port.
 bootstrap_peer(Peer) ->

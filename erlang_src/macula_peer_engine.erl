@@ -35,6 +35,8 @@ start(#{native := Native, handler := Handler}) ->
     case macula_peer_nif:start(Native) of
         ok ->
             logger:notice("macula_peer_connector: peers are verified by ~p", [verify_mode(Native)]),
+            _ = [logger:warning("macula_peer_connector: in MACULA_BOOTSTRAP_PEERS, ~0tp is not host:port", [Peer])
+                 || Peer <- macula_peer_config:wrong_bootstrap_peers()],
             set_default_handler(Handler);
         {error, already_started} ->
             ok;

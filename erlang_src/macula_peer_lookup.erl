@@ -7,7 +7,7 @@
 -export([ended/2]).
 
 -export([init/5]).
--export([ask/3]).
+-export([ask/4]).
 
 %% In milliseconds. The engine itself stops waiting after 5 s, as long as a dial may take; this is before.
 -define(LOOKUP_TIMEOUT, 4500).
@@ -24,7 +24,9 @@
 
 -type kind() :: endpoints | nat_profile | relays | bootstrap_peers | request_connection | report_result.
 
--type state() :: #{owner := pid(), resolver := module(), local := binary() | undefined, node := binary(), caller := reference(),
+-type state() :: #{owner := pid(), resolver := module(), local := binary() | undefined, node := binary(),
+                   %% Whose call it is for, and who waits for that one.
+                   callers := [pid(), ...], caller := reference(),
                    %% Who is at what.
                    asking := #{pid() => kind()}, timer := reference(),
                    %% Whether the engine knows that no more will be found.
@@ -32,9 +34,9 @@
                    session := {ok, term()} | none, result := success | failure | unknown}.
 
 %% @doc Starts a set. It ends with the process that started it, at the latest.
--spec start_link(module(), binary() | undefined, binary(), pid()) -> pid().
-start_link(Resolver, Local, NodeId, Caller) ->
-    spawn_link(?MODULE, init, [self(), Resolver, Local, NodeId, Caller]).
+-spec start_link(module(), binary() | undefined, binary(), [pid(), ...]) -> pid().
+start_link(Resolver, Local, NodeId, Callers) ->
+    spawn_link(?MODULE, init, [self(), Resolver, Local, NodeId, Callers]).
 
 %% @doc Tells what became of the call.
 -spec ended(pid(), success | failure) -> ok.
@@ -43,15 +45,15 @@ ended(Set, Result) ->
     ok.
 
 %% @private
--spec init(pid(), module(), binary() | undefined, binary(), pid()) -> ok.
-init(Owner, Resolver, Local, NodeId, Caller) ->
+-spec init(pid(), module(), binary() | undefined, binary(), [pid(), ...]) -> ok.
+init(Owner, Resolver, Local, NodeId, [Caller | _] = Callers) ->
     _ = process_flag(trap_exit, true),
     Strategy = [{request_connection, [Local, NodeId]} || Local =/= undefined],
     Lookups = [{endpoints, [NodeId]}, {nat_profile, [NodeId]}, {relays, [NodeId]}, {bootstrap_peers, []} | Strategy],
-    Asking = maps:from_list([{start(Resolver, Kind, Args), Kind}
+    Asking = maps:from_list([{start(Resolver, Kind, Args, Callers), Kind}
                              || {Kind, Args} <- Lookups, erlang:function_exported(Resolver, Kind, length(Args))]),
-    next(#{owner => Owner, resolver => Resolver, local => Local, node => NodeId, caller => monitor(process, Caller),
-           asking => Asking, timer => erlang:start_timer(?LOOKUP_TIMEOUT, self(), lookups), resolved => false,
+    next(#{owner => Owner, resolver => Resolver, local => Local, node => NodeId, callers => Callers,
+           caller => monitor(process, Caller), asking => Asking, timer => erlang:start_timer(?LOOKUP_TIMEOUT, self(), lookups), resolved => false,
            session => none, result => unknown}).
 
 -spec next(state()) -> ok.
@@ -71,10 +73,11 @@ next(#{session := none}) ->
     ok;
 next(#{result := unknown} = State) ->
     wait(State);
-next(#{session := {ok, Session}, resolver := Resolver, local := Local, result := Result} = State) ->
+next(#{session := {ok, Session}} = State) ->
+    #{resolver := Resolver, local := Local, result := Result, callers := Callers} = State,
     case erlang:function_exported(Resolver, report_result, 3) of
         true ->
-            Pid = start(Resolver, report_result, [Session, Local, Result]),
+            Pid = start(Resolver, report_result, [Session, Local, Result], Callers),
             wait(State#{session := none, asking := #{Pid => report_result},
                         timer := erlang:start_timer(?LOOKUP_TIMEOUT, self(), lookups)});
         false ->
@@ -136,13 +139,14 @@ end_lookups(#{asking := Asking}) ->
 
 %% ---- one lookup ----
 
--spec start(module(), kind(), [term()]) -> pid().
-start(Resolver, Kind, Args) ->
-    spawn_opt(?MODULE, ask, [Resolver, Kind, Args], [link, {max_heap_size, ?MAX_HEAP}]).
+-spec start(module(), kind(), [term()], [pid(), ...]) -> pid().
+start(Resolver, Kind, Args, Callers) ->
+    spawn_opt(?MODULE, ask, [Resolver, Kind, Args, Callers], [link, {max_heap_size, ?MAX_HEAP}]).
 
 %% @private
--spec ask(module(), kind(), [term()]) -> no_return().
-ask(Resolver, Kind, Args) ->
+-spec ask(module(), kind(), [term()], [pid(), ...]) -> no_return().
+ask(Resolver, Kind, Args, Callers) ->
+    _ = put('$callers', Callers),
     %% What was said may be of any size and form, and stays here.
     Outcome = try {?MODULE, understood(Kind, apply(Resolver, Kind, Args))}
     catch

@@ -32,9 +32,18 @@ look_up(NodeId, LocalNodeId, Tag) ->
         undefined -> gen_server:start({local, ?MODULE}, ?MODULE, [], []);
         Running -> {ok, Running}
     end,
-    case Started of
-        {ok, Pid} -> gen_server:cast(Pid, {look_up, NodeId, LocalNodeId, self(), Tag});
-        {error, {already_started, Pid}} -> gen_server:cast(Pid, {look_up, NodeId, LocalNodeId, self(), Tag})
+    Server = case Started of
+        {ok, Pid} -> Pid;
+        {error, {already_started, Pid}} -> Pid
+    end,
+    gen_server:cast(Server, {look_up, NodeId, LocalNodeId, callers(), Tag}).
+
+%% This process, and those who wait for it as far as is known: the key is that of Elixir's `Task'.
+-spec callers() -> [pid(), ...].
+callers() ->
+    case get('$callers') of
+        Callers when is_list(Callers) -> [self() | Callers];
+        _ -> [self()]
     end.
 
 %% @doc Tells what became of a call that a node was looked up for.
@@ -72,18 +81,18 @@ handle_call(_Request, _From, State) ->
     {reply, {error, unknown_call}, State}.
 
 -spec handle_cast(term(), state()) -> {noreply, state()}.
-handle_cast({look_up, NodeId, _Local, _Caller, _Tag}, #{resolver := none} = State) ->
+handle_cast({look_up, NodeId, _Local, _Callers, _Tag}, #{resolver := none} = State) ->
     _ = macula_peer_nif:resolved(NodeId, true),
     {noreply, State};
-handle_cast({look_up, NodeId, _Local, _Caller, _Tag}, #{nodes := Nodes} = State) when is_map_key(NodeId, Nodes) ->
+handle_cast({look_up, NodeId, _Local, _Callers, _Tag}, #{nodes := Nodes} = State) when is_map_key(NodeId, Nodes) ->
     %% Begun for an earlier peer of this name. Its end is told to this one.
     {noreply, State};
-handle_cast({look_up, NodeId, _Local, _Caller, _Tag}, #{sets := Sets} = State) when map_size(Sets) >= ?MAX_SETS ->
+handle_cast({look_up, NodeId, _Local, _Callers, _Tag}, #{sets := Sets} = State) when map_size(Sets) >= ?MAX_SETS ->
     _ = macula_peer_nif:resolved(NodeId, false),
     {noreply, State};
-handle_cast({look_up, NodeId, Local, Caller, Tag}, State) ->
+handle_cast({look_up, NodeId, Local, Callers, Tag}, State) ->
     #{resolver := Resolver, node_id := Own, nodes := Nodes, sets := Sets, calls := Calls} = State,
-    Set = macula_peer_lookup:start_link(Resolver, local(Local, Own), NodeId, Caller),
+    Set = macula_peer_lookup:start_link(Resolver, local(Local, Own), NodeId, Callers),
     {noreply, State#{nodes := Nodes#{NodeId => Set}, sets := Sets#{Set => Tag}, calls := Calls#{Tag => Set}}};
 handle_cast({looked_up, NodeId}, #{nodes := Nodes} = State) ->
     {noreply, State#{nodes := maps:remove(NodeId, Nodes)}};

@@ -3,9 +3,11 @@
 %%
 %% A node is looked up when a message for it finds no link to it, once in a minute at the most, whatever was found. All
 %% callbacks that a module has are called at the same time, each in a process of its own, which is killed after 4.5 s. They
-%% may wait, fail and call {@link macula_peer_connector}, even for the same node. What one of them finds is tried at once,
-%% beside everything else that is known; nothing waits for the others where there is a way to try. An answer of another form
-%% is as good as none. All callbacks are optional.
+%% may wait, fail and call {@link macula_peer_connector}, even for the same node. Who waits for the answer cannot be asked for
+%% it; the key `$callers' of the process dictionary has these processes, as in Elixir's `Task'.
+%%
+%% What one callback finds is tried at once, beside everything else that is known; nothing waits for the others where there
+%% is a way to try. An answer of another form is as good as none. All callbacks are optional.
 -module(macula_peer_resolver).
 
 -export([is_one/1]).

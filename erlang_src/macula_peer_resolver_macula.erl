@@ -48,10 +48,18 @@ report_result(SessionId, LocalNodeId, Result) ->
     ask(macula_nat_coordinator, report_result, fun(_) -> [SessionId, LocalNodeId, Result] end).
 
 %% Calls a function of the module that its server is registered as. These are macula's; this application does not depend on
-%% it.
+%% it. A server that is waiting for what is looked up cannot answer: macula's send from their own callbacks.
 -spec ask(module(), atom(), fun((pid() | port()) -> [term()])) -> term().
 ask(Module, Function, Args) ->
-    case whereis(Module) of
-        undefined -> {error, not_running};
-        Server -> apply(Module, Function, Args(Server))
+    Server = whereis(Module),
+    case Server =/= undefined andalso not lists:member(Server, callers()) of
+        true -> apply(Module, Function, Args(Server));
+        false -> {error, unavailable}
+    end.
+
+-spec callers() -> [pid()].
+callers() ->
+    case get('$callers') of
+        Callers when is_list(Callers) -> Callers;
+        _ -> []
     end.

@@ -25,6 +25,9 @@ const HEAD_START: Duration = Duration::from_millis(50);
 /// What a relay has before the next one is asked too. One that does not know the node says so at once.
 const RELAY_STAGGER: Duration = Duration::from_millis(200);
 
+/// What lookups have before who may only pass messages on gets them. That is worse than any way that may be found.
+const STAND_IN_AFTER: Duration = Duration::from_millis(200);
+
 /// Endpoints and relays remembered for a peer, from callers and from each looking up; the oldest give way.
 const MAX_WAYS: usize = 16;
 
@@ -214,13 +217,14 @@ impl Race {
     /// What happens next. May be dropped and called again.
     pub(crate) async fn next(&mut self) -> Progress {
         loop {
+            let mut stand_in = None;
             if self.direct.is_empty() && self.relayed.is_empty() && self.accepted.is_empty() && self.punched.is_empty()
             {
+                stand_in = self.stand_in_at();
                 // Nothing else is under way: the next relay need not wait.
                 match (self.waiting.pop_front(), self.resolving) {
                     (Some((_, relay)), _) => self.ask(relay),
-                    // Who stands in is there now; what is found later may end that.
-                    (None, Some(_)) if self.stand_in.is_none() || self.is_known() => {}
+                    (None, Some(_)) if stand_in.is_none_or(|at| at > Instant::now()) => {}
                     (None, _) => return self.lost(),
                 }
             }
@@ -253,6 +257,7 @@ impl Race {
                     }
                 }
                 () = deadline(self.resolving) => self.resolving = None,
+                () = deadline(stand_in) => {}
             }
         }
     }
@@ -359,6 +364,11 @@ impl Race {
     fn is_known(&self) -> bool {
         let PeerName::Node(node) = &self.name else { return false };
         self.taken.key.is_some() || self.node.known_key(node).is_some()
+    }
+
+    /// When the messages go to who stands in, if somebody does.
+    fn stand_in_at(&self) -> Option<Instant> {
+        self.stand_in.as_ref().filter(|_| !self.is_known()).map(|_| self.begun + STAND_IN_AFTER)
     }
 
     fn lost(&mut self) -> Progress {
