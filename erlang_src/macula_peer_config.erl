@@ -16,7 +16,7 @@
 -define(APP, macula_peer_connector).
 
 -type settings() :: #{native := map(), handler := macula_peer_endpoint:handler() | undefined,
-                      resolver := module() | none}.
+                      listen := macula_peer_endpoint:listen_opts() | undefined, resolver := module() | none}.
 %% `native' is for the native library.
 
 -type reason() :: {invalid_option, {Key :: term(), Value :: term()}} | {unknown_option, Key :: atom()}
@@ -51,6 +51,7 @@
 
 %% What is ours.
 -define(OWN, #{takeover => "true or false", takeover_pool => "true or false",
+               gateway => "auto, none or an endpoint", listen => "options of macula_peer_endpoint:listen/1 but the handler",
                handler => "a process of this node or {Module, Function, Args}",
                resolver => "a module with callbacks of macula_peer_resolver, or none"}).
 
@@ -75,10 +76,14 @@ read() ->
               fun() -> check_known(Env) end,
               fun() -> check_own(Env) end,
               fun() -> macula_peer_nif:check(settings, Native) end],
-    case first_error(Checks) of
-        ok -> {ok, #{native => Native, handler => maps:get(handler, Env, undefined),
-                     resolver => maps:get(resolver, Env, macula_peer_resolver_macula)}};
-        {error, _} = Error -> Error
+    case {first_error(Checks), listen(Env)} of
+        {ok, {ok, Listen}} ->
+            {ok, #{native => Native, handler => maps:get(handler, Env, undefined), listen => Listen,
+                   resolver => maps:get(resolver, Env, macula_peer_resolver_macula)}};
+        {ok, Error} ->
+            Error;
+        {Error, _} ->
+            Error
     end.
 
 %% @doc The options of `listen/1' for a node that listens by its settings: the variables make it a relay, or say what the
@@ -132,7 +137,11 @@ native(Env) ->
         true -> #{};
         false -> #{hole_punching => off}
     end,
-    maps:merge(Variables, maps:with(maps:keys(?NATIVE), Env)).
+    Gateway = case maps:get(gateway, Env, auto) of
+        auto -> {auto, "127.0.0.1:" ++ integer_to_list(gateway_port())};
+        Setting -> Setting
+    end,
+    maps:merge(Variables#{gateway => Gateway}, maps:with(maps:keys(?NATIVE), Env)).
 
 -spec check_known(map()) -> ok | {error, reason()}.
 check_known(Env) ->
@@ -147,6 +156,12 @@ check_own(Env) ->
 
 -spec check(atom(), term()) -> ok | {error, reason()}.
 check(Switch, On) when Switch =:= takeover orelse Switch =:= takeover_pool, is_boolean(On) ->
+    ok;
+check(listen, _Opts) ->
+    %% By itself: the variables have a part in it.
+    ok;
+check(gateway, Setting) when not is_tuple(Setting) ->
+    %% An endpoint, which the native library knows; a tuple is what it gets for `auto'.
     ok;
 check(handler, undefined) ->
     ok;
@@ -181,6 +196,19 @@ first_error([]) ->
     ok.
 
 %% ---- listening ----
+
+-spec listen(map()) -> {ok, macula_peer_endpoint:listen_opts() | undefined} | {error, reason() | term()}.
+listen(#{listen := #{handler := Handler}}) ->
+    %% A setting of its own.
+    {error, {invalid_option, {listen, {handler, Handler}}}};
+listen(#{listen := Opts}) ->
+    case listen_options(Opts) of
+        {error, {invalid_option, {listen, _}}} = Error -> Error;
+        {error, {invalid_option, Option}} -> {error, {invalid_option, {listen, Option}}};
+        Result -> Result
+    end;
+listen(#{}) ->
+    {ok, undefined}.
 
 -spec checked_listen_options(map()) -> {ok, macula_peer_endpoint:listen_opts()} | {error, reason() | term()}.
 checked_listen_options(Opts) ->

@@ -31,16 +31,28 @@ ensure_started() ->
     end.
 
 -spec start(macula_peer_config:settings()) -> ok | {error, term()}.
-start(#{native := Native, handler := Handler}) ->
+start(#{native := Native, handler := Handler, listen := Listen}) ->
     case macula_peer_nif:start(Native) of
         ok ->
             logger:notice("macula_peer_connector: peers are verified by ~p", [verify_mode(Native)]),
             _ = [logger:warning("macula_peer_connector: in MACULA_BOOTSTRAP_PEERS, ~0tp is not host:port", [Peer])
                  || Peer <- macula_peer_config:wrong_bootstrap_peers()],
-            set_default_handler(Handler);
+            or_stop([fun() -> set_default_handler(Handler) end, fun() -> listen(Listen) end]);
         {error, already_started} ->
             ok;
         {error, _} = Error ->
+            Error
+    end.
+
+-spec or_stop([fun(() -> ok | {error, term()})]) -> ok | {error, term()}.
+or_stop([]) ->
+    ok;
+or_stop([Step | Steps]) ->
+    case Step() of
+        ok ->
+            or_stop(Steps);
+        {error, _} = Error ->
+            ok = stop(),
             Error
     end.
 
@@ -73,6 +85,16 @@ verify_mode(#{}) -> first_seen.
 -spec set_default_handler(macula_peer_endpoint:handler() | undefined) -> ok | {error, term()}.
 set_default_handler(undefined) -> ok;
 set_default_handler(Handler) -> macula_peer_endpoint:set_handler(Handler).
+
+-spec listen(macula_peer_endpoint:listen_opts() | undefined) -> ok | {error, term()}.
+listen(undefined) ->
+    ok;
+listen(Opts) ->
+    case macula_peer_nif:listen(Opts) of
+        {ok, _Address} -> ok;
+        not_started -> {error, {send_failed, connection_shutdown}};
+        {error, _} = Error -> Error
+    end.
 
 -spec init([]) -> {ok, []} | {stop, term()}.
 init([]) ->

@@ -53,6 +53,7 @@ wrong_settings() ->
      {max_frame_size, 0}, {max_nesting, -1}, {node_id, <<>>}, {node_id, "name"}, {node_id, <<0:(256 * 8)>>},
      {relays, "127.0.0.1:9443"}, {relays, ["127.0.0.1"]}, {relays, ["r:1" | "r:2"]},
      {relays, ["r:" ++ integer_to_list(N) || N <- lists:seq(1, 65)]}, {hole_punching, true},
+     {takeover, yes}, {takeover_pool, 1}, {gateway, 9443}, {gateway, {auto, "127.0.0.1:1"}}, {listen, true},
      {resolver, 1}, {resolver, "none"}, {resolver, no_such_module}, {resolver, lists},
      {pool_size, 0}, {idle_timeout, 0}, {idle_timeout, infinity}, {keep_alive, 86400001}, {connect_timeout, 1.5},
      {delivery, exactly_once}, {max_unacknowledged, many}, {answer_timeout, -1}, {workers, 0},

@@ -262,7 +262,7 @@ ip(Args) ->
 
 %% Sets what the host's kernel has below /proc/sys/net.
 kernel(Host, Setting, Value) ->
-    succeed(Host, "sh", ["-c", "echo " ++ integer_to_list(Value) ++ " > /proc/sys/net/" ++ Setting]),
+    succeed(Host, "sh", ["-c", lists:concat(["echo ", Value, " > /proc/sys/net/", Setting])]),
     ok.
 
 succeed(Where, Tool, Args) ->

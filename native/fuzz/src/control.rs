@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use macula_peer_wire::{HEADER_LEN, RawFrame};
+use macula_peer_wire::{Limits, RawFrame, Reassembler, VERSION};
 
 #[allow(dead_code, unreachable_pub)]
 #[path = "../../peer/src/relay/control.rs"]
@@ -48,7 +48,7 @@ use control::{FromNode, FromRelay};
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((&type_id, payload)) = bytes.split_first() else { return };
-    let frame = RawFrame { type_id, payload: Bytes::copy_from_slice(payload) };
+    let frame = raw([&[VERSION, type_id, 0, 0], &(payload.len() as u32).to_be_bytes()[..], payload].concat().into());
     if let Ok(message) = FromNode::decode(&frame) {
         assert_eq!(FromNode::decode(&raw(message.encode())), Ok(message));
     }
@@ -57,7 +57,8 @@ fuzz_target!(|bytes: &[u8]| {
     }
 });
 
-fn raw(mut frame: Bytes) -> RawFrame {
-    let payload = frame.split_off(HEADER_LEN);
-    RawFrame { type_id: frame[1], payload }
+fn raw(frame: Bytes) -> RawFrame {
+    let mut frames = Reassembler::new(Limits::default());
+    frames.push(frame);
+    frames.next_frame().unwrap().unwrap()
 }

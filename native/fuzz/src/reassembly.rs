@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::{Corpus, fuzz_target};
-use macula_peer_wire::{FrameError, HEADER_LEN, Header, Limits, RawFrame, Reassembler};
+use macula_peer_wire::{FrameError, HEADER_LEN, Header, Limits, Reassembler};
 
 /// Small enough for inputs to go beyond it.
 const LIMITS: Limits = Limits { max_frame: 256, max_depth: 64 };
@@ -41,15 +41,15 @@ fn chunks(mut stream: Bytes, lens: &[u8]) -> Vec<Bytes> {
     chunks
 }
 
-fn drain(reassembler: &mut Reassembler, seen: &mut Vec<RawFrame>) -> Result<(), FrameError> {
+fn drain(reassembler: &mut Reassembler, seen: &mut Vec<Bytes>) -> Result<(), FrameError> {
     while let Some(frame) = reassembler.next_frame()? {
-        seen.push(frame);
+        seen.push(frame.into_bytes());
     }
     Ok(())
 }
 
 /// The frames at the front of `stream`, the error after them, and the bytes that are left.
-fn whole(mut stream: &[u8]) -> (Vec<RawFrame>, Result<(), FrameError>, usize) {
+fn whole(mut stream: &[u8]) -> (Vec<Bytes>, Result<(), FrameError>, usize) {
     let mut frames = Vec::new();
     loop {
         let header = match Header::parse(stream, LIMITS) {
@@ -57,11 +57,10 @@ fn whole(mut stream: &[u8]) -> (Vec<RawFrame>, Result<(), FrameError>, usize) {
             Err(FrameError::InvalidHeader) => return (frames, Ok(()), stream.len()),
             Err(error) => return (frames, Err(error), stream.len()),
         };
-        let Some(payload) = stream[HEADER_LEN..].get(..header.payload_len) else {
+        let Some(frame) = stream.get(..HEADER_LEN + header.payload_len) else {
             return (frames, Ok(()), stream.len());
         };
-        let payload = Bytes::copy_from_slice(payload);
-        stream = &stream[HEADER_LEN + payload.len()..];
-        frames.push(RawFrame { type_id: header.type_id, payload });
+        stream = &stream[frame.len()..];
+        frames.push(Bytes::copy_from_slice(frame));
     }
 }

@@ -36,6 +36,8 @@ rustler::atoms! {
 
     macula_peer_message, macula_peer_event, macula_peer_log, type_ = "type", message, from, dialect, key, reply_to,
     macula, macula_peer_1 = "macula-peer/1",
+    macula_gateway, route_message, gen_cast = "$gen_cast", gateway, gateway_port, auto, handed_over, answered, fallen_back,
+
     event, undelivered, peer, count, reason, expired, rejected, stopped,
 
     peers, accepted, pool, verify_none_links, unhandled, malformed, refused,

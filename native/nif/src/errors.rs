@@ -159,6 +159,7 @@ impl Reason for StartError {
     fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
         let why = match self {
             Self::Bind(error) => posix(env, error),
+            Self::GatewayPort(port) => (atoms::gateway_port(), port).encode(env),
             Self::Runtime(_) => binary(env, &self.to_string()),
             Self::Identity(error) => (atoms::identity_file(), error.reason(env)).encode(env),
             Self::Tls(error) => error.reason(env),
@@ -196,6 +197,7 @@ impl Reason for ListenError {
         match self {
             Self::AlreadyListening => atoms::already_listening().encode(env),
             Self::Bind(error) => (atoms::listen_failed(), posix(env, error)).encode(env),
+            Self::GatewayPort(port) => (atoms::listen_failed(), (atoms::gateway_port(), port)).encode(env),
             Self::Certificate(text) => (atoms::bad_certificate(), binary(env, text)).encode(env),
             Self::Tls(error) => (atoms::listen_failed(), error.reason(env)).encode(env),
         }

@@ -3,8 +3,10 @@
 use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
 
-use macula_peer::{Dialect, Event, Failures, Handler, Inbound, Path, PeerName, Registration, ReplyToken, Unhandled};
-use macula_peer_wire::{Limits, decode_payload};
+use macula_peer::{
+    Dialect, Event, Failures, Fallback, Handler, Inbound, NotTaken, Path, PeerName, Registration, ReplyToken, Unhandled,
+};
+use macula_peer_wire::{Limits, PayloadError, decode_payload};
 use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, ResourceArc, Term};
 
 use crate::atoms;
@@ -29,9 +31,8 @@ pub(crate) struct Process {
 impl Handler for Process {
     fn message(&self, inbound: Inbound) -> Result<(), Unhandled> {
         let Inbound { kind, payload, from, path, dialect, key, reply } = inbound;
-        self.send(|env| {
-            let shared = (payload.len() >= SHARED_PAYLOAD).then(|| NewBinary::from_slice(env, &payload).into());
-            let message = decode_payload(&payload, self.limits, &mut Terms::new(env, shared))?;
+        send(&self.pid, |env| {
+            let message = decode(env, &payload, self.limits)?;
             let reply = match reply {
                 Some(token) => ResourceArc::new(Token(token)).encode(env),
                 None => atoms::none().encode(env),
@@ -56,7 +57,34 @@ impl Handler for Process {
 
     fn event(&self, event: Event) {
         // Whoever would have been told is gone.
-        let _ = self.send(|env| Ok((atoms::macula_peer_event(), map(env, &fields(env, &event))).encode(env)));
+        let _ = send(&self.pid, |env| Ok((atoms::macula_peer_event(), map(env, &fields(env, &event))).encode(env)));
+    }
+}
+
+/// The process `macula_gateway`, where it runs and listens nowhere that this library knows of.
+pub(crate) struct Cast {
+    pub(crate) limits: Limits,
+}
+
+impl Fallback for Cast {
+    /// `gen_server:cast(macula_gateway, {route_message, Type, Msg, Stream, {ok, {Ip, Port}}})`. It may act on the message,
+    /// but an answer on this stream, which is no quicer stream, is an error to the one who tries; the sender is told that
+    /// there will be none.
+    fn message(&self, inbound: Inbound) -> Result<(), NotTaken> {
+        let Some(gateway) = ENV.with_borrow(|own| own.run(|env| env.whereis_pid(atoms::macula_gateway()))) else {
+            return Err(NotTaken::Absent(inbound));
+        };
+        let sent = send(&gateway, |env| {
+            let message = decode(env, &inbound.payload, self.limits)?;
+            let from = (atoms::ok(), address(env, inbound.from));
+            let route = (atoms::route_message(), atoms::name_of(inbound.kind), message, env.make_ref(), from);
+            Ok((atoms::gen_cast(), route).encode(env))
+        });
+        match sent {
+            Ok(()) => Ok(()),
+            Err(Unhandled::Malformed(error)) => Err(NotTaken::Malformed(error)),
+            Err(_) => Err(NotTaken::Absent(inbound)),
+        }
     }
 }
 
@@ -117,6 +145,7 @@ pub(crate) fn failures<'a>(env: Env<'a>, failures: &Failures) -> Term<'a> {
 fn peer_name<'a>(env: Env<'a>, peer: &PeerName) -> Term<'a> {
     match peer {
         PeerName::Endpoint(endpoint) => binary(env, &endpoint.to_string()),
+        PeerName::Gateway(endpoint) => (atoms::gateway(), binary(env, &endpoint.to_string())).encode(env),
         PeerName::Node(node) => (atoms::node(), bytes_term(env, node.as_bytes())).encode(env),
     }
 }
@@ -139,19 +168,22 @@ pub(crate) fn path(path: Path) -> Atom {
     }
 }
 
-impl Process {
-    fn send(&self, build: impl for<'a> FnOnce(Env<'a>) -> Result<Term<'a>, Unhandled>) -> Result<(), Unhandled> {
-        ENV.with_borrow_mut(|own| {
-            let built = own.run(|env| build(env).map(|message| own.save(message)));
-            match built {
-                Ok(message) => own.send_and_clear(&self.pid, |env| message.load(env)).map_err(|_| Unhandled::NoHandler),
-                Err(error) => {
-                    own.clear();
-                    Err(error)
-                }
+fn decode<'a>(env: Env<'a>, payload: &[u8], limits: Limits) -> Result<Term<'a>, PayloadError> {
+    let shared = (payload.len() >= SHARED_PAYLOAD).then(|| NewBinary::from_slice(env, payload).into());
+    decode_payload(payload, limits, &mut Terms::new(env, shared))
+}
+
+fn send(to: &LocalPid, build: impl for<'a> FnOnce(Env<'a>) -> Result<Term<'a>, Unhandled>) -> Result<(), Unhandled> {
+    ENV.with_borrow_mut(|own| {
+        let built = own.run(|env| build(env).map(|message| own.save(message)));
+        match built {
+            Ok(message) => own.send_and_clear(to, |env| message.load(env)).map_err(|_| Unhandled::NoHandler),
+            Err(error) => {
+                own.clear();
+                Err(error)
             }
-        })
-    }
+        }
+    })
 }
 
 /// The way to answer a message, as an Erlang term.

@@ -28,7 +28,7 @@ use crate::calls::{Caller, InProgress};
 use crate::decode::Terms;
 use crate::encode::{LIGHT_FRAME, Refusal};
 use crate::errors::{Reason, error};
-use crate::inbound::{Process, Token};
+use crate::inbound::{Cast, Process, Token};
 use crate::whom::{Text, Whom};
 
 /// Longer timeouts than this are no timeout: 49 days, as in `receive`.
@@ -88,7 +88,11 @@ fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
         return (atoms::error(), atoms::already_started()).encode(env);
     }
     match Engine::start(config) {
-        Ok(started) => *ENGINE.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(started)),
+        Ok(started) => {
+            let limits = started.config().limits;
+            started.set_fallback(Some(Arc::new(Cast { limits })));
+            *ENGINE.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(started));
+        }
         Err(failed) => return error(env, &failed),
     }
     atoms::ok().encode(env)
@@ -252,10 +256,10 @@ fn send_request<'a>(
 
 fn decode_answer<'a>(env: Env<'a>, frame: &macula_peer_wire::RawFrame, limits: Limits) -> Term<'a> {
     use macula_peer_wire::{FrameError, MessageType, decode_payload};
-    let Some(kind) = MessageType::from_id(frame.type_id) else {
-        return error(env, &FrameError::UnknownType(frame.type_id));
+    let Some(kind) = MessageType::from_id(frame.type_id()) else {
+        return error(env, &FrameError::UnknownType(frame.type_id()));
     };
-    match decode_payload(&frame.payload, limits, &mut Terms::new(env, None)) {
+    match decode_payload(frame.payload(), limits, &mut Terms::new(env, None)) {
         Ok(message) => (atoms::ok(), (atoms::name_of(kind), message)).encode(env),
         Err(failed) => error(env, &FrameError::Payload(failed)),
     }

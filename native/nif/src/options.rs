@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use macula_peer::{
-    Certificate, Config, Delivery, Endpoint, Fingerprint, HolePunching, Listen, MAX_RELAYS, RelayConfig, Secret, Verify,
+    Certificate, Config, Delivery, Endpoint, Fingerprint, HandOver, HolePunching, Listen, LocalGateway, MAX_RELAYS,
+    RelayConfig, Secret, Verify,
 };
 use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term};
 
@@ -112,6 +113,7 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
         key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
         key if key == atoms::node_id() => config.node_id = Some(node_id(value)?),
         key if key == atoms::relays() => config.relays = endpoints(value)?,
+        key if key == atoms::gateway() => config.gateway = gateway(value)?,
         key if key == atoms::hole_punching() => {
             config.hole_punching = match Atom::from_term(value).ok()? {
                 value if value == atoms::on() => HolePunching::On,
@@ -123,6 +125,18 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
         _ => return None,
     }
     Some(())
+}
+
+/// `none`, an endpoint, or `{auto, Endpoint}`.
+fn gateway(value: Term<'_>) -> Option<Option<LocalGateway>> {
+    if atoms::none() == value {
+        return Some(None);
+    }
+    let (when, endpoint) = match value.decode::<(Atom, Term<'_>)>() {
+        Ok((auto, endpoint)) if auto == atoms::auto() => (HandOver::WithoutHandler, endpoint),
+        _ => (HandOver::Always, value),
+    };
+    Some(Some(LocalGateway { endpoint: self::endpoint(endpoint)?, when }))
 }
 
 /// A node's packets are of this size (RFC 9000, section 14); a relay that takes only smaller ones carries nothing.

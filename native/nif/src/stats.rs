@@ -1,6 +1,8 @@
 //! What is counted, as a map.
 
-use macula_peer::{AcceptedStats, LinkStats, PathStatus, PeerName, PeerStats, RegistrationStats, RelayStats, Stats};
+use macula_peer::{
+    AcceptedStats, GatewayStats, LinkStats, PathStatus, PeerName, PeerStats, RegistrationStats, RelayStats, Stats,
+};
 use rustler::{Atom, Encoder, Env, Term};
 
 use crate::atoms;
@@ -36,6 +38,19 @@ pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
     if let Some(stats) = &stats.relay {
         fields.push((atoms::relay(), relay(env, stats)));
     }
+    if let Some(stats) = &stats.gateway {
+        fields.push((atoms::gateway(), gateway(env, stats)));
+    }
+    map(env, &fields)
+}
+
+fn gateway<'a>(env: Env<'a>, stats: &GatewayStats) -> Term<'a> {
+    let fields = [
+        (atoms::endpoint(), binary(env, &stats.endpoint.to_string())),
+        (atoms::handed_over(), stats.handed_over.encode(env)),
+        (atoms::answered(), stats.answered.encode(env)),
+        (atoms::fallen_back(), stats.fallen_back.encode(env)),
+    ];
     map(env, &fields)
 }
 
@@ -77,7 +92,9 @@ fn relay<'a>(env: Env<'a>, stats: &RelayStats) -> Term<'a> {
 
 fn peer<'a>(env: Env<'a>, stats: &PeerStats) -> Term<'a> {
     let name = match &stats.name {
-        PeerName::Endpoint(endpoint) => (atoms::endpoint(), binary(env, &endpoint.to_string())),
+        PeerName::Endpoint(endpoint) | PeerName::Gateway(endpoint) => {
+            (atoms::endpoint(), binary(env, &endpoint.to_string()))
+        }
         PeerName::Node(node) => (atoms::node_id(), bytes_term(env, node.as_bytes())),
     };
     let path = stats.link.map_or_else(atoms::none, |link| inbound::path(link.path));

@@ -63,6 +63,34 @@ pub struct Config {
     pub relays: Vec<Endpoint>,
     /// Whether direct paths through NATs are looked for. Default [`HolePunching::On`].
     pub hole_punching: HolePunching,
+    /// macula's own gateway on this host, which what arrives is handed over to. Default `None`: to the handler alone.
+    pub gateway: Option<LocalGateway>,
+}
+
+/// macula's own gateway on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalGateway {
+    /// Where it listens.
+    pub endpoint: Endpoint,
+    /// When it gets what arrives.
+    pub when: HandOver,
+}
+
+/// When a local gateway gets what arrives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HandOver {
+    /// As long as there is no handler.
+    WithoutHandler,
+    /// Always; a handler gets what the gateway does not take.
+    Always,
+}
+
+impl LocalGateway {
+    /// The port that the engine leaves alone: the gateway's, where it is on this host.
+    pub(crate) fn reserved(&self, ip: Option<IpAddr>) -> Option<u16> {
+        let is_here = self.endpoint.is_loopback() || (ip.is_some() && self.endpoint.ip() == ip);
+        is_here.then(|| self.endpoint.port())
+    }
 }
 
 /// Whether, and how, direct paths through NATs are looked for.
@@ -99,6 +127,13 @@ impl fmt::Debug for Secret {
     }
 }
 
+impl Config {
+    /// The port that no socket of the engine at this address takes.
+    pub(crate) fn reserved_port(&self, ip: Option<IpAddr>) -> Option<u16> {
+        self.gateway.as_ref()?.reserved(ip)
+    }
+}
+
 /// What happens to a message that was written but not acknowledged when its link died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
@@ -131,6 +166,7 @@ impl Default for Config {
             node_id: None,
             relays: Vec::new(),
             hole_punching: HolePunching::On,
+            gateway: None,
         }
     }
 }

@@ -101,6 +101,11 @@ impl Endpoint {
         self.port
     }
 
+    /// Whether the host is this one by its name or address alone.
+    pub(crate) fn is_loopback(&self) -> bool {
+        self.host() == "localhost" || self.ip().is_some_and(|ip| ip.to_canonical().is_loopback())
+    }
+
     /// The host as an IP address, if it is a literal.
     pub fn ip(&self) -> Option<IpAddr> {
         self.host.parse().ok()

@@ -15,7 +15,7 @@ use crate::error::{ListenError, RequestError, SendError, StartError};
 use crate::identity::{Fingerprint, Identity};
 use crate::link::lock;
 use crate::listen::{self, Admission};
-use crate::message::{Handler, Message, NodeId};
+use crate::message::{Fallback, Handler, Letter, Message, NodeId};
 use crate::nat::{self, NatStatus};
 use crate::node::{Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
@@ -60,11 +60,16 @@ pub struct Listen {
 impl Engine {
     /// Starts the runtime and binds the socket.
     pub fn start(config: Config) -> Result<Self, StartError> {
+        let reserved = config.reserved_port(config.ip);
+        if config.port != 0 && reserved == Some(config.port) {
+            return Err(StartError::GatewayPort(config.port));
+        }
         let identity = match &config.identity_file {
             Some(path) => Identity::load_or_create(path)?,
             None => Identity::generate()?,
         };
         let tls = tls::client(&identity, &config.verify)?;
+        let gateway_tls = tls::client(&identity, &Verify::None)?;
         let circuits = tls::circuit_client(&identity, &config.verify)?;
         let circuit_server = tls::circuit_server(&identity, &config.verify)?;
         let admission = Admission::over_known_ways(circuit_server, config.verify.is_strict(), &config);
@@ -80,7 +85,7 @@ impl Engine {
             let _inside = runtime.enter();
             let refusals = socket::refusals();
             let (signals, heard) = socket::signals();
-            let socket = Socket::bind(config.ip, config.port, refusals.clone(), signals.clone());
+            let socket = Socket::bind(config.ip, config.port, reserved, refusals.clone(), signals.clone());
             let socket = socket.map_err(StartError::Bind)?;
             let mut endpoint = identity.endpoint_config();
             // The first bits of a packet tell QUIC from signals on this socket.
@@ -91,7 +96,8 @@ impl Engine {
             let quic = quinn::Endpoint::new_with_abstract_socket(endpoint, server, socket.clone(), batching)
                 .map_err(StartError::Bind)?;
             let network = Network { quic, socket, refusals, signals };
-            let node = Node::new(Arc::new(config), identity, network, tls, clients, runtime.handle().clone());
+            let node =
+                Node::new(Arc::new(config), identity, network, tls, gateway_tls, clients, runtime.handle().clone());
             node.spawn(node.clone().hear_signals(heard));
             node.spawn(nat::run(node.clone()));
             node
@@ -119,7 +125,7 @@ impl Engine {
     ///
     /// `now` is the caller's clock, read once for all that a call needs it for.
     pub fn send_now(&self, target: &Target<'_>, message: Message, now: Instant) -> Result<(), Message> {
-        self.node.send_now(target, message, now)
+        self.node.send_now(target, message.into(), now).map_err(Letter::into_message)
     }
 
     /// Sends as soon as there is a link with room. `reply` is called once, from any thread, unless the call is
@@ -131,7 +137,7 @@ impl Engine {
         reply: impl FnOnce(Result<(), SendError>) + Send + 'static,
     ) -> Option<Waiting> {
         let call = Call::new(reply);
-        self.enqueue(target, &call, |peer| peer.send(message.clone(), &call))
+        self.enqueue(target, &call, |peer| peer.send(message.clone().into(), &call))
     }
 
     /// Sends a request and waits for the frame that answers it. `reply` as in [`Engine::send`].
@@ -142,7 +148,7 @@ impl Engine {
         reply: impl FnOnce(Result<RawFrame, RequestError>) + Send + 'static,
     ) -> Option<Waiting> {
         let call = Call::new(reply);
-        self.enqueue(target, &call, |peer| peer.request(message.clone(), &call))
+        self.enqueue(target, &call, |peer| peer.request(message.clone().into(), &call))
     }
 
     /// Closes the link to a peer, if there is one and this engine began it. What is on its way and not acknowledged goes
@@ -191,6 +197,12 @@ impl Engine {
         if self.node.listening.borrow().is_some() {
             return Err(ListenError::AlreadyListening);
         }
+        let ports = [listen.port, listen.relay.as_ref().map(|relay| relay.probe_port)];
+        if let Some(port) = self.node.config.reserved_port(listen.ip)
+            && ports.contains(&Some(port))
+        {
+            return Err(ListenError::GatewayPort(port));
+        }
         let verify = listen.verify.as_ref().unwrap_or(&self.node.config.verify);
         let tls = tls::server(&self.node.identity, &listen.certificate, verify)?;
         let admission = Admission::new(tls, verify.is_strict(), listen.relay.is_some(), &self.node.config);
@@ -224,6 +236,11 @@ impl Engine {
     /// Who gets what arrives from now on.
     pub fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
         self.node.set_handler(handler);
+    }
+
+    /// Who gets what the local gateway does not take, before the handler does.
+    pub fn set_fallback(&self, fallback: Option<Arc<dyn Fallback>>) {
+        self.node.set_fallback(fallback);
     }
 
     /// How a peer is reached, and why not by better paths. Nothing, of one that nothing was sent to.

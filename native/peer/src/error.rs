@@ -105,6 +105,9 @@ pub enum StartError {
     /// The socket could not be bound.
     #[error("socket: {0}")]
     Bind(io::Error),
+    /// The port is the local gateway's.
+    #[error("port {0} is the local gateway's")]
+    GatewayPort(u16),
     /// The node's key cannot be had.
     #[error("identity: {0}")]
     Identity(#[from] IdentityError),
@@ -165,6 +168,9 @@ pub enum ListenError {
     /// The port could not be bound.
     #[error("socket: {0}")]
     Bind(io::Error),
+    /// The port is the local gateway's.
+    #[error("port {0} is the local gateway's")]
+    GatewayPort(u16),
     /// Certificate or key cannot be read or do not fit together.
     #[error("certificate: {0}")]
     Certificate(String),

@@ -5,6 +5,7 @@
 //! [`Handler`].
 #![forbid(unsafe_code)]
 
+mod answers;
 mod call;
 mod config;
 mod decide;
@@ -12,6 +13,7 @@ mod dial;
 mod endpoint;
 mod engine;
 mod error;
+mod gateway;
 mod identity;
 mod link;
 mod listen;
@@ -30,7 +32,7 @@ mod socket;
 mod stats;
 mod tls;
 
-pub use config::{Config, Delivery, HolePunching, Secret};
+pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Secret};
 pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
@@ -39,7 +41,9 @@ pub use error::{
     UndeliveredReason,
 };
 pub use identity::{Fingerprint, Identity, NotAFingerprint};
-pub use message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Registration, ReplyToken, Unhandled};
+pub use message::{
+    Event, Fallback, Handler, Inbound, Message, NodeId, NotTaken, Path, PeerName, Registration, ReplyToken, Unhandled,
+};
 pub use nat::NatStatus;
 pub use peer::Waiting;
 pub use punch::PunchError;
@@ -47,5 +51,5 @@ pub use race::{Failures, Ways};
 pub use relay::clients::MAX_RELAYS;
 pub use relay::control::{Limit, Refusal};
 pub use relay::{RelayConfig, RelayStats};
-pub use stats::{AcceptedStats, LinkStats, PathStatus, PeerStats, RegistrationStats, Stats};
+pub use stats::{AcceptedStats, GatewayStats, LinkStats, PathStatus, PeerStats, RegistrationStats, Stats};
 pub use tls::{Certificate, Dialect, Verify};

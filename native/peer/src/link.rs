@@ -19,16 +19,17 @@ use tokio::sync::Notify;
 
 use crate::decide::lanes::{Choice, Lanes};
 use crate::decide::witness::{Mark, Witness};
+use crate::gateway::Asker;
 use crate::identity::Fingerprint;
 use crate::listen::Accepted;
-use crate::message::{Message, Path};
+use crate::message::{Letter, Path};
 use crate::punch::ExtraGuard;
 use crate::socket::canonical;
 use crate::stats::LinkStats;
 use crate::tls::Dialect;
 
 /// Receive halves that wait for an answer to a message sent without waiting, lanes not counted. A 0.14.3 gateway allows
-/// 100 streams; the rest is for sending. The oldest gives way.
+/// 100 streams; the rest is for sending. The one that would be given up first gives way.
 const MAX_ANSWERS: usize = 48;
 
 /// A stream that is finished and still not acknowledged after this long is asked whether the peer stopped it.
@@ -100,7 +101,7 @@ struct Lane {
 }
 
 struct Unacknowledged {
-    message: Message,
+    message: Letter,
     written: Instant,
     proof: Proof,
 }
@@ -118,6 +119,14 @@ struct Answer {
     frames: Reassembler,
     /// `None`: as long as its lane.
     until: Option<Instant>,
+    /// Who alone gets it.
+    asker: Option<Arc<Asker>>,
+}
+
+/// A frame that came in answer to a message sent without waiting.
+pub(crate) struct Answered {
+    pub(crate) frame: RawFrame,
+    pub(crate) asker: Option<Arc<Asker>>,
 }
 
 /// How an attempt to write at once ended.
@@ -125,16 +134,16 @@ pub(crate) enum Written {
     /// All of it is with the transport. `wake`: the peer's task has something new to look after.
     Done { wake: bool },
     /// The peer allows no further stream at present.
-    NoCredit(Message),
+    NoCredit(Letter),
     /// A stream was opened and took only a part, or nothing yet.
     Partial(Partial),
     /// The link is dead.
-    Lost(Message),
+    Lost(Letter),
 }
 
 /// A message of which a stream has taken a part.
 pub(crate) struct Partial {
-    pub(crate) message: Message,
+    pub(crate) message: Letter,
     pub(crate) send: SendStream,
     pub(crate) receive: RecvStream,
     pub(crate) rest: Bytes,
@@ -145,7 +154,7 @@ pub(crate) struct Partial {
 pub(crate) struct Swept {
     pub(crate) acknowledged: u64,
     pub(crate) acknowledged_bytes: usize,
-    pub(crate) rejected: Vec<Message>,
+    pub(crate) rejected: Vec<Letter>,
     /// When the oldest message that is still not acknowledged was written.
     pub(crate) oldest: Option<Instant>,
 }
@@ -229,10 +238,14 @@ impl Link {
     }
 
     /// Writes a message to a 0.14.3 gateway at once, if the transport takes it.
-    pub(crate) fn write(&self, message: Message, now: Instant) -> Written {
+    pub(crate) fn write(&self, message: Letter, now: Instant) -> Written {
         let mut out = self.out();
         if out.dead {
             return Written::Lost(message);
+        }
+        if message.asker().is_some() {
+            drop(out);
+            return self.write_once(message, now);
         }
         let arrived = |lane: &Lane| self.packets_arrived(lane.mark, now, self.connection.rtt());
         match out.lanes.choose(now, message.frame.len(), || self.connection.rtt(), arrived) {
@@ -246,7 +259,7 @@ impl Link {
     }
 
     /// Takes over a message whose stream has now taken all of it.
-    pub(crate) fn written(&self, message: Message, send: SendStream, receive: RecvStream) -> Written {
+    pub(crate) fn written(&self, message: Letter, send: SendStream, receive: RecvStream) -> Written {
         self.finish(message, send, receive, Instant::now())
     }
 
@@ -319,7 +332,7 @@ impl Link {
     }
 
     /// Ends the link and gives back what was not acknowledged, oldest first.
-    pub(crate) fn die(&self) -> (Swept, Vec<Message>) {
+    pub(crate) fn die(&self) -> (Swept, Vec<Letter>) {
         let swept = self.sweep(Instant::now());
         let mut out = self.out();
         out.dead = true;
@@ -330,7 +343,7 @@ impl Link {
     }
 
     /// Reads the answers to messages that were sent without waiting. Wakes the task of `cx` when there are more.
-    pub(crate) fn poll_answers(&self, cx: &mut Context<'_>) -> Vec<RawFrame> {
+    pub(crate) fn poll_answers(&self, cx: &mut Context<'_>) -> Vec<Answered> {
         let mut frames = Vec::new();
         let mut out = self.out();
         out.answers.retain_mut(|answer| answer.poll(cx, &mut frames));
@@ -344,7 +357,7 @@ impl Link {
         out.answers.iter().filter_map(|answer| answer.until).min()
     }
 
-    fn write_once(&self, message: Message, now: Instant) -> Written {
+    fn write_once(&self, message: Letter, now: Instant) -> Written {
         let spare = self.out().spare.take().map(Ok);
         let opened = spare.or_else(|| now_or_never(self.connection.open_bi()));
         let (mut send, receive) = match opened {
@@ -363,7 +376,7 @@ impl Link {
         }
     }
 
-    fn open_lane(&self, mut out: MutexGuard<'_, Out>, message: Message, now: Instant) -> Written {
+    fn open_lane(&self, mut out: MutexGuard<'_, Out>, message: Letter, now: Instant) -> Written {
         let opened = now_or_never(self.connection.open_bi()).or_else(|| out.spare.take().map(Ok));
         let (mut send, receive) = match opened {
             Some(Ok(stream)) => stream,
@@ -376,15 +389,15 @@ impl Link {
             Write::Failed => return Written::Lost(message),
         }
         let mark = self.mark();
-        let answer_until = message.kind.is_answered().then(|| now + self.answer_timeout);
+        let answer_until = message.listens_for(self.answer_timeout).map(|time| now + time);
         let lane = Lane { stream: send.id(), send: Arc::new(Mutex::new(send)), mark, answer_until };
         out.lanes.opened(lane.clone(), now);
-        out.answers.push_back(Answer { stream: receive, frames: self.reassembler(), until: None });
+        out.answers.push_back(Answer { stream: receive, frames: self.reassembler(), until: None, asker: None });
         out.remember(message, Proof::Lane(lane), now);
         Written::Done { wake: true }
     }
 
-    fn write_lane(&self, mut out: MutexGuard<'_, Out>, index: usize, message: Message, now: Instant) -> Written {
+    fn write_lane(&self, mut out: MutexGuard<'_, Out>, index: usize, message: Letter, now: Instant) -> Written {
         let lane = out.lanes.take(index, now);
         if !matches!(write_now(&mut lock(&lane.send), &message.frame), Write::All) {
             // The peer stopped the lane, or allows it no more bytes. Of a frame that was begun there a gateway makes
@@ -395,15 +408,15 @@ impl Link {
             return self.write_once(message, now);
         }
         lane.mark = self.mark();
-        if message.kind.is_answered() {
-            lane.answer_until = Some(now + self.answer_timeout);
+        if let Some(time) = message.listens_for(self.answer_timeout) {
+            lane.answer_until = Some(now + time);
         }
         let proof = Proof::Lane(lane.clone());
         let wake = out.remember(message, proof, now);
         Written::Done { wake }
     }
 
-    fn finish(&self, message: Message, mut send: SendStream, receive: RecvStream, now: Instant) -> Written {
+    fn finish(&self, message: Letter, mut send: SendStream, receive: RecvStream, now: Instant) -> Written {
         if send.finish().is_err() {
             return Written::Lost(message);
         }
@@ -412,18 +425,19 @@ impl Link {
             return Written::Lost(message);
         }
         let mut wake = false;
-        let unread = if message.kind.is_answered() {
+        let (mut unheard, mut unread) = (None, None);
+        if let Some(time) = message.listens_for(self.answer_timeout) {
             wake = true;
-            let until = Some(now + self.answer_timeout);
-            out.listen(Answer { stream: receive, frames: self.reassembler(), until }).map(|answer| answer.stream)
+            let (until, asker) = (Some(now + time), message.asker().cloned());
+            unheard = out.listen(Answer { stream: receive, frames: self.reassembler(), until, asker });
         } else {
-            Some(receive)
-        };
+            unread = Some(receive);
+        }
         wake |= out.remember(message, Proof::Finished(send), now);
         drop(out);
         // Dropping a receive half sends STOP_SENDING, without which a gateway, that never finishes its own half, gives
         // the stream's credit never back.
-        drop(unread);
+        drop((unheard, unread));
         Written::Done { wake }
     }
 
@@ -467,18 +481,19 @@ impl Out {
         self.listen(answer)
     }
 
-    /// Listens for an answer for a time; the oldest one gives way.
+    /// Listens for an answer for a time; the one that would be given up first gives way.
     fn listen(&mut self, answer: Answer) -> Option<Answer> {
         self.answers.push_back(answer);
-        if self.answers.iter().filter(|answer| answer.until.is_some()).count() <= MAX_ANSWERS {
+        let timed = || (0..).zip(&self.answers).filter_map(|(index, answer)| Some((answer.until?, index)));
+        if timed().count() <= MAX_ANSWERS {
             return None;
         }
-        let oldest = self.answers.iter().position(|answer| answer.until.is_some());
-        oldest.and_then(|index| self.answers.remove(index))
+        let first = timed().min().map(|(_, index)| index);
+        first.and_then(|index| self.answers.remove(index))
     }
 
     /// Keeps a message until it is acknowledged. Returns whether it is the only one.
-    fn remember(&mut self, message: Message, proof: Proof, written: Instant) -> bool {
+    fn remember(&mut self, message: Letter, proof: Proof, written: Instant) -> bool {
         self.unacknowledged.push_back(Unacknowledged { message, written, proof });
         self.unacknowledged.len() == 1
     }
@@ -486,7 +501,7 @@ impl Out {
 
 impl Answer {
     /// Reads what is there; false when nothing more will come.
-    fn poll(&mut self, cx: &mut Context<'_>, frames: &mut Vec<RawFrame>) -> bool {
+    fn poll(&mut self, cx: &mut Context<'_>, frames: &mut Vec<Answered>) -> bool {
         loop {
             match pin!(self.stream.read_chunk(usize::MAX, true)).poll(cx) {
                 Poll::Pending => return true,
@@ -495,7 +510,14 @@ impl Answer {
             }
             loop {
                 match self.frames.next_frame() {
-                    Ok(Some(frame)) => frames.push(frame),
+                    Ok(Some(frame)) => {
+                        let asker = self.asker.take();
+                        let is_all = asker.is_some();
+                        frames.push(Answered { frame, asker });
+                        if is_all {
+                            return false;
+                        }
+                    }
                     Ok(None) => break,
                     Err(_) => return false,
                 }

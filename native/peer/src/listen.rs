@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 
+use crate::answers;
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
 use crate::identity::Fingerprint;
@@ -27,7 +28,7 @@ use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
 use crate::node::Node;
 use crate::peer::{MAX_ANSWERING, Peer, deadline};
 use crate::punch::ExtraGuard;
-use crate::relay::{RECEIVE_BUFFER, client, probe};
+use crate::relay::{RECEIVE_BUFFER, client};
 use crate::session;
 use crate::socket::canonical;
 use crate::stats::{AcceptedStats, Counter, LinkStats};
@@ -346,27 +347,38 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
     let (replies, mut replied) = mpsc::unbounded_channel();
     let mut release = tokio::time::interval(RELEASE_EVERY);
     release.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut serving =
-        Serving { node, accepted, streams: JoinSet::new(), answerable: VecDeque::new(), next: 0, replies };
+    let mut serving = Serving {
+        node: node.clone(),
+        accepted,
+        streams: JoinSet::new(),
+        answerable: VecDeque::new(),
+        next: 0,
+        replies,
+    };
     loop {
         let expiry = serving.answerable.front().map(|oldest| oldest.until);
+        let crowded = node.is_crowded();
         tokio::select! {
-            stream = connection.accept_bi() => match stream {
+            stream = connection.accept_bi(), if !crowded => match stream {
                 Ok((send, receive)) => serving.begin(Some(send), receive),
                 Err(_) => return,
             },
             // On a link of ours these are answers, which its peer reads.
-            stream = connection.accept_uni(), if !is_ours => match stream {
+            stream = connection.accept_uni(), if !is_ours && !crowded => match stream {
                 Ok(receive) => serving.begin(None, receive),
                 Err(_) => return,
             },
             Some((stream, frame)) = replied.recv() => serving.reply(stream, frame),
             Some(_) = serving.streams.join_next() => {}
             () = deadline(expiry) => { serving.answerable.pop_front(); }
+            () = node.room(), if crowded => continue,
             _ = release.tick(), if !serving.answerable.is_empty() => serving.release_all_stopped(),
         }
         // What has come meanwhile costs no turn of the loop each.
         for _ in 0..ACCEPT_BATCH {
+            if node.is_crowded() {
+                break;
+            }
             let Some(Ok((send, receive))) = now_or_never(connection.accept_bi()) else { break };
             serving.begin(Some(send), receive);
         }
@@ -550,8 +562,10 @@ impl Stream {
             if self.reading {
                 self.pace().await;
             }
-            let hears = self.reading && (send.is_none() || replied.len() < MAX_WAITING_ANSWERS);
+            let crowded = node.is_crowded();
+            let hears = self.reading && !crowded && (send.is_none() || replied.len() < MAX_WAITING_ANSWERS);
             tokio::select! {
+                () = node.room(), if self.reading && crowded => {}
                 chunk = self.receive.read_chunk(READ_AT_ONCE, true), if hears => {
                     self.took(chunk);
                 }
@@ -609,7 +623,7 @@ impl Stream {
                     return Delivered::Refused;
                 }
             };
-            let opens = matches!(frame.type_id, session::OPEN_SESSION | session::OPEN_CONTROL);
+            let opens = matches!(frame.type_id(), session::OPEN_SESSION | session::OPEN_CONTROL);
             if opens && self.accepted.dialect == Dialect::MaculaPeer1 {
                 return Delivered::Opened(frame);
             }
@@ -620,8 +634,8 @@ impl Stream {
     /// Reads a stream of the engine's own to its end.
     async fn opened(mut self, opening: RawFrame, send: Option<SendStream>) {
         let Some(mut send) = send else { return self.refuse() };
-        if opening.type_id == session::OPEN_SESSION {
-            return session::receive(self, send, opening.payload).await;
+        if opening.type_id() == session::OPEN_SESSION {
+            return session::receive(self, send, opening.into_payload()).await;
         }
         if let (Some(relay), Some(key)) = (self.node.relay(), self.accepted.key) {
             let Self { accepted, receive, frames, .. } = self;
@@ -684,9 +698,9 @@ impl Stream {
             peer.heard();
         }
         self.accepted.allow_streams(&self.node.config);
-        let probes = frame.type_id == MessageType::NatProbe.id() && !path.is_relayed();
+        let probes = frame.type_id() == MessageType::NatProbe.id() && !path.is_relayed();
         if let (true, Some(token)) = (probes && self.node.relay().is_some(), &reply)
-            && let Some(answer) = probe::answer(&frame.payload, from, self.node.config.limits)
+            && let Some(answer) = answers::nat_probe_reply(frame.payload(), from, self.node.config.limits)
         {
             // Who asked may be gone.
             let _ = token.reply(answer);

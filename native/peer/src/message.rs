@@ -3,8 +3,9 @@
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError, Weak};
-use std::time::Instant;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer_wire::{MessageType, PayloadError};
@@ -13,6 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
+use crate::gateway::Asker;
 use crate::identity::Fingerprint;
 use crate::nat::NatStatus;
 use crate::node::Node;
@@ -38,6 +40,66 @@ impl Message {
     /// Whether it may go to a peer that has shown this key.
     pub(crate) fn is_for(&self, shown: Option<Fingerprint>) -> bool {
         self.key.is_none() || self.key == shown
+    }
+}
+
+/// A message on its way, and who its answer is for.
+#[derive(Debug, Clone)]
+pub(crate) struct Letter {
+    message: Message,
+    reader: Reader,
+}
+
+/// Who reads the answer to a message that was sent without waiting.
+#[derive(Debug, Clone)]
+enum Reader {
+    /// The handler, where messages of this type are answered.
+    Handler,
+    /// Nobody, whatever the type is.
+    Nobody,
+    /// Who sent the message to this node, which only hands it on.
+    Asker(Arc<Asker>),
+}
+
+impl Letter {
+    /// One that is handed on; `None`: nobody reads an answer.
+    pub(crate) fn handed_on(message: Message, asker: Option<Arc<Asker>>) -> Self {
+        Self { message, reader: asker.map_or(Reader::Nobody, Reader::Asker) }
+    }
+
+    /// How long an answer is listened for. `usual`: to messages of types that are answered.
+    pub(crate) fn listens_for(&self, usual: Duration) -> Option<Duration> {
+        match &self.reader {
+            Reader::Handler => self.message.kind.is_answered().then_some(usual),
+            Reader::Nobody => None,
+            Reader::Asker(asker) => Some(asker.patience()),
+        }
+    }
+
+    /// The one who alone gets the answer: it needs a stream of its own.
+    pub(crate) fn asker(&self) -> Option<&Arc<Asker>> {
+        match &self.reader {
+            Reader::Asker(asker) => Some(asker),
+            Reader::Handler | Reader::Nobody => None,
+        }
+    }
+
+    pub(crate) fn into_message(self) -> Message {
+        self.message
+    }
+}
+
+impl From<Message> for Letter {
+    fn from(message: Message) -> Self {
+        Self { message, reader: Reader::Handler }
+    }
+}
+
+impl Deref for Letter {
+    type Target = Message;
+
+    fn deref(&self) -> &Message {
+        &self.message
     }
 }
 
@@ -77,12 +139,14 @@ pub enum PeerName {
     Endpoint(Endpoint),
     /// A node, wherever it is.
     Node(NodeId),
+    /// The local gateway, which gets what arrives here.
+    Gateway(Endpoint),
 }
 
 impl Hash for PeerName {
     fn hash<H: Hasher>(&self, state: &mut H) {
         match self {
-            Self::Endpoint(endpoint) => endpoint.hash(state),
+            Self::Endpoint(endpoint) | Self::Gateway(endpoint) => endpoint.hash(state),
             Self::Node(node) => node.as_bytes().hash(state),
         }
     }
@@ -92,6 +156,7 @@ impl fmt::Display for PeerName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Endpoint(endpoint) => endpoint.fmt(f),
+            Self::Gateway(endpoint) => write!(f, "gateway {endpoint}"),
             Self::Node(node) => write!(f, "{node:?}"),
         }
     }
@@ -175,6 +240,11 @@ impl ReplyToken {
         if sent { Ok(()) } else { Err(ReplyError::Gone) }
     }
 
+    /// The same token for somebody else: this one is used.
+    pub(crate) fn hand_on(&self) -> Option<Self> {
+        self.take().map(Self::new)
+    }
+
     fn take(&self) -> Option<ReplyTo> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -198,6 +268,21 @@ pub trait Handler: Send + Sync {
     fn event(&self, event: Event);
 }
 
+/// Who gets what the local gateway did not take, before the [`Handler`] does.
+pub trait Fallback: Send + Sync {
+    /// A message arrived. As [`Handler::message`], but gives it back if nobody is there.
+    fn message(&self, message: Inbound) -> Result<(), NotTaken>;
+}
+
+/// Why a [`Fallback`] did nothing with a message.
+#[derive(Debug)]
+pub enum NotTaken {
+    /// The payload is not valid.
+    Malformed(PayloadError),
+    /// Nobody is there.
+    Absent(Inbound),
+}
+
 /// Why a [`Handler`] did nothing with a message.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Unhandled {
@@ -207,6 +292,9 @@ pub enum Unhandled {
     /// Who handled messages is gone.
     #[error("the handler is gone")]
     NoHandler,
+    /// The local gateway does not keep up.
+    #[error("more arrives than the gateway takes")]
+    TooMany,
 }
 
 /// What a [`Handler`] is told besides messages.

@@ -561,7 +561,7 @@ mod tests {
     async fn a_socket_is_reached_at_what_it_is_bound_to() {
         let local = |ip: Option<IpAddr>| {
             let (signals, _) = crate::socket::signals();
-            let socket = Socket::bind(ip, 0, crate::socket::refusals(), signals).unwrap();
+            let socket = Socket::bind(ip, 0, None, crate::socket::refusals(), signals).unwrap();
             (local_addresses(&socket), socket.local().port())
         };
         let (all, port) = local(None);

@@ -19,10 +19,11 @@ use crate::decide::known::Known;
 use crate::dial::{Dialer, not_connected};
 use crate::endpoint::{Endpoint, Target};
 use crate::error::ConnectError;
+use crate::gateway::{Asker, Gateway};
 use crate::identity::{Fingerprint, Identity};
 use crate::link::{Link, lock, now_or_never};
 use crate::listen::{Accepted, Admission, Expected};
-use crate::message::{Event, Handler, Inbound, Message, NodeId, Path, PeerName, Unhandled};
+use crate::message::{Event, Fallback, Handler, Inbound, Letter, NodeId, NotTaken, Path, PeerName, Unhandled};
 use crate::nat::Nat;
 use crate::peer::{self, Peer};
 use crate::punch::Puncher;
@@ -66,6 +67,10 @@ pub(crate) struct Node {
     relay_closed: Mutex<Option<Instant>>,
     known: Mutex<Known>,
     tls: Arc<QuicClientConfig>,
+    /// For a gateway on this host.
+    gateway_tls: Arc<QuicClientConfig>,
+    gateway: Option<Arc<Gateway>>,
+    fallback: RwLock<Option<Arc<dyn Fallback>>>,
     socket: Mutex<BoundSocket>,
     signals: Signals,
     peers: RwLock<Peers>,
@@ -118,12 +123,14 @@ impl Node {
         identity: Identity,
         network: Network,
         tls: QuicClientConfig,
+        gateway_tls: QuicClientConfig,
         clients: Clients,
         runtime: Handle,
     ) -> Arc<Self> {
         let Network { quic, socket, refusals, signals } = network;
         let mut tasks = JoinSet::new();
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
+        let gateway = config.gateway.as_ref().map(|gateway| Arc::new(Gateway::new(gateway, &config)));
         Arc::new(Self {
             config,
             identity,
@@ -142,6 +149,9 @@ impl Node {
             relay_closed: Mutex::default(),
             known: Mutex::default(),
             tls: Arc::new(tls),
+            gateway_tls: Arc::new(gateway_tls),
+            gateway,
+            fallback: RwLock::default(),
             socket: Mutex::new(BoundSocket { socket, errors }),
             signals,
             peers: RwLock::default(),
@@ -154,7 +164,7 @@ impl Node {
     }
 
     /// Sends over the live link to a peer, if there is one with room.
-    pub(crate) fn send_now(&self, target: &Target<'_>, message: Message, now: Instant) -> Result<(), Message> {
+    pub(crate) fn send_now(&self, target: &Target<'_>, message: Letter, now: Instant) -> Result<(), Letter> {
         // The table stays locked for reading meanwhile, which is cheaper than counting one more reference.
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
         let Some(peer) = peers.pool.get(target) else { return Err(message) };
@@ -200,6 +210,9 @@ impl Node {
 
     /// Takes an idle peer out of the pool, unless it was used meanwhile.
     pub(crate) fn forget(&self, peer: &Arc<Peer>) {
+        if let (PeerName::Gateway(_), Some(gateway)) = (&peer.name, &self.gateway) {
+            return gateway.forget(peer);
+        }
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         if self.instant(peer.last_used()) + self.config.idle_timeout > Instant::now() {
             return;
@@ -211,6 +224,9 @@ impl Node {
 
     /// The task of a peer has ended.
     pub(crate) fn gone(&self, peer: &Arc<Peer>) {
+        if let (PeerName::Gateway(_), Some(gateway)) = (&peer.name, &self.gateway) {
+            return gateway.gone(peer);
+        }
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         let Peers { pool, leaving } = &mut *peers;
         for table in [pool, leaving] {
@@ -228,7 +244,12 @@ impl Node {
         key: Option<Fingerprint>,
         until: Instant,
     ) -> Result<Link, ConnectError> {
-        let link = self.dialer().dial(endpoint, until).await?;
+        let mut dialer = self.dialer();
+        if let (PeerName::Gateway(_), true) = (&name, endpoint.is_loopback()) {
+            // Whoever may bind a port of this host could as well read this process's memory.
+            dialer.tls = self.gateway_tls.clone();
+        }
+        let link = dialer.dial(endpoint, until).await?;
         self.check_key(&name, key, link)
     }
 
@@ -323,7 +344,16 @@ impl Node {
         key: Option<Fingerprint>,
         link: Link,
     ) -> Result<Link, ConnectError> {
-        let PeerName::Node(node) = name else { return Ok(link) };
+        let node = match name {
+            PeerName::Node(node) => node,
+            PeerName::Endpoint(_) => return Ok(link),
+            PeerName::Gateway(_) if link.dialect == Dialect::Macula => return Ok(link),
+            PeerName::Gateway(endpoint) => {
+                // Two engines that took each other for gateways would hand messages on for ever.
+                tracing::warn!(%endpoint, "a node of this library listens where the local gateway should");
+                return Err(ConnectError::NoProtocol);
+            }
+        };
         let binds = !matches!(self.config.verify, Verify::None);
         let expected = key.or_else(|| self.known_key(node));
         // A caller that names the very key knows better than what was seen first.
@@ -359,7 +389,8 @@ impl Node {
         let until = lock(&self.relay_closed).map(|closed| closed + PORTS_FREE);
         let responder = loop {
             let _inside = self.runtime.enter();
-            let bound = Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port);
+            let reserved = self.config.reserved_port(None);
+            let bound = Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port, reserved);
             match bound {
                 Err(error) if error.kind() == ErrorKind::AddrInUse && until > Some(Instant::now()) => {
                     std::thread::sleep(Duration::from_millis(1));
@@ -436,7 +467,8 @@ impl Node {
     /// Moves the endpoint, with its live links, to another local address.
     pub(crate) fn rebind(&self, ip: Option<IpAddr>, port: u16) -> std::io::Result<()> {
         let _inside = self.runtime.enter();
-        let socket = Socket::bind(ip, port, self.refusals.clone(), self.signals.clone())?;
+        let reserved = self.config.reserved_port(ip);
+        let socket = Socket::bind(ip, port, reserved, self.refusals.clone(), self.signals.clone())?;
         self.quic.rebind_abstract(socket.clone())?;
         let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
         let old = std::mem::replace(&mut *lock(&self.socket), BoundSocket { socket, errors });
@@ -456,36 +488,100 @@ impl Node {
         *self.handler.write().unwrap_or_else(PoisonError::into_inner) = handler;
     }
 
-    /// Hands a frame to the handler, in the order of the calls.
+    pub(crate) fn set_fallback(&self, fallback: Option<Arc<dyn Fallback>>) {
+        *self.fallback.write().unwrap_or_else(PoisonError::into_inner) = fallback;
+    }
+
+    /// Hands a frame to the local gateway or to the handler, in the order of the calls.
     pub(crate) fn deliver(self: &Arc<Self>, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
-        let Some(kind) = MessageType::from_id(frame.type_id) else {
-            self.counters.malformed.add(1);
-            return;
-        };
-        let Some(handler) = self.handler() else {
-            return self.not_handled(&Unhandled::NoHandler);
-        };
-        let message = inbound(kind, frame.payload);
-        let handled = match message.payload.len() < LARGE_PAYLOAD {
-            true => handler.message(message),
-            false => tokio::task::block_in_place(|| handler.message(message)),
-        };
-        if let Err(why) = handled {
-            self.not_handled(&why);
+        let wanted = |gateway: &&Arc<Gateway>| gateway.is_wanted(self.handler().is_some());
+        let Some(gateway) = self.gateway.as_ref().filter(wanted) else { return self.deliver_here(frame, inbound) };
+        let Some(kind) = MessageType::from_id(frame.type_id()) else { return self.malformed() };
+        let whole = frame.bytes().clone();
+        gateway.take(self, whole, inbound(kind, frame.into_payload()));
+    }
+
+    /// Hands a frame to the handler.
+    pub(crate) fn deliver_here(&self, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
+        match MessageType::from_id(frame.type_id()) {
+            Some(kind) => {
+                self.to_handler(inbound(kind, frame.into_payload()));
+            }
+            None => self.malformed(),
         }
     }
 
-    fn not_handled(&self, why: &Unhandled) {
+    /// Hands a message to the handler. Whether it was taken.
+    pub(crate) fn to_handler(&self, message: Inbound) -> bool {
+        let Some(handler) = self.handler() else {
+            self.not_handled(&Unhandled::NoHandler);
+            return false;
+        };
+        match handled(message.payload.len(), || handler.message(message)) {
+            Ok(()) => true,
+            Err(why) => {
+                self.not_handled(&why);
+                false
+            }
+        }
+    }
+
+    /// Hands a message that the local gateway did not take to the one who comes before the handler then.
+    pub(crate) fn to_fallback(&self, message: Inbound) -> Result<(), NotTaken> {
+        let fallback = self.fallback.read().unwrap_or_else(PoisonError::into_inner).clone();
+        match fallback {
+            Some(fallback) => handled(message.payload.len(), || fallback.message(message)),
+            None => Err(NotTaken::Absent(message)),
+        }
+    }
+
+    pub(crate) fn not_handled(&self, why: &Unhandled) {
         match why {
             Unhandled::Malformed(error) => {
-                self.counters.malformed.add(1);
+                self.malformed();
                 tracing::debug!(%error, "payload not read");
             }
-            Unhandled::NoHandler => {
+            Unhandled::NoHandler | Unhandled::TooMany => {
                 if self.counters.unhandled.add(1) == 0 {
-                    tracing::warn!("messages arrive and nobody handles them");
+                    tracing::warn!(%why, "messages arrive and nobody handles them");
                 }
             }
+        }
+    }
+
+    /// Counts a message that cannot be read.
+    pub(crate) fn malformed(&self) {
+        self.counters.malformed.add(1);
+    }
+
+    /// Whether the local gateway, if there is one, is at the other end of a link.
+    pub(crate) fn is_gateway(&self, name: &PeerName, link: &Link) -> bool {
+        self.gateway.as_ref().is_some_and(|gateway| gateway.is(name, link))
+    }
+
+    /// A link to the local gateway is up.
+    pub(crate) fn gateway_found(&self) {
+        if let Some(gateway) = &self.gateway {
+            gateway.found();
+        }
+    }
+
+    /// The local gateway has answered a message that was handed over.
+    pub(crate) fn gateway_answered(&self, asker: &Asker, frame: RawFrame) {
+        if let Some(gateway) = &self.gateway {
+            gateway.answered(asker, frame);
+        }
+    }
+
+    /// Whether more messages for the local gateway wait than should.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.gateway.as_ref().is_some_and(|gateway| gateway.is_crowded())
+    }
+
+    /// Waits until they are fewer: nothing is read that could not be handed over.
+    pub(crate) async fn room(&self) {
+        if let Some(gateway) = &self.gateway {
+            gateway.room().await;
         }
     }
 
@@ -561,10 +657,16 @@ impl Node {
             refused: counters.refused.get(),
             registrations: self.clients.stats(),
             relay: self.relay().map(|relay| relay.stats()),
+            gateway: self.gateway.as_ref().map(|gateway| gateway.stats()),
         }
     }
 
     fn handler(&self) -> Option<Arc<dyn Handler>> {
         self.handler.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// Lets somebody handle a payload of this length.
+fn handled<T>(len: usize, handle: impl FnOnce() -> T) -> T {
+    if len < LARGE_PAYLOAD { handle() } else { tokio::task::block_in_place(handle) }
 }

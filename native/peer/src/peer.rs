@@ -28,9 +28,9 @@ use crate::dial::refused;
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::identity::Fingerprint;
-use crate::link::{Link, Partial, Swept, Written, lock};
+use crate::link::{Answered, Link, Partial, Swept, Written, lock};
 use crate::listen::{LARGE_FRAME, serve_link};
-use crate::message::{Event, Inbound, Message, Path, PeerName};
+use crate::message::{Event, Inbound, Letter, Path, PeerName};
 use crate::node::Node;
 use crate::punch::PunchError;
 use crate::race::{self, Failures, Race, Ways};
@@ -133,7 +133,7 @@ struct State {
 }
 
 struct Job {
-    message: Option<Message>,
+    message: Option<Letter>,
     deadline: Option<Instant>,
     since: Instant,
     who: Who,
@@ -173,7 +173,7 @@ pub(crate) struct Retired;
 impl Peer {
     pub(crate) fn new(name: PeerName, node: Arc<Node>) -> Arc<Self> {
         let mut ways = Ways::default();
-        if let PeerName::Endpoint(endpoint) = &name {
+        if let PeerName::Endpoint(endpoint) | PeerName::Gateway(endpoint) = &name {
             ways.endpoints.push(endpoint.clone());
         }
         let state = State {
@@ -210,7 +210,7 @@ impl Peer {
     }
 
     /// Sends over the live link, or gives the message back if the caller has to wait.
-    pub(crate) fn send_now(&self, message: Message, now: Instant) -> Result<(), Message> {
+    pub(crate) fn send_now(&self, message: Letter, now: Instant) -> Result<(), Letter> {
         self.touch(now);
         let size = message.frame.len();
         let link = {
@@ -265,7 +265,7 @@ impl Peer {
     /// Queues a message whose sender waits.
     pub(crate) fn send(
         self: &Arc<Self>,
-        message: Message,
+        message: Letter,
         call: &Arc<Call<Result<(), SendError>>>,
     ) -> Result<Waiting, Retired> {
         let deadline = message.deadline;
@@ -277,7 +277,7 @@ impl Peer {
     /// Queues a request.
     pub(crate) fn request(
         self: &Arc<Self>,
-        message: Message,
+        message: Letter,
         call: &Arc<Call<Result<RawFrame, RequestError>>>,
     ) -> Result<Waiting, Retired> {
         let deadline = message.deadline;
@@ -340,7 +340,7 @@ impl Peer {
 
     fn enqueue(
         self: &Arc<Self>,
-        message: Message,
+        message: Letter,
         deadline: Option<Instant>,
         who: Who,
         call: Arc<dyn Cancel>,
@@ -446,7 +446,7 @@ impl Peer {
     }
 
     /// Gives a message to the session, whose link is live. Returns whether the task is to go on with it.
-    fn number(&self, state: &mut State, message: Message, now: Instant) -> bool {
+    fn number(&self, state: &mut State, message: Letter, now: Instant) -> bool {
         state.expiry = earliest(state.expiry, message.deadline);
         let (progress, wake) = state.session.send(message, now);
         self.counters.sent.add(progress.written);
@@ -454,7 +454,7 @@ impl Peer {
     }
 
     /// Takes a message for a live link that has no stream to spare just now.
-    fn accept(&self, state: &mut State, message: Message) -> Result<(), Message> {
+    fn accept(&self, state: &mut State, message: Letter) -> Result<(), Letter> {
         // It would take the room that somebody waits for.
         let waited_for = state.queue.back().is_some_and(|job| !job.is_accepted());
         if waited_for || state.queue.len() >= MAX_ACCEPTED || state.retired {
@@ -533,7 +533,7 @@ impl State {
 }
 
 impl Job {
-    fn accepted(message: Option<Message>, deadline: Option<Instant>) -> Self {
+    fn accepted(message: Option<Letter>, deadline: Option<Instant>) -> Self {
         Self { message, deadline, since: Instant::now(), who: Who::Accepted }
     }
 
@@ -639,7 +639,7 @@ struct Task {
 struct WriteOutcome {
     link: Arc<Link>,
     job: Job,
-    message: Message,
+    message: Letter,
     result: Result<(SendStream, RecvStream), WriteFailure>,
 }
 
@@ -810,7 +810,7 @@ impl Task {
     fn not_reached(&self) -> SendError {
         match (&self.peer.name, &self.failure) {
             (_, Some(failure)) => failure.clone(),
-            (PeerName::Endpoint(_), None) => ConnectError::TimedOut.into(),
+            (PeerName::Endpoint(_) | PeerName::Gateway(_), None) => ConnectError::TimedOut.into(),
             (PeerName::Node(_), None) if !self.has_relays() => RouteError::NoRelay.into(),
             (PeerName::Node(_), None) => RouteError::Relay(ConnectError::TimedOut).into(),
         }
@@ -1191,7 +1191,10 @@ impl Task {
 
     fn link_up(&mut self, link: Arc<Link>) {
         tracing::debug!(peer = %self.peer.name, dialect = link.dialect.alpn(), path = ?link.path, "link up");
-        self.node().counted_unverified(link.dialect);
+        match &self.peer.name {
+            PeerName::Gateway(_) => self.node().gateway_found(),
+            _ => self.node().counted_unverified(link.dialect),
+        }
         match &self.link {
             Some(_) if self.in_doubt => self.retire_link(),
             Some(_) => self.replace_link(),
@@ -1361,7 +1364,7 @@ impl Task {
         self.link.take()
     }
 
-    fn owe(&mut self, messages: Vec<Message>) {
+    fn owe(&mut self, messages: Vec<Letter>) {
         let now = Instant::now();
         let (mut expired, mut lost) = (0, 0);
         let once = self.node().config.delivery == Delivery::AtMostOnce;
@@ -1386,7 +1389,7 @@ impl Task {
     }
 
     /// Messages of the session.
-    fn give_up(&self, messages: Vec<Message>, reason: UndeliveredReason) {
+    fn give_up(&self, messages: Vec<Letter>, reason: UndeliveredReason) {
         self.let_go(messages.iter().map(|message| message.frame.len()).sum());
         self.undelivered(messages.len() as u64, reason);
     }
@@ -1398,11 +1401,14 @@ impl Task {
         }
     }
 
-    fn answers_came(&mut self, frames: Vec<RawFrame>) {
+    fn answers_came(&mut self, answers: Vec<Answered>) {
         let Some(link) = &self.link else { return };
-        for frame in frames {
+        for Answered { frame, asker } in answers {
             self.peer.counters.received.add(1);
-            hand_over(&self.peer, link, frame);
+            match asker {
+                Some(asker) => self.node().gateway_answered(&asker, frame),
+                None => hand_over(&self.peer, link, frame),
+            }
         }
     }
 
@@ -1433,7 +1439,7 @@ impl Task {
     }
 
     /// A part of it may have arrived, but no receiver makes anything of a part: sending it again is no second delivery.
-    fn write_lost(&mut self, mut job: Job, message: Message) {
+    fn write_lost(&mut self, mut job: Job, message: Letter) {
         job.message = Some(message);
         if job.is_accepted() && job.deadline.is_none() {
             job.deadline = Some(Instant::now() + OWED_WITHOUT_DEADLINE);
@@ -1481,7 +1487,7 @@ impl Task {
     fn not_for_this_peer(&self, job: Job) {
         self.peer.let_go(&job);
         let error = || match self.peer.name {
-            PeerName::Endpoint(_) => SendError::from(ConnectError::Untrusted),
+            PeerName::Endpoint(_) | PeerName::Gateway(_) => SendError::from(ConnectError::Untrusted),
             PeerName::Node(_) => RouteError::Node(ConnectError::Untrusted).into(),
         };
         match job.who {
@@ -1615,6 +1621,7 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
     let mut frames = link.reassembler();
     let mut permit = None;
     while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
+        peer.node.room().await;
         frames.push(chunk.bytes);
         loop {
             match frames.next_frame() {
@@ -1639,7 +1646,14 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
 
 fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) {
     let (from, dialect, path, key) = (link.remote(), link.dialect, link.path, link.key());
-    peer.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, path, key, dialect, reply: None });
+    let inbound = |kind, payload| Inbound { kind, payload, from, path, key, dialect, reply: None };
+    match &peer.name {
+        // Nobody asked for it.
+        PeerName::Gateway(_) => tracing::debug!("the gateway says something by itself"),
+        // Its answer to this very node: it is not told what it said.
+        name if peer.node.is_gateway(name, link) => peer.node.deliver_here(frame, inbound),
+        _ => peer.node.deliver(frame, inbound),
+    }
 }
 
 async fn doubted(link: Option<&Link>) {
@@ -1663,7 +1677,7 @@ async fn credit(link: Option<&Link>, wanted: bool) -> Option<(SendStream, RecvSt
     }
 }
 
-async fn answers(link: Option<&Link>) -> Vec<RawFrame> {
+async fn answers(link: Option<&Link>) -> Vec<Answered> {
     let Some(link) = link else { return std::future::pending().await };
     poll_fn(|cx| match link.poll_answers(cx) {
         frames if frames.is_empty() => Poll::Pending,

@@ -317,7 +317,7 @@ impl Race {
     fn not_direct(&mut self, error: ConnectError) {
         self.failures.direct = Some(error.clone());
         let error = match (&self.name, error) {
-            (PeerName::Endpoint(_), error) => error.into(),
+            (PeerName::Endpoint(_) | PeerName::Gateway(_), error) => error.into(),
             (PeerName::Node(_), error @ ConnectError::Untrusted) => RouteError::Node(error).into(),
             // That an endpoint leads nowhere says nothing of the node.
             (PeerName::Node(_), _) => return,

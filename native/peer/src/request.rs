@@ -10,7 +10,7 @@ use quinn::{ReadError, RecvStream, SendStream, WriteError};
 use crate::call::Call;
 use crate::error::RequestError;
 use crate::link::{Link, is_acknowledged};
-use crate::message::Message;
+use crate::message::Letter;
 use crate::node::LARGE_PAYLOAD;
 use crate::peer::deadline;
 
@@ -33,7 +33,7 @@ enum Failure {
     Malformed(FrameError),
 }
 
-pub(crate) async fn run(link: Arc<Link>, call: Arc<Call<Result<RawFrame, RequestError>>>, message: Message) -> End {
+pub(crate) async fn run(link: Arc<Link>, call: Arc<Call<Result<RawFrame, RequestError>>>, message: Letter) -> End {
     let until = message.deadline;
     let _asked = Asked::new(&link);
     let outcome = tokio::select! {
@@ -46,7 +46,7 @@ pub(crate) async fn run(link: Arc<Link>, call: Arc<Call<Result<RawFrame, Request
     };
     let error = match outcome {
         Ok(frame) => {
-            if frame.payload.len() < LARGE_PAYLOAD {
+            if frame.payload().len() < LARGE_PAYLOAD {
                 call.answer(Ok(frame));
             } else {
                 tokio::task::spawn_blocking(move || call.answer(Ok(frame)));
@@ -78,9 +78,9 @@ impl Drop for Asked<'_> {
     }
 }
 
-async fn exchange(link: &Link, message: Message) -> Result<RawFrame, Failure> {
+async fn exchange(link: &Link, message: Letter) -> Result<RawFrame, Failure> {
     let (mut send, mut receive) = link.connection.open_bi().await.map_err(|_| Failure::Unsent)?;
-    send.write_chunk(message.frame).await.map_err(|error| match error {
+    send.write_chunk(message.frame.clone()).await.map_err(|error| match error {
         // The peer has seen it and does not want it.
         WriteError::Stopped(_) => Failure::LinkLost,
         _ => Failure::Unacknowledged,

@@ -54,16 +54,25 @@ pub(crate) struct Socket {
     refusals: Refusals,
     signals: Signals,
     extras: Extras,
+    /// A port that is left alone.
+    reserved: Option<u16>,
 }
 
 impl Socket {
-    /// Binds a port (0: any) of an address, or of every address of both families. Must be called inside the runtime.
-    pub(crate) fn bind(ip: Option<IpAddr>, port: u16, refusals: Refusals, signals: Signals) -> io::Result<Arc<Self>> {
+    /// Binds a port (0: any but the reserved one) of an address, or of every address of both families. Must be called
+    /// inside the runtime.
+    pub(crate) fn bind(
+        ip: Option<IpAddr>,
+        port: u16,
+        reserved: Option<u16>,
+        refusals: Refusals,
+        signals: Signals,
+    ) -> io::Result<Arc<Self>> {
         let socket = match ip {
-            Some(ip) => open((ip, port).into())?,
-            None => open((Ipv6Addr::UNSPECIFIED, port).into()).or_else(|error| match error.kind() {
+            Some(ip) => open((ip, port).into(), reserved)?,
+            None => open((Ipv6Addr::UNSPECIFIED, port).into(), reserved).or_else(|error| match error.kind() {
                 io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied => Err(error),
-                _ => open((Ipv4Addr::UNSPECIFIED, port).into()),
+                _ => open((Ipv4Addr::UNSPECIFIED, port).into(), reserved),
             })?,
         };
         enlarge_buffers(socket2::SockRef::from(&socket));
@@ -78,12 +87,13 @@ impl Socket {
             refusals,
             signals,
             extras: Extras::default(),
+            reserved,
         }))
     }
 
     /// Another socket with the same address, on any port. Must be called inside the runtime.
     pub(crate) fn open_beside(&self) -> io::Result<UdpSocket> {
-        UdpSocket::from_std(open((self.local.ip(), 0).into())?)
+        UdpSocket::from_std(open((self.local.ip(), 0).into(), self.reserved)?)
     }
 
     /// From now on QUIC's packets to `peer` leave by `socket`, and what the peer sends to that is heard. It must be one of
@@ -207,8 +217,18 @@ pub(crate) fn reachable_from(local: SocketAddr, address: SocketAddr) -> Option<S
     }
 }
 
-/// A socket at an address, for both families if that is every IPv6 address.
-pub(crate) fn open(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+/// A socket at an address, for both families if that is every IPv6 address. The system does not choose the reserved port
+/// for it.
+pub(crate) fn open(address: SocketAddr, reserved: Option<u16>) -> io::Result<std::net::UdpSocket> {
+    let socket = open_any(address)?;
+    if address.port() == 0 && Some(socket.local_addr()?.port()) == reserved {
+        // As long as the first one has it, another does not get it.
+        return open_any(address);
+    }
+    Ok(socket)
+}
+
+fn open_any(address: SocketAddr) -> io::Result<std::net::UdpSocket> {
     let socket = socket2::Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
         socket.set_only_v6(false)?;

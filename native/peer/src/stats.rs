@@ -73,6 +73,21 @@ pub struct Stats {
     pub registrations: Vec<RegistrationStats>,
     /// This node as a relay.
     pub relay: Option<RelayStats>,
+    /// What became of messages for the local gateway, if there is one.
+    pub gateway: Option<GatewayStats>,
+}
+
+/// The local gateway.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GatewayStats {
+    /// Where it is looked for.
+    pub endpoint: Endpoint,
+    /// Messages that were sent to it.
+    pub handed_over: u64,
+    /// Its answers that were sent on.
+    pub answered: u64,
+    /// Messages that others got because it was not there.
+    pub fallen_back: u64,
 }
 
 /// This node at one relay.

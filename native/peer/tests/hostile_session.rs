@@ -393,9 +393,9 @@ async fn lied_to(connection: Connection, lie: Lie, came: Arc<Mutex<Vec<u64>>>) {
                 frames.push(chunk.bytes);
                 while let Some(frame) = frames.next_frame().unwrap() {
                     // The other end may have given the link up; here and below.
-                    if frame.type_id == SESSION {
+                    if frame.type_id() == SESSION {
                         let _ = send.write_all(&(lie.greeting)()).await;
-                    } else if let Some(n) = number(&frame.payload) {
+                    } else if let Some(n) = number(frame.payload()) {
                         came.lock().unwrap().push(n);
                     }
                 }

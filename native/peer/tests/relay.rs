@@ -53,8 +53,8 @@ fn a_relay_answers_nat_probes_with_what_it_sees() {
     let frame = value::encode(NatProbe, &probe, Limits::default()).unwrap().into();
     let deadline = Some(Instant::now() + TIMEOUT);
     let answer = request(&node, &address, Message { frame, kind: NatProbe, deadline, key: None }).unwrap();
-    assert_eq!(MessageType::from_id(answer.type_id), Some(MessageType::NatProbeReply));
-    let Value::Map(fields) = decode_payload(&answer.payload, Limits::default(), &mut ValueBuilder).unwrap() else {
+    assert_eq!(MessageType::from_id(answer.type_id()), Some(MessageType::NatProbeReply));
+    let Value::Map(fields) = decode_payload(answer.payload(), Limits::default(), &mut ValueBuilder).unwrap() else {
         panic!("no map")
     };
     let field = |name: &str| fields.iter().find(|(key, _)| *key == Value::Bin(name.into())).map(|(_, value)| value);

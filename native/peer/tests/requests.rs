@@ -46,8 +46,8 @@ fn a_request_gets_its_answer_in_however_many_chunks() {
     let client = engine(Config::default());
     for n in 0..5 {
         let answer = request(&client, &endpoint, message(Ping, n, 10 * SECOND)).unwrap();
-        assert_eq!((answer.type_id, number(&answer.payload)), (Pong.id(), Some(n)));
-        assert!(answer.payload.len() > 1 << 20);
+        assert_eq!((answer.type_id(), number(answer.payload())), (Pong.id(), Some(n)));
+        assert!(answer.payload().len() > 1 << 20);
     }
     assert!(echo.second_refused.load(Ordering::Relaxed));
     client.stop();

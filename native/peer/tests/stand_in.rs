@@ -45,7 +45,7 @@ async fn serve(connection: Connection, got: Arc<Mutex<Vec<u64>>>) {
             while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
                 frames.push(chunk.bytes);
                 while let Ok(Some(frame)) = frames.next_frame() {
-                    got.lock().unwrap().push(number(&frame.payload).unwrap());
+                    got.lock().unwrap().push(number(frame.payload()).unwrap());
                 }
             }
         });

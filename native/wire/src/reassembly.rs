@@ -7,8 +7,8 @@ use crate::{FrameError, HEADER_LEN, Header, Limits};
 
 /// Cuts a stream of bytes, arriving in whatever pieces, into frames.
 ///
-/// The payload of a frame that lies inside one chunk is a slice of that chunk, and keeps the chunk
-/// alive as long as it lives; other frames are copied together. Memory follows what has arrived,
+/// A frame that lies inside one chunk is a slice of that chunk, and keeps the chunk alive as long as
+/// it lives; other frames are copied together. Memory follows what has arrived,
 /// not what a header announces.
 #[derive(Debug)]
 pub struct Reassembler {
@@ -50,7 +50,7 @@ impl Reassembler {
                 None => return Ok(None),
             },
         };
-        self.buffered -= HEADER_LEN + frame.payload.len();
+        self.buffered -= frame.bytes().len();
         Ok(Some(frame))
     }
 
@@ -72,16 +72,15 @@ impl Reassembler {
         if !self.partial.is_empty() || chunk.len() < HEADER_LEN {
             return Ok(None);
         }
-        let Header { type_id, payload_len } = Header::parse(chunk, self.limits)?;
+        let Header { payload_len, .. } = Header::parse(chunk, self.limits)?;
         if chunk.len() - HEADER_LEN < payload_len {
             return Ok(None);
         }
-        chunk.advance(HEADER_LEN);
-        let payload = chunk.split_to(payload_len);
+        let frame = chunk.split_to(HEADER_LEN + payload_len);
         if chunk.is_empty() {
             self.chunks.pop_front();
         }
-        Ok(Some(RawFrame { type_id, payload }))
+        Ok(Some(RawFrame(frame)))
     }
 
     /// The next frame, copied together from the first chunks; what there is of it is kept.
@@ -89,13 +88,11 @@ impl Reassembler {
         if !self.fill_partial(HEADER_LEN) {
             return Ok(None);
         }
-        let Header { type_id, payload_len } = Header::parse(&self.partial, self.limits)?;
+        let Header { payload_len, .. } = Header::parse(&self.partial, self.limits)?;
         if !self.fill_partial(HEADER_LEN + payload_len) {
             return Ok(None);
         }
-        let mut payload = mem::take(&mut self.partial).freeze();
-        payload.advance(HEADER_LEN);
-        Ok(Some(RawFrame { type_id, payload }))
+        Ok(Some(RawFrame(mem::take(&mut self.partial).freeze())))
     }
 
     /// Moves bytes to `partial` until it has `len`; whether there were enough.
@@ -115,10 +112,35 @@ impl Reassembler {
 }
 
 /// A frame taken out of a stream, its payload not looked at yet.
+///
+/// The header is kept with it, so that it can go on as it came.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RawFrame {
+pub struct RawFrame(Bytes);
+
+impl RawFrame {
     /// The type id, which need not be that of a [`MessageType`](crate::MessageType).
-    pub type_id: u8,
+    pub fn type_id(&self) -> u8 {
+        self.0[1]
+    }
+
     /// The payload, for [`decode_payload`](crate::decode_payload).
-    pub payload: Bytes,
+    pub fn payload(&self) -> &[u8] {
+        &self.0[HEADER_LEN..]
+    }
+
+    /// The payload alone.
+    pub fn into_payload(mut self) -> Bytes {
+        self.0.advance(HEADER_LEN);
+        self.0
+    }
+
+    /// The whole frame, header included.
+    pub fn bytes(&self) -> &Bytes {
+        &self.0
+    }
+
+    /// The whole frame, header included.
+    pub fn into_bytes(self) -> Bytes {
+        self.0
+    }
 }

@@ -165,9 +165,10 @@ fn frames_inside_a_chunk_are_not_copied() {
     reassembler.push(chunk.clone());
     for start in [0, frame.len()] {
         let frame = reassembler.next_frame().unwrap().unwrap();
-        assert_eq!(frame.type_id, 0xFF);
-        assert_eq!(frame.payload, [0x80].as_slice());
-        assert_eq!(frame.payload.as_ptr(), chunk[start + HEADER_LEN..].as_ptr());
+        assert_eq!(frame.type_id(), 0xFF);
+        assert_eq!(frame.payload(), [0x80]);
+        assert_eq!(frame.bytes().as_ptr(), chunk[start..].as_ptr());
+        assert_eq!(frame.into_payload().as_ptr(), chunk[start + HEADER_LEN..].as_ptr());
     }
     assert_eq!(reassembler.next_frame(), Ok(None));
 }

@@ -2,6 +2,7 @@
 //! in virtual time.
 
 pub(crate) mod coordinate;
+pub(crate) mod handover;
 pub(crate) mod known;
 pub(crate) mod lanes;
 pub(crate) mod lookup;

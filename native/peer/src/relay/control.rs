@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
-use macula_peer_wire::{HEADER_LEN, Limits, MessageType, PayloadError, RawFrame, decode_payload};
+use macula_peer_wire::{Limits, MessageType, PayloadError, RawFrame, decode_payload};
 
 use crate::decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 use crate::decide::punch::Role;
@@ -254,7 +254,7 @@ impl FromNode {
 
     pub(crate) fn decode(frame: &RawFrame) -> Result<Self, ControlError> {
         let fields = Fields::decode(frame)?;
-        match MessageType::from_id(frame.type_id) {
+        match MessageType::from_id(frame.type_id()) {
             Some(MessageType::Cast) => {
                 Ok(Self::Describe { profile: fields.nat()?, candidates: fields.addresses("candidates")? })
             }
@@ -283,7 +283,7 @@ impl FromNode {
             Some(MessageType::Disconnect) => {
                 Ok(Self::Disconnect { circuit: fields.circuit()?, reason: fields.reason()? })
             }
-            _ => Err(ControlError::Type(frame.type_id)),
+            _ => Err(ControlError::Type(frame.type_id())),
         }
     }
 }
@@ -326,7 +326,7 @@ impl FromRelay {
 
     pub(crate) fn decode(frame: &RawFrame) -> Result<Self, ControlError> {
         let fields = Fields::decode(frame)?;
-        match MessageType::from_id(frame.type_id) {
+        match MessageType::from_id(frame.type_id()) {
             Some(MessageType::Reply) => fields.reply(),
             Some(MessageType::Disconnect) => {
                 Ok(Self::Disconnect { circuit: fields.circuit()?, reason: fields.reason()? })
@@ -342,7 +342,7 @@ impl FromRelay {
                 session_id: fields.id("session_id")?,
                 error: Refusal::from_name(fields.bin("error")?),
             }),
-            _ => Err(ControlError::Type(frame.type_id)),
+            _ => Err(ControlError::Type(frame.type_id())),
         }
     }
 }
@@ -430,11 +430,11 @@ struct Fields(Vec<(Value, Value)>);
 
 impl Fields {
     fn decode(frame: &RawFrame) -> Result<Self, ControlError> {
-        let len = HEADER_LEN + frame.payload.len();
+        let len = frame.bytes().len();
         if len > LIMITS.max_frame {
             return Err(ControlError::TooLarge(len));
         }
-        match decode_payload(&frame.payload, LIMITS, &mut ValueBuilder)? {
+        match decode_payload(frame.payload(), LIMITS, &mut ValueBuilder)? {
             Value::Map(pairs) => Ok(Self(pairs)),
             _ => Err(ControlError::NotAMap),
         }
@@ -596,13 +596,24 @@ impl Fields {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use bytes::BytesMut;
+    use macula_peer_wire::Reassembler;
     use proptest::collection::vec;
     use proptest::prelude::*;
 
     use super::*;
 
     fn raw(frame: &Bytes) -> RawFrame {
-        RawFrame { type_id: frame[1], payload: frame.slice(HEADER_LEN..) }
+        let mut frames = Reassembler::new(Limits::default());
+        frames.push(frame.clone());
+        frames.next_frame().unwrap().unwrap()
+    }
+
+    fn of(type_id: u8, payload: &[u8]) -> RawFrame {
+        let mut frame = BytesMut::new();
+        crate::session::put_header(&mut frame, type_id, payload.len());
+        frame.extend_from_slice(payload);
+        raw(&frame.freeze())
     }
 
     fn made(ty: MessageType, pairs: Vec<(Value, Value)>) -> RawFrame {
@@ -690,10 +701,10 @@ mod tests {
     fn a_side_does_not_take_what_only_the_other_says() {
         for message in &from_node()[..3] {
             let frame = raw(&message.encode());
-            assert_eq!(FromRelay::decode(&frame), Err(ControlError::Type(frame.type_id)));
+            assert_eq!(FromRelay::decode(&frame), Err(ControlError::Type(frame.type_id())));
         }
         let frame = raw(&from_relay()[0].encode());
-        assert_eq!(FromNode::decode(&frame), Err(ControlError::Type(frame.type_id)));
+        assert_eq!(FromNode::decode(&frame), Err(ControlError::Type(frame.type_id())));
     }
 
     #[test]
@@ -785,10 +796,10 @@ mod tests {
             assert_eq!(FromRelay::decode(&reply), Err(ControlError::Field("address")), "{address}");
         }
 
-        let large = RawFrame { type_id: MessageType::Reply.id(), payload: vec![0; 5000].into() };
+        let large = of(MessageType::Reply.id(), &[0; 5000]);
         assert_eq!(FromRelay::decode(&large), Err(ControlError::TooLarge(5008)));
         assert_eq!(FromNode::decode(&large), Err(ControlError::TooLarge(5008)));
-        let nil = RawFrame { type_id: MessageType::Reply.id(), payload: vec![0xC0].into() };
+        let nil = of(MessageType::Reply.id(), &[0xC0]);
         assert_eq!(FromRelay::decode(&nil), Err(ControlError::NotAMap));
     }
 
@@ -798,7 +809,7 @@ mod tests {
             ty in prop::sample::select(vec![0x01, 0x02, 0x21, 0x22, 0x56, 0xF2, 0x00]),
             payload in vec(any::<u8>(), 0..256),
         ) {
-            decoded_or_refused(&RawFrame { type_id: ty, payload: payload.into() });
+            decoded_or_refused(&of(ty, &payload));
         }
 
         #[test]

@@ -11,7 +11,6 @@ pub(crate) mod client;
 pub(crate) mod clients;
 pub(crate) mod control;
 mod packet;
-pub(crate) mod probe;
 pub(crate) mod registration;
 pub(crate) mod responder;
 pub(crate) mod server;

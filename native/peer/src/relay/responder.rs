@@ -83,13 +83,19 @@ struct Answer {
 }
 
 impl Responder {
-    /// Opens a port (0: any) of the address that the main socket has, and of `other_ip`. Must be called inside the runtime.
-    pub(crate) fn bind(main: IpAddr, other_ip: Option<IpAddr>, port: u16) -> io::Result<Arc<Self>> {
-        let second = Beside::bind(main, port)?;
+    /// Opens a port (0: any but the reserved one) of the address that the main socket has, and of `other_ip`. Must be called
+    /// inside the runtime.
+    pub(crate) fn bind(
+        main: IpAddr,
+        other_ip: Option<IpAddr>,
+        port: u16,
+        reserved: Option<u16>,
+    ) -> io::Result<Arc<Self>> {
+        let second = Beside::bind(main, port, reserved)?;
         let third = match other_ip {
             // Only whether the host has it.
-            Some(ip) if main.is_unspecified() => Beside::bind(ip, 0).map(|_| None)?,
-            Some(ip) => Some(Beside::bind(ip, second.local.port())?),
+            Some(ip) if main.is_unspecified() => Beside::bind(ip, 0, reserved).map(|_| None)?,
+            Some(ip) => Some(Beside::bind(ip, second.local.port(), reserved)?),
             None => None,
         };
         Ok(Arc::new(Self { second, third, other_ip, asking: Mutex::default() }))
@@ -188,8 +194,8 @@ struct Beside {
 }
 
 impl Beside {
-    fn bind(ip: IpAddr, port: u16) -> io::Result<Self> {
-        let io = UdpSocket::from_std(open((ip, port).into())?)?;
+    fn bind(ip: IpAddr, port: u16, reserved: Option<u16>) -> io::Result<Self> {
+        let io = UdpSocket::from_std(open((ip, port).into(), reserved)?)?;
         let state = UdpSocketState::new(UdpSockRef::from(&io))?;
         let local = io.local_addr()?;
         Ok(Self { io, state, local })

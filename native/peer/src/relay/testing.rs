@@ -39,7 +39,7 @@ pub(crate) fn server_config(transport: TransportConfig) -> ServerConfig {
 
 /// A relay's second socket. To be called inside a runtime.
 pub(crate) fn responder() -> Arc<Responder> {
-    Responder::bind(Ipv4Addr::LOCALHOST.into(), None, 0).unwrap()
+    Responder::bind(Ipv4Addr::LOCALHOST.into(), None, 0, None).unwrap()
 }
 
 /// An endpoint on loopback.

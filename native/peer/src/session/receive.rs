@@ -138,6 +138,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     let mut number = None;
     let mut may_be_restart = !known && open.is_first();
     loop {
+        node.room().await;
         let batch = read_batch(&mut stream, &open, channel, &mut number, &mut may_be_restart);
         let expected = open.session.expected(channel);
         if expected != said {
@@ -234,10 +235,10 @@ fn parse_opening(payload: &[u8]) -> Option<(SessionId, usize)> {
 
 /// A message; `None` for a frame that was about its number.
 fn numbered(frame: RawFrame, number: &mut Option<u64>) -> Option<RawFrame> {
-    if frame.type_id != NUMBER {
+    if frame.type_id() != NUMBER {
         return Some(frame);
     }
-    *number = <[u8; NUMBER_LEN]>::try_from(&*frame.payload).ok().map(u64::from_be_bytes);
+    *number = <[u8; NUMBER_LEN]>::try_from(frame.payload()).ok().map(u64::from_be_bytes);
     None
 }
 
@@ -247,7 +248,7 @@ fn hand_over(stream: &Stream, session: &Arc<Answers>, channel: usize, number: u6
     if !incoming.get_or_insert_default().accept(number) {
         return;
     }
-    let answered = MessageType::from_id(frame.type_id).is_some_and(MessageType::is_answered);
+    let answered = MessageType::from_id(frame.type_id()).is_some_and(MessageType::is_answered);
     let reply =
         answered.then(|| ReplyToken::new(ReplyTo::Session(Arc::downgrade(session), Arc::downgrade(&stream.node))));
     stream.hand_over(frame, reply);

@@ -15,7 +15,7 @@ use quinn::{RecvStream, SendStream, WriteError};
 use crate::decide::session::{Next, Outgoing};
 use crate::link::{Link, now_or_never};
 use crate::listen::NOT_A_FRAME;
-use crate::message::Message;
+use crate::message::Letter;
 use crate::session::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, put_header};
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
@@ -43,7 +43,7 @@ pub(crate) struct Session {
 
 #[derive(Default)]
 struct Channel {
-    owed: Outgoing<Message>,
+    owed: Outgoing<Letter>,
     stream: Option<Stream>,
 }
 
@@ -72,9 +72,9 @@ pub(crate) struct Progress {
     pub(crate) acknowledged: u64,
     pub(crate) acknowledged_bytes: usize,
     /// Written to a receiver that was restarted, and may not be written again.
-    pub(crate) lost: Vec<Message>,
+    pub(crate) lost: Vec<Letter>,
     /// The receiver cannot take them.
-    pub(crate) rejected: Vec<Message>,
+    pub(crate) rejected: Vec<Letter>,
     /// A channel needs another stream: [`Session::reopen`].
     pub(crate) closed: bool,
     /// The link carries the session no more.
@@ -85,9 +85,9 @@ pub(crate) struct Progress {
 #[derive(Default)]
 pub(crate) struct Taken {
     /// In order.
-    pub(crate) owed: Vec<Message>,
+    pub(crate) owed: Vec<Letter>,
     /// May have arrived, and may not be sent again.
-    pub(crate) lost: Vec<Message>,
+    pub(crate) lost: Vec<Letter>,
 }
 
 impl Session {
@@ -148,7 +148,7 @@ impl Session {
     }
 
     /// Takes a message over and writes what the stream takes of it. Returns whether the peer's task is to go on.
-    pub(crate) fn send(&mut self, message: Message, now: Instant) -> (Progress, bool) {
+    pub(crate) fn send(&mut self, message: Letter, now: Instant) -> (Progress, bool) {
         let mut progress = Progress::default();
         let channel = self.channel(&message);
         channel.owed.push(message);
@@ -191,9 +191,9 @@ impl Session {
     }
 
     /// Gives up what is not on its way and whose time is over. Returns it, and when to look again.
-    pub(crate) fn expire(&mut self, now: Instant) -> (Vec<Message>, Option<Instant>) {
+    pub(crate) fn expire(&mut self, now: Instant) -> (Vec<Letter>, Option<Instant>) {
         let owed_until = self.detached.map(|since| since + OWED_WITHOUT_DEADLINE);
-        let until = |message: &Message| message.deadline.or(owed_until);
+        let until = |message: &Letter| message.deadline.or(owed_until);
         let mut expired = Vec::new();
         let mut next: Option<Instant> = None;
         for channel in &mut self.channels {
@@ -205,7 +205,7 @@ impl Session {
     }
 
     /// Gives up what may not go over the next link.
-    pub(crate) fn refuse(&mut self, mut refused: impl FnMut(&Message) -> bool) -> Vec<Message> {
+    pub(crate) fn refuse(&mut self, mut refused: impl FnMut(&Letter) -> bool) -> Vec<Letter> {
         let channels = self.channels.iter_mut();
         channels.flat_map(|channel| channel.owed.give_up(|message, _| refused(message))).collect()
     }
@@ -242,7 +242,7 @@ impl Session {
         self.channels.iter().filter_map(|channel| channel.owed.oldest()).min()
     }
 
-    fn channel(&mut self, message: &Message) -> &mut Channel {
+    fn channel(&mut self, message: &Letter) -> &mut Channel {
         &mut self.channels[usize::from(message.frame.len() >= LARGE_MESSAGE)]
     }
 
@@ -277,7 +277,7 @@ impl Stream {
     }
 
     /// Writes the next message without waiting. False if a part of it is left.
-    fn write_one(&mut self, owed: &mut Outgoing<Message>, now: Instant, progress: &mut Progress) -> bool {
+    fn write_one(&mut self, owed: &mut Outgoing<Letter>, now: Instant, progress: &mut Progress) -> bool {
         let Some(Next { announce, message }) = owed.write(now) else { return true };
         progress.written += 1;
         let frame = message.frame.clone();
@@ -298,7 +298,7 @@ impl Stream {
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
-        owed: &mut Outgoing<Message>,
+        owed: &mut Outgoing<Letter>,
         now: Instant,
         progress: &mut Progress,
     ) -> bool {
@@ -326,7 +326,7 @@ impl Stream {
     }
 
     /// Puts messages into one piece. A large one that is alone is not copied.
-    fn fill(&mut self, owed: &mut Outgoing<Message>, now: Instant, progress: &mut Progress) {
+    fn fill(&mut self, owed: &mut Outgoing<Letter>, now: Instant, progress: &mut Progress) {
         if owed.unwritten() == 0 {
             return;
         }
@@ -357,7 +357,7 @@ impl Stream {
     fn poll_words(
         &mut self,
         cx: &mut Context<'_>,
-        owed: &mut Outgoing<Message>,
+        owed: &mut Outgoing<Letter>,
         at_most_once: bool,
         progress: &mut Progress,
     ) -> bool {
@@ -391,7 +391,7 @@ impl Stream {
         &mut self,
         known: bool,
         expected: u64,
-        owed: &mut Outgoing<Message>,
+        owed: &mut Outgoing<Letter>,
         at_most_once: bool,
         progress: &mut Progress,
     ) {
@@ -407,7 +407,7 @@ impl Stream {
         }
     }
 
-    fn arrived(&mut self, messages: impl Iterator<Item = Message>, progress: &mut Progress) {
+    fn arrived(&mut self, messages: impl Iterator<Item = Letter>, progress: &mut Progress) {
         for message in messages {
             let size = message.frame.len();
             progress.acknowledged += 1;

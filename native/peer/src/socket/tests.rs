@@ -23,7 +23,7 @@ struct Side {
 
 fn side(server: bool) -> Side {
     let (signals, received) = signals();
-    let socket = Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, refusals(), signals).unwrap();
+    let socket = Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals).unwrap();
     let server = server.then(|| server_config(TransportConfig::default()));
     let mut config = EndpointConfig::default();
     config.grease_quic_bit(false);

@@ -185,9 +185,9 @@ pub struct Said {
 
 impl Said {
     fn of(frame: &RawFrame) -> Self {
-        match decode_payload(&frame.payload, Limits::default(), &mut ValueBuilder) {
-            Ok(Value::Map(fields)) => Self { kind: frame.type_id, fields },
-            _ => Self { kind: frame.type_id, fields: vec![] },
+        match decode_payload(frame.payload(), Limits::default(), &mut ValueBuilder) {
+            Ok(Value::Map(fields)) => Self { kind: frame.type_id(), fields },
+            _ => Self { kind: frame.type_id(), fields: vec![] },
         }
     }
 

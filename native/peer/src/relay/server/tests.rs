@@ -56,7 +56,7 @@ async fn accept(relay: Arc<Relay>, endpoint: Endpoint) {
                         let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await else { return };
                         frames.push(chunk.bytes);
                     };
-                    assert_eq!(opener.type_id, OPENER);
+                    assert_eq!(opener.type_id(), OPENER);
                     relay.serve(connection.clone(), key_of(&connection), send, receive, frames).await;
                 });
             }
