@@ -68,12 +68,15 @@ soak(Seconds) ->
 start() ->
     Relay = macula_peer_relays:start_relay(here, #{accept_rate => 1000}),
     Registered = ?SETTINGS#{relays => [macula_peer_relays:endpoint(Relay)]},
+    [Gateway, Local] = [gateway(macula_peer_test:endpoint(macula_peer_test:closed_port())) || _ <- [1, 2]],
     Settings = [Registered#{node_id => <<"subject">>, identity_file => identity_file("subject")},
-                Registered#{node_id => <<"target">>, identity_file => identity_file("target"), max_nesting => 16}],
+                Registered#{node_id => <<"target">>, identity_file => identity_file("target"), max_nesting => 16,
+                            gateway => macula_peer_stand_in:endpoint(Local)}],
     [{Subject, SubjectPort}, {Target, TargetPort}] = [node_with(Of, macula_peer_test:closed_port()) || Of <- Settings],
     #{nodes => [{subject, Subject}, {target, Target}], relay => Relay,
       endpoints => [macula_peer_test:endpoint(Port) || Port <- [SubjectPort, TargetPort]],
-      gateway => gateway(macula_peer_test:endpoint(macula_peer_test:closed_port())),
+      %% One that is sent to, and that of the target, which gets what arrives there.
+      gateway => Gateway, local_gateway => Local,
       victim => node_with(?SETTINGS, macula_peer_test:closed_port())}.
 
 %% With it the relay knows the node again whose engine starts anew.
@@ -137,8 +140,10 @@ happen(#{nodes := Nodes, sampled := Sampled} = Lab, N, Start, End) ->
         Now >= End -> Lab;
         true ->
             Event = case N rem 10 of
-                1 -> restart_gateway;
-                3 -> silence_gateway;
+                1 -> {restart, gateway};
+                2 -> {silence, local_gateway};
+                3 -> {silence, gateway};
+                4 -> {restart, local_gateway};
                 5 when (Now - Start) * 3 < (End - Start) * 2 -> restart_engine;
                 7 -> kill_victim;
                 9 -> listen_again;
@@ -147,11 +152,13 @@ happen(#{nodes := Nodes, sampled := Sampled} = Lab, N, Start, End) ->
             happen(event(Event, N, Lab), N + 1, Start, End)
     end.
 
-event(restart_gateway, _N, #{gateway := Gateway} = Lab) ->
+event({restart, Which}, _N, Lab) ->
+    #{Which := Gateway} = Lab,
     Endpoint = macula_peer_stand_in:endpoint(Gateway),
     ok = macula_peer_stand_in:stop(Gateway),
-    Lab#{gateway := gateway(Endpoint)};
-event(silence_gateway, _N, #{gateway := Gateway} = Lab) ->
+    Lab#{Which := gateway(Endpoint)};
+event({silence, Which}, _N, Lab) ->
+    #{Which := Gateway} = Lab,
     ok = macula_peer_stand_in:silence(Gateway, on),
     receive after 1000 -> ok end,
     ok = macula_peer_stand_in:silence(Gateway, off),
@@ -194,6 +201,7 @@ kinds(subject, #{endpoints := [Subject, Target], gateway := Gateway, victim := {
      {gateway_large, 1, 50, {larger, At, 2000}},
      {request, 2, 5, {ping, Target, 2000}},
      {gateway_request, 2, 10, {ping, At, 2000}},
+     {handed_over, 2, 10, {find_value, Target, 2000}},
      {late, 2, 10, {rpc, Target, 200, 50}},
      {dead_caller, 2, 20, {dead_caller, Target}},
      {victim, 1, 10, {send, macula_peer_test:endpoint(Port), 500}},
@@ -292,6 +300,8 @@ act({large, Endpoint, Timeout}) ->
     macula_peer_connector:send_message(Endpoint, store, message(rand:uniform(1 bsl 20)), Timeout);
 act({ping, Endpoint, Timeout}) ->
     macula_peer_connector:send_message_and_wait(Endpoint, ping, #{timestamp => 1}, Timeout);
+act({find_value, Endpoint, Timeout}) ->
+    macula_peer_connector:send_message_and_wait(Endpoint, find_value, #{key => <<"key">>}, Timeout);
 act({rpc, Endpoint, Ms, Timeout}) ->
     macula_peer_connector:send_message_and_wait(Endpoint, rpc_request, rpc(Ms), Timeout);
 act({node, Name, Timeout}) ->
@@ -411,7 +421,8 @@ rows(Before, After) ->
 missing(Counts) ->
     [{never, Key} || Key <- [{late, timeout}, {closed, {connect_failed, transport_down}} |
                              [{Kind, ok} || Kind <- [to_node, direct, large, gateway, gateway_large, request,
-                                                     gateway_request, dead_caller, victim, undecodable, insight]]],
+                                                     gateway_request, handed_over, dead_caller, victim,
+                                                     undecodable, insight]]],
                      not maps:is_key(Key, Counts)].
 
 report(Counts, Before, After) ->

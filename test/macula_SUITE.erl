@@ -164,10 +164,13 @@ subscribe(Topic, How) ->
 a_procedure_is_called_by_node_id(Config) ->
     [One, Two] = [node(Config, Name) || Name <- [<<"one">>, <<"two">>]],
     ok = call(Two, macula_gateway, handle, [<<"double">>, fun ?MODULE:double/1]),
+    ok = call(Two, macula_gateway, handle, [<<"forever">>, fun ?MODULE:forever/1]),
     _ = [ok = known(Config, Node, Name) || {Node, Name} <- [{One, <<"two">>}, {Two, <<"one">>}]],
     _ = [begin
              ok = call(Two, application, set_env, [macula, rpc_reply, How]),
-             ?assertEqual({ok, 42}, call(One, ?MODULE, rpc, [<<"two">>, <<"double">>, 21]))
+             R = call(One, ?MODULE, rpc, [<<"two">>, <<"double">>, 21]),
+             R =:= {ok, 42} orelse ct:pal("~p~n~p~n~p~n~p~n~p", [R, call(One, macula_gateway, received, []), call(Two, macula_gateway, received, []), macula_peer_test:stats(One), macula_peer_test:stats(Two)]),
+             ?assertEqual({ok, 42}, R)
          end || How <- [stream, node]],
     ?assertEqual({error, timeout}, call(One, ?MODULE, rpc, [<<"two">>, <<"forever">>, 1, 500])).
 
@@ -180,6 +183,8 @@ known(Config, Node, Name) ->
 %% These run in a node.
 
 double(N) -> 2 * N.
+
+forever(_) -> receive after infinity -> ok end.
 
 rpc(Target, Procedure, Args) ->
     rpc(Target, Procedure, Args, ?TIMEOUT).
@@ -198,9 +203,8 @@ an_unknown_node_has_the_original_term(Config) ->
              {Ms, Result} = elapsed(fun() -> send(One, Name, #{timeout => Timeout}) end),
              ct:pal("~p after ~b of ~b ms", [Result, Ms, Timeout]),
              ?assert(Ms < Timeout + ?LATE),
-             ?assertMatch({error, {nat_connection_failed, _}}, Result),
-             %% With time enough the term is the original's.
-             ?assert(Timeout < 5000 orelse Result =:= ?NO_RELAY)
+             %% With time enough for the lookups the term is the original's.
+             ?assert(Result =:= ?NO_RELAY orelse Timeout < 5000 andalso Result =:= {error, timeout})
          end || Timeout <- [0, 1000, 6000]],
     ok = call(One, macula_peer_endpoint, register, [<<"one">>, [?config(relay, Config)]]).
 

@@ -20,7 +20,8 @@ build() ->
     {ok, _} = file:copy(filename:join(Source, "macula.app.src"), filename:join(Ebin, "macula.app")),
     Ebin.
 
-%% A BEAM node here with both applications started. The settings are `#{macula => Map, macula_peer_connector => Map}'.
+%% A BEAM node here with both applications started. The settings are `#{macula => Map, macula_peer_connector => Map}'; a
+%% `port' in those of macula is the gateway's, which both are told by the operator's variable.
 start_node(Ebin, Settings) ->
     start_node(here, Ebin, Settings).
 
@@ -38,7 +39,8 @@ start_node(Host, Ebin, Settings) ->
 %% Runs in the node. macula's modules come first in its path, so they are in force until ours take over.
 start(Ebin, Macula, Ours) ->
     true = code:add_patha(Ebin),
-    ok = set(macula, Macula),
+    _ = [true = os:putenv("MACULA_QUIC_PORT", integer_to_list(Port)) || #{port := Port} <- [Macula]],
+    ok = set(macula, maps:remove(port, Macula)),
     ok = set(macula_peer_connector, Ours#{takeover => true, takeover_pool => true}),
     {ok, _} = application:ensure_all_started(macula_peer_connector),
     #{macula_peer_connector := #{module := ours}, macula_peer_connection_pool := #{module := ours}} =
