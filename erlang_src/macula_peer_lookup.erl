@@ -48,6 +48,8 @@ ended(Set, Result) ->
 -spec init(pid(), module(), binary() | undefined, binary(), [pid(), ...]) -> ok.
 init(Owner, Resolver, Local, NodeId, [Caller | _] = Callers) ->
     _ = process_flag(trap_exit, true),
+    %% Where modules are loaded when they are called, nobody has called the first.
+    _ = code:ensure_loaded(Resolver),
     Strategy = [{request_connection, [Local, NodeId]} || Local =/= undefined],
     Lookups = [{endpoints, [NodeId]}, {nat_profile, [NodeId]}, {relays, [NodeId]}, {bootstrap_peers, []} | Strategy],
     Asking = maps:from_list([{start(Resolver, Kind, Args, Callers), Kind}

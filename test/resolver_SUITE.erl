@@ -38,9 +38,9 @@ groups() ->
                     what_is_found_later_ends_the_standing_in, a_lookup_may_call_the_connector,
                     a_server_that_calls_is_not_asked]},
      {bounds, [], [an_answer_holds_for_all_messages, none_holds_too, a_node_is_looked_up_once_at_a_time,
-                   many_nodes_leave_nothing_behind, the_engine_ends_its_lookups]},
+                   many_nodes_leave_nothing_behind, the_engine_ends_its_lookups, who_bounds_them_may_die]},
      {reports, [], [success_is_reported, failure_is_reported, a_dead_caller_is_a_failure, advice_after_the_call_is_reported,
-                    a_report_delays_nobody]},
+                    a_request_is_this_nodes, a_report_delays_nobody]},
      {modules, [], [another_module_is_asked, nobody_is_asked]}].
 
 init_per_suite(Config) ->
@@ -52,6 +52,7 @@ end_per_suite(Config) ->
 
 init_per_testcase(_Case, Config) ->
     true = os:unsetenv(?BOOTSTRAP),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{level => warning, config => self()}),
     ?ASKED = ets:new(?ASKED, [named_table, public, bag]),
     ok = macula_peer_test:engine(#{connect_timeout => 2000}),
     Config.
@@ -61,7 +62,12 @@ end_per_testcase(_Case, _Config) ->
     [absent(Server) || Server <- ?SERVERS],
     ok = macula_peer_endpoint:stop(),
     true = ets:delete(?ASKED),
+    ok = logger:remove_handler(?MODULE),
+    %% Nothing that servers do is worth a warning either.
     ?assertEqual([], macula_peer_test:mailbox()).
+
+log(Event, #{config := Test}) ->
+    Test ! {logged, Event}.
 
 %% ---- found ----
 
@@ -350,6 +356,18 @@ the_engine_ends_its_lookups(_Config) ->
     end,
     ?assertEqual(undefined, whereis(macula_peer_lookups)).
 
+%% And its lookups with it. The next call finds another.
+who_bounds_them_may_die(Config) ->
+    Test = self(),
+    serve(macula_routing_server, fun(_, _) -> Test ! {asked, self()}, receive after infinity -> ok end end),
+    Call = spawn_monitor(fun() -> exit(send(<<"node">>, 1)) end),
+    Lookup = receive {asked, Pid} -> monitor(process, Pid) end,
+    exit(whereis(macula_peer_lookups), kill),
+    receive {'DOWN', Lookup, process, _, _} -> ok end,
+    serve(macula_routing_server, fun(_, _) -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end),
+    arrives(Config, <<"other">>, direct),
+    receive {'DOWN', Monitor, process, _, Result} when Monitor =:= element(2, Call) -> ?assertEqual(?NO_RELAY, Result) end.
+
 %% ---- reports ----
 
 success_is_reported(Config) ->
@@ -384,6 +402,17 @@ advice_after_the_call_is_reported(Config) ->
     ok = send_message_nat_aware(<<"me">>, <<"node">>, store, #{}, #{endpoint => endpoint(?config(port, Config))}),
     receive {asked, Pid} -> Pid ! answer end,
     until(fun() -> reported(<<"late">>) =:= [[<<"late">>, <<"me">>, success]] end).
+
+%% It has no other name than that of the settings; without one nobody is asked for advice.
+a_request_is_this_nodes(Config) ->
+    Ask = fun(Node) -> macula_peer_endpoint:request(Node, ping, #{timestamp => 1}, 5000) end,
+    serve(macula_routing_server, fun(_, _) -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end),
+    coordinate(fun() -> {ok, direct, <<"session">>} end),
+    ?assertMatch({ok, {pong, _}}, Ask(<<"one">>)),
+    ok = macula_peer_test:engine(#{node_id => <<"own">>}),
+    ?assertMatch({ok, {pong, _}}, Ask(<<"two">>)),
+    until(fun() -> reported(<<"session">>) =:= [[<<"session">>, <<"own">>, success]] end),
+    ?assertEqual([[<<"own">>, <<"two">>]], asked(request_connection)).
 
 a_report_delays_nobody(Config) ->
     Entry = #{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)},
