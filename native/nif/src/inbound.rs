@@ -72,7 +72,7 @@ impl Fallback for Cast {
     /// there will be none.
     fn message(&self, inbound: Inbound) -> Result<(), NotTaken> {
         let Some(gateway) = ENV.with_borrow(|own| own.run(|env| env.whereis_pid(atoms::macula_gateway()))) else {
-            return Err(NotTaken::Absent(inbound));
+            return Err(NotTaken::Absent(Box::new(inbound)));
         };
         let sent = send(&gateway, |env| {
             let message = decode(env, &inbound.payload, self.limits)?;
@@ -83,7 +83,7 @@ impl Fallback for Cast {
         match sent {
             Ok(()) => Ok(()),
             Err(Unhandled::Malformed(error)) => Err(NotTaken::Malformed(error)),
-            Err(_) => Err(NotTaken::Absent(inbound)),
+            Err(_) => Err(NotTaken::Absent(Box::new(inbound))),
         }
     }
 }

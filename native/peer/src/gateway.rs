@@ -18,7 +18,7 @@ use crate::config::{Config, HandOver, LocalGateway};
 use crate::decide::handover::{self, Presence};
 use crate::endpoint::Endpoint;
 use crate::error::SendError;
-use crate::link::{Link, lock};
+use crate::link::{LARGE_FRAME, Link, lock};
 use crate::message::{Inbound, Letter, Message, NotTaken, PeerName, ReplyToken, Unhandled};
 use crate::node::Node;
 use crate::peer::Peer;
@@ -106,6 +106,7 @@ impl Gateway {
         match inbound.kind {
             MessageType::Ping | MessageType::NatProbe => answer(node, &inbound),
             _ if lock(&self.presence).is_absent(Instant::now()) => self.fall_back(node, inbound),
+            _ if frame.len() >= LARGE_FRAME => self.take_large(node, frame, inbound),
             _ => self.hand_over(node, frame, inbound),
         }
     }
@@ -159,6 +160,18 @@ impl Gateway {
             handed_over: self.handed_over.get(),
             answered: self.answered.get(),
             fallen_back: self.fallen_back.get(),
+        }
+    }
+
+    /// A 0.14.3 gateway would lose it, and its transport say that it has arrived.
+    fn take_large(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, inbound: Inbound) {
+        match node.to_fallback(inbound) {
+            Ok(()) => {
+                self.fallen_back.add(1);
+            }
+            Err(NotTaken::Malformed(error)) => node.not_handled(&Unhandled::Malformed(error)),
+            // Another version may read it.
+            Err(NotTaken::Absent(inbound)) => self.hand_over(node, frame, *inbound),
         }
     }
 
@@ -242,7 +255,7 @@ impl Gateway {
             Err(NotTaken::Malformed(error)) => return node.not_handled(&Unhandled::Malformed(error)),
             Err(NotTaken::Absent(inbound)) => inbound,
         };
-        if node.to_handler(inbound) {
+        if node.to_handler(*inbound) {
             self.fallen_back.add(1);
         }
     }

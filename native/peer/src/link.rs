@@ -40,7 +40,7 @@ const ASK_AFTER: Duration = Duration::from_secs(1);
 const LANE_PATIENCE: Duration = Duration::from_millis(150);
 
 /// Frames from this size on leave behind all smaller ones. A 0.14.3 gateway reads none larger than this.
-const LARGE_FRAME: usize = 64 << 10;
+pub(crate) const LARGE_FRAME: usize = 64 << 10;
 
 /// A peer that has acknowledged nothing and sent nothing for this long, while something is unacknowledged, may have been
 /// restarted: a new link is tried beside the old one. A false alarm costs a handshake.

@@ -280,7 +280,7 @@ pub enum NotTaken {
     /// The payload is not valid.
     Malformed(PayloadError),
     /// Nobody is there.
-    Absent(Inbound),
+    Absent(Box<Inbound>),
 }
 
 /// Why a [`Handler`] did nothing with a message.

@@ -494,7 +494,7 @@ impl Node {
 
     /// Hands a frame to the local gateway or to the handler, in the order of the calls.
     pub(crate) fn deliver(self: &Arc<Self>, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
-        let wanted = |gateway: &&Arc<Gateway>| gateway.is_wanted(self.handler().is_some());
+        let wanted = |gateway: &&Arc<Gateway>| gateway.is_wanted(self.has_handler());
         let Some(gateway) = self.gateway.as_ref().filter(wanted) else { return self.deliver_here(frame, inbound) };
         let Some(kind) = MessageType::from_id(frame.type_id()) else { return self.malformed() };
         let whole = frame.bytes().clone();
@@ -531,7 +531,7 @@ impl Node {
         let fallback = self.fallback.read().unwrap_or_else(PoisonError::into_inner).clone();
         match fallback {
             Some(fallback) => handled(message.payload.len(), || fallback.message(message)),
-            None => Err(NotTaken::Absent(message)),
+            None => Err(NotTaken::Absent(Box::new(message))),
         }
     }
 
@@ -659,6 +659,10 @@ impl Node {
             relay: self.relay().map(|relay| relay.stats()),
             gateway: self.gateway.as_ref().map(|gateway| gateway.stats()),
         }
+    }
+
+    fn has_handler(&self) -> bool {
+        self.handler.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     fn handler(&self) -> Option<Arc<dyn Handler>> {

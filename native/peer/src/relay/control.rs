@@ -597,7 +597,7 @@ impl Fields {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use bytes::BytesMut;
-    use macula_peer_wire::Reassembler;
+    use macula_peer_wire::{HEADER_LEN, Reassembler};
     use proptest::collection::vec;
     use proptest::prelude::*;
 

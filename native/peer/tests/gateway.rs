@@ -1,0 +1,258 @@
+//! What arrives is handed over to the gateway of this host, and what it answers goes to those who asked.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::raw::raw_frame;
+use common::{Inbox, endpoint, engine, frame, message, number, request, send, until};
+use macula_peer::{Config, Engine, HandOver, Listen, LocalGateway, Message, StartError};
+use macula_peer_testkit::quic::{client_config, server_config, tokio_runtime, transport};
+use macula_peer_wire::MessageType::{Cast, FindValue, FindValueReply, Publish, RpcReply, Store};
+use macula_peer_wire::{Limits, RawFrame, Reassembler};
+use quinn::{Connection, Endpoint, RecvStream, SendStream};
+use tokio::runtime::Runtime;
+use tokio::sync::Semaphore;
+
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A gateway that reads so many streams at a time, and answers what is to be found with the same bytes.
+struct Gateway {
+    runtime: Runtime,
+    address: SocketAddr,
+    got: Arc<Mutex<Vec<RawFrame>>>,
+    reads: Arc<Semaphore>,
+}
+
+impl Gateway {
+    fn new(reads: usize) -> Self {
+        let runtime = tokio_runtime(1).unwrap();
+        let (got, reads) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(reads)));
+        let (shared, permits) = (got.clone(), reads.clone());
+        let address = runtime.block_on(async {
+            let server = server_config(&["macula".into()], transport(100, 3)).unwrap();
+            let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+            let address = endpoint.local_addr().unwrap();
+            tokio::spawn(async move {
+                while let Some(incoming) = endpoint.accept().await {
+                    let (got, reads) = (shared.clone(), permits.clone());
+                    tokio::spawn(async move { serve(incoming.await.unwrap(), got, reads).await });
+                }
+            });
+            address
+        });
+        Self { runtime, address, got, reads }
+    }
+
+    fn count(&self) -> usize {
+        self.got.lock().unwrap().len()
+    }
+}
+
+async fn serve(connection: Connection, got: Arc<Mutex<Vec<RawFrame>>>, reads: Arc<Semaphore>) {
+    while let Ok((send, receive)) = connection.accept_bi().await {
+        tokio::spawn(serve_stream(send, receive, got.clone(), reads.clone()));
+    }
+}
+
+async fn serve_stream(
+    mut send: SendStream,
+    mut receive: RecvStream,
+    got: Arc<Mutex<Vec<RawFrame>>>,
+    reads: Arc<Semaphore>,
+) {
+    let mut frames = Reassembler::new(Limits::default());
+    loop {
+        drop(reads.acquire().await.unwrap());
+        let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await else { break };
+        frames.push(chunk.bytes);
+        while let Ok(Some(frame)) = frames.next_frame() {
+            if frame.type_id() == FindValue.id() {
+                // Nobody may read it.
+                let _ = send.write_all(&raw_frame(FindValueReply.id(), frame.payload())).await;
+            }
+            got.lock().unwrap().push(frame);
+        }
+    }
+    // As the original, it never finishes its half.
+    let _ = send.stopped().await;
+}
+
+/// A node that listens, with this gateway and no handler.
+fn node(gateway: SocketAddr) -> (Engine, String) {
+    let engine = engine(Config { gateway: Some(always(gateway)), ..Config::default() });
+    let port = engine.listen(Listen::default()).unwrap().port();
+    (engine, format!("127.0.0.1:{port}"))
+}
+
+fn always(gateway: SocketAddr) -> LocalGateway {
+    LocalGateway { endpoint: endpoint(&gateway.to_string()), when: HandOver::Always }
+}
+
+/// A connection as the original's.
+fn macula(runtime: &Runtime, to: &str) -> Connection {
+    runtime.block_on(async {
+        let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let config = client_config("macula", transport(0, 0)).unwrap();
+        endpoint.connect_with(config, to.parse().unwrap(), "node").unwrap().await.unwrap()
+    })
+}
+
+/// Not even what no MessagePack is in is looked at.
+#[test]
+fn an_original_peer_is_answered_on_its_stream_and_no_byte_is_changed() {
+    let gateway = Gateway::new(100);
+    let (node, address) = node(gateway.address);
+    let connection = macula(&gateway.runtime, &address);
+    let mut question = raw_frame(FindValue.id(), &[0xC1, 1, 2, 3]);
+    // Bytes of the header that nobody looks at.
+    (question[2], question[3]) = (0x55, 0xAA);
+    let answer = gateway.runtime.block_on(async {
+        let (mut send, mut receive) = connection.open_bi().await.unwrap();
+        send.write_all(&question).await.unwrap();
+        let mut answer = vec![0; question.len()];
+        receive.read_exact(&mut answer).await.unwrap();
+        answer
+    });
+    assert_eq!(answer, raw_frame(FindValueReply.id(), &[0xC1, 1, 2, 3]));
+    assert_eq!(gateway.got.lock().unwrap()[0].bytes(), &question);
+    let stats = node.stats().gateway.unwrap();
+    assert_eq!((stats.handed_over, stats.answered, stats.fallen_back), (1, 1, 0));
+    node.stop();
+    gateway.runtime.shutdown_background();
+}
+
+/// Who has stopped reading has no use for an answer, and the gateway is not asked for one.
+#[test]
+fn who_reads_no_answer_costs_the_gateway_no_stream() {
+    let gateway = Gateway::new(100);
+    let (node, address) = node(gateway.address);
+    let connection = macula(&gateway.runtime, &address);
+    for n in 0..300 {
+        gateway.runtime.block_on(async {
+            let (mut send, receive) = connection.open_bi().await.unwrap();
+            send.write_chunk(frame(FindValue, n, 64)).await.unwrap();
+            send.finish().unwrap();
+            drop(receive);
+        });
+    }
+    until("all arrive", || gateway.count() == 300);
+    assert_eq!(node.stats().gateway.unwrap().answered, 0);
+    node.stop();
+    gateway.runtime.shutdown_background();
+}
+
+/// What is more than the gateway takes stays with those who send it.
+#[test]
+fn a_gateway_that_does_not_keep_up_slows_those_who_send() {
+    const MESSAGES: u64 = 40_000;
+    const SIZE: usize = 1000;
+    let gateway = Gateway::new(0);
+    let (node, address) = node(gateway.address);
+    let client = engine(Config::default());
+    for n in 0..MESSAGES {
+        let deadline = Some(Instant::now() + Duration::from_secs(60));
+        send(&client, &address, Message { frame: frame(Cast, n, SIZE), kind: Cast, deadline, key: None }).unwrap();
+    }
+    let received = || node.stats().accepted.iter().map(|accepted| accepted.received).sum::<u64>();
+    until("the gateway is full", || received() > 1000);
+    until("no more is read", || settled(&received));
+    assert!(received() < 8000, "{}", received());
+    gateway.reads.add_permits(Semaphore::MAX_PERMITS / 2);
+    until("all arrive", || gateway.count() as u64 == MESSAGES);
+    let mut numbers: Vec<_> = gateway.got.lock().unwrap().iter().filter_map(|frame| number(frame.payload())).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..MESSAGES).collect::<Vec<_>>());
+    let stats = node.stats();
+    assert_eq!((stats.unhandled, stats.undelivered), (0, 0));
+    client.stop();
+    node.stop();
+    gateway.runtime.shutdown_background();
+}
+
+/// Whether a counter stays the same for a moment in which much would be read.
+fn settled(count: &impl Fn() -> u64) -> bool {
+    let before = count();
+    std::thread::sleep(Duration::from_millis(100));
+    count() == before
+}
+
+/// Beside the gateway a handler gets what it does not take, and what is its own.
+#[test]
+fn the_handler_gets_what_came_while_there_was_no_gateway() {
+    let nobody = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (node, address) = node(nobody);
+    let inbox = Arc::new(Inbox::default());
+    node.set_handler(Some(inbox.clone()));
+    let client = engine(Config::default());
+    for n in 0..500 {
+        send(&client, &address, message(Store, n, TIMEOUT)).unwrap();
+    }
+    until("all arrive", || inbox.len() == 500);
+    assert_eq!(inbox.numbers(), (0..500).collect::<Vec<_>>());
+    // The way to answer comes with it.
+    let answering = inbox.clone();
+    let asked = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| request(&client, &address, message(FindValue, 7, TIMEOUT)));
+        until("asked", || answering.len() == 501);
+        let question = answering.messages.lock().unwrap().pop().unwrap();
+        question.reply.unwrap().reply(frame(FindValueReply, 8, 0)).unwrap();
+        asking.join().unwrap()
+    });
+    assert_eq!(number(asked.unwrap().payload()), Some(8));
+    client.stop();
+    node.stop();
+}
+
+/// A gateway hears the answers to what this node sent for it.
+#[test]
+fn an_answer_that_comes_later_is_handed_over() {
+    let gateway = Gateway::new(100);
+    let (node, _) = node(gateway.address);
+    let other = engine(Config::default());
+    let inbox = Arc::new(Inbox::default());
+    other.set_handler(Some(inbox.clone()));
+    let port = other.listen(Listen::default()).unwrap().port();
+    send(&node, &format!("127.0.0.1:{port}"), message(Store, 1, TIMEOUT)).unwrap();
+    until("arrived", || inbox.len() == 1);
+    let question = inbox.messages.lock().unwrap().pop().unwrap();
+    question.reply.unwrap().reply(frame(RpcReply, 2, 0)).unwrap();
+    until("handed over", || gateway.count() == 1);
+    assert_eq!(gateway.got.lock().unwrap()[0].bytes(), &frame(RpcReply, 2, 0));
+    other.stop();
+    node.stop();
+    gateway.runtime.shutdown_background();
+}
+
+/// The engine stops while messages wait for a gateway that takes none: nobody waits for ever, and they are counted.
+#[test]
+fn an_engine_that_stops_leaves_nothing_uncounted() {
+    let gateway = Gateway::new(0);
+    let (node, address) = node(gateway.address);
+    let client = engine(Config::default());
+    for n in 0..1500 {
+        send(&client, &address, message(Publish, n, TIMEOUT)).unwrap();
+    }
+    let received = || node.stats().accepted.iter().map(|accepted| accepted.received).sum::<u64>();
+    until("they wait", || received() == 1500);
+    node.stop();
+    until("all are counted", || node.stats().gateway.unwrap().handed_over + node.stats().unhandled == 1500);
+    // What the gateway's transport has taken has arrived, as far as can be known; the others have not.
+    assert!(node.stats().unhandled > 0 && node.stats().undelivered > 0);
+    client.stop();
+    gateway.runtime.shutdown_background();
+}
+
+#[test]
+fn an_engine_does_not_start_at_the_gateways_port() {
+    let gateway = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let config = Config { port: gateway.port(), gateway: Some(always(gateway)), ..Config::default() };
+    let refused = |config| matches!(Engine::start(config), Err(StartError::GatewayPort(port)) if port == gateway.port());
+    assert!(refused(config.clone()));
+    // On another host it is another port.
+    let elsewhere = LocalGateway { endpoint: endpoint(&format!("192.0.2.1:{}", gateway.port())), when: HandOver::Always };
+    assert!(!refused(Config { gateway: Some(elsewhere), ..config }));
+}
