@@ -20,7 +20,10 @@ NATLAB_KINDS ?=
 NATLAB_DELAY ?= 0
 NATLAB_LOSS ?= 0
 
-.PHONY: test demo bench natlab check setup nif nif-package compile testkit test-rust test-erlang test-original test-otp27 fuzz clean
+# Seconds under load.
+SOAK_SECONDS ?= 600
+
+.PHONY: test demo bench soak natlab check setup nif nif-package compile testkit test-rust test-erlang test-original test-otp27 fuzz clean
 
 test: check test-rust test-erlang fuzz
 
@@ -33,6 +36,11 @@ bench: compile testkit
 	@mkdir -p _build/bench
 	@erlc -o _build/bench bench/*.erl
 	@erl -noshell -pa $(EBIN) _build/bench -s macula_peer_bench main $(BENCH_MESSAGES) $(BENCH_ROUNDS)
+
+soak: compile testkit
+	@mkdir -p _build/soak
+	@erlc -o _build/soak soak/*.erl test/macula_peer_*.erl
+	@erl -noshell -pa $(EBIN) _build/soak -s macula_peer_soak main $(SOAK_SECONDS)
 
 # Linux, as root.
 natlab: compile

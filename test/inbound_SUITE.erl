@@ -374,7 +374,7 @@ a_wrong_gateway_stops_the_start(_Config) ->
     [begin
          true = os:putenv("MACULA_QUIC_PORT", Wrong),
          ?assertEqual({error, {invalid_variable, {"MACULA_QUIC_PORT", Wrong}}}, macula_peer_endpoint:start())
-     end || Wrong <- ["0", "65536", "quic", "9443 ", "-1"]],
+     end || Wrong <- ["0", "65536", "quic", "9443 x", "-1"]],
     true = os:putenv("MACULA_QUIC_PORT", ""),
     ?assertEqual(ok, macula_peer_endpoint:start()),
     ?assertMatch(#{gateway := #{endpoint := <<"127.0.0.1:9443">>}}, macula_peer_endpoint:stats()).

@@ -4,6 +4,7 @@
 -export([start/2, start/3]).
 -export([stop/1]).
 -export([port/1, command/2]).
+-export([path/1]).
 
 -define(PATIENCE, 10000).
 -define(LONGEST_LINE, 65536).
@@ -44,6 +45,7 @@ line(Program) ->
     after ?PATIENCE -> error(program_silent)
     end.
 
+%% Where the program is.
 path(Name) ->
     Target = os:getenv("CARGO_TARGET_DIR", filename:join(macula_peer_test:root(), "target")),
     Path = filename:join([Target, "release", Name]),

@@ -204,6 +204,35 @@ async fn silence_loses_packets_both_ways_until_it_ends() {
     answer(&mut receive, kind::PONG, |_| ()).await;
 }
 
+// Two threads: one waits for the program's line.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listener_hands_over_each_chunk_and_writes_what_it_is_told() {
+    let (mut gateway, connection) = start(&["--mode", "listener"]).await;
+    let (mut send, mut receive) = connection.open_bi().await.unwrap();
+    let ping = frame::encode(kind::PING, &[("timestamp", Value::Int(7))]);
+    send.write_all(&ping).await.unwrap();
+    let line = gateway.line();
+    let [word, stream, from, hex] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
+    assert_eq!((word, hex), ("received", ping.iter().map(|byte| format!("{byte:02x}")).collect::<String>().as_str()));
+    assert!(from.starts_with("127.0.0.1:"), "{from}");
+    assert!(timeout(LONG_ENOUGH, receive.read_chunk(1, true)).await.is_err(), "it answers nothing by itself");
+
+    assert_eq!(gateway.command(&format!("send {stream} 0a0B")), "ok.");
+    let chunk = timeout(SOON, receive.read_chunk(9, true)).await.unwrap().unwrap().unwrap();
+    assert_eq!(&chunk.bytes[..], &[0x0a, 0x0b]);
+
+    send.finish().unwrap();
+    receive.stop(0u32.into()).unwrap();
+    let closed = Instant::now();
+    while gateway.command(&format!("send {stream} 0a")) != "{error,closed}." {
+        assert!(closed.elapsed() < SOON);
+        sleep(Duration::from_millis(5)).await;
+    }
+    for wrong in ["send 0", "send 0 0", "send 0 0g", "send x 00"] {
+        assert_eq!(gateway.command(wrong), "{error,unknown_command}.", "{wrong}");
+    }
+}
+
 #[tokio::test]
 async fn an_unknown_command_is_answered_too() {
     let (mut gateway, _connection) = start(&[]).await;

@@ -1,4 +1,5 @@
-%% Like macula's gateway supervisor it starts the connection pool, whichever module of that name is in force.
+%% Like macula's gateway supervisor it starts the connection pool, whichever module of that name is in force, and the
+%% servers of the environment's `servers', all unless it says which.
 -module(macula_sup).
 
 -behaviour(supervisor).
@@ -10,5 +11,6 @@ start_link() ->
     supervisor:start_link({local, ?MODULE}, ?MODULE, []).
 
 init([]) ->
-    Pool = #{id => macula_peer_connection_pool, start => {macula_peer_connection_pool, start_link, []}},
-    {ok, {#{strategy => one_for_one}, [Pool]}}.
+    Names = [macula_peer_connection_pool | application:get_env(macula, servers, macula_variant:servers())],
+    Children = [#{id => Name, start => {Name, start_link, []}} || Name <- Names],
+    {ok, {#{strategy => one_for_one, intensity => 1000, period => 1}, Children}}.

@@ -1,13 +1,19 @@
 //! Behaves towards a sender as an unmodified macula 0.14.3 gateway does, with its faults, and counts what it got.
 //!
-//! `gateway_stand_in [--bind ADDR] [--backlog N] [--handshake-ms MS] [--rpc-delay-ms MS]`; the commands are `stats`,
-//! `reset`, `silence on`, `silence off` and `quit`. It ends without a word to its peers, as a killed process would.
+//! `gateway_stand_in [--bind ADDR] [--backlog N] [--handshake-ms MS] [--rpc-delay-ms MS] [--mode gateway|listener]`; the
+//! commands are `stats`, `reset`, `silence on`, `silence off` and `quit`. It ends without a word to its peers, as a killed
+//! process would.
+//!
+//! As a `listener` it answers nothing by itself and is to whoever started it what quicer is to macula: each receive chunk is
+//! a line `received STREAM ADDRESS HEX`, which may come before the answer to a command, and `send STREAM HEX` writes
+//! to a stream.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -27,13 +33,15 @@ use tokio::sync::mpsc;
 const FIRST_LOOK: Duration = Duration::from_millis(1);
 
 fn main() -> Result<(), quic::Error> {
-    let options =
-        Options::read(std::env::args().skip(1), &["--bind", "--backlog", "--handshake-ms", "--rpc-delay-ms"])?;
+    const OPTIONS: [&str; 5] = ["--bind", "--backlog", "--handshake-ms", "--rpc-delay-ms", "--mode"];
+    let options = Options::read(std::env::args().skip(1), &OPTIONS)?;
     let bind: SocketAddr = options.get("--bind", ([127, 0, 0, 1], 0).into())?;
     let gateway = Arc::new(Gateway {
         backlog: options.get("--backlog", 4)?,
         handshake: Duration::from_millis(options.get("--handshake-ms", 2)?),
         rpc_delay: Duration::from_millis(options.get("--rpc-delay-ms", 2000)?),
+        mode: options.get("--mode", Mode::Gateway)?,
+        streams: Streams::default(),
         pending: AtomicUsize::new(0),
         silent: Arc::default(),
         counters: Mutex::default(),
@@ -117,6 +125,7 @@ async fn accept_unidirectional(connection: Connection, gateway: Arc<Gateway>) {
 /// Lives until the peer has finished its half and stopped ours: before that the stream's credit stays used.
 async fn serve(send: SendStream, mut receive: RecvStream, peer: SocketAddr, gateway: Arc<Gateway>) {
     let (answered, mut answers) = mpsc::unbounded_channel();
+    let stream = gateway.streams.add(answered.clone());
     let mut stopped = pin!(send.stopped());
     tokio::time::sleep(FIRST_LOOK).await;
     let mut send = Some(send);
@@ -125,8 +134,7 @@ async fn serve(send: SendStream, mut receive: RecvStream, peer: SocketAddr, gate
         tokio::select! {
             chunk = receive_chunk(&mut receive), if receiving => match chunk {
                 Ok(Some(chunk)) => {
-                    let answer = gateway.counters().chunk(&chunk).and_then(|frame| gateway.answer(&frame, peer));
-                    if let Some((delay, answer)) = answer {
+                    if let Some((delay, answer)) = gateway.receive(&chunk, stream.number, peer) {
                         tokio::spawn(answer_after(delay, answer, answered.clone()));
                     }
                 }
@@ -167,9 +175,30 @@ struct Gateway {
     backlog: usize,
     handshake: Duration,
     rpc_delay: Duration,
+    mode: Mode,
+    streams: Streams,
     pending: AtomicUsize,
     silent: Arc<AtomicBool>,
     counters: Mutex<Counters>,
+}
+
+/// Who answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Gateway,
+    Listener,
+}
+
+impl FromStr for Mode {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        match name {
+            "gateway" => Ok(Self::Gateway),
+            "listener" => Ok(Self::Listener),
+            _ => Err(()),
+        }
+    }
 }
 
 impl Gateway {
@@ -179,9 +208,24 @@ impl Gateway {
             "reset" => *self.counters() = Counters::default(),
             "silence on" => self.silent.store(true, Ordering::Relaxed),
             "silence off" => self.silent.store(false, Ordering::Relaxed),
-            _ => return None,
+            _ => {
+                let (number, bytes) = command.strip_prefix("send ")?.split_once(' ')?;
+                if !self.streams.send(number.parse().ok()?, unhex(bytes)?) {
+                    return Some("{error,closed}".into());
+                }
+            }
         }
         Some(control::OK.into())
+    }
+
+    fn receive(&self, chunk: &[u8], stream: u64, peer: SocketAddr) -> Option<(Duration, Vec<u8>)> {
+        let frame = self.counters().chunk(chunk);
+        if self.mode == Mode::Listener {
+            // Without a reader there is nobody to tell that.
+            let _ = control::say(format_args!("received {stream} {peer} {}", hex(chunk)));
+            return None;
+        }
+        self.answer(&frame?, peer)
     }
 
     fn counters(&self) -> MutexGuard<'_, Counters> {
@@ -224,6 +268,53 @@ impl Gateway {
         };
         Some((Duration::ZERO, answer))
     }
+}
+
+/// Those that can be written to, by number.
+#[derive(Default)]
+struct Streams {
+    next: AtomicU64,
+    open: Mutex<HashMap<u64, mpsc::UnboundedSender<Vec<u8>>>>,
+}
+
+impl Streams {
+    /// Until the result is dropped.
+    fn add(&self, answers: mpsc::UnboundedSender<Vec<u8>>) -> OpenStream<'_> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.open().insert(number, answers);
+        OpenStream { number, streams: self }
+    }
+
+    fn send(&self, number: u64, bytes: Vec<u8>) -> bool {
+        self.open().get(&number).is_some_and(|answers| answers.send(bytes).is_ok())
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, mpsc::UnboundedSender<Vec<u8>>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct OpenStream<'a> {
+    number: u64,
+    streams: &'a Streams,
+}
+
+impl Drop for OpenStream<'_> {
+    fn drop(&mut self) {
+        self.streams.open().remove(&self.number);
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    bytes.iter().flat_map(|&byte| [byte >> 4, byte & 15]).map(|digit| DIGITS[usize::from(digit)] as char).collect()
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    let bytes = pairs.iter().map(|&[high, low]| Some((digit(high)? << 4 | digit(low)?) as u8)).collect();
+    if rest.is_empty() { bytes } else { None }
 }
 
 #[derive(Default)]

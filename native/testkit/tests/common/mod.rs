@@ -26,6 +26,11 @@ impl Server {
         line(&mut self.output)
     }
 
+    #[allow(dead_code, reason = "not every test awaits lines")]
+    pub(crate) fn line(&mut self) -> String {
+        line(&mut self.output)
+    }
+
     pub(crate) fn count(&mut self, name: &str) -> u64 {
         let stats = self.command("stats");
         let mut fields = stats.trim_start_matches("#{").split(',').filter_map(|field| field.split_once(" => "));
