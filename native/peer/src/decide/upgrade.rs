@@ -21,12 +21,14 @@ const HOPELESS: Duration = Duration::from_secs(600);
 pub(crate) struct Upgrade {
     pauses: Backoff,
     next: Instant,
+    /// When an attempt was last interrupted.
+    interrupted: Option<Instant>,
 }
 
 impl Upgrade {
     /// The link is relayed since now: the first attempt is due.
     pub(crate) fn new(now: Instant) -> Self {
-        Self { pauses: Backoff::new(FIRST, LONGEST), next: now }
+        Self { pauses: Backoff::new(FIRST, LONGEST), next: now, interrupted: None }
     }
 
     /// When the next attempt is due.
@@ -40,9 +42,11 @@ impl Upgrade {
             + match failure {
                 Failure::BothHard | Failure::NotAllowed => HOPELESS.mul_f64(0.5 + draw / 2.0),
                 Failure::TimedOut | Failure::Budget => self.pauses.pause(draw),
-                // It says nothing of the NATs.
+                // It says nothing of the NATs. But the other one may say it again and again.
                 Failure::Interrupted => {
-                    self.pauses.reset();
+                    if self.interrupted.replace(now).is_none_or(|last| now >= last + LONGEST) {
+                        self.pauses.reset();
+                    }
                     self.pauses.pause(draw)
                 }
             };
@@ -105,6 +109,14 @@ mod tests {
         }
         upgrade.failed(Failure::Interrupted, start, 1.0);
         assert_eq!(upgrade.next(), start + FIRST);
+        let mut at = upgrade.next();
+        let pauses = [0; 7].map(|_| {
+            upgrade.failed(Failure::Interrupted, at, 1.0);
+            let pause = upgrade.next() - at;
+            at = upgrade.next();
+            pause.as_secs()
+        });
+        assert_eq!(pauses, [2, 4, 8, 16, 32, 60, 1], "once a minute");
     }
 
     #[test]
