@@ -182,8 +182,17 @@ a_listener_may_trust_others_than_its_node(Config) ->
     Endpoint = listen(#{}),
     ?REJECTED = macula_peer_test:await(fun() -> send_from_other(Config, Endpoint) end, fun(Sent) -> Sent =/= ok end).
 
+%% sha256WithRSAEncryption, with the NULL that rustls wants after it. OTP 29's test certificates have none.
+-define(SHA256_WITH_RSA, <<16#06, 9, 16#2a, 16#86, 16#48, 16#86, 16#f7, 16#0d, 1, 1, 11, 5, 0>>).
+
 signed_nodes_trust_each_other_and_nobody_else(Config) ->
-    {CA, CADer} = authority(),
+    {_, Der} = Authority = authority(),
+    case binary:match(Der, ?SHA256_WITH_RSA) of
+        nomatch -> {skip, "this OTP's test certificates are not for rustls"};
+        _ -> signed_nodes_trust_each_other(Config, Authority)
+    end.
+
+signed_nodes_trust_each_other(Config, {CA, CADer}) ->
     {Stranger, StrangerDer} = authority(),
     File = fun(Name, Content) ->
         ok = write(in_priv_dir(Config, Name), Content, 8#600),

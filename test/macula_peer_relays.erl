@@ -116,7 +116,7 @@ start_node(Where) ->
     _ = spawn(fun() ->
         [monitor(process, Pid) || Pid <- [Owner, Node]],
         receive
-            {'DOWN', _, process, Owner, _} -> catch macula_peer_test:stop_node(Node);
+            {'DOWN', _, process, Owner, _} -> try macula_peer_test:stop_node(Node) catch _:_ -> ok end;
             {'DOWN', _, process, Node, _} -> ok
         end
     end),
