@@ -100,7 +100,7 @@ an_answer_to_the_gateway_reaches_it(_Config) ->
 every_message_of_a_burst_is_handed_over(_Config) ->
     Gateway = macula_peer_stand_in:start(),
     {Node, Endpoint} = start_node(Gateway),
-    Count = 20000,
+    Count = 5000,
     %% Every tenth is of a type that is answered, or might be.
     _ = macula_peer_test:in_parallel(10, fun(P) ->
         [ok = macula_peer_connector:send_message(Endpoint, type(N), #{n => N, key => <<"k">>, payload => <<0:800>>}, 60000)
