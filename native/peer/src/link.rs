@@ -93,8 +93,8 @@ struct Out {
 struct Lane {
     send: Arc<Mutex<SendStream>>,
     stream: StreamId,
-    /// Taken after the last message was written. If a packet had left by then, it may have carried the message or not;
-    /// the proof needs one that leaves later.
+    /// Taken after the last message was written. A packet that had left by then may have carried the message or not; the
+    /// proof needs one that leaves later.
     mark: Mark,
     /// Until when an answer to what it carried is listened for.
     answer_until: Option<Instant>,
@@ -388,7 +388,7 @@ impl Link {
             Write::Part(rest) => return Written::Partial(Partial { message, send, receive, rest }),
             Write::Failed => return Written::Lost(message),
         }
-        let mark = self.mark();
+        let mark = Mark::new(Instant::now());
         let answer_until = message.listens_for(self.answer_timeout).map(|time| now + time);
         let lane = Lane { stream: send.id(), send: Arc::new(Mutex::new(send)), mark, answer_until };
         out.lanes.opened(lane.clone(), now);
@@ -407,7 +407,7 @@ impl Link {
             drop(out);
             return self.write_once(message, now);
         }
-        lane.mark = self.mark();
+        lane.mark = Mark::new(Instant::now());
         if let Some(time) = message.listens_for(self.answer_timeout) {
             lane.answer_until = Some(now + time);
         }
@@ -450,10 +450,6 @@ impl Link {
 
     fn packets_arrived(&self, mark: Mark, now: Instant, round_trip: Duration) -> bool {
         lock(&self.witness).arrived(mark, now, round_trip)
-    }
-
-    fn mark(&self) -> Mark {
-        lock(&self.witness).mark()
     }
 
     fn out(&self) -> MutexGuard<'_, Out> {

@@ -127,6 +127,18 @@ fn a_gateway_gets_each_message_once() {
 #[test]
 fn a_silent_link_is_given_up_within_its_patience() {
     let (server, inbox, address) = listener(Config::default());
+    silent_link_is_given_up(&address, || inbox.numbers().contains(&1));
+    server.stop();
+}
+
+#[test]
+fn a_silent_link_to_a_gateway_is_given_up_within_its_patience() {
+    let gateway = gateway(Duration::ZERO);
+    silent_link_is_given_up(&gateway.address, || gateway.numbers.lock().unwrap().contains(&1));
+    gateway.runtime.shutdown_background();
+}
+
+fn silent_link_is_given_up(address: &str, arrived: impl Fn() -> bool) {
     let forwarder = Forwarder::new(address.parse().unwrap(), 1, 0.0, Duration::ZERO);
     let endpoint = forwarder.address.to_string();
     let client = engine(Config::default());
@@ -138,10 +150,9 @@ fn a_silent_link_is_given_up_within_its_patience() {
     assert!(!is_linked(&client), "at once, for callers");
     until("a new one is dialled", || client.stats().peers[0].dials == 2);
     forwarder.swallow(false);
-    until("it arrives over the new one", || inbox.len() == 2);
+    until("it arrives over the new one", arrived);
     assert_eq!(client.stats().undelivered, 0);
     client.stop();
-    server.stop();
 }
 
 #[test]

@@ -115,7 +115,9 @@ impl Path {
             || Duration::from_micros(round_trip),
             |lane| witness.arrived(lane.mark, now, Duration::from_micros(round_trip)),
         );
-        let mark = self.witness.mark();
+        let mark = Mark::new(now);
+        // The packet leaves a moment after the write.
+        self.now += 1;
         match choice {
             Choice::Once => {}
             Choice::Open => self.lanes.opened(Lane { message, mark }, now),

@@ -17,9 +17,10 @@ const REMEMBERED: usize = 64;
 /// Added to 9/8 of a round trip: timers are 1 ms coarse (RFC 9002's granularity) and fire late on a busy machine.
 const SETTLING_MARGIN: Duration = Duration::from_millis(5);
 
-/// When the last packet before some data left.
+/// A moment after which packets carry some data, or leave behind it. Not when the last packet before it left, because the
+/// witness is not told of every packet that leaves: probes of the path's MTU are acknowledged like others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Mark(Option<Instant>);
+pub(crate) struct Mark(Instant);
 
 #[derive(Debug, Default)]
 pub(crate) struct Witness {
@@ -33,6 +34,13 @@ pub(crate) struct Witness {
     newest_acknowledged: Option<Instant>,
     /// As `drained`, unless a loss was declared since.
     settled: Option<Instant>,
+}
+
+impl Mark {
+    /// `now` is read when the data is written.
+    pub(crate) fn new(now: Instant) -> Self {
+        Self(now)
+    }
 }
 
 impl Witness {
@@ -64,12 +72,6 @@ impl Witness {
         self.lost_since_sent = true;
     }
 
-    /// The moment, in terms of what was sent. Data whose write had the same mark before and after it leaves with a later
-    /// packet.
-    pub(crate) fn mark(&self) -> Mark {
-        Mark(self.last_sent)
-    }
-
     /// Whether data that was written at `mark`, and that nothing kept from leaving with the next packet, has arrived for
     /// certain.
     pub(crate) fn arrived(&mut self, mark: Mark, now: Instant, round_trip: Duration) -> bool {
@@ -81,8 +83,9 @@ impl Witness {
             self.settled = self.settled.max(Some(sent));
             self.acknowledged.pop_front();
         }
-        let undisturbed = self.last_loss <= mark.0;
-        self.drained > mark.0 || (undisturbed && self.settled > mark.0)
+        let Mark(written) = mark;
+        let undisturbed = self.last_loss <= Some(written);
+        self.drained > Some(written) || (undisturbed && self.settled > Some(written))
     }
 }
 
@@ -101,10 +104,10 @@ mod tests {
     fn nothing_in_flight_proves_all_that_was_sent() {
         let at = clock();
         let mut witness = Witness::default();
-        let before = witness.mark();
+        let before = Mark::new(at(0));
         assert!(!witness.arrived(before, at(1), RTT));
         witness.sent(at(1));
-        let after = witness.mark();
+        let after = Mark::new(at(2));
         witness.acknowledged(at(1));
         witness.acknowledgements_end(at(101), 0);
         assert!(witness.arrived(before, at(101), RTT));
@@ -115,7 +118,7 @@ mod tests {
     fn a_loss_is_no_arrival_though_nothing_is_in_flight() {
         let at = clock();
         let mut witness = Witness::default();
-        let mark = witness.mark();
+        let mark = Mark::new(at(0));
         witness.sent(at(1));
         witness.lost(at(300));
         witness.acknowledgements_end(at(301), 0);
@@ -130,10 +133,10 @@ mod tests {
     fn with_packets_always_in_flight_a_later_acknowledgement_proves_after_loss_detection() {
         let at = clock();
         let mut witness = Witness::default();
-        let first = witness.mark();
+        let first = Mark::new(at(0));
         witness.sent(at(1));
         witness.sent(at(11));
-        let late = witness.mark();
+        let late = Mark::new(at(12));
         for n in 2..30 {
             witness.sent(at(n * 10 + 1));
         }
@@ -144,11 +147,30 @@ mod tests {
         assert!(!witness.arrived(late, at(400), RTT), "nothing sent since was acknowledged");
     }
 
+    /// Probes of the path's MTU are not told as sent.
+    #[test]
+    fn a_packet_that_left_unseen_before_the_data_proves_nothing() {
+        let at = clock();
+        let mut witness = Witness::default();
+        witness.sent(at(1));
+        witness.acknowledged(at(1));
+        witness.acknowledgements_end(at(101), 0);
+        let unseen = at(105);
+        let mark = Mark::new(at(110));
+        witness.sent(at(111));
+        witness.acknowledged(unseen);
+        witness.acknowledgements_end(at(205), 1000);
+        assert!(!witness.arrived(mark, at(1000), RTT));
+        witness.acknowledged(at(111));
+        witness.acknowledgements_end(at(1001), 0);
+        assert!(witness.arrived(mark, at(1001), RTT));
+    }
+
     #[test]
     fn with_packets_always_in_flight_a_loss_takes_the_proof_away() {
         let at = clock();
         let mut witness = Witness::default();
-        let mark = witness.mark();
+        let mark = Mark::new(at(0));
         witness.sent(at(1));
         witness.sent(at(11));
         witness.acknowledged(at(11));
