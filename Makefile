@@ -67,6 +67,7 @@ test-erlang: setup testkit
 # On the OTP of a newer Debian, in a folder: 27. Linux, as root; says when it was left out.
 test-otp27:
 	@.ci/otp trixie
+
 # macula's own tests of the module, from a checkout of it.
 test-original: compile
 	@test -n "$(MACULA)" || { echo "say where macula is: make test-original MACULA=dir" >&2; exit 1; }
