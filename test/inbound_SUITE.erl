@@ -44,6 +44,7 @@ init_per_testcase(_Case, Config) ->
 
 end_per_testcase(_Case, _Config) ->
     true = os:unsetenv("MACULA_QUIC_PORT"),
+    [ok = application:unset_env(macula_peer_connector, Key) || Key <- [gateway, listen, port]],
     [unregister(macula_gateway) || whereis(macula_gateway) =/= undefined],
     macula_peer_endpoint:stop().
 
