@@ -54,8 +54,8 @@ fn gateway(answers_after: Duration) -> Gateway {
                             while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
                                 frames.push(chunk.bytes);
                                 while let Ok(Some(frame)) = frames.next_frame() {
-                                    got.lock().unwrap().push(number(&frame.payload).unwrap());
-                                    if frame.type_id == Ping.id() {
+                                    got.lock().unwrap().push(number(frame.payload()).unwrap());
+                                    if frame.type_id() == Ping.id() {
                                         tokio::time::sleep(answers_after).await;
                                         let _ = send.write_all(&common::frame(Ping, 7, 0)).await;
                                     }
@@ -166,7 +166,7 @@ fn a_request_is_answered_over_the_link_that_it_went_over() {
     until("asked", || *gateway.numbers.lock().unwrap() == [5]);
     invalidate(&client, &gateway.address);
     let answer = asker.join().unwrap().unwrap();
-    assert_eq!(number(&answer.payload), Some(7));
+    assert_eq!(number(answer.payload()), Some(7));
     assert_eq!(*gateway.numbers.lock().unwrap(), [5], "asked once");
     client.stop();
     gateway.runtime.shutdown_background();
