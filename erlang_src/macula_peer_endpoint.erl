@@ -6,7 +6,8 @@
 %%   <dt>`{macula_peer_message, #{type, message, from, path, dialect, key, reply_to}}'</dt>
 %%   <dd>A message arrived: see {@link inbound()}.</dd>
 %%   <dt>`{macula_peer_event, #{event := undelivered, peer, count, reason}}'</dt>
-%%   <dd>`count' messages to `peer', an endpoint or `{node, NodeId}', for which `ok' had been returned, did not arrive as
+%%   <dd>`count' messages to `peer', an endpoint, `{node, NodeId}' or `{gateway, Endpoint}' (what arrived for macula's gateway on
+%%       this host), for which `ok' had been returned, did not arrive as
 %%       far as can be known. `reason' is `expired' (the timeout passed), `connection_closed' (the link died and `delivery'
 %%       is `at_most_once'), `rejected' (the peer did not take it), `untrusted_peer' (the peer has another key now than the
 %%       `fingerprint' in the call) or `stopped' (this engine was stopped).</dd>
@@ -92,13 +93,15 @@
 
 -type stats() :: #{peers := [map()], accepted := [map()], pool := map(), verify_none_links := non_neg_integer(),
                    undelivered := non_neg_integer(), unhandled := non_neg_integer(), malformed := non_neg_integer(),
-                   refused := non_neg_integer(), registrations := [map()], relay => map()}.
+                   refused := non_neg_integer(), registrations := [map()], relay => map(), gateway => map()}.
 %% `peers': `endpoint' or `node_id', `path' (`direct', `hole_punch', `relay' or `none'), `sent', `acknowledged', `received', `failed', `dials',
 %% `unacknowledged_bytes', and while there is a link `dialect', `address' and `round_trip_us'. `accepted': `dialect',
 %% `path', `address', `round_trip_us', `received'. `registrations': `relay', `state', `reason', `address' (what the relay
 %% sees this node at), `circuits'. `relay', of a relay: `registrations', `circuits', `forwarded_packets',
 %% `forwarded_bytes', `refused' and `dropped' by limit, `stray' (packets of no circuit of the sender), `unread' (nodes that
-%% did not read), `punches' and `punched' (direct paths looked for, and found). `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
+%% did not read), `punches' and `punched' (direct paths looked for, and found). `gateway', unless the setting is `none':
+%% `endpoint', `handed_over', `answered' (answers sent on) and `fallen_back' (messages that macula_gateway or the handler got
+%% instead). `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
 %% `pool_size'.
 
 -type path() :: #{path := direct | hole_punch | relay | none,
@@ -126,7 +129,7 @@
 
 %% @doc Accepts connections. Returns the local address.
 %%
-%% Errors: `already_listening', `{listen_failed, inet:posix()}', `{bad_certificate, Text}', `{listen_failed,
+%% Errors: `already_listening', `{listen_failed, inet:posix()}', `{listen_failed, {gateway_port, Port}}', `{bad_certificate, Text}', `{listen_failed,
 %% {cacertfile, Reason}}', `{invalid_option, {Key, Value}}'.
 -spec listen(listen_opts()) -> {ok, {inet:ip_address(), inet:port_number()}} | {error, term()}.
 listen(Opts) when is_map(Opts) ->
@@ -191,6 +194,7 @@ request(_NodeId, _Type, _Msg, _Timeout, Opts) ->
     {error, {invalid_option, {options, Opts}}}.
 
 %% @doc Sets who gets what arrives: messages to the listener, and answers to messages that were sent without waiting.
+%% Without a handler that is macula's gateway on this host, as the setting `gateway' says.
 -spec set_handler(handler() | undefined) -> ok | {error, term()}.
 set_handler(undefined) ->
     ok = macula_peer_handler:stop(),

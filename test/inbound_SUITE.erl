@@ -100,7 +100,7 @@ an_answer_to_the_gateway_reaches_it(_Config) ->
 every_message_of_a_burst_is_handed_over(_Config) ->
     Gateway = macula_peer_stand_in:start(),
     {Node, Endpoint} = start_node(Gateway),
-    Count = 20000,
+    Count = 5000,
     %% Every tenth is of a type that is answered, or might be.
     _ = macula_peer_test:in_parallel(10, fun(P) ->
         [ok = macula_peer_connector:send_message(Endpoint, type(N), #{n => N, key => <<"k">>, payload => <<0:800>>}, 60000)
@@ -113,14 +113,27 @@ type(N) when N rem 20 =:= 0 -> store;
 type(N) when N rem 20 =:= 10 -> find_value;
 type(_) -> cast.
 
-%% What a gateway reads at all.
+%% What a gateway reads at all, and what it would lose.
 large_messages_are_handed_over(_Config) ->
     Gateway = macula_peer_stand_in:start(),
-    {_Node, Endpoint} = start_node(Gateway),
+    {Node, Endpoint} = start_node(Gateway),
     [begin
          ok = macula_peer_connector:send_message(Endpoint, cast, #{n => N, payload => rand:bytes(Size)}),
          ?assertMatch(#{incomplete := 0, invalid := 0, extra_bytes := 0}, arrived(Gateway, N))
-     end || {N, Size} <- lists:zip(lists:seq(1, 5), [1000, 2000, 4000, 6000, 8000])].
+     end || {N, Size} <- lists:zip(lists:seq(1, 5), [1000, 2000, 4000, 6000, 8000])],
+    %% The process itself can have it.
+    Payload = rand:bytes(1 bsl 20),
+    true = call(Node, erlang, register, [macula_gateway, call(Node, erlang, spawn, [timer, sleep, [infinity]])]),
+    ok = macula_peer_connector:send_message(Endpoint, cast, #{n => 6, payload => Payload}),
+    Casts = fun() -> call(Node, ?MODULE, casts, []) end,
+    [{route_message, cast, Message, _Stream, {ok, _From}}] = await(Casts, fun(All) -> All =/= [] end),
+    ?assertEqual(#{<<"n">> => 6, <<"payload">> => Payload}, Message),
+    ?assertMatch(#{received := 5, incomplete := 0}, macula_peer_stand_in:stats(Gateway)).
+
+%% Runs in the node: what the process macula_gateway has not looked at.
+casts() ->
+    {messages, Messages} = process_info(whereis(macula_gateway), messages),
+    [Cast || {'$gen_cast', Cast} <- Messages].
 
 %% As many as the gateway allows streams on one connection, and more.
 slow_answers_wait_for_nobody(_Config) ->

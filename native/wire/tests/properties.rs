@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use macula_peer_wire::value::{self, Value, ValueBuilder};
-use macula_peer_wire::{FrameError, HEADER_LEN, Limits, MessageType, RawFrame, Reassembler, decode_payload};
+use macula_peer_wire::{FrameError, HEADER_LEN, Limits, MessageType, Reassembler, decode_payload};
 use proptest::collection::vec;
 use proptest::num::f64::{NORMAL, SUBNORMAL, ZERO};
 use proptest::prelude::*;

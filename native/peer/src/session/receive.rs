@@ -30,6 +30,10 @@ const FORGET_AFTER: Duration = Duration::from_secs(600);
 /// Answers of one session that may wait for the asker to make room.
 const MAX_WAITING_ANSWERS: usize = 256;
 
+/// How often a sender that waits for room here is told that this node lives: less than half of the time after which it
+/// would doubt that.
+const STILL_HERE: Duration = Duration::from_millis(200);
+
 /// Frames handed over before the stream's task lets others run and says how far it is.
 const BATCH: usize = 128;
 
@@ -138,7 +142,11 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     let mut number = None;
     let mut may_be_restart = !known && open.is_first();
     loop {
-        node.room().await;
+        while timeout(STILL_HERE, node.room()).await.is_err() {
+            if !say(&mut stream, &mut send, Bytes::copy_from_slice(&said.to_be_bytes())).await {
+                return;
+            }
+        }
         let batch = read_batch(&mut stream, &open, channel, &mut number, &mut may_be_restart);
         let expected = open.session.expected(channel);
         if expected != said {
