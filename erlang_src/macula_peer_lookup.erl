@@ -55,8 +55,8 @@ init(Owner, Resolver, Local, NodeId, [Caller | _] = Callers) ->
     Asking = maps:from_list([{start(Resolver, Kind, Args, Callers), Kind}
                              || {Kind, Args} <- Lookups, erlang:function_exported(Resolver, Kind, length(Args))]),
     next(#{owner => Owner, resolver => Resolver, local => Local, node => NodeId, callers => Callers,
-           caller => monitor(process, Caller), asking => Asking, timer => erlang:start_timer(?LOOKUP_TIMEOUT, self(), lookups), resolved => false,
-           session => none, result => unknown}).
+           caller => monitor(process, Caller), asking => Asking, resolved => false, session => none, result => unknown,
+           timer => erlang:start_timer(?LOOKUP_TIMEOUT, self(), lookups)}).
 
 -spec next(state()) -> ok.
 next(#{resolved := false, node := NodeId, owner := Owner, asking := Asking} = State) ->

@@ -239,14 +239,14 @@ slow_servers_delay_no_gateway_that_stands_in(_Config) ->
 a_gateway_does_not_stand_in_for_what_is_found_soon(Config) ->
     Gateway = gateway(),
     serve(macula_routing_server, fun(_, _) ->
-        receive after 100 -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end
+        receive after 100 -> listener(Config) end
     end),
     arrives(Config, <<"node">>, direct),
     ?assertMatch(#{distinct := 0}, macula_peer_stand_in:stats(Gateway)).
 
 what_one_finds_is_tried_before_the_others_answer(Config) ->
     [slow(Server) || Server <- ?SERVERS],
-    Found = [{macula_routing_server, {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]}},
+    Found = [{macula_routing_server, listener(Config)},
              {macula_nat_cache, {ok, #{reflexive_address => {{127, 0, 0, 1}, ?config(port, Config)},
                                        can_receive_unsolicited => true}}}],
     [begin
@@ -262,7 +262,7 @@ what_is_found_later_ends_the_standing_in(Config) ->
     Test = self(),
     serve(macula_routing_server, fun(_, _) ->
         Test ! {asked, self()},
-        receive answer -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end
+        receive answer -> listener(Config) end
     end),
     ok = macula_peer_test:forget(?config(node, Config)),
     ok = send(<<"node">>, -1),
@@ -285,13 +285,15 @@ a_lookup_may_call_the_connector(Config) ->
         Test ! {nested, send_message_nat_aware(<<"me">>, <<"other">>, store, #{id => 1}, #{endpoint => Endpoint}),
                 macula_peer_connector:send_message(Endpoint, store, #{id => 2}),
                 send_message_nat_aware(<<"me">>, <<"node">>, store, #{id => 3}, #{timeout => 300})},
-        {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]}
+        listener(Config)
     end),
     {Took, ok} = elapsed(fun() -> send(<<"node">>, 4) end),
     ?assert(Took < ?SOON),
     ?assertEqual({ok, ok, ?NO_RELAY}, receive {nested, A, B, C} -> {A, B, C} end),
     %% One that waits for itself as long as it may: given up, and so is the call that it waits in.
-    serve(macula_routing_server, fun(_, _) -> send_message_nat_aware(<<"me">>, <<"loop">>, store, #{}, #{timeout => infinity}) end),
+    serve(macula_routing_server, fun(_, _) ->
+        send_message_nat_aware(<<"me">>, <<"loop">>, store, #{}, #{timeout => infinity})
+    end),
     {Long, Result} = elapsed(fun() -> send(<<"loop">>, 5) end),
     ?assertEqual(?NO_RELAY, Result),
     ?assert(Long < ?SLOW + ?SOON).
@@ -312,7 +314,7 @@ a_server_that_calls_is_not_asked(_Config) ->
 %% ---- bounds ----
 
 an_answer_holds_for_all_messages(Config) ->
-    serve(macula_routing_server, fun(_, _) -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end),
+    serve(macula_routing_server, fun(_, _) -> listener(Config) end),
     [ok = send(<<"node">>, N) || N <- lists:seq(1, 20)],
     ?assertMatch([_], asked(find_value)).
 
@@ -364,14 +366,14 @@ who_bounds_them_may_die(Config) ->
     Lookup = receive {asked, Pid} -> monitor(process, Pid) end,
     exit(whereis(macula_peer_lookups), kill),
     receive {'DOWN', Lookup, process, _, _} -> ok end,
-    serve(macula_routing_server, fun(_, _) -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end),
+    serve(macula_routing_server, fun(_, _) -> listener(Config) end),
     arrives(Config, <<"other">>, direct),
     receive {'DOWN', Monitor, process, _, Result} when Monitor =:= element(2, Call) -> ?assertEqual(?NO_RELAY, Result) end.
 
 %% ---- reports ----
 
 success_is_reported(Config) ->
-    serve(macula_routing_server, fun(_, _) -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end),
+    serve(macula_routing_server, fun(_, _) -> listener(Config) end),
     [begin
          coordinate(fun() -> {ok, Strategy, Session} end),
          arrives(Config, Node, direct),
@@ -406,7 +408,7 @@ advice_after_the_call_is_reported(Config) ->
 %% It has no other name than that of the settings; without one nobody is asked for advice.
 a_request_is_this_nodes(Config) ->
     Ask = fun(Node) -> macula_peer_endpoint:request(Node, ping, #{timestamp => 1}, 5000) end,
-    serve(macula_routing_server, fun(_, _) -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end),
+    serve(macula_routing_server, fun(_, _) -> listener(Config) end),
     coordinate(fun() -> {ok, direct, <<"session">>} end),
     ?assertMatch({ok, {pong, _}}, Ask(<<"one">>)),
     ok = macula_peer_test:engine(#{node_id => <<"own">>}),
@@ -457,7 +459,7 @@ endpoints(_NodeId) -> maps:get(endpoints, persistent_term:get(?MODULE)).
 bootstrap_peers() -> maps:get(bootstrap_peers, persistent_term:get(?MODULE)).
 
 nobody_is_asked(Config) ->
-    serve(macula_routing_server, fun(_, _) -> {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]} end),
+    serve(macula_routing_server, fun(_, _) -> listener(Config) end),
     ok = macula_peer_test:engine(#{resolver => none}),
     ?assertEqual(?NO_RELAY, send(<<"node">>, 1)),
     ?assertEqual([], asked(find_value)),
@@ -467,6 +469,10 @@ nobody_is_asked(Config) ->
     until(fun() -> maps:get(distinct, macula_peer_stand_in:stats(Gateway)) =:= 1 end).
 
 %% ---- macula's servers, as far as they matter here ----
+
+%% What the DHT says of the listener.
+listener(Config) ->
+    {ok, [#{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)}]}.
 
 functions(macula_routing_server) -> [{find_value, 3}];
 functions(macula_nat_cache) -> [{get_from_dht, 1}];
