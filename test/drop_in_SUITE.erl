@@ -37,13 +37,15 @@ all() ->
 init_per_suite(Config) ->
     %% A project of its own would be that of the tests.
     [os:unsetenv(Name) || Name <- ["REBAR_CONFIG", "REBAR_BASE_DIR", "REBAR_PROFILE", "ERL_LIBS", "ERL_FLAGS"]],
-    Dir = ?config(priv_dir, Config),
+    %% Not below this project: the links back to it would make tools go round in circles.
+    Dir = string:trim(os:cmd("mktemp -d")),
     Macula = filename:join(Dir, "macula"),
     copy(filename:join(macula_peer_test:root(), "test_apps/macula"), Macula),
     new(Dir, "release", "shop", Macula),
     [{top, Dir}, {macula, Macula}, {project, filename:join(Dir, "shop")} | Config].
 
-end_per_suite(_Config) -> ok.
+end_per_suite(Config) ->
+    ok = file:del_dir_r(?config(top, Config)).
 
 init_per_testcase(Case, Config) when Case =:= mix_run; Case =:= mix_release ->
     case os:find_executable("mix") of
