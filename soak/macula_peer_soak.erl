@@ -315,7 +315,7 @@ act({unknown_node, Timeout}) ->
     to_node(rand:bytes(16), Timeout);
 act({closed, Timeout}) ->
     %% More of them than the pool keeps.
-    Endpoint = lists:concat(["127.0.", rand:uniform(3), ".", rand:uniform(200), ":", 1 + rand:uniform(8)]),
+    Endpoint = lists:concat(["127.0.", rand:uniform(3), ".", rand:uniform(50), ":", 1 + rand:uniform(4)]),
     macula_peer_connector:send_message(Endpoint, store, message(10), Timeout);
 act({silent, _Socket, Endpoint, Timeout}) ->
     macula_peer_connector:send_message(Endpoint, store, message(10), Timeout);
