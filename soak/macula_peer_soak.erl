@@ -19,6 +19,8 @@
 -define(LATE, 2000).
 %% Until the links are gone that nobody uses, in milliseconds.
 -define(REST, 30000).
+%% What a node at rest is watched for, in seconds.
+-define(SETTLE, 12).
 -define(SETTINGS, #{idle_timeout => 3000, keep_alive => 1000, connect_timeout => 1000, pool_size => 50}).
 -define(LOAD, macula_peer_soak_load).
 
@@ -149,7 +151,10 @@ happen(#{nodes := Nodes, sampled := Sampled} = Lab, N, Start, End) ->
                 9 -> listen_again;
                 _ -> change_handler
             end,
-            happen(event(Event, N, Lab), N + 1, Start, End)
+            {Ms, Changed} = elapsed(fun() -> event(Event, N, Lab) end),
+            _ = [io:format("~5b s ~p took ~b ms, until ~p~n", [(Now - Start) div 1000, Event, Ms, calendar:local_time()])
+                 || Ms > ?LATE],
+            happen(Changed, N + 1, Start, End)
     end.
 
 event({restart, Which}, _N, Lab) ->
@@ -257,7 +262,7 @@ worker(Counts, Kind, Pause, What) ->
         end
     end),
     ok = count(Counts, Kind, Result),
-    _ = [count(Counts, {violation, Kind, late}, Ms) || Ms > limit(What) + ?LATE],
+    _ = [count(Counts, {violation, Kind, late}, {Ms, Result, calendar:local_time()}) || Ms > limit(What) + ?LATE],
     receive
         stop -> exit(normal);
         {udp, _, _, _, _} -> worker(Counts, Kind, Pause, What);
@@ -310,7 +315,7 @@ act({unknown_node, Timeout}) ->
     to_node(rand:bytes(16), Timeout);
 act({closed, Timeout}) ->
     %% More of them than the pool keeps.
-    Endpoint = lists:concat(["127.0.", rand:uniform(3), ".", rand:uniform(200), ":", 1 + rand:uniform(8)]),
+    Endpoint = lists:concat(["127.0.", rand:uniform(3), ".", rand:uniform(50), ":", 1 + rand:uniform(4)]),
     macula_peer_connector:send_message(Endpoint, store, message(10), Timeout);
 act({silent, _Socket, Endpoint, Timeout}) ->
     macula_peer_connector:send_message(Endpoint, store, message(10), Timeout);
@@ -363,10 +368,10 @@ measure(Port) ->
     ok = listen(Port),
     [{running, Running}, {stopped, Stopped}].
 
-%% Threads and sockets end a moment after what ended them: the least within a second.
+%% The least of some time. Threads that looked up names end after ten seconds without work.
 settled() ->
     _ = [erlang:garbage_collect(Pid) || Pid <- processes()],
-    Readings = [receive after 100 -> reading() end || _ <- lists:seq(1, 10)],
+    Readings = [receive after 1000 -> reading() end || _ <- lists:seq(1, ?SETTLE)],
     lists:foldl(fun least/2, hd(Readings), tl(Readings)).
 
 least(Reading, Other) ->
@@ -404,8 +409,8 @@ of_system() ->
 %% ---- here: judging ----
 
 measured(#{nodes := Nodes, endpoints := Endpoints}) ->
-    [{Name, call(Node, ?MODULE, measure, [port(Endpoint)])}
-     || {{Name, Node}, Endpoint} <- lists:zip(Nodes, Endpoints)].
+    Measure = fun({{Name, Node}, Endpoint}) -> {Name, call(Node, ?MODULE, measure, [port(Endpoint)])} end,
+    macula_peer_test:in_parallel(length(Nodes), fun(N) -> Measure(lists:nth(N, lists:zip(Nodes, Endpoints))) end).
 
 grown(Before, After) ->
     [{grew, Name, State, Key, {from, Was}, {to, Is}}

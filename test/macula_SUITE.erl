@@ -24,7 +24,8 @@ all() ->
 
 groups() ->
     [{work, [], [a_value_is_stored_at_20_peers, a_value_is_found_at_others, dead_peers_cost_their_own_time_alone,
-                 observers_are_probed, a_publication_reaches_subscribers, a_procedure_is_called_by_node_id]},
+                 observers_are_probed, a_publication_reaches_subscribers, a_procedure_is_called_by_node_id,
+                 a_slow_procedure_answers_over_another_path]},
      {trouble, [], [{group, Variant} || Variant <- variants()]}
      | [{Variant, [], [an_unknown_node_has_the_original_term, an_endpoint_is_sent_to_at_once, a_relay_is_used_at_once,
                        a_lookup_from_inside_the_server_ends]} || Variant <- variants()]].
@@ -65,8 +66,7 @@ end_per_group(_Group, _Config) ->
 init_per_testcase(_Case, Config) ->
     _ = [begin
              ok = call(Node, macula_variant, set, [normal]),
-             ok = call(Node, macula_peer_endpoint, stop, []),
-             ok = call(Node, macula_peer_endpoint, start, []),
+             ok = call(Node, ?MODULE, engine, [[?config(relay, Config)]]),
              _ = [begin
                       ok = call(Node, macula_variant, set, [Server, absent]),
                       ok = call(Node, macula_variant, set, [Server, normal])
@@ -168,11 +168,17 @@ a_procedure_is_called_by_node_id(Config) ->
     _ = [ok = known(Config, Node, Name) || {Node, Name} <- [{One, <<"two">>}, {Two, <<"one">>}]],
     _ = [begin
              ok = call(Two, application, set_env, [macula, rpc_reply, How]),
-             R = call(One, ?MODULE, rpc, [<<"two">>, <<"double">>, 21]),
-             R =:= {ok, 42} orelse ct:pal("~p~n~p~n~p~n~p~n~p", [R, call(One, macula_gateway, received, []), call(Two, macula_gateway, received, []), macula_peer_test:stats(One), macula_peer_test:stats(Two)]),
-             ?assertEqual({ok, 42}, R)
+             ?assertEqual({ok, 42}, call(One, ?MODULE, rpc, [<<"two">>, <<"double">>, 21]))
          end || How <- [stream, node]],
     ?assertEqual({error, timeout}, call(One, ?MODULE, rpc, [<<"two">>, <<"forever">>, 1, 500])).
+
+%% The request goes by the relay. A direct path is found meanwhile, and the relayed connection is let go a second later.
+a_slow_procedure_answers_over_another_path(Config) ->
+    [One, Two] = [node(Config, Name) || Name <- [<<"one">>, <<"two">>]],
+    ok = call(Two, application, set_env, [macula, rpc_reply, stream]),
+    ok = call(Two, macula_gateway, handle, [<<"slow">>, fun ?MODULE:slow/1]),
+    ?assertEqual({ok, 42}, call(One, ?MODULE, rpc, [<<"two">>, <<"slow">>, 21])),
+    ?assertMatch({ok, #{path := hole_punch}}, call(One, macula_peer_endpoint, path, [{node, <<"two">>}])).
 
 known(Config, Node, Name) ->
     [Host, Port] = binary:split(endpoint(Config, Name), <<":">>),
@@ -183,6 +189,10 @@ known(Config, Node, Name) ->
 %% These run in a node.
 
 double(N) -> 2 * N.
+
+slow(N) ->
+    timer:sleep(3000),
+    2 * N.
 
 forever(_) -> receive after infinity -> ok end.
 
@@ -197,7 +207,7 @@ rpc(Target, Procedure, Args, Timeout) ->
 
 an_unknown_node_has_the_original_term(Config) ->
     One = node(Config, <<"one">>),
-    ok = call(One, macula_peer_endpoint, unregister, []),
+    ok = call(One, ?MODULE, engine, [[]]),
     _ = [begin
              Name = crypto:strong_rand_bytes(32),
              {Ms, Result} = elapsed(fun() -> send(One, Name, #{timeout => Timeout}) end),
@@ -205,8 +215,13 @@ an_unknown_node_has_the_original_term(Config) ->
              ?assert(Ms < Timeout + ?LATE),
              %% With time enough for the lookups the term is the original's.
              ?assert(Result =:= ?NO_RELAY orelse Timeout < 5000 andalso Result =:= {error, timeout})
-         end || Timeout <- [0, 1000, 6000]],
-    ok = call(One, macula_peer_endpoint, register, [<<"one">>, [?config(relay, Config)]]).
+         end || Timeout <- [0, 1000, 6000]].
+
+%% Runs in the node: the engine begins anew, with these relays.
+engine(Relays) ->
+    ok = macula_peer_endpoint:stop(),
+    ok = application:set_env(macula_peer_connector, relays, Relays),
+    macula_peer_endpoint:start().
 
 an_endpoint_is_sent_to_at_once(Config) ->
     One = node(Config, <<"one">>),

@@ -13,7 +13,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use macula_peer_wire::RawFrame;
-use quinn::{ConnectionError, RecvStream, SendStream};
+use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout};
@@ -411,6 +411,13 @@ impl Peer {
         let state = lock(&self.state);
         let shown = state.link.as_ref().and_then(|link| link.shown);
         shown.or(state.ways.key).or(state.lookup.key()).or_else(|| self.node.known_key(node))
+    }
+
+    /// The link, if the peer has shown this key.
+    pub(crate) fn link_with(&self, key: Fingerprint) -> Option<(Path, Connection)> {
+        let state = lock(&self.state);
+        let link = state.link.as_ref().filter(|link| link.shown == Some(key))?;
+        Some((link.path, link.connection.clone()))
     }
 
     /// The peer has begun a connection.

@@ -43,8 +43,10 @@ pub(crate) struct Sessions(Mutex<HashMap<SessionKey, Arc<Answers>>>);
 
 type SessionKey = (Fingerprint, SessionId);
 
-/// One session, and the way back to its sender: over the connection that it was last heard on.
+/// One session, and the way back to its sender: over the connection that it was last heard on, or another one with the
+/// sender, which may have let go of that one while it waited for its answer.
 pub(crate) struct Answers {
+    sender: Fingerprint,
     /// `None` until the first stream of the channel.
     channels: [Mutex<Option<Incoming>>; 2],
     /// The connections of its streams that are open, the last one opened last.
@@ -75,6 +77,7 @@ impl Sessions {
         }
         let session = table.entry(key).or_insert_with(|| {
             Arc::new(Answers {
+                sender: key.0,
                 channels: Default::default(),
                 connections: Mutex::default(),
                 first: id,
@@ -283,7 +286,7 @@ impl Answers {
         let connections = lock(&self.connections);
         let live = connections.iter().rev().find(|connection| connection.close_reason().is_none()).cloned();
         drop(connections);
-        let connection = live.ok_or(ReplyError::Gone)?;
+        let connection = live.or_else(|| node.connection_with(self.sender)).ok_or(ReplyError::Gone)?;
         if let Some(Ok(mut send)) = now_or_never(connection.open_uni()) {
             // Dropped, the stream is finished.
             match write_now(&mut send, &frame) {
