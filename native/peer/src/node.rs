@@ -286,7 +286,8 @@ impl Node {
 
     /// A connection with the holder of a key, whoever began it: a direct one, if there is one.
     pub(crate) fn connection_with(&self, key: Fingerprint) -> Option<Connection> {
-        let accepted = self.accepted_from(key).into_iter().map(|accepted| (accepted.path, accepted.connection().clone()));
+        let accepted =
+            self.accepted_from(key).into_iter().map(|accepted| (accepted.path, accepted.connection().clone()));
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
         let linked = peers.pool.values().filter_map(|peer| peer.link_with(key));
         let live = |connection: &Connection| connection.close_reason().is_none();

@@ -985,8 +985,9 @@ impl Task {
         tracing::debug!(peer = %self.peer.name, "silent, trying a new link");
         self.in_doubt = true;
         self.heard = (link.heard(), Instant::now());
-        // A race for a better link goes on for any link.
+        // A race for a better link goes on for any link, and none for a better one alone begins.
         self.race = None;
+        self.upgrade_at = None;
         lock(&self.peer.state).link = None;
     }
 

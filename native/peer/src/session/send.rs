@@ -27,6 +27,9 @@ const LARGE_MESSAGE: usize = 64 << 10;
 const DIRECT_WRITES: usize = 64 << 10;
 const PIECE: usize = 32 << 10;
 
+/// As much may be written twice rather than wait: what two or three packets carry.
+const LITTLE: usize = 3 << 10;
+
 /// How long a message without a deadline is owed after its link died.
 const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -116,6 +119,8 @@ impl Session {
                 continue;
             }
             let Some((send, receive)) = link.open_now() else { return false };
+            // To ask takes a round trip. Little is written at once: who has it drops it.
+            let ask = channel.owed.may_have_arrived() && (self.at_most_once || !channel.owes_little());
             let mut rest = BytesMut::with_capacity(HEADER_LEN + OPEN_LEN);
             put_header(&mut rest, OPEN_SESSION, OPEN_LEN);
             rest.extend_from_slice(&self.id);
@@ -129,7 +134,7 @@ impl Session {
                 receive,
                 rest: rest.freeze(),
                 in_flight: 0,
-                resumed: !channel.owed.may_have_arrived(),
+                resumed: !ask,
                 greeted: false,
                 refused: false,
                 ended: false,
@@ -261,6 +266,15 @@ fn new_id() -> SessionId {
 }
 
 impl Channel {
+    fn owes_little(&self) -> bool {
+        let mut most = LITTLE;
+        self.owed.messages().all(|message| {
+            let left = most.checked_sub(message.frame.len());
+            most = left.unwrap_or_default();
+            left.is_some()
+        })
+    }
+
     /// The session goes on over another stream.
     fn close(&mut self) {
         self.owed.rewind();
@@ -395,14 +409,11 @@ impl Stream {
         at_most_once: bool,
         progress: &mut Progress,
     ) {
-        if self.resumed {
-            return;
-        }
-        self.resumed = true;
+        let asked = !std::mem::replace(&mut self.resumed, true);
         if known {
             let arrived = owed.resume(expected);
             self.arrived(arrived, progress);
-        } else if at_most_once {
+        } else if at_most_once && asked {
             progress.lost.extend(owed.give_up(|_, written| written));
         }
     }
