@@ -1,5 +1,5 @@
 //! Over ways that lose packets, messages arrive all the same, and most of them soon.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 mod common;
 
