@@ -129,9 +129,9 @@ is_marked(Attributes) ->
 %% Beside this module, unless that was compiled for coverage.
 -spec own_file(module()) -> file:filename().
 own_file(Module) ->
-    Ebin = case {code:which(?MODULE), code:lib_dir(?APP, ebin)} of
+    Ebin = case {code:which(?MODULE), code:lib_dir(?APP)} of
         {File, _} when is_list(File), File =/= [] -> filename:dirname(File);
-        {_, Dir} when is_list(Dir) -> Dir;
+        {_, Dir} when is_list(Dir) -> filename:join(Dir, "ebin");
         {_, {error, bad_name}} -> "."
     end,
     filename:join(Ebin, atom_to_list(Module) ++ ".beam").

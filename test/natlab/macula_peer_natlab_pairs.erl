@@ -5,12 +5,14 @@
 -export([kinds/0, sites/1, start/1]).
 -export([meet_as_expected/4, expected/2, misses/2]).
 -export([begin_anew/3]).
--export([first_message/3]).
+-export([first_message/4]).
 
 -import(macula_peer_test, [call/4]).
 
 %% Until a direct path is no longer waited for, in milliseconds: as long as a node may take to find one or say why not.
 -define(PATIENCE, 3000).
+%% The same where there must be one every time: packets are lost, and nodes try again.
+-define(LONG_PATIENCE, 10000).
 -define(POLL, 5).
 %% Many on few processors.
 -define(SMALL, [{"ERL_FLAGS", "+S 1 +SDio 2 +A 1"}]).
@@ -49,14 +51,15 @@ relay(Node) ->
 %% So many, or more where that is too few to tell.
 meet_as_expected(Pairs, Kind, Other, Count) ->
     Ends = {{{Kind, here}, 1}, end_of(Kind, Other)},
-    judged(Pairs, Ends, expected(Kind, Other), [meet(Pairs, Ends) || _ <- lists:seq(1, Count)]).
+    Expected = expected(Kind, Other),
+    judged(Pairs, Ends, Expected, [meet(Pairs, Ends, Expected) || _ <- lists:seq(1, Count)]).
 
 end_of(Kind, neighbour) -> {{Kind, here}, 2};
 end_of(_Kind, Other) -> {{Other, there}, 1}.
 
 judged(Pairs, Ends, Expected, Meetings) ->
     case judge(Expected, Meetings) of
-        more -> judged(Pairs, Ends, Expected, [meet(Pairs, Ends) | Meetings]);
+        more -> judged(Pairs, Ends, Expected, [meet(Pairs, Ends, Expected) | Meetings]);
         Verdict -> {Verdict, Meetings}
     end.
 
@@ -64,18 +67,18 @@ judged(Pairs, Ends, Expected, Meetings) ->
 %% `first' and `direct' are the milliseconds until the first message had arrived and until there was a direct path
 %% (`none': there was not), `path' is the one in the end, and `said' the milliseconds until the node said that there is
 %% no direct one (`none': it did not), and `why'.
-meet(Pairs, Ends) ->
+meet(Pairs, Ends, Expected) ->
     try
-        try_to_meet(Pairs, Ends)
+        try_to_meet(Pairs, Ends, Expected)
     catch
         Class:Reason:Stack -> #{failed => {Class, Reason, Stack}}
     end.
 
-try_to_meet(Pairs, Ends) ->
+try_to_meet(Pairs, Ends, Expected) ->
     [{Sender, Name}, {Target, Other}] =
         macula_peer_test:in_parallel(2, fun(N) -> begin_anew(Pairs, element(N, Ends), #{}) end),
     Id = erlang:unique_integer([positive]),
-    case call(Sender, ?MODULE, first_message, [Name, Other, Id]) of
+    case call(Sender, ?MODULE, first_message, [Name, Other, Id, Expected]) of
         {ok, Start, Outcome} ->
             #{at := At} = macula_peer_relays:delivered(Target, Id),
             confirm(Outcome#{first => (At - Start) div 1000}, Sender, {Name, Other}, Target);
@@ -103,26 +106,31 @@ knows_its_nat(Node) ->
     is_integer(At).
 
 %% Runs in the sender.
-first_message(Name, Other, Id) ->
+first_message(Name, Other, Id, Expected) ->
     Start = os:system_time(microsecond),
     case macula_peer_connector:send_message_nat_aware(Name, Other, store, #{id => Id}) of
-        ok -> {ok, Start, outcome(Other, Start)};
+        ok -> {ok, Start, outcome(Other, Start, Expected)};
         {error, _} = Error -> Error
     end.
 
-outcome(To, Start) ->
+outcome(To, Start, Expected) ->
     {ok, Path} = macula_peer_endpoint:path(To),
     Ms = (os:system_time(microsecond) - Start) div 1000,
+    Late = Ms > patience(Expected),
+    Hoped = Expected =:= direct orelse Expected =:= mostly_direct,
     case Path of
         #{path := Direct} when Direct =:= direct; Direct =:= hole_punch ->
             #{path => Direct, direct => Ms, said => none};
-        #{path := Other, failed := #{hole_punch := _} = Why} ->
+        #{path := Other, failed := #{hole_punch := _} = Why} when Late; not Hoped ->
             #{path => Other, direct => none, said => Ms, why => Why};
-        #{path := Other} when Ms > ?PATIENCE ->
+        #{path := Other} when Late ->
             #{path => Other, direct => none, said => none};
-        #{} -> receive after ?POLL -> outcome(To, Start) end
+        #{} ->
+            receive after ?POLL -> outcome(To, Start, Expected) end
     end.
 
+patience(direct) -> ?LONG_PATIENCE;
+patience(_) -> ?PATIENCE.
 
 %% A message does come by the path that there is said to be.
 confirm(#{direct := none} = Outcome, _Sender, _Names, _Target) ->
