@@ -23,6 +23,9 @@
 -define(SETTLE, 12).
 -define(SETTINGS, #{idle_timeout => 3000, keep_alive => 1000, connect_timeout => 1000, pool_size => 50}).
 -define(LOAD, macula_peer_soak_load).
+%% malloc has an arena for each thread, up to eight for each processor, and takes minutes to fill them all with pieces. In
+%% a few it is soon to be seen whether anything grows.
+-define(FEW_ARENAS, #{env => [{"MALLOC_ARENA_MAX", "2"}]}).
 
 %% What may be more at the end than at the beginning, and why.
 -define(BOUNDS, #{
@@ -33,8 +36,8 @@
     total => 4 bsl 20,
     %% Where a binary that a process does not use any more lies until its next collection.
     binary => 1 bsl 20,
-    %% malloc keeps what was freed in each thread's arena, in pieces; how many depends on what was on its way at once.
-    rss => 32 bsl 20
+    %% malloc keeps what was freed, in pieces; how many depends on what was on its way at once.
+    rss => 16 bsl 20
 }).
 
 -spec main([atom()]) -> no_return().
@@ -89,7 +92,7 @@ identity_file(Name) ->
 
 %% That port is in nobody's range, so it is free again when the node is gone.
 node_with(Settings, Port) ->
-    Node = macula_peer_test:start_node(),
+    Node = macula_peer_test:start_node(macula_peer_test:node_paths(), ?FEW_ARENAS),
     ok = call(Node, ?MODULE, prepare, [Settings, Port]),
     {Node, Port}.
 

@@ -7,10 +7,10 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::raw::raw_frame;
+use common::raw::{macula_server, raw_frame};
 use common::{Inbox, endpoint, engine, frame, message, number, request, send, until};
 use macula_peer::{Config, Engine, HandOver, Listen, LocalGateway, Message, StartError};
-use macula_peer_testkit::quic::{client_config, server_config, tokio_runtime, transport};
+use macula_peer_testkit::quic::{client_config, transport};
 use macula_peer_wire::MessageType::{Cast, FindValue, FindValueReply, Publish, RpcReply, Store};
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
@@ -29,21 +29,10 @@ struct Gateway {
 
 impl Gateway {
     fn new(reads: usize) -> Self {
-        let runtime = tokio_runtime(1).unwrap();
         let (got, reads) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(reads)));
         let (shared, permits) = (got.clone(), reads.clone());
-        let address = runtime.block_on(async {
-            let server = server_config(&["macula".into()], transport(100, 3)).unwrap();
-            let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
-            let address = endpoint.local_addr().unwrap();
-            tokio::spawn(async move {
-                while let Some(incoming) = endpoint.accept().await {
-                    let (got, reads) = (shared.clone(), permits.clone());
-                    tokio::spawn(async move { serve(incoming.await.unwrap(), got, reads).await });
-                }
-            });
-            address
-        });
+        let (runtime, address) =
+            macula_server(100, move |connection| serve(connection, shared.clone(), permits.clone()));
         Self { runtime, address, got, reads }
     }
 

@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use common::raw::macula_server;
 use common::{Forwarder, engine, frame, listener, message, number, request, send, until};
 use macula_peer::{Config, Delivery, EndpointRef, Engine, Message, Target};
-use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Ping, Publish};
 use macula_peer_wire::{Limits, Reassembler};
-use quinn::Endpoint;
+use quinn::{RecvStream, SendStream};
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -34,42 +34,38 @@ struct Gateway {
 
 /// One that answers a ping after so long.
 fn gateway(answers_after: Duration) -> Gateway {
-    let runtime = tokio_runtime(1).unwrap();
     let (numbers, open) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicUsize::new(0)));
     let (got, connections) = (numbers.clone(), open.clone());
-    let address = runtime.block_on(async {
-        let server = server_config(&["macula".into()], transport(100, 3)).unwrap();
-        let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = endpoint.local_addr().unwrap();
-        tokio::spawn(async move {
-            while let Some(incoming) = endpoint.accept().await {
-                let (got, connections) = (got.clone(), connections.clone());
-                tokio::spawn(async move {
-                    let connection = incoming.await.unwrap();
-                    connections.fetch_add(1, Ordering::Relaxed);
-                    while let Ok((mut send, mut receive)) = connection.accept_bi().await {
-                        let got = got.clone();
-                        tokio::spawn(async move {
-                            let mut frames = Reassembler::new(Limits::default());
-                            while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
-                                frames.push(chunk.bytes);
-                                while let Ok(Some(frame)) = frames.next_frame() {
-                                    got.lock().unwrap().push(number(frame.payload()).unwrap());
-                                    if frame.type_id() == Ping.id() {
-                                        tokio::time::sleep(answers_after).await;
-                                        let _ = send.write_all(&common::frame(Ping, 7, 0)).await;
-                                    }
-                                }
-                            }
-                        });
-                    }
-                    connections.fetch_sub(1, Ordering::Relaxed);
-                });
+    let (runtime, address) = macula_server(100, move |connection| {
+        let (got, connections) = (got.clone(), connections.clone());
+        async move {
+            connections.fetch_add(1, Ordering::Relaxed);
+            while let Ok((send, receive)) = connection.accept_bi().await {
+                tokio::spawn(serve_stream(send, receive, got.clone(), answers_after));
             }
-        });
-        address
+            connections.fetch_sub(1, Ordering::Relaxed);
+        }
     });
     Gateway { runtime, address: address.to_string(), numbers, open }
+}
+
+async fn serve_stream(
+    mut send: SendStream,
+    mut receive: RecvStream,
+    got: Arc<Mutex<Vec<u64>>>,
+    answers_after: Duration,
+) {
+    let mut frames = Reassembler::new(Limits::default());
+    while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
+        frames.push(chunk.bytes);
+        while let Ok(Some(frame)) = frames.next_frame() {
+            got.lock().unwrap().push(number(frame.payload()).unwrap());
+            if frame.type_id() == Ping.id() {
+                tokio::time::sleep(answers_after).await;
+                let _ = send.write_all(&common::frame(Ping, 7, 0)).await;
+            }
+        }
+    }
 }
 
 /// A message of 3,000 bytes and a small one by turns: neither fits the way that the other one takes.

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use common::raw::macula_server;
 use common::{engine, frame, listener, message, number, request, send, until};
 use macula_peer::{
     Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, ReplyError, RequestError,
     SendError, Target, Unhandled,
 };
-use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -161,30 +161,20 @@ fn a_listener_gets_the_port_that_it_asks_for_or_an_error() {
 /// Messages to a peer that hangs up soon after every handshake must not become a storm of handshakes.
 #[test]
 fn a_peer_that_hangs_up_is_not_stormed() {
-    let runtime = tokio_runtime(1).unwrap();
-    let (endpoint, accepted) = runtime.block_on(async {
-        let server = server_config(&["macula".into()], transport(100, 3)).unwrap();
-        let endpoint = quinn::Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = endpoint.local_addr().unwrap().to_string();
-        let accepted = Arc::new(AtomicUsize::new(0));
-        let count = accepted.clone();
-        tokio::spawn(async move {
-            while let Some(incoming) = endpoint.accept().await {
-                let Ok(connection) = incoming.await else { continue };
-                count.fetch_add(1, Ordering::Relaxed);
-                tokio::spawn(async move {
-                    tokio::time::sleep(SECOND / 50).await;
-                    connection.close(1u8.into(), b"go away");
-                });
-            }
-        });
-        (address, accepted)
+    let accepted = Arc::new(AtomicUsize::new(0));
+    let count = accepted.clone();
+    let (_runtime, address) = macula_server(100, move |connection| {
+        count.fetch_add(1, Ordering::Relaxed);
+        async move {
+            tokio::time::sleep(SECOND / 50).await;
+            connection.close(1u8.into(), b"go away");
+        }
     });
     let client = engine(Config::default());
     let begun = Instant::now();
     while begun.elapsed() < 2 * SECOND {
         // Delivered or not: the handshakes are what is counted.
-        let _ = send(&client, &endpoint, message(Publish, 0, SECOND));
+        let _ = send(&client, &address.to_string(), message(Publish, 0, SECOND));
         std::thread::sleep(SECOND / 200);
     }
     let accepted = accepted.load(Ordering::Relaxed);

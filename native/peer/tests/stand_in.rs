@@ -6,34 +6,22 @@ mod common;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use common::raw::macula_server;
 use common::{
     Forwarder, Inbox, endpoint, engine, frame, listener, message, node_id, number, over, send_to_node, until,
 };
 use macula_peer::{Config, Delivery, Event, Message, PeerName, SendError, UndeliveredReason, Verify, Ways};
-use macula_peer_testkit::quic::{server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::Publish;
 use macula_peer_wire::{Limits, Reassembler};
-use quinn::{Connection, Endpoint};
+use quinn::Connection;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A gateway that allows so many streams: its runtime, its endpoint, and the numbers of what it got.
 fn gateway(streams: u32) -> (tokio::runtime::Runtime, String, Arc<Mutex<Vec<u64>>>) {
-    let runtime = tokio_runtime(1).unwrap();
     let numbers = Arc::new(Mutex::new(Vec::new()));
     let got = numbers.clone();
-    let address = runtime.block_on(async {
-        let server = server_config(&["macula".into()], transport(streams, 3)).unwrap();
-        let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = endpoint.local_addr().unwrap();
-        tokio::spawn(async move {
-            while let Some(incoming) = endpoint.accept().await {
-                let got = got.clone();
-                tokio::spawn(async move { serve(incoming.await.unwrap(), got).await });
-            }
-        });
-        address
-    });
+    let (runtime, address) = macula_server(streams, move |connection| serve(connection, got.clone()));
     (runtime, address.to_string(), numbers)
 }
 

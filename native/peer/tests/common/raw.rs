@@ -11,6 +11,7 @@ use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, Reassembler, decode_payload};
 use quinn::{Connection, Endpoint, ReadError, RecvStream, SendStream, TransportConfig, VarInt};
 use ring::hmac;
+use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -43,6 +44,28 @@ pub async fn dial_with(to: &str, key: &Key, transport: TransportConfig) -> Conne
 
 pub async fn stranger(to: &str) -> Connection {
     dial(to, &quic::key().unwrap()).await
+}
+
+/// Speaks only `macula`, allows so many streams and serves each connection so. It lives as long as the runtime.
+pub fn macula_server<S>(streams: u32, serve: impl Fn(Connection) -> S + Send + Sync + 'static) -> (Runtime, SocketAddr)
+where
+    S: Future<Output = ()> + Send + 'static,
+{
+    let runtime = quic::tokio_runtime(1).unwrap();
+    let address = runtime.block_on(async {
+        let server = quic::server_config(&["macula".into()], quic::transport(streams, 3)).unwrap();
+        let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = endpoint.local_addr().unwrap();
+        let serve = Arc::new(serve);
+        tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                let serve = serve.clone();
+                tokio::spawn(async move { serve(incoming.await.unwrap()).await });
+            }
+        });
+        address
+    });
+    (runtime, address)
 }
 
 /// One frame, of whatever type.
