@@ -47,7 +47,7 @@ init_per_testcase(Case, Config) ->
         _ -> [?config(macula, Config)]
     end,
     Args = proplists:get_value(args, Config, []),
-    Libraries = [code:lib_dir(Application, ebin) || Application <- [crypto, tools, compiler]],
+    Libraries = [filename:join(code:lib_dir(Application), "ebin") || Application <- [crypto, tools, compiler]],
     {ok, Node, _} = peer:start(#{connection => standard_io,
                                  args => Args ++ ["-kernel", "logger_level", "critical" |
                                                   path(Libraries ++ macula_peer_test:node_paths() ++ Paths)]}),
@@ -56,7 +56,7 @@ init_per_testcase(Case, Config) ->
 
 %% In embedded mode nothing is loaded by being called.
 load_all(Node) ->
-    Modules = lists:append([beams(Path) || Path <- [code:lib_dir(crypto, ebin) | macula_peer_test:node_paths()]]),
+    Modules = lists:append([beams(Path) || Path <- [filename:join(code:lib_dir(crypto), "ebin") | macula_peer_test:node_paths()]]),
     [{module, Module} = call(Node, code, load_file, [Module]) || Module <- lists:usort(Modules) -- [?CONNECTOR, ?POOL]].
 
 beams(Path) ->
@@ -154,7 +154,7 @@ the_running_pool_of_macula_goes_on(Config) ->
     {ok, _} = call(Node, application, ensure_all_started, [macula]),
     Pool = call(Node, erlang, whereis, [?POOL]),
     {ok, _} = start(Node, [{takeover_pool, true}]),
-    ?assertMatch(#{pool_size := 0, hit_rate := 0.0}, call(Node, ?POOL, stats, [])),
+    ?assertMatch(#{pool_size := 0, hit_rate := +0.0}, call(Node, ?POOL, stats, [])),
     ?assertEqual({error, no_quicer_connection}, call(Node, ?POOL, get_connection, [<<"127.0.0.1:9">>])),
     ?assertEqual(call(Node, ?POOL, stats, []), call(Node, gen_server, call, [?POOL, stats])),
     call(Node, erlang, send, [?POOL, cleanup_idle_connections]),
