@@ -131,7 +131,9 @@ servers_are_slow(Config) ->
 servers_answer_strangely(Config) ->
     Node = ?config(node, Config),
     ok = call(Node, macula_variant, set, [wrong]),
-    _ = [?assertNotMatch({'EXIT', _}, catch ask_server(Node, N)) || N <- lists:seq(1, 4)].
+    %% An exit would fail the case.
+    [ask_server(Node, N) || N <- lists:seq(1, 4)],
+    ok.
 
 servers_crash_and_come_again(Config) ->
     Node = ?config(node, Config),
