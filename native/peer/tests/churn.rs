@@ -77,10 +77,6 @@ fn arrived(inbox: &Inbox) -> HashMap<(u64, bool), Vec<u64>> {
     arrived
 }
 
-fn let_go(client: &Engine) -> bool {
-    client.stats().peers.iter().all(|peer| peer.unacknowledged_bytes == 0)
-}
-
 fn stop(engine: &Engine, seed: u64) {
     let begun = Instant::now();
     engine.stop();
@@ -133,7 +129,7 @@ fn in_order_and_once(client: Config, receivers: usize, total: u64) {
         assert!(missing.is_empty(), "SEED={seed}: {} missing: {missing:?} {:?}", missing.len(), client.stats());
         assert_eq!(arrived.len(), sent.len(), "SEED={seed}");
     }
-    until("nothing is held", || let_go(&client));
+    until("nothing is held", || common::owes_nothing(&client));
     // Links come and go, and that is told.
     events.events.lock().unwrap().retain(|event| !matches!(event, Event::Path { .. }));
     assert_eq!(*events.events.lock().unwrap(), [], "SEED={seed}: nothing is lost");
@@ -241,7 +237,7 @@ fn through_restarts(delivery: Delivery, seed: u64) -> (Vec<u64>, Vec<u64>, u64) 
         over.store(true, Ordering::Relaxed);
         (restarting.join().unwrap(), sent)
     });
-    until("nothing is held", || let_go(&client));
+    until("nothing is held", || common::owes_nothing(&client));
     let reported = client.stats().undelivered;
     stop(&client, seed);
     stop(&server, seed);

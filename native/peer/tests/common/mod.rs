@@ -110,6 +110,11 @@ pub fn request(engine: &Engine, endpoint: &str, message: Message) -> Result<RawF
     answered.recv_timeout(PATIENCE).expect("a call is always answered")
 }
 
+/// All that was sent is acknowledged.
+pub fn owes_nothing(engine: &Engine) -> bool {
+    engine.stats().peers.iter().all(|peer| peer.unacknowledged_bytes == 0)
+}
+
 #[track_caller]
 pub fn until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
