@@ -47,7 +47,7 @@ init_per_testcase(Case, Config) ->
         _ -> [?config(macula, Config)]
     end,
     Args = proplists:get_value(args, Config, []),
-    Libraries = [filename:join(code:lib_dir(Application), "ebin") || Application <- [crypto, tools, compiler]],
+    Libraries = [ebin(Application) || Application <- [crypto, tools, compiler]],
     {ok, Node, _} = peer:start(#{connection => standard_io,
                                  args => Args ++ ["-kernel", "logger_level", "critical" |
                                                   path(Libraries ++ macula_peer_test:node_paths() ++ Paths)]}),
@@ -56,8 +56,11 @@ init_per_testcase(Case, Config) ->
 
 %% In embedded mode nothing is loaded by being called.
 load_all(Node) ->
-    Modules = lists:append([beams(Path) || Path <- [filename:join(code:lib_dir(crypto), "ebin") | macula_peer_test:node_paths()]]),
+    Modules = lists:append([beams(Path) || Path <- [ebin(crypto) | macula_peer_test:node_paths()]]),
     [{module, Module} = call(Node, code, load_file, [Module]) || Module <- lists:usort(Modules) -- [?CONNECTOR, ?POOL]].
+
+ebin(Application) ->
+    filename:join(code:lib_dir(Application), "ebin").
 
 beams(Path) ->
     [list_to_atom(filename:basename(File, ".beam")) || File <- filelib:wildcard(Path ++ "/*.beam")].

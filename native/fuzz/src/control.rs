@@ -60,5 +60,5 @@ fuzz_target!(|bytes: &[u8]| {
 fn raw(frame: Bytes) -> RawFrame {
     let mut frames = Reassembler::new(Limits::default());
     frames.push(frame);
-    frames.next_frame().unwrap().unwrap()
+    frames.next_frame().expect("its header is right").expect("it is whole")
 }

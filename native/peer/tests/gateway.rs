@@ -3,12 +3,13 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::raw::{macula_server, raw_frame};
-use common::{Inbox, endpoint, engine, frame, message, number, request, send, until};
+use common::{Forwarder, Inbox, endpoint, engine, frame, message, number, request, send, until};
 use macula_peer::{Config, Engine, HandOver, Listen, LocalGateway, Message, StartError};
 use macula_peer_testkit::quic::{client_config, transport};
 use macula_peer_wire::MessageType::{Cast, FindValue, FindValueReply, Publish, RpcReply, Store};
@@ -250,4 +251,29 @@ fn an_engine_does_not_start_at_the_gateways_port() {
     let elsewhere =
         LocalGateway { endpoint: endpoint(&format!("192.0.2.1:{}", gateway.port())), when: HandOver::Always };
     assert!(!refused(Config { gateway: Some(elsewhere), ..config }));
+}
+
+/// A gateway loses a frame of which it has only the first packet. Without acknowledgements no more leaves than the
+/// congestion window lets go at first, so a frame that is cut by its end stays so.
+#[test]
+fn a_first_burst_on_this_host_is_not_cut_by_the_congestion_window() {
+    const BURST: u64 = 90;
+    let gateway = Gateway::new(100);
+    let forwarder = Forwarder::new(gateway.address, 0, 0.0, Duration::ZERO);
+    let client = engine(Config::default());
+    let address = forwarder.address.to_string();
+    send(&client, &address, message(Cast, 0, TIMEOUT)).unwrap();
+    until("there is a link", || gateway.count() == 1 && common::owes_nothing(&client));
+    forwarder.mute();
+    for n in 1..=BURST {
+        let message = Message { frame: frame(Cast, n, 1000), ..message(Cast, n, TIMEOUT) };
+        send(&client, &address, message).unwrap();
+    }
+    until("all of it has left", || {
+        let got = gateway.got.lock().unwrap();
+        let numbers: HashSet<_> = got.iter().filter_map(|frame| number(frame.payload())).collect();
+        (0..=BURST).all(|n| numbers.contains(&n))
+    });
+    client.stop();
+    gateway.runtime.shutdown_background();
 }

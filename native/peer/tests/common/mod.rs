@@ -129,6 +129,7 @@ pub fn until(what: &str, condition: impl Fn() -> bool) {
 pub struct Forwarder {
     pub address: SocketAddr,
     swallow: Arc<AtomicBool>,
+    mute: Arc<AtomicBool>,
     widest: Arc<AtomicUsize>,
     moves: Arc<AtomicBool>,
     /// Packets that were too wide.
@@ -149,10 +150,10 @@ impl Forwarder {
         let (swallow, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let widest = Arc::new(AtomicUsize::new(usize::MAX));
         let too_wide = Arc::new(AtomicUsize::new(0));
-        let moves = Arc::new(AtomicBool::new(false));
-        let flags = (swallow.clone(), widest.clone(), too_wide.clone(), moves.clone(), stop.clone());
+        let (moves, mute) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let flags = (swallow.clone(), mute.clone(), widest.clone(), too_wide.clone(), moves.clone(), stop.clone());
         let thread = std::thread::spawn(move || {
-            let (swallow, widest, too_wide, moves, stop) = flags;
+            let (swallow, mute, widest, too_wide, moves, stop) = flags;
             let mut random = fastrand::Rng::with_seed(seed);
             let mut client = None;
             let mut queue: VecDeque<(Instant, bool, Vec<u8>)> = VecDeque::new();
@@ -185,7 +186,8 @@ impl Forwarder {
                         too_wide.fetch_add(1, Ordering::Relaxed);
                         continue;
                     }
-                    if swallow.load(Ordering::Relaxed) || random.f64() < loss {
+                    let muted = !to_server && mute.load(Ordering::Relaxed);
+                    if muted || swallow.load(Ordering::Relaxed) || random.f64() < loss {
                         continue;
                     }
                     // A refused packet is a lost packet.
@@ -200,11 +202,16 @@ impl Forwarder {
                 }
             }
         });
-        Self { address, swallow, widest, moves, too_wide, stop, thread: Some(thread) }
+        Self { address, swallow, mute, widest, moves, too_wide, stop, thread: Some(thread) }
     }
 
     pub fn swallow(&self, all: bool) {
         self.swallow.store(all, Ordering::Relaxed);
+    }
+
+    /// From now on nothing comes from the server.
+    pub fn mute(&self) {
+        self.mute.store(true, Ordering::Relaxed);
     }
 
     /// From now on the server sees the client at another address.

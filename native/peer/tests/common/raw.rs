@@ -9,7 +9,9 @@ use bytes::{BufMut, Bytes, BytesMut};
 use macula_peer_testkit::quic::{self, Key};
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, Reassembler, decode_payload};
-use quinn::{Connection, Endpoint, ReadError, RecvStream, SendStream, TransportConfig, VarInt};
+use quinn::{
+    Connection, Endpoint, EndpointConfig, ReadError, RecvStream, SendStream, TokioRuntime, TransportConfig, VarInt,
+};
 use ring::hmac;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
@@ -54,7 +56,11 @@ where
     let runtime = quic::tokio_runtime(1).unwrap();
     let address = runtime.block_on(async {
         let server = quic::server_config(&["macula".into()], quic::transport(streams, 3)).unwrap();
-        let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+        // A forwarder takes what greases the bit of RFC 9287 for no QUIC.
+        let mut config = EndpointConfig::default();
+        config.grease_quic_bit(false);
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let endpoint = Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime)).unwrap();
         let address = endpoint.local_addr().unwrap();
         let serve = Arc::new(serve);
         tokio::spawn(async move {
