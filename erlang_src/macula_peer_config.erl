@@ -5,8 +5,8 @@
 -module(macula_peer_config).
 
 -export([read/0]).
+-export([remarks/0]).
 -export([bootstrap_peers/0]).
--export([wrong_bootstrap_peers/0]).
 -export([format_error/1]).
 
 -export_type([settings/0, reason/0]).
@@ -18,11 +18,29 @@
 %% `native' is for the native library.
 
 -type reason() :: {invalid_option, {Key :: term(), Value :: term()}} | {unknown_option, Key :: atom()}
-                | {invalid_variable, {Name :: string(), Value :: string()}}.
-%% Of an unknown option no value is told: its name may be that of a secret, mistyped.
+                | {invalid_variable, {Name :: string(), Value :: string()}}
+                | {invalid_variable, {Name :: string(), Value :: string(), Hint :: binary()}}
+                | {tls_config_error, {cacertfile_not_found, file:filename()}}.
+%% Of an unknown option no value is told: its name may be that of a secret, mistyped. The hint says what set the variable.
+%% `tls_config_error' is macula's own.
 
-%% The gateway's port, as in macula.
+%% Where macula looks for its gateway's port: variables, then keys of its application environment, then the default.
+-define(PORT_VARIABLES, ["MACULA_QUIC_PORT", "GATEWAY_PORT"]).
+-define(PORT_KEYS, [quic_port, gateway_port]).
 -define(GATEWAY_PORT, 9443).
+
+%% Kubernetes gives pods variables for each Service: one that is called `gateway' sets GATEWAY_PORT.
+-define(SERVICE_LINK, "^[a-z]+://").
+-define(SERVICE_LINK_HINT, <<"Kubernetes set it for a Service of that name; put enableServiceLinks: false into the pod's spec, "
+                             "or set the variable to the port">>).
+
+%% In macula these are certificates that many nodes may share. Here a key is what a node is known by.
+-define(CERTIFICATE_VARIABLES, ["MACULA_TLS_CERTFILE", "MACULA_TLS_KEYFILE", "TLS_CERT_FILE", "TLS_KEY_FILE"]).
+
+%% Where macula looks for authorities if it is not told.
+-define(CA_BUNDLES, ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
+                     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/usr/local/share/certs/ca-root-nss.crt",
+                     "/etc/ssl/cert.pem"]).
 
 %% What the native library is told, and what it takes.
 -define(NATIVE, #{ip => "an address as in inet:ip_address()",
@@ -41,7 +59,7 @@
                   answer_timeout => "milliseconds, from 1 to a day",
                   workers => "a number above 0",
                   identity_file => "the name of a file",
-                  verify => "none, {pin, Fingerprints} or {cacertfile, File}",
+                  verify => "first_seen, none, {pin, Fingerprints}, {cacertfile, File} or {cacertfile, File, any_name}",
                   realm_secret => "a binary that is not empty",
                   max_accepted => "a number above 0",
                   max_streams => "a number above 0",
@@ -55,7 +73,9 @@
                takeover => "true or false",
                takeover_pool => "true or false"}).
 
-%% The variables that are checked at the start. What is wrong with MACULA_BOOTSTRAP_PEERS is told by each call that needs
+-type kind() :: boolean | positive | port | tls_mode.
+
+%% The variables that are always checked at the start. What is wrong with MACULA_BOOTSTRAP_PEERS is told by each call that needs
 %% one of them, as in macula, and logged.
 -define(VARIABLES, #{"RELAY_ENABLED" => boolean,
                      "MACULA_NAT_RELAY_ENABLED" => boolean,
@@ -63,7 +83,8 @@
                      "MACULA_NAT_RELAY_BANDWIDTH" => positive,
                      "MACULA_NAT_ENABLED" => boolean,
                      "MACULA_NAT_PUNCH_ENABLED" => boolean,
-                     "MACULA_QUIC_PORT" => port}).
+                     "MACULA_TLS_MODE" => tls_mode,
+                     "MACULA_TLS_VERIFY_HOSTNAME" => boolean}).
 
 %% @doc All settings, or what is wrong with the first that is.
 -spec read() -> {ok, settings()} | {error, reason() | term()}.
@@ -71,16 +92,25 @@ read() ->
     %% Nothing need be started or loaded.
     _ = application:load(?APP),
     Env = maps:without([included_applications], maps:from_list(application:get_all_env(?APP))),
-    Native = native(Env),
-    Checks = [fun check_variables/0,
-              fun() -> check_known(Env) end,
-              fun() -> check_own(Env) end,
-              fun() -> macula_peer_nif:check(settings, Native) end],
-    case first_error(Checks) of
+    case first_error([fun check_variables/0, fun() -> check_known(Env) end, fun() -> check_own(Env) end]) of
+        ok -> with_native(Env, native(Env));
+        {error, _} = Error -> Error
+    end.
+
+-spec with_native(map(), {ok, map()} | {error, reason()}) -> {ok, settings()} | {error, reason() | term()}.
+with_native(Env, {ok, Native}) ->
+    case macula_peer_nif:check(settings, Native) of
         ok -> {ok, #{native => Native, handler => maps:get(handler, Env, undefined), listen => listen(Env),
                      resolver => maps:get(resolver, Env, macula_peer_resolver_macula)}};
         {error, _} = Error -> Error
-    end.
+    end;
+with_native(_Env, {error, _} = Error) ->
+    Error.
+
+%% @doc What the operator should know about the variables although nothing stops the start: a sentence each, for the log.
+-spec remarks() -> [unicode:chardata()].
+remarks() ->
+    bootstrap_remarks() ++ verify_remarks() ++ certificate_remarks().
 
 %% @doc Every entry of `MACULA_BOOTSTRAP_PEERS' that is an endpoint, and what is wrong where there is none.
 -spec bootstrap_peers() -> {[string()], no_bootstrap_peers | invalid_bootstrap_format | invalid_bootstrap_port}.
@@ -92,11 +122,6 @@ bootstrap_peers() ->
     end,
     {[Peer || {ok, Peer} <- Checked], Reason}.
 
-%% @doc Every entry that is none.
--spec wrong_bootstrap_peers() -> [string()].
-wrong_bootstrap_peers() ->
-    [Peer || {Why, Peer} <- checked_bootstrap_peers(), Why =/= ok].
-
 %% @doc A sentence for the log.
 -spec format_error(term()) -> unicode:chardata().
 format_error({invalid_option, {Key, Value}}) ->
@@ -104,26 +129,144 @@ format_error({invalid_option, {Key, Value}}) ->
 format_error({unknown_option, Key}) ->
     io_lib:format("there is no setting ~0tp", [Key]);
 format_error({invalid_variable, {Name, Value}}) ->
-    Wanted = maps:get(Name, ?VARIABLES),
+    Wanted = maps:get(Name, ?VARIABLES, port),
     io_lib:format("the environment variable ~ts has the wrong value ~0tp; it takes ~ts", [Name, Value, takes(Wanted)]);
+format_error({invalid_variable, {Name, Value, Hint}}) ->
+    [format_error({invalid_variable, {Name, Value}}), ". ", Hint];
+format_error({tls_config_error, {cacertfile_not_found, File}}) ->
+    io_lib:format("MACULA_TLS_MODE is production, and there is no file ~0tp with the authorities to verify peers by. Name one in "
+                  "MACULA_TLS_CACERTFILE, or set verify", [File]);
 format_error(Reason) ->
     io_lib:format("~0tP", [Reason, 30]).
 
 %% ---- the application environment ----
 
--spec native(map()) -> map().
+-spec native(map()) -> {ok, map()} | {error, reason()}.
 native(Env) ->
-    Variables = case variable("MACULA_NAT_ENABLED", true) andalso variable("MACULA_NAT_PUNCH_ENABLED", true) of
+    Punching = case variable("MACULA_NAT_ENABLED", true) andalso variable("MACULA_NAT_PUNCH_ENABLED", true) of
         true -> #{};
         false -> #{hole_punching => off}
     end,
-    maps:merge(Variables#{gateway => gateway(Env)}, maps:with(maps:keys(?NATIVE), Env)).
+    case {gateway(Env), verify(Env)} of
+        {{ok, Gateway}, {ok, Verify}} ->
+            Variables = maps:merge(Punching#{gateway => Gateway}, Verify),
+            {ok, maps:merge(Variables, maps:with(maps:keys(?NATIVE), Env))};
+        {{error, _} = Error, _} -> Error;
+        {_, {error, _} = Error} -> Error
+    end.
 
--spec gateway(map()) -> term().
+-spec gateway(map()) -> {ok, term()} | {error, reason()}.
 gateway(#{gateway := Gateway}) when Gateway =/= auto ->
-    Gateway;
+    {ok, Gateway};
 gateway(#{}) ->
-    {auto, "127.0.0.1:" ++ integer_to_list(variable("MACULA_QUIC_PORT", ?GATEWAY_PORT))}.
+    case gateway_port() of
+        {ok, Port} -> {ok, {auto, "127.0.0.1:" ++ integer_to_list(Port)}};
+        {error, _} = Error -> Error
+    end.
+
+%% As macula finds it, so what it would not look at is not checked either.
+-spec gateway_port() -> {ok, inet:port_number()} | {error, reason()}.
+gateway_port() ->
+    case [{Name, Value} || Name <- ?PORT_VARIABLES, Value <- [os:getenv(Name, "")], string:trim(Value) =/= ""] of
+        [{Name, Value} | _] ->
+            case parse(port, Value) of
+                wrong -> {error, {invalid_variable, explained(Name, Value)}};
+                Port -> {ok, Port}
+            end;
+        [] ->
+            case macula_env(?PORT_KEYS) of
+                {Key, Port} when not is_integer(Port); Port < 1; Port > 65535 -> {error, {invalid_option, {{macula, Key}, Port}}};
+                {_, Port} -> {ok, Port};
+                undefined -> {ok, ?GATEWAY_PORT}
+            end
+    end.
+
+-spec explained(string(), string()) -> {string(), string()} | {string(), string(), binary()}.
+explained(Name, Value) ->
+    case re:run(Value, ?SERVICE_LINK, [{capture, none}]) of
+        match -> {Name, Value, ?SERVICE_LINK_HINT};
+        nomatch -> {Name, Value}
+    end.
+
+%% The first of these that macula's application environment has. That is empty until macula is loaded, and this application
+%% starts before it.
+-spec macula_env([Key]) -> {Key, term()} | undefined.
+macula_env(Keys) ->
+    _ = application:load(macula),
+    case [{Key, Value} || Key <- Keys, {ok, Value} <- [application:get_env(macula, Key)]] of
+        [Found | _] -> Found;
+        [] -> undefined
+    end.
+
+%% In macula's mode `production' who is dialled shows a certificate of an authority. Who connects need show none.
+-spec verify(map()) -> {ok, map()} | {error, reason()}.
+verify(#{verify := _}) ->
+    {ok, #{}};
+verify(#{}) ->
+    case tls_mode() of
+        {ok, development} -> {ok, #{}};
+        {ok, production} -> verify_by(cacertfile(), verify_hostname());
+        {error, _} = Error -> Error
+    end.
+
+-spec verify_by(file:filename(), {ok, boolean()} | {error, reason()}) -> {ok, map()} | {error, reason()}.
+verify_by(File, {ok, Hostname}) ->
+    case {is_file(File), Hostname} of
+        {true, true} -> {ok, #{verify => {cacertfile, File}, verify_clients => false}};
+        {true, false} -> {ok, #{verify => {cacertfile, File, any_name}, verify_clients => false}};
+        {false, _} -> {error, {tls_config_error, {cacertfile_not_found, File}}}
+    end;
+verify_by(_File, {error, _} = Error) ->
+    Error.
+
+-spec is_file(term()) -> boolean().
+is_file(Name) when is_list(Name); is_binary(Name) -> filelib:is_regular(Name);
+is_file(_) -> false.
+
+-spec tls_mode() -> {ok, production | development} | {error, reason()}.
+tls_mode() ->
+    case {variable("MACULA_TLS_MODE", unset), macula_env([tls_mode])} of
+        {unset, undefined} -> {ok, development};
+        {unset, {_, Mode}} when Mode =:= production; Mode =:= development -> {ok, Mode};
+        {unset, {Key, Value}} -> {error, {invalid_option, {{macula, Key}, Value}}};
+        {Mode, _} -> {ok, Mode}
+    end.
+
+-spec cacertfile() -> file:filename().
+cacertfile() ->
+    case {os:getenv("MACULA_TLS_CACERTFILE", ""), macula_env([tls_cacertfile])} of
+        {"", undefined} -> hd([File || File <- ?CA_BUNDLES, filelib:is_regular(File)] ++ [""]);
+        {"", {_, File}} -> File;
+        {File, _} -> File
+    end.
+
+-spec verify_hostname() -> {ok, boolean()} | {error, reason()}.
+verify_hostname() ->
+    case {variable("MACULA_TLS_VERIFY_HOSTNAME", unset), macula_env([tls_verify_hostname])} of
+        {unset, undefined} -> {ok, true};
+        {unset, {_, Verify}} when is_boolean(Verify) -> {ok, Verify};
+        {unset, {Key, Value}} -> {error, {invalid_option, {{macula, Key}, Value}}};
+        {Verify, _} -> {ok, Verify}
+    end.
+
+-spec verify_remarks() -> [unicode:chardata()].
+verify_remarks() ->
+    case {application:get_env(?APP, verify), tls_mode(), os:getenv("MACULA_TLS_CACERTFILE", "")} of
+        {{ok, Verify}, {ok, production}, _} when Verify =:= none; Verify =:= first_seen ->
+            [io_lib:format("MACULA_TLS_MODE is production, but the setting verify is ~s: anybody may be the peer", [Verify])];
+        {undefined, {ok, development}, File} when File =/= "" ->
+            ["MACULA_TLS_CACERTFILE is only used with MACULA_TLS_MODE=production, as in macula: peers are not verified by it"];
+        _ ->
+            []
+    end.
+
+-spec certificate_remarks() -> [unicode:chardata()].
+certificate_remarks() ->
+    case [Name || Name <- ?CERTIFICATE_VARIABLES, os:getenv(Name, "") =/= ""] of
+        [] -> [];
+        Names -> [[lists:join(", ", Names), ": not used here. The setting identity_file names this node's key and certificate, the "
+                   "option certfile of listen the one that a listener shows"]]
+    end.
 
 -spec check_known(map()) -> ok | {error, reason()}.
 check_known(Env) ->
@@ -210,7 +353,7 @@ relay_limits() ->
 check_variables() ->
     first_error([fun() -> check_variable(Name, Kind) end || {Name, Kind} <- lists:sort(maps:to_list(?VARIABLES))]).
 
--spec check_variable(string(), boolean | positive | port) -> ok | {error, reason()}.
+-spec check_variable(string(), kind()) -> ok | {error, reason()}.
 check_variable(Name, Kind) ->
     Value = os:getenv(Name, ""),
     case parse(Kind, Value) of
@@ -219,17 +362,20 @@ check_variable(Name, Kind) ->
     end.
 
 %% Without a variable, or with one that is wrong, what is given instead.
--spec variable(string(), Value) -> boolean() | pos_integer() | Value.
+-spec variable(string(), Value) -> boolean() | pos_integer() | production | development | Value.
 variable(Name, Default) ->
     case parse(maps:get(Name, ?VARIABLES), os:getenv(Name, "")) of
         Nothing when Nothing =:= unset; Nothing =:= wrong -> Default;
         Value -> Value
     end.
 
--spec parse(boolean | positive | port, string()) -> boolean() | pos_integer() | unset | wrong.
+-spec parse(kind(), string()) -> boolean() | pos_integer() | production | development | unset | wrong.
 parse(Kind, Text) ->
     case {string:lowercase(string:trim(Text)), Kind} of
         {"", _} -> unset;
+        {Mode, tls_mode} when Mode =:= "production"; Mode =:= "prod" -> production;
+        {Mode, tls_mode} when Mode =:= "development"; Mode =:= "dev" -> development;
+        {_, tls_mode} -> wrong;
         {Yes, boolean} when Yes =:= "true"; Yes =:= "1" -> true;
         {No, boolean} when No =:= "false"; No =:= "0" -> false;
         {_, boolean} -> wrong;
@@ -241,10 +387,16 @@ number(positive, {Number, ""}) when Number > 0 -> Number;
 number(port, {Number, ""}) when Number > 0, Number < 65536 -> Number;
 number(_Kind, _NoSuchNumber) -> wrong.
 
--spec takes(boolean | positive | port) -> string().
+-spec takes(kind()) -> string().
 takes(boolean) -> "true, 1, false or 0";
+takes(tls_mode) -> "production or development";
 takes(positive) -> "a number above 0";
 takes(port) -> "a port from 1 to 65535".
+
+-spec bootstrap_remarks() -> [unicode:chardata()].
+bootstrap_remarks() ->
+    [io_lib:format("in MACULA_BOOTSTRAP_PEERS, ~0tp is not host:port", [Peer])
+     || {Why, Peer} <- checked_bootstrap_peers(), Why =/= ok].
 
 -spec checked_bootstrap_peers() -> [{ok | invalid_bootstrap_format | invalid_bootstrap_port, string()}].
 checked_bootstrap_peers() ->

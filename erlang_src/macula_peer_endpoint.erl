@@ -77,10 +77,12 @@
 -type fingerprint() :: <<_:256>>.
 %% What a node is known by: the SHA-256 of its public key's SubjectPublicKeyInfo in DER.
 
--type verify() :: none | {pin, [fingerprint() | HexDigits :: binary() | string()]} | {cacertfile, file:filename()}.
+-type verify() :: first_seen | none | {pin, [fingerprint() | HexDigits :: binary() | string()]}
+                | {cacertfile, file:filename()} | {cacertfile, file:filename(), any_name}.
 %% Whose certificates are good enough: any, one of these keys, or one that leads to an authority in this PEM file and, of
-%% those who are dialled, is for the host. Who connects must show one with `pin' and `cacertfile', which 0.14.3 clients
-%% cannot. Without a setting any will do, and a node id is the key's that it was first seen with.
+%% those who are dialled, is for the host, unless it may be for `any_name'. Who connects must show one with `pin' and
+%% `cacertfile', which 0.14.3 clients cannot. With `first_seen', the default, any will do, and a node id is the key's that
+%% it was first seen with.
 
 -opaque reply_token() :: reference().
 

@@ -35,9 +35,8 @@ ensure_started() ->
 start(#{native := Native, handler := Handler, listen := Listen}) ->
     case macula_peer_nif:start(Native) of
         ok ->
-            logger:notice("macula_peer_connector: peers are verified by ~p", [verify_mode(Native)]),
-            _ = [logger:warning("macula_peer_connector: in MACULA_BOOTSTRAP_PEERS, ~0tp is not host:port", [Peer])
-                 || Peer <- macula_peer_config:wrong_bootstrap_peers()],
+            logger:notice("macula_peer_connector: peers are verified by ~ts", [verify_mode(Native)]),
+            _ = [logger:warning("macula_peer_connector: ~ts", [Remark]) || Remark <- macula_peer_config:remarks()],
             or_stop([fun() -> set_default_handler(Handler) end, fun() -> listen(Listen) end]);
         {error, already_started} ->
             ok;
@@ -86,10 +85,12 @@ retire() ->
     ok = macula_peer_lookups:stop(),
     ok = macula_peer_handler:stop().
 
--spec verify_mode(map()) -> first_seen | none | pin | cacertfile.
-verify_mode(#{verify := {Mode, _}}) -> Mode;
-verify_mode(#{verify := Mode}) -> Mode;
-verify_mode(#{}) -> first_seen.
+-spec verify_mode(map()) -> iolist().
+verify_mode(#{verify := {pin, Keys}}) -> io_lib:format("pin, ~b keys", [length(Keys)]);
+verify_mode(#{verify := {cacertfile, File}}) -> ["cacertfile ", File];
+verify_mode(#{verify := {cacertfile, File, any_name}}) -> ["cacertfile ", File, ", for any name"];
+verify_mode(#{verify := Mode}) -> atom_to_list(Mode);
+verify_mode(#{}) -> "first_seen".
 
 -spec set_default_handler(macula_peer_endpoint:handler() | undefined) -> ok | {error, term()}.
 set_default_handler(undefined) -> ok;

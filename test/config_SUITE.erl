@@ -8,7 +8,10 @@
 -define(APP, macula_peer_connector).
 -define(VARIABLES, ["RELAY_ENABLED", "MACULA_NAT_RELAY_ENABLED", "MACULA_NAT_RELAY_MAX_SESSIONS",
                     "MACULA_NAT_RELAY_BANDWIDTH", "MACULA_NAT_ENABLED", "MACULA_NAT_PUNCH_ENABLED", "MACULA_QUIC_PORT",
-                    "MACULA_BOOTSTRAP_PEERS"]).
+                    "GATEWAY_PORT", "MACULA_BOOTSTRAP_PEERS", "MACULA_TLS_MODE", "MACULA_TLS_CACERTFILE",
+                    "MACULA_TLS_VERIFY_HOSTNAME", "MACULA_TLS_CERTFILE", "MACULA_TLS_KEYFILE", "TLS_CERT_FILE",
+                    "TLS_KEY_FILE"]).
+-define(MACULA_KEYS, [quic_port, gateway_port, tls_mode, tls_cacertfile, tls_verify_hostname]).
 
 suite() -> [{timetrap, {seconds, 60}}].
 
@@ -17,11 +20,14 @@ all() ->
      a_wrong_secret_is_not_shown, the_sentence_in_the_log_names_setting_and_value, right_values_start,
      an_application_file_is_enough, a_wrong_variable_stops_the_start_and_is_named, hole_punching_is_turned_off,
      a_node_that_listens_is_a_relay, the_settings_win_over_variables, what_is_listened_with_is_checked,
-     bootstrap_peers].
+     bootstrap_peers, the_gateway_is_where_macula_puts_it, what_macula_does_not_read_is_not_checked,
+     a_service_link_is_explained, production_means_verified_by_authorities, production_without_authorities_stops_the_start,
+     a_setting_wins_over_production, variables_that_mean_nothing_here_are_named].
 
 init_per_testcase(_Case, Config) ->
     ok = macula_peer_endpoint:stop(),
     [true = os:unsetenv(Name) || Name <- ?VARIABLES],
+    [ok = application:unset_env(macula, Key) || Key <- ?MACULA_KEYS],
     ok = settings([]),
     Config.
 
@@ -58,6 +64,7 @@ wrong_settings() ->
      {pool_size, 0}, {idle_timeout, 0}, {idle_timeout, infinity}, {keep_alive, 86400001}, {connect_timeout, 1.5},
      {delivery, exactly_once}, {max_unacknowledged, many}, {answer_timeout, -1}, {workers, 0},
      {identity_file, none}, {identity_file, 1}, {verify, always}, {verify, {pin, [Hex]}}, {verify, {cacertfile, 1}},
+     {verify, {cacertfile, "ca.pem", some_names}},
      {max_accepted, 0}, {max_streams, 1 bsl 32}, {frame_timeout, <<"1">>}].
 
 an_unknown_setting_is_named(_Config) ->
@@ -84,7 +91,7 @@ right_values_start(_Config) ->
          ok = application:stop(?APP)
      end || Setting <- [{handler, self()}, {handler, {erlang, display, []}}, {handler, undefined}, {resolver, none},
                         {resolver, macula_peer_resolver_macula}, {relays, Relays}, {hole_punching, plain},
-                        {verify, {pin, [<<0:256>>]}}, {ip, {127, 0, 0, 1}}]].
+                        {verify, {pin, [<<0:256>>]}}, {verify, first_seen}, {ip, {127, 0, 0, 1}}]].
 
 %% Without the application, or its file, having been loaded, as at the first call of an escript.
 an_application_file_is_enough(_Config) ->
@@ -103,8 +110,10 @@ a_wrong_variable_stops_the_start_and_is_named(_Config) ->
                                  Value <- ["yes", "2", "true,false"]],
     Numbers = [{Name, Value} || Name <- ["MACULA_NAT_RELAY_MAX_SESSIONS", "MACULA_NAT_RELAY_BANDWIDTH", "MACULA_QUIC_PORT"],
                                 Value <- ["0", "-1", "many", "1.5", "1e6", "100 kB"]],
+    Others = [{"MACULA_QUIC_PORT", "65536"}, {"GATEWAY_PORT", "gateway"}, {"MACULA_TLS_MODE", "strict"},
+              {"MACULA_TLS_VERIFY_HOSTNAME", "no"}],
     [with_variable(Name, Value, fun() -> is_refused({invalid_variable, {Name, Value}}, []) end)
-     || {Name, Value} <- [{"MACULA_QUIC_PORT", "65536"} | Booleans ++ Numbers]],
+     || {Name, Value} <- Others ++ Booleans ++ Numbers],
     %% Nothing is the same as none.
     [with_variable(Name, "", fun() -> ?assertEqual({Name, ok}, {Name, start([])}) end) || Name <- ?VARIABLES].
 
@@ -153,6 +162,107 @@ bootstrap_peers(_Config) ->
      end) || {Value, Expected} <- [{"", {[], no_bootstrap_peers}}, {"host", {[], invalid_bootstrap_format}},
                                    {"a:1, https://b:2", {["a:1", "https://b:2"], no_bootstrap_peers}}]].
 
+%% ---- macula's gateway ----
+
+%% The first of these that is there, as in macula.
+the_gateway_is_where_macula_puts_it(_Config) ->
+    Where = fun() -> {ok, #{native := #{gateway := {auto, Endpoint}}}} = macula_peer_config:read(), Endpoint end,
+    ?assertEqual("127.0.0.1:9443", Where()),
+    [begin
+         ok = Set(Port),
+         ?assertEqual("127.0.0.1:" ++ integer_to_list(Port), Where())
+     end || {Set, Port} <- [{fun(P) -> application:set_env(macula, gateway_port, P) end, 4431},
+                            {fun(P) -> application:set_env(macula, quic_port, P) end, 4432},
+                            {fun(P) -> put_variable("GATEWAY_PORT", integer_to_list(P)) end, 4433},
+                            {fun(P) -> put_variable("MACULA_QUIC_PORT", integer_to_list(P)) end, 4434}]],
+    ok = settings([{gateway, "127.0.0.1:4435"}]),
+    ?assertMatch({ok, #{native := #{gateway := "127.0.0.1:4435"}}}, macula_peer_config:read()).
+
+what_macula_does_not_read_is_not_checked(_Config) ->
+    ok = application:set_env(macula, quic_port, "4433"),
+    is_refused({invalid_option, {{macula, quic_port}, "4433"}}, []),
+    ok = put_variable("GATEWAY_PORT", "tcp://10.96.0.7:80"),
+    ok = put_variable("MACULA_QUIC_PORT", "4433"),
+    ?assertEqual(ok, start([])),
+    ok = put_variable("MACULA_QUIC_PORT", "nonsense"),
+    ?assertEqual(ok, start([{gateway, none}])),
+    ok = application:set_env(macula, tls_mode, strict),
+    is_refused({invalid_option, {{macula, tls_mode}, strict}}, [{gateway, none}]),
+    ?assertEqual(ok, start([{gateway, none}, {verify, none}])).
+
+a_service_link_is_explained(_Config) ->
+    [with_variable(Name, Value, fun() ->
+         {error, {invalid_variable, {Name, Value, Hint}}} = macula_peer_endpoint:start(),
+         ?assertMatch({match, _}, re:run(Hint, "Kubernetes.*enableServiceLinks: false")),
+         is_refused({invalid_variable, {Name, Value, Hint}}, []),
+         [Sentence] = logged(fun() -> start([]) end),
+         ?assertMatch({match, _}, re:run(Sentence, [Name, ".*", Value, ".*enableServiceLinks: false"]))
+     end) || Name <- ["MACULA_QUIC_PORT", "GATEWAY_PORT"], Value <- ["udp://10.96.0.1:9443", "tcp://10.96.0.1:9443"]].
+
+%% ---- macula's TLS ----
+
+production_means_verified_by_authorities(Config) ->
+    File = authorities(Config),
+    Read = fun() -> {ok, #{native := Native}} = macula_peer_config:read(), maps:with([verify, verify_clients], Native) end,
+    ok = put_variable("MACULA_TLS_CACERTFILE", File),
+    ?assertEqual(#{}, Read()),
+    Verified = #{verify => {cacertfile, File}, verify_clients => false},
+    [with_variable("MACULA_TLS_MODE", Mode, fun() -> ?assertEqual({Mode, Expected}, {Mode, Read()}) end)
+     || {Mode, Expected} <- [{"production", Verified}, {"prod", Verified}, {"development", #{}}, {"dev", #{}}, {"", #{}}]],
+    ok = application:set_env(macula, tls_mode, production),
+    ?assertEqual(Verified, Read()),
+    [with_variable("MACULA_TLS_VERIFY_HOSTNAME", Value, fun() -> ?assertEqual(Verified#{verify => Verify}, Read()) end)
+     || {Value, Verify} <- [{"true", {cacertfile, File}}, {"false", {cacertfile, File, any_name}}]],
+    ok = application:set_env(macula, tls_verify_hostname, false),
+    ?assertMatch(#{verify := {cacertfile, File, any_name}}, Read()),
+    ?assertEqual(ok, start([])),
+    with_variable("MACULA_TLS_MODE", "dev", fun() -> ?assertEqual(#{}, Read()) end),
+    true = os:unsetenv("MACULA_TLS_CACERTFILE"),
+    ok = application:set_env(macula, tls_cacertfile, File),
+    ?assertMatch(#{verify := {cacertfile, File, any_name}}, Read()).
+
+production_without_authorities_stops_the_start(Config) ->
+    Missing = filename:join(proplists:get_value(priv_dir, Config), "missing.pem"),
+    ok = put_variable("MACULA_TLS_MODE", "production"),
+    ok = put_variable("MACULA_TLS_CACERTFILE", Missing),
+    is_refused({tls_config_error, {cacertfile_not_found, Missing}}, []),
+    [Sentence] = logged(fun() -> start([]) end),
+    ?assertMatch({match, _}, re:run(Sentence, "MACULA_TLS_MODE is production.*missing.pem.*MACULA_TLS_CACERTFILE")),
+    %% The system's own authorities, or none.
+    true = os:unsetenv("MACULA_TLS_CACERTFILE"),
+    ?assert(lists:member(start([]), [ok, {error, {tls_config_error, {cacertfile_not_found, ""}}}])).
+
+a_setting_wins_over_production(_Config) ->
+    ok = put_variable("MACULA_TLS_MODE", "production"),
+    [begin
+         ok = settings([{verify, Verify}]),
+         Remarks = remarks(),
+         ?assertMatch({match, _}, re:run(Remarks, ["production.*", atom_to_list(Verify), ".*anybody"])),
+         ?assertMatch({ok, #{native := #{verify := Verify} = Native}} when not is_map_key(verify_clients, Native),
+                      macula_peer_config:read())
+     end || Verify <- [none, first_seen]],
+    ok = settings([{verify, {pin, []}}]),
+    ?assertEqual("", remarks()).
+
+variables_that_mean_nothing_here_are_named(_Config) ->
+    ?assertEqual("", remarks()),
+    Names = ["MACULA_TLS_CERTFILE", "MACULA_TLS_KEYFILE", "TLS_CERT_FILE", "TLS_KEY_FILE"],
+    [with_variable(Name, "/some/file.pem", fun() ->
+         ?assertMatch({Name, {match, _}}, {Name, re:run(remarks(), [Name, ": not used here.*identity_file.*certfile"])})
+     end) || Name <- Names],
+    with_variable("MACULA_TLS_CACERTFILE", "/some/ca.pem", fun() ->
+        ?assertMatch({match, _}, re:run(remarks(), "MACULA_TLS_CACERTFILE is only used with MACULA_TLS_MODE=production"))
+    end).
+
+remarks() ->
+    lists:flatten(macula_peer_config:remarks()).
+
+authorities(Config) ->
+    File = filename:join(proplists:get_value(priv_dir, Config), "ca.pem"),
+    #{cert := Root} = public_key:pkix_test_root_cert("authority", [{key, {rsa, 2048, 65537}}, {digest, sha256}]),
+    ok = file:write_file(File, public_key:pem_encode([{'Certificate', Root, not_encrypted}])),
+    File.
+
 %% ----
 
 %% By the application, and by the first call.
@@ -184,6 +294,10 @@ listens_with() ->
 hole_punching() ->
     {ok, #{native := Native}} = macula_peer_config:read(),
     maps:get(hole_punching, Native, default).
+
+put_variable(Name, Value) ->
+    true = os:putenv(Name, Value),
+    ok.
 
 with_variable(Name, Value, Fun) ->
     true = os:putenv(Name, Value),

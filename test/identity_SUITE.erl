@@ -11,7 +11,7 @@
 -export([a_message_says_whose_it_is/1, an_answer_of_a_gateway_is_nobodys/1]).
 -export([a_pinned_peer_is_dialled_and_no_other/1, who_is_pinned_is_let_in_and_no_other/1]).
 -export([a_listener_may_trust_others_than_its_node/1, signed_nodes_trust_each_other_and_nobody_else/1]).
--export([bad_authorities_are_named/1]).
+-export([bad_authorities_are_named/1, in_macula_s_production_mode_peers_are_verified/1]).
 -export([the_mode_is_logged/1, an_unverified_link_is_warned_of_once/1]).
 -export([log/2]).
 
@@ -25,7 +25,7 @@ all() ->
      wrong_values_are_named, a_wrong_secret_is_not_shown, a_message_says_whose_it_is, an_answer_of_a_gateway_is_nobodys,
      a_pinned_peer_is_dialled_and_no_other, who_is_pinned_is_let_in_and_no_other,
      a_listener_may_trust_others_than_its_node, signed_nodes_trust_each_other_and_nobody_else,
-     bad_authorities_are_named, the_mode_is_logged, an_unverified_link_is_warned_of_once].
+     bad_authorities_are_named, in_macula_s_production_mode_peers_are_verified, the_mode_is_logged, an_unverified_link_is_warned_of_once].
 
 init_per_suite(Config) ->
     [{other, macula_peer_test:start_node()} | Config].
@@ -39,6 +39,7 @@ init_per_testcase(_Case, Config) ->
     Config.
 
 end_per_testcase(_Case, Config) ->
+    [true = os:unsetenv(Name) || Name <- ["MACULA_TLS_MODE", "MACULA_TLS_CACERTFILE", "MACULA_TLS_VERIFY_HOSTNAME"]],
     _ = application:stop(?APP),
     ok = on(Config, macula_peer_endpoint, stop, []),
     %% Without the settings of the case.
@@ -219,6 +220,43 @@ signed_nodes_trust_each_other(Config, {CA, CADer}) ->
     ?assertEqual(?UNTRUSTED, Send(Signed#{verify => {cacertfile, StrangerFile}}, Endpoint)),
     ?assertEqual(?REJECTED, Send(#{identity_file => Strange}, Endpoint)),
     ?assertEqual(?REJECTED, Send(#{}, Endpoint)).
+
+%% As in macula: who is dialled must show a certificate of an authority, who connects need not.
+in_macula_s_production_mode_peers_are_verified(Config) ->
+    {CA, CADer} = authority(),
+    case binary:match(CADer, ?SHA256_WITH_RSA) of
+        nomatch -> {skip, "this OTP's test certificates are not for rustls"};
+        _ -> in_production_mode(Config, CA, CADer)
+    end.
+
+in_production_mode(Config, CA, CADer) ->
+    ok = write(in_priv_dir(Config, "ca.pem"), pem(CADer), 8#600),
+    {Cert, Key} = node_of(CA),
+    ok = write(in_priv_dir(Config, "node.pem"), [pem(Key), pem(Cert)], 8#600),
+    Gateway = macula_peer_stand_in:start(),
+    ok = on(Config, macula_peer_test, engine, [#{identity_file => in_priv_dir(Config, "node.pem")}]),
+    {ok, {_, Port}} = on(Config, macula_peer_test, listen, [#{}]),
+    Send = fun(To) -> macula_peer_connector:send_message(To, cast, #{}, ?TIMEOUT) end,
+    [true = os:putenv(Name, Value) || {Name, Value} <- [{"MACULA_TLS_MODE", "production"},
+                                                        {"MACULA_TLS_CACERTFILE", in_priv_dir(Config, "ca.pem")}]],
+    ok = macula_peer_test:engine(#{}),
+    ?assertEqual(?UNTRUSTED, Send(macula_peer_stand_in:endpoint(Gateway))),
+    ?assertEqual(ok, Send(macula_peer_test:endpoint("127.0.0.1", Port))),
+    ?assertEqual(?UNTRUSTED, Send(macula_peer_test:endpoint("localhost", Port))),
+    ?assertMatch(#{verify_none_links := 0}, macula_peer_endpoint:stats()),
+    %% Who connects shows a certificate of nobody.
+    Endpoint = listen(#{}),
+    ok = on(Config, macula_peer_test, engine, [#{}]),
+    ?assertEqual(ok, send_from_other(Config, Endpoint)),
+    _ = sender(),
+    %% Without names.
+    ok = on(Config, macula_peer_test, engine, [#{identity_file => in_priv_dir(Config, "node.pem")}]),
+    {ok, {_, Again}} = on(Config, macula_peer_test, listen, [#{}]),
+    true = os:putenv("MACULA_TLS_VERIFY_HOSTNAME", "false"),
+    ok = macula_peer_test:engine(#{}),
+    ?assertEqual(ok, Send(macula_peer_test:endpoint("localhost", Again))),
+    ?assertEqual(?UNTRUSTED, Send(macula_peer_stand_in:endpoint(Gateway))),
+    macula_peer_stand_in:stop(Gateway).
 
 bad_authorities_are_named(Config) ->
     Garbage = in_priv_dir(Config, "garbage.pem"),

@@ -21,7 +21,8 @@ all() ->
      a_gateway_that_is_not_there_costs_nobody_time, macula_gateway_gets_what_no_gateway_takes,
      the_handler_gets_what_nobody_takes, what_nobody_takes_is_counted_and_logged_once,
      a_gateway_that_is_restarted_gets_messages_again, a_silent_gateway_is_given_up,
-     a_handler_takes_the_place_of_the_gateway, an_endpoint_comes_before_the_handler, none_is_none,
+     the_gateway_of_macula_is_found, a_handler_takes_the_place_of_the_gateway, an_endpoint_comes_before_the_handler,
+     none_is_none,
      the_gateway_is_not_told_what_it_said, another_node_is_no_gateway,
      the_gateways_port_is_left_to_it, a_wrong_gateway_stops_the_start,
      a_node_listens_as_it_starts, a_wrong_listen_stops_the_start].
@@ -43,7 +44,8 @@ init_per_testcase(_Case, Config) ->
     Config.
 
 end_per_testcase(_Case, _Config) ->
-    true = os:unsetenv("MACULA_QUIC_PORT"),
+    [true = os:unsetenv(Name) || Name <- ["MACULA_QUIC_PORT", "GATEWAY_PORT"]],
+    [ok = application:unset_env(macula, Key) || Key <- [quic_port, gateway_port]],
     [ok = application:unset_env(macula_peer_connector, Key) || Key <- [gateway, listen, port]],
     [unregister(macula_gateway) || whereis(macula_gateway) =/= undefined],
     macula_peer_endpoint:stop().
@@ -276,6 +278,23 @@ a_silent_gateway_is_given_up(_Config) ->
 
 %% ---- the setting ----
 
+%% Wherever macula was told its port.
+the_gateway_of_macula_is_found(_Config) ->
+    Gateway = macula_peer_stand_in:start(),
+    Port = macula_peer_stand_in:port(Gateway),
+    Sender = macula_peer_test:start_node(),
+    [begin
+         true = Set(),
+         Endpoint = listen(#{}),
+         Asked = call(Sender, macula_peer_connector, send_message_and_wait, [Endpoint, find_value, #{key => <<"k">>}, ?TIMEOUT]),
+         ?assertMatch({ok, {find_value_reply, _}}, Asked),
+         end_per_testcase(again, [])
+     end || Set <- [fun() -> os:putenv("MACULA_QUIC_PORT", integer_to_list(Port)) end,
+                    fun() -> os:putenv("GATEWAY_PORT", integer_to_list(Port)) end,
+                    fun() -> ok =:= application:set_env(macula, quic_port, Port) end,
+                    fun() -> ok =:= application:set_env(macula, gateway_port, Port) end]],
+    ?assertMatch(#{types := #{find_value := 4}}, macula_peer_stand_in:stats(Gateway)).
+
 a_handler_takes_the_place_of_the_gateway(_Config) ->
     Gateway = macula_peer_stand_in:start(),
     true = os:putenv("MACULA_QUIC_PORT", integer_to_list(macula_peer_stand_in:port(Gateway))),
@@ -349,7 +368,12 @@ the_gateways_port_is_left_to_it(_Config) ->
     ok = application:set_env(macula_peer_connector, port, Port),
     ?assertEqual(Start, macula_peer_endpoint:start()),
     ok = application:unset_env(macula_peer_connector, gateway),
-    true = os:putenv("MACULA_QUIC_PORT", integer_to_list(Port)),
+    [begin
+         true = os:putenv(Name, integer_to_list(Port)),
+         ?assertEqual({Name, Start}, {Name, macula_peer_endpoint:start()}),
+         true = os:unsetenv(Name)
+     end || Name <- ["MACULA_QUIC_PORT", "GATEWAY_PORT"]],
+    ok = application:set_env(macula, quic_port, Port),
     ?assertEqual(Start, macula_peer_endpoint:start()),
     ok = application:set_env(macula_peer_connector, gateway, none),
     ?assertEqual(ok, macula_peer_endpoint:start()).

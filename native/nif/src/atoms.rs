@@ -32,6 +32,7 @@ rustler::atoms! {
     unknown, hole_punch, hole_punching, on, off, plain, hole_punch_skipped, both_hard, not_allowed, busy, interrupted,
 
     insecure_permissions, not_a_key, not_pkcs8, not_a_certificate, identity_file, cacertfile, verify, pin, realm_secret,
+    verify_clients, first_seen, any_name,
     hidden, fingerprint,
 
     macula_peer_message, macula_peer_event, macula_peer_log, type_ = "type", message, from, dialect, key, reply_to,

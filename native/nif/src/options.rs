@@ -110,6 +110,7 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
         }
         key if key == atoms::identity_file() => config.identity_file = Some(path(value)?),
         key if key == atoms::verify() => config.verify = verify(value)?,
+        key if key == atoms::verify_clients() => config.verify_clients = value.decode().ok()?,
         key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
         key if key == atoms::node_id() => config.node_id = Some(node_id(value)?),
         key if key == atoms::relays() => config.relays = endpoints(value)?,
@@ -175,10 +176,18 @@ pub(crate) fn endpoints(value: Term<'_>) -> Option<Vec<Endpoint>> {
     Some(endpoints).filter(|endpoints| endpoints.len() <= MAX_RELAYS)
 }
 
-/// `none`, `{pin, Fingerprints}` or `{cacertfile, File}`.
+/// `first_seen`, `none`, `{pin, Fingerprints}`, `{cacertfile, File}` or `{cacertfile, File, any_name}`.
 fn verify(value: Term<'_>) -> Option<Verify> {
-    if atoms::none() == value {
-        return Some(Verify::None);
+    if let Ok(mode) = Atom::from_term(value) {
+        return match mode {
+            mode if mode == atoms::first_seen() => Some(Verify::FirstSeen),
+            mode if mode == atoms::none() => Some(Verify::None),
+            _ => None,
+        };
+    }
+    if let Ok((mode, file, any_name)) = value.decode::<(Atom, Term<'_>, Atom)>() {
+        let is_known = mode == atoms::cacertfile() && any_name == atoms::any_name();
+        return is_known.then(|| path(file)).flatten().map(Verify::CaFileAnyName);
     }
     match value.decode::<(Atom, Term<'_>)>().ok()? {
         (mode, keys) if mode == atoms::pin() => {

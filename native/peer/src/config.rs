@@ -55,6 +55,9 @@ pub struct Config {
     pub identity_file: Option<PathBuf>,
     /// Whose certificates are good enough. Default [`Verify::FirstSeen`].
     pub verify: Verify,
+    /// Whether those who connect directly must meet `verify` too, unless [`Listen::verify`](crate::Listen::verify) says
+    /// whom to let in. Default true. False: anybody may connect.
+    pub verify_clients: bool,
     /// What the nodes and relays of a realm have in common. Default `None`: no realm.
     pub realm_secret: Option<Secret>,
     /// What this node is called, at relays and by others. Default `None`: it is known by its fingerprint alone.
@@ -162,6 +165,7 @@ impl Default for Config {
             frame_timeout: Duration::from_secs(30),
             identity_file: None,
             verify: Verify::default(),
+            verify_clients: true,
             realm_secret: None,
             node_id: None,
             relays: Vec::new(),

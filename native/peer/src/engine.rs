@@ -51,7 +51,7 @@ pub struct Listen {
     pub port: Option<u16>,
     /// What to show to those who connect.
     pub certificate: Certificate,
-    /// Who may connect; `None`: as for those who are dialled.
+    /// Who may connect; `None`: as for those who are dialled, unless [`Config::verify_clients`] is false.
     pub verify: Option<Verify>,
     /// Whether to be a relay for others, and what to give them.
     pub relay: Option<RelayConfig>,
@@ -203,7 +203,10 @@ impl Engine {
         {
             return Err(ListenError::GatewayPort(port));
         }
-        let verify = listen.verify.as_ref().unwrap_or(&self.node.config.verify);
+        let verify = listen.verify.as_ref().unwrap_or(match self.node.config.verify_clients {
+            true => &self.node.config.verify,
+            false => &Verify::FirstSeen,
+        });
         let tls = tls::server(&self.node.identity, &listen.certificate, verify)?;
         let admission = Admission::new(tls, verify.is_strict(), listen.relay.is_some(), &self.node.config);
         let bound = self.node.quic.local_addr().map_err(ListenError::Bind)?;

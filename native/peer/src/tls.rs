@@ -74,12 +74,14 @@ pub enum Verify {
     /// One that leads to a certificate authority of this PEM file, and is for the host that was dialled. Who connects
     /// must show one, for any name.
     CaFile(PathBuf),
+    /// The same, but whoever is dialled may show one for any name too.
+    CaFileAnyName(PathBuf),
 }
 
 impl Verify {
     /// Whether not everybody is let in.
     pub(crate) fn is_strict(&self) -> bool {
-        matches!(self, Self::Pin(_) | Self::CaFile(_))
+        matches!(self, Self::Pin(_) | Self::CaFile(_) | Self::CaFileAnyName(_))
     }
 
     /// Whether the other end of a link in this dialect may be anybody.
@@ -87,7 +89,7 @@ impl Verify {
         match self {
             Self::FirstSeen => dialect == Dialect::Macula,
             Self::None => true,
-            Self::Pin(_) | Self::CaFile(_) => false,
+            Self::Pin(_) | Self::CaFile(_) | Self::CaFileAnyName(_) => false,
         }
     }
 }
@@ -201,6 +203,7 @@ enum Trust {
     Authorities {
         servers: Arc<RootCertStore>,
         clients: Arc<dyn ClientCertVerifier>,
+        any_name: bool,
     },
 }
 
@@ -209,10 +212,11 @@ impl Verifier {
         let trust = match verify {
             Verify::FirstSeen | Verify::None => Trust::Anybody,
             Verify::Pin(keys) => Trust::Keys(keys.clone()),
-            Verify::CaFile(file) => {
+            Verify::CaFile(file) | Verify::CaFileAnyName(file) => {
                 let servers = authorities(file)?;
                 let clients = WebPkiClientVerifier::builder_with_provider(servers.clone(), provider()).build();
-                Trust::Authorities { servers, clients: clients.map_err(|_| TlsError::NotACertificate)? }
+                let clients = clients.map_err(|_| TlsError::NotACertificate)?;
+                Trust::Authorities { servers, clients, any_name: matches!(verify, Verify::CaFileAnyName(_)) }
             }
         };
         Ok(Arc::new(Self { trust, over, algorithms: provider().signature_verification_algorithms }))
@@ -239,11 +243,11 @@ impl ServerCertVerifier for Verifier {
         match &self.trust {
             Trust::Anybody => {}
             Trust::Keys(keys) => Self::is_pinned(keys, certificate)?,
-            Trust::Authorities { servers, .. } => {
+            Trust::Authorities { servers, any_name, .. } => {
                 let parsed = ParsedCertificate::try_from(certificate)?;
                 let algorithms = self.algorithms.all;
                 verify_server_cert_signed_by_trust_anchor(&parsed, servers, intermediates, now, algorithms)?;
-                if self.over == Over::Network {
+                if self.over == Over::Network && !any_name {
                     verify_server_name(&parsed, name)?;
                 }
             }
