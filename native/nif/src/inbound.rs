@@ -55,9 +55,8 @@ impl Handler for Process {
         })
     }
 
-    fn event(&self, event: Event) {
-        // Whoever would have been told is gone.
-        let _ = send(&self.pid, |env| Ok((atoms::macula_peer_event(), map(env, &fields(env, &event))).encode(env)));
+    fn event(&self, event: Event) -> bool {
+        send(&self.pid, |env| Ok((atoms::macula_peer_event(), map(env, &fields(env, &event))).encode(env))).is_ok()
     }
 }
 

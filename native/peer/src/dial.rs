@@ -21,6 +21,7 @@ use crate::error::ConnectError;
 use crate::link::{Link, lock};
 use crate::listen::{DIALLED_WINDOW, KNOWN_WAY, STREAM_WINDOW};
 use crate::message::Path;
+use crate::ports::Ports;
 use crate::relay::client::relay_transport;
 use crate::socket::{Refusals, Socket};
 use crate::tls::Dialect;
@@ -50,6 +51,7 @@ pub(crate) struct Dialer {
     pub(crate) quic: quinn::Endpoint,
     pub(crate) socket: Arc<Socket>,
     pub(crate) refusals: Refusals,
+    pub(crate) ports: Arc<Ports>,
     pub(crate) tls: Arc<QuicClientConfig>,
     pub(crate) config: Arc<Config>,
     /// For a registration.
@@ -127,7 +129,7 @@ impl Dialer {
     pub(crate) async fn dial_punched(mut self, address: SocketAddr) -> Result<Link, ConnectError> {
         let address = self.socket.reachable(address).ok_or(ConnectError::Unreachable)?;
         self.initial_round_trip = Some(KNOWN_WAY);
-        let mut link = self.connect(address, NO_NAME).await?;
+        let mut link = self.connect(address, NO_NAME, &mut || ()).await?;
         link.path = Path::HolePunch;
         Ok(link)
     }
@@ -135,8 +137,9 @@ impl Dialer {
     async fn attempt(self: Arc<Self>, address: SocketAddr, name: String) -> Result<Link, ConnectError> {
         let mut backoff = Backoff::new(REFUSED_FIRST_PAUSE, REFUSED_LONGEST_PAUSE);
         let give_up = Instant::now() + self.config.connect_timeout;
+        let mut dial = self.ports.dial(&self.socket, address, self.config.connect_timeout);
         loop {
-            let outcome = self.connect(address, &name).await;
+            let outcome = self.connect(address, &name, &mut || dial.heard()).await;
             let pause = backoff.pause(fastrand::f64());
             // Said before the dial's own time is over, or it would pass for silence.
             if !matches!(outcome, Err(ConnectError::Refused)) || Instant::now() + 2 * pause >= give_up {
@@ -146,11 +149,23 @@ impl Dialer {
         }
     }
 
-    async fn connect(&self, address: SocketAddr, name: &str) -> Result<Link, ConnectError> {
+    /// `heard` is called when something has come from there.
+    async fn connect(
+        &self,
+        address: SocketAddr,
+        name: &str,
+        heard: &mut (impl FnMut() + Send),
+    ) -> Result<Link, ConnectError> {
         let mut refusals = self.refusals.subscribe();
         let witness = Arc::new(Mutex::new(Witness::default()));
         let config = self.client_config(address, witness.clone());
-        let connecting = self.quic.connect_with(config, address, name).map_err(not_begun)?;
+        let mut connecting = self.quic.connect_with(config, address, name).map_err(not_begun)?;
+        let connecting = async {
+            if !matches!(connecting.handshake_data().await.err(), Some(ConnectionError::TimedOut)) {
+                heard();
+            }
+            connecting.await
+        };
         let connection = tokio::select! {
             connection = connecting => connection.map_err(not_connected)?,
             () = refused(&mut refusals, address) => return Err(ConnectError::Unreachable),

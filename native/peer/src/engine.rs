@@ -19,6 +19,7 @@ use crate::message::{Fallback, Handler, Letter, Message, NodeId};
 use crate::nat::{self, NatStatus};
 use crate::node::{Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
+use crate::ports;
 use crate::race::Ways;
 use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
@@ -100,6 +101,7 @@ impl Engine {
                 Node::new(Arc::new(config), identity, network, tls, gateway_tls, clients, runtime.handle().clone());
             node.spawn(node.clone().hear_signals(heard));
             node.spawn(nat::run(node.clone()));
+            node.spawn(ports::run(node.clone()));
             node
         };
         node.spawn(listen::accept(node.clone()));

@@ -21,6 +21,7 @@ mod message;
 mod nat;
 mod node;
 mod peer;
+mod ports;
 mod punch;
 mod race;
 mod relay;

@@ -23,8 +23,7 @@ use crate::gateway::Asker;
 use crate::identity::Fingerprint;
 use crate::listen::Accepted;
 use crate::message::{Letter, Path};
-use crate::punch::ExtraGuard;
-use crate::socket::canonical;
+use crate::socket::{ExtraGuard, canonical};
 use crate::stats::LinkStats;
 use crate::tls::Dialect;
 

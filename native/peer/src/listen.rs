@@ -27,10 +27,9 @@ use crate::link::{Link, Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
 use crate::node::Node;
 use crate::peer::{MAX_ANSWERING, Peer, deadline};
-use crate::punch::ExtraGuard;
 use crate::relay::{RECEIVE_BUFFER, client};
 use crate::session;
-use crate::socket::canonical;
+use crate::socket::{ExtraGuard, canonical};
 use crate::stats::{AcceptedStats, Counter, LinkStats};
 use crate::tls::Dialect;
 

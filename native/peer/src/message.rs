@@ -264,8 +264,8 @@ pub trait Handler: Send + Sync {
     /// A message arrived. Called on a runtime thread: it must not block. What could not be handled is counted.
     fn message(&self, message: Inbound) -> Result<(), Unhandled>;
 
-    /// Something happened that somebody should know of.
-    fn event(&self, event: Event);
+    /// Something happened that somebody should know of. Whether anybody was there to be told.
+    fn event(&self, event: Event) -> bool;
 }
 
 /// Who gets what the local gateway did not take, before the [`Handler`] does.
@@ -345,7 +345,7 @@ pub enum Event {
 }
 
 /// What a registration at a relay is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Registration {
     /// It is being made.
     Connecting,

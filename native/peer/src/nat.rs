@@ -9,6 +9,7 @@ use std::io;
 use std::mem;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -83,6 +84,8 @@ pub(crate) struct Nat {
     found: Mutex<Found>,
     /// Gets what comes to the main socket while somebody asks.
     listening: Mutex<Option<mpsc::Sender<Heard>>>,
+    /// The host's addresses could not be listed.
+    is_blind: AtomicBool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -108,7 +111,23 @@ impl Nat {
 
     pub(crate) fn status(&self, node: &Node) -> NatStatus {
         let Found { profile, observed, since } = lock(&self.found).clone();
-        NatStatus { profile, observed, local: local_addresses(&node.socket()), since }
+        let local = local_addresses(interfaces().unwrap_or_default(), &node.socket());
+        NatStatus { profile, observed, local, since }
+    }
+
+    /// Those of the interfaces, if the system tells. Where it does not, that is logged once.
+    fn local_addresses(&self, interfaces: io::Result<Vec<IpAddr>>, socket: &Socket) -> Vec<SocketAddr> {
+        let interfaces = interfaces.unwrap_or_else(|error| {
+            if !self.is_blind.swap(true, Ordering::Relaxed) {
+                tracing::warn!(
+                    %error,
+                    "this host's addresses cannot be listed, so nodes behind the same NAT will be reached through relays only. \
+                     If systemd's RestrictAddressFamilies is set for this service, it lacks AF_NETLINK"
+                );
+            }
+            Vec::new()
+        });
+        local_addresses(interfaces, socket)
     }
 }
 
@@ -154,7 +173,11 @@ pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> 
 
 /// False if no relay answered.
 async fn look(node: &Node) -> bool {
-    let relays = chosen(node.clients.probed(), &node.socket());
+    let (elsewhere, usual) =
+        node.clients.probed().into_iter().partition(|probed| node.ports.is_elsewhere(probed.relay));
+    try_usual_port(node, elsewhere).await;
+    // The others do not see the mapping of the one socket, and what it sends them does not arrive.
+    let relays = chosen(usual, &node.socket());
     if relays.is_empty() {
         // Relays that answer no probes: nobody is to wait for what they tell.
         if node.description.borrow().is_none() {
@@ -177,9 +200,33 @@ async fn look(node: &Node) -> bool {
     true
 }
 
+/// Relays that answer only packets from another port of this node: whether they answer the usual one by now. Then what goes to
+/// them leaves by that again, and they see it there with the next packet.
+async fn try_usual_port(node: &Node, mut relays: Vec<Probed>) {
+    let due = node.ports.to_check(relays.iter().map(|probed| probed.relay));
+    relays.retain(|probed| due.contains(&probed.relay));
+    if relays.is_empty() {
+        return;
+    }
+    let mut asking = Asking::new(node, relays);
+    let all = 0..asking.relays.len();
+    let mut probes: Vec<_> = all.filter_map(|relay| asking.probe(MAIN, relay, At::Relay, None)).collect();
+    let answers = asking.ask(&mut probes, FIRST_PATIENCE).await;
+    for (probe, _) in probes.iter().zip(answers).filter(|(_, answer)| answer.is_some()) {
+        node.ports.return_to_usual(probe.to);
+        // Told what it knows, a relay gets a packet now.
+        node.description.send_modify(|_| ());
+    }
+}
+
 /// Has the relays told what others need to know.
 fn describe(node: &Node, profile: NatProfile) {
-    let candidates = local_addresses(&node.socket()).into_iter().filter(|to| is_local(*to)).take(MAX_CANDIDATES);
+    let candidates = node
+        .nat
+        .local_addresses(interfaces(), &node.socket())
+        .into_iter()
+        .filter(|to| is_local(*to))
+        .take(MAX_CANDIDATES);
     let description = Some(Description { profile, candidates: candidates.collect() });
     node.description.send_if_modified(|known| mem::replace(known, description.clone()) != description);
 }
@@ -486,13 +533,13 @@ impl Drop for Listening<'_> {
     }
 }
 
-/// The addresses that others in the host's networks may reach the main socket at.
-pub(crate) fn local_addresses(socket: &Socket) -> Vec<SocketAddr> {
+/// The addresses that others in the host's networks may reach the main socket at, of those that the host has.
+fn local_addresses(interfaces: Vec<IpAddr>, socket: &Socket) -> Vec<SocketAddr> {
     let bound = socket.local();
     let of_socket = |ip: &IpAddr| bound.ip().is_unspecified() || *ip == canonical(bound).ip();
     let reachable = |ip: &IpAddr| socket.reachable((*ip, bound.port()).into()).is_some();
     let mut ips: Vec<IpAddr> =
-        interfaces().into_iter().filter(|ip| of_socket(ip) && reachable(ip) && is_told(ip)).collect();
+        interfaces.into_iter().filter(|ip| of_socket(ip) && reachable(ip) && is_told(ip)).collect();
     // Where two networks are in reach, the one of the older family is more often behind the NAT that is to be passed.
     ips.sort_by_key(|ip| (Reverse(ip.is_ipv4()), *ip));
     ips.dedup();
@@ -509,21 +556,21 @@ fn is_told(ip: &IpAddr) -> bool {
 }
 
 #[cfg(unix)]
-fn interfaces() -> Vec<IpAddr> {
+fn interfaces() -> io::Result<Vec<IpAddr>> {
     use nix::net::if_::InterfaceFlags;
-    let Ok(all) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
+    let all = nix::ifaddrs::getifaddrs()?;
     let up = all.filter(|interface| interface.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING));
     let ips = up.filter_map(|interface| {
         let address = interface.address?;
         let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
         v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
     });
-    ips.collect()
+    Ok(ips.collect())
 }
 
 #[cfg(not(unix))]
-fn interfaces() -> Vec<IpAddr> {
-    Vec::new()
+fn interfaces() -> io::Result<Vec<IpAddr>> {
+    Ok(Vec::new())
 }
 
 #[cfg(test)]
@@ -558,11 +605,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn addresses_that_the_system_does_not_tell_are_missed_once() {
+        let (signals, _) = crate::socket::signals();
+        let socket = Socket::bind(None, 0, None, crate::socket::refusals(), signals).unwrap();
+        let nat = Nat::default();
+        let told = || Ok(vec![[192, 0, 2, 7].into()]);
+        let at = SocketAddr::new([192, 0, 2, 7].into(), socket.local().port());
+        assert_eq!(nat.local_addresses(told(), &socket), [at]);
+        assert!(!nat.is_blind.load(Ordering::Relaxed));
+        for _ in 0..2 {
+            let refused = Err(io::ErrorKind::Unsupported.into());
+            assert_eq!(nat.local_addresses(refused, &socket), []);
+            assert!(nat.is_blind.load(Ordering::Relaxed));
+        }
+        assert_eq!(nat.local_addresses(told(), &socket), [at]);
+    }
+
+    #[tokio::test]
     async fn a_socket_is_reached_at_what_it_is_bound_to() {
         let local = |ip: Option<IpAddr>| {
             let (signals, _) = crate::socket::signals();
             let socket = Socket::bind(ip, 0, None, crate::socket::refusals(), signals).unwrap();
-            (local_addresses(&socket), socket.local().port())
+            (local_addresses(interfaces().unwrap(), &socket), socket.local().port())
         };
         let (all, port) = local(None);
         assert!(all.iter().all(|address| address.port() == port && is_told(&address.ip())));

@@ -16,16 +16,20 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use crate::config::Config;
 use crate::decide::known::Known;
+use crate::decide::reports::Reports;
 use crate::dial::{Dialer, not_connected};
 use crate::endpoint::{Endpoint, Target};
-use crate::error::ConnectError;
+use crate::error::{ConnectError, UndeliveredReason};
 use crate::gateway::{Asker, Gateway};
 use crate::identity::{Fingerprint, Identity};
 use crate::link::{Link, lock, now_or_never};
 use crate::listen::{Accepted, Admission, Expected};
-use crate::message::{Event, Fallback, Handler, Inbound, Letter, NodeId, NotTaken, Path, PeerName, Unhandled};
+use crate::message::{
+    Event, Fallback, Handler, Inbound, Letter, NodeId, NotTaken, Path, PeerName, Registration, Unhandled,
+};
 use crate::nat::Nat;
 use crate::peer::{self, Peer};
+use crate::ports::Ports;
 use crate::punch::Puncher;
 use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
@@ -59,6 +63,8 @@ pub(crate) struct Node {
     /// Addresses that nodes are about to connect from, whether this one listens or not.
     pub(crate) expected: Mutex<Expected>,
     pub(crate) puncher: Puncher,
+    /// Local ports beside that of the one socket.
+    pub(crate) ports: Arc<Ports>,
     /// What others need to know of this node to find a direct path to it. `None`: it does not know yet.
     pub(crate) description: watch::Sender<Option<Description>>,
     pub(crate) nat: Nat,
@@ -76,6 +82,8 @@ pub(crate) struct Node {
     signals: Signals,
     peers: RwLock<Peers>,
     handler: RwLock<Option<Arc<dyn Handler>>>,
+    /// What was logged because no handler took it.
+    reports: Mutex<Reports<Report>>,
     tasks: Mutex<JoinSet<()>>,
     runtime: Handle,
     stopping: watch::Sender<bool>,
@@ -144,6 +152,7 @@ impl Node {
             listening: watch::Sender::new(None),
             expected: Mutex::default(),
             puncher: Puncher::default(),
+            ports: Arc::default(),
             description: watch::Sender::new(None),
             nat: Nat::default(),
             relay: RwLock::default(),
@@ -158,6 +167,7 @@ impl Node {
             signals,
             peers: RwLock::default(),
             handler: RwLock::default(),
+            reports: Mutex::default(),
             tasks: Mutex::new(tasks),
             runtime,
             stopping: watch::channel(false).0,
@@ -443,6 +453,7 @@ impl Node {
             quic: self.quic.clone(),
             socket: self.socket(),
             refusals: self.refusals.clone(),
+            ports: self.ports.clone(),
             tls: self.tls.clone(),
             config: self.config.clone(),
         }
@@ -492,6 +503,7 @@ impl Node {
         let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
         let old = std::mem::replace(&mut *lock(&self.socket), BoundSocket { socket, errors });
         old.errors.abort();
+        self.ports.clear();
         self.moves.send_replace(());
         self.nat.look();
         Ok(())
@@ -611,10 +623,19 @@ impl Node {
     }
 
     pub(crate) fn event(&self, event: Event) {
-        tracing::debug!(?event);
-        if let Some(handler) = self.handler() {
-            handler.event(event);
+        let report = Report::of(&event);
+        let told = self.tell(event);
+        if let (Some((report, times)), false) = (report, told)
+            && let Some(times) = lock(&self.reports).happened(report.clone(), times, Instant::now())
+        {
+            report.log(times);
         }
+    }
+
+    /// Tells the handler alone. Whether it was there.
+    pub(crate) fn tell(&self, event: Event) -> bool {
+        tracing::debug!(?event);
+        self.handler().is_some_and(|handler| handler.event(event))
     }
 
     /// Counts a new link if its peer may be anybody.
@@ -687,6 +708,41 @@ impl Node {
 
     fn handler(&self) -> Option<Arc<dyn Handler>> {
         self.handler.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What is logged of an event that no handler takes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Report {
+    Undelivered(PeerName, UndeliveredReason),
+    NotRegistered(Endpoint, Registration),
+}
+
+impl Report {
+    /// With how many times it happened.
+    fn of(event: &Event) -> Option<(Self, u64)> {
+        match event {
+            Event::Undelivered { peer, count, reason } => Some((Self::Undelivered(peer.clone(), *reason), *count)),
+            Event::Registration { relay, state: state @ (Registration::Lost | Registration::Refused(_)) } => {
+                Some((Self::NotRegistered(relay.clone(), *state), 1))
+            }
+            _ => None,
+        }
+    }
+
+    fn log(&self, times: u64) {
+        match self {
+            Self::Undelivered(peer, reason) => {
+                tracing::warn!(%peer, %reason, count = times, "accepted messages were not delivered, and no handler is told");
+            }
+            Self::NotRegistered(relay, Registration::Refused(refusal)) => {
+                let reason = refusal.name();
+                tracing::warn!(%relay, reason, times, "the relay refuses the registration, and no handler is told");
+            }
+            Self::NotRegistered(relay, _) => {
+                tracing::warn!(%relay, times, "the registration at the relay was lost, and no handler is told");
+            }
+        }
     }
 }
 

@@ -30,7 +30,7 @@ use crate::node::Node;
 use crate::relay::control::{GivenUp, Refusal};
 use crate::relay::registration::{CircuitError, Description, PunchSession};
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
-use crate::socket::{ExtraId, Received, Socket, Via, canonical};
+use crate::socket::{ExtraGuard, Received, Socket, Via, canonical};
 
 /// Attempts that this node takes part in at once, whoever began them: each is some hundred packets in three seconds.
 const MAX_SESSIONS: usize = 64;
@@ -234,18 +234,6 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         lock(&self.node.puncher.sessions).remove(&self.id);
-    }
-}
-
-/// An extra socket that QUIC uses, until this is dropped.
-pub(crate) struct ExtraGuard {
-    socket: Arc<Socket>,
-    id: ExtraId,
-}
-
-impl Drop for ExtraGuard {
-    fn drop(&mut self) {
-        self.socket.remove_extra(self.id);
     }
 }
 
@@ -538,8 +526,8 @@ impl Attempt {
         let Extra::Ours(socket) = std::mem::replace(extra, Extra::Closed) else { return };
         // The task that listened there is over.
         let Some(socket) = Arc::into_inner(socket) else { return };
-        match self.socket.add_extra(socket, from) {
-            Ok(id) => *extra = Extra::Shared(Arc::new(ExtraGuard { socket: self.socket.clone(), id })),
+        match self.socket.share(socket, from) {
+            Ok(guard) => *extra = Extra::Shared(Arc::new(guard)),
             Err(error) => tracing::debug!(%error, "no path over another socket"),
         }
     }

@@ -102,6 +102,12 @@ impl Socket {
         self.extras.add(socket, peer)
     }
 
+    /// As [`Socket::add_extra`], until the guard is dropped.
+    pub(crate) fn share(self: &Arc<Self>, socket: UdpSocket, peer: SocketAddr) -> Result<ExtraGuard, AddExtraError> {
+        let id = self.add_extra(socket, peer)?;
+        Ok(ExtraGuard { socket: self.clone(), id })
+    }
+
     /// Closes an extra socket.
     pub(crate) fn remove_extra(&self, id: ExtraId) {
         self.extras.remove(id);
@@ -201,6 +207,30 @@ impl Socket {
             }
         }
         Ok(())
+    }
+}
+
+/// An extra socket that QUIC uses, until this is dropped.
+pub(crate) struct ExtraGuard {
+    socket: Arc<Socket>,
+    pub(crate) id: ExtraId,
+}
+
+impl ExtraGuard {
+    /// Counts up with what comes by it.
+    pub(crate) fn heard(&self) -> u64 {
+        self.socket.extras.get(self.id).map_or(0, |extra| extra.heard())
+    }
+
+    /// From now on QUIC's packets to an address leave by the main socket.
+    pub(crate) fn unroute(&self, address: SocketAddr) {
+        self.socket.extras.unroute(address, self.id);
+    }
+}
+
+impl Drop for ExtraGuard {
+    fn drop(&mut self) {
+        self.socket.remove_extra(self.id);
     }
 }
 

@@ -277,7 +277,9 @@ impl Handler for Echo {
         Ok(())
     }
 
-    fn event(&self, _: Event) {}
+    fn event(&self, _: Event) -> bool {
+        true
+    }
 }
 
 #[test]

@@ -34,7 +34,9 @@ impl Handler for Echo {
         Ok(())
     }
 
-    fn event(&self, _: Event) {}
+    fn event(&self, _: Event) -> bool {
+        true
+    }
 }
 
 #[test]

@@ -11,11 +11,13 @@ pub(crate) mod nat;
 mod natsim;
 pub(crate) mod punch;
 pub(crate) mod relay;
+pub(crate) mod reports;
 pub(crate) mod retry;
 pub(crate) mod session;
 pub(crate) mod silence;
 #[cfg(test)]
 mod simulation;
+pub(crate) mod source_port;
 pub(crate) mod targets;
 pub(crate) mod upgrade;
 pub(crate) mod witness;

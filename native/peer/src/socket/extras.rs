@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll, Waker};
 
@@ -44,6 +44,8 @@ pub(super) struct Extra {
     state: UdpSocketState,
     /// Whom it is for. What others send to it is nothing.
     peer: IpAddr,
+    /// Times that something came from there.
+    heard: AtomicU64,
 }
 
 pub(super) struct Extras {
@@ -94,7 +96,9 @@ impl Extras {
             }
             let id = ExtraId(table.next_id);
             table.next_id += 1;
-            table.extras.push((Arc::new(Extra { id, io, state, peer: peer.ip() }), VecDeque::new()));
+            table
+                .extras
+                .push((Arc::new(Extra { id, io, state, peer: peer.ip(), heard: AtomicU64::new(0) }), VecDeque::new()));
             table.route(peer, id);
             self.count.store(table.extras.len(), Ordering::Relaxed);
             id
@@ -114,6 +118,18 @@ impl Extras {
 
     pub(super) fn route(&self, destination: SocketAddr, id: ExtraId) {
         self.table.write().unwrap_or_else(PoisonError::into_inner).route(canonical(destination), id);
+    }
+
+    /// From now on what goes to an address leaves by the main socket, if it left by this one.
+    pub(super) fn unroute(&self, destination: SocketAddr, id: ExtraId) {
+        let destination = canonical(destination);
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, routes)) = table.extras.iter_mut().find(|(extra, _)| extra.id == id) {
+            routes.retain(|route| *route != destination);
+        }
+        if table.routes.get(&destination).is_some_and(|extra| extra.id == id) {
+            table.routes.remove(&destination);
+        }
     }
 
     /// Whether there are any: all that who has none pays for.
@@ -213,6 +229,7 @@ impl Extras {
             meta.len = 0;
             return;
         }
+        extra.heard.fetch_add(1, Ordering::Relaxed);
         sift(buffer, meta, Via::Extra(extra.id), signals);
         if meta.len == 0 {
             return;
@@ -248,6 +265,11 @@ impl Extra {
 
     pub(super) fn send_now(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         self.state.try_send(UdpSockRef::from(&self.io), transmit)
+    }
+
+    /// Counts up with what comes from its peer.
+    pub(super) fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
     }
 
     pub(super) async fn writable(&self) {

@@ -35,8 +35,9 @@ impl Handler for Inbox {
         Ok(())
     }
 
-    fn event(&self, event: Event) {
+    fn event(&self, event: Event) -> bool {
         self.events.lock().unwrap().push(event);
+        true
     }
 }
 

@@ -1,0 +1,163 @@
+//! Local ports beside the usual one, for destinations that do not answer packets from it. `decide/source_port.rs` says when.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use tokio::time::sleep;
+
+use crate::decide::source_port::{Kept, SourcePorts, silence};
+use crate::link::lock;
+use crate::node::Node;
+use crate::socket::{ExtraGuard, Socket, canonical};
+
+/// Destinations that have a port of their own at once. Each is an open file, and is looked at whenever something has come.
+const MAX_PORTS: usize = 32;
+
+/// How often it is looked whether they are still of use.
+const LOOK_EVERY: Duration = Duration::from_secs(30);
+
+/// The ports in use.
+#[derive(Default)]
+pub(crate) struct Ports {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    silent: SourcePorts,
+    /// Of dials that are under way. Together at most `MAX_PORTS`.
+    trying: HashMap<SocketAddr, Weak<ExtraGuard>>,
+    kept: HashMap<SocketAddr, (Kept, Arc<ExtraGuard>)>,
+}
+
+/// One dial. What became of it is noted when it is dropped.
+pub(crate) struct Dial {
+    ports: Arc<Ports>,
+    to: SocketAddr,
+    begun: Instant,
+    silence: Duration,
+    heard: bool,
+    /// The port that it tries.
+    another: Option<Arc<ExtraGuard>>,
+}
+
+impl Ports {
+    /// Begins a dial that may take so long, and has it leave by another port if it should. Must be called inside the runtime.
+    pub(crate) fn dial(self: &Arc<Self>, socket: &Arc<Socket>, to: SocketAddr, longest: Duration) -> Dial {
+        let (to, begun) = (canonical(to), Instant::now());
+        let another = lock(&self.state).another(socket, to, begun);
+        Dial { ports: self.clone(), to, begun, silence: silence(longest), heard: false, another }
+    }
+
+    /// Whether packets to a destination leave by another port than the usual one.
+    pub(crate) fn is_elsewhere(&self, to: SocketAddr) -> bool {
+        lock(&self.state).kept.contains_key(&canonical(to))
+    }
+
+    /// Of these destinations the ones that leave by another port, and whose usual port should be tried now.
+    pub(crate) fn to_check(&self, all: impl Iterator<Item = SocketAddr>) -> Vec<SocketAddr> {
+        let (state, now) = (&mut *lock(&self.state), Instant::now());
+        all.filter(|to| state.kept.get_mut(&canonical(*to)).is_some_and(|(kept, _)| kept.check(now))).collect()
+    }
+
+    /// The destination answers the usual port again.
+    pub(crate) fn return_to_usual(&self, to: SocketAddr) {
+        let kept = lock(&self.state).kept.remove(&canonical(to));
+        if let Some((_, port)) = kept {
+            tracing::debug!(%to, "the usual port is answered again");
+            port.unroute(to);
+        }
+    }
+
+    /// The socket is another one, and those beside the old one are of no use.
+    pub(crate) fn clear(&self) {
+        *lock(&self.state) = State::default();
+    }
+
+    /// Lets go of ports that nothing was heard at for long. Whether the usual one should be tried for some destination.
+    fn look(&self) -> bool {
+        let (state, now) = (&mut *lock(&self.state), Instant::now());
+        state.trying.retain(|_, port| port.strong_count() > 0);
+        state.kept.retain(|_, (kept, port)| kept.is_used(port.heard(), now));
+        // All of them, not up to the first.
+        state.kept.values_mut().filter_map(|(kept, _)| kept.make_due(now).then_some(())).count() > 0
+    }
+}
+
+/// Lets go of ports that are of no use any more, until the engine stops.
+pub(crate) async fn run(node: Arc<Node>) {
+    let mut stopping = node.stopping();
+    loop {
+        tokio::select! {
+            () = sleep(LOOK_EVERY) => if node.ports.look() {
+                node.nat.look();
+            },
+            // Also if it was said before this task first ran.
+            _ = stopping.wait_for(|stopping| *stopping) => return,
+        }
+    }
+}
+
+impl State {
+    /// The port that the next dial tries.
+    fn another(&mut self, socket: &Arc<Socket>, to: SocketAddr, now: Instant) -> Option<Arc<ExtraGuard>> {
+        if !self.silent.another(to, now) {
+            return None;
+        }
+        if let Some(port) = self.trying.get(&to).and_then(Weak::upgrade) {
+            // Two connections to one destination leave by one port.
+            return Some(port);
+        }
+        self.trying.retain(|_, port| port.strong_count() > 0);
+        self.kept.remove(&to);
+        if self.trying.len() + self.kept.len() >= MAX_PORTS {
+            tracing::debug!(%to, "too many other ports are in use");
+            return None;
+        }
+        match socket.open_beside().map_err(Into::into).and_then(|io| socket.share(io, to)) {
+            Ok(port) => {
+                tracing::debug!(%to, "silent: another port is tried");
+                let port = Arc::new(port);
+                self.trying.insert(to, Arc::downgrade(&port));
+                Some(port)
+            }
+            Err(error) => {
+                tracing::debug!(%to, %error, "no other port");
+                None
+            }
+        }
+    }
+}
+
+impl Dial {
+    /// Something came from the destination.
+    pub(crate) fn heard(&mut self) {
+        self.heard = true;
+    }
+}
+
+impl Drop for Dial {
+    fn drop(&mut self) {
+        let (state, now) = (&mut *lock(&self.ports.state), Instant::now());
+        if self.heard {
+            state.silent.heard(self.to);
+            if let Some(port) = self.another.take() {
+                state.keep(self.to, port, now);
+            }
+        } else if now >= self.begun + self.silence {
+            state.silent.silent(self.to, now);
+        }
+    }
+}
+
+impl State {
+    fn keep(&mut self, to: SocketAddr, port: Arc<ExtraGuard>, now: Instant) {
+        let Some(trying) = self.trying.remove(&to) else { return };
+        if Weak::as_ptr(&trying) == Arc::as_ptr(&port) {
+            tracing::info!(%to, "only packets from another local port are answered");
+            self.kept.insert(to, (Kept::new(port.heard(), now), port));
+        }
+    }
+}
