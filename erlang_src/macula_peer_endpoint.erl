@@ -13,8 +13,8 @@
 %%       `fingerprint' in the call) or `stopped' (this engine was stopped).</dd>
 %%   <dt>`{macula_peer_event, #{event := registration, relay, state, reason}}'</dt>
 %%   <dd>This node at a relay: `state' is `registered', `lost' (over; it is tried again while it is wanted) or `refused' (it
-%%       is tried again after a longer time); then `reason' is the relay's, such as `node_id_taken', `realm', `registrations'
-%%       or `accept_rate', otherwise `none'.</dd>
+%%       is tried again after a longer time); then `reason' is the relay's, such as `node_id_taken', `realm', `registrations',
+%%       `accept_rate' or `taken_over' (another node uses this node's key), otherwise `none'.</dd>
 %%   <dt>`{macula_peer_event, #{event := path, peer, path, failed}}'</dt>
 %%   <dd>Messages to a node, `peer', take another path than before, or a better one than theirs was looked for in vain: see {@link
 %%       path()}.</dd>

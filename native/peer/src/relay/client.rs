@@ -17,20 +17,15 @@ use super::control::{Id, Limit, Probes, Refusal};
 use super::registration::{
     CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Terms,
 };
-use crate::decide::retry::Backoff;
+use crate::decide::retry::{Backoff, Registering};
 use crate::error::ConnectError;
 use crate::link::lock;
 
-/// A relay that restarts is back within a second. One that stays away is asked every ten seconds by each of its nodes: ten
-/// thousand are a thousand dials per second, which a relay that comes back can bear.
+/// Between dials while the relay is silent.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The longest pause while somebody waits: as for peers.
 const LONGEST_PAUSE_WANTED: Duration = Duration::from_secs(1);
-
-/// A registration that lasted less than this was none: the pauses go on growing.
-const LASTING: Duration = Duration::from_secs(1);
 
 /// Common NATs forget a UDP mapping after 30 s (RFC 4787 asks for 120 s); one keep-alive may be late.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -93,8 +88,12 @@ pub(crate) enum RelayEvent {
     Moved { address: SocketAddr },
     /// It is registered no longer; it is tried again if it is wanted.
     Lost,
-    /// The relay does not register the node. Said once until another thing happens.
+    /// It is registered no longer, because nobody here wants it to be, or under another name.
+    Ended,
+    /// The relay does not register the node, or no longer. Said once until another thing happens.
     Refused(Refusal),
+    /// Another node has this node's key, and both register. Said once for as long as that goes on.
+    Disputed,
     /// The relay dropped packets of a circuit.
     Dropped { circuit: u32, limit: Limit },
 }
@@ -158,6 +157,8 @@ pub(crate) struct RelayClient {
     wants: watch::Sender<Wants>,
     phase: watch::Sender<Phase>,
     state: Mutex<(RegistrationState, Instant)>,
+    /// Where the relay is.
+    address: Mutex<Option<SocketAddr>>,
     /// While it is registered.
     probed: Mutex<Option<Probed>>,
     circuits: watch::Sender<usize>,
@@ -226,6 +227,7 @@ impl RelayClient {
             wants: watch::Sender::new(Wants::default()),
             phase: watch::Sender::new(Phase::Waiting),
             state: Mutex::new((RegistrationState::Unused, Instant::now())),
+            address: Mutex::default(),
             probed: Mutex::default(),
             circuits: watch::Sender::new(0),
         })
@@ -249,6 +251,11 @@ impl RelayClient {
     /// The relay, while this node is registered there, if it can be probed.
     pub(crate) fn probed(&self) -> Option<Probed> {
         lock(&self.probed).clone()
+    }
+
+    /// Where the relay is, or was when this node was last registered there.
+    pub(crate) fn address(&self) -> Option<SocketAddr> {
+        *lock(&self.address)
     }
 
     /// A connection to a node that is registered at the relay. It must be closed by who gets it: dropping it is not
@@ -302,7 +309,7 @@ impl RelayClient {
     /// ends all the same. To be run once.
     pub(crate) async fn run(self: Arc<Self>) {
         let _ended = Ended(self.clone());
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
+        let mut registering = Registering::default();
         let mut dialled = None;
         while self.wanted().await {
             let Some(registered) = self.unless_stopped(self.register(dialled.take())).await else { return };
@@ -310,9 +317,7 @@ impl RelayClient {
                 Ok(registration) => {
                     let begun = Instant::now();
                     let over = self.serve(registration).await;
-                    if begun.elapsed() >= LASTING {
-                        backoff.reset();
-                    }
+                    registering.lasted(begun.elapsed());
                     match over {
                         Over::Lost(error) => error,
                         Over::Replaced(connection) => {
@@ -330,11 +335,18 @@ impl RelayClient {
                 Err(error) => error,
             };
             self.failed(&error);
-            let pause = backoff.pause(fastrand::f64());
+            let draw = fastrand::f64();
             let paused = match error {
                 // Nobody waits for what will not be different soon.
-                CircuitError::Refused(_) => self.unless_stopped(sleep(jittered(LONGEST_PAUSE))).await,
-                _ => self.unless_stopped(self.pause(pause)).await,
+                CircuitError::Refused(Refusal::TakenOver) => {
+                    let (pause, disputed) = registering.pause_taken_over(draw);
+                    if disputed {
+                        (self.on_event)(RelayEvent::Disputed);
+                    }
+                    self.unless_stopped(sleep(pause)).await
+                }
+                CircuitError::Refused(_) => self.unless_stopped(sleep(Registering::pause_refused(draw))).await,
+                _ => self.unless_stopped(self.pause(registering.pause(draw))).await,
             };
             if paused.is_none() {
                 return;
@@ -384,6 +396,7 @@ impl RelayClient {
             }
         };
         self.set_state(RegistrationState::Registered { address });
+        *lock(&self.address) = Some(relay);
         *lock(&self.probed) = probed;
         (self.on_event)(RelayEvent::Registered { address });
         let over = self.attend(&mut serving, handle, &node_id).await;
@@ -393,7 +406,12 @@ impl RelayClient {
         if matches!(over, Over::Unused | Over::Stopped) {
             serving.finish().await;
         }
-        (self.on_event)(RelayEvent::Lost);
+        match over {
+            // Said with the reason.
+            Over::Lost(CircuitError::Refused(_)) => {}
+            Over::Lost(_) | Over::Replaced(_) => (self.on_event)(RelayEvent::Lost),
+            Over::Renamed | Over::Unused | Over::Stopped => (self.on_event)(RelayEvent::Ended),
+        }
         over
     }
 
@@ -528,10 +546,6 @@ async fn pending_if_none<F: Future>(future: Pin<&mut Option<F>>) -> F::Output {
         Some(future) => future.await,
         None => pending().await,
     }
-}
-
-fn jittered(pause: Duration) -> Duration {
-    Backoff::new(pause, pause).pause(fastrand::f64())
 }
 
 /// Waits for a registration, or for an attempt to make one to fail. What failed before does not count unless it is `fresh`.

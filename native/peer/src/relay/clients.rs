@@ -1,7 +1,7 @@
 //! The relays that this node uses: one [`RelayClient`] each, made when it is first needed.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -21,7 +21,6 @@ use crate::listen::{self, Admission, DIALLED_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_WA
 use crate::message::{Event, NodeId, Path, Registration};
 use crate::node::Node;
 use crate::punch;
-use crate::socket::canonical;
 use crate::stats::RegistrationStats;
 
 /// Relays used at once, standing ones included. Each is a connection of some 40 KB. Those that callers name and that are
@@ -35,7 +34,7 @@ const UNUSED_FOR: Duration = Duration::from_secs(60);
 const NOT_A_RELAY_FOR: Duration = Duration::from_secs(60);
 
 pub(crate) struct Clients {
-    table: RwLock<HashMap<Endpoint, Client>>,
+    table: RwLock<HashMap<Endpoint, Arc<RelayClient>>>,
     /// Who this node is at its standing relays.
     standing: Mutex<Option<(NodeId, Vec<Endpoint>)>>,
     /// Endpoints that turned out to be no relays, and when.
@@ -43,12 +42,6 @@ pub(crate) struct Clients {
     /// TLS for connections over circuits.
     client: ClientConfig,
     admission: Admission,
-}
-
-#[derive(Clone)]
-struct Client {
-    client: Arc<RelayClient>,
-    address: Arc<OnceLock<SocketAddr>>,
 }
 
 impl Clients {
@@ -88,7 +81,7 @@ impl Clients {
             return Err(CircuitError::NotARelay);
         }
         loop {
-            let Client { client, address } = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
+            let client = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
             match client.connect(&target).await {
                 // It had just ended, unused, and is out of the table by now.
                 Err(CircuitError::Stopped) if !node.is_stopping() => tokio::task::yield_now().await,
@@ -97,10 +90,7 @@ impl Clients {
                     return Err(CircuitError::NotARelay);
                 }
                 Err(error) => return Err(error),
-                Ok(connection) => {
-                    let address = address.get().copied();
-                    return Ok((connection, address.ok_or(CircuitError::RelayLost)?));
-                }
+                Ok(connection) => return Ok((connection, client.address().ok_or(CircuitError::RelayLost)?)),
             }
         }
     }
@@ -113,14 +103,14 @@ impl Clients {
         target: &NodeId,
     ) -> Result<PunchSession, CircuitError> {
         let Some(target) = Id::new(target.to_bytes()) else { return Err(CircuitError::NotRegistered) };
-        let Client { client, .. } = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
+        let client = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
         client.punch(&target).await
     }
 
     /// The relay at an address, if this node uses it.
     pub(crate) fn relay_at(&self, relay: SocketAddr) -> Option<Endpoint> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        let mut at = table.iter().filter(|(_, client)| client.address.get() == Some(&relay));
+        let mut at = table.iter().filter(|(_, client)| client.address() == Some(relay));
         at.next().map(|(endpoint, _)| endpoint.clone())
     }
 
@@ -140,7 +130,7 @@ impl Clients {
         let before = before.map_or_else(Vec::new, |(_, relays)| relays);
         for relay in before.iter().filter(|relay| !relays.contains(relay)) {
             let removed = self.table.write().unwrap_or_else(PoisonError::into_inner).remove(relay);
-            if let Some(Client { client, .. }) = removed {
+            if let Some(client) = removed {
                 client.stop();
             }
         }
@@ -156,7 +146,7 @@ impl Clients {
 
     pub(crate) fn stats(&self) -> Vec<RegistrationStats> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        let stats = table.iter().map(|(relay, Client { client, .. })| {
+        let stats = table.iter().map(|(relay, client)| {
             let status = client.status();
             let (state, address) = match status.state {
                 RegistrationState::Unused | RegistrationState::Connecting => (Registration::Connecting, None),
@@ -173,29 +163,29 @@ impl Clients {
     /// The relays that this node is registered at and that can be probed.
     pub(crate) fn probed(&self) -> Vec<Probed> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        table.values().filter_map(|Client { client, .. }| client.probed()).collect()
+        table.values().filter_map(|client| client.probed()).collect()
     }
 
     /// As [`Clients::probed`], one of them.
     pub(crate) fn probed_relay(&self, relay: &Endpoint) -> Option<Probed> {
-        self.table.read().unwrap_or_else(PoisonError::into_inner).get(relay)?.client.probed()
+        self.table.read().unwrap_or_else(PoisonError::into_inner).get(relay)?.probed()
     }
 
     /// Whether it is not known yet of some relays whether they register this node.
     pub(crate) fn is_registering(&self) -> bool {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        table.values().any(|client| client.client.status().state == RegistrationState::Connecting)
+        table.values().any(|client| client.status().state == RegistrationState::Connecting)
     }
 
     /// Ends all registrations.
     pub(crate) fn stop(&self) {
-        for Client { client, .. } in self.table.read().unwrap_or_else(PoisonError::into_inner).values() {
+        for client in self.table.read().unwrap_or_else(PoisonError::into_inner).values() {
             client.stop();
         }
     }
 
     /// The client for a relay. `None` when the engine is stopping, or when there are too many.
-    fn client(&self, node: &Arc<Node>, relay: &Endpoint, standing: Option<Id>) -> Option<Client> {
+    fn client(&self, node: &Arc<Node>, relay: &Endpoint, standing: Option<Id>) -> Option<Arc<RelayClient>> {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let found = table.get(relay).cloned();
         let client = match found {
@@ -208,18 +198,17 @@ impl Clients {
             }
         };
         if standing.is_some() {
-            client.client.set_standing(standing);
+            client.set_standing(standing);
         }
         Some(client)
     }
 
-    fn start(&self, node: &Arc<Node>, relay: &Endpoint) -> Client {
-        let address = Arc::new(OnceLock::new());
+    fn start(&self, node: &Arc<Node>, relay: &Endpoint) -> Arc<RelayClient> {
         let weak = Arc::downgrade(node);
         let own = Bytes::copy_from_slice(node.identity.fingerprint().as_bytes());
         let name = lock(&self.standing).as_ref().map(|(name, _)| name.to_bytes());
         let settings = Settings {
-            dial: Box::new(dialling(weak.clone(), relay.clone(), address.clone())),
+            dial: Box::new(dialling(weak.clone(), relay.clone())),
             // A fingerprint and a name are valid ids.
             node_id: Id::new(name.unwrap_or_else(|| own.clone())).unwrap_or_else(|| unreachable!()),
             realm_secret: node.config.realm_secret.as_ref().map(|secret| Bytes::copy_from_slice(secret.as_bytes())),
@@ -228,7 +217,7 @@ impl Clients {
             timeout: node.config.connect_timeout,
             idle: UNUSED_FOR,
             on_event: Arc::new(telling(weak.clone(), relay.clone())),
-            on_incoming: Box::new(serving(weak.clone(), self.admission.clone(), address.clone())),
+            on_incoming: Box::new(serving(weak.clone(), self.admission.clone())),
             on_punch: Box::new(punching(weak, relay.clone())),
             description: node.description.subscribe(),
         };
@@ -238,28 +227,21 @@ impl Clients {
         owner.spawn(async move {
             served.clone().run().await;
             let mut table = node.clients.table.write().unwrap_or_else(PoisonError::into_inner);
-            if table.get(&relay).is_some_and(|current| Arc::ptr_eq(&current.client, &served)) {
+            if table.get(&relay).is_some_and(|current| Arc::ptr_eq(current, &served)) {
                 table.remove(&relay);
             }
         });
-        Client { client, address }
+        client
     }
 }
 
-fn dialling(
-    node: Weak<Node>,
-    relay: Endpoint,
-    address: Arc<OnceLock<SocketAddr>>,
-) -> impl Fn() -> super::client::Dialling + Send + Sync {
+fn dialling(node: Weak<Node>, relay: Endpoint) -> impl Fn() -> super::client::Dialling + Send + Sync {
     move || {
-        let (node, relay, address) = (node.clone(), relay.clone(), address.clone());
+        let (node, relay) = (node.clone(), relay.clone());
         Box::pin(async move {
             let node = node.upgrade().ok_or(crate::error::ConnectError::Unreachable)?;
             let until = Instant::now() + node.config.connect_timeout;
-            let connection = node.dial_relay(relay, until).await?;
-            // The first one says it as well as any later one.
-            let _ = address.set(canonical(connection.remote_address()));
-            Ok(connection)
+            node.dial_relay(relay, until).await
         })
     }
 }
@@ -278,6 +260,17 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
         }
         node.event(match event {
             RelayEvent::Moved { .. } => return,
+            RelayEvent::Ended => {
+                node.tell(Event::Registration { relay, state: Registration::Lost });
+                return;
+            }
+            RelayEvent::Disputed => {
+                return tracing::warn!(
+                    %relay,
+                    "another node uses this identity: the two take the registration at the relay from each other. \
+                     Each needs an identity_file of its own; a copy of a machine must not have it"
+                );
+            }
             RelayEvent::Registered { .. } => Event::Registration { relay, state: Registration::Registered },
             RelayEvent::Lost => Event::Registration { relay, state: Registration::Lost },
             RelayEvent::Refused(refusal) => Event::Registration { relay, state: Registration::Refused(refusal) },
@@ -300,13 +293,10 @@ fn punching(node: Weak<Node>, relay: Endpoint) -> impl Fn(PunchSession) + Send +
     }
 }
 
-fn serving(
-    node: Weak<Node>,
-    admission: Admission,
-    address: Arc<OnceLock<SocketAddr>>,
-) -> impl Fn(IncomingCircuit) + Send + Sync {
+fn serving(node: Weak<Node>, admission: Admission) -> impl Fn(IncomingCircuit) + Send + Sync {
     move |incoming| {
-        let (Some(node), Some(&relay)) = (node.upgrade(), address.get()) else { return };
+        let Some(node) = node.upgrade() else { return };
+        let relay = incoming.relay;
         if lock(&node.accepted).len() >= node.max_accepted() {
             node.counters.refused.add(1);
             return;

@@ -177,6 +177,8 @@ names! {
         RequestRate "request_rate",
         /// The message could not be read, or had no place where it came.
         Malformed "malformed",
+        /// Another connection with the node's key has taken its registration over.
+        TakenOver "taken_over",
     }
 }
 

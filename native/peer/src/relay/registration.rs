@@ -618,7 +618,8 @@ impl Serving {
         };
         let Ok(permit) = self.arriving.clone().try_acquire_owned() else { return incoming.ignore() };
         let commands = self.handle.clone();
-        (self.terms.on_incoming)(IncomingCircuit { circuit, incoming, commands, _permit: permit });
+        let relay = canonical(self.connection.0.remote_address());
+        (self.terms.on_incoming)(IncomingCircuit { relay, circuit, incoming, commands, _permit: permit });
     }
 
     fn inner_ended(&mut self, circuit: u32, connection: usize) {
@@ -802,6 +803,8 @@ impl Drop for Opening {
 /// A connection that another node begins over a circuit. Dropped, it is refused.
 #[derive(Debug)]
 pub(crate) struct IncomingCircuit {
+    /// Where the relay is.
+    pub(crate) relay: SocketAddr,
     circuit: u32,
     incoming: Incoming,
     commands: mpsc::UnboundedSender<Command>,
@@ -811,7 +814,7 @@ pub(crate) struct IncomingCircuit {
 impl IncomingCircuit {
     /// The connection, once its handshake is done. It ends at once when the relay says that the circuit has.
     pub(crate) async fn accept(self) -> Result<Connection, ConnectionError> {
-        let Self { circuit, incoming, commands, _permit } = self;
+        let Self { circuit, incoming, commands, _permit, .. } = self;
         let (ended, circuit_ended) = oneshot::channel();
         let opening = Command::Accepting { circuit, ended };
         commands.send(opening).map_err(|_| ConnectionError::LocallyClosed)?;

@@ -123,8 +123,6 @@ enum End {
     Refused(Refusal),
     /// The node has been told why it is registered no longer.
     Told,
-    /// The node registered again.
-    Replaced,
     /// The node does not say who it is, or does not read what it is told.
     Slow,
     /// The relay is closed.
@@ -135,7 +133,7 @@ impl End {
     /// The error that the stream is reset with, unless it ends in peace.
     fn code(self) -> Option<u8> {
         match self {
-            Self::Left | Self::Refused(_) | Self::Told | Self::Replaced => None,
+            Self::Left | Self::Refused(_) | Self::Told => None,
             Self::Slow => Some(SLOW),
             Self::Closed => Some(NO_RELAY),
         }
@@ -289,7 +287,8 @@ impl Relay {
             state.coordinator.end(generation);
             if let Some(old) = state.registrations.remove(&generation) {
                 lock(&old.legs).clear();
-                old.end(End::Replaced);
+                // Two nodes with one key must know that the other one is the reason.
+                old.note(FromRelay::Refused { error: Refusal::TakenOver });
             }
             state.ended(&circuits, Reason::Gone);
         }

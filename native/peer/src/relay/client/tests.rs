@@ -332,6 +332,23 @@ async fn a_refused_node_is_told_why_and_does_not_ask_again_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_registration_is_taken_over_knows_it_and_does_not_take_it_back_at_once() {
+    let relay = Running::new(RelayConfig::default());
+    let one = standing("a", relay.address, Options::default()).await;
+    let two = standing("a", relay.address, Options::default()).await;
+    let taken_over = RelayEvent::Refused(Refusal::TakenOver);
+    until("it is told", || one.events().len() == 2).await;
+    assert!(matches!(&one.events()[..], [RelayEvent::Registered { .. }, told] if *told == taken_over));
+    let refused = Some(CircuitError::Refused(Refusal::TakenOver));
+    assert_eq!(one.client.connect(&id("b")).await.err(), refused, "callers know why");
+    // It tries again after half of five seconds at the earliest.
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!((one.dials.load(Ordering::Relaxed), two.dials.load(Ordering::Relaxed)), (1, 1));
+    assert!(two.is_registered());
+    until("it is taken back", || two.events().contains(&taken_over)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_proves_that_it_knows_the_realms_secret() {
     let relay = Running::new(RelayConfig { realm_secret: Some(Secret::new(b"secret".to_vec())), ..Default::default() });
     for secret in [None, Some(Bytes::from_static(b"guess"))] {
@@ -414,6 +431,7 @@ async fn a_silent_relay_is_left_for_one_that_answers() {
     let a = standing("a", forwarder.address, Options { later: Some(relay.address), ..Options::default() }).await;
     let connection = a.client.connect(&id("b")).await.unwrap();
     echoed(&connection, random(1000)).await;
+    assert_eq!(a.client.address(), Some(forwarder.address));
     forwarder.swallow(true);
     let begun = Instant::now();
     // A caller does not notice more than a pause.
@@ -422,6 +440,7 @@ async fn a_silent_relay_is_left_for_one_that_answers() {
     timeout(NOTICED, connection.closed()).await.expect("the inner connection ends");
     echoed(&next, random(1000)).await;
     assert_eq!(a.registrations(), 2);
+    assert_eq!(a.client.address(), Some(relay.address), "where it is now");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -287,6 +287,7 @@ async fn the_same_key_replaces_its_registration() {
     let mut other = Node::registered(&running, "b").await;
     let circuit = other.circuit_to("a").await;
     let new = Node::registered(&running, "a").await;
+    assert_eq!(old.hear_or_end().await, Ok(refused(Refusal::TakenOver)));
     assert_eq!(old.hear_or_end().await, Err(None));
     assert_eq!(other.hear().await, FromRelay::Disconnect { circuit, reason: Reason::Gone });
     assert_eq!(running.relay.stats().registrations, 2);
