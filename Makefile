@@ -53,6 +53,8 @@ check: setup nif
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
+	@.ci/rust-version
+	$(REBAR) as strict compile
 	$(REBAR) xref
 	$(REBAR) dialyzer
 	$(REBAR) edoc

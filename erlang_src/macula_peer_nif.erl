@@ -54,12 +54,27 @@ init() ->
         {error, {upgrade, _}} = Error ->
             Error;
         {error, {Reason, Text}} ->
-            Message = io_lib:format(
-                "the native library ~ts.so was not loaded (~p: ~ts). Build it on this machine, with "
-                "`rebar3 compile` or `make nif`, from the same version of ~s, with Rust's cargo in the PATH.",
-                [Library, Reason, Text, ?APP]),
+            Message = io_lib:format("the native library ~ts.so was not loaded (~p: ~ts). ~ts",
+                                    [Library, Reason, Text, advice(archive(Library))]),
             persistent_term:put(?LOAD_ERROR, {error, {nif_not_loaded, unicode:characters_to_binary(Message)}}),
             logger:error("~ts", [Message])
+    end.
+
+-spec advice(none | file:filename_all()) -> io_lib:chars().
+advice(none) ->
+    io_lib:format("Build it on this machine, with `rebar3 compile` or `make nif`, from the same version of ~s, with Rust's "
+                  "cargo in the PATH.", [?APP]);
+advice(Archive) ->
+    io_lib:format("~ts is an archive, and the system loads no library from inside one. Leave ~s out of the escript and "
+                  "have its directory in ERL_LIBS, or make a release: docs/packaging.md.", [Archive, ?APP]).
+
+%% An escript or .ez file on the way to a file.
+-spec archive(file:filename_all()) -> none | file:filename_all().
+archive(Path) ->
+    case {filelib:is_regular(Path), filename:dirname(Path)} of
+        {true, _} -> Path;
+        {false, Path} -> none;
+        {false, Above} -> archive(Above)
     end.
 
 -spec library() -> file:filename_all().

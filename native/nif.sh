@@ -7,10 +7,22 @@ cd "$(dirname "$0")/.."
 PATH="$PATH:${HOME:-}/.cargo/bin"
 cargo="${CARGO:-cargo}"
 installed=priv/macula_peer_nif.so
+# cargo knows what has changed, but only in a target directory of our own: in one that is shared it takes the library of
+# another clone or version, which has the same name, for this one.
+target_dir="${CARGO_TARGET_DIR:+$CARGO_TARGET_DIR/macula_peer_connector-$(pwd | cksum | cut -d ' ' -f 1)}"
+target_dir="${target_dir:-target}"
 
 main() {
   case "${1:-install}" in
-    install) if [ -n "${MACULA_PEER_NIF_DIR:-}" ]; then take; else build && put "$built"; fi ;;
+    install)
+      if [ -n "${MACULA_PEER_NIF_DIR:-}" ]; then
+        take
+      elif can_build; then
+        build && put "$built"
+      else
+        is_current || fail "$(pwd)/$installed is missing or older than its sources, and $target_dir cannot be written"
+      fi
+      ;;
     package) build && package ;;
     *) fail "native/nif.sh takes no argument or the word 'package', not '$1'" ;;
   esac
@@ -33,25 +45,98 @@ take() {
   put "$file" "$expected"
 }
 
-# Leaves the path of the library in $built. cargo knows what changed, but only in a target directory of our own: in one that is
-# shared it takes the library of another clone or version, which has the same name, for this one.
+can_build() {
+  mkdir -p "$target_dir" 2>/dev/null && [ -w "$target_dir" ]
+}
+
+# In a directory that is read-only, as in an image, what was built before is used.
+is_current() {
+  [ -f "$installed" ] && [ -z "$(find Cargo.toml Cargo.lock native/nif native/peer/Cargo.toml native/peer/src \
+    native/wire/Cargo.toml native/wire/src -type f -newer "$installed")" ]
+}
+
+# Leaves the path of the library in $built.
 build() {
-  target_dir="${CARGO_TARGET_DIR:+$CARGO_TARGET_DIR/macula_peer_connector-$(pwd | cksum | cut -d ' ' -f 1)}"
   command -v "$cargo" >/dev/null ||
     fail "cargo is not in the PATH: install Rust $(rust_version) or newer to build the NIF, or take a precompiled one" \
       "(MACULA_PEER_NIF_DIR)"
-  # musl's Rust links statically unless it is told not to, and makes no shared library then.
+  use_default_toolchain
+  found=$("$cargo" --version 2>/dev/null | sed -n 's/^cargo \([0-9]*\.[0-9]*\).*/\1/p')
+  [ -z "$found" ] || is_at_least "$found" "$(rust_version)" ||
+    fail "the NIF needs Rust $(rust_version) or newer, and this is $("$cargo" --version). \`rustup update\` gets a newer one;" \
+      "RUSTUP_TOOLCHAIN names another that is installed"
+  link_dynamically
+  # A panic has to unwind, whatever profile a configuration file sets.
   artifacts=$("$cargo" build --release --locked -p macula-peer-nif --message-format json-render-diagnostics \
-    --target-dir "${target_dir:-target}" \
+    --target-dir "$target_dir" --config 'profile.release.panic="unwind"' \
     --config "target.'cfg(target_env=\"musl\")'.rustflags=['-Ctarget-feature=-crt-static']") ||
-    fail "cargo could not build the NIF; it needs Rust $(rust_version) or newer and a C compiler"
+    fail "cargo could not build the NIF, for the reason that it gives above. It needs Rust $(rust_version) or newer" \
+      "($("$cargo" --version) is in use) and a C compiler.$(also_decides)"
   built=$(printf '%s\n' "$artifacts" | sed -n 's/.*"filenames":\["\([^"]*macula_peer_nif\.[a-z]*\)".*/\1/p')
-  [ -n "$built" ] || fail "cargo made no shared library for this target"
+  [ -n "$built" ] || fail "cargo made no shared library for this target.$(also_decides)"
+}
+
+# rustup obeys a rust-toolchain.toml in any directory above, and a dependency lies in the project that uses it. That file is
+# about the project's own Rust.
+use_default_toolchain() {
+  [ -z "${RUSTUP_TOOLCHAIN:-}" ] && command -v rustup >/dev/null || return 0
+  # Without a default toolchain, the one in the file will have to do.
+  default=$(cd / && rustup show active-toolchain 2>/dev/null) || return 0
+  export RUSTUP_TOOLCHAIN="${default%% *}"
+}
+
+# musl's Rust links statically unless it is told not to, and makes no shared library then. Flags in these variables, empty
+# ones too, are used instead of those of the command line, and of two contrary ones the first counts.
+link_dynamically() {
+  if [ -n "${CARGO_ENCODED_RUSTFLAGS+set}" ]; then
+    CARGO_ENCODED_RUSTFLAGS="$(printf %s "$CARGO_ENCODED_RUSTFLAGS" | sed 's/+crt-static/-crt-static/g')"
+    CARGO_ENCODED_RUSTFLAGS="${CARGO_ENCODED_RUSTFLAGS:+$CARGO_ENCODED_RUSTFLAGS$(printf '\037')}-Ctarget-feature=-crt-static"
+  elif [ -n "${RUSTFLAGS+set}" ]; then
+    RUSTFLAGS="$(printf %s "$RUSTFLAGS" | sed 's/+crt-static/-crt-static/g') -Ctarget-feature=-crt-static"
+  fi
+}
+
+# What changes a build and is not ours: cargo reads the configuration of every directory above.
+also_decides() {
+  others=''
+  dir=$(pwd)
+  while :; do
+    for file in "${dir%/}/.cargo/config.toml" "${dir%/}/.cargo/config"; do
+      [ ! -f "$file" ] || others="$others $file"
+    done
+    [ "$dir" != / ] || break
+    dir=$(dirname "$dir")
+  done
+  for file in "${CARGO_HOME:-${HOME:-}/.cargo}/config.toml" "${CARGO_HOME:-${HOME:-}/.cargo}/config"; do
+    case "$others " in
+      *" $file "*) ;;
+      *) [ ! -f "$file" ] || others="$others $file" ;;
+    esac
+  done
+  for name in CARGO_ENCODED_RUSTFLAGS RUSTFLAGS CARGO_BUILD_RUSTFLAGS CARGO_BUILD_TARGET RUSTC RUSTC_WRAPPER \
+    RUSTC_WORKSPACE_WRAPPER CC CFLAGS; do
+    eval "value=\${$name:-}"
+    [ -z "$value" ] || others="$others $name"
+  done
+  [ -z "$others" ] || echo " These have a say in it too:$others."
+}
+
+is_at_least() {
+  [ "$(printf '%s\n%s\n' "$1" "$2" | sort -t . -k 1,1n -k 2,2n | head -n 1)" = "$2" ]
 }
 
 # A running node has the old file mapped, so it is replaced by name and only when there is something new; the check is of
 # the very bytes that are installed.
 put() {
+  if [ -f "$installed" ]; then
+    if [ $# -gt 1 ]; then
+      [ "$(sha256 "$installed")" != "$2" ] || return 0
+    elif cmp -s "$1" "$installed"; then
+      # Newer than the sources, too, unless nothing can be written here.
+      touch "$installed" 2>/dev/null || true
+      return 0
+    fi
+  fi
   mkdir -p priv || fail "priv/ cannot be written in $(pwd)"
   new="priv/.macula_peer_nif.$$"
   trap 'rm -f "$new"' EXIT
@@ -60,7 +145,7 @@ put() {
     actual=$(sha256 "$new")
     [ "$actual" = "$2" ] || fail "$1 has the SHA-256 $actual, and MACULA_PEER_NIF_SHA256 is $2: it is not installed"
   fi
-  cmp -s "$new" "$installed" || mv "$new" "$installed"
+  mv "$new" "$installed"
 }
 
 package() {
