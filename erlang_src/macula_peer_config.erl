@@ -136,8 +136,24 @@ format_error({invalid_variable, {Name, Value, Hint}}) ->
 format_error({tls_config_error, {cacertfile_not_found, File}}) ->
     io_lib:format("MACULA_TLS_MODE is production, and there is no file ~0tp with the authorities to verify peers by. Name one in "
                   "MACULA_TLS_CACERTFILE, or set verify", [File]);
+format_error({start_failed, {identity_file, Reason}}) ->
+    io_lib:format("identity_file cannot be used (~0tP): ~ts", [Reason, 30, identity_file(Reason)]);
 format_error(Reason) ->
     io_lib:format("~0tP", [Reason, 30]).
+
+-spec identity_file(term()) -> unicode:chardata().
+identity_file(enoent) -> "its directory is not there, or it is a link that leads nowhere";
+identity_file(erofs) -> "it is not there, and cannot be made on a read-only file system";
+identity_file(eacces) -> "this user may not read it, or not make it in its directory";
+identity_file(eisdir) -> "it is a directory";
+identity_file(insecure_permissions) -> "others than its owner may read or write it";
+identity_file({foreign_owner, _}) -> "it belongs to a user who is neither root nor the one that runs this node";
+identity_file(not_a_key) -> "it has no private key in PEM format";
+identity_file(encrypted_key) -> "its key is encrypted; `openssl pkey' decrypts it";
+identity_file(unsupported_key) -> "its key is damaged, or not one of ECDSA P-256 or P-384, Ed25519, RSA from 2048 bits";
+identity_file(not_pkcs8) -> "its key comes without a certificate and is not in PKCS#8; `openssl pkcs8 -topk8 -nocrypt' converts it";
+identity_file({bad_certificate, Text}) -> Text;
+identity_file(_) -> "see docs/errors.md".
 
 %% ---- the application environment ----
 

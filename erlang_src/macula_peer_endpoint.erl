@@ -59,7 +59,8 @@
                          handler => handler()}.
 %% Without `port', or with 0, the port that the one socket has already, or any port where `ip' is another address than the
 %% socket's. Without `ip' the addresses that the socket has. Live links move along.
-%% Without `certfile' and `keyfile' (PEM) the engine's own certificate is shown. `verify' says who may connect; without it
+%% Without `certfile' and `keyfile' (PEM) the engine's own certificate is shown. When the files are replaced, connections
+%% that begin two seconds later are shown what they have then. `verify' says who may connect; without it
 %% the application's setting does. With `relay' this node is a relay for others.
 
 -type relay_opts() :: #{max_registrations => pos_integer(), max_sessions => pos_integer(),

@@ -7,12 +7,13 @@
 
 -export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([a_key_is_new_at_every_start/1, a_key_in_a_file_stays/1, a_fingerprint_is_of_the_public_key/1]).
--export([a_bad_file_is_named/1, wrong_values_are_named/1, a_wrong_secret_is_not_shown/1]).
+-export([a_bad_file_is_named/1, a_secret_of_kubernetes_is_read/1, a_key_is_made_where_there_are_no_links/1, wrong_values_are_named/1, a_wrong_secret_is_not_shown/1]).
 -export([a_message_says_whose_it_is/1, an_answer_of_a_gateway_is_nobodys/1]).
 -export([a_pinned_peer_is_dialled_and_no_other/1, who_is_pinned_is_let_in_and_no_other/1]).
 -export([a_listener_may_trust_others_than_its_node/1, signed_nodes_trust_each_other_and_nobody_else/1]).
 -export([bad_authorities_are_named/1, in_macula_s_production_mode_peers_are_verified/1]).
 -export([the_mode_is_logged/1, an_unverified_link_is_warned_of_once/1]).
+-export([a_certificate_that_is_half_renewed_is_warned_of_once/1]).
 -export([log/2]).
 
 -define(APP, macula_peer_connector).
@@ -22,10 +23,12 @@
 
 all() ->
     [a_key_is_new_at_every_start, a_key_in_a_file_stays, a_fingerprint_is_of_the_public_key, a_bad_file_is_named,
-     wrong_values_are_named, a_wrong_secret_is_not_shown, a_message_says_whose_it_is, an_answer_of_a_gateway_is_nobodys,
+     a_secret_of_kubernetes_is_read, a_key_is_made_where_there_are_no_links, wrong_values_are_named,
+     a_wrong_secret_is_not_shown, a_message_says_whose_it_is, an_answer_of_a_gateway_is_nobodys,
      a_pinned_peer_is_dialled_and_no_other, who_is_pinned_is_let_in_and_no_other,
      a_listener_may_trust_others_than_its_node, signed_nodes_trust_each_other_and_nobody_else,
-     bad_authorities_are_named, in_macula_s_production_mode_peers_are_verified, the_mode_is_logged, an_unverified_link_is_warned_of_once].
+     bad_authorities_are_named, in_macula_s_production_mode_peers_are_verified, the_mode_is_logged, an_unverified_link_is_warned_of_once,
+     a_certificate_that_is_half_renewed_is_warned_of_once].
 
 init_per_suite(Config) ->
     [{other, macula_peer_test:start_node()} | Config].
@@ -87,8 +90,8 @@ a_bad_file_is_named(Config) ->
     [begin
          File = in_priv_dir(Config, Name),
          ok = write(File, Content, Mode),
-         Refused = {error, {start_failed, {identity_file, Reason}}},
-         ?assertEqual({Name, Refused}, {Name, start(#{identity_file => File})}),
+         {error, {start_failed, {identity_file, Said}}} = Refused = start(#{identity_file => File}),
+         ?assertEqual({Name, Reason}, {Name, without_text(Said)}),
          %% Every call says so.
          ?assertEqual(Refused, macula_peer_endpoint:identity()),
          ?assertEqual(Refused, macula_peer_connector:send_message("127.0.0.1:9", cast, #{}))
@@ -96,10 +99,88 @@ a_bad_file_is_named(Config) ->
      || {Name, Content, Mode, Reason} <-
             [{"readable.pem", Key, 8#644, insecure_permissions}, {"writable.pem", Key, 8#620, insecure_permissions},
              {"garbage.pem", <<"garbage">>, 8#600, not_a_key}, {"cert.pem", pem(Cert), 8#600, not_a_key},
-             {"sec1.pem", pem(EcKey), 8#600, not_pkcs8}, {"other.pem", [Key, pem(OtherCert)], 8#600, bad_certificate}]],
+             {"sec1.pem", pem(EcKey), 8#600, not_pkcs8}, {"encrypted.pem", encrypted(EcKey), 8#600, encrypted_key},
+             {"p521.pem", p521(), 8#600, unsupported_key}, {"other.pem", [Key, pem(OtherCert)], 8#600, bad_certificate}]],
     ?assertEqual({error, {start_failed, {identity_file, enoent}}},
                  start(#{identity_file => in_priv_dir(Config, "nowhere/key.pem")})),
+    ?assertEqual({error, {start_failed, {identity_file, eisdir}}}, start(#{identity_file => in_priv_dir(Config, "")})),
     ok = start(#{identity_file => in_priv_dir(Config, "fresh.pem")}).
+
+without_text({bad_certificate, Text}) when is_binary(Text) -> bad_certificate;
+without_text(Reason) -> Reason.
+
+encrypted(Key) ->
+    Cipher = {"AES-256-CBC", rand:bytes(16)},
+    public_key:pem_encode([public_key:pem_entry_encode('ECPrivateKey', Key, {Cipher, "password"})]).
+
+p521() ->
+    Key = public_key:generate_key({namedCurve, secp521r1}),
+    public_key:pem_encode([public_key:pem_entry_encode('PrivateKeyInfo', Key)]).
+
+%% In a pod: the files of a secret are root's and the pod's group's, behind links, and mounted read-only.
+a_secret_of_kubernetes_is_read(_Config) ->
+    case os:cmd("unshare --mount setpriv --reuid 1000 true 2>&1") of
+        "" -> secret_is_read(string:trim(os:cmd("mktemp -d")));
+        _ -> {skip, "only root may mount file systems and run a node as somebody else"}
+    end.
+
+secret_is_read(Dir) ->
+    %% Where the others may read it.
+    [] = os:cmd(["cp -RL ", code:lib_dir(?APP), "/ebin ", filename:join(code:lib_dir(?APP), "priv"), " ", Dir,
+                 " && chmod -R a+rX ", Dir, " && mkdir -p ", Dir, "/secret"]),
+    Key = public_key:pem_encode([public_key:pem_entry_encode('PrivateKeyInfo',
+                                                             public_key:generate_key({namedCurve, secp256r1}))]),
+    ok = file:write_file(filename:join(Dir, "tls.key"), Key),
+    Start = "application:load(macula_peer_connector), [File] = init:get_plain_arguments(), "
+            "application:set_env(macula_peer_connector, identity_file, File), "
+            "io:format(\"~0p.\", [macula_peer_endpoint:start()]), halt().",
+    Said = fun(Owner, Mode, User, File) ->
+        Script = ["cd ", Dir, " && mount -t tmpfs none secret && mkdir secret/..2026 && cp tls.key secret/..2026 && "
+                  "ln -s ..2026 secret/..data && ln -s ..data/tls.key secret/tls.key && chown ", Owner, " secret/..2026/* && "
+                  "chmod ", Mode, " secret/..2026/* && mount -o remount,ro secret && export HOME=/tmp && "
+                  "exec setpriv --reuid ", User, " --regid ", User, " --clear-groups "
+                  "erl -noshell -pa ebin -kernel logger_level none -eval '", Start, "' -extra secret/", File],
+        Output = os:cmd(["unshare --mount sh -c ", quoted(Script), " 2>&1"]),
+        {ok, Tokens, _} = erl_scan:string(Output),
+        {ok, Term} = erl_parse:parse_term(Tokens),
+        Term
+    end,
+    Refused = fun(Reason) -> {error, {start_failed, {identity_file, Reason}}} end,
+    [?assertEqual({Owner, Mode, User, File, Wanted}, {Owner, Mode, User, File, Said(Owner, Mode, User, File)})
+     || {Owner, Mode, User, File, Wanted} <- [
+        {"0:1000", "0440", "1000", "tls.key", ok},
+        {"0:0", "0440", "0", "tls.key", ok},
+        {"0:1000", "0444", "1000", "tls.key", Refused(insecure_permissions)},
+        {"1001:1000", "0440", "1000", "tls.key", Refused({foreign_owner, 1001})},
+        %% What is not there cannot be made.
+        {"0:1000", "0440", "1000", "other.key", Refused(erofs)}]],
+    [] = os:cmd(["rm -rf ", Dir]).
+
+quoted(Text) ->
+    ["'", string:replace(Text, "'", "'\\''", all), "'"].
+
+%% As on SMB, FUSE, exFAT or 9p.
+a_key_is_made_where_there_are_no_links(Config) ->
+    [Source, Shim, File] = [in_priv_dir(Config, Name) || Name <- ["nolinks.c", "nolinks.so", "keys/key.pem"]],
+    ok = filelib:ensure_dir(File),
+    ok = file:write_file(Source, "#include <errno.h>\n"
+                                 "int link(const char *f, const char *t) { errno = EPERM; return -1; }\n"
+                                 "int linkat(int a, const char *f, int b, const char *t, int g) { errno = EPERM; return -1; }\n"),
+    case os:cmd(["cc -shared -fPIC -o ", Shim, " ", Source]) of
+        "" ->
+            Node = macula_peer_test:start_node(macula_peer_test:node_paths(), #{env => [{"LD_PRELOAD", Shim}]}),
+            ?assertEqual({error, eperm}, macula_peer_test:call(Node, file, make_link, [Source, Source ++ "2"])),
+            ok = macula_peer_test:call(Node, macula_peer_test, engine, [#{identity_file => File}]),
+            #{fingerprint := Key} = macula_peer_test:call(Node, macula_peer_endpoint, identity, []),
+            macula_peer_test:stop_node(Node),
+            {ok, #file_info{mode = Mode}} = file:read_file_info(File),
+            ?assertEqual(8#600, Mode band 8#777),
+            ?assertEqual({ok, ["key.pem"]}, file:list_dir(filename:dirname(File))),
+            ok = start(#{identity_file => File}),
+            ?assertEqual(Key, key());
+        Said ->
+            {skip, Said}
+    end.
 
 wrong_values_are_named(_Config) ->
     Digits = lists:duplicate(63, $0),
@@ -295,6 +376,39 @@ an_unverified_link_is_warned_of_once(_Config) ->
     ?assertNotEqual(nomatch, string:find(hd(Lines), "not verified")),
     ?assertMatch(#{verify_none_links := 2}, macula_peer_endpoint:stats()),
     lists:foreach(fun macula_peer_stand_in:stop/1, Gateways).
+
+a_certificate_that_is_half_renewed_is_warned_of_once(Config) ->
+    ok = macula_peer_endpoint:stop(),
+    {ok, _} = application:ensure_all_started(?APP),
+    Pair = fun() -> {CA, _} = authority(), {Cert, Key} = node_of(CA), {pem(Cert), pem(Key)} end,
+    [CertFile, KeyFile] = [in_priv_dir(Config, Name) || Name <- ["cert.pem", "key.pem"]],
+    Write = fun({Cert, Key}) -> ok = file:write_file(CertFile, Cert), ok = file:write_file(KeyFile, Key) end,
+    Write(Pair()),
+    Endpoint = listen(#{certfile => CertFile, keyfile => KeyFile}),
+    {NewCert, NewKey} = Pair(),
+    Lines = logged(fun() ->
+        ok = file:write_file(CertFile, NewCert),
+        %% It is looked at every two seconds.
+        timer:sleep(7000),
+        macula_peer_engine ! {macula_peer_log, <<"the end">>}
+    end, "the end"),
+    ?assertMatch([_, _], Lines),
+    ?assertMatch({_, [_ | _]}, {Lines, string:find(hd(Lines), CertFile)}),
+    ok = send_from_other(Config, Endpoint),
+    _ = sender(),
+    ok = file:write_file(KeyFile, NewKey),
+    #'OTPCertificate'{tbsCertificate = #'OTPTBSCertificate'{subjectPublicKeyInfo = Public}} = decoded(NewCert),
+    #'OTPSubjectPublicKeyInfo'{subjectPublicKey = Point} = Public,
+    {_, PublicKey, _} = public_key:pem_entry_encode('SubjectPublicKeyInfo', {Point, {namedCurve, ?secp256r1}}),
+    Pin = crypto:hash(sha256, PublicKey),
+    _ = macula_peer_test:await(fun() ->
+        ok = on(Config, macula_peer_test, engine, [#{verify => {pin, [Pin]}}]),
+        send_from_other(Config, Endpoint)
+    end, fun(Sent) -> Sent =:= ok end).
+
+decoded(Pem) ->
+    [{'Certificate', Der, not_encrypted}] = public_key:pem_decode(iolist_to_binary(Pem)),
+    public_key:pkix_decode_cert(Der, otp).
 
 %% What is logged up to the line that has this text in it, from `notice' on.
 logged(Fun, Last) ->

@@ -1,6 +1,7 @@
 %% Who listens gets what others send, answers it, and goes on whatever comes in.
 -module(listen_SUITE).
 
+-include_lib("public_key/include/public_key.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
 -export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
@@ -10,7 +11,7 @@
 -export([any_process_may_answer/1, answers_come_in_any_order/1]).
 -export([listening_twice_is_refused/1, a_taken_port_is_refused/1, invalid_options_are_refused/1]).
 -export([a_closed_listener_accepts_nobody/1, links_follow_the_socket/1]).
--export([certificates_come_from_files/1, bad_certificates_are_refused/1]).
+-export([certificates_come_from_files/1, bad_certificates_are_refused/1, an_old_certificate_is_explained/1]).
 -export([garbage_hurts_nobody/1]).
 -export([forward/2, forward_or_crash/2, log/2]).
 
@@ -21,7 +22,7 @@ all() ->
      a_request_is_answered, a_request_is_answered_once, an_answer_may_come_too_late, an_invalid_token_is_refused,
      a_token_survives_an_invalid_answer, any_process_may_answer, answers_come_in_any_order, listening_twice_is_refused,
      a_taken_port_is_refused, invalid_options_are_refused, a_closed_listener_accepts_nobody, links_follow_the_socket,
-     certificates_come_from_files, bad_certificates_are_refused, garbage_hurts_nobody].
+     certificates_come_from_files, bad_certificates_are_refused, an_old_certificate_is_explained, garbage_hurts_nobody].
 
 init_per_suite(Config) ->
     [{other, macula_peer_test:start_node()} | Config].
@@ -228,6 +229,23 @@ bad_certificates_are_refused(Config) ->
      || {Cert, Key} <- [{Missing, KeyFile}, {CertFile, Missing}, {Garbage, KeyFile}, {CertFile, Garbage},
                         {KeyFile, CertFile}, {OtherCertFile, KeyFile}]],
     answers(Config, listen(#{certfile => CertFile, keyfile => KeyFile, handler => self()})).
+
+%% What `openssl x509 -req' makes by itself.
+an_old_certificate_is_explained(Config) ->
+    {CertFile, KeyFile} = certificate(Config, "own"),
+    [Old, Key] = [in_priv_dir(Config, Name) || Name <- ["old-cert.pem", "old-key.pem"]],
+    {ok, Pem} = file:read_file(CertFile),
+    [{'Certificate', Der, not_encrypted}] = public_key:pem_decode(Pem),
+    #'OTPCertificate'{tbsCertificate = Signed} = public_key:pkix_decode_cert(Der, otp),
+    {ok, KeyPem} = file:read_file(KeyFile),
+    [Entry] = public_key:pem_decode(KeyPem),
+    Version1 = public_key:pkix_sign(Signed#'OTPTBSCertificate'{version = v1, extensions = asn1_NOVALUE},
+                                    public_key:pem_entry_decode(Entry)),
+    ok = file:write_file(Old, public_key:pem_encode([{'Certificate', Version1, not_encrypted}])),
+    {ok, _} = file:copy(KeyFile, Key),
+    {error, {bad_certificate, Text}} = macula_peer_endpoint:listen(#{certfile => Old, keyfile => Key}),
+    [?assertMatch({_, _, [_ | _]}, {Word, Text, string:find(binary_to_list(Text), Word)})
+     || Word <- [Old, "version 1", "openssl req -x509", "docs/security.md"]].
 
 certificate(Config, Name) ->
     #{cert := Cert, key := Key} = public_key:pkix_test_root_cert(Name, [{key, {namedCurve, secp256r1}}]),

@@ -31,8 +31,8 @@ rustler::atoms! {
     nat_profile, mapping_policy, filtering_policy, allocation_policy, reflexive_address, local_addresses, detected_at,
     unknown, hole_punch, hole_punching, on, off, plain, hole_punch_skipped, both_hard, not_allowed, busy, interrupted,
 
-    insecure_permissions, not_a_key, not_pkcs8, not_a_certificate, identity_file, cacertfile, verify, pin, realm_secret,
-    verify_clients, first_seen, any_name,
+    verify_clients, first_seen, any_name, insecure_permissions, foreign_owner, not_a_key, encrypted_key, unsupported_key, not_pkcs8, not_a_certificate,
+    identity_file, cacertfile, verify, pin, realm_secret,
     hidden, fingerprint,
 
     macula_peer_message, macula_peer_event, macula_peer_log, type_ = "type", message, from, dialect, key, reply_to,

@@ -3,8 +3,8 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, IdentityError, ListenError, PunchError, ReplyError, RequestError, RouteError,
-    SendError, StartError, TlsError, UndeliveredReason,
+    ConnectError, EndpointError, IdentityError, ListenError, PemError, PunchError, ReplyError, RequestError,
+    RouteError, SendError, StartError, TlsError, UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
 use rustler::{Encoder, Env, NewBinary, Term};
@@ -172,11 +172,14 @@ impl Reason for StartError {
 impl Reason for IdentityError {
     fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
-            Self::File(error) => posix(env, error),
+            Self::Pem(PemError::File(error)) => posix(env, error),
+            Self::Pem(PemError::NoKey) => atoms::not_a_key().encode(env),
+            Self::Pem(PemError::EncryptedKey) => atoms::encrypted_key().encode(env),
+            Self::Pem(PemError::UnsupportedKey) => atoms::unsupported_key().encode(env),
+            Self::Pem(error) => (atoms::bad_certificate(), binary(env, &error.to_string())).encode(env),
             Self::InsecurePermissions { .. } => atoms::insecure_permissions().encode(env),
-            Self::NotAKey => atoms::not_a_key().encode(env),
+            Self::ForeignOwner { owner } => (atoms::foreign_owner(), owner).encode(env),
             Self::NotPkcs8 => atoms::not_pkcs8().encode(env),
-            Self::Certificate(_) => atoms::bad_certificate().encode(env),
             Self::NotMade(_) => binary(env, &self.to_string()),
         }
     }
@@ -199,7 +202,7 @@ impl Reason for ListenError {
             Self::AlreadyListening => atoms::already_listening().encode(env),
             Self::Bind(error) => (atoms::listen_failed(), posix(env, error)).encode(env),
             Self::GatewayPort(port) => (atoms::listen_failed(), (atoms::gateway_port(), port)).encode(env),
-            Self::Certificate(text) => (atoms::bad_certificate(), binary(env, text)).encode(env),
+            Self::Certificate { .. } => (atoms::bad_certificate(), binary(env, &self.to_string())).encode(env),
             Self::Tls(error) => (atoms::listen_failed(), error.reason(env)).encode(env),
         }
     }

@@ -23,10 +23,11 @@ use crate::ports;
 use crate::race::Ways;
 use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
+use crate::renewal::{self, Renew};
 use crate::runtime::BatchingRuntime;
 use crate::socket::{self, Socket};
 use crate::stats::{PathStatus, Stats};
-use crate::tls::{self, Certificate, Verify};
+use crate::tls::{self, Certificate, Trust, Verify};
 
 /// Name lookups, which cannot be interrupted, and large payloads are worked on by threads of their own; more at once wait
 /// for one another. Idle ones end after ten seconds.
@@ -69,10 +70,11 @@ impl Engine {
             Some(path) => Identity::load_or_create(path)?,
             None => Identity::generate()?,
         };
-        let tls = tls::client(&identity, &config.verify)?;
-        let gateway_tls = tls::client(&identity, &Verify::None)?;
-        let circuits = tls::circuit_client(&identity, &config.verify)?;
-        let circuit_server = tls::circuit_server(&identity, &config.verify)?;
+        let trust = Trust::new(&config.verify)?;
+        let tls = tls::client(&identity, &trust)?;
+        let gateway_tls = tls::client(&identity, &Trust::Anybody)?;
+        let circuits = tls::circuit_client(&identity, &trust)?;
+        let circuit_server = tls::circuit_server(&identity, &trust)?;
         let admission = Admission::over_known_ways(circuit_server, config.verify.is_strict(), &config);
         let clients = Clients::new(circuits, admission.clone(), &config);
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -105,6 +107,7 @@ impl Engine {
             node
         };
         node.spawn(listen::accept(node.clone()));
+        keep_renewing(&node, [trust.renewed()]);
         if let Some(name) = node.config.node_id.clone() {
             node.clients.register(&node, Some(name), node.config.relays.clone());
         }
@@ -209,7 +212,8 @@ impl Engine {
             true => &self.node.config.verify,
             false => &Verify::FirstSeen,
         });
-        let tls = tls::server(&self.node.identity, &listen.certificate, verify)?;
+        let trust = Trust::new(verify)?;
+        let (tls, certificate) = tls::server(&self.node.identity, &listen.certificate, &trust)?;
         let admission = Admission::new(tls, verify.is_strict(), listen.relay.is_some(), &self.node.config);
         let bound = self.node.quic.local_addr().map_err(ListenError::Bind)?;
         let asked = listen.port.filter(|&port| port != 0);
@@ -223,6 +227,7 @@ impl Engine {
             None => self.node.be_no_relay(),
         }
         self.node.listening.send_replace(Some(admission));
+        keep_renewing(&self.node, [certificate, trust.renewed()]);
         self.node.quic.local_addr().map_err(ListenError::Bind)
     }
 
@@ -298,5 +303,13 @@ impl Engine {
                 return Some(waiting);
             }
         }
+    }
+}
+
+/// Until the engine stops, or nothing uses what is made from the files.
+fn keep_renewing<const N: usize>(node: &Node, renewed: [Option<Arc<dyn Renew>>; N]) {
+    let renewed: Vec<_> = renewed.iter().flatten().map(Arc::downgrade).collect();
+    if !renewed.is_empty() {
+        node.spawn(renewal::keep(renewed, node.stopping()));
     }
 }

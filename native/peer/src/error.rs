@@ -1,6 +1,7 @@
 //! One error type per operation. What each becomes in Erlang is one table in the NIF crate.
 
 use std::io;
+use std::path::PathBuf;
 
 use macula_peer_wire::FrameError;
 use thiserror::Error;
@@ -119,27 +120,63 @@ pub enum StartError {
 /// Why a node has no key.
 #[derive(Debug, Error)]
 pub enum IdentityError {
-    /// The file can neither be read nor made.
+    /// The file cannot be had, or has nothing that can be used.
     #[error(transparent)]
-    File(#[from] io::Error),
+    Pem(#[from] PemError),
     /// Others than the owner may read or write the file.
     #[error("others may read or write it: mode {mode:o}")]
     InsecurePermissions {
         /// The permission bits.
         mode: u32,
     },
-    /// There is no private key in the file, or of no kind that TLS can use.
-    #[error("no private key")]
-    NotAKey,
+    /// The file belongs to a user who is neither root nor the one that this process runs as.
+    #[error("it belongs to user {owner}")]
+    ForeignOwner {
+        /// The owner's number.
+        owner: u32,
+    },
     /// A key without a certificate must be in PKCS#8.
     #[error("a key without a certificate, and not in PKCS#8")]
     NotPkcs8,
-    /// The certificates in the file cannot be read, or are not for the key.
-    #[error("certificate: {0}")]
-    Certificate(String),
     /// No key or certificate could be made.
     #[error("not made: {0}")]
     NotMade(#[from] rcgen::Error),
+}
+
+/// Why a file with a key or certificates is of no use.
+#[derive(Debug, Error)]
+pub enum PemError {
+    /// It can be neither read nor made.
+    #[error(transparent)]
+    File(#[from] io::Error),
+    /// It has no private key.
+    #[error("there is no private key in PEM format in it")]
+    NoKey,
+    /// Its key is encrypted.
+    #[error("its private key is encrypted, and there is nobody to ask for the password: `openssl pkey` decrypts it")]
+    EncryptedKey,
+    /// Its key is of a kind that TLS cannot use here, or damaged.
+    #[error("its private key is damaged or none of ECDSA on P-256 or P-384, Ed25519, and RSA of 2048 bits or more")]
+    UnsupportedKey,
+    /// It has no certificate.
+    #[error("there is no certificate in PEM format in it")]
+    NoCertificate,
+    /// A certificate cannot be read.
+    #[error("a certificate in it cannot be read: {0}")]
+    BadCertificate(String),
+    /// Its certificate is of X.509 version 1 or 2.
+    #[error(
+        "its certificate is of X.509 version 1, which `openssl x509 -req` makes unless it gets extensions; TLS takes \
+         version 3: `openssl req -x509 -new -key KEYFILE -subj /CN=NAME -addext subjectAltName=DNS:NAME -days 365 \
+         -out CERTFILE` makes one (docs/security.md)"
+    )]
+    OldCertificate,
+    /// The key is for another certificate than the first.
+    #[error("its certificates are out of order: the first has to be the key's own, and then each one's issuer")]
+    OutOfOrder,
+    /// No certificate is for the key.
+    #[error("its certificate is for another private key")]
+    OtherKey,
 }
 
 /// Why there is no TLS.
@@ -172,8 +209,13 @@ pub enum ListenError {
     #[error("port {0} is the local gateway's")]
     GatewayPort(u16),
     /// Certificate or key cannot be read or do not fit together.
-    #[error("certificate: {0}")]
-    Certificate(String),
+    #[error("{}: {why}", file.display())]
+    Certificate {
+        /// The file that has the fault.
+        file: PathBuf,
+        /// What it is.
+        why: PemError,
+    },
     /// Who connects could not be verified.
     #[error("tls: {0}")]
     Tls(#[from] TlsError),

@@ -1,24 +1,24 @@
 //! Who a node is: its key, the certificate that shows it, and what is derived from it.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use quinn::{Connection, EndpointConfig};
 use quinn_proto::HashedConnectionIdGenerator;
 use rcgen::{CertificateParams, KeyPair};
 use ring::{digest, hmac};
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::ParsedCertificate;
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::sign::SingleCertAndKey;
 use thiserror::Error;
 
-use crate::error::IdentityError;
+use crate::error::{IdentityError, PemError};
 use crate::tls::Dialect;
+use crate::{pem, x509};
 
 /// The name in a certificate that we sign ourselves; macula's own have it too. Nothing checks it.
 const OWN_NAME: &str = "macula";
@@ -26,6 +26,10 @@ const OWN_NAME: &str = "macula";
 /// What keys are derived for. Each label stands for one key, and a new purpose needs a new one.
 const RESET_LABEL: &[u8] = b"macula-peer stateless reset";
 const CONNECTION_ID_LABEL: &[u8] = b"macula-peer connection ids";
+
+/// How long another process may take to put its key into the same directory.
+const PLACING_TIMEOUT: Duration = Duration::from_secs(5);
+const PLACING_PAUSE: Duration = Duration::from_millis(10);
 
 /// RFC 8446, section 7.5: keying material that only the two ends of one connection have.
 const REALM_EXPORTER: &[u8] = b"EXPORTER-macula-peer-realm";
@@ -60,8 +64,7 @@ impl Fingerprint {
     }
 
     pub(crate) fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Self> {
-        let certificate = ParsedCertificate::try_from(certificate).ok()?;
-        Some(Self::of_public_key(&certificate.subject_public_key_info()))
+        Some(Self::of_public_key(&x509::public_key(certificate)?))
     }
 
     fn of_public_key(public_key_info: &[u8]) -> Self {
@@ -122,14 +125,14 @@ impl Identity {
     /// The key in a PEM file, which is made if it is not there. Certificates in the file are shown as the key's chain,
     /// leaf first; without one the key signs its own, at every start.
     pub fn load_or_create(path: &Path) -> Result<Self, IdentityError> {
-        match File::open(path) {
+        match pem::open(path) {
             Ok(file) => Self::load(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
                 create(path)?;
                 // Perhaps another process was first, and it is its key.
-                Self::load(File::open(path)?)
+                Self::load(pem::open(path).map_err(PemError::File)?)
             }
-            Err(error) => Err(error.into()),
+            Err(error) => Err(PemError::File(error).into()),
         }
     }
 
@@ -156,13 +159,10 @@ impl Identity {
         endpoint
     }
 
-    fn load(mut file: File) -> Result<Self, IdentityError> {
+    fn load(file: File) -> Result<Self, IdentityError> {
         check_permissions(&file)?;
-        let mut pem = Vec::new();
-        file.read_to_end(&mut pem)?;
-        let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|_| IdentityError::NotAKey)?;
-        let chain = CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>();
-        Self::new(key, chain.map_err(|error| IdentityError::Certificate(error.to_string()))?)
+        let pem = pem::read(file).map_err(PemError::File)?;
+        Self::new(pem::key(&pem)?, pem::certificates(&pem)?)
     }
 
     /// Without a chain the key signs its own certificate.
@@ -170,17 +170,15 @@ impl Identity {
         key: PrivateKeyDer<'static>,
         mut chain: Vec<CertificateDer<'static>>,
     ) -> Result<Self, IdentityError> {
-        let provider = rustls::crypto::ring::default_provider();
         let secret = hmac::Key::new(hmac::HMAC_SHA256, key.secret_der());
-        let signer = provider.key_provider.load_private_key(key.clone_key()).map_err(|_| IdentityError::NotAKey)?;
         if chain.is_empty() {
             chain.push(self_signed(&key)?);
         }
-        let refused = |error: rustls::Error| IdentityError::Certificate(error.to_string());
-        let public_key = ParsedCertificate::try_from(&chain[0]).map_err(refused)?.subject_public_key_info();
-        let certified = CertifiedKey::new(chain, signer);
-        certified.keys_match().map_err(refused)?;
-        Ok(Self { shown: Arc::new(certified.into()), fingerprint: Fingerprint::of_public_key(&public_key), secret })
+        let fingerprint = Fingerprint::of_certificate(&chain[0]);
+        let shown = pem::certified(chain, key)?;
+        // Certified, it has a key.
+        let fingerprint = fingerprint.ok_or(PemError::OtherKey)?;
+        Ok(Self { shown, fingerprint, secret })
     }
 
     fn derived(&self, label: &[u8]) -> hmac::Tag {
@@ -195,6 +193,8 @@ impl fmt::Debug for Identity {
 }
 
 fn self_signed(key: &PrivateKeyDer<'_>) -> Result<CertificateDer<'static>, IdentityError> {
+    // Read by the library that shows it, which knows fewer kinds of keys.
+    rustls::crypto::ring::sign::any_supported_type(key).map_err(|_| PemError::UnsupportedKey)?;
     let PrivateKeyDer::Pkcs8(key) = key else { return Err(IdentityError::NotPkcs8) };
     let key = KeyPair::try_from(key)?;
     Ok(CertificateParams::new([OWN_NAME.to_owned()])?.self_signed(&key)?.into())
@@ -205,15 +205,15 @@ fn create(path: &Path) -> Result<(), IdentityError> {
     let key = KeyPair::generate()?.serialize_pem();
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let temporary = directory.join(format!(".{:x}-{:016x}.new", std::process::id(), fastrand::u64(..)));
-    let mut file = private().open(&temporary)?;
-    let placed = file.write_all(key.as_bytes()).and_then(|()| file.sync_all()).and_then(|()| {
-        // Unlike a renaming, a link does not replace what is there.
-        match fs::hard_link(&temporary, path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-            linked => linked,
-        }
-    });
-    // Left behind, it is in nobody's way.
+    let mut file = private().open(&temporary).map_err(PemError::File)?;
+    let placed = (|| {
+        file.write_all(key.as_bytes()).and_then(|()| file.sync_all()).map_err(PemError::File)?;
+        // Some file systems give every file the same mode or owner.
+        check_permissions(&file)?;
+        place(&temporary, path, directory).map_err(PemError::File)?;
+        Ok::<_, IdentityError>(())
+    })();
+    // After a rename it is gone. Left behind, it is in nobody's way.
     let _ = fs::remove_file(&temporary);
     placed?;
     // A node that lost its key to a power cut would be another one. Not everywhere can directories be opened.
@@ -221,6 +221,39 @@ fn create(path: &Path) -> Result<(), IdentityError> {
         let _ = directory.sync_all();
     }
     Ok(())
+}
+
+/// Gives a complete file its name, and leaves alone what has that name.
+fn place(temporary: &Path, path: &Path, directory: &Path) -> io::Result<()> {
+    // Unlike a rename, a link does not replace what is there.
+    match fs::hard_link(temporary, path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+        // SMB, FUSE, exFAT and 9p have no links, and say so in different ways.
+        Err(_) => place_without_links(temporary, path, directory),
+    }
+}
+
+/// By a rename, which would replace what is there, so one process at a time: a lock on the directory leaves nothing
+/// behind, whatever becomes of its holder.
+fn place_without_links(temporary: &Path, path: &Path, directory: &Path) -> io::Result<()> {
+    let directory = File::open(directory)?;
+    let give_up = Instant::now() + PLACING_TIMEOUT;
+    loop {
+        match directory.try_lock() {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) if Instant::now() < give_up => std::thread::sleep(PLACING_PAUSE),
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::new(ErrorKind::WouldBlock, "somebody holds a lock on its directory"));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => fs::rename(temporary, path),
+        Err(error) => Err(error),
+    }
 }
 
 /// A new file for nobody else.
@@ -234,8 +267,25 @@ fn private() -> OpenOptions {
 
 #[cfg(unix)]
 fn check_permissions(file: &File) -> Result<(), IdentityError> {
-    let mode = std::os::unix::fs::PermissionsExt::mode(&file.metadata()?.permissions()) & 0o777;
-    if mode & 0o066 == 0 { Ok(()) } else { Err(IdentityError::InsecurePermissions { mode }) }
+    use nix::sys::statvfs::{FsFlags, fstatvfs};
+    use std::os::unix::fs::MetadataExt;
+    let metadata = file.metadata().map_err(PemError::File)?;
+    let us = nix::unistd::geteuid().as_raw();
+    let is_read_only = || fstatvfs(file).is_ok_and(|mount| mount.flags().contains(FsFlags::ST_RDONLY));
+    is_private(metadata.mode() & 0o777, metadata.uid(), us, is_read_only)
+}
+
+/// Whether nobody but this user and root can write the file, nor read it.
+///
+/// A group may read what this process cannot change: Kubernetes gives the files of a secret to root and the pod's group,
+/// and mounts them read-only.
+#[cfg(unix)]
+fn is_private(mode: u32, owner: u32, us: u32, is_read_only: impl Fn() -> bool) -> Result<(), IdentityError> {
+    if owner != us && owner != 0 {
+        return Err(IdentityError::ForeignOwner { owner });
+    }
+    let forbidden = if owner != us || is_read_only() { 0o026 } else { 0o066 };
+    if mode & forbidden == 0 { Ok(()) } else { Err(IdentityError::InsecurePermissions { mode }) }
 }
 
 #[cfg(not(unix))]
@@ -262,4 +312,72 @@ fn realm_material(connection: &Connection, node_id: &[u8]) -> Option<[u8; 32]> {
     let mut material = [0; 32];
     connection.export_keying_material(&mut material, REALM_EXPORTER, node_id).ok()?;
     Some(material)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Barrier;
+
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_group_reads_only_what_this_process_cannot_change() {
+        const ROOT: u32 = 0;
+        const US: u32 = 1000;
+        const OTHER: u32 = 1001;
+        for (mode, owner, us, read_only, private) in [
+            (0o600, US, US, false, true),
+            (0o400, US, US, false, true),
+            (0o440, US, US, false, false),
+            (0o440, US, US, true, true),
+            // A secret with `fsGroup`; the same for a container that runs as root.
+            (0o440, ROOT, US, false, true),
+            (0o640, ROOT, US, false, true),
+            (0o440, ROOT, ROOT, true, true),
+            (0o440, ROOT, ROOT, false, false),
+            // And without: Kubernetes lets everybody read unless it is told otherwise.
+            (0o644, ROOT, US, true, false),
+            (0o444, ROOT, ROOT, true, false),
+            (0o460, ROOT, US, true, false),
+            (0o420, ROOT, US, true, false),
+            (0o402, ROOT, US, true, false),
+            (0o400, OTHER, US, true, false),
+            (0o440, OTHER, US, true, false),
+            (0o600, OTHER, ROOT, false, false),
+        ] {
+            let judged = is_private(mode, owner, us, || read_only);
+            assert_eq!(judged.is_ok(), private, "{mode:o} of {owner} for {us}: {judged:?}");
+            let foreign = matches!(judged, Err(IdentityError::ForeignOwner { owner: OTHER }));
+            assert_eq!(foreign, owner == OTHER);
+        }
+    }
+
+    #[test]
+    fn without_links_two_starts_at_once_end_with_one_key() {
+        let directory = std::env::temp_dir().join(format!("macula-peer-no-links-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        for round in 0..20 {
+            let path = &directory.join(format!("{round}.pem"));
+            let barrier = &Barrier::new(8);
+            let found: Vec<_> = std::thread::scope(|scope| {
+                let start = |n| {
+                    let (temporary, directory) = (directory.join(format!(".{n}.new")), &directory);
+                    scope.spawn(move || {
+                        fs::write(&temporary, format!("key {n}")).unwrap();
+                        barrier.wait();
+                        place_without_links(&temporary, path, directory).unwrap();
+                        let _ = fs::remove_file(&temporary);
+                        fs::read_to_string(path).unwrap()
+                    })
+                };
+                let starts: Vec<_> = (0..8).map(start).collect();
+                starts.into_iter().map(|start| start.join().unwrap()).collect()
+            });
+            assert!(found.iter().all(|key| *key == found[0]), "{found:?}");
+        }
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 20, "nothing is left behind");
+        fs::remove_dir_all(directory).unwrap();
+    }
 }

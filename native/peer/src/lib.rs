@@ -21,10 +21,12 @@ mod message;
 mod nat;
 mod node;
 mod peer;
+mod pem;
 mod ports;
 mod punch;
 mod race;
 mod relay;
+mod renewal;
 mod request;
 mod runtime;
 mod session;
@@ -32,14 +34,15 @@ mod signal;
 mod socket;
 mod stats;
 mod tls;
+mod x509;
 
 pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Secret};
 pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
 pub use error::{
-    ConnectError, IdentityError, ListenError, ReplyError, RequestError, RouteError, SendError, StartError, TlsError,
-    UndeliveredReason,
+    ConnectError, IdentityError, ListenError, PemError, ReplyError, RequestError, RouteError, SendError, StartError,
+    TlsError, UndeliveredReason,
 };
 pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{

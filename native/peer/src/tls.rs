@@ -4,21 +4,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
-use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature_with_raw_key,
+};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{
+    ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
+};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
     SignatureScheme,
 };
 
-use crate::error::{ListenError, TlsError};
+use crate::error::{ListenError, PemError, TlsError};
 use crate::identity::{Fingerprint, Identity};
+use crate::renewal::{FromFiles, Renew};
+use crate::{pem, x509};
 
 /// What a link speaks, chosen by ALPN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,31 +101,36 @@ impl Verify {
 }
 
 /// TLS for dialling.
-pub(crate) fn client(identity: &Identity, verify: &Verify) -> Result<QuicClientConfig, TlsError> {
-    client_config(identity, Verifier::new(verify, Over::Network)?, &BOTH)
+pub(crate) fn client(identity: &Identity, trust: &Trust) -> Result<QuicClientConfig, TlsError> {
+    client_config(identity, Verifier::new(trust, Over::Network), &BOTH)
 }
 
-/// TLS for listening.
+/// TLS for listening, and the certificate, if it is renewed with its files.
 pub(crate) fn server(
     identity: &Identity,
     certificate: &Certificate,
-    verify: &Verify,
-) -> Result<QuicServerConfig, ListenError> {
-    let shown = match certificate {
-        Certificate::Identity => identity.shown(),
-        Certificate::Files { certificate, key } => from_files(certificate, key)?,
-    };
-    Ok(server_config(shown, Verifier::new(verify, Over::Network)?, &BOTH)?)
+    trust: &Trust,
+) -> Result<(QuicServerConfig, Option<Arc<dyn Renew>>), ListenError> {
+    let (verifier, resumes) = (Verifier::new(trust, Over::Network), trust.renewed().is_none());
+    match certificate {
+        Certificate::Identity => Ok((server_config(identity.shown(), verifier, &BOTH, resumes)?, None)),
+        Certificate::Files { certificate, key } => {
+            let (files, paths) = (vec![certificate.clone(), key.clone()], (certificate.clone(), key.clone()));
+            let shown = FromFiles::new(files, move || from_files(&paths.0, &paths.1))?;
+            Ok((server_config(Arc::new(Renewed(shown.clone())), verifier, &BOTH, false)?, Some(shown)))
+        }
+    }
 }
 
 /// TLS for who begins a connection over a circuit.
-pub(crate) fn circuit_client(identity: &Identity, verify: &Verify) -> Result<QuicClientConfig, TlsError> {
-    client_config(identity, Verifier::new(verify, Over::Circuit)?, &[Dialect::MaculaPeer1])
+pub(crate) fn circuit_client(identity: &Identity, trust: &Trust) -> Result<QuicClientConfig, TlsError> {
+    client_config(identity, Verifier::new(trust, Over::Circuit), &[Dialect::MaculaPeer1])
 }
 
 /// TLS for who gets a connection over a circuit.
-pub(crate) fn circuit_server(identity: &Identity, verify: &Verify) -> Result<QuicServerConfig, TlsError> {
-    server_config(identity.shown(), Verifier::new(verify, Over::Circuit)?, &[Dialect::MaculaPeer1])
+pub(crate) fn circuit_server(identity: &Identity, trust: &Trust) -> Result<QuicServerConfig, TlsError> {
+    let resumes = trust.renewed().is_none();
+    server_config(identity.shown(), Verifier::new(trust, Over::Circuit), &[Dialect::MaculaPeer1], resumes)
 }
 
 /// The better dialect first. The server's order decides, the client's is for the reader of a packet trace.
@@ -134,44 +145,75 @@ fn client_config(
     verifier: Arc<Verifier>,
     dialects: &[Dialect],
 ) -> Result<QuicClientConfig, TlsError> {
+    let resumes = verifier.trust.renewed().is_none();
     let mut tls = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_client_cert_resolver(identity.shown());
     tls.alpn_protocols = alpn(dialects);
+    if !resumes {
+        tls.resumption = Resumption::disabled();
+    }
     Ok(QuicClientConfig::try_from(tls)?)
 }
 
+/// A resumed session shows no certificate and looks at none, so sessions are resumed only where neither changes.
 fn server_config(
-    shown: Arc<SingleCertAndKey>,
+    shown: Arc<dyn ResolvesServerCert>,
     verifier: Arc<Verifier>,
     dialects: &[Dialect],
+    resumes: bool,
 ) -> Result<QuicServerConfig, TlsError> {
     let mut tls = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(shown);
     tls.alpn_protocols = alpn(dialects);
+    if !resumes {
+        tls.session_storage = Arc::new(NoServerSessionStorage {});
+        tls.send_tls13_tickets = 0;
+    }
     Ok(QuicServerConfig::try_from(tls)?)
 }
 
-fn from_files(certificate: &Path, key: &Path) -> Result<Arc<SingleCertAndKey>, ListenError> {
-    let refused = |error: &dyn std::fmt::Display| ListenError::Certificate(error.to_string());
-    let chain = CertificateDer::pem_file_iter(certificate).and_then(Iterator::collect).map_err(|e| refused(&e))?;
-    let key = PrivateKeyDer::from_pem_file(key).map_err(|e| refused(&e))?;
-    let certified = CertifiedKey::from_der(chain, key, &provider()).map_err(|e| refused(&e))?;
-    Ok(Arc::new(certified.into()))
+/// The certificate that the files had last.
+#[derive(Debug)]
+struct Renewed(Arc<FromFiles<Arc<SingleCertAndKey>>>);
+
+impl ResolvesServerCert for Renewed {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.latest().resolve(hello)
+    }
 }
 
-fn authorities(file: &Path) -> Result<Arc<RootCertStore>, TlsError> {
-    let pem = std::fs::read(file).map_err(TlsError::CaFile)?;
-    let mut authorities = RootCertStore::empty();
-    for certificate in CertificateDer::pem_slice_iter(&pem) {
-        let certificate = certificate.map_err(|_| TlsError::NotACertificate)?;
-        authorities.add(certificate).map_err(|_| TlsError::NotACertificate)?;
+fn from_files(certificate: &Path, key: &Path) -> Result<Arc<SingleCertAndKey>, ListenError> {
+    let refused = |file: &Path| {
+        let file = file.to_owned();
+        move |why| ListenError::Certificate { file, why }
+    };
+    let read = |file| pem::read_path(file).map_err(PemError::File).map_err(refused(file));
+    let (chain_pem, key_pem) = (read(certificate)?, read(key)?);
+    let key_der = pem::key(&key_pem).map_err(refused(key))?;
+    let chain = pem::certificates(&chain_pem).map_err(refused(certificate))?;
+    pem::certified(chain, key_der).map_err(|why| match why {
+        PemError::UnsupportedKey => refused(key)(why),
+        _ => refused(certificate)(why),
+    })
+}
+
+fn authorities(file: &Path) -> Result<Authorities, TlsError> {
+    let pem = pem::read_path(file).map_err(TlsError::CaFile)?;
+    let mut servers = RootCertStore::empty();
+    for certificate in pem::certificates(&pem).map_err(|_| TlsError::NotACertificate)? {
+        servers.add(certificate).map_err(|_| TlsError::NotACertificate)?;
     }
-    if authorities.is_empty() { Err(TlsError::NotACertificate) } else { Ok(Arc::new(authorities)) }
+    if servers.is_empty() {
+        return Err(TlsError::NotACertificate);
+    }
+    let servers = Arc::new(servers);
+    let clients = WebPkiClientVerifier::builder_with_provider(servers.clone(), provider()).build();
+    Ok(Authorities { servers, clients: clients.map_err(|_| TlsError::NotACertificate)? })
 }
 
 fn provider() -> Arc<CryptoProvider> {
@@ -195,31 +237,62 @@ struct Verifier {
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-#[derive(Debug)]
-enum Trust {
+/// What [`Verify`] says, ready for use.
+#[derive(Debug, Clone)]
+pub(crate) enum Trust {
     Anybody,
     Keys(Vec<Fingerprint>),
-    /// Certificates are for servers, for clients, or for both, and only one of these looks at which.
     Authorities {
-        servers: Arc<RootCertStore>,
-        clients: Arc<dyn ClientCertVerifier>,
+        /// As the file had them last.
+        latest: Arc<FromFiles<Authorities>>,
         any_name: bool,
     },
 }
 
-impl Verifier {
-    fn new(verify: &Verify, over: Over) -> Result<Arc<Self>, TlsError> {
-        let trust = match verify {
-            Verify::FirstSeen | Verify::None => Trust::Anybody,
-            Verify::Pin(keys) => Trust::Keys(keys.clone()),
+/// Certificates are for servers, for clients, or for both, and only one of these looks at which.
+pub(crate) struct Authorities {
+    servers: Arc<RootCertStore>,
+    clients: Arc<dyn ClientCertVerifier>,
+}
+
+impl Trust {
+    pub(crate) fn new(verify: &Verify) -> Result<Self, TlsError> {
+        Ok(match verify {
+            Verify::FirstSeen | Verify::None => Self::Anybody,
+            Verify::Pin(keys) => Self::Keys(keys.clone()),
             Verify::CaFile(file) | Verify::CaFileAnyName(file) => {
-                let servers = authorities(file)?;
-                let clients = WebPkiClientVerifier::builder_with_provider(servers.clone(), provider()).build();
-                let clients = clients.map_err(|_| TlsError::NotACertificate)?;
-                Trust::Authorities { servers, clients, any_name: matches!(verify, Verify::CaFileAnyName(_)) }
+                let path = file.clone();
+                let latest = FromFiles::new(vec![file.clone()], move || authorities(&path))?;
+                Self::Authorities { latest, any_name: matches!(verify, Verify::CaFileAnyName(_)) }
             }
-        };
-        Ok(Arc::new(Self { trust, over, algorithms: provider().signature_verification_algorithms }))
+        })
+    }
+
+    /// What changes with a file.
+    pub(crate) fn renewed(&self) -> Option<Arc<dyn Renew>> {
+        match self {
+            Self::Anybody | Self::Keys(_) => None,
+            Self::Authorities { latest, .. } => Some(latest.clone()),
+        }
+    }
+}
+
+impl Verifier {
+    fn new(trust: &Trust, over: Over) -> Arc<Self> {
+        let algorithms = provider().signature_verification_algorithms;
+        Arc::new(Self { trust: trust.clone(), over, algorithms })
+    }
+
+    /// Whether a handshake was signed with the key of a certificate. Only who looks further than the key needs to be able
+    /// to read the rest.
+    fn holds_key(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let key = x509::public_key(certificate).ok_or(CertificateError::BadEncoding)?;
+        verify_tls13_signature_with_raw_key(message, &key, signature, &self.algorithms)
     }
 
     fn is_pinned(keys: &[Fingerprint], certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
@@ -243,7 +316,8 @@ impl ServerCertVerifier for Verifier {
         match &self.trust {
             Trust::Anybody => {}
             Trust::Keys(keys) => Self::is_pinned(keys, certificate)?,
-            Trust::Authorities { servers, any_name, .. } => {
+            Trust::Authorities { latest, any_name } => {
+                let servers = &latest.latest().servers;
                 let parsed = ParsedCertificate::try_from(certificate)?;
                 let algorithms = self.algorithms.all;
                 verify_server_cert_signed_by_trust_anchor(&parsed, servers, intermediates, now, algorithms)?;
@@ -270,7 +344,7 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+        self.holds_key(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -283,11 +357,9 @@ impl ClientCertVerifier for Verifier {
         self.over == Over::Circuit || !matches!(self.trust, Trust::Anybody)
     }
 
+    /// A node has one certificate and shows it, whoever is trusted.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        match &self.trust {
-            Trust::Anybody | Trust::Keys(_) => &[],
-            Trust::Authorities { clients, .. } => clients.root_hint_subjects(),
-        }
+        &[]
     }
 
     fn verify_client_cert(
@@ -299,7 +371,9 @@ impl ClientCertVerifier for Verifier {
         match &self.trust {
             Trust::Anybody => {}
             Trust::Keys(keys) => Self::is_pinned(keys, certificate)?,
-            Trust::Authorities { clients, .. } => return clients.verify_client_cert(certificate, intermediates, now),
+            Trust::Authorities { latest, .. } => {
+                return latest.latest().clients.verify_client_cert(certificate, intermediates, now);
+            }
         }
         Ok(ClientCertVerified::assertion())
     }
@@ -319,7 +393,7 @@ impl ClientCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+        self.holds_key(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -333,6 +407,8 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, ServerConfig};
+
+    use rustls::pki_types::PrivateKeyDer;
 
     use super::*;
     use crate::identity::{realm_proof, realm_proof_is_valid};
@@ -355,6 +431,14 @@ mod tests {
         Ok(Connected { server: server?, client: client?, _endpoints: [accepting, dialling] })
     }
 
+    fn circuit(from: &Identity, verify: &Verify) -> QuicClientConfig {
+        circuit_client(from, &Trust::new(verify).unwrap()).unwrap()
+    }
+
+    fn at_circuit(to: &Identity, verify: &Verify) -> QuicServerConfig {
+        circuit_server(to, &Trust::new(verify).unwrap()).unwrap()
+    }
+
     fn pin(identity: &Identity) -> Verify {
         Verify::Pin(vec![identity.fingerprint()])
     }
@@ -363,26 +447,26 @@ mod tests {
     async fn over_a_circuit_both_show_a_key_and_no_name_is_looked_at() {
         let [a, b, c] = [(); 3].map(|()| Identity::generate().unwrap());
         for verify in [Verify::FirstSeen, Verify::None, pin(&b)] {
-            let client = circuit_client(&a, &verify).unwrap();
-            let connected = connect(client, circuit_server(&b, &pin(&a)).unwrap()).await.unwrap();
+            let client = circuit(&a, &verify);
+            let connected = connect(client, at_circuit(&b, &pin(&a))).await.unwrap();
             assert_eq!(Dialect::of(&connected.client), Some(Dialect::MaculaPeer1));
             assert_eq!(Fingerprint::of_connection(&connected.client), Some(b.fingerprint()));
             assert_eq!(Fingerprint::of_connection(&connected.server), Some(a.fingerprint()));
         }
-        let client = circuit_client(&a, &pin(&c)).unwrap();
-        assert!(connect(client, circuit_server(&b, &Verify::None).unwrap()).await.is_err());
-        let client = circuit_client(&a, &Verify::None).unwrap();
-        assert!(connect(client, circuit_server(&b, &pin(&c)).unwrap()).await.is_err());
+        let client = circuit(&a, &pin(&c));
+        assert!(connect(client, at_circuit(&b, &Verify::None)).await.is_err());
+        let client = circuit(&a, &Verify::None);
+        assert!(connect(client, at_circuit(&b, &pin(&c))).await.is_err());
         // Without a certificate, whoever is let in.
         let nobody = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .dangerous()
-            .with_custom_certificate_verifier(Verifier::new(&Verify::None, Over::Circuit).unwrap());
+            .with_custom_certificate_verifier(Verifier::new(&Trust::Anybody, Over::Circuit));
         let mut nobody = nobody.with_no_client_auth();
         nobody.alpn_protocols = alpn(&BOTH);
         let nobody = QuicClientConfig::try_from(nobody).unwrap();
-        assert!(connect(nobody, circuit_server(&b, &Verify::None).unwrap()).await.is_err());
+        assert!(connect(nobody, at_circuit(&b, &Verify::None)).await.is_err());
     }
 
     #[tokio::test]
@@ -399,9 +483,10 @@ mod tests {
             Identity::new(PrivateKeyDer::from(key), vec![certificate.into()]).unwrap()
         });
         let unsigned = Identity::generate().unwrap();
-        let circuit = |from, to| (circuit_client(from, &verify).unwrap(), circuit_server(to, &verify).unwrap());
-        let over_network = (client(&a, &verify).unwrap(), server(&b, &Certificate::Identity, &verify).unwrap());
-        let (signed, caller, called) = (circuit(&a, &b), circuit(&unsigned, &b), circuit(&a, &unsigned));
+        let both = |from, to| (circuit(from, &verify), at_circuit(to, &verify));
+        let trust = Trust::new(&verify).unwrap();
+        let over_network = (client(&a, &trust).unwrap(), server(&b, &Certificate::Identity, &trust).unwrap().0);
+        let (signed, caller, called) = (both(&a, &b), both(&unsigned, &b), both(&a, &unsigned));
         std::fs::remove_file(file).unwrap();
         assert!(connect(signed.0, signed.1).await.is_ok());
         assert!(connect(caller.0, caller.1).await.is_err());
@@ -413,8 +498,8 @@ mod tests {
     async fn a_proof_of_the_realm_is_for_one_connection_node_and_secret() {
         let [a, b] = [(); 2].map(|()| Identity::generate().unwrap());
         let connected = async || {
-            let client = circuit_client(&a, &Verify::None).unwrap();
-            connect(client, circuit_server(&b, &Verify::None).unwrap()).await.unwrap()
+            let client = circuit(&a, &Verify::None);
+            connect(client, at_circuit(&b, &Verify::None)).await.unwrap()
         };
         let (one, other) = (connected().await, connected().await);
         let proof = realm_proof(&one.client, b"secret", b"node").unwrap();

@@ -13,16 +13,19 @@ use std::time::{Duration, Instant};
 use common::{Forwarder, Inbox, PATIENCE, engine, frame, listener, message, request, send, until};
 use macula_peer::{
     Certificate, Config, ConnectError, Dialect, Engine, Event, Fingerprint, Identity, IdentityError, Listen,
-    ListenError, NotAFingerprint, RequestError, SendError, StartError, TlsError, UndeliveredReason, Verify,
+    ListenError, NotAFingerprint, PemError, RequestError, SendError, StartError, TlsError, UndeliveredReason, Verify,
 };
 use macula_peer_testkit::quic::{client_config, server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Ping, Publish};
 use quinn::ConnectionError;
 use quinn::crypto::rustls::QuicServerConfig;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, PublicKeyData};
+use ring::digest::{SHA256, digest};
 use rustls::crypto::ring::default_provider;
-use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -62,6 +65,43 @@ fn a_file_that_others_may_read_or_write_is_refused() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn what_is_no_regular_file_is_not_opened() {
+    use nix::sys::stat::Mode;
+    let directory = Directory::new("irregular");
+    assert_eq!(file_error(&directory.0), ErrorKind::IsADirectory);
+    let fifo = directory.path("fifo");
+    nix::unistd::mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
+    assert_eq!(file_error(&fifo), ErrorKind::InvalidInput);
+    let engine = engine(Config::default());
+    for file in [&directory.0, &fifo] {
+        let certificate = Certificate::Files { certificate: file.clone(), key: file.clone() };
+        let refused = engine.listen(Listen { certificate, ..Listen::default() }).unwrap_err();
+        assert!(matches!(&refused, ListenError::Certificate { file: named, .. } if named == file), "{refused}");
+        let refused = engine.listen(Listen { verify: Some(Verify::CaFile(file.clone())), ..Listen::default() });
+        assert!(matches!(refused, Err(ListenError::Tls(TlsError::CaFile(_)))));
+    }
+    engine.stop();
+}
+
+/// As Kubernetes mounts a secret, and exchanges it.
+#[cfg(unix)]
+#[test]
+fn a_file_may_be_reached_by_links() {
+    use std::os::unix::fs::symlink;
+    let directory = Directory::new("links");
+    fs::create_dir(directory.path("..2026_11_28")).unwrap();
+    let made = Identity::load_or_create(&directory.path("..2026_11_28/tls.key")).unwrap().fingerprint();
+    symlink("..2026_11_28", directory.path("..data")).unwrap();
+    symlink("..data/tls.key", directory.path("tls.key")).unwrap();
+    assert_eq!(Identity::load_or_create(&directory.path("tls.key")).unwrap().fingerprint(), made);
+    // One that leads nowhere is no place for a new key.
+    symlink("..data/other.key", directory.path("other.key")).unwrap();
+    assert_eq!(file_error(&directory.path("other.key")), ErrorKind::NotFound);
+    assert_eq!(fs::read_dir(directory.path("..data")).unwrap().count(), 1);
+}
+
 #[test]
 fn a_file_that_is_no_key_is_refused_and_left_alone() {
     let directory = Directory::new("garbage");
@@ -70,30 +110,20 @@ fn a_file_that_is_no_key_is_refused_and_left_alone() {
     let not_its_own = key.serialize_pem() + &ca.signed("127.0.0.1", &stranger);
     let cut_off = key.serialize_pem() + "-----BEGIN CERTIFICATE-----\nMIIB";
     let nonsense = key.serialize_pem() + "-----BEGIN CERTIFICATE-----\nbm9uc2Vuc2U=\n-----END CERTIFICATE-----\n";
-    let not_a_key = "-----BEGIN PRIVATE KEY-----\nbm9uc2Vuc2U=\n-----END PRIVATE KEY-----\n";
-    for (text, is_key) in [
-        ("", false),
-        ("nonsense", false),
-        (not_a_key, false),
-        (&ca.pem, false),
-        (&not_its_own, true),
-        (&cut_off, true),
-        (&nonsense, true),
-    ] {
+    for (text, is_key) in
+        [("", false), ("nonsense", false), (&ca.pem, false), (&not_its_own, true), (&cut_off, true), (&nonsense, true)]
+    {
         let path = directory.private("key.pem", text);
-        match (Identity::load_or_create(&path).unwrap_err(), is_key) {
-            (IdentityError::NotAKey, false) | (IdentityError::Certificate(_), true) => {}
+        match (pem_error(&path), is_key) {
+            (PemError::NoKey, false) | (PemError::BadCertificate(_) | PemError::OtherKey, true) => {}
             (other, _) => panic!("{text}: {other:?}"),
         }
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
     }
-    let Err(IdentityError::File(error)) = Identity::load_or_create(&directory.path("nowhere/key.pem")) else {
-        panic!("a key was made")
-    };
-    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert_eq!(file_error(&directory.path("nowhere/key.pem")), ErrorKind::NotFound);
     let path = directory.private("key.pem", "");
     let started = Engine::start(Config { identity_file: Some(path), ..Config::default() });
-    assert!(matches!(started, Err(StartError::Identity(IdentityError::NotAKey))));
+    assert!(matches!(started, Err(StartError::Identity(IdentityError::Pem(PemError::NoKey)))));
 }
 
 #[test]
@@ -113,6 +143,71 @@ fn keys_of_other_kinds_are_read() {
         lIHusB+E8jsMpeFgM1glAbn5t6MchHfkMg==\n-----END EC PRIVATE KEY-----\n";
     let path = directory.private("sec1.pem", sec1);
     assert!(matches!(Identity::load_or_create(&path), Err(IdentityError::NotPkcs8)));
+}
+
+#[test]
+fn a_key_that_tls_cannot_use_is_named() {
+    let directory = Directory::new("unusable");
+    let nonsense = "-----BEGIN PRIVATE KEY-----\nbm9uc2Vuc2U=\n-----END PRIVATE KEY-----\n";
+    for pem in [include_str!("certificates/p521.key"), include_str!("certificates/rsa1024.key"), nonsense] {
+        let error = pem_error(&directory.private("key.pem", pem));
+        assert!(matches!(error, PemError::UnsupportedKey), "{error:?}");
+    }
+    for pem in [include_str!("certificates/encrypted.pkcs8.key"), include_str!("certificates/encrypted.sec1.key")] {
+        let error = pem_error(&directory.private("key.pem", pem));
+        assert!(matches!(error, PemError::EncryptedKey), "{error:?}");
+    }
+    let version_1 = [include_str!("certificates/version1.key"), include_str!("certificates/version1.pem")].concat();
+    assert!(matches!(pem_error(&directory.private("key.pem", &version_1)), PemError::OldCertificate));
+}
+
+#[test]
+fn a_certificate_that_cannot_be_shown_is_named() {
+    let directory = Directory::new("unshown");
+    let engine = engine(Config::default());
+    let (ca, key) = (Authority::new("ca"), KeyPair::generate().unwrap());
+    let below = ca.below("below");
+    let leaf = below.signed("node", &key);
+    let key_pem = key.serialize_pem();
+    let shown = |certificate: &str, key: &str| {
+        let (certificate, key) = (directory.private("cert.pem", certificate), directory.private("key.pem", key));
+        let listened =
+            engine.listen(Listen { certificate: Certificate::Files { certificate, key }, ..Listen::default() });
+        engine.close();
+        listened.map(drop).map_err(|error| match error {
+            ListenError::Certificate { file, why } => (file.file_name().unwrap().to_str().unwrap().to_owned(), why),
+            other => panic!("{other}"),
+        })
+    };
+    let rsa = [include_str!("certificates/rsa2048.pem"), include_str!("certificates/rsa2048.key")];
+    for (certificate, key) in [
+        (leaf.clone() + &below.pem, key_pem.clone()),
+        // Any text around them, and the ends of lines of another system.
+        ((leaf.clone() + &below.pem).replace('\n', "\r\n"), key_pem.replace('\n', "\r\n")),
+        ("subject=node\n".to_owned() + &leaf, key_pem.clone() + &leaf),
+        // TLS 1.3 lets the others come in any order.
+        (leaf.clone() + &ca.pem + &below.pem, key_pem.clone()),
+        (rsa[0].to_owned(), rsa[1].to_owned()),
+    ] {
+        shown(&certificate, &key).unwrap();
+    }
+    let old = include_str!("certificates/version1.pem");
+    let old_key = include_str!("certificates/version1.key");
+    for (certificate, key, file, expected) in [
+        (below.pem.clone() + &leaf, &*key_pem, "cert.pem", PemError::OutOfOrder),
+        (ca.pem.clone(), &key_pem, "cert.pem", PemError::OtherKey),
+        (String::new(), &key_pem, "cert.pem", PemError::NoCertificate),
+        (key_pem.clone(), &key_pem, "cert.pem", PemError::NoCertificate),
+        (old.to_owned(), old_key, "cert.pem", PemError::OldCertificate),
+        (leaf.clone(), "", "key.pem", PemError::NoKey),
+        (leaf.clone(), &leaf, "key.pem", PemError::NoKey),
+        (leaf.clone(), include_str!("certificates/encrypted.pkcs8.key"), "key.pem", PemError::EncryptedKey),
+        (leaf.clone(), include_str!("certificates/p521.key"), "key.pem", PemError::UnsupportedKey),
+    ] {
+        let (named, why) = shown(&certificate, key).unwrap_err();
+        assert_eq!((&*named, why.to_string()), (file, expected.to_string()));
+    }
+    engine.stop();
 }
 
 #[test]
@@ -249,6 +344,36 @@ fn a_pinned_gateway_is_dialled_and_no_other() {
     fails(&trusting(Verify::Pin(vec![client.fingerprint()])), &gateway.endpoint, &ConnectError::Untrusted);
 }
 
+/// msquic shows an X.509 version 1 certificate as any other.
+#[test]
+fn a_gateway_with_a_version_1_certificate_is_dialled() {
+    let chain = CertificateDer::pem_slice_iter(include_bytes!("certificates/version1.pem"));
+    let chain = chain.collect::<Result<Vec<_>, _>>().unwrap();
+    let key = PrivateKeyDer::from_pem_slice(include_bytes!("certificates/version1.key")).unwrap();
+    let signer = default_provider().key_provider.load_private_key(key).unwrap();
+    let pinned = <[u8; 32]>::try_from(digest(&SHA256, &signer.public_key().unwrap()).as_ref()).unwrap().into();
+    // rustls has another way for certificates that it can read.
+    let shown = SingleCertAndKey::from(CertifiedKey::new(chain, signer));
+    let mut tls = rustls::ServerConfig::builder_with_provider(default_provider().into())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(shown));
+    tls.alpn_protocols = vec!["macula".into()];
+    let tls = QuicServerConfig::try_from(tls).unwrap();
+    let gateway = Gateway::start(quinn::ServerConfig::with_crypto(Arc::new(tls)));
+    for verify in [Verify::FirstSeen, Verify::None, Verify::Pin(vec![pinned])] {
+        let client = trusting(verify);
+        send(&client, &gateway.endpoint, message(Publish, 0, PATIENCE)).unwrap();
+        client.stop();
+    }
+    let other = trusting(Verify::Pin(vec![Identity::generate().unwrap().fingerprint()]));
+    fails(&other, &gateway.endpoint, &ConnectError::Untrusted);
+    let directory = Directory::new("version_1");
+    let ca = trusting(Verify::CaFile(directory.private("ca.pem", &Authority::new("ca").pem)));
+    fails(&ca, &gateway.endpoint, &ConnectError::Untrusted);
+}
+
 #[test]
 fn a_signed_peer_is_dialled_by_its_name_and_no_other() {
     let directory = Directory::new("dialled");
@@ -331,6 +456,101 @@ fn a_listener_may_show_a_certificate_of_its_own() {
     arrives(&trusting(Verify::CaFile(directory.private("ca.pem", &ca.pem))), &endpoint, &inbox);
     fails(&trusting(Verify::Pin(vec![server.fingerprint()])), &endpoint, &ConnectError::Untrusted);
     server.stop();
+}
+
+/// New connections see the renewed certificate; those that are there go on.
+#[test]
+fn a_renewed_certificate_is_shown_to_new_connections() {
+    let directory = Directory::new("renewed");
+    let pair = || {
+        let key = KeyPair::generate().unwrap();
+        let fingerprint = <[u8; 32]>::try_from(digest(&SHA256, &key.subject_public_key_info()).as_ref()).unwrap();
+        (Authority::new("ca").signed("127.0.0.1", &key), key.serialize_pem(), Fingerprint::from(fingerprint))
+    };
+    let write = |(certificate, key, _): &(String, String, Fingerprint)| {
+        directory.private("cert.pem", certificate);
+        directory.private("key.pem", key);
+    };
+    let (old, new, half) = (pair(), pair(), pair());
+    write(&old);
+    let (server, inbox) = (engine(Config::default()), Arc::new(Inbox::default()));
+    server.set_handler(Some(inbox.clone()));
+    let certificate = Certificate::Files { certificate: directory.path("cert.pem"), key: directory.path("key.pem") };
+    let port = server.listen(Listen { certificate, ..Listen::default() }).unwrap().port();
+    let endpoint = format!("127.0.0.1:{port}");
+    let shows = |fingerprint| {
+        let client = trusting(Verify::Pin(vec![fingerprint]));
+        let sent = send(&client, &endpoint, message(Publish, 0, PATIENCE));
+        client.stop();
+        sent == Ok(())
+    };
+    // One that resumes its session where it can, and is shown nothing then.
+    let runtime = tokio_runtime(1).unwrap();
+    let config = client_config("macula", transport(100, 3)).unwrap();
+    let again = runtime.block_on(async { quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap() });
+    let shown_again = || {
+        runtime.block_on(async {
+            let address = endpoint.parse().unwrap();
+            let connection = again.connect_with(config.clone(), address, "any").unwrap().await.unwrap();
+            say(&connection).await;
+            let shown = Fingerprint::of_connection(&connection);
+            tokio::time::sleep(SECOND / 10).await;
+            connection.close(0u8.into(), b"");
+            shown
+        })
+    };
+    assert_eq!(shown_again(), Some(old.2));
+    let before = trusting(Verify::Pin(vec![old.2]));
+    send(&before, &endpoint, message(Publish, 0, PATIENCE)).unwrap();
+    assert!(!shows(new.2));
+
+    write(&new);
+    until("the new one is shown", || shows(new.2));
+    assert!(!shows(old.2));
+    send(&before, &endpoint, message(Publish, 0, PATIENCE)).expect("the old link is there");
+    assert_eq!(before.stats().peers[0].dials, 1);
+    assert_eq!(shown_again(), Some(new.2));
+
+    // One file of two: what was there stays.
+    directory.private("cert.pem", &half.0);
+    std::thread::sleep(3 * SECOND);
+    assert!(shows(new.2) && !shows(half.2));
+    directory.private("key.pem", &half.1[..half.1.len() / 2]);
+    std::thread::sleep(3 * SECOND);
+    assert!(shows(new.2));
+    write(&half);
+    until("both are right", || shows(half.2));
+    before.stop();
+    server.stop();
+}
+
+#[test]
+fn renewed_authorities_count_for_new_connections() {
+    let directory = Directory::new("renewed_authorities");
+    let (old, new) = (Authority::new("old"), Authority::new("new"));
+    let trust = |authority: &Authority| Verify::CaFile(directory.private("ca.pem", &authority.pem));
+    let node = |name: &str, authority: &Authority| {
+        let file = directory.private(name, &authority.node("127.0.0.1"));
+        engine(Config { identity_file: Some(file), idle_timeout: SECOND / 10, ..Config::default() })
+    };
+    let (of_old, of_new) = (node("old.pem", &old), node("new.pem", &new));
+    let (server, inbox, endpoint) = admitting(Config::default(), trust(&old));
+    let reaches = |client: &Engine, endpoint: &str| {
+        let sent = send(client, endpoint, message(Publish, 0, PATIENCE));
+        until("its link is closed", || client.stats().peers.is_empty());
+        sent == Ok(())
+    };
+    assert!(reaches(&of_old, &endpoint) && !reaches(&of_new, &endpoint));
+    let port = of_new.listen(Listen::default()).unwrap().port();
+    let to_new = format!("127.0.0.1:{port}");
+    let dialler = engine(Config { verify: trust(&old), idle_timeout: SECOND / 10, ..Config::default() });
+    assert!(!reaches(&dialler, &to_new));
+    trust(&new);
+    until("the new authority counts", || reaches(&of_new, &endpoint));
+    assert!(!reaches(&of_old, &endpoint));
+    until("it counts for who dials", || reaches(&dialler, &to_new));
+    assert!(inbox.len() >= 2);
+    [of_old, of_new, dialler, server].iter().for_each(Engine::stop);
 }
 
 #[test]
@@ -419,6 +639,21 @@ fn a_peer_that_refuses_us_late_costs_neither_an_answer_nor_a_storm() {
 }
 
 // ---- common ----
+
+fn pem_error(path: &Path) -> PemError {
+    match Identity::load_or_create(path) {
+        Err(IdentityError::Pem(error)) => error,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("there is a key"),
+    }
+}
+
+fn file_error(path: &Path) -> ErrorKind {
+    match pem_error(path) {
+        PemError::File(error) => error.kind(),
+        other => panic!("{other}"),
+    }
+}
 
 /// A directory of this test's own, as long as it runs.
 struct Directory(PathBuf);

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::responder::Responder;
 use crate::identity::Identity;
 use crate::runtime::BatchingRuntime;
-use crate::tls::{self, Certificate, Verify};
+use crate::tls::{self, Certificate, Trust};
 
 /// Longer than anything here takes on a busy machine; only a failing test waits for it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,14 +24,14 @@ pub(crate) fn transport() -> TransportConfig {
 }
 
 pub(crate) fn client_config(transport: TransportConfig) -> ClientConfig {
-    let mut config = ClientConfig::new(Arc::new(tls::client(&Identity::generate().unwrap(), &Verify::None).unwrap()));
+    let mut config = ClientConfig::new(Arc::new(tls::client(&Identity::generate().unwrap(), &Trust::Anybody).unwrap()));
     config.transport_config(Arc::new(transport));
     config
 }
 
 pub(crate) fn server_config(transport: TransportConfig) -> ServerConfig {
     let identity = Identity::generate().unwrap();
-    let tls = tls::server(&identity, &Certificate::Identity, &Verify::None).unwrap();
+    let (tls, _) = tls::server(&identity, &Certificate::Identity, &Trust::Anybody).unwrap();
     let mut config = ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport));
     config
