@@ -17,12 +17,14 @@
 suite() -> [{timetrap, {minutes, 15}}].
 
 all() ->
-    [{group, precompiled}, {group, package}, {group, repository}].
+    [{group, precompiled}, {group, source}, {group, package}, {group, repository}].
 
 groups() ->
     [{precompiled, [a_precompiled_nif_is_taken_without_rust, a_precompiled_nif_needs_its_checksum,
                     a_precompiled_nif_with_another_checksum_is_refused, what_is_not_there_is_named,
                     the_file_is_that_of_the_target, without_cargo_the_build_says_what_to_do]},
+     {source, [what_the_project_says_of_rust_is_not_ours, flags_of_the_user_are_kept, too_old_a_rust_is_named,
+               read_only_sources_will_do, an_escript_says_what_to_do]},
      {package, [the_package_has_what_belongs_in_it, the_links_of_the_package_lead_somewhere,
                 a_project_builds_it_from_source]},
      {repository, [a_project_has_it_as_a_git_dependency, a_project_has_it_as_a_checkout, two_builds_at_once]}].
@@ -166,6 +168,124 @@ program(Dir, Name, Script) ->
 path(Dir) ->
     {"PATH", Dir ++ ":" ++ os:getenv("PATH")}.
 
+%% ---- from source ----
+
+%% A dependency lies in the project that uses it, below its rust-toolchain.toml and .cargo/config.toml.
+what_the_project_says_of_rust_is_not_ours(Config) ->
+    {Project, Env} = with_rust(Config, "1.99.0"),
+    Above = filename:dirname(Project),
+    ok = file:write_file(filename:join(Above, "rust-toolchain.toml"), "[toolchain]\nchannel = \"1.60.0\"\n"),
+    ok = filelib:ensure_dir(filename:join(Above, ".cargo/config.toml")),
+    ok = file:write_file(filename:join(Above, ".cargo/config.toml"), "[profile.release]\npanic = \"abort\"\n"),
+    {1, Said} = run(Project, Env, "sh native/nif.sh"),
+    said(Said, ["toolchain=the-default ", "profile.release.panic=\"unwind\"", "reason that it gives above",
+                filename:join(Above, ".cargo/config.toml")]),
+    {1, Named} = run(Project, [{"RUSTUP_TOOLCHAIN", "of-my-own"}, {"RUSTC_WRAPPER", "sccache"} | Env], "sh native/nif.sh"),
+    said(Named, ["toolchain=of-my-own ", "RUSTC_WRAPPER"]),
+    ok = file:delete(filename:join(Above, "rust-toolchain.toml")),
+    ok = file:del_dir_r(filename:join(Above, ".cargo")).
+
+%% Flags in the environment take the place of those that we need.
+flags_of_the_user_are_kept(Config) ->
+    {Project, Env} = with_rust(Config, "1.99.0"),
+    Flags = fun(Set) ->
+        {1, Said} = run(Project, Set ++ Env, "sh native/nif.sh"),
+        {match, [Flags]} = re:run(Said, "flags=(.*)", [{capture, [1], list}]),
+        Flags
+    end,
+    ?assertEqual("none", Flags([])),
+    ?assertEqual("[-g -Ctarget-feature=-crt-static]", Flags([{"RUSTFLAGS", "-g"}])),
+    ?assertEqual("[-Ctarget-feature=-crt-static,+aes -Ctarget-feature=-crt-static]",
+                 Flags([{"RUSTFLAGS", "-Ctarget-feature=+crt-static,+aes"}])),
+    ?assertEqual("encoded [-C|debuginfo=1|-Ctarget-feature=-crt-static]",
+                 Flags([{"CARGO_ENCODED_RUSTFLAGS", "-C\x{1f}debuginfo=1"}, {"RUSTFLAGS", "-g"}])).
+
+too_old_a_rust_is_named(Config) ->
+    [begin
+         {Project, Env} = with_rust(Config, Version),
+         {1, Said} = run(Project, Env, "sh native/nif.sh"),
+         ?assertEqual({Version, Old, Said}, {Version, string:find(Said, "this is cargo " ++ Version) =/= nomatch, Said})
+     end || {Version, Old} <- [{"1.60.0", true}, {"1.90.1", true}, {"1.100.0", false}, {"2.0.0", false}]].
+
+%% A clone, and tools that say what they are told, and fail.
+with_rust(Config, Version) ->
+    Bin = filename:join(?config(priv_dir, Config), "rust"),
+    program(Bin, "rustup", "echo 'the-default (default)'"),
+    program(Bin, "cargo", ["[ \"$1\" != --version ] || { echo 'cargo ", Version, " (x)'; exit; }\n"
+                           "exec >&2\necho \"toolchain=$RUSTUP_TOOLCHAIN $*\"\n"
+                           "if [ \"${CARGO_ENCODED_RUSTFLAGS+x}\" ]; then\n"
+                           "  echo \"flags=encoded [$CARGO_ENCODED_RUSTFLAGS]\" | tr '\\037' '|'\n"
+                           "elif [ \"${RUSTFLAGS+x}\" ]; then echo \"flags=[$RUSTFLAGS]\"; else echo flags=none; fi\n"
+                           "exit 101"]),
+    {clone(Config), [path(Bin)]}.
+
+said(Said, Words) ->
+    [?assertMatch({_, _, [_ | _]}, {Word, Said, string:find(Said, Word)}) || Word <- Words].
+
+%% As in an image, or where somebody else has built it. No Rust is there then.
+read_only_sources_will_do(Config) ->
+    case os:cmd("unshare --mount true 2>&1") of
+        "" -> read_only_sources(Config);
+        _ -> {skip, "only root may mount file systems"}
+    end.
+
+read_only_sources(Config) ->
+    Project = project(?config(priv_dir, Config), "read_only", [{deps, [?APP]}]),
+    Checkout = filename:join([Project, "_checkouts", ?APP]),
+    Clone = clone(Config),
+    ok = filelib:ensure_dir(Checkout),
+    ok = file:make_symlink(Clone, Checkout),
+    ?assertMatch({0, _}, run(Project, ?config(precompiled, Config), "rebar3 compile")),
+    Again = fun(Env) ->
+        run(Project, Env, ["unshare --mount sh -c 'mount --bind ", Clone, " ", Clone, " && mount -o remount,bind,ro ", Clone,
+                           " && rebar3 compile'"])
+    end,
+    Env = without_rust(Config, []),
+    ?assertMatch({0, _}, Again(Env)),
+    ?assertMatch({0, _}, Again(?config(precompiled, Config) ++ Env)),
+    works_in(Project),
+    ok = file:change_time(filename:join(Clone, "native/peer/src/lib.rs"), calendar:local_time()),
+    ok = file:change_time(filename:join(Clone, ?NIF), {{2020, 1, 1}, {0, 0, 0}}),
+    {1, Said} = Again(Env),
+    said(Said, [?NIF ++ " is missing or older than its sources", "cannot be written"]),
+    ?assertNot(rust_was_called(Config)).
+
+%% Then it does what the advice says.
+an_escript_says_what_to_do(Config) ->
+    Dir = ?config(priv_dir, Config),
+    Lib = filename:join(Dir, "lib"),
+    App = filename:join(Lib, ?APP),
+    [begin
+         Of = filename:join(App, Sub),
+         ok = filelib:ensure_dir(filename:join(Of, "x")),
+         [{ok, _} = file:copy(File, filename:join(Of, filename:basename(File)))
+          || File <- filelib:wildcard(filename:join([code:lib_dir(?APP), Sub, "*"]))]
+     end || Sub <- ["ebin", "priv"]],
+    Main = filename:join(Dir, "program.erl"),
+    ok = file:write_file(Main, "-module(program).\n-export([main/1]).\nmain(_) -> io:format(\"~0p.\", "
+                               "[macula_peer_wire:encode(ping, #{timestamp => 1})]).\n"),
+    {ok, program} = compile:file(Main, [{outdir, Dir}]),
+    {ok, Beam} = file:read_file(filename:join(Dir, "program.beam")),
+    Files = fun(Sub) ->
+        [begin
+             {ok, Content} = file:read_file(File),
+             {filename:join([?APP, Sub, filename:basename(File)]), Content}
+         end || File <- filelib:wildcard(filename:join([App, Sub, "*"]))]
+    end,
+    Says = fun(Name, Archived, Env) ->
+        Script = filename:join(Dir, Name),
+        ok = escript:create(Script, [shebang, {emu_args, "-escript main program -kernel logger_level none"},
+                                     {archive, [{"program.beam", Beam} | Archived], []}]),
+        {_, Said} = run(Dir, Env, ["escript ", Script]),
+        {ok, Tokens, _} = erl_scan:string(Said),
+        {ok, Term} = erl_parse:parse_term(Tokens),
+        {Script, Term}
+    end,
+    {Script, {error, {nif_not_loaded, Text}}} = Says("all", Files("ebin") ++ Files("priv"), []),
+    said(unicode:characters_to_list(Text), [Script ++ " is an archive", "ERL_LIBS", "release"]),
+    ?assertEqual(nomatch, string:find(Text, "rebar3 compile")),
+    ?assertMatch({_, {ok, <<_/binary>>}}, Says("bare", [], [{"ERL_LIBS", Lib}])).
+
 %% ---- the package ----
 
 %% Built as `rebar3 hex build' does it, from a clone in which somebody has worked.
@@ -272,7 +392,10 @@ registry(Config) ->
 a_project_has_it_as_a_git_dependency(Config) ->
     {0, Head} = run(root(), [], "git rev-parse HEAD"),
     Project = project(?config(priv_dir, Config), "from_git", [{deps, [{?APP, {git, "file://" ++ root(), {ref, string:trim(Head)}}}]}]),
-    ?assertMatch({0, _}, run(Project, ?config(precompiled, Config), "rebar3 compile")),
+    %% Warnings of the compiler that it has are not its users' concern.
+    Warned = [{"ERL_COMPILER_OPTIONS", "[recv_opt_info]"} | ?config(precompiled, Config)],
+    {0, Said} = run(Project, Warned, "rebar3 compile"),
+    said(Said, ["Warning: "]),
     works_in(Project).
 
 a_project_has_it_as_a_checkout(Config) ->
@@ -348,7 +471,8 @@ run(Dir, Env, Command) ->
 %% What this run of rebar3 and its caller have set is not for another one.
 clean(Env) ->
     Set = [{Name, false} || Name <- ["REBAR_PROFILE", "ERL_LIBS", "ERL_FLAGS", "MACULA_PEER_NIF_DIR", "MACULA_PEER_NIF_SHA256",
-                                     "MACULA_PEER_NIF_TARGET", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR", "http_proxy", "https_proxy", "MAKEFLAGS", "MAKELEVEL"]],
+                                     "MACULA_PEER_NIF_TARGET", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR", "RUSTUP_TOOLCHAIN",
+                                     "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "ERL_COMPILER_OPTIONS", "http_proxy", "https_proxy", "MAKEFLAGS", "MAKELEVEL"]],
     lists:ukeymerge(1, lists:ukeysort(1, Env), lists:ukeysort(1, Set)).
 
 output(Port, Said) ->
