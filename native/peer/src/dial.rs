@@ -2,16 +2,17 @@
 
 use std::any::Any;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, ConnectError as Refusal, ConnectionError, TransportConfig, TransportErrorCode};
+use quinn::{ClientConfig, ConnectError as Refusal, Connection, ConnectionError, TransportConfig, TransportErrorCode};
 use quinn_proto::RttEstimator;
 use tokio::sync::broadcast;
 use tokio::task::JoinSet;
-use tokio::time::{sleep_until, timeout_at};
+use tokio::time::{sleep_until, timeout, timeout_at};
 
 use crate::config::Config;
 use crate::decide::retry::Backoff;
@@ -21,6 +22,7 @@ use crate::error::ConnectError;
 use crate::link::{Link, lock};
 use crate::listen::{DIALLED_WINDOW, KNOWN_WAY, STREAM_WINDOW};
 use crate::message::Path;
+use crate::names::Resolver;
 use crate::ports::Ports;
 use crate::relay::client::relay_transport;
 use crate::socket::{Refusals, Socket};
@@ -28,6 +30,10 @@ use crate::tls::Dialect;
 
 /// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+
+/// Some networks drop packets that carry an ECN mark (RFC 9000, section 13.4.2). A handshake that has not been answered for
+/// this long goes on without: before quinn sends its first packet again, which it does after a second.
+const ECN_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A 0.14.3 gateway handshakes one connection after the other, a few milliseconds each, and refuses what comes
 /// meanwhile.
@@ -52,6 +58,7 @@ pub(crate) struct Dialer {
     pub(crate) socket: Arc<Socket>,
     pub(crate) refusals: Refusals,
     pub(crate) ports: Arc<Ports>,
+    pub(crate) resolver: Resolver,
     pub(crate) tls: Arc<QuicClientConfig>,
     pub(crate) config: Arc<Config>,
     /// For a registration.
@@ -104,9 +111,7 @@ impl Dialer {
             None if endpoint.host() == "localhost" => {
                 vec![(Ipv6Addr::LOCALHOST, port).into(), (Ipv4Addr::LOCALHOST, port).into()]
             }
-            None => {
-                tokio::net::lookup_host((endpoint.host(), port)).await.map_err(|_| ConnectError::Unresolved)?.collect()
-            }
+            None => self.resolver.resolve(endpoint.host(), port).await.map_err(|_| ConnectError::Unresolved)?,
         };
         let (v6, v4): (Vec<_>, Vec<_>) =
             found.into_iter().filter_map(|a| self.socket.reachable(a)).partition(|a| is_v6(a.ip()));
@@ -167,7 +172,7 @@ impl Dialer {
             connecting.await
         };
         let connection = tokio::select! {
-            connection = connecting => connection.map_err(not_connected)?,
+            connection = handshake(&self.socket, address, connecting) => connection.map_err(not_connected)?,
             () = refused(&mut refusals, address) => return Err(ConnectError::Unreachable),
         };
         let dialect = Dialect::of(&connection).ok_or(ConnectError::NoProtocol)?;
@@ -206,6 +211,26 @@ impl Dialer {
         config.transport_config(Arc::new(transport));
         config
     }
+}
+
+/// Waits for a handshake, which either side may have begun, and has it go on without ECN where that may be what is in the
+/// way. quinn itself stops marking when the first acknowledgement tells it that no mark has arrived.
+pub(crate) async fn handshake(
+    socket: &Socket,
+    remote: SocketAddr,
+    connecting: impl Future<Output = Result<Connection, ConnectionError>>,
+) -> Result<Connection, ConnectionError> {
+    let mut connecting = pin!(connecting);
+    if let Ok(done) = timeout(ECN_PATIENCE, &mut connecting).await {
+        return done;
+    }
+    tracing::debug!(%remote, "not answered yet: going on without ECN");
+    socket.try_unmarked(remote);
+    let done = connecting.await;
+    if done.is_ok() {
+        socket.stay_unmarked(remote);
+    }
+    done
 }
 
 /// A silent peer is noticed by what it does not acknowledge; this is for links that carry nothing. Three keep-alives

@@ -29,11 +29,10 @@ use crate::socket::{self, Socket};
 use crate::stats::{PathStatus, Stats};
 use crate::tls::{self, Certificate, Trust, Verify};
 
-/// Name lookups, which cannot be interrupted, and large payloads are worked on by threads of their own; more at once wait
-/// for one another. Idle ones end after ten seconds.
+/// Large payloads are worked on by threads of their own; more at once wait for one another. Idle ones end after ten seconds.
 const BLOCKING_THREADS: usize = 64;
 
-/// After the peers had their time, tasks are dropped; a lookup that hangs is left behind.
+/// After the peers had their time, tasks are dropped.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// A running engine. Dropping it without [`Engine::stop`] loses what is on its way.

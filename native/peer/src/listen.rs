@@ -21,7 +21,7 @@ use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::answers;
 use crate::config::Config;
-use crate::dial::set_idle_timeout;
+use crate::dial::{handshake, set_idle_timeout};
 use crate::identity::Fingerprint;
 use crate::link::{Link, Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
@@ -295,24 +295,26 @@ fn admit(node: &Arc<Node>, admission: &Admission, incoming: Incoming, connection
 
 async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming) {
     // It may have come while a listener before this one was there, with other settings.
-    let Ok(handshake) = incoming.accept_with(admission.config.clone()) else { return };
-    let connection = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
-        Err(_) => return,
-    };
+    let Ok(connecting) = incoming.accept_with(admission.config.clone()) else { return };
+    let connection =
+        match timeout(HANDSHAKE_TIMEOUT, handshake(&node.socket(), connecting.remote_address(), connecting)).await {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
+            Err(_) => return,
+        };
     serve(node, admission, connection, Path::Direct).await;
 }
 
 /// A connection on a path that both nodes have made.
 async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incoming) {
     let admission = node.clients.admission().clone();
-    let Ok(handshake) = incoming.accept_with(admission.config.clone()) else { return };
-    let connection = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
-        Err(_) => return,
-    };
+    let Ok(connecting) = incoming.accept_with(admission.config.clone()) else { return };
+    let connection =
+        match timeout(HANDSHAKE_TIMEOUT, handshake(&node.socket(), connecting.remote_address(), connecting)).await {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
+            Err(_) => return,
+        };
     let shown = Fingerprint::of_connection(&connection);
     let mut meant = callers.into_iter().filter(|caller| Some(caller.key) == shown);
     let Some(Caller { extra: _extra, connected, .. }) = meant.next() else {

@@ -27,6 +27,7 @@ use crate::listen::{Accepted, Admission, Expected};
 use crate::message::{
     Event, Fallback, Handler, Inbound, Letter, NodeId, NotTaken, Path, PeerName, Registration, Unhandled,
 };
+use crate::names::Resolver;
 use crate::nat::Nat;
 use crate::peer::{self, Peer};
 use crate::ports::Ports;
@@ -68,6 +69,7 @@ pub(crate) struct Node {
     /// What others need to know of this node to find a direct path to it. `None`: it does not know yet.
     pub(crate) description: watch::Sender<Option<Description>>,
     pub(crate) nat: Nat,
+    resolver: Resolver,
     relay: RwLock<Option<ServingRelay>>,
     /// Of the relay that this node is, or was before.
     relay_closed: Mutex<Option<Closed>>,
@@ -155,6 +157,7 @@ impl Node {
             ports: Arc::default(),
             description: watch::Sender::new(None),
             nat: Nat::default(),
+            resolver: Resolver::new(),
             relay: RwLock::default(),
             relay_closed: Mutex::default(),
             known: Mutex::default(),
@@ -454,6 +457,7 @@ impl Node {
             socket: self.socket(),
             refusals: self.refusals.clone(),
             ports: self.ports.clone(),
+            resolver: self.resolver.clone(),
             tls: self.tls.clone(),
             config: self.config.clone(),
         }

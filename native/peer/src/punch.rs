@@ -16,9 +16,11 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
+use crate::decide;
 use crate::decide::coordinate::{DESCRIBED_WITHIN, is_local};
 use crate::decide::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
 use crate::decide::targets::Targets;
+use crate::descriptors;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::identity::Fingerprint;
@@ -456,7 +458,12 @@ impl Attempt {
     }
 
     fn open(&mut self, count: u16) {
-        for _ in 0..count {
+        let (limit, open) = (descriptors::limit(), descriptors::open());
+        let allowed = decide::descriptors::punching(count, limit, open);
+        if allowed < count {
+            tracing::debug!(count, allowed, limit, open, "fewer sockets than wanted: descriptors are short");
+        }
+        for _ in 0..allowed {
             match self.socket.open_beside() {
                 Ok(socket) => {
                     // No more than were asked for.

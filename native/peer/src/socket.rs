@@ -24,18 +24,17 @@ use tokio::sync::broadcast;
 
 pub(crate) use self::extras::ExtraId;
 use self::extras::{AddExtraError, Extras};
+use self::send::{Outcome, Sender};
 use self::sift::sift;
 pub(crate) use self::sift::{Received, Signals, Via, signals};
 
 mod extras;
+mod send;
 mod sift;
 
 /// How long a writer waits for room when readiness cannot be told any more. A socket buffer of 200 KB drains in 2 ms at
 /// 1 Gbit/s.
 const FULL_SOCKET_PAUSE: Duration = Duration::from_millis(1);
-
-/// Pending errors that one send looks through before it gives its packet up; a lost packet is quinn's daily business.
-const MAX_PENDING_ERRORS: usize = 8;
 
 /// Socket buffers: the kernel's default of 208 KB holds 150 full packets, less than one burst of a fast sender.
 const SOCKET_BUFFER: usize = 4 << 20;
@@ -43,12 +42,13 @@ const SOCKET_BUFFER: usize = 4 << 20;
 /// Room for unread refusals. Whoever lags behind misses some and finds out by timeout.
 const REFUSALS: usize = 256;
 
-/// Destinations that answered "nobody is here": ICMP port unreachable, or no route.
+/// Destinations that nothing can be sent to: ICMP said that nobody is there, or this host has no route that may be taken.
 pub(crate) type Refusals = broadcast::Sender<SocketAddr>;
 
 pub(crate) struct Socket {
     io: UdpSocket,
     state: UdpSocketState,
+    sender: Sender,
     local: SocketAddr,
     full: AtomicBool,
     refusals: Refusals,
@@ -82,6 +82,7 @@ impl Socket {
         Ok(Arc::new(Self {
             io: UdpSocket::from_std(socket)?,
             state,
+            sender: Sender::default(),
             local,
             full: AtomicBool::new(false),
             refusals,
@@ -132,12 +133,22 @@ impl Socket {
         let (Some(extra), Some(destination)) = (self.extras.get(id), self.reachable(to)) else { return };
         let transmit = Transmit { destination, ecn: None, contents: signal, segment_size: None, src_ip: None };
         // As above.
-        let _ = extra.send_now(&transmit);
+        let _ = extra.send_now(&self.sender, &transmit);
     }
 
     /// From now on QUIC's packets to an address leave by this extra socket.
     pub(crate) fn route(&self, address: SocketAddr, id: ExtraId) {
         self.extras.route(address, id);
+    }
+
+    /// Packets to an address go without an ECN mark for a moment, because those with one are not answered.
+    pub(crate) fn try_unmarked(&self, to: SocketAddr) {
+        self.sender.change(|quirks, now| quirks.try_unmarked(to, now));
+    }
+
+    /// Packets to an address got through without a mark: later ones go without as well.
+    pub(crate) fn stay_unmarked(&self, to: SocketAddr) {
+        self.sender.change(|quirks, now| quirks.do_not_mark(to, now));
     }
 
     /// Publishes refused destinations, as long as the socket lives.
@@ -192,21 +203,17 @@ impl Socket {
     }
 
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        for _ in 0..MAX_PENDING_ERRORS {
-            match self.state.try_send(UdpSockRef::from(&self.io), transmit) {
-                Ok(()) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(e),
-                Err(e) if is_someone_elses(&e) => continue,
-                Err(e) => {
-                    if is_no_route(&e) {
-                        let _ = self.refusals.send(transmit.destination);
-                    }
-                    tracing::debug!(destination = %transmit.destination, error = %e, "packet not sent");
-                    return Ok(());
-                }
-            }
-        }
+        let sent = self.sender.send(&self.io, &self.state, transmit)?;
+        self.note(transmit.destination, sent);
         Ok(())
+    }
+
+    /// Tells those who dial a destination that it cannot be reached.
+    fn note(&self, destination: SocketAddr, outcome: Outcome) {
+        if outcome == Outcome::Refused {
+            // No receiver means that nobody dials.
+            let _ = self.refusals.send(destination);
+        }
     }
 }
 
@@ -272,18 +279,6 @@ fn enlarge_buffers(socket: socket2::SockRef<'_>) {
     // Best effort: the kernel caps what an unprivileged process asks for.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
-}
-
-/// A pending ICMP error about an earlier packet: reading it has cleared it.
-fn is_someone_elses(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::Interrupted)
-}
-
-fn is_no_route(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable | io::ErrorKind::AddrNotAvailable
-    )
 }
 
 #[cfg(target_os = "linux")]
@@ -354,7 +349,9 @@ impl AsyncUdpSocket for Socket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let sent = match self.extras.towards(transmit.destination) {
-            Some(extra) => self.extras.send(&extra, transmit),
+            Some(extra) => {
+                self.extras.send(&extra, &self.sender, transmit).map(|sent| self.note(transmit.destination, sent))
+            }
             None => self.io.try_io(Interest::WRITABLE, || self.send(transmit)),
         };
         if sent.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
@@ -384,7 +381,7 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.state.max_gso_segments().min(self.extras.segments())
+        self.state.max_gso_segments()
     }
 
     fn max_receive_segments(&self) -> usize {

@@ -2,17 +2,21 @@
 //! in virtual time.
 
 pub(crate) mod coordinate;
+pub(crate) mod descriptors;
 pub(crate) mod handover;
 pub(crate) mod known;
 pub(crate) mod lanes;
 pub(crate) mod lookup;
+pub(crate) mod names;
 pub(crate) mod nat;
 #[cfg(test)]
 mod natsim;
 pub(crate) mod punch;
+pub(crate) mod quirks;
 pub(crate) mod relay;
 pub(crate) mod reports;
 pub(crate) mod retry;
+pub(crate) mod sending;
 pub(crate) mod session;
 pub(crate) mod silence;
 #[cfg(test)]

@@ -15,6 +15,7 @@ use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use super::send::{Outcome, Sender};
 use super::sift::{Signals, Via, sift};
 use super::{canonical, enlarge_buffers};
 use crate::link::lock;
@@ -54,8 +55,6 @@ pub(super) struct Extras {
     table: RwLock<Table>,
     /// Counts up: who is to be looked at first.
     turn: AtomicUsize,
-    /// The least that any of them can send at once.
-    segments: AtomicUsize,
     /// The one that had no room for a packet.
     full: Mutex<Option<Arc<Extra>>>,
     /// Who receives, and is to be told of new ones.
@@ -76,7 +75,6 @@ impl Default for Extras {
             count: AtomicUsize::new(0),
             table: RwLock::default(),
             turn: AtomicUsize::new(0),
-            segments: AtomicUsize::new(usize::MAX),
             full: Mutex::default(),
             receiver: Mutex::default(),
         }
@@ -150,25 +148,12 @@ impl Extras {
         self.table.read().unwrap_or_else(PoisonError::into_inner).routes.get(&canonical(destination)).cloned()
     }
 
-    pub(super) fn send(&self, extra: &Arc<Extra>, transmit: &Transmit<'_>) -> io::Result<()> {
-        let sent = extra.send(transmit);
-        match &sent {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                *lock(&self.full) = Some(extra.clone());
-                sent
-            }
-            Err(error) => {
-                tracing::debug!(destination = %transmit.destination, %error, "packet not sent");
-                self.segments.fetch_min(extra.state.max_gso_segments(), Ordering::Relaxed);
-                Ok(())
-            }
-            Ok(()) => sent,
+    pub(super) fn send(&self, extra: &Arc<Extra>, sender: &Sender, transmit: &Transmit<'_>) -> io::Result<Outcome> {
+        let sent = extra.io.try_io(Interest::WRITABLE, || extra.send_now(sender, transmit));
+        if sent.is_err() {
+            *lock(&self.full) = Some(extra.clone());
         }
-    }
-
-    /// The least that any of them can send at once.
-    pub(super) fn segments(&self) -> usize {
-        self.segments.load(Ordering::Relaxed)
+        sent
     }
 
     /// The one that last had no room, told once.
@@ -259,12 +244,8 @@ impl Table {
 }
 
 impl Extra {
-    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.io.try_io(Interest::WRITABLE, || self.send_now(transmit))
-    }
-
-    pub(super) fn send_now(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.state.try_send(UdpSockRef::from(&self.io), transmit)
+    pub(super) fn send_now(&self, sender: &Sender, transmit: &Transmit<'_>) -> io::Result<Outcome> {
+        sender.send(&self.io, &self.state, transmit)
     }
 
     /// Counts up with what comes from its peer.

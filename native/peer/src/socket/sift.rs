@@ -61,6 +61,10 @@ pub(crate) fn signals() -> (Signals, mpsc::Receiver<(Via, Received)>) {
 /// Takes out of one receive buffer what is not QUIC's, and hands on what may be signals. The kernel may have put several
 /// datagrams into it, all of one length but the last.
 pub(super) fn sift(buffer: &mut [u8], meta: &mut RecvMeta, via: Via, signals: &Signals) {
+    if meta.addr.port() == 0 {
+        // Nobody can be answered there.
+        meta.len = 0;
+    }
     // Elsewhere than on Linux there is no stride to an empty datagram.
     let stride = meta.stride.max(1);
     let Some(first) = (0..meta.len).step_by(stride).find(|&at| !is_quic(buffer[at])) else { return };
@@ -133,6 +137,19 @@ mod tests {
             let (left, found) = sifted(&mut stranger, len);
             assert_eq!((left.len(), found.len()), (0, 0));
         }
+    }
+
+    #[test]
+    fn what_cannot_be_answered_is_dropped() {
+        let (signals, mut waiting) = signals();
+        for first in [FIRST_BYTE, 0x40] {
+            let mut datagram = [first; 20];
+            let mut meta = meta(datagram.len(), datagram.len());
+            meta.addr.set_port(0);
+            sift(&mut datagram, &mut meta, Via::Main, &signals);
+            assert_eq!(meta.len, 0);
+        }
+        assert!(waiting.try_recv().is_err());
     }
 
     #[test]

@@ -240,3 +240,56 @@ async fn a_burst_of_signals_that_the_kernel_joins_comes_apart_again() {
     }
     assert!(len <= MAX_LEN);
 }
+
+/// Sends so many datagrams in one transmit, and waits until all have come.
+async fn arrive(from: &Side, to: &mut Side, destination: SocketAddr, src_ip: Option<IpAddr>) {
+    let signals: Vec<_> = (0..4).map(|nonce| ping(nonce).encode(&key()).to_vec()).collect();
+    let (contents, len) = (signals.concat(), signals[0].len());
+    from.socket.io.writable().await.unwrap();
+    let ecn = Some(quinn::udp::EcnCodepoint::Ect0);
+    let transmit = Transmit { destination, ecn, contents: &contents, segment_size: Some(len), src_ip };
+    from.socket.try_send(&transmit).unwrap();
+    for signal in signals {
+        let (_, received) = timeout(PATIENCE, to.received.recv()).await.unwrap().unwrap();
+        assert_eq!(received.bytes(), signal);
+    }
+}
+
+#[tokio::test]
+async fn a_source_address_that_is_gone_is_left_out() {
+    let (client, mut server) = (side(false), side(true));
+    let segments = client.socket.max_transmit_segments();
+    // RFC 5737: nobody's, so not this host's.
+    let gone = Some(Ipv4Addr::new(192, 0, 2, 1).into());
+    let destination = server.socket.local;
+    arrive(&client, &mut server, destination, gone).await;
+    assert_eq!(client.socket.max_transmit_segments(), segments);
+    assert!(!client.socket.sender.is_quirky(), "the destination has nothing to do with it");
+}
+
+#[tokio::test]
+async fn what_one_destination_refuses_costs_others_nothing() {
+    let (client, mut server) = (side(false), side(true));
+    let segments = client.socket.max_transmit_segments();
+    let mut refused = client.socket.refusals.subscribe();
+    client.socket.io.writable().await.unwrap();
+    for nowhere in [(Ipv4Addr::LOCALHOST, 0), (Ipv4Addr::BROADCAST, 9)] {
+        let destination = nowhere.into();
+        let transmit = Transmit { destination, ecn: None, contents: &[0x40; 1200], segment_size: None, src_ip: None };
+        client.socket.try_send(&transmit).unwrap();
+        assert_eq!(timeout(PATIENCE, refused.recv()).await.unwrap(), Ok(destination));
+    }
+    assert_eq!(client.socket.max_transmit_segments(), segments);
+    let destination = server.socket.local;
+    arrive(&client, &mut server, destination, None).await;
+    assert!(!client.socket.sender.is_quirky());
+}
+
+#[tokio::test]
+async fn a_transmit_is_cut_for_a_device_that_cannot_do_it() {
+    let (client, mut server) = (side(false), side(true));
+    let destination = server.socket.local;
+    client.socket.sender.change(|quirks, now| quirks.do_not_segment(destination, now));
+    arrive(&client, &mut server, destination, None).await;
+    assert!(client.socket.sender.is_quirky());
+}

@@ -1,0 +1,22 @@
+//! The process's file descriptors.
+
+/// They are counted only where there are not many more: somebody with room for so many has some left.
+const WORTH_COUNTING: u64 = 1 << 16;
+
+/// How many the process may have. `None`: as many as it likes, or not known.
+pub(crate) fn limit() -> Option<u64> {
+    #[cfg(unix)]
+    {
+        use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+        let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+        (soft != RLIM_INFINITY && soft <= WORTH_COUNTING).then_some(soft)
+    }
+    #[cfg(not(unix))]
+    None
+}
+
+/// How many it has. Reads a directory of the kernel's. `None`: not known.
+pub(crate) fn open() -> Option<u64> {
+    // One of them is the directory.
+    std::fs::read_dir("/dev/fd").ok().map(|all| all.count() as u64)
+}
