@@ -7,7 +7,7 @@ use rustler::{Atom, Env, NifResult};
 
 rustler::atoms! {
     ok, error, wait, dirty, undefined, infinity, null, true_ = "true", false_ = "false", none,
-    not_started, already_started,
+    not_started, already_started, replaced,
 
     invalid_header, unsupported_version, incomplete_payload, unknown_type, msgpack_decode_error, incomplete,
     not_just_binary, invalid_string, badarg, bad_ext, too_deep, too_large, frame_too_large,
@@ -19,7 +19,7 @@ rustler::atoms! {
     connect_failed, transport_down, connection_refused, untrusted_peer, rejected_by_peer, no_application_protocol, handshake_failed,
     send_failed, overloaded, connection_closed, connection_shutdown, timeout,
 
-    listen, already_listening, listen_failed, eaddrinuse, eacces, eaddrnotavail, enoent, enotdir, eisdir, erofs, enospc, bad_certificate, start_failed, upgrading,
+    listen, already_listening, listen_failed, bad_certificate, start_failed, upgrading,
     already_replied, gone, invalid_token, invalid_option, invalid_node_id,
 
     resolve, unlinked, nat_connection_failed, no_relay_available, no_bootstrap_peers, relay_connect_failed,

@@ -7,7 +7,8 @@ use macula_peer::{
     RouteError, SendError, StartError, TlsError, UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
-use rustler::{Encoder, Env, NewBinary, Term};
+use nix::errno::Errno;
+use rustler::{Atom, Encoder, Env, NewBinary, Term};
 
 use crate::atoms;
 use crate::encode::Refusal;
@@ -161,7 +162,7 @@ impl Reason for StartError {
         let why = match self {
             Self::Bind(error) => posix(env, error),
             Self::GatewayPort(port) => (atoms::gateway_port(), port).encode(env),
-            Self::Runtime(_) => binary(env, &self.to_string()),
+            Self::Runtime(error) => posix(env, error),
             Self::Identity(error) => (atoms::identity_file(), error.reason(env)).encode(env),
             Self::Tls(error) => error.reason(env),
         };
@@ -231,19 +232,12 @@ impl Reason for UndeliveredReason {
     }
 }
 
-/// As `inet:posix()` where there is such an atom.
+/// The name of an error of the operating system, as in `inet:posix()`; its text where it has no name.
 fn posix<'a>(env: Env<'a>, error: &io::Error) -> Term<'a> {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => atoms::eaddrinuse().encode(env),
-        io::ErrorKind::PermissionDenied => atoms::eacces().encode(env),
-        io::ErrorKind::AddrNotAvailable => atoms::eaddrnotavail().encode(env),
-        io::ErrorKind::NotFound => atoms::enoent().encode(env),
-        io::ErrorKind::NotADirectory => atoms::enotdir().encode(env),
-        io::ErrorKind::IsADirectory => atoms::eisdir().encode(env),
-        io::ErrorKind::ReadOnlyFilesystem => atoms::erofs().encode(env),
-        io::ErrorKind::StorageFull => atoms::enospc().encode(env),
-        _ => binary(env, &error.to_string()),
-    }
+    let named = error.raw_os_error().map(Errno::from_raw).filter(|&errno| errno != Errno::UnknownErrno);
+    // Names come from a table of constants, so the number of atoms is bounded.
+    let atom = named.and_then(|errno| Atom::from_str(env, &format!("{errno:?}").to_lowercase()).ok());
+    atom.map_or_else(|| binary(env, &error.to_string()), |atom| atom.encode(env))
 }
 
 pub(crate) fn binary<'a>(env: Env<'a>, text: &str) -> Term<'a> {

@@ -58,6 +58,19 @@ pub struct Listen {
     pub relay: Option<RelayConfig>,
 }
 
+/// Where the system gives a process no more threads, tokio panics, or waits for ever for a worker that never runs.
+fn threads_can_be_had(count: usize) -> std::io::Result<()> {
+    let gate = Mutex::new(());
+    std::thread::scope(|scope| {
+        // All are there at once, until this is let go.
+        let _closed = lock(&gate);
+        for _ in 0..count {
+            std::thread::Builder::new().spawn_scoped(scope, || drop(lock(&gate)))?;
+        }
+        Ok(())
+    })
+}
+
 impl Engine {
     /// Starts the runtime and binds the socket.
     pub fn start(config: Config) -> Result<Self, StartError> {
@@ -76,8 +89,11 @@ impl Engine {
         let circuit_server = tls::circuit_server(&identity, &trust)?;
         let admission = Admission::over_known_ways(circuit_server, config.verify.is_strict(), &config);
         let clients = Clients::new(circuits, admission.clone(), &config);
+        let workers = config.workers.max(1);
+        // And one for what must not hold up a worker.
+        threads_can_be_had(workers + 1).map_err(StartError::Runtime)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(config.workers.max(1))
+            .worker_threads(workers)
             .max_blocking_threads(BLOCKING_THREADS)
             .thread_name("macula_peer")
             .enable_all()
