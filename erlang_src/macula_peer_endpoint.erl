@@ -158,15 +158,17 @@ close() ->
         Result -> Result
     end.
 
-%% @doc The address of the one socket, which listens, dials and is seen by others.
+%% @doc The address of the one socket, which listens, dials and is seen by others. `{error, not_started}' where no engine runs;
+%% the same goes for the other functions that only look: {@link identity/0}, {@link stats/0}, {@link path/1} and {@link
+%% nat_profile/0}.
 -spec local_address() -> {ok, {inet:ip_address(), inet:port_number()}} | {error, term()}.
 local_address() ->
-    macula_peer_engine:running(fun macula_peer_nif:local_address/0).
+    macula_peer_engine:figures(fun macula_peer_nif:local_address/0).
 
 %% @doc Who this node is to others. The same at every start where `identity_file' is set.
 -spec identity() -> #{fingerprint := fingerprint()} | {error, term()}.
 identity() ->
-    macula_peer_engine:running(fun macula_peer_nif:identity/0).
+    macula_peer_engine:figures(fun macula_peer_nif:identity/0).
 
 %% @doc Keeps this node registered under a node id at these relays, and at no others, so that others reach it through
 %% them. Returns at once; an event tells the handler when it is registered, and {@link stats/0} says so too. A node id
@@ -201,16 +203,27 @@ request(_NodeId, _Type, _Msg, _Timeout, Opts) ->
 %% Without a handler that is macula's gateway on this host, as the setting `gateway' says.
 -spec set_handler(handler() | undefined) -> ok | {error, term()}.
 set_handler(undefined) ->
-    ok = macula_peer_handler:stop(),
-    macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(undefined) end);
+    replace_handler(undefined);
 set_handler(Pid) when is_pid(Pid), node(Pid) =:= node() ->
-    ok = macula_peer_handler:stop(),
-    macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(Pid) end);
+    replace_handler(Pid);
 set_handler({Module, Function, Args} = MFA) when is_atom(Module), is_atom(Function), is_list(Args) ->
     Pid = macula_peer_handler:start(MFA),
-    macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(Pid) end);
+    case replace_handler({function, Pid}) of
+        ok ->
+            ok;
+        {error, _} = Error ->
+            ok = macula_peer_handler:stop(Pid),
+            Error
+    end;
 set_handler(Other) ->
     {error, {invalid_option, {handler, Other}}}.
+
+-spec replace_handler(pid() | {function, pid()} | undefined) -> ok | {error, term()}.
+replace_handler(New) ->
+    case macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(New) end) of
+        {replaced, Old} -> macula_peer_handler:stop(Old);
+        {error, _} = Error -> Error
+    end.
 
 %% @doc Answers a message, once, on the stream that it came on.
 %%
@@ -227,16 +240,17 @@ reply(Token, Type, Msg) ->
 %% link: nothing was sent to it, or not for some time.
 -spec path(macula_peer_connector:endpoint() | binary() | {node, binary()}) -> {ok, path()} | {error, term()}.
 path({node, NodeId}) ->
-    macula_peer_engine:running(fun() -> macula_peer_nif:path({node, NodeId, none}) end);
+    macula_peer_engine:figures(fun() -> macula_peer_nif:path({node, NodeId, none}) end);
 path(Peer) ->
     case path({node, Peer}) of
         {ok, #{path := Path}} = Found when Path =/= none -> Found;
+        {error, not_started} = NotStarted -> NotStarted;
         NotANode -> path_to_endpoint(Peer, NotANode)
     end.
 
 -spec path_to_endpoint(term(), {ok, path()} | {error, term()}) -> {ok, path()} | {error, term()}.
 path_to_endpoint(Endpoint, NotANode) ->
-    case {macula_peer_engine:running(fun() -> macula_peer_nif:path(Endpoint) end), NotANode} of
+    case {macula_peer_engine:figures(fun() -> macula_peer_nif:path(Endpoint) end), NotANode} of
         {{error, {invalid_endpoint, _}}, {ok, _}} -> NotANode;
         {{ok, #{path := none}}, {ok, #{failed := Failed}}} when map_size(Failed) > 0 -> NotANode;
         {Found, _} -> Found
@@ -245,7 +259,7 @@ path_to_endpoint(Endpoint, NotANode) ->
 %% @doc What is counted, and the peers with their links.
 -spec stats() -> stats() | {error, term()}.
 stats() ->
-    macula_peer_engine:running(fun macula_peer_nif:stats/0).
+    macula_peer_engine:figures(fun macula_peer_nif:stats/0).
 
 %% @doc What is known of the NAT that this node is behind. It is found out with the help of the relays that the node is
 %% registered at, within about a second, and again when it registers or is seen at another address; an event tells the
@@ -253,7 +267,7 @@ stats() ->
 %% may remain.
 -spec nat_profile() -> nat_profile() | {error, term()}.
 nat_profile() ->
-    macula_peer_engine:running(fun macula_peer_nif:nat_profile/0).
+    macula_peer_engine:figures(fun macula_peer_nif:nat_profile/0).
 
 %% @doc Which modules are in force where macula has modules of the same names: `macula_peer_connector' and
 %% `macula_peer_connection_pool'. `loaded' is false for one that nobody has called yet: then it is what the code path has.
@@ -262,8 +276,8 @@ nat_profile() ->
 which() ->
     macula_peer_takeover:which().
 
-%% @doc Starts the engine with the settings of the application environment, unless it runs. Every other function does so
-%% by itself.
+%% @doc Starts the engine with the settings of the application environment, unless it runs. Functions that send, listen,
+%% register or set a handler do so by themselves.
 -spec start() -> ok | {error, term()}.
 start() ->
     macula_peer_engine:ensure_started().

@@ -10,6 +10,7 @@
 -export([start_link/0]).
 -export([ensure_started/0]).
 -export([running/1]).
+-export([figures/1]).
 -export([stop/0]).
 -export([retire/0]).
 
@@ -33,7 +34,7 @@ ensure_started() ->
 
 -spec start(macula_peer_config:settings()) -> ok | {error, term()}.
 start(#{native := Native, handler := Handler, listen := Listen}) ->
-    case macula_peer_nif:start(Native) of
+    case contained(fun() -> macula_peer_nif:start(Native) end) of
         ok ->
             logger:notice("macula_peer_connector: peers are verified by ~ts", [verify_mode(Native)]),
             _ = [logger:warning("macula_peer_connector: ~ts", [Remark]) || Remark <- macula_peer_config:remarks()],
@@ -56,10 +57,18 @@ or_stop([Step | Steps]) ->
             Error
     end.
 
+%% @doc Calls the native library for what an engine knows or counts. Never starts one.
+-spec figures(fun(() -> Result | not_started)) -> Result | {error, not_started | {internal, nif_panicked}}.
+figures(Call) ->
+    case contained(Call) of
+        not_started -> {error, not_started};
+        Result -> Result
+    end.
+
 %% @doc Calls the native library; starts the engine first if it does not run.
 -spec running(fun(() -> Result | not_started)) -> Result | {error, term()}.
 running(Call) ->
-    case Call() of
+    case contained(Call) of
         not_started ->
             case ensure_started() of
                 ok -> running(Call);
@@ -69,21 +78,33 @@ running(Call) ->
             Result
     end.
 
+%% A defect of the native library is an error of the call that met it.
+-spec contained(fun(() -> Result)) -> Result | {error, {internal, nif_panicked}}.
+contained(Call) ->
+    try Call()
+    catch
+        error:nif_panicked -> {error, {internal, nif_panicked}}
+    end.
+
 %% @doc Stops the engine, if it runs; what is on its way has a second to arrive.
 -spec stop() -> ok.
 stop() ->
-    _ = macula_peer_nif:stop(),
-    ok = macula_peer_lookups:stop(),
-    %% Afterwards: it is told of what the stop left behind.
-    ok = macula_peer_handler:stop().
+    stopped(macula_peer_nif:stop()).
 
-%% @doc Stops the engine for an upgrade: no call starts it again before the module macula_peer_nif is loaded anew, from the
+%% @doc Stops the engine for an upgrade: no call starts it again before the module macula_peer_nif is loaded again, from the
 %% same library or another one. Meanwhile calls answer `{error, {start_failed, upgrading}}'.
 -spec retire() -> ok.
 retire() ->
-    _ = macula_peer_nif:retire(),
+    stopped(macula_peer_nif:retire()).
+
+-spec stopped(macula_peer_nif:replaced() | not_started | {error, term()}) -> ok.
+stopped(Stopped) ->
     ok = macula_peer_lookups:stop(),
-    ok = macula_peer_handler:stop().
+    case Stopped of
+        %% After the stop: the handler is told of what that left behind.
+        {replaced, Handler} -> macula_peer_handler:stop(Handler);
+        _NotRunning -> ok
+    end.
 
 -spec verify_mode(map()) -> iolist().
 verify_mode(#{verify := {pin, Keys}}) -> io_lib:format("pin, ~b keys", [length(Keys)]);

@@ -1,13 +1,14 @@
 %% @private
 %% @doc Calls a handler that is a function: one process, one message after the other, in the order of arrival. What the
-%% function raises is logged and hurts nobody else.
+%% function raises is logged and hurts nothing else. Which process is in force is the engine's to say, so that handlers which
+%% are set at the same time replace one another in some order.
 -module(macula_peer_handler).
 
 %% Waits in no code of its own, so that this module can be loaded again and again under it.
 -behaviour(gen_server).
 
 -export([start/1]).
--export([stop/0]).
+-export([stop/1]).
 
 -export([init/1]).
 -export([handle_call/3]).
@@ -16,24 +17,19 @@
 
 -type mfargs() :: {module(), atom(), [term()]}.
 
-%% @doc Starts the process for a function; ends the one before.
+%% @doc Starts the process for a function.
 -spec start(mfargs()) -> pid().
 start(MFA) ->
-    ok = stop(),
-    {ok, Pid} = gen_server:start({local, ?MODULE}, ?MODULE, MFA, []),
+    {ok, Pid} = gen_server:start(?MODULE, MFA, []),
     Pid.
 
 %% @doc Ends the process, if there is one, after what it has already got.
--spec stop() -> ok.
-stop() ->
-    case whereis(?MODULE) of
-        undefined ->
-            ok;
-        Pid ->
-            true = unregister(?MODULE),
-            Pid ! {?MODULE, stop},
-            ok
-    end.
+-spec stop(pid() | none) -> ok.
+stop(none) ->
+    ok;
+stop(Pid) ->
+    Pid ! {?MODULE, stop},
+    ok.
 
 -spec init(mfargs()) -> {ok, mfargs()}.
 init(MFA) ->

@@ -31,7 +31,7 @@
 -export([decode/1]).
 -export([decode_dirty/1]).
 
--export_type([not_loaded/0, ip_port/0]).
+-export_type([not_loaded/0, ip_port/0, replaced/0]).
 
 -on_load(init/0).
 
@@ -40,6 +40,8 @@
 
 -type not_loaded() :: {error, {nif_not_loaded, unicode:chardata()}}.
 %% The library is missing or does not fit; the text says what to do.
+-type replaced() :: {replaced, pid() | none}.
+%% The process of the handler before, if that was a function.
 -type ip_port() :: {inet:ip_address(), inet:port_number()}.
 
 %% A node whose library is missing keeps running, and every call says what is wrong. Only where the module runs already
@@ -101,10 +103,10 @@ check(_What, _Options) -> not_loaded().
 -spec start(map()) -> ok | {error, term()}.
 start(_Options) -> not_loaded().
 
--spec stop() -> ok | not_started | not_loaded().
+-spec stop() -> replaced() | not_started | not_loaded().
 stop() -> not_loaded().
 
--spec retire() -> ok | not_started | not_loaded().
+-spec retire() -> replaced() | not_started | not_loaded().
 retire() -> not_loaded().
 
 -spec send(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | dirty | not_started | {error, term()}.
@@ -143,7 +145,7 @@ local_address() -> not_loaded().
 -spec identity() -> #{fingerprint := <<_:256>>} | not_started | not_loaded().
 identity() -> not_loaded().
 
--spec set_handler(pid() | undefined) -> ok | not_started | not_loaded().
+-spec set_handler(pid() | {function, pid()} | undefined) -> replaced() | not_started | not_loaded().
 set_handler(_Handler) -> not_loaded().
 
 -spec set_logger(pid()) -> ok | not_loaded().

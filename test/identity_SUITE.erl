@@ -93,7 +93,7 @@ a_bad_file_is_named(Config) ->
          {error, {start_failed, {identity_file, Said}}} = Refused = start(#{identity_file => File}),
          ?assertEqual({Name, Reason}, {Name, without_text(Said)}),
          %% Every call says so.
-         ?assertEqual(Refused, macula_peer_endpoint:identity()),
+         ?assertEqual(Refused, macula_peer_endpoint:listen(#{})),
          ?assertEqual(Refused, macula_peer_connector:send_message("127.0.0.1:9", cast, #{}))
      end
      || {Name, Content, Mode, Reason} <-
@@ -186,7 +186,7 @@ wrong_values_are_named(_Config) ->
     Digits = lists:duplicate(63, $0),
     [begin
          ?assertEqual({error, {invalid_option, {Key, Value}}}, start(#{Key => Value})),
-         ?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_endpoint:identity())
+         ?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_endpoint:listen(#{}))
      end
      || {Key, Value} <- [{identity_file, 1}, {identity_file, none}, {verify, always}, {verify, true}, {verify, {pin, none}},
                          {verify, {pin, Digits ++ "0"}}, {verify, {pin, [Digits]}}, {verify, {pin, [Digits ++ "g"]}},
@@ -478,6 +478,7 @@ listen(Opts) ->
     macula_peer_test:endpoint("127.0.0.1", Port).
 
 key() ->
+    ok = macula_peer_endpoint:start(),
     #{fingerprint := Key} = macula_peer_endpoint:identity(),
     Key.
 

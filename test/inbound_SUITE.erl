@@ -188,6 +188,7 @@ macula_gateway_gets_what_no_gateway_takes(_Config) ->
     %% The handler is not asked.
     Endpoint = listen(#{gateway => endpoint(macula_peer_test:closed_port()), handler => macula_peer_test:collector()}),
     Sender = macula_peer_test:start_node(),
+    ok = call(Sender, macula_peer_endpoint, start, []),
     {ok, {_, Port}} = call(Sender, macula_peer_endpoint, local_address, []),
     ok = call(Sender, macula_peer_connector, send_message, [Endpoint, store, #{key => <<"k">>, ttl => 60}]),
     receive

@@ -16,6 +16,7 @@ suite() -> [{timetrap, {seconds, 60}}].
 all() ->
     [calls_work_without_the_application, the_application_starts_and_stops_the_engine,
      the_application_stops_and_starts_under_its_callers, a_stop_answers_every_call_that_waits,
+     functions_that_look_start_no_engine, handlers_that_are_set_at_once_replace_one_another,
      a_missing_library_is_an_error_of_every_function, a_library_of_another_version_is_refused,
      calls_go_on_after_the_module_is_loaded_again, calls_go_on_after_the_module_was_deleted_and_purged].
 
@@ -41,7 +42,7 @@ calls_work_without_the_application(Config) ->
     ok = macula_peer_endpoint:stop(),
     ?assertMatch({ok, {pong, _}}, send_message_and_wait(?config(endpoint, Config), ping, #{timestamp => 1}, 5000)),
     ok = macula_peer_endpoint:stop(),
-    ?assertMatch({ok, {_, _}}, macula_peer_endpoint:local_address()),
+    ?assertMatch({ok, {_, _}}, macula_peer_endpoint:listen(#{})),
     ?assertNot(lists:keymember(?APP, 1, application:which_applications())),
     ?assertEqual(undefined, whereis(macula_peer_sup)).
 
@@ -161,8 +162,34 @@ says_not_loaded(Node) ->
                  Call(application, ensure_all_started, [?APP])),
     ?assertMatch({error, {nif_not_loaded, _}}, Call(macula_peer_endpoint, start, [])),
     %% Nothing is left running for an engine that is not there.
-    ?assertEqual(undefined, Call(erlang, whereis, [macula_peer_handler])),
+    ?assertEqual([], Call(macula_peer_test, handlers, [])),
     macula_peer_test:stop_node(Node).
+
+functions_that_look_start_no_engine(_Config) ->
+    ok = macula_peer_endpoint:stop(),
+    Look = fun() -> [macula_peer_endpoint:stats(), macula_peer_endpoint:nat_profile(), macula_peer_endpoint:identity(),
+                     macula_peer_endpoint:local_address(), macula_peer_endpoint:path(<<"127.0.0.1:9443">>),
+                     macula_peer_endpoint:path(<<"node">>), macula_peer_endpoint:path({node, <<"node">>})]
+           end,
+    [?assertEqual({error, not_started}, Seen) || Seen <- Look(), _ <- Look()].
+
+%% Also beside a stop. None of it raises, and in the end there is one handler, or none where there is no engine.
+handlers_that_are_set_at_once_replace_one_another(_Config) ->
+    Function = {erlang, is_tuple, []},
+    Calls = [fun() -> macula_peer_endpoint:set_handler(Function) end,
+             fun() -> macula_peer_endpoint:set_handler(self()) end,
+             fun() -> macula_peer_endpoint:set_handler(undefined) end,
+             fun macula_peer_endpoint:stop/0],
+    Act = fun(N) -> [(lists:nth(1 + (N * Round) rem length(Calls), Calls))() || Round <- lists:seq(1, 20)] end,
+    Results = in_parallel(20, Act),
+    ?assertEqual([], [Result || Result <- lists:append(Results), Result =/= ok, not is_error(Result)]),
+    ok = macula_peer_endpoint:set_handler(Function),
+    until(fun() -> length(macula_peer_test:handlers()) =:= 1 end),
+    ok = macula_peer_endpoint:stop(),
+    until(fun() -> macula_peer_test:handlers() =:= [] end).
+
+is_error({error, _}) -> true;
+is_error(_) -> false.
 
 %% A node with a copy of the compiled application, without its library, changed by Change.
 start_copy(Config, Change) ->
@@ -172,7 +199,7 @@ start_copy(Config, Change) ->
     Files = filelib:wildcard(filename:join(filename:dirname(code:which(?APP)), "*.{beam,app}")),
     [{ok, _} = file:copy(File, filename:join(Ebin, filename:basename(File))) || File <- Files],
     Change(Copy),
-    macula_peer_test:start_node([Ebin]).
+    macula_peer_test:start_node([Ebin, filename:dirname(code:which(?MODULE))]).
 
 %% A library is not replaced while it runs. The attempt fails or changes nothing.
 calls_go_on_after_the_module_is_loaded_again(Config) ->

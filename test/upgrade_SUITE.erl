@@ -45,7 +45,7 @@ every_module_is_loaded_again_under_its_callers(Config) ->
     {Results, Sent} = call(Node, ?MODULE, stop_callers, []),
     ?assertEqual([ok], Results),
     until(fun() -> call(Receiver, ?MODULE, handled, []) =:= Sent end, 60000),
-    ?assertEqual(Handler, call(Receiver, erlang, whereis, [macula_peer_handler])),
+    ?assertEqual([Handler], call(Receiver, macula_peer_test, handlers, [])),
     ?assertEqual([], [Each || Each <- [Receiver, Node], not running(Each)]),
     [stop_node(Each) || Each <- [Receiver, Node]],
     ?assertEqual(0, macula_peer_test:count(?config(listener, Config))).
@@ -385,7 +385,8 @@ ask(What) ->
 listen_with_function() ->
     ok = persistent_term:put(?MODULE, counters:new(1, [])),
     {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => {?MODULE, count, []}}),
-    {Port, whereis(macula_peer_handler)}.
+    [Handler] = macula_peer_test:handlers(),
+    {Port, Handler}.
 
 count({macula_peer_message, _}) -> counters:add(persistent_term:get(?MODULE), 1, 1);
 count({macula_peer_event, _}) -> ok.

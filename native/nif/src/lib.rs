@@ -23,7 +23,7 @@ mod whom;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use macula_peer::{Engine, Message};
+use macula_peer::{Engine, Handler, Message};
 use macula_peer_wire::Limits;
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, NewBinary, ResourceArc, Term};
 
@@ -45,6 +45,10 @@ static ENGINE: RwLock<Option<Arc<Engine>>> = RwLock::new(None);
 
 /// Held while the engine is started or stopped. Whether this library has been retired: it starts no engine any more.
 static RETIRED: Mutex<bool> = Mutex::new(false);
+
+/// The process that calls the handler, where that is a function. It ends when another handler takes its place, or with the
+/// engine.
+static FUNCTION_HANDLER: Mutex<Option<LocalPid>> = Mutex::new(None);
 
 rustler::init!("macula_peer_nif", load = load);
 
@@ -106,29 +110,30 @@ fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
     atoms::ok().encode(env)
 }
 
+/// Stops the engine. Returns the process of its handler.
 #[rustler::nif(schedule = "DirtyIo")]
-fn stop() -> Atom {
+fn stop(env: Env<'_>) -> Term<'_> {
     let _one_at_a_time = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
-    stop_engine()
+    stop_engine(env)
 }
 
 /// Another library is about to take the place of this one, which stays mapped: an engine that a call started here
 /// meanwhile would run, and keep its port, for as long as the BEAM.
 #[rustler::nif(schedule = "DirtyIo")]
-fn retire() -> Atom {
+fn retire(env: Env<'_>) -> Term<'_> {
     let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
     *retired = true;
-    stop_engine()
+    stop_engine(env)
 }
 
-fn stop_engine() -> Atom {
+fn stop_engine(env: Env<'_>) -> Term<'_> {
     let engine = ENGINE.write().unwrap_or_else(PoisonError::into_inner).take();
     match engine {
         Some(engine) => {
             engine.stop();
-            atoms::ok()
+            replaced(env, FUNCTION_HANDLER.lock().unwrap_or_else(PoisonError::into_inner).take())
         }
-        None => atoms::not_started(),
+        None => atoms::not_started().encode(env),
     }
 }
 
@@ -408,15 +413,25 @@ fn identity(env: Env<'_>) -> Term<'_> {
     inbound::map(env, &[(atoms::fingerprint(), fingerprint)])
 }
 
+/// A process, `{function, Pid}` with the process that calls a function, or `undefined`. Returns the process of the function
+/// before.
 #[rustler::nif]
-fn set_handler(handler: Term<'_>) -> Atom {
-    let Some(engine) = engine() else { return atoms::not_started() };
+fn set_handler<'a>(env: Env<'a>, handler: Term<'a>) -> Term<'a> {
+    // Locked until the end: a stop comes before this, and there is no engine, or after it, and ends this handler.
+    let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
+    let Some(engine) = &*engine else { return atoms::not_started().encode(env) };
+    let function = handler.decode::<(Atom, LocalPid)>().ok().map(|(_, pid)| pid);
+    let mut current = FUNCTION_HANDLER.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = std::mem::replace(&mut *current, function);
     let limits = engine.config().limits;
-    match handler.decode::<LocalPid>() {
-        Ok(pid) => engine.set_handler(Some(Arc::new(Process { pid, limits }))),
-        Err(_) => engine.set_handler(None),
-    }
-    atoms::ok()
+    let process = function.or_else(|| handler.decode().ok());
+    engine.set_handler(process.map(|pid| Arc::new(Process { pid, limits }) as Arc<dyn Handler>));
+    replaced(env, before)
+}
+
+fn replaced(env: Env<'_>, before: Option<LocalPid>) -> Term<'_> {
+    let before = before.map_or_else(|| atoms::none().encode(env), |pid| pid.encode(env));
+    (atoms::replaced(), before).encode(env)
 }
 
 #[rustler::nif]
