@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, Read};
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::errno::Errno;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -22,7 +23,7 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     // Opening a FIFO would wait for a writer.
     let kind = fs::metadata(path)?.file_type();
     if kind.is_dir() {
-        return Err(ErrorKind::IsADirectory.into());
+        return Err(Errno::EISDIR.into());
     }
     if !kind.is_file() {
         return Err(io::Error::new(ErrorKind::InvalidInput, "not a regular file"));
