@@ -118,6 +118,7 @@ impl Engine {
                 Node::new(Arc::new(config), identity, network, tls, gateway_tls, clients, runtime.handle().clone());
             node.spawn(node.clone().hear_signals(heard));
             node.spawn(nat::run(node.clone()));
+            node.spawn(node.clone().mend_socket());
             node.spawn(ports::run(node.clone()));
             node
         };

@@ -50,6 +50,9 @@ pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
 /// The tasks of a relay that has been closed let go of its ports as soon as they run.
 const PORTS_FREE: Duration = Duration::from_secs(1);
 
+/// How often it is tried to have the old port again.
+const PORT_AGAIN: Duration = Duration::from_secs(1);
+
 pub(crate) struct Node {
     pub(crate) config: Arc<Config>,
     pub(crate) identity: Identity,
@@ -513,6 +516,57 @@ impl Node {
         Ok(())
     }
 
+    /// Replaces the socket when it is broken, until the engine stops. Its port is kept if it can be had: others know it.
+    pub(crate) async fn mend_socket(self: Arc<Self>) {
+        let mut stopping = self.stopping();
+        let mut moves = self.moves();
+        let mut wanted = None;
+        loop {
+            let socket = self.socket();
+            tokio::select! {
+                () = socket.broken() => {}
+                () = tokio::time::sleep(PORT_AGAIN), if wanted.is_some() => {}
+                Ok(()) = moves.changed() => {
+                    // Somebody has moved it meanwhile.
+                    wanted = None;
+                    continue;
+                }
+                // Also if it was said before this task first ran.
+                _ = stopping.wait_for(|stopping| *stopping) => return,
+            }
+            wanted = self.replace_socket(&socket, wanted);
+            moves.mark_unchanged();
+        }
+    }
+
+    /// Binds a socket instead of one that is broken or at the wrong port. The port that is still wanted then.
+    fn replace_socket(&self, old: &Socket, wanted: Option<u16>) -> Option<u16> {
+        if !std::ptr::eq(old, &*self.socket()) {
+            // Somebody has moved it meanwhile.
+            return None;
+        }
+        let (ip, port) = (old.local().ip(), wanted.unwrap_or(old.local().port()));
+        let ip = (!ip.is_unspecified()).then_some(ip);
+        let bound = match self.rebind(ip, port) {
+            Ok(()) => Ok(None),
+            Err(error) if error.kind() != ErrorKind::AddrInUse => Err(error),
+            // The old socket has it, until quinn lets go of that.
+            Err(_) if wanted.is_none() => self.rebind(ip, 0).map(|()| Some(port)),
+            Err(_) => return wanted,
+        };
+        match bound {
+            Ok(wanted) => {
+                old.replaced();
+                tracing::warn!(address = %self.socket().local(), "the socket failed and was replaced");
+                wanted
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no socket instead of the one that failed");
+                wanted
+            }
+        }
+    }
+
     /// Runs a task for as long as the engine runs.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
         let mut tasks = lock(&self.tasks);
@@ -753,4 +807,39 @@ impl Report {
 /// Lets somebody handle a payload of this length.
 fn handled<T>(len: usize, handle: impl FnOnce() -> T) -> T {
     if len < LARGE_PAYLOAD { handle() } else { tokio::task::block_in_place(handle) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
+    use crate::{Engine, Listen};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_socket_that_fails_is_replaced_at_its_port() {
+        let engine = Engine::start(Config::default()).unwrap();
+        let port = engine.listen(Listen::default()).unwrap().port();
+        let to = ([127, 0, 0, 1], port).into();
+        let (dialler, config) = (endpoint(None), client_config(transport()));
+        let before = dialler.connect_with(config.clone(), to, "node").unwrap().await.unwrap();
+        let node = engine.node().clone();
+        node.socket().break_it();
+        let old = Arc::downgrade(&node.socket());
+        let until = Instant::now() + PATIENCE;
+        let connected = loop {
+            let connecting = dialler.connect_with(config.clone(), to, "node").unwrap();
+            if let Ok(Ok(connection)) = timeout(Duration::from_secs(1), connecting).await {
+                break connection;
+            }
+            assert!(Instant::now() < until, "{:?}", node.socket());
+        };
+        assert!(old.upgrade().is_none());
+        assert_eq!(engine.local_address().unwrap().port(), port);
+        assert_eq!(before.close_reason(), None);
+        drop((node, before, connected));
+        tokio::task::spawn_blocking(move || engine.stop()).await.unwrap();
+    }
 }

@@ -22,13 +22,17 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::broadcast;
 
+use crate::decide::sending::Fault;
+
 pub(crate) use self::extras::ExtraId;
 use self::extras::{AddExtraError, Extras};
+use self::receive::Receiver;
 use self::send::{Outcome, Sender};
 use self::sift::sift;
 pub(crate) use self::sift::{Received, Signals, Via, signals};
 
 mod extras;
+mod receive;
 mod send;
 mod sift;
 
@@ -49,6 +53,9 @@ pub(crate) struct Socket {
     io: UdpSocket,
     state: UdpSocketState,
     sender: Sender,
+    receiver: Receiver,
+    /// Another one has taken its place.
+    replaced: AtomicBool,
     local: SocketAddr,
     full: AtomicBool,
     refusals: Refusals,
@@ -83,6 +90,8 @@ impl Socket {
             io: UdpSocket::from_std(socket)?,
             state,
             sender: Sender::default(),
+            receiver: Receiver::default(),
+            replaced: AtomicBool::new(false),
             local,
             full: AtomicBool::new(false),
             refusals,
@@ -169,6 +178,23 @@ impl Socket {
         }
     }
 
+    /// Waits until it is broken: from then on another one is needed.
+    pub(crate) async fn broken(&self) {
+        self.receiver.broken().await;
+    }
+
+    /// From now on nothing can be received.
+    #[cfg(test)]
+    pub(crate) fn break_it(&self) {
+        *crate::link::lock(&self.receiver.injected) = Some(Box::new(|| io::ErrorKind::OutOfMemory.into()));
+    }
+
+    /// Another one has taken its place, and wants its port. quinn lets go of it as soon as it looks.
+    pub(crate) fn replaced(&self) {
+        self.replaced.store(true, Ordering::Relaxed);
+        self.extras.wake();
+    }
+
     /// The address in the family that this socket sends with: IPv4 is mapped on a socket of both families. `None` if
     /// the socket cannot reach it.
     pub(crate) fn reachable(&self, address: SocketAddr) -> Option<SocketAddr> {
@@ -186,25 +212,19 @@ impl Socket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.io.poll_recv_ready(cx))?;
-            let receive = || self.state.recv(UdpSockRef::from(&self.io), bufs, meta);
-            match self.io.try_io(Interest::READABLE, receive) {
-                Ok(received) => {
-                    for (buffer, meta) in bufs.iter_mut().zip(meta.iter_mut()).take(received) {
-                        sift(buffer, meta, Via::Main, &self.signals);
-                    }
-                    return Poll::Ready(Ok(received));
-                }
-                // An error would end the endpoint with all its connections, and it is about one destination.
-                Err(error) => tracing::trace!(%error, "nothing received"),
-            }
+        let received = ready!(self.receiver.poll(&self.io, &self.state, cx, bufs, meta))?;
+        for (buffer, meta) in bufs.iter_mut().zip(meta.iter_mut()).take(received) {
+            sift(buffer, meta, Via::Main, &self.signals);
         }
+        Poll::Ready(Ok(received))
     }
 
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let sent = self.sender.send(&self.io, &self.state, transmit)?;
-        self.note(transmit.destination, sent);
+        let outcome = self.sender.send(&self.io, &self.state, transmit)?;
+        if outcome == Outcome::Lost(Fault::Broken) {
+            self.receiver.is_broken();
+        }
+        self.note(transmit.destination, outcome);
         Ok(())
     }
 
@@ -366,6 +386,9 @@ impl AsyncUdpSocket for Socket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        if self.replaced.load(Ordering::Relaxed) {
+            return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
+        }
         if self.extras.are_first()
             && let Poll::Ready(received) = self.extras.poll_recv(cx, bufs, meta, &self.signals)
         {

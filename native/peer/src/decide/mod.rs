@@ -3,6 +3,7 @@
 
 pub(crate) mod coordinate;
 pub(crate) mod descriptors;
+pub(crate) mod faults;
 pub(crate) mod handover;
 pub(crate) mod known;
 pub(crate) mod lanes;

@@ -54,8 +54,10 @@ pub(crate) enum Fault {
     NoRoute,
     /// The size of the packet, or an ICMP error about another packet.
     TooLarge,
-    /// This host: no memory, a full queue of the device, a socket that is broken.
+    /// This host: no memory, a full queue of the device.
     Local,
+    /// The socket: it is none any more.
+    Broken,
 }
 
 impl Fault {
@@ -68,6 +70,7 @@ impl Fault {
                 Self::NoRoute
             }
             Kind::InvalidInput => Self::Unsupported,
+            Kind::BrokenPipe | Kind::NotConnected => Self::Broken,
             _ => Self::of_number(error.raw_os_error()),
         }
     }
@@ -78,6 +81,7 @@ impl Fault {
         match number.map(Errno::from_raw) {
             Some(Errno::EIO) => Self::Unsupported,
             Some(Errno::EMSGSIZE) => Self::TooLarge,
+            Some(Errno::EBADF | Errno::ENOTSOCK | Errno::ESHUTDOWN) => Self::Broken,
             // ICMP's other words, as Linux translates them.
             Some(Errno::EPROTO | Errno::ENOPROTOOPT | Errno::EOPNOTSUPP | Errno::EHOSTDOWN) => Self::Others,
             _ => Self::Local,
@@ -124,7 +128,7 @@ impl Attempt {
             return Next::Lost;
         }
         match fault {
-            Fault::Local => Next::Lost,
+            Fault::Local | Fault::Broken => Next::Lost,
             Fault::Others => Next::Try(self.asks),
             Fault::TooLarge if self.in_a_row >= CONFIRMED => Next::Lost,
             Fault::NoRoute if self.in_a_row >= CONFIRMED => Next::Refused,

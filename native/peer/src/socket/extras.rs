@@ -15,6 +15,7 @@ use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use super::receive::Receiver;
 use super::send::{Outcome, Sender};
 use super::sift::{Signals, Via, sift};
 use super::{canonical, enlarge_buffers};
@@ -43,6 +44,7 @@ pub(super) struct Extra {
     id: ExtraId,
     io: UdpSocket,
     state: UdpSocketState,
+    receiver: Receiver,
     /// Whom it is for. What others send to it is nothing.
     peer: IpAddr,
     /// Times that something came from there.
@@ -94,17 +96,30 @@ impl Extras {
             }
             let id = ExtraId(table.next_id);
             table.next_id += 1;
-            table
-                .extras
-                .push((Arc::new(Extra { id, io, state, peer: peer.ip(), heard: AtomicU64::new(0) }), VecDeque::new()));
+            table.extras.push((
+                Arc::new(Extra {
+                    id,
+                    io,
+                    state,
+                    receiver: Receiver::default(),
+                    peer: peer.ip(),
+                    heard: AtomicU64::new(0),
+                }),
+                VecDeque::new(),
+            ));
             table.route(peer, id);
             self.count.store(table.extras.len(), Ordering::Relaxed);
             id
         };
+        self.wake();
+        Ok(id)
+    }
+
+    /// Has who receives look again.
+    pub(super) fn wake(&self) {
         if let Some(receiver) = &*lock(&self.receiver) {
             receiver.wake_by_ref();
         }
-        Ok(id)
     }
 
     pub(super) fn remove(&self, id: ExtraId) {
@@ -253,18 +268,19 @@ impl Extra {
         self.heard.load(Ordering::Relaxed)
     }
 
+    #[cfg(test)]
+    pub(super) fn receiver(&self) -> &Receiver {
+        &self.receiver
+    }
+
     pub(super) async fn writable(&self) {
         // An error shows in the next packet.
         let _ = self.io.writable().await;
     }
 
     fn poll_recv(&self, cx: &mut Context<'_>, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<usize> {
-        while let Poll::Ready(Ok(())) = self.io.poll_recv_ready(cx) {
-            let receive = || self.state.recv(UdpSockRef::from(&self.io), bufs, meta);
-            match self.io.try_io(Interest::READABLE, receive) {
-                Ok(received) => return Poll::Ready(received),
-                Err(error) => tracing::trace!(%error, "nothing received"),
-            }
+        if let Poll::Ready(Ok(received)) = self.receiver.poll(&self.io, &self.state, cx, bufs, meta) {
+            return Poll::Ready(received);
         }
         Poll::Pending
     }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashSet;
+use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
 use quinn::{Connection, Endpoint, EndpointConfig, TransportConfig};
@@ -11,6 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use super::*;
 use crate::decide::punch::Role;
+use crate::link::lock;
 use crate::relay::testing::{PATIENCE, client_config, server_config};
 use crate::runtime::BatchingRuntime;
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
@@ -292,4 +294,37 @@ async fn a_transmit_is_cut_for_a_device_that_cannot_do_it() {
     client.socket.sender.change(|quirks, now| quirks.do_not_segment(destination, now));
     arrive(&client, &mut server, destination, None).await;
     assert!(client.socket.sender.is_quirky());
+}
+
+#[tokio::test]
+async fn a_lasting_error_neither_burns_a_core_nor_ends_the_endpoint() {
+    let (client, server) = (side(false), side(true));
+    let errors = Arc::new(AtomicUsize::new(0));
+    let count = errors.clone();
+    *lock(&server.socket.receiver.injected) = Some(Box::new(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+        // ENOMEM.
+        io::ErrorKind::OutOfMemory.into()
+    }));
+    client.socket.send_signal(server.socket.local, &ping(1).encode(&key()));
+    timeout(PATIENCE, server.socket.broken()).await.unwrap();
+    let tries = errors.load(Ordering::Relaxed);
+    assert!((2..60).contains(&tries), "{tries}");
+
+    *lock(&server.socket.receiver.injected) = None;
+    let (dialled, accepted) = connected(&client, &server, server.socket.local).await;
+    moved(&dialled, &accepted, 1000).await;
+}
+
+#[tokio::test]
+async fn a_broken_extra_socket_leaves_the_main_one_alone() {
+    let (client, server) = (side(false), side(true));
+    let extra = server.socket.open_beside().unwrap();
+    let address = extra.local_addr().unwrap();
+    let id = server.socket.add_extra(extra, (Ipv4Addr::LOCALHOST, 1).into()).unwrap();
+    let extra = server.socket.extras.get(id).unwrap();
+    *lock(&extra.receiver().injected) = Some(Box::new(|| io::ErrorKind::OutOfMemory.into()));
+    client.socket.send_signal(address, &ping(1).encode(&key()));
+    let (dialled, accepted) = connected(&client, &server, server.socket.local).await;
+    moved(&dialled, &accepted, 1000).await;
 }

@@ -1,0 +1,115 @@
+//! Packets from the kernel.
+
+use std::future::Future;
+use std::io::{self, IoSliceMut};
+use std::pin::Pin;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use quinn::udp::{RecvMeta, UdpSockRef, UdpSocketState};
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+use tokio::sync::Notify;
+use tokio::time::{Sleep, sleep};
+
+use crate::decide::faults::{Faults, Verdict};
+use crate::link::lock;
+
+/// Receives from one socket. An error would end quinn's endpoint with all its connections, so there is none while the
+/// runtime runs: most are about one destination, and what lasts is waited out, or told to those who can replace the socket.
+#[derive(Default)]
+pub(super) struct Receiver {
+    /// Whether the last thing that happened was an error.
+    failing: AtomicBool,
+    faults: Mutex<Faults>,
+    pause: Mutex<Option<Pin<Box<Sleep>>>>,
+    broken: Notify,
+    #[cfg(test)]
+    pub(super) injected: Mutex<Option<Box<dyn FnMut() -> io::Error + Send>>>,
+}
+
+impl Receiver {
+    pub(super) fn poll(
+        &self,
+        io: &UdpSocket,
+        state: &UdpSocketState,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            if self.failing.load(Ordering::Relaxed) {
+                ready!(self.poll_pause(cx));
+            }
+            ready!(io.poll_recv_ready(cx))?;
+            match io.try_io(Interest::READABLE, || self.receive(io, state, bufs, meta)) {
+                Ok(received) => {
+                    self.works();
+                    return Poll::Ready(Ok(received));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.works(),
+                Err(error) => self.fails(&error),
+            }
+        }
+    }
+
+    /// Waits until the socket has failed for long.
+    pub(super) async fn broken(&self) {
+        self.broken.notified().await;
+    }
+
+    /// A packet could not be sent because of the socket.
+    pub(super) fn is_broken(&self) {
+        self.broken.notify_one();
+    }
+
+    fn receive(
+        &self,
+        io: &UdpSocket,
+        state: &UdpSocketState,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> io::Result<usize> {
+        #[cfg(test)]
+        if let Some(injected) = &mut *lock(&self.injected) {
+            return Err(injected());
+        }
+        state.recv(UdpSockRef::from(io), bufs, meta)
+    }
+
+    fn works(&self) {
+        if self.failing.load(Ordering::Relaxed) {
+            self.failing.store(false, Ordering::Relaxed);
+            lock(&self.faults).worked();
+        }
+    }
+
+    fn fails(&self, error: &io::Error) {
+        tracing::trace!(%error, "nothing received");
+        let mut faults = lock(&self.faults);
+        self.failing.store(true, Ordering::Relaxed);
+        let pause = match faults.failed(Instant::now()) {
+            Verdict::Again => return,
+            Verdict::Pause(pause) => pause,
+            Verdict::Broken(pause) => {
+                self.broken.notify_one();
+                pause
+            }
+        };
+        if faults.is_news() {
+            tracing::warn!(%error, "nothing can be received: trying again after pauses");
+        }
+        *lock(&self.pause) = Some(Box::pin(sleep(pause)));
+    }
+
+    fn poll_pause(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut pause = lock(&self.pause);
+        if let Some(sleep) = &mut *pause {
+            ready!(sleep.as_mut().poll(cx));
+            *pause = None;
+        }
+        Poll::Ready(())
+    }
+}
