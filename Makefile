@@ -64,7 +64,7 @@ test-rust: setup
 
 test-erlang: setup testkit
 	$(REBAR) eunit
-	$(REBAR) ct
+	@.ci/leaves-nothing $(REBAR) ct
 
 # On the OTP of a newer Debian, in a folder: 27. Linux, as root; says when it was left out.
 test-otp27:

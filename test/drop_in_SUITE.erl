@@ -37,6 +37,8 @@ all() ->
 init_per_suite(Config) ->
     %% A project of its own would be that of the tests.
     [os:unsetenv(Name) || Name <- ["REBAR_CONFIG", "REBAR_BASE_DIR", "REBAR_PROFILE", "ERL_LIBS", "ERL_FLAGS"]],
+    %% Nodes with names start the port mapper and leave it running. It ends with the suite where it is the suite's own.
+    true = os:putenv("ERL_EPMD_PORT", integer_to_list(free_tcp_port())),
     %% Not below this project: the links back to it would make tools go round in circles.
     Dir = string:trim(os:cmd("mktemp -d")),
     Macula = filename:join(Dir, "macula"),
@@ -45,7 +47,15 @@ init_per_suite(Config) ->
     [{top, Dir}, {macula, Macula}, {project, filename:join(Dir, "shop")} | Config].
 
 end_per_suite(Config) ->
+    ct:log("~ts", [os:cmd("epmd -kill")]),
+    true = os:unsetenv("ERL_EPMD_PORT"),
     ok = file:del_dir_r(?config(top, Config)).
+
+free_tcp_port() ->
+    {ok, Socket} = gen_tcp:listen(0, []),
+    {ok, Port} = inet:port(Socket),
+    ok = gen_tcp:close(Socket),
+    Port.
 
 init_per_testcase(Case, Config) when Case =:= mix_run; Case =:= mix_release ->
     case os:find_executable("mix") of

@@ -190,7 +190,7 @@ flags_of_the_user_are_kept(Config) ->
     {Project, Env} = with_rust(Config, "1.99.0"),
     Flags = fun(Set) ->
         {1, Said} = run(Project, Set ++ Env, "sh native/nif.sh"),
-        {match, [Flags]} = re:run(Said, "flags=(.*)", [{capture, [1], list}]),
+        {match, [Flags]} = re:run(Said, "^flags=(.*)$", [multiline, {capture, [1], list}]),
         Flags
     end,
     ?assertEqual("none", Flags([])),
