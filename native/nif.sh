@@ -66,7 +66,7 @@ build() {
     fail "the NIF needs Rust $(rust_version) or newer, and this is $("$cargo" --version). \`rustup update\` gets a newer one;" \
       "RUSTUP_TOOLCHAIN names another that is installed"
   link_dynamically
-  # A panic has to unwind, whatever profile a configuration file sets.
+  # Whatever profile a configuration file sets, a panic unwinds: rustler refuses to be compiled otherwise.
   artifacts=$("$cargo" build --release --locked -p macula-peer-nif --message-format json-render-diagnostics \
     --target-dir "$target_dir" --config 'profile.release.panic="unwind"' \
     --config "target.'cfg(target_env=\"musl\")'.rustflags=['-Ctarget-feature=-crt-static']") ||

@@ -5,9 +5,6 @@
 //! where the work is too large for it, and `name_dirty`.
 #![forbid(unsafe_code)]
 
-#[cfg(panic = "abort")]
-compile_error!("built with panic=abort, a panic in this library would end the BEAM: remove that from the Rust flags");
-
 mod atoms;
 mod calls;
 mod decode;

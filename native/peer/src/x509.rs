@@ -95,6 +95,18 @@ mod tests {
     }
 
     #[test]
+    fn a_certificate_that_webpki_refuses_has_a_key() {
+        let mut params = rcgen::CertificateParams::new(["node.example".into()]).unwrap();
+        let mut unknown = rcgen::CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 99999, 1], vec![5, 0]);
+        unknown.set_criticality(true);
+        params.custom_extensions.push(unknown);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = params.self_signed(&key).unwrap().into();
+        assert!(ParsedCertificate::try_from(&certificate).is_err());
+        assert_eq!(public_key(&certificate).unwrap().as_ref(), rcgen::PublicKeyData::subject_public_key_info(&key));
+    }
+
+    #[test]
     fn what_is_cut_off_or_longer_has_no_key() {
         let whole = certificate();
         for cut in 0..whole.len() {
