@@ -28,7 +28,7 @@ all() ->
      one_connection_remains_when_a_hard_one_and_another_begin_at_once,
      a_caller_that_skips_hole_punching_stays_on_the_relay, a_node_that_never_punches_stays_on_the_relay,
      nor_is_one_punched_that_never_does, many_packets_are_not_sent_where_they_are_not_allowed,
-     what_is_hopeless_is_not_tried_for_every_message, a_stream_goes_on_when_the_router_moves,
+     what_is_hopeless_is_not_tried_for_every_message, punching_leaves_descriptors_to_the_application, a_stream_goes_on_when_the_router_moves,
      a_stream_goes_on_when_the_host_moves].
 
 init_per_suite(Config) ->
@@ -227,6 +227,40 @@ what_is_hopeless_is_not_tried_for_every_message(Config) ->
     ok = await_count(Target, 100),
     ?assertEqual({in_order, 100}, sequence(Target)),
     ?assertEqual(1, asked_relays(Config) - Before).
+
+%% A process with room for 120 more opens fewer than the 256 sockets that such an attempt wants.
+punching_leaves_descriptors_to_the_application(Config) ->
+    [{Sender, Name}, {Target, Other}] = begin_anew(Config, [hard, two]),
+    Pid = call(Sender, os, getpid, []),
+    Open = descriptors(Pid),
+    Limit = Open + 120,
+    Usual = limit_descriptors(Pid, Limit),
+    try
+        ok = send(Sender, Name, Other, 1),
+        _ = macula_peer_relays:delivered(Target, 1),
+        Most = most_descriptors(Pid, Open, now_ms() + 5000),
+        ct:pal("~b descriptors before, ~b at the most, of ~b", [Open, Most, Limit]),
+        ?assert(Most > Open + Limit div 8),
+        ?assert(Most < Limit - 60)
+    after
+        limit_descriptors(Pid, Usual)
+    end.
+
+descriptors(Pid) ->
+    {ok, All} = file:list_dir("/proc/" ++ Pid ++ "/fd"),
+    length(All).
+
+%% Returns what it was.
+limit_descriptors(Pid, Limit) ->
+    [Soft] = string:lexemes(os:cmd("prlimit --noheadings --raw --output SOFT --nofile --pid " ++ Pid), "\n"),
+    [] = os:cmd(lists:concat(["prlimit --pid ", Pid, " --nofile=", Limit, ":"])),
+    list_to_integer(Soft).
+
+most_descriptors(Pid, Most, Until) ->
+    case now_ms() > Until of
+        true -> Most;
+        false -> receive after 5 -> most_descriptors(Pid, max(Most, descriptors(Pid)), Until) end
+    end.
 
 %% ---- another network ----
 

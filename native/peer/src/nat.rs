@@ -28,7 +28,7 @@ use crate::node::Node;
 use crate::relay::client::Probed;
 use crate::relay::registration::Description;
 use crate::signal::{AnswerFrom, Body, Key, MAX_LEN, Signal, Unverified};
-use crate::socket::{Received, Socket, canonical};
+use crate::socket::{AFTER_ERROR, Received, Socket, canonical};
 
 /// A node registers at all its relays at once, and they answer within a round trip of each other, or a lost packet later.
 const SETTLE: Duration = Duration::from_millis(500);
@@ -509,7 +509,10 @@ async fn listen(by: usize, socket: Arc<UdpSocket>, hear: mpsc::Sender<Heard>) {
     let mut buffer = [0; MAX_LEN + 1];
     loop {
         // An error is about one datagram.
-        let Ok((len, from)) = socket.recv_from(&mut buffer).await else { continue };
+        let Ok((len, from)) = socket.recv_from(&mut buffer).await else {
+            sleep(AFTER_ERROR).await;
+            continue;
+        };
         if let Some(received) = Received::new(&buffer[..len], from, None) {
             // Lost, it is asked for again.
             let _ = hear.try_send(Heard { by, from: canonical(from), received });

@@ -32,7 +32,7 @@ use crate::node::Node;
 use crate::relay::control::{GivenUp, Refusal};
 use crate::relay::registration::{CircuitError, Description, PunchSession};
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
-use crate::socket::{ExtraGuard, Received, Socket, Via, canonical};
+use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via, canonical};
 
 /// Attempts that this node takes part in at once, whoever began them: each is some hundred packets in three seconds.
 const MAX_SESSIONS: usize = 64;
@@ -597,7 +597,10 @@ async fn hear_first(socket: Arc<UdpSocket>, index: u16, session: Session, peer: 
     let mut buffer = [0; MAX_LEN + 1];
     loop {
         // What ICMP says of one address ends nothing.
-        let Ok((len, from)) = socket.recv_from(&mut buffer).await else { continue };
+        let Ok((len, from)) = socket.recv_from(&mut buffer).await else {
+            sleep(AFTER_ERROR).await;
+            continue;
+        };
         let from = canonical(from);
         let signal = Unverified::parse(&buffer[..len]).and_then(|unverified| session.verify(&unverified));
         if let Some(signal) = signal.filter(|_| from.ip() == peer) {

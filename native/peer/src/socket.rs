@@ -40,6 +40,9 @@ mod sift;
 /// 1 Gbit/s.
 const FULL_SOCKET_PAUSE: Duration = Duration::from_millis(1);
 
+/// Who receives from a socket beside the main one waits for so long after an error: one that lasts must not burn a core.
+pub(crate) const AFTER_ERROR: Duration = Duration::from_millis(10);
+
 /// Socket buffers: the kernel's default of 208 KB holds 150 full packets, less than one burst of a fast sender.
 const SOCKET_BUFFER: usize = 4 << 20;
 

@@ -18,13 +18,14 @@ use quinn::Connection;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
+use tokio::time::sleep;
 
 use super::control::Probes;
 use crate::decide::relay::Bucket;
 use crate::link::lock;
 use crate::node::Node;
 use crate::signal::{AnswerFrom, Body, Encoded, Key, MAX_LEN, Secret, Signal, Unverified};
-use crate::socket::{Received, canonical, open, reachable_from};
+use crate::socket::{AFTER_ERROR, Received, canonical, open, reachable_from};
 
 /// What one node may ask per second, and at once. It asks some twenty times, and again what is lost, when it looks what its
 /// NAT is like, and a few times for each peer that it looks for a way to.
@@ -223,8 +224,15 @@ impl Beside {
         // What goes wrong is about one datagram.
         self.io.readable().await.ok()?;
         let receive = || self.state.recv(UdpSockRef::from(&self.io), &mut [IoSliceMut::new(buffer)], &mut meta);
-        self.io.try_io(Interest::READABLE, receive).ok()?;
-        Some(meta[0])
+        match self.io.try_io(Interest::READABLE, receive) {
+            Ok(_) => Some(meta[0]),
+            Err(error) => {
+                if error.kind() != io::ErrorKind::WouldBlock {
+                    sleep(AFTER_ERROR).await;
+                }
+                None
+            }
+        }
     }
 
     fn send(&self, source: Option<IpAddr>, to: SocketAddr, signal: &[u8]) {
