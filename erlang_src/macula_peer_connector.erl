@@ -68,8 +68,11 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 %% last all of `MACULA_BOOTSTRAP_PEERS'; those that were looked up as soon as they are known. One that speaks only `macula'
 %% gets the message itself, as in the original.
 %%
+%% A node that has another node id than `TargetNodeId' gets nothing, nor does this node itself: the error is then
+%% `{nat_connection_failed, {connect_failed, wrong_node}}', unless another path leads to the node.
+%%
 %% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node
-%% must have the key that it was first seen with.
+%% must have the key that it was first seen with; {@link macula_peer_endpoint:forget/1} lets another one in.
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) -> ok | {error, term()}.
 send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
     Send = fun(To, Timeout) -> macula_peer_call:send(To, Type, Msg, Timeout, LocalNodeId) end,

@@ -9,8 +9,8 @@
 %%   <dd>`count' messages to `peer', an endpoint, `{node, NodeId}' or `{gateway, Endpoint}' (what arrived for macula's gateway on
 %%       this host), for which `ok' had been returned, did not arrive as
 %%       far as can be known. `reason' is `expired' (the timeout passed), `connection_closed' (the link died and `delivery'
-%%       is `at_most_once'), `rejected' (the peer did not take it), `untrusted_peer' (the peer has another key now than the
-%%       `fingerprint' in the call) or `stopped' (this engine was stopped).</dd>
+%%       is `at_most_once'), `rejected' (the peer did not take it), `untrusted_peer' (the node that was reached has another
+%%       key than the `fingerprint' in the call, or than the one that the node id is bound to: see {@link forget/1}) or `stopped' (this engine was stopped).</dd>
 %%   <dt>`{macula_peer_event, #{event := registration, relay, state, reason}}'</dt>
 %%   <dd>This node at a relay: `state' is `registered', `lost' (over; it is tried again while it is wanted) or `refused' (it
 %%       is tried again after a longer time); then `reason' is the relay's, such as `node_id_taken', `realm', `registrations',
@@ -37,6 +37,7 @@
 -export([identity/0]).
 -export([register/2]).
 -export([unregister/0]).
+-export([forget/1]).
 -export([request/4]).
 -export([request/5]).
 -export([set_handler/1]).
@@ -172,7 +173,9 @@ identity() ->
 
 %% @doc Keeps this node registered under a node id at these relays, and at no others, so that others reach it through
 %% them. Returns at once; an event tells the handler when it is registered, and {@link stats/0} says so too. A node id
-%% belongs to the key that registers it; keep the key with the setting `identity_file'.
+%% belongs to the key that registers it; keep the key with the setting `identity_file'. From now on, and until {@link
+%% unregister/0}, this is the node's id: it refuses messages for any other, also those that come
+%% directly, and also where the list of relays is empty.
 -spec register(binary(), [macula_peer_connector:endpoint()]) -> ok | {error, term()}.
 register(NodeId, Relays) ->
     macula_peer_engine:running(fun() -> macula_peer_nif:register(NodeId, Relays) end).
@@ -181,6 +184,22 @@ register(NodeId, Relays) ->
 -spec unregister() -> ok | {error, term()}.
 unregister() ->
     macula_peer_engine:running(fun macula_peer_nif:unregister/0).
+
+%% @doc Forgets which key a node has. This node accepts for a node id only the key that it has first seen with it. A node
+%% that was started again without its `identity_file' has a new key, is refused with `untrusted_peer', and a warning in the log
+%% names it. After this call the next key is accepted and remembered. A link to the node is closed; what is on its way over it
+%% is sent again over the next one.
+%%
+%% Make sure that it is the right node: a refusal can also mean that somebody else has taken its address or its node id.
+%%
+%% Errors: `{invalid_node_id, Term}'.
+-spec forget(binary()) -> ok | {error, term()}.
+forget(NodeId) ->
+    case macula_peer_nif:forget(NodeId) of
+        %% An engine that does not run remembers nothing.
+        not_started -> ok;
+        Result -> Result
+    end.
 
 %% @equiv request(NodeId, Type, Msg, Timeout, #{})
 -spec request(binary(), macula_peer_wire:type(), map(), timeout()) ->

@@ -12,6 +12,7 @@
 -export([request_dirty/5]).
 -export([found/2]).
 -export([resolved/2]).
+-export([forget/1]).
 -export([register/2]).
 -export([unregister/0]).
 -export([listen/1]).
@@ -126,6 +127,9 @@ found(_NodeId, _Ways) -> not_loaded().
 
 -spec resolved(term(), boolean()) -> ok | not_started | {error, term()}.
 resolved(_NodeId, _Answered) -> not_loaded().
+
+-spec forget(term()) -> ok | not_started | {error, term()}.
+forget(_NodeId) -> not_loaded().
 
 -spec register(term(), term()) -> ok | not_started | {error, term()}.
 register(_NodeId, _Relays) -> not_loaded().

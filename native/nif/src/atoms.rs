@@ -16,7 +16,7 @@ rustler::atoms! {
     tuple, pid, port, reference, function, bitstring, improper_list, integer_out_of_range, float, other,
 
     invalid_endpoint, invalid_format, invalid_port,
-    connect_failed, transport_down, connection_refused, untrusted_peer, rejected_by_peer, no_application_protocol, handshake_failed,
+    connect_failed, transport_down, connection_refused, untrusted_peer, rejected_by_peer, wrong_node, no_application_protocol, handshake_failed,
     send_failed, overloaded, connection_closed, connection_shutdown, timeout,
 
     listen, already_listening, listen_failed, bad_certificate, start_failed, upgrading,

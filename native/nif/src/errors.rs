@@ -52,6 +52,7 @@ impl Why for ConnectError {
             Self::NoProtocol => atoms::no_application_protocol().encode(env),
             Self::Untrusted => atoms::untrusted_peer().encode(env),
             Self::NotTrusted => atoms::rejected_by_peer().encode(env),
+            Self::WrongNode => atoms::wrong_node().encode(env),
             Self::Handshake(text) => (atoms::handshake_failed(), binary(env, text)).encode(env),
         }
     }

@@ -340,6 +340,21 @@ fn resolved<'a>(env: Env<'a>, node: Term<'a>, answered: bool) -> Term<'a> {
     atoms::ok().encode(env)
 }
 
+/// Which key a node has is forgotten.
+#[rustler::nif]
+fn forget<'a>(env: Env<'a>, node: Term<'a>) -> Term<'a> {
+    let Some(name) = whom::node_id(node) else {
+        return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
+    };
+    match engine() {
+        Some(engine) => {
+            engine.forget(&name);
+            atoms::ok().encode(env)
+        }
+        None => atoms::not_started().encode(env),
+    }
+}
+
 // ---- registrations ----
 
 #[rustler::nif]

@@ -60,7 +60,8 @@ pub struct Config {
     pub verify_clients: bool,
     /// What the nodes and relays of a realm have in common. Default `None`: no realm.
     pub realm_secret: Option<Secret>,
-    /// What this node is called, at relays and by others. Default `None`: it is known by its fingerprint alone.
+    /// What this node is called, at relays and by others. It takes no messages for a node with another name. Default
+    /// `None`: it is known by its fingerprint alone, and takes what is for any name.
     pub node_id: Option<NodeId>,
     /// Relays to be registered at, which others are also reached through. Default none.
     pub relays: Vec<Endpoint>,

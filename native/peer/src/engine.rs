@@ -180,6 +180,12 @@ impl Engine {
         }
     }
 
+    /// Forgets which key a node has: the next one that says that it has this id is that node. The link that there is
+    /// closes as by [`Engine::invalidate`].
+    pub fn forget(&self, node: &NodeId) {
+        self.node.forget_key(node);
+    }
+
     /// Tells what is known of the ways to a node, before something is sent to it. True if more should be looked up: then
     /// [`Engine::resolved`] is to be called, whatever comes of it.
     pub fn learn(&self, node: &NodeId, ways: Ways) -> bool {
@@ -201,7 +207,8 @@ impl Engine {
         }
     }
 
-    /// Keeps this node registered under a name at these relays, and no others, from now on.
+    /// Keeps this node registered under a name at these relays, and no others, from now on. It takes no messages for a
+    /// node with another name, until [`Engine::unregister`].
     pub fn register(&self, name: NodeId, relays: Vec<Endpoint>) {
         self.node.clients.register(&self.node, Some(name), relays);
     }

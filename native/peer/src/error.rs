@@ -32,6 +32,9 @@ pub enum ConnectError {
     /// The peer does not trust ours.
     #[error("not trusted by the peer")]
     NotTrusted,
+    /// The way leads to a node with another id, or back to this one.
+    #[error("another node is there")]
+    WrongNode,
     /// The handshake failed for another reason.
     #[error("handshake failed: {0}")]
     Handshake(String),

@@ -15,6 +15,7 @@ mod endpoint;
 mod engine;
 mod error;
 mod gateway;
+mod hello;
 mod identity;
 mod link;
 mod listen;

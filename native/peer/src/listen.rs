@@ -22,6 +22,7 @@ use tokio::time::{MissedTickBehavior, timeout};
 use crate::answers;
 use crate::config::Config;
 use crate::dial::{handshake, set_idle_timeout};
+use crate::hello;
 use crate::identity::Fingerprint;
 use crate::link::{Link, Write, lock, now_or_never, write_now};
 use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
@@ -85,10 +86,12 @@ const FIRST_STREAMS: u32 = 32;
 /// somebody may ask something.
 const LEAST_STREAMS: u32 = 4;
 
-/// Application error codes on streams: the frame took too long, or was none; no relay here.
+/// Application error codes on streams: the frame took too long, or was none; no relay here; this node has another id than
+/// the one that the stream is for.
 pub(crate) const SLOW_FRAME: u8 = 1;
 pub(crate) const NOT_A_FRAME: u8 = 2;
 pub(crate) const NOT_A_RELAY: u8 = 4;
+pub(crate) const WRONG_NODE: u8 = 7;
 
 /// Application error codes of connections of our dialect: no certificate was shown; not the one that was expected.
 const NO_CERTIFICATE: u8 = 5;
@@ -445,9 +448,13 @@ impl Serving {
         let id = self.next;
         self.next += 1;
         let reply = || send.as_ref().map(|_| ReplyTo::Connection(id, self.replies.clone()));
-        if let Delivered::Opened(opening) = stream.deliver(reply) {
-            self.streams.spawn(stream.opened(opening, send));
-            return;
+        match stream.deliver(reply) {
+            Delivered::All | Delivered::Refused => {}
+            Delivered::Opened(opening) => {
+                self.streams.spawn(stream.opened(opening, send));
+                return;
+            }
+            Delivered::ForAnother => return stream.not_for_us(send),
         }
         if let Some(send) = send {
             self.answerable.push_back(Answerable { stream: id, send, until: Instant::now() + REPLY_TIMEOUT });
@@ -541,6 +548,8 @@ enum Delivered {
     Opened(RawFrame),
     /// The stream carries something else.
     Refused,
+    /// They are for a node with another id.
+    ForAnother,
 }
 
 impl Stream {
@@ -559,6 +568,7 @@ impl Stream {
                     return self.opened(opening, send).await;
                 }
                 Delivered::Refused => return,
+                Delivered::ForAnother => return self.not_for_us(send),
             }
             if !self.reading {
                 replies = None;
@@ -631,9 +641,15 @@ impl Stream {
                     return Delivered::Refused;
                 }
             };
-            let opens = matches!(frame.type_id(), session::OPEN_SESSION | session::OPEN_CONTROL);
-            if opens && self.accepted.dialect == Dialect::MaculaPeer1 {
-                return Delivered::Opened(frame);
+            if self.accepted.dialect == Dialect::MaculaPeer1 {
+                match frame.type_id() {
+                    session::OPEN_SESSION | session::OPEN_CONTROL | session::ASK_NODE => {
+                        return Delivered::Opened(frame);
+                    }
+                    session::FOR_NODE if self.node.serves(frame.payload()) => continue,
+                    session::FOR_NODE => return Delivered::ForAnother,
+                    _ => {}
+                }
             }
             self.hand_over(frame, reply().map(ReplyToken::new));
         }
@@ -645,6 +661,10 @@ impl Stream {
         if opening.type_id() == session::OPEN_SESSION {
             return session::receive(self, send, opening.into_payload()).await;
         }
+        if opening.type_id() == session::ASK_NODE {
+            let answer = self.node.answer(opening.payload());
+            return hello::reply(self.receive, send, answer).await;
+        }
         if let (Some(relay), Some(key)) = (self.node.relay(), self.accepted.key) {
             let Self { accepted, receive, frames, .. } = self;
             return relay.serve(accepted.connection.clone(), key, send, receive, frames).await;
@@ -652,6 +672,15 @@ impl Stream {
         // Already closed is as good.
         let _ = self.receive.stop(NOT_A_RELAY.into());
         let _ = send.reset(NOT_A_RELAY.into());
+    }
+
+    /// What the stream carries is for a node with another id.
+    fn not_for_us(mut self, send: Option<SendStream>) {
+        match send {
+            Some(mut send) => hello::refuse(&mut self.receive, &mut send),
+            // Already closed is as good.
+            None => drop(self.receive.stop(WRONG_NODE.into())),
+        }
     }
 
     /// The stream carries nothing that can be read.

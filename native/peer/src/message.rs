@@ -143,6 +143,16 @@ pub enum PeerName {
     Gateway(Endpoint),
 }
 
+impl PeerName {
+    /// The node, if that is what it names.
+    pub(crate) fn node(&self) -> Option<&NodeId> {
+        match self {
+            Self::Node(node) => Some(node),
+            Self::Endpoint(_) | Self::Gateway(_) => None,
+        }
+    }
+}
+
 impl Hash for PeerName {
     fn hash<H: Hasher>(&self, state: &mut H) {
         match self {

@@ -13,14 +13,16 @@ use quinn::{Connection, RecvStream, SendStream};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout_at;
 
 use crate::config::Config;
-use crate::decide::known::Known;
 use crate::decide::reports::Reports;
+use crate::decide::trust::{self, Answer, Facts, Mismatch, TofuStore, Verdict};
 use crate::dial::{Dialer, not_connected};
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, UndeliveredReason};
 use crate::gateway::{Asker, Gateway};
+use crate::hello;
 use crate::identity::{Fingerprint, Identity};
 use crate::link::{Link, lock, now_or_never};
 use crate::listen::{Accepted, Admission, Expected};
@@ -76,7 +78,7 @@ pub(crate) struct Node {
     relay: RwLock<Option<ServingRelay>>,
     /// Of the relay that this node is, or was before.
     relay_closed: Mutex<Option<Closed>>,
-    known: Mutex<Known>,
+    trust: Mutex<TofuStore>,
     tls: Arc<QuicClientConfig>,
     /// For a gateway on this host.
     gateway_tls: Arc<QuicClientConfig>,
@@ -117,6 +119,21 @@ impl Peers {
         self.pool.remove(&peer.name);
         peer.retire();
         self.leaving.insert(peer.name.clone(), peer);
+    }
+}
+
+/// What others say of the node that a link should lead to.
+#[derive(Clone, Copy)]
+pub(crate) struct Said {
+    /// The key that it has, where somebody knows.
+    pub(crate) key: Option<Fingerprint>,
+    /// A relay says that the node at the other end is registered under the name.
+    pub(crate) registered: bool,
+}
+
+impl Said {
+    fn by(key: Option<Fingerprint>) -> Self {
+        Self { key, registered: false }
     }
 }
 
@@ -163,7 +180,7 @@ impl Node {
             resolver: Resolver::new(),
             relay: RwLock::default(),
             relay_closed: Mutex::default(),
-            known: Mutex::default(),
+            trust: Mutex::default(),
             tls: Arc::new(tls),
             gateway_tls: Arc::new(gateway_tls),
             gateway,
@@ -268,7 +285,10 @@ impl Node {
             dialer.tls = self.gateway_tls.clone();
         }
         let link = dialer.dial(endpoint, until).await?;
-        self.check_key(&name, key, link)
+        match timeout_at(until.into(), self.admit(&name, Said::by(key), link)).await {
+            Ok(admitted) => admitted,
+            Err(_) => Err(ConnectError::TimedOut),
+        }
     }
 
     /// A link through a relay.
@@ -283,7 +303,8 @@ impl Node {
         let witness = Arc::default();
         let path = Path::Relay(relay);
         let link = Link::new(connection, Dialect::MaculaPeer1, path, witness, limits, answer_timeout);
-        let link = self.check_key(&PeerName::Node(target.clone()), key, link).map_err(CircuitError::Inner)?;
+        let said = Said { key, registered: true };
+        let link = self.admit(&PeerName::Node(target.clone()), said, link).await.map_err(CircuitError::Inner)?;
         // As for a direct link: streams are allowed once our certificate was looked at.
         let stream = link.connection.open_bi().await.map_err(|error| CircuitError::Inner(not_connected(error)))?;
         link.put_spare(stream);
@@ -328,7 +349,7 @@ impl Node {
         key: Option<Fingerprint>,
     ) -> Result<Link, ConnectError> {
         let stream = accepted.connection().open_bi().await.map_err(not_connected)?;
-        self.adopted(&name, accepted, key, stream)
+        self.admit(&name, Said::by(key), self.adopted(accepted, stream)).await
     }
 
     /// The same, if it can be had at once.
@@ -339,23 +360,22 @@ impl Node {
         key: Option<Fingerprint>,
     ) -> Option<Link> {
         let stream = now_or_never(accepted.connection().open_bi())?.ok()?;
-        self.adopted(name, accepted.clone(), key, stream).ok()
+        let link = self.adopted(accepted.clone(), stream);
+        if self.judge(name, Said::by(key), &link) != Ok(Verdict::Accept) {
+            return None;
+        }
+        self.learn(name.node()?, Said::by(key), &link, None);
+        Some(link)
     }
 
-    fn adopted(
-        &self,
-        name: &PeerName,
-        accepted: Arc<Accepted>,
-        key: Option<Fingerprint>,
-        stream: (SendStream, RecvStream),
-    ) -> Result<Link, ConnectError> {
+    fn adopted(&self, accepted: Arc<Accepted>, stream: (SendStream, RecvStream)) -> Link {
         let Config { limits, answer_timeout, .. } = *self.config;
         let connection = accepted.connection().clone();
         let link = Link::new(connection, Dialect::MaculaPeer1, accepted.path, Arc::default(), limits, answer_timeout);
         accepted.allow_answers();
-        let link = self.check_key(name, key, link.over(accepted))?;
+        let link = link.over(accepted);
         link.put_spare(stream);
-        Ok(link)
+        link
     }
 
     /// A connection to a relay, kept alive as one.
@@ -365,45 +385,125 @@ impl Node {
         Ok(link.into_connection())
     }
 
-    /// Whether the node that was reached has the key that it is known by: the one that somebody knows, or else the one
-    /// that it was first seen with.
-    pub(crate) fn check_key(
-        &self,
-        name: &PeerName,
-        key: Option<Fingerprint>,
-        link: Link,
-    ) -> Result<Link, ConnectError> {
+    /// Lets a link carry messages for a peer if whoever is at the other end is that peer.
+    pub(crate) async fn admit(&self, name: &PeerName, said: Said, link: Link) -> Result<Link, ConnectError> {
+        let answered = match (name, self.judge(name, said, &link)) {
+            (_, Err(error)) => Err(error),
+            (PeerName::Node(node), Ok(Verdict::Ask)) => hello::ask(&link.connection, node).await.map(Some),
+            (_, Ok(_)) => Ok(None),
+        };
+        match answered {
+            Ok(answer) => {
+                if let PeerName::Node(node) = name {
+                    self.learn(node, said, &link, answer);
+                }
+                Ok(link)
+            }
+            Err(error) => {
+                tracing::debug!(peer = %name, %error, at = %link.remote(), "not the peer");
+                link.close();
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether a link may carry messages for a peer, as far as the key tells.
+    fn judge(&self, name: &PeerName, said: Said, link: &Link) -> Result<Verdict, ConnectError> {
         let node = match name {
             PeerName::Node(node) => node,
-            PeerName::Endpoint(_) => return Ok(link),
-            PeerName::Gateway(_) if link.dialect == Dialect::Macula => return Ok(link),
+            PeerName::Endpoint(_) => return Ok(Verdict::Accept),
+            PeerName::Gateway(_) if link.dialect == Dialect::Macula => return Ok(Verdict::Accept),
             PeerName::Gateway(endpoint) => {
                 // Two engines that took each other for gateways would hand messages on for ever.
                 tracing::warn!(%endpoint, "a node of this library listens where the local gateway should");
                 return Err(ConnectError::NoProtocol);
             }
         };
-        let binds = !matches!(self.config.verify, Verify::None);
-        let expected = key.or_else(|| self.known_key(node));
-        // A caller that names the very key knows better than what was seen first.
-        let asked_for = || self.find(&Target::Node(node)).is_some_and(|peer| peer.is_asked_for(link.shown));
-        if expected.is_some() && link.shown != expected && !asked_for() {
-            tracing::warn!(?node, shown = ?link.shown, ?expected, "a node shows another key than it is known by");
-            link.close();
-            return Err(ConnectError::Untrusted);
+        match self.facts(node, said, link, |facts| facts.judge()) {
+            Verdict::Refuse(Mismatch::Ourselves) => Err(ConnectError::WrongNode),
+            Verdict::Refuse(Mismatch::Named) => Err(ConnectError::Untrusted),
+            Verdict::Refuse(Mismatch::Bound(known)) => {
+                self.tell_mismatch(node, known, link.shown);
+                Err(ConnectError::Untrusted)
+            }
+            verdict => Ok(verdict),
         }
-        if let (true, Some(shown), Dialect::MaculaPeer1) = (binds, link.shown, link.dialect) {
-            lock(&self.known).learn(node.clone(), shown, Instant::now());
-        }
-        Ok(link)
     }
 
-    /// The key that a node was first seen with, unless nothing is to be checked.
-    pub(crate) fn known_key(&self, node: &NodeId) -> Option<Fingerprint> {
-        match self.config.verify {
-            Verify::None => None,
-            _ => lock(&self.known).key_of(node, Instant::now()),
+    /// Remembers the key of a node that was reached. `answer`: to whether it has the node id, if it was asked.
+    fn learn(&self, node: &NodeId, said: Said, link: &Link, answer: Option<Answer>) {
+        // Asked nothing, it has the key that the name is bound to, or speaks only `macula`.
+        let (Some(shown), Dialect::MaculaPeer1) = (link.shown, link.dialect) else { return };
+        if answer.is_none_or(|answer| self.facts(node, said, link, |facts| facts.binds(answer))) {
+            lock(&self.trust).bind(node.clone(), shown, Instant::now());
         }
+    }
+
+    fn facts<T>(&self, node: &NodeId, said: Said, link: &Link, decide: impl FnOnce(&Facts<'_>) -> T) -> T {
+        let waiting = self.find(&Target::Node(node)).map_or_else(Vec::new, |peer| peer.keys_of_waiting());
+        let mut trust = lock(&self.trust);
+        let (bound, disowned) = (trust.key_of(node, Instant::now()), trust.is_disowned(node, link.shown));
+        drop(trust);
+        decide(&Facts {
+            own: self.identity.fingerprint(),
+            shown: link.shown,
+            dialect: link.dialect,
+            named: said.key,
+            registered: said.registered,
+            bound,
+            disowned,
+            enforced: self.enforces_bindings(),
+            waiting: &waiting,
+        })
+    }
+
+    fn tell_mismatch(&self, node: &NodeId, known: Fingerprint, shown: Option<Fingerprint>) {
+        if lock(&self.trust).is_first_mismatch(node) {
+            tracing::warn!(
+                ?node, %known, ?shown,
+                "a node shows another key than before and gets no messages. If it has lost its key in a restart, set \
+                 identity_file on that node, so that it keeps its key from now on, and call \
+                 macula_peer_endpoint:forget(NodeId) on this node to accept the new one.",
+            );
+        }
+    }
+
+    fn enforces_bindings(&self) -> bool {
+        !matches!(self.config.verify, Verify::None)
+    }
+
+    /// The key that a node id is bound to, unless nothing is to be checked.
+    pub(crate) fn known_key(&self, node: &NodeId) -> Option<Fingerprint> {
+        if !self.enforces_bindings() {
+            return None;
+        }
+        lock(&self.trust).key_of(node, Instant::now())
+    }
+
+    /// The node with this key says that it does not have the node id.
+    pub(crate) fn disown(&self, node: &NodeId, key: Fingerprint) {
+        lock(&self.trust).disown(node, key);
+    }
+
+    /// The next node that has this id may have any key.
+    pub(crate) fn forget_key(&self, node: &NodeId) {
+        lock(&self.trust).forget(node);
+        if let Some(peer) = self.find(&Target::Node(node)) {
+            peer.invalidate();
+        }
+    }
+
+    /// What this node says when it is asked whether it has a node id. `None`: it has another one.
+    pub(crate) fn answer(&self, asked: &[u8]) -> Option<Answer> {
+        self.clients.with_name(|registered| {
+            let own = registered.or(self.config.node_id.as_ref());
+            trust::answer(own, &self.identity.fingerprint(), asked)
+        })
+    }
+
+    /// Whether what is for the node of this id is for this one. Empty: for whichever is reached.
+    pub(crate) fn serves(&self, target: &[u8]) -> bool {
+        target.is_empty() || self.answer(target).is_some()
     }
 
     /// This node as a relay, if it is one.

@@ -183,7 +183,7 @@ impl Peer {
         let state = State {
             link: None,
             queue: VecDeque::new(),
-            session: Session::new(node.config.delivery == Delivery::AtMostOnce),
+            session: Session::new(name.node().cloned(), node.config.delivery == Delivery::AtMostOnce),
             ways,
             lookup: Lookup::default(),
             learned: false,
@@ -408,9 +408,14 @@ impl Peer {
 
     fn expected_key(&self) -> Option<Fingerprint> {
         let PeerName::Node(node) = &self.name else { return None };
+        let shown = lock(&self.state).link.as_ref().and_then(|link| link.shown);
+        shown.or_else(|| self.named_key()).or_else(|| self.node.known_key(node))
+    }
+
+    /// The key that callers or a lookup name.
+    fn named_key(&self) -> Option<Fingerprint> {
         let state = lock(&self.state);
-        let shown = state.link.as_ref().and_then(|link| link.shown);
-        shown.or(state.ways.key).or(state.lookup.key()).or_else(|| self.node.known_key(node))
+        state.ways.key.or(state.lookup.key())
     }
 
     /// The link, if the peer has shown this key.
@@ -432,11 +437,17 @@ impl Peer {
         self.counters.received.add(1);
     }
 
-    /// Whether somebody waits who names this key.
-    pub(crate) fn is_asked_for(&self, shown: Option<Fingerprint>) -> bool {
+    /// For each message that waits for a link, the only key that may get it, if it names one. Without repetitions.
+    pub(crate) fn keys_of_waiting(&self) -> Vec<Option<Fingerprint>> {
+        let mut keys = Vec::new();
         let state = lock(&self.state);
-        let mut named = state.queue.iter().filter_map(|job| job.message.as_ref()?.key);
-        named.any(|key| Some(key) == shown)
+        let queued = state.queue.iter().filter_map(|job| job.message.as_ref());
+        for key in queued.chain(state.session.messages()).map(|message| message.key) {
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+        keys
     }
 
     /// Takes over a message for somebody else, or gives it back.
@@ -620,6 +631,8 @@ struct Task {
     linked_until: Option<Instant>,
     /// Why there is none.
     failure: Option<SendError>,
+    /// Since there was a link, only a node with another key was found.
+    untrusted: bool,
     in_doubt: bool,
     /// The link is given up, and until when what went over it may still be acknowledged.
     leaving: Option<Instant>,
@@ -663,6 +676,7 @@ enum WriteFailure {
 
 struct RequestOutcome {
     job: Job,
+    connection: usize,
     end: request::End,
 }
 
@@ -682,6 +696,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         link_since: now,
         linked_until: None,
         failure: None,
+        untrusted: false,
         in_doubt: false,
         leaving: None,
         heard: (0, now),
@@ -799,7 +814,7 @@ impl Task {
         }
         let linked = self.link.is_some() && !self.in_doubt;
         let mut expired = 0;
-        self.give_up(given_up, UndeliveredReason::Expired);
+        self.give_up(given_up, self.why_late());
         for job in gone {
             self.peer.let_go(&job);
             let error = match () {
@@ -815,13 +830,24 @@ impl Task {
                 Who::Requester(call) => self.fail(|| call.answer(Err(error.into()))),
             }
         }
-        self.undelivered(expired, UndeliveredReason::Expired);
+        self.undelivered(expired, self.why_late());
+    }
+
+    /// Why a message that was accepted was not delivered in time.
+    fn why_late(&self) -> UndeliveredReason {
+        if self.meets_another_key() { UndeliveredReason::Untrusted } else { UndeliveredReason::Expired }
+    }
+
+    /// Whether only a node with another key is where this one should be.
+    fn meets_another_key(&self) -> bool {
+        self.untrusted || self.race.as_ref().is_some_and(|race| is_untrusted(race.failure()))
     }
 
     fn not_reached(&self) -> SendError {
         match (&self.peer.name, &self.failure) {
             (_, Some(failure)) => failure.clone(),
             (PeerName::Endpoint(_) | PeerName::Gateway(_), None) => ConnectError::TimedOut.into(),
+            (PeerName::Node(_), None) if self.meets_another_key() => RouteError::Node(ConnectError::Untrusted).into(),
             (PeerName::Node(_), None) if !self.has_relays() => RouteError::NoRelay.into(),
             (PeerName::Node(_), None) => RouteError::Relay(ConnectError::TimedOut).into(),
         }
@@ -896,11 +922,13 @@ impl Task {
             }
             if let Who::Requester(call) = &job.who {
                 drop(state);
-                let exchange = request::run(link.clone(), call.clone(), message.clone());
+                let target = self.peer.name.node().cloned();
+                let exchange = request::run(link.clone(), target, call.clone(), message.clone());
                 job.message = Some(message);
                 self.peer.counters.sent.add(1);
                 self.peer.asked.fetch_add(1, Ordering::Relaxed);
-                self.requests.spawn(async move { RequestOutcome { end: exchange.await, job } });
+                let connection = link.connection.stable_id();
+                self.requests.spawn(async move { RequestOutcome { job, connection, end: exchange.await } });
                 continue;
             }
             if link.dialect == Dialect::MaculaPeer1 {
@@ -1046,16 +1074,17 @@ impl Task {
     /// Uses connections that the peer has begun.
     fn adopt(&mut self, now: Instant) {
         let Some(key) = self.peer.expected_key() else { return };
+        let named = self.peer.named_key();
         for accepted in self.node().accepted_from(key) {
             let present = self.link.as_ref().map(|link| link.connection.stable_id());
             if present == Some(accepted.connection().stable_id()) || !self.prefers(accepted.path, false, key) {
                 continue;
             }
-            match self.node().adopt_now(&self.peer.name, &accepted, Some(key)) {
+            match self.node().adopt_now(&self.peer.name, &accepted, named) {
                 Some(link) => self.race_progressed(race::Progress::Link(Arc::new(link))),
                 None => {
                     let (node, name) = (self.node().clone(), self.peer.name.clone());
-                    self.race.get_or_insert_with(|| Race::new(node, name, now)).adopt(accepted, Some(key));
+                    self.race.get_or_insert_with(|| Race::new(node, name, now)).adopt(accepted, named);
                 }
             }
         }
@@ -1220,7 +1249,7 @@ impl Task {
         self.refusals = self.node().refusals.subscribe();
         let now = Instant::now();
         (self.heard, self.link_since) = ((0, now), now);
-        self.failure = None;
+        (self.failure, self.untrusted) = (None, false);
         self.answers_until = None;
         self.peer.touch(now);
         self.link = Some(link.clone());
@@ -1261,6 +1290,7 @@ impl Task {
 
     fn race_lost(&mut self, error: SendError, begun: Instant) {
         tracing::debug!(peer = %self.peer.name, %error, "no link");
+        self.untrusted = is_untrusted(Some(&error));
         self.redial_at = Some(Instant::now() + self.redial.pause(fastrand::f64()));
         // That its name does not resolve says nothing about the peer.
         if self.in_doubt && error != SendError::Connect(ConnectError::Unresolved) {
@@ -1302,7 +1332,8 @@ impl Task {
     }
 
     fn session_progressed(&mut self, progress: Progress) {
-        let Progress { written, acknowledged, acknowledged_bytes, lost, rejected, closed, mut broken } = progress;
+        let Progress { written, acknowledged, acknowledged_bytes, lost, rejected, closed, mut broken, wrong_node } =
+            progress;
         self.peer.counters.sent.add(written);
         self.peer.counters.acknowledged.add(acknowledged);
         self.let_go(acknowledged_bytes);
@@ -1314,9 +1345,20 @@ impl Task {
             // Nothing may be on its way any more, and then nobody sweeps.
             self.oldest = state.session.oldest();
         }
-        if broken {
+        if wrong_node {
+            self.wrong_node();
+        } else if broken {
             self.link_died();
         }
+    }
+
+    /// The node at the other end of the link says that it is another one, by now at least. What was for this one goes
+    /// another way.
+    fn wrong_node(&mut self) {
+        if let (PeerName::Node(node), Some(shown)) = (&self.peer.name, self.link.as_ref().and_then(|link| link.shown)) {
+            self.node().disown(node, shown);
+        }
+        self.link_died();
     }
 
     fn link_died(&mut self) {
@@ -1400,7 +1442,7 @@ impl Task {
             state.queue.push_front(Job::accepted(Some(message), Some(deadline)));
         }
         drop(state);
-        self.undelivered(expired, UndeliveredReason::Expired);
+        self.undelivered(expired, self.why_late());
         self.undelivered(lost, UndeliveredReason::LinkLost);
     }
 
@@ -1476,7 +1518,7 @@ impl Task {
         lock(&self.peer.state).put_back(job);
     }
 
-    fn request_ended(&mut self, RequestOutcome { job, end }: RequestOutcome) {
+    fn request_ended(&mut self, RequestOutcome { job, connection, end }: RequestOutcome) {
         self.peer.asked.fetch_sub(1, Ordering::Relaxed);
         match end {
             request::End::Answered => {
@@ -1490,6 +1532,12 @@ impl Task {
             }
             request::End::Cancelled => self.peer.let_go(&job),
             request::End::Unsent => self.ask_again(job),
+            request::End::WrongNode => {
+                self.ask_again(job);
+                if self.link.as_ref().is_some_and(|link| link.connection.stable_id() == connection) {
+                    self.wrong_node();
+                }
+            }
             request::End::Unacknowledged => match (self.node().config.delivery, &job.who) {
                 (Delivery::AtMostOnce, Who::Requester(call)) => {
                     self.peer.let_go(&job);
@@ -1740,6 +1788,11 @@ pub(crate) async fn deadline(at: Option<Instant>) {
         Some(at) => sleep_until(at.into()).await,
         None => std::future::pending().await,
     }
+}
+
+fn is_untrusted(failure: Option<&SendError>) -> bool {
+    use ConnectError::Untrusted;
+    matches!(failure, Some(SendError::Connect(Untrusted) | SendError::Route(RouteError::Node(Untrusted))))
 }
 
 fn earliest(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {

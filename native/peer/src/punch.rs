@@ -28,7 +28,7 @@ use crate::link::{Link, lock};
 use crate::listen::EXPECTED_FOR;
 use crate::message::{NodeId, PeerName};
 use crate::nat;
-use crate::node::Node;
+use crate::node::{Node, Said};
 use crate::relay::control::{GivenUp, Refusal};
 use crate::relay::registration::{CircuitError, Description, PunchSession};
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
@@ -273,7 +273,9 @@ pub(crate) async fn initiate(
         link.close();
         return Err(PunchError::Connect(ConnectError::Untrusted));
     }
-    node.check_key(&PeerName::Node(target), key, link).map_err(PunchError::Connect)
+    let admitted =
+        timeout(CONNECT_TIMEOUT, node.admit(&PeerName::Node(target), Said { key, registered: true }, link)).await;
+    admitted.unwrap_or(Err(ConnectError::TimedOut)).map_err(PunchError::Connect)
 }
 
 async fn ask(node: &Arc<Node>, relay: &Endpoint, target: &NodeId) -> Result<PunchSession, PunchError> {

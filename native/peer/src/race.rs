@@ -309,6 +309,11 @@ impl Race {
         }
     }
 
+    /// The one that would be told if nothing else came.
+    pub(crate) fn failure(&self) -> Option<&SendError> {
+        self.failure.as_ref()
+    }
+
     /// Those since the last call.
     pub(crate) fn take_failures(&mut self, into: &mut Failures) {
         into.merge(std::mem::take(&mut self.failures));
@@ -316,13 +321,14 @@ impl Race {
 
     fn not_direct(&mut self, error: ConnectError) {
         self.failures.direct = Some(error.clone());
-        let error = match (&self.name, error) {
-            (PeerName::Endpoint(_) | PeerName::Gateway(_), error) => error.into(),
-            (PeerName::Node(_), error @ ConnectError::Untrusted) => RouteError::Node(error).into(),
+        match (&self.name, error) {
+            (PeerName::Endpoint(_) | PeerName::Gateway(_), error) => self.failure = Some(error.into()),
+            (PeerName::Node(_), error @ (ConnectError::Untrusted | ConnectError::WrongNode)) => {
+                self.failed(RouteError::Node(error));
+            }
             // That an endpoint leads nowhere says nothing of the node.
-            (PeerName::Node(_), _) => return,
-        };
-        self.failure = Some(error);
+            (PeerName::Node(_), _) => {}
+        }
     }
 
     fn no_circuit(&mut self, error: CircuitError, relay: Endpoint) {
@@ -351,6 +357,10 @@ impl Race {
             CircuitError::Inner(error) => RouteError::Node(error),
         };
         self.failures.relay = Some(error.clone());
+        self.failed(error);
+    }
+
+    fn failed(&mut self, error: RouteError) {
         let known = match &self.failure {
             Some(SendError::Route(known)) => weight(known),
             _ => 0,
@@ -383,11 +393,13 @@ impl Race {
 fn weight(error: &RouteError) -> u8 {
     match error {
         RouteError::NoRelay => 1,
-        RouteError::Relay(_) => 2,
-        RouteError::Setup(Refusal::NotRegistered) => 3,
-        RouteError::Setup(_) => 4,
-        RouteError::Node(ConnectError::Untrusted) => 6,
-        RouteError::Node(_) => 5,
+        // It says something of the way, not of the node.
+        RouteError::Node(ConnectError::WrongNode) => 2,
+        RouteError::Relay(_) => 3,
+        RouteError::Setup(Refusal::NotRegistered) => 4,
+        RouteError::Setup(_) => 5,
+        RouteError::Node(ConnectError::Untrusted) => 7,
+        RouteError::Node(_) => 6,
     }
 }
 

@@ -9,10 +9,13 @@ use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
 use crate::call::Call;
 use crate::error::RequestError;
+use crate::hello;
 use crate::link::{Link, is_acknowledged};
-use crate::message::Letter;
+use crate::listen::WRONG_NODE;
+use crate::message::{Letter, NodeId};
 use crate::node::LARGE_PAYLOAD;
 use crate::peer::deadline;
+use crate::tls::Dialect;
 
 /// How a request ended. The first two have answered the caller.
 pub(crate) enum End {
@@ -24,20 +27,29 @@ pub(crate) enum End {
     Unsent,
     /// The link died and nothing says that the peer has the request.
     Unacknowledged,
+    /// The peer says that the request is for another node.
+    WrongNode,
 }
 
 enum Failure {
     Unsent,
     Unacknowledged,
+    WrongNode,
     LinkLost,
     Malformed(FrameError),
 }
 
-pub(crate) async fn run(link: Arc<Link>, call: Arc<Call<Result<RawFrame, RequestError>>>, message: Letter) -> End {
+/// `target`: the node that it is for; `None`, whoever is at the other end.
+pub(crate) async fn run(
+    link: Arc<Link>,
+    target: Option<NodeId>,
+    call: Arc<Call<Result<RawFrame, RequestError>>>,
+    message: Letter,
+) -> End {
     let until = message.deadline;
     let _asked = Asked::new(&link);
     let outcome = tokio::select! {
-        outcome = exchange(&link, message) => outcome,
+        outcome = exchange(&link, target, message) => outcome,
         () = deadline(until) => {
             call.answer(Err(RequestError::Timeout));
             return End::Failed;
@@ -55,6 +67,7 @@ pub(crate) async fn run(link: Arc<Link>, call: Arc<Call<Result<RawFrame, Request
         }
         Err(Failure::Unsent) => return End::Unsent,
         Err(Failure::Unacknowledged) => return End::Unacknowledged,
+        Err(Failure::WrongNode) => return End::WrongNode,
         Err(Failure::LinkLost) => RequestError::LinkLost,
         Err(Failure::Malformed(error)) => RequestError::Malformed(error),
     };
@@ -78,9 +91,12 @@ impl Drop for Asked<'_> {
     }
 }
 
-async fn exchange(link: &Link, message: Letter) -> Result<RawFrame, Failure> {
+async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Result<RawFrame, Failure> {
     let (mut send, mut receive) = link.connection.open_bi().await.map_err(|_| Failure::Unsent)?;
-    send.write_chunk(message.frame.clone()).await.map_err(|error| match error {
+    let target = target.filter(|_| link.dialect == Dialect::MaculaPeer1);
+    let address = target.as_ref().map(hello::addressed_to).unwrap_or_default();
+    send.write_all_chunks(&mut [address, message.frame.clone()]).await.map_err(|error| match error {
+        WriteError::Stopped(code) if code == WRONG_NODE.into() => Failure::WrongNode,
         // The peer has seen it and does not want it.
         WriteError::Stopped(_) => Failure::LinkLost,
         _ => Failure::Unacknowledged,
@@ -105,6 +121,9 @@ async fn answer(link: &Link, send: &SendStream, receive: &mut RecvStream) -> Res
     loop {
         match receive.read_chunk(usize::MAX, true).await {
             Ok(Some(chunk)) => frames.push(chunk.bytes),
+            Err(ReadError::Reset(code)) if code == WRONG_NODE.into() && link.dialect == Dialect::MaculaPeer1 => {
+                return Err(Failure::WrongNode);
+            }
             // Nobody will answer. The original waits for its timeout all the same, and callers may rely on the pause
             // before they try again.
             Ok(None) | Err(ReadError::Reset(_)) => {

@@ -144,6 +144,11 @@ impl Clients {
         lock(&self.standing).as_ref().map_or_else(Vec::new, |(_, relays)| relays.clone())
     }
 
+    /// What is to be done with the name that this node has at its standing relays.
+    pub(crate) fn with_name<T>(&self, look: impl FnOnce(Option<&NodeId>) -> T) -> T {
+        look(lock(&self.standing).as_ref().map(|(name, _)| name))
+    }
+
     pub(crate) fn stats(&self) -> Vec<RegistrationStats> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         let stats = table.iter().map(|(relay, client)| {

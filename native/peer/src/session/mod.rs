@@ -6,6 +6,8 @@ mod send;
 use bytes::{BufMut, BytesMut};
 use macula_peer_wire::VERSION;
 
+use crate::message::NodeId;
+
 pub(crate) use receive::{Answers, Sessions, receive};
 pub(crate) use send::{Progress, Session, Taken};
 
@@ -13,9 +15,12 @@ pub(crate) use send::{Progress, Session, Taken};
 pub(crate) const OPEN_SESSION: u8 = 0xF0;
 const NUMBER: u8 = 0xF1;
 pub(crate) const OPEN_CONTROL: u8 = 0xF2;
+pub(crate) const ASK_NODE: u8 = 0xF3;
+pub(crate) const FOR_NODE: u8 = 0xF4;
 
-/// The payload of the frame that opens a session: its id and the channel.
+/// The payload of the frame that opens a session: its id, the channel, and the id of the node that it is for, or nothing.
 const OPEN_LEN: usize = 17;
+const MAX_OPEN_LEN: usize = OPEN_LEN + NodeId::MAX_LEN;
 
 /// The receiver's first word on a stream: whether it knows the session, and the number it expects.
 const GREETING: usize = 1 + NUMBER_LEN;

@@ -10,9 +10,10 @@ use macula_peer_wire::{MessageType, RawFrame};
 use quinn::{Connection, SendStream};
 use tokio::time::timeout;
 
-use super::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, SessionId};
+use super::{GREETING, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, SessionId};
 use crate::decide::session::Incoming;
 use crate::error::ReplyError;
+use crate::hello;
 use crate::identity::Fingerprint;
 use crate::link::{Write, lock, now_or_never, write_now};
 use crate::listen::{NOT_A_FRAME, Stream, WRITE_TIMEOUT};
@@ -128,12 +129,15 @@ impl Drop for Open {
 /// Reads a stream of a session to its end. `opening` is the payload of the frame that began it.
 pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: Bytes) {
     let key = stream.accepted.key();
-    let (Some(key), Some((id, channel))) = (key, parse_opening(&opening)) else {
+    let (Some(key), Some(Opening { id, channel, target })) = (key, parse_opening(&opening)) else {
         // Already closed is as good.
         let _ = stream.receive.stop(NOT_A_FRAME.into());
         return;
     };
     let node = stream.node.clone();
+    if !node.serves(target) {
+        return hello::refuse(&mut stream.receive, &mut send);
+    }
     let open = node.sessions.open(&node, (key, id), stream.accepted.connection());
     let (known, mut said) = open.session.begin(channel);
     let mut word = BytesMut::with_capacity(GREETING);
@@ -149,6 +153,10 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
             if !say(&mut stream, &mut send, Bytes::copy_from_slice(&said.to_be_bytes())).await {
                 return;
             }
+        }
+        // Its id may be another one by now, and this one another node's.
+        if !node.serves(target) {
+            return hello::refuse(&mut stream.receive, &mut send);
         }
         let batch = read_batch(&mut stream, &open, channel, &mut number, &mut may_be_restart);
         let expected = open.session.expected(channel);
@@ -236,10 +244,19 @@ async fn say(stream: &mut Stream, send: &mut SendStream, word: Bytes) -> bool {
     }
 }
 
-fn parse_opening(payload: &[u8]) -> Option<(SessionId, usize)> {
+struct Opening<'a> {
+    id: SessionId,
+    channel: usize,
+    /// The id of the node that the session is for; empty, whichever this is.
+    target: &'a [u8],
+}
+
+fn parse_opening(payload: &[u8]) -> Option<Opening<'_>> {
     let (id, rest) = payload.split_first_chunk()?;
     match rest {
-        [channel @ (0 | 1)] if payload.len() == OPEN_LEN => Some((*id, usize::from(*channel))),
+        [channel @ (0 | 1), target @ ..] if payload.len() <= MAX_OPEN_LEN => {
+            Some(Opening { id: *id, channel: usize::from(*channel), target })
+        }
         _ => None,
     }
 }

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use macula_peer_wire::HEADER_LEN;
-use quinn::{RecvStream, SendStream, WriteError};
+use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
 use crate::decide::session::{Next, Outgoing};
 use crate::link::{Link, now_or_never};
-use crate::listen::NOT_A_FRAME;
-use crate::message::Letter;
-use crate::session::{GREETING, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, put_header};
+use crate::listen::{NOT_A_FRAME, WRONG_NODE};
+use crate::message::{Letter, NodeId};
+use crate::session::{GREETING, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, put_header};
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -35,6 +35,8 @@ const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Session {
     id: SessionId,
+    /// The node that it is for; `None`: whoever is at the other end.
+    target: Option<NodeId>,
     /// Messages may not be written again to a receiver that was restarted.
     at_most_once: bool,
     channels: [Channel; 2],
@@ -82,6 +84,8 @@ pub(crate) struct Progress {
     pub(crate) closed: bool,
     /// The link carries the session no more.
     pub(crate) broken: bool,
+    /// The receiver says that it is not the node.
+    pub(crate) wrong_node: bool,
 }
 
 /// What was owed when a session ended.
@@ -94,8 +98,8 @@ pub(crate) struct Taken {
 }
 
 impl Session {
-    pub(crate) fn new(at_most_once: bool) -> Self {
-        Self { id: new_id(), at_most_once, channels: Default::default(), acknowledged: false, detached: None }
+    pub(crate) fn new(target: Option<NodeId>, at_most_once: bool) -> Self {
+        Self { id: new_id(), target, at_most_once, channels: Default::default(), acknowledged: false, detached: None }
     }
 
     /// Goes on over a link. False if it has no streams to spare.
@@ -121,10 +125,12 @@ impl Session {
             let Some((send, receive)) = link.open_now() else { return false };
             // To ask takes a round trip. Little is written at once: who has it drops it.
             let ask = channel.owed.may_have_arrived() && (self.at_most_once || !channel.owes_little());
-            let mut rest = BytesMut::with_capacity(HEADER_LEN + OPEN_LEN);
-            put_header(&mut rest, OPEN_SESSION, OPEN_LEN);
+            let target = self.target.as_ref().map_or(&[][..], NodeId::as_bytes);
+            let mut rest = BytesMut::with_capacity(HEADER_LEN + OPEN_LEN + target.len());
+            put_header(&mut rest, OPEN_SESSION, OPEN_LEN + target.len());
             rest.extend_from_slice(&self.id);
             rest.put_u8(number);
+            rest.extend_from_slice(target);
             if number > 0 {
                 // Only a closed stream has no priority, and that the write will find out.
                 let _ = send.set_priority(-1);
@@ -233,6 +239,11 @@ impl Session {
         taken
     }
 
+    /// Everything that is owed.
+    pub(crate) fn messages(&self) -> impl Iterator<Item = &Letter> {
+        self.channels.iter().flat_map(|channel| channel.owed.messages())
+    }
+
     /// How many messages are owed.
     pub(crate) fn len(&self) -> usize {
         self.channels.iter().map(|channel| channel.owed.len()).sum()
@@ -287,7 +298,7 @@ impl Channel {
 
 impl Stream {
     fn is_clear(&self) -> bool {
-        !self.refused && self.rest.len() <= HEADER_LEN + OPEN_LEN && self.in_flight < DIRECT_WRITES
+        !self.refused && self.rest.len() <= HEADER_LEN + MAX_OPEN_LEN && self.in_flight < DIRECT_WRITES
     }
 
     /// Writes the next message without waiting. False if a part of it is left.
@@ -325,7 +336,10 @@ impl Stream {
             match written {
                 Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(WriteError::Stopped(code))) if code == NOT_A_FRAME.into() => self.refused = true,
-                Poll::Ready(Err(_)) => return false,
+                Poll::Ready(Err(error)) => {
+                    progress.wrong_node |= matches!(error, WriteError::Stopped(code) if code == WRONG_NODE.into());
+                    return false;
+                }
                 Poll::Pending => return true,
             }
         }
@@ -383,7 +397,10 @@ impl Stream {
                     self.ended = true;
                     return false;
                 }
-                Poll::Ready(Err(_)) => return false,
+                Poll::Ready(Err(error)) => {
+                    progress.wrong_node |= matches!(error, ReadError::Reset(code) if code == WRONG_NODE.into());
+                    return false;
+                }
             }
             if !self.greeted && self.word.len() >= GREETING {
                 self.greeted = true;

@@ -10,7 +10,8 @@ use macula_peer_testkit::quic::{self, Key};
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, Reassembler, decode_payload};
 use quinn::{
-    Connection, Endpoint, EndpointConfig, ReadError, RecvStream, SendStream, TokioRuntime, TransportConfig, VarInt,
+    Connection, Endpoint, EndpointConfig, ReadError, ReadExactError, RecvStream, SendStream, TokioRuntime,
+    TransportConfig, VarInt,
 };
 use ring::hmac;
 use tokio::runtime::Runtime;
@@ -24,6 +25,8 @@ pub const ALPN: &str = "macula-peer/1";
 pub const SESSION: u8 = 0xF0;
 pub const NUMBER: u8 = 0xF1;
 pub const CONTROL: u8 = 0xF2;
+pub const ASK_NODE: u8 = 0xF3;
+pub const FOR_NODE: u8 = 0xF4;
 
 pub fn transport() -> TransportConfig {
     let mut transport = quic::transport(256, 256);
@@ -332,6 +335,16 @@ impl Stream {
             (Some(circuit), None) => Ok(circuit as u32),
             (None, Some(error)) => Err(error),
             _ => panic!("{said:?}"),
+        }
+    }
+
+    /// So many bytes. `Err`: as for a frame.
+    pub async fn bytes(&mut self, len: usize) -> Result<Vec<u8>, Option<VarInt>> {
+        let mut bytes = vec![0; len];
+        match timeout(PATIENCE, self.receive.read_exact(&mut bytes)).await.expect("heard in time") {
+            Ok(()) => Ok(bytes),
+            Err(ReadExactError::ReadError(ReadError::Reset(code))) => Err(Some(code)),
+            Err(_) => Err(None),
         }
     }
 

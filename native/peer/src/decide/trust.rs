@@ -1,0 +1,373 @@
+//! Whose key a node id may have.
+//!
+//! A node id belongs to the key that has proved to serve it: the node with this key, asked, said that it has the id, or it
+//! is registered under it at the relay that led there. A node that was given no id serves any, which proves nothing. Our
+//! own key is never a peer's.
+
+use std::time::{Duration, Instant};
+
+use hashbrown::HashMap;
+
+use crate::identity::Fingerprint;
+use crate::message::NodeId;
+use crate::tls::Dialect;
+
+/// Names remembered; the one that was not seen for longest gives way.
+const MAX_NAMES: usize = 16_384;
+
+/// How long a name that is not seen is remembered. A node that changes its key meanwhile is let in again.
+const FORGET_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// Names that a key has disowned: it is asked again for these, whatever a relay says. When there are more they are
+/// forgotten, which costs messages a detour.
+const MAX_DISOWNED: usize = 1024;
+
+/// Trust on first use: the keys that names are bound to.
+#[derive(Debug, Default)]
+pub(crate) struct TofuStore {
+    names: HashMap<NodeId, Binding>,
+    disowned: HashMap<NodeId, Fingerprint>,
+}
+
+#[derive(Debug)]
+struct Binding {
+    key: Fingerprint,
+    seen: Instant,
+    /// Somebody has been told that the node shows another key now.
+    mismatch_told: bool,
+}
+
+impl TofuStore {
+    /// The key that a name is bound to.
+    pub(crate) fn key_of(&mut self, node: &NodeId, now: Instant) -> Option<Fingerprint> {
+        let Binding { key, seen, .. } = *self.names.get(node)?;
+        if seen + FORGET_AFTER <= now {
+            self.names.remove(node);
+            return None;
+        }
+        Some(key)
+    }
+
+    /// The key has proved to serve the name, which is bound to it from now on.
+    pub(crate) fn bind(&mut self, node: NodeId, key: Fingerprint, now: Instant) {
+        if self.names.len() >= MAX_NAMES && !self.names.contains_key(&node) {
+            let oldest = self.names.iter().min_by_key(|(_, binding)| binding.seen).map(|(node, _)| node.clone());
+            if let Some(oldest) = oldest {
+                self.names.remove(&oldest);
+            }
+        }
+        self.disowned.remove(&node);
+        let told = self.names.get(&node).is_some_and(|before| before.key == key && before.mismatch_told);
+        self.names.insert(node, Binding { key, seen: now, mismatch_told: told });
+    }
+
+    /// The holder of the key says that it does not serve the name.
+    pub(crate) fn disown(&mut self, node: &NodeId, key: Fingerprint) {
+        if self.names.get(node).is_some_and(|binding| binding.key == key) {
+            self.names.remove(node);
+        }
+        if self.disowned.len() >= MAX_DISOWNED {
+            self.disowned.clear();
+        }
+        self.disowned.insert(node.clone(), key);
+    }
+
+    /// Whether the holder of the key was the last one to say so.
+    pub(crate) fn is_disowned(&self, node: &NodeId, key: Option<Fingerprint>) -> bool {
+        key.is_some() && self.disowned.get(node) == key.as_ref()
+    }
+
+    /// The next key that proves to serve the name may have it.
+    pub(crate) fn forget(&mut self, node: &NodeId) {
+        self.names.remove(node);
+    }
+
+    /// Whether it is news that the node shows another key than the name's.
+    pub(crate) fn is_first_mismatch(&mut self, node: &NodeId) -> bool {
+        self.names.get_mut(node).is_some_and(|binding| !std::mem::replace(&mut binding.mismatch_told, true))
+    }
+}
+
+/// What is known when a link to a node is up.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Facts<'a> {
+    /// This node's key.
+    pub(crate) own: Fingerprint,
+    /// The key that the other end has shown.
+    pub(crate) shown: Option<Fingerprint>,
+    pub(crate) dialect: Dialect,
+    /// The key that a lookup, or whoever wants the link, names.
+    pub(crate) named: Option<Fingerprint>,
+    /// The relay that led there says that the node which is registered under the name has this key.
+    pub(crate) registered: bool,
+    /// The key that the name is bound to.
+    pub(crate) bound: Option<Fingerprint>,
+    /// The node with the key that was shown has said before that it does not have the id.
+    pub(crate) disowned: bool,
+    /// Whether the binding is enforced.
+    pub(crate) enforced: bool,
+    /// For each message that waits for a link, the only key that may get it, if it names one.
+    pub(crate) waiting: &'a [Option<Fingerprint>],
+}
+
+/// Whether a link may carry messages for a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Accept,
+    /// If the node there, asked for the id, does not say that it has another one.
+    Ask,
+    Refuse(Mismatch),
+}
+
+/// Why the key that was shown is not the node's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mismatch {
+    /// The link leads back to this node.
+    Ourselves,
+    /// The name is bound to another key.
+    Bound(Fingerprint),
+    /// Callers, or a lookup, name other keys.
+    Named,
+}
+
+impl Facts<'_> {
+    pub(crate) fn judge(&self) -> Verdict {
+        if self.shown == Some(self.own) {
+            return Verdict::Refuse(Mismatch::Ourselves);
+        }
+        // A caller that names the very key knows better than what was looked up or seen first.
+        if !self.is_asked_for() {
+            if self.named.is_some_and(|named| Some(named) != self.shown) {
+                return Verdict::Refuse(Mismatch::Named);
+            }
+            let bound = self.bound.filter(|bound| self.enforced && self.named.is_none() && Some(*bound) != self.shown);
+            if let Some(bound) = bound {
+                return Verdict::Refuse(Mismatch::Bound(bound));
+            }
+            if !self.waiting.is_empty() && self.waiting.iter().all(Option::is_some) {
+                // Nobody who waits could use it, while another path may lead to the key that they name.
+                return Verdict::Refuse(Mismatch::Named);
+            }
+        }
+        match self.dialect {
+            // It has no node ids: whoever is there is believed, and proves nothing.
+            Dialect::Macula => Verdict::Accept,
+            Dialect::MaculaPeer1 if self.shown.is_some() && self.shown == self.bound => Verdict::Accept,
+            Dialect::MaculaPeer1 if self.registered && !self.disowned => Verdict::Accept,
+            Dialect::MaculaPeer1 => Verdict::Ask,
+        }
+    }
+
+    /// Whether the name is bound to the key after this answer.
+    pub(crate) fn binds(&self, answer: Answer) -> bool {
+        let vouched_for = self.is_asked_for() || (self.named.is_some() && self.named == self.shown);
+        answer == Answer::HasIt || vouched_for
+    }
+
+    fn is_asked_for(&self) -> bool {
+        self.shown.is_some() && self.waiting.contains(&self.shown)
+    }
+}
+
+/// What a node says that is asked whether it has a node id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answer {
+    HasIt,
+    /// It has none at all, and serves any.
+    HasNone,
+}
+
+/// What this node says when it is asked for a node id. `None`: it has another one.
+pub(crate) fn answer(own: Option<&NodeId>, key: &Fingerprint, asked: &[u8]) -> Option<Answer> {
+    match own {
+        Some(own) if own.as_bytes() == asked => Some(Answer::HasIt),
+        // What a node without an id registers as, and nobody else's name by its nature.
+        _ if key.as_bytes() == asked => Some(Answer::HasIt),
+        Some(_) => None,
+        None => Some(Answer::HasNone),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn node(n: usize) -> NodeId {
+        NodeId::new(n.to_string().as_bytes()).unwrap()
+    }
+
+    fn key(n: u8) -> Fingerprint {
+        [n; 32].into()
+    }
+
+    #[test]
+    fn a_name_is_bound_until_it_was_not_seen_for_a_day() {
+        let (start, mut store) = (Instant::now(), TofuStore::default());
+        store.bind(node(1), key(1), start);
+        let almost = FORGET_AFTER - Duration::from_secs(1);
+        assert_eq!(store.key_of(&node(1), start + almost), Some(key(1)));
+        assert_eq!(store.key_of(&node(1), start + FORGET_AFTER), None, "asked for, and not seen");
+        store.bind(node(1), key(1), start);
+        store.bind(node(1), key(1), start + almost);
+        assert_eq!(store.key_of(&node(1), start + 2 * almost), Some(key(1)), "seen since");
+        assert_eq!(store.key_of(&node(1), start + almost + FORGET_AFTER), None);
+    }
+
+    #[test]
+    fn the_table_is_bounded_and_keeps_what_was_seen_last() {
+        let (start, mut store) = (Instant::now(), TofuStore::default());
+        for n in 0..MAX_NAMES {
+            store.bind(node(n), key(1), start + Duration::from_millis(n as u64));
+        }
+        store.bind(node(0), key(1), start + Duration::from_secs(3600));
+        store.bind(node(MAX_NAMES), key(2), start + Duration::from_secs(3601));
+        assert_eq!(store.names.len(), MAX_NAMES);
+        assert!(store.names.contains_key(&node(0)));
+        assert!(!store.names.contains_key(&node(1)));
+    }
+
+    #[test]
+    fn a_name_is_given_up_by_its_key_alone_and_forgotten_by_itself() {
+        let (now, mut store) = (Instant::now(), TofuStore::default());
+        for n in [1, 2] {
+            store.bind(node(n), key(1), now);
+        }
+        store.disown(&node(1), key(2));
+        assert_eq!(store.key_of(&node(1), now), Some(key(1)), "another key says nothing about it");
+        store.disown(&node(1), key(1));
+        assert_eq!((store.key_of(&node(1), now), store.key_of(&node(2), now)), (None, Some(key(1))));
+        store.forget(&node(2));
+        assert_eq!(store.key_of(&node(2), now), None);
+    }
+
+    #[test]
+    fn another_key_is_news_once_for_each_binding() {
+        let (now, mut store) = (Instant::now(), TofuStore::default());
+        assert!(!store.is_first_mismatch(&node(1)), "it is bound to none");
+        store.bind(node(1), key(1), now);
+        store.bind(node(2), key(1), now);
+        let news = [1, 1, 2, 2].map(|n| store.is_first_mismatch(&node(n)));
+        assert_eq!(news, [true, false, true, false]);
+        store.bind(node(1), key(1), now);
+        assert!(!store.is_first_mismatch(&node(1)), "it is the same binding");
+        store.bind(node(1), key(2), now);
+        assert!(store.is_first_mismatch(&node(1)));
+    }
+
+    #[test]
+    fn a_key_that_disowns_a_name_is_asked_until_it_has_it_again() {
+        let (now, mut store) = (Instant::now(), TofuStore::default());
+        store.disown(&node(1), key(1));
+        let disowned = |store: &TofuStore, key| store.is_disowned(&node(1), key);
+        assert!(disowned(&store, Some(key(1))) && !disowned(&store, Some(key(2))) && !disowned(&store, None));
+        store.bind(node(1), key(1), now);
+        assert!(!disowned(&store, Some(key(1))));
+        for n in 0..10 * MAX_DISOWNED {
+            store.disown(&node(n), key(1));
+        }
+        assert!(store.disowned.len() <= MAX_DISOWNED);
+    }
+
+    const OWN: u8 = 0;
+
+    /// Every combination of facts with this node's key and two others.
+    fn all(check: impl Fn(&Facts<'_>)) {
+        let keys = [None, Some(key(OWN)), Some(key(1)), Some(key(2))];
+        let mut waiting: Vec<Vec<Option<Fingerprint>>> = vec![vec![]];
+        waiting.extend(keys.map(|one| vec![one]));
+        waiting.extend(keys.iter().flat_map(|one| keys.map(|other| vec![*one, other])));
+        for shown in keys {
+            for named in keys {
+                for bound in keys {
+                    for enforced in [false, true] {
+                        for dialect in [Dialect::Macula, Dialect::MaculaPeer1] {
+                            for waiting in &waiting {
+                                let own = key(OWN);
+                                for (registered, disowned) in [(false, false), (true, false), (true, true)] {
+                                    check(&Facts {
+                                        own,
+                                        shown,
+                                        dialect,
+                                        named,
+                                        registered,
+                                        bound,
+                                        disowned,
+                                        enforced,
+                                        waiting,
+                                    });
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn our_own_key_is_never_a_peers() {
+        all(|facts| {
+            let refused = facts.judge() == Verdict::Refuse(Mismatch::Ourselves);
+            assert_eq!(refused, facts.shown == Some(facts.own), "{facts:?}");
+        });
+    }
+
+    #[test]
+    fn a_caller_knows_better_than_a_lookup_and_that_better_than_what_was_seen_first() {
+        all(|facts| {
+            if facts.shown == Some(facts.own) {
+                return;
+            }
+            let Facts { shown, named, bound, enforced, waiting, .. } = *facts;
+            let expected = match () {
+                () if shown.is_some() && waiting.contains(&shown) => None,
+                () if named.is_some() && named != shown => Some(Mismatch::Named),
+                () if named.is_none() && enforced && bound.is_some() && bound != shown => {
+                    Some(Mismatch::Bound(bound.unwrap()))
+                }
+                () if !waiting.is_empty() && !waiting.contains(&None) => Some(Mismatch::Named),
+                () => None,
+            };
+            match (facts.judge(), expected) {
+                (Verdict::Refuse(mismatch), Some(expected)) => assert_eq!(mismatch, expected, "{facts:?}"),
+                (Verdict::Accept | Verdict::Ask, None) => {}
+                wrong => panic!("{wrong:?}: {facts:?}"),
+            }
+        });
+    }
+
+    #[test]
+    fn only_the_key_that_has_proved_to_serve_the_name_need_not_prove_it() {
+        all(|facts| {
+            let bound = facts.bound.is_some() && facts.bound == facts.shown;
+            let proved = facts.dialect == Dialect::MaculaPeer1 && (bound || (facts.registered && !facts.disowned));
+            match facts.judge() {
+                Verdict::Accept => assert!(proved || facts.dialect == Dialect::Macula, "{facts:?}"),
+                Verdict::Ask => assert!(!proved && facts.dialect == Dialect::MaculaPeer1, "{facts:?}"),
+                Verdict::Refuse(_) => {}
+            }
+        });
+    }
+
+    #[test]
+    fn a_name_is_bound_by_the_nodes_word_or_by_who_names_the_key_and_not_by_a_nameless_node() {
+        all(|facts| {
+            assert!(facts.binds(Answer::HasIt));
+            let vouched_for =
+                facts.shown.is_some() && (facts.named == facts.shown || facts.waiting.contains(&facts.shown));
+            assert_eq!(facts.binds(Answer::HasNone), vouched_for, "{facts:?}");
+        });
+    }
+
+    #[test]
+    fn a_node_has_its_id_and_no_other_and_one_without_serves_any() {
+        let (own, own_key) = (node(1), key(7));
+        assert_eq!(answer(Some(&own), &own_key, b"1"), Some(Answer::HasIt));
+        assert_eq!(answer(Some(&own), &own_key, b"2"), None);
+        assert_eq!(answer(Some(&own), &own_key, &[7; 32]), Some(Answer::HasIt));
+        assert_eq!(answer(None, &own_key, b"1"), Some(Answer::HasNone));
+        assert_eq!(answer(None, &own_key, &[7; 32]), Some(Answer::HasIt));
+        assert_eq!(answer(Some(&own), &own_key, &[8; 32]), None);
+    }
+}

@@ -1,0 +1,70 @@
+//! Whether the node at the other end of a connection has a node id (docs/protocol.md).
+
+use bytes::{Bytes, BytesMut};
+use macula_peer_wire::HEADER_LEN;
+use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
+
+use crate::decide::trust::Answer;
+use crate::dial::not_connected;
+use crate::error::ConnectError;
+use crate::listen::WRONG_NODE;
+use crate::message::NodeId;
+use crate::session::{ASK_NODE, FOR_NODE, put_header};
+
+/// What a node says that is asked.
+const HAS_NONE: u8 = 0;
+const HAS_IT: u8 = 1;
+
+/// Asks the node at the other end. It has to answer before anything goes to it that is for the node of this id alone.
+pub(crate) async fn ask(connection: &Connection, node: &NodeId) -> Result<Answer, ConnectError> {
+    let (mut send, mut receive) = connection.open_bi().await.map_err(not_connected)?;
+    match send.write_chunk(frame(ASK_NODE, node)).await {
+        Ok(()) => {}
+        Err(WriteError::ConnectionLost(lost)) => return Err(not_connected(lost)),
+        // Why is said on the other half.
+        Err(_) => {}
+    }
+    // Stopped already is as good.
+    let _ = send.finish();
+    let mut answer = [0];
+    match (receive.read_exact(&mut answer).await, answer) {
+        (Ok(()), [HAS_IT]) => Ok(Answer::HasIt),
+        (Ok(()), [HAS_NONE]) => Ok(Answer::HasNone),
+        (Err(ReadExactError::ReadError(ReadError::Reset(code))), _) if code == WRONG_NODE.into() => {
+            Err(ConnectError::WrongNode)
+        }
+        (Err(ReadExactError::ReadError(ReadError::ConnectionLost(lost))), _) => Err(not_connected(lost)),
+        (Ok(()) | Err(_), _) => Err(ConnectError::Handshake("no answer that can be read".into())),
+    }
+}
+
+/// Answers a node that asks. `None`: this node has another id.
+pub(crate) async fn reply(mut receive: RecvStream, mut send: SendStream, answer: Option<Answer>) {
+    let answer = match answer {
+        Some(Answer::HasIt) => HAS_IT,
+        Some(Answer::HasNone) => HAS_NONE,
+        None => return refuse(&mut receive, &mut send),
+    };
+    // Who asked may be gone. Dropped, the stream is finished.
+    let _ = send.write_chunk(Bytes::copy_from_slice(&[answer])).await;
+}
+
+/// What comes on the stream is for another node.
+pub(crate) fn refuse(receive: &mut RecvStream, send: &mut SendStream) {
+    // Already closed is as good.
+    let _ = receive.stop(WRONG_NODE.into());
+    let _ = send.reset(WRONG_NODE.into());
+}
+
+/// What goes before a message that is for the node of this id alone.
+pub(crate) fn addressed_to(node: &NodeId) -> Bytes {
+    frame(FOR_NODE, node)
+}
+
+fn frame(type_id: u8, node: &NodeId) -> Bytes {
+    let node = node.as_bytes();
+    let mut frame = BytesMut::with_capacity(HEADER_LEN + node.len());
+    put_header(&mut frame, type_id, node.len());
+    frame.extend_from_slice(node);
+    frame.freeze()
+}

@@ -1,0 +1,323 @@
+//! A message for a node goes to that node.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use common::raw::{ASK_NODE, FOR_NODE, FakeRelay, Manner, NUMBER, SESSION, Stream, eventually, raw_frame, stranger};
+use common::{
+    Forwarder, Inbox, PATIENCE, endpoint, engine, frame, listener, member, message, node_id, over, owes_nothing, relay,
+    send_to_node, until,
+};
+use macula_peer::{
+    Config, ConnectError, Engine, Event, Message, Path, RequestError, RouteError, SendError, Target, UndeliveredReason,
+    Verify, Ways,
+};
+use macula_peer_testkit::quic::tokio_runtime;
+use macula_peer_wire::MessageType::{Ping, Pong, Publish};
+use macula_peer_wire::RawFrame;
+use quinn::VarInt;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn wrong_node() -> SendError {
+    RouteError::Node(ConnectError::WrongNode).into()
+}
+
+fn untrusted() -> SendError {
+    RouteError::Node(ConnectError::Untrusted).into()
+}
+
+/// A node that has this id and listens.
+fn named(name: &str) -> (Engine, Arc<Inbox>, String) {
+    listener(Config { node_id: Some(node_id(name)), ..Config::default() })
+}
+
+fn at(endpoints: &[&str]) -> Ways {
+    Ways { endpoints: endpoints.iter().map(|address| endpoint(address)).collect(), ..Ways::default() }
+}
+
+fn ask(engine: &Engine, name: &str, ways: Ways, message: Message) -> Result<RawFrame, RequestError> {
+    let node = node_id(name);
+    engine.learn(&node, ways);
+    engine.resolved(&node, true);
+    let (answer, answered) = mpsc::channel();
+    engine.request(&Target::Node(&node), message, move |reply| answer.send(reply).unwrap());
+    answered.recv_timeout(PATIENCE).expect("a call is always answered")
+}
+
+fn path(engine: &Engine, name: &str) -> Option<Path> {
+    engine.path(&Target::Node(&node_id(name))).link.map(|link| link.path)
+}
+
+fn undelivered(events: &Inbox) -> Vec<UndeliveredReason> {
+    let events = events.events.lock().unwrap();
+    let reasons = events.iter().filter_map(|event| match event {
+        Event::Undelivered { reason, .. } => Some(*reason),
+        _ => None,
+    });
+    reasons.collect()
+}
+
+/// Its port is free afterwards.
+fn ended(engine: Engine) {
+    engine.stop();
+    drop(engine);
+}
+
+// ---- the wrong node ----
+
+#[test]
+fn an_endpoint_that_leads_back_to_the_sender_is_not_the_node() {
+    let (relay, relay_address) = relay(0);
+    let (target, inbox) = member("target", &[&relay_address]);
+    for verify in [Verify::FirstSeen, Verify::None] {
+        for name in [Some(node_id(&format!("{verify:?}"))), None] {
+            let (sender, own_inbox, own) =
+                listener(Config { verify: verify.clone(), node_id: name.clone(), ..Config::default() });
+            let begun = Instant::now();
+            let refused = send_to_node(&sender, "target", at(&[&own]), message(Publish, 0, PATIENCE));
+            assert_eq!(refused, Err(wrong_node()));
+            let refused = ask(&sender, "target", at(&[&own]), message(Ping, 0, PATIENCE)).unwrap_err();
+            assert_eq!(refused, wrong_node().into());
+            assert!(begun.elapsed() < PATIENCE / 4, "{:?}", begun.elapsed());
+            let before = inbox.len();
+            let ways = Ways { endpoints: at(&[&own]).endpoints, ..over(&[&relay_address]) };
+            let sent = send_to_node(&sender, "target", ways, message(Publish, 1, PATIENCE));
+            assert_eq!(sent, Ok(()), "{verify:?} {name:?}");
+            until("it arrives", || inbox.len() == before + 1);
+            assert!(matches!(path(&sender, "target"), Some(Path::Relay(_))));
+            assert_eq!((own_inbox.len(), sender.stats().accepted.len()), (0, 0));
+            sender.stop();
+        }
+    }
+    target.stop();
+    relay.stop();
+}
+
+#[test]
+fn a_node_with_another_id_gets_no_message_and_its_key_is_not_learnt() {
+    let ((other, other_inbox, wrong), (target, inbox, right)) = (named("other"), named("target"));
+    for verify in [Verify::FirstSeen, Verify::None] {
+        let sender = engine(Config { verify, ..Config::default() });
+        let before = inbox.len();
+        for n in 0..2 {
+            let refused = send_to_node(&sender, "target", at(&[&wrong]), message(Publish, n, PATIENCE));
+            assert_eq!(refused, Err(wrong_node()));
+            let refused = ask(&sender, "target", at(&[&wrong]), message(Ping, n, PATIENCE)).unwrap_err();
+            assert_eq!(refused, wrong_node().into());
+        }
+        assert_eq!(sender.path(&Target::Node(&node_id("target"))).failures.direct, Some(ConnectError::WrongNode));
+        send_to_node(&sender, "target", at(&[&wrong, &right]), message(Publish, 2, PATIENCE)).unwrap();
+        until("it arrives", || inbox.len() == before + 1);
+        sender.stop();
+    }
+    assert_eq!(other_inbox.len(), 0);
+    other.stop();
+    target.stop();
+}
+
+#[test]
+fn a_relay_that_leads_to_another_node_gets_no_message_there_and_is_not_the_last_one_asked() {
+    let runtime = tokio_runtime(2).unwrap();
+    let inside = runtime.enter();
+    let fake = FakeRelay::new(Manner::Misroute("other".into()));
+    drop(inside);
+    let (relay, address) = relay(0);
+    let (other, other_inbox) = member("other", &[&fake.address]);
+    let (target, inbox) = member("target", &[&fake.address, &address]);
+    let sender = engine(Config::default());
+    // The relay is believed until the node itself says that it is another one.
+    send_to_node(&sender, "target", over(&[&fake.address]), message(Publish, 0, PATIENCE)).expect("accepted");
+    let refused = ask(&sender, "target", over(&[&fake.address]), message(Ping, 1, PATIENCE)).unwrap_err();
+    assert_eq!(refused, wrong_node().into());
+    send_to_node(&sender, "target", over(&[&fake.address, &address]), message(Publish, 1, PATIENCE)).unwrap();
+    until("both arrive", || inbox.len() == 2);
+    assert_eq!((inbox.disorder(), other_inbox.len()), (None, 0));
+    for engine in [sender, target, other, relay] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn a_node_that_takes_another_id_gets_nothing_more_for_the_old_one() {
+    let ((first, first_inbox, first_address), (second, second_inbox, second_address)) = (named("old"), named("spare"));
+    let sender = engine(Config::default());
+    let ways = || at(&[&first_address, &second_address]);
+    let send = |n| send_to_node(&sender, "old", ways(), message(Publish, n, PATIENCE)).unwrap();
+    (0..10).for_each(send);
+    until("they arrive", || first_inbox.len() == 10 && owes_nothing(&sender));
+    first.register(node_id("new"), Vec::new());
+    second.register(node_id("old"), Vec::new());
+    (10..20).for_each(send);
+    until("they arrive", || second_inbox.len() == 10 && owes_nothing(&sender));
+    assert_eq!((first_inbox.numbers(), second_inbox.numbers()), ((0..10).collect(), (10..20).collect()));
+    assert_eq!(second_inbox.disorder().map(|(wrong, rest)| (wrong, rest[0])), Some((0, 10)), "in order, from 10 on");
+    send_to_node(&sender, "new", at(&[&first_address]), message(Publish, 20, PATIENCE)).unwrap();
+    until("it arrives", || first_inbox.numbers().contains(&20));
+
+    // The link stays where it is, and the node gives the name up again.
+    second.register(node_id("spare"), Vec::new());
+    first.register(node_id("old"), Vec::new());
+    let answering = std::thread::spawn({
+        let inbox = first_inbox.clone();
+        move || {
+            until("it is asked", || inbox.numbers().contains(&21));
+            let asked = inbox.messages.lock().unwrap().pop().unwrap();
+            asked.reply.unwrap().reply(frame(Pong, 21, 1)).unwrap();
+        }
+    });
+    let answer = ask(&sender, "old", ways(), message(Ping, 21, PATIENCE)).unwrap();
+    assert_eq!(answer.type_id(), Pong.id());
+    answering.join().unwrap();
+    assert_eq!(second_inbox.len(), 10);
+    for engine in [sender, first, second] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn a_node_without_an_id_serves_any_and_is_not_learnt() {
+    let (first, first_inbox, address) = listener(Config::default());
+    let port = address.rsplit_once(':').unwrap().1.parse().unwrap();
+    let again = |name: Option<&str>| listener(Config { port, node_id: name.map(node_id), ..Config::default() });
+    let sender = engine(Config::default());
+    let send = |n| send_to_node(&sender, "target", at(&[&address]), message(Publish, n, PATIENCE));
+    send(0).unwrap();
+    until("it arrives", || first_inbox.len() == 1 && owes_nothing(&sender));
+    ended(first);
+    until("the link is gone", || path(&sender, "target").is_none());
+    // With another key, as a container has at each start.
+    let (second, second_inbox, _) = again(None);
+    send(1).unwrap();
+    until("it arrives", || second_inbox.len() == 1 && owes_nothing(&sender));
+    ended(second);
+    until("the link is gone", || path(&sender, "target").is_none());
+    // This one says that it is the node, and nobody else is from now on.
+    let (target, inbox, _) = again(Some("target"));
+    send(2).unwrap();
+    until("it arrives", || inbox.len() == 1 && owes_nothing(&sender));
+    ended(target);
+    until("the link is gone", || path(&sender, "target").is_none());
+    for name in [None, Some("target")] {
+        let (impostor, stolen, _) = again(name);
+        assert_eq!(send(3), Err(untrusted()));
+        assert_eq!(stolen.len(), 0);
+        ended(impostor);
+    }
+    sender.stop();
+}
+
+// ---- another key ----
+
+#[test]
+fn messages_to_a_node_that_comes_back_with_another_key_end_as_untrusted_until_it_is_forgotten() {
+    let (target, inbox, address) = named("target");
+    let forwarder = Forwarder::new(address.parse().unwrap(), 0, 0.0, Duration::ZERO);
+    let sender = engine(Config::default());
+    let events = Arc::new(Inbox::default());
+    sender.set_handler(Some(events.clone()));
+    let before = at(&[&forwarder.address.to_string()]);
+    send_to_node(&sender, "target", before, message(Publish, 0, PATIENCE)).unwrap();
+    until("it arrives", || inbox.len() == 1 && owes_nothing(&sender));
+    // It does not say goodbye.
+    forwarder.swallow(true);
+    target.stop();
+    let (successor, inbox, address) = named("target");
+    let send = |n, timeout| send_to_node(&sender, "target", at(&[&address]), message(Publish, n, timeout));
+    sender.learn(&node_id("target"), at(&[&address]));
+    send(1, 2 * SECOND).expect("accepted, the link is not known to be dead");
+    send(2, PATIENCE).expect("accepted as well");
+    until("it is reported", || !undelivered(&events).is_empty());
+    assert_eq!(undelivered(&events), [UndeliveredReason::Untrusted]);
+    assert_eq!(send(3, PATIENCE), Err(untrusted()));
+    assert_eq!(ask(&sender, "target", Ways::default(), message(Ping, 4, PATIENCE)), Err(untrusted().into()));
+    assert_eq!(inbox.len(), 0);
+
+    sender.forget(&node_id("target"));
+    until("what is still owed arrives", || inbox.numbers() == [2]);
+    send(5, PATIENCE).unwrap();
+    until("it arrives", || inbox.len() == 2);
+    assert_eq!(sender.stats().undelivered, 1);
+    sender.stop();
+    successor.stop();
+}
+
+#[test]
+fn forgetting_a_node_gives_up_the_link_to_it_and_no_message() {
+    let (target, inbox, address) = named("target");
+    let sender = engine(Config::default());
+    sender.forget(&node_id("target"));
+    for n in 0..50 {
+        send_to_node(&sender, "target", at(&[&address]), message(Publish, n, PATIENCE)).unwrap();
+        if n % 10 == 0 {
+            sender.forget(&node_id("target"));
+        }
+    }
+    until("all arrive", || inbox.len() == 50);
+    assert_eq!(inbox.disorder(), None);
+    assert!(sender.stats().peers[0].dials > 1);
+    sender.stop();
+    target.stop();
+}
+
+/// The wrong one claims to be the node.
+#[test]
+fn a_node_that_no_waiting_message_may_go_to_is_not_learnt_and_not_linked() {
+    let ((impostor, stolen, wrong), (target, inbox, right)) = (named("target"), named("target"));
+    let key = Some(target.fingerprint());
+    let sender = engine(Config::default());
+    let only = |n| Message { key, ..message(Publish, n, PATIENCE) };
+    assert_eq!(send_to_node(&sender, "target", at(&[&wrong]), only(0)), Err(untrusted()));
+    assert_eq!(path(&sender, "target"), None);
+    send_to_node(&sender, "target", at(&[&wrong, &right]), only(1)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    send_to_node(&sender, "target", Ways::default(), message(Publish, 2, PATIENCE)).unwrap();
+    until("it arrives", || inbox.len() == 2);
+    assert_eq!(stolen.len(), 0);
+    for engine in [sender, impostor, target] {
+        engine.stop();
+    }
+}
+
+// ---- what a node says to others ----
+
+#[test]
+fn what_is_for_another_node_is_refused_whatever_its_sender_asked_before() {
+    let wrong = Err(Some(VarInt::from_u32(7)));
+    let ((server, inbox, address), (nameless, _, any)) = (named("me"), listener(Config::default()));
+    let own = server.fingerprint();
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        let answered = async |bytes: Vec<u8>, len: usize| {
+            let mut stream = Stream::open(&connection).await;
+            stream.say(bytes).await;
+            stream.send.finish().unwrap();
+            stream.bytes(len).await
+        };
+        let session = |name: &[u8]| raw_frame(SESSION, &[&[9; 16], &[0][..], name].concat());
+        let mut messages = frame(Publish, 1, 8).to_vec();
+        messages.splice(0..0, raw_frame(NUMBER, &[0; 8]));
+        for name in [&b"you"[..], b"m", b"mee", &[7; 32], &[b'm'; 255]] {
+            assert_eq!(answered(raw_frame(ASK_NODE, name), 1).await, wrong);
+            assert_eq!(answered([session(name), messages.clone()].concat(), 9).await, wrong);
+            assert_eq!(answered([raw_frame(FOR_NODE, name), frame(Ping, 1, 8).to_vec()].concat(), 1).await, wrong);
+        }
+        assert_eq!(inbox.len(), 0);
+        for name in [&b"me"[..], own.as_bytes()] {
+            assert_eq!(answered(raw_frame(ASK_NODE, name), 1).await, Ok(vec![1]));
+            assert_eq!(answered(session(name), 9).await.map(|word| word[1..].to_vec()), Ok(vec![0; 8]));
+        }
+        let mut stream = Stream::open(&connection).await;
+        stream.say([raw_frame(FOR_NODE, b"me"), frame(Ping, 2, 8).to_vec()].concat()).await;
+        eventually("it arrives", || inbox.numbers() == [2]).await;
+        let connection = stranger(&any).await;
+        let mut stream = Stream::open(&connection).await;
+        stream.say(raw_frame(ASK_NODE, b"you")).await;
+        assert_eq!(stream.bytes(1).await, Ok(vec![0]));
+    });
+    server.stop();
+    nameless.stop();
+}
