@@ -381,7 +381,7 @@ fn a_relay_that_complains_all_the_time_is_reported_now_and_then() {
         // Read after all that, it ends the registration.
         fake.say("node", &map(Reply, &[("error", bin("malformed"))])).await;
     });
-    let ended = |event: &Event| matches!(event, Event::Registration { state: Registration::Lost, .. });
+    let ended = |event: &Event| matches!(event, Event::Registration { state: Registration::Refused(_), .. });
     until("the registration ends", || inbox.events.lock().unwrap().iter().any(ended));
     let complaints = |event: &&Event| matches!(event, Event::RelayLimit { .. });
     let reported = inbox.events.lock().unwrap().iter().filter(complaints).count();
