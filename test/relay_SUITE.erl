@@ -7,7 +7,7 @@
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
--import(macula_peer_test, [call/4, until/1, elapsed/1, received/1, events/2]).
+-import(macula_peer_test, [call/4, until/1, until/2, elapsed/1, received/1, events/2]).
 -import(macula_peer_relays, [start_relay/1, start_relay/2, endpoint/1, start_cold/2, start_member/2, settings/2, id/1,
                              await_registered/2, send/4, send/5, request/4, cold_send/4, delivered/2,
                              start_stream/4, streamed/1, await_count/2]).
@@ -20,6 +20,7 @@
 -define(STREAM, 100000).
 %% More than the tests can send.
 -define(WIDE, #{bandwidth => 1 bsl 30}).
+-define(SERVICE, <<"10.77.0.100:4433">>).
 -define(MARKER, "what no relay is to read").
 
 suite() -> [{timetrap, {seconds, 120}}].
@@ -38,7 +39,8 @@ groups() ->
       [a_firewalled_node_is_reached_through_a_bootstrap_peer, a_firewalled_node_is_reached_through_a_configured_relay,
        a_long_way_to_the_relay_costs_four_round_trips, long_ways_to_and_from_the_relay_cost_four_round_trips,
        firewalled_nodes_ask_each_other, all_arrive_once_and_in_order_whatever_happens_to_relay_and_path,
-       another_relay_takes_over, a_relay_sees_no_plaintext]}].
+       another_relay_takes_over, a_dead_mapping_that_is_silent_cuts_nobody_off,
+       a_dead_mapping_that_refuses_cuts_nobody_off, a_relay_sees_no_plaintext]}].
 
 init_per_group(network, Config) ->
     case macula_peer_net:available() of
@@ -198,6 +200,60 @@ all_arrive_once_and_in_order(Sender, Target, Count) ->
     ?assertEqual({in_order, Count}, macula_peer_relays:sequence(Target)),
     ?assertEqual([], events(Sender, undelivered)),
     ?assertEqual([], events(Sender, session_restarted)).
+
+%% A rule leads an address to one of two hosts, as for a service of Kubernetes. When it leads to the other one, the kernel keeps
+%% the mapping of a port that still sends.
+a_dead_mapping_that_is_silent_cuts_nobody_off(Config) ->
+    a_dead_mapping_cuts_nobody_off(Config, fun(Host) -> macula_peer_net:ip(Host, "link set eth0 down") end).
+
+a_dead_mapping_that_refuses_cuts_nobody_off(Config) ->
+    a_dead_mapping_cuts_nobody_off(Config, fun(_StillAnswersIcmp) -> ok end).
+
+a_dead_mapping_cuts_nobody_off(Config, Cut) ->
+    [ClientHost, OneHost, OtherHost | _] = ?config(hosts, Config),
+    File = filename:join(?config(priv_dir, Config), "service.pem"),
+    lead_to(ClientHost, OneHost),
+    [One, Other] = [service(Host, File) || Host <- [OneHost, OtherHost]],
+    try
+        Client = start_member(ClientHost, #{gateway => none, node_id => <<"client">>, relays => [?SERVICE],
+                                            hole_punching => off}),
+        until(fun() -> registered(One) =:= 1 end),
+        Ways = [fun(Id) -> call(Client, macula_peer_connector, send_message, [?SERVICE, store, #{id => Id}]) end,
+                fun(Id) -> send(Client, {<<"client">>, <<"service">>}, Id, #{endpoint => ?SERVICE}) end],
+        [ok = Way(1) || Way <- Ways],
+        until(fun() -> length(received(One)) =:= 2 end),
+        lead_to(ClientHost, OtherHost),
+        macula_peer_test:kill_node(One),
+        _ = Cut(OneHost),
+        {Ms, ok} = elapsed(fun() -> heals(Other, Ways) end),
+        ct:pal("reached again after ~p ms", [Ms]),
+        ?assert(Ms < 30000)
+    after
+        macula_peer_net:ip(OneHost, "link set eth0 up"),
+        macula_peer_net:nft(ClientHost, "delete table ip service")
+    end.
+
+%% Calls return `ok' for what is on its way over a link that is not known to be dead yet, so they count when they arrive.
+heals(Node, Ways) ->
+    [until(fun() -> _ = Way(Id), arrived(Node, Id) end, 45000) || {Id, Way} <- lists:zip([2, 3], Ways)],
+    until(fun() -> registered(Node) =:= 1 end, 45000).
+
+arrived(Node, Id) ->
+    lists:any(fun(#{message := #{<<"id">> := I}}) -> I =:= Id end, received(Node)).
+
+registered(Relay) ->
+    maps:get(registrations, maps:get(relay, macula_peer_test:stats(Relay))).
+
+service(Host, File) ->
+    Node = start_member(Host, #{gateway => none, identity_file => File}),
+    {ok, _} = call(Node, macula_peer_test, listen, [#{port => 4433, relay => #{}}]),
+    Node.
+
+lead_to(Client, Host) ->
+    macula_peer_net:nft(Client, lists:append(["add table ip service; delete table ip service\n"
+                                 "table ip service { chain out { type nat hook output priority -100\n"
+                                 "ip daddr 10.77.0.100 udp dport 4433 dnat to ", inet:ntoa(macula_peer_net:address(Host)),
+                                 ":4433\n} }\n"])).
 
 %% ---- what a relay sees ----
 

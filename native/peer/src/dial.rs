@@ -1,6 +1,7 @@
 //! From an endpoint to a connection: lookup, both address families, retries.
 
 use std::any::Any;
+use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
@@ -25,7 +26,7 @@ use crate::message::Path;
 use crate::names::Resolver;
 use crate::ports::Ports;
 use crate::relay::client::relay_transport;
-use crate::socket::{Refusals, Socket};
+use crate::socket::{ExtraGuard, Refusals, Socket};
 use crate::tls::Dialect;
 
 /// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.
@@ -143,8 +144,16 @@ impl Dialer {
         let mut backoff = Backoff::new(REFUSED_FIRST_PAUSE, REFUSED_LONGEST_PAUSE);
         let give_up = Instant::now() + self.config.connect_timeout;
         let mut dial = self.ports.dial(&self.socket, address, self.config.connect_timeout);
+        let another = dial.another();
         loop {
-            let outcome = self.connect(address, &name, &mut || dial.heard()).await;
+            let mut heard = || dial.heard();
+            let outcome = tokio::select! {
+                outcome = self.connect(address, &name, &mut heard) => outcome,
+                never = refusals_of(another.as_deref()) => match never {},
+            };
+            if outcome.as_ref().is_err_and(|error| *error == ConnectError::Unreachable) {
+                dial.refused();
+            }
             let pause = backoff.pause(fastrand::f64());
             // Said before the dial's own time is over, or it would pass for silence.
             if !matches!(outcome, Err(ConnectError::Refused)) || Instant::now() + 2 * pause >= give_up {
@@ -249,6 +258,14 @@ pub(crate) async fn refused(refusals: &mut broadcast::Receiver<SocketAddr>, addr
             Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
             Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
         }
+    }
+}
+
+/// Publishes what ICMP says of packets that leave by another port.
+async fn refusals_of(another: Option<&ExtraGuard>) -> Infallible {
+    match another {
+        Some(port) => port.watch_errors().await,
+        None => std::future::pending().await,
     }
 }
 

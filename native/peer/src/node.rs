@@ -835,6 +835,7 @@ impl Node {
         drop(peers);
         let mut tasks = std::mem::take(&mut *lock(&self.tasks));
         lock(&self.socket).errors.abort();
+        self.ports.clear();
         while tasks.join_next().await.is_some() {}
         self.set_handler(None);
         self.quic.close(0u8.into(), b"");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
-use crate::decide::source_port::{Kept, SourcePorts, silence};
+use crate::decide::source_port::{Failed, Kept, SourcePorts, silence};
 use crate::link::lock;
 use crate::node::Node;
 use crate::socket::{ExtraGuard, Socket, canonical};
@@ -26,7 +26,7 @@ pub(crate) struct Ports {
 
 #[derive(Default)]
 struct State {
-    silent: SourcePorts,
+    failing: SourcePorts,
     /// Of dials that are under way. Together at most `MAX_PORTS`.
     trying: HashMap<SocketAddr, Weak<ExtraGuard>>,
     kept: HashMap<SocketAddr, (Kept, Arc<ExtraGuard>)>,
@@ -39,6 +39,7 @@ pub(crate) struct Dial {
     begun: Instant,
     silence: Duration,
     heard: bool,
+    refused: bool,
     /// The port that it tries.
     another: Option<Arc<ExtraGuard>>,
 }
@@ -48,7 +49,7 @@ impl Ports {
     pub(crate) fn dial(self: &Arc<Self>, socket: &Arc<Socket>, to: SocketAddr, longest: Duration) -> Dial {
         let (to, begun) = (canonical(to), Instant::now());
         let another = lock(&self.state).another(socket, to, begun);
-        Dial { ports: self.clone(), to, begun, silence: silence(longest), heard: false, another }
+        Dial { ports: self.clone(), to, begun, silence: silence(longest), heard: false, refused: false, another }
     }
 
     /// Whether packets to a destination leave by another port than the usual one.
@@ -81,8 +82,7 @@ impl Ports {
         let (state, now) = (&mut *lock(&self.state), Instant::now());
         state.trying.retain(|_, port| port.strong_count() > 0);
         state.kept.retain(|_, (kept, port)| kept.is_used(port.heard(), now));
-        // All of them, not up to the first.
-        state.kept.values_mut().filter_map(|(kept, _)| kept.make_due(now).then_some(())).count() > 0
+        state.kept.values_mut().fold(false, |any, (kept, _)| kept.make_due(now) | any)
     }
 }
 
@@ -103,7 +103,7 @@ pub(crate) async fn run(node: Arc<Node>) {
 impl State {
     /// The port that the next dial tries.
     fn another(&mut self, socket: &Arc<Socket>, to: SocketAddr, now: Instant) -> Option<Arc<ExtraGuard>> {
-        if !self.silent.another(to, now) {
+        if !self.failing.another(to, now) {
             return None;
         }
         if let Some(port) = self.trying.get(&to).and_then(Weak::upgrade) {
@@ -118,7 +118,7 @@ impl State {
         }
         match socket.open_beside().map_err(Into::into).and_then(|io| socket.share(io, to)) {
             Ok(port) => {
-                tracing::debug!(%to, "silent: another port is tried");
+                tracing::debug!(%to, "not answered: another port is tried");
                 let port = Arc::new(port);
                 self.trying.insert(to, Arc::downgrade(&port));
                 Some(port)
@@ -136,19 +136,35 @@ impl Dial {
     pub(crate) fn heard(&mut self) {
         self.heard = true;
     }
+
+    /// The system said that nobody is there.
+    pub(crate) fn refused(&mut self) {
+        self.refused = true;
+    }
+
+    /// The port that it tries, if that is not the usual one.
+    pub(crate) fn another(&self) -> Option<Arc<ExtraGuard>> {
+        self.another.clone()
+    }
 }
 
 impl Drop for Dial {
     fn drop(&mut self) {
         let (state, now) = (&mut *lock(&self.ports.state), Instant::now());
         if self.heard {
-            state.silent.heard(self.to);
+            state.failing.heard(self.to);
             if let Some(port) = self.another.take() {
                 state.keep(self.to, port, now);
             }
-        } else if now >= self.begun + self.silence {
-            state.silent.silent(self.to, now);
+            return;
         }
+        let how = match self.refused {
+            true => Failed::Refused,
+            false if now >= self.begun + self.silence => Failed::Silent,
+            // Given up early.
+            false => return,
+        };
+        state.failing.failed(self.to, how, self.another.is_some(), now);
     }
 }
 

@@ -6,7 +6,9 @@
 //! destination, where it must hurt nobody; and it leaves tokio's write readiness set for good, where a full socket
 //! would spin.
 
+use std::convert::Infallible;
 use std::fmt;
+use std::future::pending;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
@@ -25,7 +27,7 @@ use tokio::sync::broadcast;
 use crate::decide::sending::Fault;
 
 pub(crate) use self::extras::ExtraId;
-use self::extras::{AddExtraError, Extras};
+use self::extras::{AddExtraError, Extra, Extras};
 use self::receive::Receiver;
 use self::send::{Outcome, Sender};
 use self::sift::sift;
@@ -88,7 +90,7 @@ impl Socket {
         enlarge_buffers(socket2::SockRef::from(&socket));
         let local = socket.local_addr()?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        report_icmp_errors(&socket, local);
+        report_icmp_errors(&socket, local, true);
         Ok(Arc::new(Self {
             io: UdpSocket::from_std(socket)?,
             state,
@@ -165,20 +167,7 @@ impl Socket {
 
     /// Publishes refused destinations, as long as the socket lives.
     pub(crate) async fn watch_errors(self: Arc<Self>) {
-        loop {
-            if self.io.ready(Interest::ERROR).await.is_err() {
-                return;
-            }
-            // WouldBlock tells tokio that the queue was read to its end.
-            let _ = self.io.try_io(Interest::ERROR, || -> io::Result<()> {
-                for destination in icmp_refused(&self.io) {
-                    tracing::debug!(%destination, "port unreachable");
-                    // No receiver means that nobody dials.
-                    let _ = self.refusals.send(destination);
-                }
-                Err(io::ErrorKind::WouldBlock.into())
-            });
-        }
+        watch_errors(&self.io, &self.refusals).await;
     }
 
     /// Waits until it is broken: from then on another one is needed.
@@ -252,15 +241,56 @@ impl ExtraGuard {
         self.socket.extras.get(self.id).map_or(0, |extra| extra.heard())
     }
 
+    /// Has closed ports noticed at once, until this is dropped.
+    pub(crate) async fn watch_errors(&self) -> Infallible {
+        let Some(extra) = self.socket.extras.get(self.id) else { return pending().await };
+        let _reporting = Reporting::new(&extra, self.socket.local);
+        watch_errors(extra.io(), &self.socket.refusals).await;
+        pending().await
+    }
+
     /// From now on QUIC's packets to an address leave by the main socket.
     pub(crate) fn unroute(&self, address: SocketAddr) {
         self.socket.extras.unroute(address, self.id);
     }
 }
 
+/// ICMP's word on what leaves by an extra socket, until this is dropped: a socket whose errors nobody reads looks writable to
+/// tokio for good.
+struct Reporting<'a>(&'a Extra, SocketAddr);
+
+impl<'a> Reporting<'a> {
+    fn new(extra: &'a Extra, local: SocketAddr) -> Self {
+        report_icmp_errors(extra.io(), local, true);
+        Self(extra, local)
+    }
+}
+
+impl Drop for Reporting<'_> {
+    fn drop(&mut self) {
+        report_icmp_errors(self.0.io(), self.1, false);
+        icmp_refused(self.0.io());
+    }
+}
+
 impl Drop for ExtraGuard {
     fn drop(&mut self) {
         self.socket.remove_extra(self.id);
+    }
+}
+
+/// Publishes refused destinations.
+async fn watch_errors(io: &UdpSocket, refusals: &Refusals) {
+    while io.ready(Interest::ERROR).await.is_ok() {
+        // WouldBlock tells tokio that the queue was read to its end.
+        let _ = io.try_io(Interest::ERROR, || -> io::Result<()> {
+            for destination in icmp_refused(io) {
+                tracing::debug!(%destination, "port unreachable");
+                // No receiver means that nobody dials.
+                let _ = refusals.send(destination);
+            }
+            Err(io::ErrorKind::WouldBlock.into())
+        });
     }
 }
 
@@ -305,11 +335,11 @@ fn enlarge_buffers(socket: socket2::SockRef<'_>) {
 }
 
 #[cfg(target_os = "linux")]
-fn report_icmp_errors(socket: &std::net::UdpSocket, local: SocketAddr) {
+fn report_icmp_errors(socket: &impl std::os::fd::AsFd, local: SocketAddr, on: bool) {
     use nix::sys::socket::{setsockopt, sockopt};
     // A socket of both families needs both: each family keeps its own switch.
-    let v4 = setsockopt(socket, sockopt::Ipv4RecvErr, &true);
-    let v6 = if local.is_ipv6() { setsockopt(socket, sockopt::Ipv6RecvErr, &true) } else { Ok(()) };
+    let v4 = setsockopt(socket, sockopt::Ipv4RecvErr, &on);
+    let v6 = if local.is_ipv6() { setsockopt(socket, sockopt::Ipv6RecvErr, &on) } else { Ok(()) };
     if let Err(error) = v4.and(v6) {
         tracing::warn!(%error, "closed ports will only be noticed by timeout");
     }
@@ -354,7 +384,7 @@ fn icmp_refused(socket: &UdpSocket) -> Vec<SocketAddr> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn report_icmp_errors(_: &std::net::UdpSocket, _: SocketAddr) {}
+fn report_icmp_errors<S>(_: &S, _: SocketAddr, _: bool) {}
 
 #[cfg(not(target_os = "linux"))]
 fn icmp_refused(_: &UdpSocket) -> Vec<SocketAddr> {

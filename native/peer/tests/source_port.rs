@@ -197,6 +197,23 @@ fn an_endpoint_and_a_node_behind_a_dead_mapping_are_reached_from_another_port() 
     }
 }
 
+/// Nobody is there, and nobody waits longer for that because other ports are tried as well.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_closed_port_is_noticed_at_once_from_every_port() {
+    let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let sender = engine(Config { connect_timeout: Duration::from_secs(5), ..config() });
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(8) {
+        let asked = Instant::now();
+        send(&sender, &closed, message(Publish, 1, TIMEOUT)).unwrap_err();
+        let waited = asked.elapsed();
+        assert!(waited < Duration::from_secs(3), "{waited:?} after {:?}", begun.elapsed());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    sender.stop();
+}
+
 #[test]
 fn a_registration_returns_to_the_usual_port_that_works_after_all() {
     let (relay, address) = relay(0);

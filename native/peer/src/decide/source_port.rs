@@ -7,17 +7,21 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Dials in a row of which nothing was heard, after which another port is tried.
+/// Silent dials in a row after which another port is tried.
 const SILENT_DIALS: u32 = 2;
 
 /// How long a dial waits at least before it counts as silent: QUIC has repeated its first packet by then.
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// Destinations that are remembered. Each costs a silent dial, of which there are few at once.
+/// For how long a destination must have refused every dial. Somebody else may refuse what a mapping leads to him, but most
+/// often it is a service that restarts.
+const REFUSED_FOR: Duration = Duration::from_secs(5);
+
+/// Destinations that are remembered. Each costs a dial that failed.
 const MAX_DESTINATIONS: usize = 1024;
 
-/// How long a silent destination is remembered. A mapping that nothing refreshes is gone by then: Linux keeps an established one
-/// for 120 s.
+/// How long a failure is remembered. A mapping that nothing refreshes is gone by then: Linux keeps an established one for
+/// 120 s.
 const FORGET_AFTER: Duration = Duration::from_secs(180);
 
 /// How long another port is kept for a destination after something was last heard there.
@@ -26,16 +30,29 @@ const KEEP_UNHEARD: Duration = Duration::from_secs(300);
 /// How often the usual port is tried beside another one that works. In between, the dead mapping can expire.
 const CHECK_EVERY: Duration = Duration::from_secs(600);
 
+/// How a dial failed of which no packet came back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Failed {
+    /// Nothing came.
+    Silent,
+    /// ICMP, or the system, said that nobody is there.
+    Refused,
+}
+
 /// The destinations that did not answer.
 #[derive(Debug, Default)]
 pub(crate) struct SourcePorts {
-    silent: HashMap<SocketAddr, Silent>,
+    failing: HashMap<SocketAddr, Failing>,
 }
 
+/// Since the destination was last heard.
 #[derive(Debug)]
-struct Silent {
-    dials: u32,
+struct Failing {
+    since: Instant,
     last: Instant,
+    silent: u32,
+    /// The last dial left by another port.
+    by_another: bool,
 }
 
 /// How long a dial must have waited for a first packet to count as silent, where it may take `longest` altogether.
@@ -47,28 +64,31 @@ impl SourcePorts {
     /// Whether the next dial should leave by another port. While nothing answers, every second dial does: the destination may be
     /// down, and back any time.
     pub(crate) fn another(&self, to: SocketAddr, now: Instant) -> bool {
-        let dials = self.silent.get(&to).filter(|silent| silent.is_remembered(now)).map_or(0, |silent| silent.dials);
-        dials >= SILENT_DIALS && (dials - SILENT_DIALS).is_multiple_of(2)
+        let failing = self.failing.get(&to).filter(|failing| failing.is_remembered(now));
+        failing.is_some_and(|failing| {
+            let refused = failing.last >= failing.since + REFUSED_FOR;
+            !failing.by_another && (failing.silent >= SILENT_DIALS || refused)
+        })
     }
 
-    /// Nothing was heard of a dial.
-    pub(crate) fn silent(&mut self, to: SocketAddr, now: Instant) {
-        self.silent.retain(|_, silent| silent.is_remembered(now));
-        if self.silent.len() >= MAX_DESTINATIONS && !self.silent.contains_key(&to) {
+    /// A dial has failed, which left by another port or by the usual one.
+    pub(crate) fn failed(&mut self, to: SocketAddr, how: Failed, by_another: bool, now: Instant) {
+        self.failing.retain(|_, failing| failing.is_remembered(now));
+        if self.failing.len() >= MAX_DESTINATIONS && !self.failing.contains_key(&to) {
             return;
         }
-        let silent = self.silent.entry(to).or_insert(Silent { dials: 0, last: now });
-        silent.dials = silent.dials.saturating_add(1);
-        silent.last = now;
+        let failing = self.failing.entry(to).or_insert(Failing { since: now, last: now, silent: 0, by_another });
+        failing.silent = failing.silent.saturating_add((how == Failed::Silent).into());
+        (failing.last, failing.by_another) = (now, by_another);
     }
 
     /// The destination answered.
     pub(crate) fn heard(&mut self, to: SocketAddr) {
-        self.silent.remove(&to);
+        self.failing.remove(&to);
     }
 }
 
-impl Silent {
+impl Failing {
     fn is_remembered(&self, now: Instant) -> bool {
         now < self.last + FORGET_AFTER
     }
@@ -130,58 +150,67 @@ mod tests {
         *START + Duration::from_secs(seconds)
     }
 
+    /// Dials `count` times, every so many seconds, and never hears anything; which dials left by another port.
+    fn dialled(ports: &mut SourcePorts, how: Failed, count: u64, every: u64) -> Vec<bool> {
+        let mut left = Vec::new();
+        for n in 0..count {
+            let another = ports.another(to(1), after(n * every));
+            ports.failed(to(1), how, another, after(n * every));
+            assert!(!ports.another(to(2), after(n * every)), "only this destination moves");
+            left.push(another);
+        }
+        left
+    }
+
     #[test]
     fn after_two_silent_dials_every_second_one_leaves_by_another_port() {
-        let mut ports = SourcePorts::default();
-        let mut left = Vec::new();
-        for n in 0..7 {
-            left.push(ports.another(to(1), after(n)));
-            assert!(!ports.another(to(2), after(n)), "only the silent destination moves");
-            ports.silent(to(1), after(n));
-        }
+        let left = dialled(&mut SourcePorts::default(), Failed::Silent, 7, 5);
         assert_eq!(left, [false, false, true, false, true, false, true]);
     }
 
     #[test]
-    fn an_answer_ends_it() {
-        let mut ports = SourcePorts::default();
-        for _ in 0..2 {
-            ports.silent(to(1), after(0));
-        }
-        assert!(ports.another(to(1), after(0)));
-        ports.heard(to(1));
-        ports.silent(to(1), after(1));
-        assert!(!ports.another(to(1), after(1)), "they must follow each other");
+    fn who_refuses_for_long_is_dialled_from_another_port_too() {
+        let left = dialled(&mut SourcePorts::default(), Failed::Refused, 10, 1);
+        assert_eq!(left, [false, false, false, false, false, false, true, false, true, false]);
+        let rarely = dialled(&mut SourcePorts::default(), Failed::Refused, 4, 60);
+        assert_eq!(rarely, [false, false, true, false]);
     }
 
     #[test]
-    fn silence_is_forgotten_once_no_mapping_can_be_left() {
-        let mut ports = SourcePorts::default();
-        for _ in 0..2 {
-            ports.silent(to(1), after(0));
+    fn an_answer_ends_it() {
+        for how in [Failed::Silent, Failed::Refused] {
+            let mut ports = SourcePorts::default();
+            dialled(&mut ports, how, 2, 10);
+            assert!(ports.another(to(1), after(10)));
+            ports.heard(to(1));
+            ports.failed(to(1), how, false, after(11));
+            assert!(!ports.another(to(1), after(11)), "they must follow each other");
         }
+    }
+
+    #[test]
+    fn failures_are_forgotten_once_no_mapping_can_be_left() {
+        let mut ports = SourcePorts::default();
+        dialled(&mut ports, Failed::Silent, 2, 0);
         let over = FORGET_AFTER.as_secs();
         assert!(ports.another(to(1), after(over - 1)));
         assert!(!ports.another(to(1), after(over)));
-        ports.silent(to(1), after(over));
+        ports.failed(to(1), Failed::Silent, false, after(over));
         assert!(!ports.another(to(1), after(over)), "counted from the start");
     }
 
     #[test]
     fn the_table_is_bounded_and_has_room_again_later() {
         let mut ports = SourcePorts::default();
-        let filled = |ports: &mut SourcePorts, seconds| {
-            for port in 1..=u16::try_from(MAX_DESTINATIONS).unwrap() + 1 {
-                ports.silent(to(port), after(seconds));
-                ports.silent(to(port), after(seconds));
-            }
-        };
-        filled(&mut ports, 0);
-        assert_eq!(ports.silent.len(), MAX_DESTINATIONS);
-        let last = to(u16::try_from(MAX_DESTINATIONS).unwrap() + 1);
-        assert!(!ports.another(last, after(0)));
-        ports.silent(last, after(FORGET_AFTER.as_secs()));
-        assert_eq!(ports.silent.len(), 1);
+        let last = u16::try_from(MAX_DESTINATIONS).unwrap() + 1;
+        for port in 1..=last {
+            ports.failed(to(port), Failed::Silent, false, after(0));
+            ports.failed(to(port), Failed::Silent, false, after(0));
+        }
+        assert_eq!(ports.failing.len(), MAX_DESTINATIONS);
+        assert!(!ports.another(to(last), after(0)));
+        ports.failed(to(last), Failed::Silent, false, after(FORGET_AFTER.as_secs()));
+        assert_eq!(ports.failing.len(), 1);
     }
 
     #[test]

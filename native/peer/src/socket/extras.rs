@@ -263,6 +263,10 @@ impl Extra {
         sender.send(&self.io, &self.state, transmit)
     }
 
+    pub(super) fn io(&self) -> &UdpSocket {
+        &self.io
+    }
+
     /// Counts up with what comes from its peer.
     pub(super) fn heard(&self) -> u64 {
         self.heard.load(Ordering::Relaxed)
