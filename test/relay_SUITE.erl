@@ -250,10 +250,11 @@ service(Host, File) ->
     Node.
 
 lead_to(Client, Host) ->
+    Target = inet:ntoa(macula_peer_net:address(Host)),
     macula_peer_net:nft(Client, lists:append(["add table ip service; delete table ip service\n"
-                                 "table ip service { chain out { type nat hook output priority -100\n"
-                                 "ip daddr 10.77.0.100 udp dport 4433 dnat to ", inet:ntoa(macula_peer_net:address(Host)),
-                                 ":4433\n} }\n"])).
+                                              "table ip service {\nchain out {\n"
+                                              "type nat hook output priority -100\n"
+                                              "ip daddr 10.77.0.100 udp dport 4433 dnat to ", Target, ":4433\n}\n}\n"])).
 
 %% ---- what a relay sees ----
 
