@@ -86,7 +86,7 @@ use_default_toolchain() {
 }
 
 # musl's Rust links statically unless it is told not to, and makes no shared library then. Flags in these variables, empty
-# ones too, are used instead of those of the command line, and of two contrary ones the first counts.
+# ones too, are used instead of those of the command line. Where both are asked for, rustc links statically.
 link_dynamically() {
   if [ -n "${CARGO_ENCODED_RUSTFLAGS+set}" ]; then
     CARGO_ENCODED_RUSTFLAGS="$(printf %s "$CARGO_ENCODED_RUSTFLAGS" | sed 's/+crt-static/-crt-static/g')"
