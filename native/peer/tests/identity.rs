@@ -458,7 +458,8 @@ fn a_listener_may_show_a_certificate_of_its_own() {
     server.stop();
 }
 
-/// New connections see the renewed certificate; those that are there go on.
+/// New connections see the renewed certificate; those that are there go on. Kubernetes exchanges both files at once, by a link.
+#[cfg(unix)]
 #[test]
 fn a_renewed_certificate_is_shown_to_new_connections() {
     let directory = Directory::new("renewed");
@@ -467,15 +468,19 @@ fn a_renewed_certificate_is_shown_to_new_connections() {
         let fingerprint = <[u8; 32]>::try_from(digest(&SHA256, &key.subject_public_key_info()).as_ref()).unwrap();
         (Authority::new("ca").signed("127.0.0.1", &key), key.serialize_pem(), Fingerprint::from(fingerprint))
     };
-    let write = |(certificate, key, _): &(String, String, Fingerprint)| {
-        directory.private("cert.pem", certificate);
-        directory.private("key.pem", key);
+    let files = ["..data/cert.pem", "..data/key.pem"].map(|name| directory.path(name));
+    let write = |version: &str, (certificate, key, _): &(String, String, Fingerprint)| {
+        fs::create_dir(directory.path(version)).unwrap();
+        directory.private(&format!("{version}/cert.pem"), certificate);
+        directory.private(&format!("{version}/key.pem"), key);
+        std::os::unix::fs::symlink(version, directory.path("..data_tmp")).unwrap();
+        fs::rename(directory.path("..data_tmp"), directory.path("..data")).unwrap();
     };
     let (old, new, half) = (pair(), pair(), pair());
-    write(&old);
+    write("..1", &old);
     let (server, inbox) = (engine(Config::default()), Arc::new(Inbox::default()));
     server.set_handler(Some(inbox.clone()));
-    let certificate = Certificate::Files { certificate: directory.path("cert.pem"), key: directory.path("key.pem") };
+    let certificate = Certificate::Files { certificate: files[0].clone(), key: files[1].clone() };
     let port = server.listen(Listen { certificate, ..Listen::default() }).unwrap().port();
     let endpoint = format!("127.0.0.1:{port}");
     let shows = |fingerprint| {
@@ -504,7 +509,7 @@ fn a_renewed_certificate_is_shown_to_new_connections() {
     send(&before, &endpoint, message(Publish, 0, PATIENCE)).unwrap();
     assert!(!shows(new.2));
 
-    write(&new);
+    write("..2", &new);
     until("the new one is shown", || shows(new.2));
     assert!(!shows(old.2));
     send(&before, &endpoint, message(Publish, 0, PATIENCE)).expect("the old link is there");
@@ -512,13 +517,13 @@ fn a_renewed_certificate_is_shown_to_new_connections() {
     assert_eq!(shown_again(), Some(new.2));
 
     // One file of two: what was there stays.
-    directory.private("cert.pem", &half.0);
+    fs::write(&files[0], &half.0).unwrap();
     std::thread::sleep(3 * SECOND);
     assert!(shows(new.2) && !shows(half.2));
-    directory.private("key.pem", &half.1[..half.1.len() / 2]);
+    fs::write(&files[1], &half.1[..half.1.len() / 2]).unwrap();
     std::thread::sleep(3 * SECOND);
     assert!(shows(new.2));
-    write(&half);
+    write("..3", &half);
     until("both are right", || shows(half.2));
     before.stop();
     server.stop();
