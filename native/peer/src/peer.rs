@@ -840,7 +840,9 @@ impl Task {
 
     /// Whether only a node with another key is where this one should be.
     fn meets_another_key(&self) -> bool {
-        self.untrusted || self.race.as_ref().is_some_and(|race| is_untrusted(race.failure()))
+        // A race beside a link that works only looks for a better path.
+        let race = self.race.as_ref().filter(|_| self.link.is_none() || self.in_doubt);
+        self.untrusted || race.is_some_and(|race| is_untrusted(race.failure()))
     }
 
     fn not_reached(&self) -> SendError {
