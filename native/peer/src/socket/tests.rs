@@ -287,13 +287,26 @@ async fn what_one_destination_refuses_costs_others_nothing() {
     assert!(!client.socket.sender.is_quirky());
 }
 
+/// The kernel says EINVAL to so many segments, as to a device that cannot cut them.
 #[tokio::test]
-async fn a_transmit_is_cut_for_a_device_that_cannot_do_it() {
+async fn a_transmit_is_cut_here_where_the_kernel_does_not() {
+    const SEGMENTS: u64 = 200;
     let (client, mut server) = (side(false), side(true));
+    let segments = client.socket.max_transmit_segments();
+    let signals: Vec<_> = (0..SEGMENTS).map(|nonce| ping(nonce).encode(&key()).to_vec()).collect();
+    let (contents, size) = (signals.concat(), signals[0].len());
+    client.socket.io.writable().await.unwrap();
     let destination = server.socket.local;
-    client.socket.sender.change(|quirks, now| quirks.do_not_segment(destination, now));
-    arrive(&client, &mut server, destination, None).await;
-    assert!(client.socket.sender.is_quirky());
+    for quirky in [false, true] {
+        assert_eq!(client.socket.sender.is_quirky(), quirky);
+        let transmit = Transmit { destination, ecn: None, contents: &contents, segment_size: Some(size), src_ip: None };
+        client.socket.try_send(&transmit).unwrap();
+        for signal in &signals {
+            let (_, received) = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
+            assert_eq!(received.bytes(), signal);
+        }
+    }
+    assert_eq!(client.socket.max_transmit_segments(), segments);
 }
 
 #[tokio::test]
