@@ -11,7 +11,7 @@ const LASTS: Duration = Duration::from_secs(600);
 /// How long a packet may be unmarked to see whether that gets through. No dial lasts longer by default.
 const TRIAL: Duration = Duration::from_secs(10);
 
-/// How many destinations are remembered. To others packets leave as usual, which costs them their speed at most.
+/// How many destinations are remembered. Those that would expire first make room for others.
 const MAX_REMEMBERED: usize = 1024;
 
 #[derive(Debug, Default)]
@@ -73,19 +73,19 @@ impl<K> Default for Expiring<K> {
     }
 }
 
-impl<K: Eq + Hash> Expiring<K> {
+impl<K: Clone + Eq + Hash> Expiring<K> {
     fn has(&self, key: &K, now: Instant) -> bool {
         self.until.get(key).is_some_and(|until| now < *until)
     }
 
     fn insert(&mut self, key: K, now: Instant, lasts: Duration) {
         if self.until.len() >= MAX_REMEMBERED && !self.until.contains_key(&key) {
-            self.expire(now);
+            // Whoever fills the table with trials takes nothing from what is known for longer.
+            let soonest = self.until.iter().min_by_key(|(_, until)| **until).map(|(key, _)| key.clone());
+            soonest.map(|soonest| self.until.remove(&soonest));
         }
-        if self.until.len() < MAX_REMEMBERED || self.until.contains_key(&key) {
-            let until = self.until.entry(key).or_insert(now);
-            *until = (*until).max(now + lasts);
-        }
+        let until = self.until.entry(key).or_insert(now);
+        *until = (*until).max(now + lasts);
     }
 
     fn expire(&mut self, now: Instant) {
@@ -136,10 +136,10 @@ mod tests {
         let now = Instant::now();
         let mut quirks = Quirks::default();
         let to = |n: usize| SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 1));
-        (0..2 * MAX_REMEMBERED).for_each(|n| quirks.do_not_mark(to(n), now));
+        quirks.do_not_mark(to(0), now);
+        (1..2 * MAX_REMEMBERED).for_each(|n| quirks.try_unmarked(to(n), now + Duration::from_micros(n as u64)));
         assert_eq!(quirks.unmarked.until.len(), MAX_REMEMBERED);
-        // Those that have expired make room.
-        quirks.do_not_mark(to(2 * MAX_REMEMBERED), now + LASTS);
-        assert!(!quirks.is_marked(to(2 * MAX_REMEMBERED), now + LASTS));
+        let marked = [0, 1, 2 * MAX_REMEMBERED - 1].map(|n| quirks.is_marked(to(n), now));
+        assert_eq!(marked, [false, true, false], "what is known stays, and the oldest trials go");
     }
 }
