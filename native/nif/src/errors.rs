@@ -47,7 +47,9 @@ pub(crate) trait Why {
 impl Why for ConnectError {
     fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
-            Self::Unresolved | Self::Unreachable | Self::TimedOut => atoms::transport_down().encode(env),
+            Self::Unresolved | Self::Unreachable | Self::NoRoute | Self::TimedOut => {
+                atoms::transport_down().encode(env)
+            }
             Self::Refused => atoms::connection_refused().encode(env),
             Self::NoProtocol => atoms::no_application_protocol().encode(env),
             Self::Untrusted => atoms::untrusted_peer().encode(env),

@@ -49,7 +49,8 @@ pub struct Config {
     /// Streams that one accepted connection may have open. Default 256: quinn's memory for an idle connection follows
     /// this limit (37 KB at 100, 163 KB at 1,024).
     pub max_streams: u32,
-    /// How long a stream may take to complete a frame that it began. Default 30 s: the largest frame at 600 KB/s.
+    /// How long a frame that has begun to arrive may go without growing by 16 KiB or being complete. Default 30 s: 550 bytes
+    /// a second. There is no bound in all: a large frame takes as long as its path needs.
     pub frame_timeout: Duration,
     /// The PEM file of this node's key, made if it is not there. Default `None`: a new key at every start.
     pub identity_file: Option<PathBuf>,

@@ -26,7 +26,7 @@ use crate::message::Path;
 use crate::names::Resolver;
 use crate::ports::Ports;
 use crate::relay::client::relay_transport;
-use crate::socket::{ExtraGuard, Refusals, Socket};
+use crate::socket::{ExtraGuard, Refusals, Refused, Socket, Why};
 use crate::tls::Dialect;
 
 /// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.
@@ -93,6 +93,8 @@ impl Dialer {
             tokio::select! {
                 done = attempts.join_next() => match done {
                     Some(Ok(Ok(link))) => return Ok(link),
+                    // What is said of one address by its network counts more than what this host lacks for another.
+                    Some(Ok(Err(ConnectError::NoRoute))) if failure != ConnectError::Unresolved => {}
                     Some(Ok(Err(error))) => failure = error,
                     Some(Err(_panicked)) => failure = ConnectError::Handshake("attempt failed".into()),
                     None if !more => return Err(failure),
@@ -182,7 +184,10 @@ impl Dialer {
         };
         let connection = tokio::select! {
             connection = handshake(&self.socket, address, connecting) => connection.map_err(not_connected)?,
-            () = refused(&mut refusals, address) => return Err(ConnectError::Unreachable),
+            why = refused(&mut refusals, address) => return Err(match why {
+                Why::Unreachable => ConnectError::Unreachable,
+                Why::NoRoute => ConnectError::NoRoute,
+            }),
         };
         let dialect = Dialect::of(&connection).ok_or(ConnectError::NoProtocol)?;
         let Config { limits, answer_timeout, .. } = *self.config;
@@ -200,8 +205,6 @@ impl Dialer {
         let mut transport = TransportConfig::default();
         transport
             .keep_alive_interval(Some(self.config.keep_alive))
-            // One message after the other: a 0.14.3 gateway loses a frame whose packets come between others'.
-            .send_fairness(false)
             // Raised when it is known who the peer is.
             .max_concurrent_bidi_streams(0u8.into())
             .max_concurrent_uni_streams(0u8.into())
@@ -250,11 +253,11 @@ pub(crate) fn set_idle_timeout(transport: &mut TransportConfig, config: &Config)
     transport.max_idle_timeout(timeout.try_into().ok());
 }
 
-/// Returns when ICMP says that nobody is at `address`.
-pub(crate) async fn refused(refusals: &mut broadcast::Receiver<SocketAddr>, address: SocketAddr) {
+/// Returns when nothing can be sent to `address`.
+pub(crate) async fn refused(refusals: &mut broadcast::Receiver<Refused>, address: SocketAddr) -> Why {
     loop {
         match refusals.recv().await {
-            Ok(refused) if refused == address => return,
+            Ok(refused) if refused.destination == address => return refused.why,
             Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
             Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
         }

@@ -14,9 +14,12 @@ pub enum ConnectError {
     /// The name has no address in a family that this host speaks.
     #[error("name does not resolve")]
     Unresolved,
-    /// Nobody listens there: ICMP port unreachable, or no route.
+    /// Nobody listens there: ICMP port unreachable.
     #[error("nobody listens there")]
     Unreachable,
+    /// This host has no route there, or no address to send from.
+    #[error("no route")]
+    NoRoute,
     /// No answer within the time for a dial.
     #[error("no answer")]
     TimedOut,

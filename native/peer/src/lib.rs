@@ -37,6 +37,7 @@ mod signal;
 mod socket;
 mod stats;
 mod tls;
+mod transfer;
 mod x509;
 
 pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Secret};

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -41,6 +41,10 @@ const LANE_PATIENCE: Duration = Duration::from_millis(150);
 /// Frames from this size on leave behind all smaller ones. A 0.14.3 gateway reads none larger than this.
 pub(crate) const LARGE_FRAME: usize = 64 << 10;
 
+/// Priorities of small streams to a 0.14.3 gateway; those of large ones lie below. When they are used up they begin again,
+/// and for a moment newer frames leave before older ones.
+const PRIORITIES: u32 = 1 << 30;
+
 /// A peer that has acknowledged nothing and sent nothing for this long, while something is unacknowledged, may have been
 /// restarted: a new link is tried beside the old one. A false alarm costs a handshake.
 const DOUBT_AFTER: Duration = Duration::from_millis(500);
@@ -64,6 +68,10 @@ pub(crate) struct Link {
     pub(crate) shown: Option<Fingerprint>,
     /// Requests that wait for their answer.
     pub(crate) asked: AtomicUsize,
+    /// Milliseconds for which the peer may be silent because it has been lately.
+    expected_silence: AtomicU64,
+    /// Streams that have been put in line.
+    lined_up: AtomicU32,
     witness: Arc<Mutex<Witness>>,
     limits: Limits,
     answer_timeout: Duration,
@@ -182,6 +190,8 @@ impl Link {
             path,
             shown,
             asked: AtomicUsize::new(0),
+            expected_silence: AtomicU64::new(0),
+            lined_up: AtomicU32::new(0),
             witness,
             limits,
             answer_timeout,
@@ -265,6 +275,20 @@ impl Link {
         }
     }
 
+    /// Gives a stream its place before a frame of `len` bytes is written to it.
+    ///
+    /// Streams take turns, packet by packet, so that no message waits for a large one. A 0.14.3 gateway loses a frame
+    /// whose packets come between those of another, so there they leave one after the other.
+    pub(crate) fn line_up(&self, send: &SendStream, len: usize) {
+        if self.dialect == Dialect::MaculaPeer1 {
+            return;
+        }
+        let small = (self.lined_up.fetch_add(1, Ordering::Relaxed) % PRIORITIES) as i32;
+        let behind = if len >= LARGE_FRAME { PRIORITIES as i32 } else { 0 };
+        // Only a closed stream has no priority, and that the write will find out.
+        let _ = send.set_priority(-small - behind);
+    }
+
     /// Takes over a message whose stream has now taken all of it.
     pub(crate) fn written(&self, message: Letter, send: SendStream, receive: RecvStream) -> Written {
         self.finish(message, send, receive, Instant::now())
@@ -278,10 +302,16 @@ impl Link {
     /// How long the peer may be silent while it owes an acknowledgement.
     pub(crate) fn patience(&self) -> Duration {
         let round_trip = self.connection.rtt();
-        DOUBT_AFTER.max(match self.is_confirmed(&self.connection.stats()) {
+        let expected = Duration::from_millis(self.expected_silence.load(Ordering::Relaxed));
+        DOUBT_AFTER.max(expected).max(match self.is_confirmed(&self.connection.stats()) {
             true => round_trip * DOUBT_AFTER_ROUND_TRIPS,
             false => round_trip * UNCONFIRMED_DOUBT_AFTER_HALF_ROUND_TRIPS / 2,
         })
+    }
+
+    /// The peer has been silent for long lately and was there all the same.
+    pub(crate) fn expect_silence(&self, expected: Duration) {
+        self.expected_silence.store(expected.as_millis() as u64, Ordering::Relaxed);
     }
 
     /// Datagrams received so far, or none as long as they may all be from a peer that still waits for the handshake's
@@ -384,10 +414,7 @@ impl Link {
             Some(Err(_)) => return Written::Lost(message),
             None => return Written::NoCredit(message),
         };
-        if message.frame.len() >= LARGE_FRAME {
-            // Only a closed stream has no priority, and that the write will find out.
-            let _ = send.set_priority(-1);
-        }
+        self.line_up(&send, message.frame.len());
         match write_now(&mut send, &message.frame) {
             Write::All => self.finish(message, send, receive, now),
             Write::Part(rest) => Written::Partial(Partial { message, send, receive, rest }),
@@ -402,6 +429,7 @@ impl Link {
             Some(Err(_)) => return Written::Lost(message),
             None => return Written::NoCredit(message),
         };
+        self.line_up(&send, message.frame.len());
         match write_now(&mut send, &message.frame) {
             Write::All => {}
             Write::Part(rest) => return Written::Partial(Partial { message, send, receive, rest }),
@@ -418,6 +446,7 @@ impl Link {
 
     fn write_lane(&self, mut out: MutexGuard<'_, Out>, index: usize, message: Letter, now: Instant) -> Written {
         let lane = out.lanes.take(index, now);
+        self.line_up(&lock(&lane.send), message.frame.len());
         if !matches!(write_now(&mut lock(&lane.send), &message.frame), Write::All) {
             // The peer stopped the lane, or allows it no more bytes. Of a frame that was begun there a gateway makes
             // nothing; it goes out whole on a stream of its own.

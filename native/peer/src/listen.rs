@@ -1,7 +1,7 @@
 //! Accepted connections: what arrives, and the answers to it.
 //!
 //! Each connection is bounded: streams by QUIC's own limit, unread bytes by flow control, large frames by permits, and
-//! a frame that was begun by a time to complete it.
+//! a frame that was begun by the time that it may go without growing.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -21,6 +21,7 @@ use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::answers;
 use crate::config::Config;
+use crate::decide::growth::Growth;
 use crate::dial::{handshake, set_idle_timeout};
 use crate::hello;
 use crate::identity::Fingerprint;
@@ -33,6 +34,7 @@ use crate::session;
 use crate::socket::{ExtraGuard, canonical};
 use crate::stats::{AcceptedStats, Counter, LinkStats};
 use crate::tls::Dialect;
+use crate::transfer;
 
 /// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -53,10 +55,7 @@ pub(crate) const STREAM_WINDOW: u32 = 1 << 20;
 pub(crate) const DIALLED_WINDOW: u32 = CONNECTION_WINDOW + MAX_ANSWERING * STREAM_WINDOW;
 
 /// A token that is kept longer than this answers nothing: the stream and its memory are let go.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
-
-/// How long an answer may take to be written to a sender that does not read.
-pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// How often a connection on which nothing begins is looked through for streams whose answer nobody wants any more: a
 /// sender without credit begins nothing.
@@ -425,7 +424,7 @@ impl Serving {
             frames: Reassembler::new(self.node.config.limits),
             reading: true,
             finished: false,
-            begun: None,
+            growth: Growth::default(),
             permit: None,
         };
         while stream.frames.buffered() < READ_AT_FIRST
@@ -488,7 +487,7 @@ impl Serving {
             Write::All | Write::Failed => {}
             Write::Part(rest) => {
                 self.streams.spawn(async move {
-                    if !matches!(timeout(WRITE_TIMEOUT, send.write_chunk(rest)).await, Ok(Ok(()))) {
+                    if !transfer::write(&mut send, rest).await {
                         // Already closed is as good.
                         let _ = send.reset(SLOW_FRAME.into());
                     }
@@ -535,8 +534,8 @@ pub(crate) struct Stream {
     reading: bool,
     /// It has ended in order.
     pub(crate) finished: bool,
-    /// Since when the present frame is incomplete, and the permission to gather a large one.
-    begun: Option<Instant>,
+    /// Of the present frame, and the permission to gather a large one.
+    growth: Growth,
     permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -584,23 +583,23 @@ impl Stream {
             let hears = self.reading && !crowded && (send.is_none() || replied.len() < MAX_WAITING_ANSWERS);
             tokio::select! {
                 () = node.room(), if self.reading && crowded => {}
-                chunk = self.receive.read_chunk(READ_AT_ONCE, true), if hears => {
-                    self.took(chunk);
-                }
+                chunk = self.read(), if hears => match chunk {
+                    Some(chunk) => {
+                        self.took(chunk);
+                    }
+                    None => return self.too_slow(),
+                },
                 reply = replied.recv(), if send.is_some() => {
                     // None: every token is used or dropped, and no message comes any more.
                     let written = match (reply, &mut send) {
-                        (Some(frame), Some(send)) => timeout(WRITE_TIMEOUT, send.write_chunk(frame)).await,
-                        _ => Ok(Err(quinn::WriteError::ClosedStream)),
+                        (Some(frame), Some(send)) => transfer::write(send, frame).await,
+                        _ => false,
                     };
-                    if !matches!(written, Ok(Ok(()))) {
+                    if !written {
                         send = None;
                     }
                 }
                 () = is_stopped(&send) => send = None,
-                () = deadline(self.begun.map(|begun| begun + node.config.frame_timeout)), if self.reading => {
-                    return self.too_slow();
-                }
                 () = deadline(answer_until) => return,
             }
             if send.is_none() {
@@ -620,11 +619,11 @@ impl Stream {
         self.reading
     }
 
-    /// The next whole frame. The time of the one after it has not begun.
+    /// The next whole frame.
     pub(crate) fn next_frame(&mut self) -> Result<Option<RawFrame>, FrameError> {
         let frame = self.frames.next_frame();
         if let Ok(Some(_)) = frame {
-            (self.begun, self.permit) = (None, None);
+            (self.growth, self.permit) = (Growth::default(), None);
         }
         frame
     }
@@ -690,33 +689,36 @@ impl Stream {
         let _ = self.receive.stop(NOT_A_FRAME.into());
     }
 
-    /// Waits for more bytes of a stream of frames. False when there are none, or a frame takes too long.
+    /// Waits for more bytes of a stream of frames. False when there are none, or a frame does not grow.
     pub(crate) async fn more(&mut self) -> bool {
         if !self.reading {
             return false;
         }
         self.pace().await;
-        let until = self.begun.map(|begun| begun + self.node.config.frame_timeout);
-        let chunk = tokio::select! {
-            chunk = self.receive.read_chunk(READ_AT_ONCE, true) => chunk,
-            () = deadline(until) => {
+        match self.read().await {
+            Some(chunk) => self.took(chunk),
+            None => {
                 self.too_slow();
-                return false;
+                false
             }
-        };
-        self.took(chunk)
+        }
     }
 
-    /// Waits until more may be read of a large frame, whose time starts then.
+    /// The next bytes. `None`: the frame that has begun does not grow.
+    async fn read(&mut self) -> Option<Result<Option<quinn::Chunk>, quinn::ReadError>> {
+        if self.frames.is_empty() {
+            return Some(self.receive.read_chunk(READ_AT_ONCE, true).await);
+        }
+        let timeout = self.node.config.frame_timeout;
+        transfer::read(&mut self.receive, READ_AT_ONCE, &mut self.growth, timeout).await
+    }
+
+    /// Waits until more may be read of a large frame.
     async fn pace(&mut self) {
         if self.frames.is_empty() {
-            (self.begun, self.permit) = (None, None);
-            return;
-        }
-        self.begun.get_or_insert_with(Instant::now);
-        if self.permit.is_none() && self.frames.buffered() > LARGE_FRAME {
+            self.permit = None;
+        } else if self.permit.is_none() && self.frames.buffered() > LARGE_FRAME {
             self.permit = self.accepted.large.clone().acquire_owned().await.ok();
-            self.begun = Some(Instant::now());
         }
     }
 

@@ -16,10 +16,12 @@ use macula_peer_wire::RawFrame;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep_until, timeout};
+use tokio::time::sleep_until;
 
 use crate::call::{Call, Cancel};
 use crate::config::Delivery;
+use crate::decide::growth::Growth;
+use crate::decide::liveness::{Liveness, Seen};
 use crate::decide::lookup::Lookup;
 use crate::decide::punch::Failure;
 use crate::decide::retry::Backoff;
@@ -38,8 +40,10 @@ use crate::relay::control::Refusal;
 use crate::relay::registration::Description;
 use crate::request;
 use crate::session::{Progress, Session, Taken};
+use crate::socket::{Refused, Why};
 use crate::stats::{PathStatus, PeerCounters, PeerStats};
 use crate::tls::Dialect;
+use crate::transfer;
 
 /// Messages that are accepted for a live link while it has no stream to spare: some milliseconds of a fast sender.
 const MAX_ACCEPTED: usize = 1024;
@@ -53,10 +57,6 @@ const KEPT_BESIDE: usize = 128;
 
 /// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(10);
-
-/// A sweep that comes later than this was late because the host is busy: the time beyond does not count as the peer's silence.
-/// Short, so that a peer is given up in some sweeps however busy the host is.
-const LONGEST_SWEEP: Duration = Duration::from_millis(100);
 
 /// Pauses between dials for messages that are owed, when nobody waits.
 const REDIAL_FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -636,8 +636,7 @@ struct Task {
     in_doubt: bool,
     /// The link is given up, and until when what went over it may still be acknowledged.
     leaving: Option<Instant>,
-    /// Datagrams received over the link when last looked, and when they last became more.
-    heard: (u64, Instant),
+    liveness: Liveness,
     /// When the oldest unacknowledged message was written.
     oldest: Option<Instant>,
     swept_at: Instant,
@@ -656,7 +655,7 @@ struct Task {
     requests: JoinSet<RequestOutcome>,
     /// Tasks that read answers, and that end links which have been replaced.
     helpers: JoinSet<()>,
-    refusals: broadcast::Receiver<SocketAddr>,
+    refusals: broadcast::Receiver<Refused>,
     drain_until: Option<Instant>,
 }
 
@@ -699,7 +698,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         untrusted: false,
         in_doubt: false,
         leaving: None,
-        heard: (0, now),
+        liveness: Liveness::new(now),
         oldest: None,
         swept_at: now,
         out_of_credit: false,
@@ -742,8 +741,8 @@ impl Task {
                 Some(Ok(outcome)) = self.writers.join_next() => self.write_ended(outcome),
                 Some(Ok(outcome)) = self.requests.join_next() => self.request_ended(outcome),
                 Some(_) = self.helpers.join_next() => {}
-                () = unreachable(&mut self.refusals, remote) => self.doubt(),
-                () = doubted(link.as_deref()) => self.doubt(),
+                _ = unreachable(&mut self.refusals, remote) => self.doubt(Duration::ZERO),
+                silence = doubted(link.as_deref()) => self.doubt(silence),
                 // The sender is the node's.
                 Ok(()) = self.description.changed() => self.network_changed(),
                 _ = stopping.changed() => peer.retire(),
@@ -973,9 +972,6 @@ impl Task {
     }
 
     fn sweep(&mut self, now: Instant) {
-        // As long as this host had no time for the task, it may have had none for what came either.
-        let late = now.saturating_duration_since(self.swept_at).saturating_sub(LONGEST_SWEEP);
-        self.heard.1 = now.min(self.heard.1 + late);
         self.swept_at = now;
         let Some(link) = self.link.clone() else { return };
         match link.dialect {
@@ -989,15 +985,12 @@ impl Task {
         if self.oldest.is_none() && !self.in_doubt {
             return;
         }
-        let datagrams = link.heard();
-        if datagrams != self.heard.0 {
-            self.heard = (datagrams, now);
-            if self.in_doubt {
-                self.trust_again();
-            }
-        } else if self.oldest.is_some_and(|oldest| now >= oldest.max(self.heard.1) + link.patience()) {
-            self.doubt();
+        match self.liveness.look(link.heard(), self.oldest, link.patience(), now) {
+            Seen::Heard if self.in_doubt => self.trust_again(),
+            Seen::Silent(silence) => self.doubt(silence),
+            Seen::Heard | Seen::Nothing => {}
         }
+        link.expect_silence(self.liveness.expected_silence(now));
     }
 
     fn account(&self, swept: Swept) {
@@ -1010,11 +1003,11 @@ impl Task {
     }
 
     /// The peer may be gone: callers wait until it is heard of again, on this link or a new one.
-    fn doubt(&mut self) {
+    fn doubt(&mut self, silence: Duration) {
         let Some(link) = self.link.as_ref().filter(|_| !self.in_doubt) else { return };
         tracing::debug!(peer = %self.peer.name, "silent, trying a new link");
         self.in_doubt = true;
-        self.heard = (link.heard(), Instant::now());
+        self.liveness.suspect(link.heard(), silence, Instant::now());
         // A race for a better link goes on for any link, and none for a better one alone begins.
         self.race = None;
         self.upgrade_at = None;
@@ -1164,7 +1157,15 @@ impl Task {
     }
 
     fn race_progressed(&mut self, progress: race::Progress) {
-        let begun = self.race.as_ref().map_or_else(Instant::now, |race| race.begun);
+        let now = Instant::now();
+        let begun = self.race.as_ref().map_or(now, |race| race.begun);
+        if self.in_doubt {
+            // A peer that is back answers on both links. The old one has everything that is on its way.
+            self.sweep(now);
+            if !self.in_doubt {
+                return drop_link(progress);
+            }
+        }
         if let Some(race) = &mut self.race {
             race.take_failures(&mut lock(&self.peer.state).failures);
         }
@@ -1250,7 +1251,9 @@ impl Task {
         // What was refused before says nothing about this link.
         self.refusals = self.node().refusals.subscribe();
         let now = Instant::now();
-        (self.heard, self.link_since) = ((0, now), now);
+        self.link_since = now;
+        self.liveness.linked(now);
+        link.expect_silence(self.liveness.expected_silence(now));
         (self.failure, self.untrusted) = (None, false);
         self.answers_until = None;
         self.peer.touch(now);
@@ -1294,8 +1297,9 @@ impl Task {
         tracing::debug!(peer = %self.peer.name, %error, "no link");
         self.untrusted = is_untrusted(Some(&error));
         self.redial_at = Some(Instant::now() + self.redial.pause(fastrand::f64()));
-        // That its name does not resolve says nothing about the peer.
-        if self.in_doubt && error != SendError::Connect(ConnectError::Unresolved) {
+        // That its name does not resolve, or that this host has no route, says nothing about the peer.
+        let is_ours = matches!(error, SendError::Connect(ConnectError::Unresolved | ConnectError::NoRoute));
+        if self.in_doubt && !is_ours {
             // Silent on the old link and not to be had on a new one: what is unacknowledged keeps its deadlines.
             self.retire_link();
         }
@@ -1303,7 +1307,8 @@ impl Task {
         // of its own.
         let silent = matches!(error, SendError::Connect(ConnectError::TimedOut));
         if self.is_away(&error) {
-            // It was there a moment ago, and is about to register again, perhaps at a relay that was restarted too.
+            // It was there a moment ago, and is about to register again, perhaps at a relay that was restarted too, or this
+            // host's own interface is down.
             self.hold_off = self.redial_at;
             self.failure = Some(error);
             return;
@@ -1326,21 +1331,37 @@ impl Task {
         }
     }
 
-    /// Whether a node that was linked until recently cannot be found.
+    /// Whether a peer that was linked until recently cannot be found, or cannot be sent anything.
     fn is_away(&self, error: &SendError) -> bool {
-        let absent =
-            matches!(error, SendError::Route(RouteError::Relay(_) | RouteError::Setup(Refusal::NotRegistered)));
-        absent && self.linked_until.is_some_and(|until| until.elapsed() < AWAY)
+        let absent = match error {
+            SendError::Connect(ConnectError::NoRoute) => true,
+            SendError::Route(RouteError::Relay(_) | RouteError::Setup(Refusal::NotRegistered)) => true,
+            SendError::Route(RouteError::NoRelay) => {
+                lock(&self.peer.state).failures.direct == Some(ConnectError::NoRoute)
+            }
+            _ => false,
+        };
+        absent && (self.link.is_some() || self.linked_until.is_some_and(|until| until.elapsed() < AWAY))
     }
 
     fn session_progressed(&mut self, progress: Progress) {
-        let Progress { written, acknowledged, acknowledged_bytes, lost, rejected, closed, mut broken, wrong_node } =
-            progress;
+        let Progress {
+            written,
+            acknowledged,
+            acknowledged_bytes,
+            lost,
+            rejected,
+            expired,
+            closed,
+            mut broken,
+            wrong_node,
+        } = progress;
         self.peer.counters.sent.add(written);
         self.peer.counters.acknowledged.add(acknowledged);
         self.let_go(acknowledged_bytes);
         self.give_up(lost, UndeliveredReason::LinkLost);
         self.give_up(rejected, UndeliveredReason::Rejected);
+        self.give_up(expired, UndeliveredReason::Expired);
         if let Some(link) = &self.link {
             let mut state = lock(&self.peer.state);
             broken |= closed && !state.session.reopen(link);
@@ -1650,6 +1671,12 @@ impl Task {
     }
 }
 
+fn drop_link(progress: race::Progress) {
+    if let race::Progress::Link(link) = progress {
+        link.close();
+    }
+}
+
 async fn raced(race: &mut Option<Race>) -> race::Progress {
     match race {
         Some(race) => race.next().await,
@@ -1677,21 +1704,23 @@ async fn read_answers(peer: Arc<Peer>, link: Arc<Link>) {
                 Err(_) => return,
             },
         };
-        let (peer, link, large) = (peer.clone(), link.clone(), large.clone());
-        streams.spawn(timeout(peer.node.config.frame_timeout, read_answer(peer, link, receive, large)));
+        streams.spawn(read_answer(peer.clone(), link.clone(), receive, large.clone()));
     }
 }
 
-/// Reads until the stream ends, or carries what is no frame.
+/// Reads until the stream ends, carries what is no frame, or nothing more comes.
 async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, large: Arc<Semaphore>) {
     let mut frames = link.reassembler();
     let mut permit = None;
-    while let Ok(Some(chunk)) = receive.read_chunk(usize::MAX, true).await {
+    let mut growth = Growth::default();
+    let without_growth = peer.node.config.frame_timeout;
+    while let Some(Ok(Some(chunk))) = transfer::read(&mut receive, usize::MAX, &mut growth, without_growth).await {
         peer.node.room().await;
         frames.push(chunk.bytes);
         loop {
             match frames.next_frame() {
                 Ok(Some(frame)) => {
+                    growth = Growth::default();
                     peer.counters.received.add(1);
                     hand_over(&peer, &link, frame);
                 }
@@ -1722,11 +1751,11 @@ fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) {
     }
 }
 
-async fn doubted(link: Option<&Link>) {
-    match link {
-        Some(link) => link.doubted.notified().await,
-        None => std::future::pending().await,
-    }
+/// A request has found the link silent for so long.
+async fn doubted(link: Option<&Link>) -> Duration {
+    let Some(link) = link else { return std::future::pending().await };
+    link.doubted.notified().await;
+    link.patience()
 }
 
 async fn closed(link: Option<&Link>) -> ConnectionError {
@@ -1752,7 +1781,7 @@ async fn answers(link: Option<&Link>) -> Vec<Answered> {
     .await
 }
 
-async fn unreachable(refusals: &mut broadcast::Receiver<SocketAddr>, remote: Option<SocketAddr>) {
+async fn unreachable(refusals: &mut broadcast::Receiver<Refused>, remote: Option<SocketAddr>) -> Why {
     match remote {
         Some(remote) => refused(refusals, remote).await,
         None => std::future::pending().await,

@@ -95,6 +95,7 @@ async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Resul
     let (mut send, mut receive) = link.connection.open_bi().await.map_err(|_| Failure::Unsent)?;
     let target = target.filter(|_| link.dialect == Dialect::MaculaPeer1);
     let address = target.as_ref().map(hello::addressed_to).unwrap_or_default();
+    link.line_up(&send, message.frame.len());
     send.write_all_chunks(&mut [address, message.frame.clone()]).await.map_err(|error| match error {
         WriteError::Stopped(code) if code == WRONG_NODE.into() => Failure::WrongNode,
         // The peer has seen it and does not want it.

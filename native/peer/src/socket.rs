@@ -51,8 +51,24 @@ const SOCKET_BUFFER: usize = 4 << 20;
 /// Room for unread refusals. Whoever lags behind misses some and finds out by timeout.
 const REFUSALS: usize = 256;
 
-/// Destinations that nothing can be sent to: ICMP said that nobody is there, or this host has no route that may be taken.
-pub(crate) type Refusals = broadcast::Sender<SocketAddr>;
+/// Destinations that nothing can be sent to.
+pub(crate) type Refusals = broadcast::Sender<Refused>;
+
+/// A destination that nothing can be sent to at present.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Refused {
+    pub(crate) destination: SocketAddr,
+    pub(crate) why: Why,
+}
+
+/// Why nothing can be sent there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Why {
+    /// ICMP said that nobody listens there.
+    Unreachable,
+    /// This host has no route, or no address to send from. It says nothing of who is there.
+    NoRoute,
+}
 
 pub(crate) struct Socket {
     io: UdpSocket,
@@ -224,7 +240,7 @@ impl Socket {
     fn note(&self, destination: SocketAddr, outcome: Outcome) {
         if outcome == Outcome::Refused {
             // No receiver means that nobody dials.
-            let _ = self.refusals.send(destination);
+            let _ = self.refusals.send(Refused { destination, why: Why::NoRoute });
         }
     }
 }
@@ -287,7 +303,7 @@ async fn watch_errors(io: &UdpSocket, refusals: &Refusals) {
             for destination in icmp_refused(io) {
                 tracing::debug!(%destination, "port unreachable");
                 // No receiver means that nobody dials.
-                let _ = refusals.send(destination);
+                let _ = refusals.send(Refused { destination, why: Why::Unreachable });
             }
             Err(io::ErrorKind::WouldBlock.into())
         });

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use common::raw::{self, NUMBER, SESSION, Stream, connect_as, dial_with, eventually, raw_frame, stranger};
 use common::{Forwarder, PATIENCE, engine, frame, listener, message, number, send, until};
-use macula_peer::{Config, Event, Handler, Inbound, Listen, Message, RelayConfig, SendError, Unhandled};
+use macula_peer::{
+    Config, Event, Handler, Inbound, Listen, Message, RelayConfig, SendError, UndeliveredReason, Unhandled,
+};
 use macula_peer_testkit::quic::{self, tokio_runtime};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
 use macula_peer_wire::{Limits, Reassembler};
@@ -331,6 +333,28 @@ fn who_reads_no_acknowledgements_is_not_heard_either() {
     server.stop();
 }
 
+/// However often something of it comes.
+#[test]
+fn who_dribbles_is_given_up() {
+    let (server, inbox, address) = listener(Config { frame_timeout: Duration::from_millis(400), ..Config::default() });
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        let begun = Instant::now();
+        let mut dribbled = connection.open_bi().await.unwrap();
+        let large = frame(Publish, 1, 100_000);
+        for byte in large.chunks(1) {
+            if dribbled.0.write_all(byte).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            assert!(begun.elapsed() < PATIENCE, "still listened to");
+        }
+        assert_eq!(timeout(PATIENCE, dribbled.0.stopped()).await.unwrap().unwrap(), SLOW);
+    });
+    assert_eq!((inbox.len(), server.stats().malformed), (0, 1));
+    server.stop();
+}
+
 // ---- receivers ----
 
 /// A server of quinn's, in a runtime of its own.
@@ -492,6 +516,47 @@ fn a_receiver_that_stops_every_stream_is_not_dialled_without_pause() {
         }
     }
     assert!((2..15).contains(&dials), "{dials} in three seconds");
+    client.stop();
+}
+
+/// Once may be the path's fault. A message that ends so each time is the sender's to report, not to send for ever.
+#[test]
+fn a_message_that_is_too_slow_for_its_receiver_is_tried_twice_on_the_same_connection() {
+    let receiver = Receiver::new();
+    let Receiver { address, mut connections, runtime } = receiver;
+    let tries = Arc::new(AtomicUsize::new(0));
+    let dialled = Arc::new(AtomicUsize::new(0));
+    let counted = (tries.clone(), dialled.clone());
+    runtime.spawn(async move {
+        while let Some(connection) = connections.recv().await {
+            counted.1.fetch_add(1, Ordering::Relaxed);
+            let tries = counted.0.clone();
+            tokio::spawn(async move {
+                while let Ok((mut send, mut receive)) = connection.accept_bi().await {
+                    let tries = tries.clone();
+                    tokio::spawn(async move {
+                        // Greeted, then stopped with the last word, as a session that does not go on.
+                        let _ = receive.read_chunk(usize::MAX, true).await;
+                        let _ = send.write_all(&greeting(1, 0)).await;
+                        tries.fetch_add(1, Ordering::Relaxed);
+                        let _ = (receive.stop(1u8.into()), send.finish());
+                    });
+                }
+            });
+        }
+    });
+    let client = engine(Config::default());
+    let inbox = Arc::new(common::Inbox::default());
+    client.set_handler(Some(inbox.clone()));
+    let endless = Message { deadline: None, ..message(Publish, 0, PATIENCE) };
+    send(&client, &address, endless).unwrap();
+    until("it is given up", || common::owes_nothing(&client));
+    let events = inbox.events.lock().unwrap();
+    let rejected =
+        |event: &Event| matches!(event, Event::Undelivered { count: 1, reason: UndeliveredReason::Rejected, .. });
+    assert!(events.iter().any(rejected), "{events:?}");
+    assert_eq!((tries.load(Ordering::Relaxed), dialled.load(Ordering::Relaxed)), (2, 1));
+    drop(events);
     client.stop();
 }
 

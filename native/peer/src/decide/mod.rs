@@ -4,8 +4,10 @@
 pub(crate) mod coordinate;
 pub(crate) mod descriptors;
 pub(crate) mod faults;
+pub(crate) mod growth;
 pub(crate) mod handover;
 pub(crate) mod lanes;
+pub(crate) mod liveness;
 pub(crate) mod lookup;
 pub(crate) mod names;
 pub(crate) mod nat;

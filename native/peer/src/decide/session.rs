@@ -21,6 +21,8 @@ struct Owed<M> {
     message: M,
     /// Its number, and when it was first written, to whichever stream.
     written: Option<(u64, Instant)>,
+    /// The receiver has given up waiting for the rest of it once.
+    stalled: bool,
 }
 
 /// What is to be written next.
@@ -40,7 +42,7 @@ impl<M> Default for Outgoing<M> {
 impl<M> Outgoing<M> {
     /// Takes a message over, behind all others.
     pub(crate) fn push(&mut self, message: M) {
-        self.owed.push_back(Owed { message, written: None });
+        self.owed.push_back(Owed { message, written: None, stalled: false });
     }
 
     /// The next message to write, which counts as written from here on.
@@ -102,6 +104,19 @@ impl<M> Outgoing<M> {
         self.owed.pop_front().map(|owed| owed.message)
     }
 
+    /// The receiver has given up waiting for the rest of the message that it expects next. A path or a host may have stood
+    /// still for so long, so the message has a second try. Gives it back when that has ended the same way.
+    pub(crate) fn stalled(&mut self) -> Option<M> {
+        let first = self.owed.front_mut().filter(|_| self.written > 0)?;
+        if std::mem::replace(&mut first.stalled, true) { self.reject() } else { None }
+    }
+
+    /// Gives back what `over` says nobody waits for any more, if it is the one message on its way.
+    pub(crate) fn abandon(&mut self, over: impl FnOnce(&M) -> bool) -> Option<M> {
+        let only = self.owed.front().filter(|_| self.written == 1)?;
+        if over(&only.message) { self.reject() } else { None }
+    }
+
     /// Ends it; gives back everything that is owed.
     pub(crate) fn take(&mut self) -> Vec<M> {
         std::mem::take(self).owed.into_iter().map(|owed| owed.message).collect()
@@ -110,6 +125,11 @@ impl<M> Outgoing<M> {
     /// Numbers from 0 again, for a receiver that knows of nothing. To be called while nothing of what is owed was written.
     pub(crate) fn renumber(&mut self) {
         self.next = 0;
+    }
+
+    /// Whether something is written to the present stream and not acknowledged.
+    pub(crate) fn is_under_way(&self) -> bool {
+        self.written > 0
     }
 
     /// Everything that is owed.
@@ -327,6 +347,38 @@ mod tests {
         outgoing.push('b');
         assert_eq!(outgoing.give_up(|&message, _| message == 'a'), ['a']);
         assert_eq!(outgoing.write(Instant::now()), Some(Next { announce: Some(0), message: &'b' }));
+    }
+
+    #[test]
+    fn a_message_that_stalls_has_a_second_try_and_no_third() {
+        let mut outgoing = Outgoing::default();
+        assert_eq!(outgoing.stalled(), None);
+        outgoing.push('a');
+        assert_eq!(outgoing.stalled(), None, "it was not on its way");
+        outgoing.push('b');
+        for given_up in [None, Some('a'), None, Some('b')] {
+            outgoing.write(Instant::now());
+            assert_eq!(outgoing.stalled(), given_up);
+            outgoing.rewind();
+        }
+        assert!(outgoing.is_empty());
+    }
+
+    #[test]
+    fn what_is_over_is_abandoned_when_it_alone_is_on_its_way() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push('a');
+        outgoing.push('b');
+        assert_eq!(outgoing.abandon(|_| true), None, "not on its way");
+        outgoing.write(Instant::now());
+        assert_eq!(outgoing.abandon(|_| false), None);
+        outgoing.write(Instant::now());
+        assert_eq!(outgoing.abandon(|_| true), None, "what is before it would be written again");
+        outgoing.acknowledge(1).for_each(drop);
+        assert_eq!(outgoing.abandon(|_| true), Some('b'));
+        outgoing.rewind();
+        outgoing.push('c');
+        assert_eq!(outgoing.write(Instant::now()), Some(Next { announce: Some(2), message: &'c' }));
     }
 
     #[test]

@@ -16,9 +16,10 @@ use crate::error::ReplyError;
 use crate::hello;
 use crate::identity::Fingerprint;
 use crate::link::{Write, lock, now_or_never, write_now};
-use crate::listen::{NOT_A_FRAME, Stream, WRITE_TIMEOUT};
+use crate::listen::{NOT_A_FRAME, REPLY_TIMEOUT, SLOW_FRAME, Stream};
 use crate::message::{Event, ReplyTo, ReplyToken};
 use crate::node::Node;
+use crate::transfer;
 
 /// Sessions remembered in all, and of one key: a node has one for each name that it knows us by. The least recently used
 /// gives way; its sender, should it come back, is told that its session is not known.
@@ -309,20 +310,18 @@ impl Answers {
             match write_now(&mut send, &frame) {
                 Write::All => return Ok(()),
                 Write::Failed => return Err(ReplyError::Gone),
-                Write::Part(rest) => return self.wait(node, async move { send.write_chunk(rest).await.is_ok() }),
+                Write::Part(rest) => return self.wait(node, write_rest(send, rest)),
             }
         }
         self.wait(node, async move {
-            let Ok(mut send) = connection.open_uni().await else { return false };
-            send.write_chunk(frame).await.is_ok()
+            // Those before it go on, or are given up.
+            if let Ok(Ok(send)) = timeout(REPLY_TIMEOUT, connection.open_uni()).await {
+                write_rest(send, frame).await;
+            }
         })
     }
 
-    fn wait(
-        self: Arc<Self>,
-        node: &Node,
-        write: impl Future<Output = bool> + Send + 'static,
-    ) -> Result<(), ReplyError> {
+    fn wait(self: Arc<Self>, node: &Node, write: impl Future<Output = ()> + Send + 'static) -> Result<(), ReplyError> {
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_WAITING_ANSWERS {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
             return Err(ReplyError::Gone);
@@ -330,13 +329,20 @@ impl Answers {
         let mut stopping = node.stopping();
         node.spawn(async move {
             tokio::select! {
-                // Too slow, or gone: the answer is of no use.
-                _ = timeout(WRITE_TIMEOUT, write) => {}
+                () = write => {}
                 // It may not be for as long that the engine waits for its tasks.
                 _ = stopping.wait_for(|stopping| *stopping) => {}
             }
             self.waiting.fetch_sub(1, Ordering::Relaxed);
         });
         Ok(())
+    }
+}
+
+/// An answer to who has gone, or does not read, is of no use.
+async fn write_rest(mut send: SendStream, rest: Bytes) {
+    if !transfer::write(&mut send, rest).await {
+        // Already closed is as good.
+        let _ = send.reset(SLOW_FRAME.into());
     }
 }

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use macula_peer_wire::HEADER_LEN;
-use quinn::{ReadError, RecvStream, SendStream, WriteError};
+use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 
 use crate::decide::session::{Next, Outgoing};
 use crate::link::{Link, now_or_never};
-use crate::listen::{NOT_A_FRAME, WRONG_NODE};
+use crate::listen::{NOT_A_FRAME, SLOW_FRAME, WRONG_NODE};
 use crate::message::{Letter, NodeId};
 use crate::session::{GREETING, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, put_header};
 
@@ -62,8 +62,8 @@ struct Stream {
     /// The receiver has said where to go on, or need not be asked.
     resumed: bool,
     greeted: bool,
-    /// The receiver has seen what it cannot take, and says with its last words what it has.
-    refused: bool,
+    /// Why the receiver reads no further. It says with its last words what it has.
+    stopped: Option<Stop>,
     /// It has said its last words.
     ended: bool,
     /// An acknowledgement that has come in part.
@@ -78,8 +78,10 @@ pub(crate) struct Progress {
     pub(crate) acknowledged_bytes: usize,
     /// Written to a receiver that was restarted, and may not be written again.
     pub(crate) lost: Vec<Letter>,
-    /// The receiver cannot take them.
+    /// The receiver cannot take them, or has waited for the rest of them in vain.
     pub(crate) rejected: Vec<Letter>,
+    /// Their time was over before all of them was written.
+    pub(crate) expired: Vec<Letter>,
     /// A channel needs another stream: [`Session::reopen`].
     pub(crate) closed: bool,
     /// The link carries the session no more.
@@ -131,10 +133,6 @@ impl Session {
             rest.extend_from_slice(&self.id);
             rest.put_u8(number);
             rest.extend_from_slice(target);
-            if number > 0 {
-                // Only a closed stream has no priority, and that the write will find out.
-                let _ = send.set_priority(-1);
-            }
             channel.stream = Some(Stream {
                 send,
                 receive,
@@ -142,7 +140,7 @@ impl Session {
                 in_flight: 0,
                 resumed: !ask,
                 greeted: false,
-                refused: false,
+                stopped: None,
                 ended: false,
                 word: BytesMut::new(),
             });
@@ -182,17 +180,28 @@ impl Session {
             let alive = stream.poll_words(cx, &mut channel.owed, self.at_most_once, &mut progress)
                 && stream.poll_write(cx, &mut channel.owed, now, &mut progress);
             if alive {
-                continue;
-            }
-            let rejected = if stream.is_refused() { channel.owed.reject() } else { None };
-            match rejected {
-                Some(message) => {
-                    progress.rejected.push(message);
-                    progress.closed = true;
+                // The receiver cannot have it, because a part of it is still here.
+                let over = |message: &Letter| message.deadline.is_some_and(|deadline| deadline <= now);
+                let expired = if stream.rest.is_empty() { None } else { channel.owed.abandon(over) };
+                progress.closed |= expired.is_some();
+                if expired.is_some() {
                     channel.close();
                 }
-                None => progress.broken = true,
+                progress.expired.extend(expired);
+                continue;
             }
+            let why = stream.ended_because().filter(|_| channel.owed.is_under_way());
+            let rejected = match why {
+                Some(Stop::NotAFrame) => channel.owed.reject(),
+                Some(Stop::Slow) => channel.owed.stalled(),
+                None => {
+                    progress.broken = true;
+                    continue;
+                }
+            };
+            progress.rejected.extend(rejected);
+            progress.closed = true;
+            channel.close();
         }
         self.acknowledged |= progress.acknowledged > 0;
         match progress.is_news() {
@@ -298,7 +307,7 @@ impl Channel {
 
 impl Stream {
     fn is_clear(&self) -> bool {
-        !self.refused && self.rest.len() <= HEADER_LEN + MAX_OPEN_LEN && self.in_flight < DIRECT_WRITES
+        self.stopped.is_none() && self.rest.len() <= HEADER_LEN + MAX_OPEN_LEN && self.in_flight < DIRECT_WRITES
     }
 
     /// Writes the next message without waiting. False if a part of it is left.
@@ -328,14 +337,19 @@ impl Stream {
         progress: &mut Progress,
     ) -> bool {
         // Nothing is said on a stream before it is needed.
-        while !self.refused && !owed.is_empty() && (!self.rest.is_empty() || (self.resumed && owed.unwritten() > 0)) {
+        while self.stopped.is_none()
+            && !owed.is_empty()
+            && (!self.rest.is_empty() || (self.resumed && owed.unwritten() > 0))
+        {
             if self.resumed && self.rest.len() < PIECE {
                 self.fill(owed, now, progress);
             }
             let written = pin!(self.write_rest()).poll(cx);
             match written {
                 Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(WriteError::Stopped(code))) if code == NOT_A_FRAME.into() => self.refused = true,
+                Poll::Ready(Err(WriteError::Stopped(code))) if Stop::of(code).is_some() => {
+                    self.stopped = Stop::of(code)
+                }
                 Poll::Ready(Err(error)) => {
                     progress.wrong_node |= matches!(error, WriteError::Stopped(code) if code == WRONG_NODE.into());
                     return false;
@@ -346,11 +360,11 @@ impl Stream {
         true
     }
 
-    /// Whether the receiver has ended the stream because of the message that it expects next.
-    fn is_refused(&self) -> bool {
-        let stopped =
-            || matches!(now_or_never(self.send.stopped()), Some(Ok(Some(code))) if code == NOT_A_FRAME.into());
-        self.greeted && self.ended && (self.refused || stopped())
+    /// Why the receiver has ended the stream, if because of the message that it expects next.
+    fn ended_because(&self) -> Option<Stop> {
+        let stopped = || now_or_never(self.send.stopped())?.ok()?.and_then(Stop::of);
+        let why = self.stopped.or_else(stopped);
+        why.filter(|_| self.greeted && self.ended)
     }
 
     /// Puts messages into one piece. A large one that is alone is not copied.
@@ -445,10 +459,27 @@ impl Stream {
     }
 }
 
+/// Why a receiver stops a stream of a session.
+#[derive(Clone, Copy)]
+enum Stop {
+    NotAFrame,
+    Slow,
+}
+
+impl Stop {
+    fn of(code: VarInt) -> Option<Self> {
+        match code {
+            code if code == NOT_A_FRAME.into() => Some(Self::NotAFrame),
+            code if code == SLOW_FRAME.into() => Some(Self::Slow),
+            _ => None,
+        }
+    }
+}
+
 impl Progress {
     fn is_news(&self) -> bool {
-        let settled = self.acknowledged > 0 || !self.lost.is_empty() || !self.rejected.is_empty();
-        settled || self.written > 0 || self.broken
+        let settled = self.acknowledged > 0 || !self.lost.is_empty();
+        settled || self.written > 0 || self.closed || self.broken
     }
 }
 

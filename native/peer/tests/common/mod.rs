@@ -132,6 +132,8 @@ pub struct Forwarder {
     swallow: Arc<AtomicBool>,
     mute: Arc<AtomicBool>,
     widest: Arc<AtomicUsize>,
+    rate: Arc<AtomicUsize>,
+    hold: Arc<AtomicBool>,
     moves: Arc<AtomicBool>,
     /// Packets that were too wide.
     pub too_wide: Arc<AtomicUsize>,
@@ -151,10 +153,14 @@ impl Forwarder {
         let (swallow, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let widest = Arc::new(AtomicUsize::new(usize::MAX));
         let too_wide = Arc::new(AtomicUsize::new(0));
+        let rate = Arc::new(AtomicUsize::new(usize::MAX));
         let (moves, mute) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
         let flags = (swallow.clone(), mute.clone(), widest.clone(), too_wide.clone(), moves.clone(), stop.clone());
+        let hold = Arc::new(AtomicBool::new(false));
+        let (set_rate, held) = (rate.clone(), hold.clone());
         let thread = std::thread::spawn(move || {
             let (swallow, mute, widest, too_wide, moves, stop) = flags;
+            let mut ways = [Way::default(), Way::default()];
             let mut random = fastrand::Rng::with_seed(seed);
             let mut client = None;
             let mut queue: VecDeque<(Instant, bool, Vec<u8>)> = VecDeque::new();
@@ -175,14 +181,23 @@ impl Forwarder {
                         continue;
                     }
                     client = Some(from);
-                    queue.push_back((Instant::now() + delay, true, buffer[..n].to_vec()));
+                    if let Some(out) = ways[0].pass(n, set_rate.load(Ordering::Relaxed)) {
+                        queue.push_back((out + delay, true, buffer[..n].to_vec()));
+                    }
                 }
                 while let Ok(n) = back.recv(&mut buffer) {
                     idle = false;
-                    queue.push_back((Instant::now() + delay, false, buffer[..n].to_vec()));
+                    if let Some(out) = ways[1].pass(n, set_rate.load(Ordering::Relaxed)) {
+                        queue.push_back((out + delay, false, buffer[..n].to_vec()));
+                    }
                 }
-                while queue.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
-                    let (_, to_server, packet) = queue.pop_front().unwrap();
+                // In order of each direction, not of both: a slow one is ahead of nobody.
+                let due = |queue: &VecDeque<(Instant, bool, Vec<u8>)>| {
+                    let due = queue.iter().position(|(due, ..)| *due <= Instant::now());
+                    due.filter(|_| !held.load(Ordering::Relaxed))
+                };
+                while let Some(next) = due(&queue) {
+                    let (_, to_server, packet) = queue.remove(next).unwrap();
                     if packet.len() > widest.load(Ordering::Relaxed) {
                         too_wide.fetch_add(1, Ordering::Relaxed);
                         continue;
@@ -203,7 +218,17 @@ impl Forwarder {
                 }
             }
         });
-        Self { address, swallow, mute, widest, moves, too_wide, stop, thread: Some(thread) }
+        Self { address, swallow, mute, widest, rate, hold, moves, too_wide, stop, thread: Some(thread) }
+    }
+
+    /// Holds what comes back until it is told otherwise, as a host that is stopped.
+    pub fn hold(&self, all: bool) {
+        self.hold.store(all, Ordering::Relaxed);
+    }
+
+    /// From now on only so many bytes a second pass in each direction, behind a queue of [`QUEUE`].
+    pub fn throttle(&self, bytes_per_second: usize) {
+        self.rate.store(bytes_per_second, Ordering::Relaxed);
     }
 
     pub fn swallow(&self, all: bool) {
@@ -223,6 +248,32 @@ impl Forwarder {
     /// From now on longer packets are lost without a word, as where ICMP is filtered.
     pub fn narrow(&self, widest: usize) {
         self.widest.store(widest, Ordering::Relaxed);
+    }
+}
+
+/// What waits longer before a slow path is dropped: the buffer of a home router.
+const QUEUE: Duration = Duration::from_millis(300);
+
+/// One direction of a slow path.
+#[derive(Default)]
+struct Way {
+    busy_until: Option<Instant>,
+}
+
+impl Way {
+    /// When a packet is through, if there is room for it.
+    fn pass(&mut self, len: usize, rate: usize) -> Option<Instant> {
+        let now = Instant::now();
+        if rate == usize::MAX {
+            return Some(now);
+        }
+        let begins = self.busy_until.map_or(now, |busy| busy.max(now));
+        let ends = begins + Duration::from_secs_f64(len as f64 / rate as f64);
+        let fits = begins <= now + QUEUE;
+        fits.then(|| {
+            self.busy_until = Some(ends);
+            ends
+        })
     }
 }
 

@@ -1,0 +1,61 @@
+//! Reading and writing streams for as long as it goes on, however long that takes.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use quinn::{Chunk, ReadError, RecvStream, SendStream};
+use tokio::time::{sleep, timeout};
+
+use crate::decide::growth::Growth;
+
+/// How long an answer is written without enough of it being taken, before its sender passes for one that does not read.
+pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Reads the next bytes of something that must grow within `without_growth`. `None`: it does not.
+pub(crate) async fn read(
+    receive: &mut RecvStream,
+    at_once: usize,
+    growth: &mut Growth,
+    without_growth: Duration,
+) -> Option<Result<Option<Chunk>, ReadError>> {
+    let left = growth.left(without_growth);
+    let mut waiting = Waiting { growth, since: Instant::now(), came: 0 };
+    tokio::select! {
+        // Time may have passed because this host had none for the task.
+        biased;
+        chunk = receive.read_chunk(at_once, true) => {
+            if let Ok(Some(chunk)) = &chunk {
+                waiting.came = chunk.bytes.len();
+            }
+            Some(chunk)
+        }
+        () = sleep(left) => None,
+    }
+}
+
+/// Writes all of `bytes`. False: the stream is gone, or nobody reads it.
+pub(crate) async fn write(send: &mut SendStream, bytes: Bytes) -> bool {
+    let mut growth = Growth::default();
+    let mut rest = [bytes];
+    while !rest[0].is_empty() {
+        let since = Instant::now();
+        match timeout(growth.left(WRITE_TIMEOUT), send.write_chunks(&mut rest)).await {
+            Ok(Ok(written)) => growth.waited(since.elapsed(), written.bytes),
+            Ok(Err(_)) | Err(_) => return false,
+        }
+    }
+    true
+}
+
+/// Counts the time also if the wait is given up for something else.
+struct Waiting<'a> {
+    growth: &'a mut Growth,
+    since: Instant,
+    came: usize,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.growth.waited(self.since.elapsed(), self.came);
+    }
+}
