@@ -91,11 +91,29 @@ impl Drop for Asked<'_> {
     }
 }
 
+/// What a request is written to. Given up in the middle it is reset: a stream that is dropped goes on to be sent, for
+/// nobody, and ends as if it were whole.
+struct Sending {
+    send: SendStream,
+    whole: bool,
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        if !self.whole {
+            // Already closed is as good.
+            let _ = self.send.reset(0u8.into());
+        }
+    }
+}
+
 async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Result<RawFrame, Failure> {
-    let (mut send, mut receive) = link.connection.open_bi().await.map_err(|_| Failure::Unsent)?;
+    let (send, mut receive) = link.connection.open_bi().await.map_err(|_| Failure::Unsent)?;
     let target = target.filter(|_| link.dialect == Dialect::MaculaPeer1);
     let address = target.as_ref().map(hello::addressed_to).unwrap_or_default();
     link.line_up(&send, message.frame.len());
+    let mut sending = Sending { send, whole: false };
+    let send = &mut sending.send;
     send.write_all_chunks(&mut [address, message.frame.clone()]).await.map_err(|error| match error {
         WriteError::Stopped(code) if code == WRONG_NODE.into() => Failure::WrongNode,
         // The peer has seen it and does not want it.
@@ -103,13 +121,15 @@ async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Resul
         _ => Failure::Unacknowledged,
     })?;
     send.finish().map_err(|_| Failure::Unacknowledged)?;
-    let mut answer = pin!(answer(link, &send, &mut receive));
+    sending.whole = true;
+    let send = &sending.send;
+    let mut answer = pin!(answer(link, send, &mut receive));
     loop {
         let heard = link.heard();
         tokio::select! {
             answer = &mut answer => return answer,
             () = tokio::time::sleep(link.patience()) => {
-                if !is_acknowledged(&send) && link.heard() == heard {
+                if !is_acknowledged(send) && link.heard() == heard {
                     link.doubted.notify_one();
                 }
             }
