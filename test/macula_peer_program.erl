@@ -3,7 +3,7 @@
 
 -export([start/2, start/3]).
 -export([stop/1]).
--export([port/1, command/2]).
+-export([port/1, command/2, signal/2]).
 -export([path/1]).
 
 -define(PATIENCE, 10000).
@@ -44,6 +44,12 @@ line(Program) ->
         {Program, {exit_status, Status}} -> error({program_ended, Status})
     after ?PATIENCE -> error(program_silent)
     end.
+
+%% Sends the process a signal, by its name.
+signal({Program, _Port}, Signal) ->
+    {os_pid, Pid} = erlang:port_info(Program, os_pid),
+    "" = os:cmd("kill -" ++ Signal ++ " " ++ integer_to_list(Pid)),
+    ok.
 
 %% Where the program is.
 path(Name) ->

@@ -5,6 +5,7 @@
 -export([stop/1]).
 -export([port/1, endpoint/1]).
 -export([stats/1, reset/1, silence/2]).
+-export([pause/1, go_on/1]).
 
 start() ->
     start([]).
@@ -31,3 +32,10 @@ reset(StandIn) ->
 
 silence(StandIn, Switch) when Switch =:= on; Switch =:= off ->
     ok = macula_peer_program:command(StandIn, ["silence ", atom_to_list(Switch)]).
+
+%% Nothing in it runs until it is told to go on.
+pause(StandIn) ->
+    macula_peer_program:signal(StandIn, "STOP").
+
+go_on(StandIn) ->
+    macula_peer_program:signal(StandIn, "CONT").

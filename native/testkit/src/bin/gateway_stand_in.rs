@@ -1,8 +1,12 @@
 //! Behaves towards a sender as an unmodified macula 0.14.3 gateway does, with its faults, and counts what it got.
 //!
-//! `gateway_stand_in [--bind ADDR] [--backlog N] [--handshake-ms MS] [--rpc-delay-ms MS] [--mode gateway|listener]`; the
-//! commands are `stats`, `reset`, `silence on`, `silence off` and `quit`. It ends without a word to its peers, as a killed
+//! `gateway_stand_in [--bind ADDR] [--backlog N] [--handshake-ms MS] [--first-look-ms MS] [--rpc-delay-ms MS]
+//! [--mode gateway|listener]`; the commands are `stats`, `reset`, `silence on`, `silence off` and `quit`. It ends without a word to its peers, as a killed
 //! process would.
+//!
+//! It looks at a new stream `--first-look-ms` after the first bytes came (default 1), and what a connection carried that is
+//! closed by then is lost. With 0 it looks at once: each receive from the socket, which is what one send of a sender on
+//! this host brought, is a chunk of its own. The real one is sometimes as fast as that.
 //!
 //! As a `listener` it answers nothing by itself and is to whoever started it what quicer is to macula: each receive chunk is
 //! a line `received STREAM ADDRESS HEX`, which may come before the answer to a command, and `send STREAM HEX` writes
@@ -28,17 +32,14 @@ use quinn::{
 };
 use tokio::sync::mpsc;
 
-/// The gateway looks at a new stream a moment after its first bytes came. That is why it got every message that had a
-/// stream of its own, even those that a sender's packets cut in two.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
-
 fn main() -> Result<(), quic::Error> {
-    const OPTIONS: [&str; 5] = ["--bind", "--backlog", "--handshake-ms", "--rpc-delay-ms", "--mode"];
+    const OPTIONS: [&str; 6] = ["--bind", "--backlog", "--handshake-ms", "--first-look-ms", "--rpc-delay-ms", "--mode"];
     let options = Options::read(std::env::args().skip(1), &OPTIONS)?;
     let bind: SocketAddr = options.get("--bind", ([127, 0, 0, 1], 0).into())?;
     let gateway = Arc::new(Gateway {
         backlog: options.get("--backlog", 4)?,
         handshake: Duration::from_millis(options.get("--handshake-ms", 2)?),
+        first_look: Duration::from_millis(options.get("--first-look-ms", 1)?),
         rpc_delay: Duration::from_millis(options.get("--rpc-delay-ms", 2000)?),
         mode: options.get("--mode", Mode::Gateway)?,
         streams: Streams::default(),
@@ -47,14 +48,14 @@ fn main() -> Result<(), quic::Error> {
         counters: Mutex::default(),
     });
     let runtime = quic::tokio_runtime(1)?;
-    let endpoint = runtime.block_on(async { listen(bind, gateway.silent.clone()) })?;
+    let endpoint = runtime.block_on(async { listen(bind, &gateway) })?;
     runtime.spawn(accept(endpoint.clone(), gateway.clone()));
     control::serve(endpoint.local_addr()?.port(), |command| gateway.command(command))?;
     runtime.shutdown_background();
     Ok(())
 }
 
-fn listen(bind: SocketAddr, silent: Arc<AtomicBool>) -> Result<Endpoint, quic::Error> {
+fn listen(bind: SocketAddr, gateway: &Gateway) -> Result<Endpoint, quic::Error> {
     const STREAM_WINDOW: u32 = 64 * 1024;
     let mut transport = quic::transport(100, 3);
     let mut acknowledgements = AckFrequencyConfig::default();
@@ -65,7 +66,12 @@ fn listen(bind: SocketAddr, silent: Arc<AtomicBool>) -> Result<Endpoint, quic::E
     let server = quic::server_config(&["macula".into()], transport)?;
     // Drivers that yield let a burst of packets gather into one receive chunk, as MsQuic's worker does.
     let runtime = Arc::new(quic::YieldingRuntime);
-    let socket = Arc::new(SilenceableSocket { socket: runtime.wrap_udp_socket(UdpSocket::bind(bind)?)?, silent });
+    let socket = Arc::new(GatewaySocket {
+        socket: runtime.wrap_udp_socket(UdpSocket::bind(bind)?)?,
+        silent: gateway.silent.clone(),
+        one_at_a_time: gateway.first_look.is_zero(),
+        turns: AtomicUsize::new(0),
+    });
     Ok(Endpoint::new_with_abstract_socket(quinn::EndpointConfig::default(), Some(server), socket, runtime)?)
 }
 
@@ -106,7 +112,7 @@ async fn handshake(mut queued: mpsc::UnboundedReceiver<Incoming>, gateway: Arc<G
 async fn accept_bidirectional(connection: Connection, gateway: Arc<Gateway>) {
     while let Ok((send, receive)) = connection.accept_bi().await {
         gateway.counters().streams += 1;
-        tokio::spawn(serve(send, receive, connection.remote_address(), gateway.clone()));
+        tokio::spawn(serve(send, receive, connection.clone(), gateway.clone()));
     }
 }
 
@@ -114,7 +120,7 @@ async fn accept_unidirectional(connection: Connection, gateway: Arc<Gateway>) {
     while let Ok(mut receive) = connection.accept_uni().await {
         let gateway = gateway.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(FIRST_LOOK).await;
+            gateway.first_look().await;
             while let Ok(Some(chunk)) = receive_chunk(&mut receive).await {
                 gateway.counters().chunk(&chunk);
             }
@@ -123,11 +129,16 @@ async fn accept_unidirectional(connection: Connection, gateway: Arc<Gateway>) {
 }
 
 /// Lives until the peer has finished its half and stopped ours: before that the stream's credit stays used.
-async fn serve(send: SendStream, mut receive: RecvStream, peer: SocketAddr, gateway: Arc<Gateway>) {
+async fn serve(send: SendStream, mut receive: RecvStream, connection: Connection, gateway: Arc<Gateway>) {
+    let peer = connection.remote_address();
     let (answered, mut answers) = mpsc::unbounded_channel();
     let stream = gateway.streams.add(answered.clone());
     let mut stopped = pin!(send.stopped());
-    tokio::time::sleep(FIRST_LOOK).await;
+    gateway.first_look().await;
+    if connection.close_reason().is_some() {
+        gateway.counters().unread += 1;
+        return;
+    }
     let mut send = Some(send);
     let mut receiving = true;
     while receiving || send.is_some() {
@@ -174,6 +185,7 @@ async fn receive_chunk(receive: &mut RecvStream) -> Result<Option<Bytes>, ReadEr
 struct Gateway {
     backlog: usize,
     handshake: Duration,
+    first_look: Duration,
     rpc_delay: Duration,
     mode: Mode,
     streams: Streams,
@@ -226,6 +238,13 @@ impl Gateway {
             return None;
         }
         self.answer(&frame?, peer)
+    }
+
+    async fn first_look(&self) {
+        // Even a sleep of nothing would last until the timer's next tick.
+        if !self.first_look.is_zero() {
+            tokio::time::sleep(self.first_look).await;
+        }
     }
 
     fn counters(&self) -> MutexGuard<'_, Counters> {
@@ -325,6 +344,8 @@ struct Counters {
     received: u64,
     incomplete: u64,
     invalid: u64,
+    /// Streams whose connection was closed before they were looked at.
+    unread: u64,
     extra_bytes: u64,
     bytes: u64,
     types: BTreeMap<&'static str, u64>,
@@ -363,6 +384,7 @@ impl Counters {
             ("distinct", self.distinct.len().to_string()),
             ("incomplete", self.incomplete.to_string()),
             ("invalid", self.invalid.to_string()),
+            ("unread", self.unread.to_string()),
             ("extra_bytes", self.extra_bytes.to_string()),
             ("bytes", self.bytes.to_string()),
             ("types", control::term(self.types.iter().map(|(name, count)| (*name, count.to_string())))),
@@ -370,14 +392,18 @@ impl Counters {
     }
 }
 
-/// A socket that can play dead while it stays bound.
+/// A socket that can play dead while it stays bound, and that can wait with the next receive until everybody has looked at
+/// what the last one brought.
 #[derive(Debug)]
-struct SilenceableSocket {
+struct GatewaySocket {
     socket: Arc<dyn AsyncUdpSocket>,
     silent: Arc<AtomicBool>,
+    one_at_a_time: bool,
+    /// How often everybody is still to have a turn.
+    turns: AtomicUsize,
 }
 
-impl AsyncUdpSocket for SilenceableSocket {
+impl AsyncUdpSocket for GatewaySocket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
         self.socket.clone().create_io_poller()
     }
@@ -392,9 +418,19 @@ impl AsyncUdpSocket for SilenceableSocket {
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        // A packet passes through its connection's driver, the stream's task and what these wake.
+        const TURNS: usize = 16;
+        let most = if self.one_at_a_time { 1 } else { buffers.len() };
+        let turns = self.turns.load(Ordering::Relaxed);
+        if turns > 0 {
+            self.turns.store(turns - 1, Ordering::Relaxed);
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         loop {
-            let count = ready!(self.socket.poll_recv(context, buffers, meta))?;
+            let count = ready!(self.socket.poll_recv(context, &mut buffers[..most], &mut meta[..most]))?;
             if !self.silent.load(Ordering::Relaxed) {
+                self.turns.store(if self.one_at_a_time { TURNS } else { 0 }, Ordering::Relaxed);
                 return Poll::Ready(Ok(count));
             }
         }
