@@ -12,8 +12,8 @@ use std::future::pending;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -28,12 +28,14 @@ use crate::decide::sending::Fault;
 
 pub(crate) use self::extras::ExtraId;
 use self::extras::{AddExtraError, Extra, Extras};
+pub(crate) use self::outbox::Outbox;
 use self::receive::Receiver;
 use self::send::{Outcome, Sender};
 use self::sift::sift;
 pub(crate) use self::sift::{Received, Signals, Via, signals};
 
 mod extras;
+mod outbox;
 mod receive;
 mod send;
 mod sift;
@@ -84,6 +86,7 @@ pub(crate) struct Socket {
     extras: Extras,
     /// A port that is left alone.
     reserved: Option<u16>,
+    this: Weak<Self>,
 }
 
 impl Socket {
@@ -107,8 +110,9 @@ impl Socket {
         let local = socket.local_addr()?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         report_icmp_errors(&socket, local, true);
-        Ok(Arc::new(Self {
-            io: UdpSocket::from_std(socket)?,
+        let io = UdpSocket::from_std(socket)?;
+        Ok(Arc::new_cyclic(|this| Self {
+            io,
             state,
             sender: Sender::default(),
             receiver: Receiver::default(),
@@ -119,6 +123,7 @@ impl Socket {
             signals,
             extras: Extras::default(),
             reserved,
+            this: this.clone(),
         }))
     }
 
@@ -225,6 +230,19 @@ impl Socket {
             sift(buffer, meta, Via::Main, &self.signals);
         }
         Poll::Ready(Ok(received))
+    }
+
+    /// Fails only if the socket is full.
+    fn send_now(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let sent = self.io.try_io(Interest::WRITABLE, || self.send(transmit));
+        self.note_full(&sent);
+        sent
+    }
+
+    fn note_full(&self, sent: &io::Result<()>) {
+        if sent.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            self.full.store(true, Ordering::Relaxed);
+        }
     }
 
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
@@ -421,11 +439,9 @@ impl AsyncUdpSocket for Socket {
             Some(extra) => {
                 self.extras.send(&extra, &self.sender, transmit).map(|sent| self.note(transmit.destination, sent))
             }
-            None => self.io.try_io(Interest::WRITABLE, || self.send(transmit)),
+            None => return outbox::send(self, transmit),
         };
-        if sent.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
-            self.full.store(true, Ordering::Relaxed);
-        }
+        self.note_full(&sent);
         sent
     }
 

@@ -341,3 +341,98 @@ async fn a_broken_extra_socket_leaves_the_main_one_alone() {
     let (dialled, accepted) = connected(&client, &server, server.socket.local).await;
     moved(&dialled, &accepted, 1000).await;
 }
+
+/// What a driver's polls send, one after the other, until the outbox has taken and sent all of it.
+#[cfg(target_os = "linux")]
+async fn polled(socket: &Socket, transmits: &[Transmit<'_>]) {
+    let mut outbox = Outbox::default();
+    for transmit in transmits {
+        while outbox.gather(|| socket.try_send(transmit)).is_err() {
+            emptied(&mut outbox).await;
+        }
+    }
+    emptied(&mut outbox).await;
+}
+
+#[cfg(target_os = "linux")]
+async fn emptied(outbox: &mut Outbox) {
+    let empty = std::future::poll_fn(|cx| {
+        outbox.poll_flush(cx);
+        if outbox.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    });
+    timeout(PATIENCE, empty).await.unwrap();
+}
+
+/// The sizes of the next receives that bring so many bytes, and the bytes.
+#[cfg(target_os = "linux")]
+fn received(socket: &std::net::UdpSocket, state: &UdpSocketState, len: usize) -> (Vec<usize>, Vec<u8>) {
+    let (mut sizes, mut bytes) = (Vec::new(), Vec::new());
+    let mut buffer = vec![0; 1 << 16];
+    while bytes.len() < len {
+        let mut meta = [RecvMeta::default()];
+        let count = state.recv(socket.into(), &mut [IoSliceMut::new(&mut buffer)], &mut meta).unwrap();
+        assert_eq!(count, 1);
+        sizes.push(meta[0].len);
+        bytes.extend_from_slice(&buffer[..meta[0].len]);
+    }
+    (sizes, bytes)
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn what_a_driver_sends_in_a_row_leaves_in_as_few_sends_as_fit() {
+    const SEGMENT: usize = 1400;
+    let side = side(false);
+    let receiver = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let state = UdpSocketState::new(UdpSockRef::from(&receiver)).unwrap();
+    receiver.set_nonblocking(false).unwrap();
+    receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (destination, bytes) = (receiver.local_addr().unwrap(), (0..200_000).map(|at| (at % 251) as u8));
+    let bytes: Vec<u8> = bytes.collect();
+    let transmits = |segments: usize, rest: usize| -> Vec<_> {
+        let parts = bytes[..segments * SEGMENT + rest].chunks(10 * SEGMENT);
+        let transmit =
+            |contents| Transmit { destination, ecn: None, contents, segment_size: Some(SEGMENT), src_ip: None };
+        parts.map(transmit).collect()
+    };
+    let cases: [(usize, usize, &[usize]); 5] = [
+        // A new socket is not known to be writable: what was taken is kept, what was not comes again.
+        (42, 700, &[40 * SEGMENT, 2 * SEGMENT + 700]),
+        (42, 700, &[42 * SEGMENT + 700]),
+        (46, 0, &[46 * SEGMENT]),
+        (60, 0, &[46 * SEGMENT, 14 * SEGMENT]),
+        (5, 1, &[5 * SEGMENT + 1]),
+    ];
+    for (segments, rest, sizes) in cases {
+        polled(&side.socket, &transmits(segments, rest)).await;
+        let len = segments * SEGMENT + rest;
+        assert_eq!(received(&receiver, &state, len), (sizes.to_vec(), bytes[..len].to_vec()), "{segments} {rest}");
+    }
+}
+
+/// Another destination, another size: neither is joined to what is there, and the order stays.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn what_does_not_continue_the_packets_before_leaves_by_itself() {
+    let side = side(false);
+    let receivers = [(); 2].map(|()| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+    let states = receivers.each_ref().map(|receiver| UdpSocketState::new(UdpSockRef::from(receiver)).unwrap());
+    for receiver in &receivers {
+        receiver.set_nonblocking(false).unwrap();
+        receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    let bytes = vec![7; 20_000];
+    let transmit = |to: usize, segment, len| Transmit {
+        destination: receivers[to].local_addr().unwrap(),
+        ecn: None,
+        contents: &bytes[..len],
+        segment_size: Some(segment),
+        src_ip: None,
+    };
+    side.socket.io.writable().await.unwrap();
+    let larger =
+        [transmit(0, 1200, 12_000), transmit(0, 1400, 14_000), transmit(1, 1400, 2800), transmit(0, 1400, 1400)];
+    polled(&side.socket, &larger).await;
+    assert_eq!(received(&receivers[0], &states[0], 27_400).0, [12_000, 14_000, 1400]);
+    assert_eq!(received(&receivers[1], &states[1], 2800).0, [2800]);
+}
