@@ -5,11 +5,12 @@
 
 -export([all/0, init_per_testcase/2, end_per_testcase/2]).
 -export([all_arrive_from_many_processes/1, lone_messages_share_streams/1, a_burst_of_an_answered_type_goes_on/1]).
--export([messages_larger_than_a_packet_arrive/1]).
+-export([messages_larger_than_a_packet_arrive/1, a_frame_leaves_in_one_send/1]).
 -export([many_peers_are_dialled_at_once/1]).
 -export([requests_are_answered/1, late_answers_reach_the_handler/1, answers_reach_the_handler/1]).
 -export([silence_loses_nothing_unreported/1, calls_keep_their_deadlines_in_silence/1]).
--export([a_restarted_gateway_gets_all/1]).
+-export([a_restarted_gateway_gets_all/1, a_paused_gateway_reads_what_it_acknowledged/1]).
+-export([a_gateway_reads_what_was_sent_before_a_stop/1]).
 
 -define(TIMEOUT, 5000).
 %% What a deadline may be late by on a busy machine.
@@ -17,9 +18,10 @@
 
 all() ->
     [all_arrive_from_many_processes, lone_messages_share_streams, a_burst_of_an_answered_type_goes_on,
-     messages_larger_than_a_packet_arrive, many_peers_are_dialled_at_once,
+     messages_larger_than_a_packet_arrive, a_frame_leaves_in_one_send, many_peers_are_dialled_at_once,
      requests_are_answered, late_answers_reach_the_handler, answers_reach_the_handler,
-     silence_loses_nothing_unreported, calls_keep_their_deadlines_in_silence, a_restarted_gateway_gets_all].
+     silence_loses_nothing_unreported, calls_keep_their_deadlines_in_silence, a_restarted_gateway_gets_all,
+     a_paused_gateway_reads_what_it_acknowledged, a_gateway_reads_what_was_sent_before_a_stop].
 
 init_per_testcase(_Case, Config) ->
     ok = macula_peer_test:engine(#{}),
@@ -39,13 +41,19 @@ all_arrive_from_many_processes(_Config) ->
 
 lone_messages_share_streams(_Config) ->
     Gateway = macula_peer_stand_in:start(),
-    [begin
-         ok = send(Gateway, cast, #{n => N}),
-         timer:sleep(10)
-     end || N <- lists:seq(1, 3000)],
-    #{streams := Streams} = Stats = arrived(Gateway, 3000),
-    ?assert(Streams < 100),
-    ?assertMatch(#{connections := 1, received := 3000, incomplete := 0, invalid := 0, extra_bytes := 0}, Stats).
+    Send = fun(Count) ->
+        [begin
+             ok = send(Gateway, cast, #{n => N}),
+             timer:sleep(10)
+         end || N <- lists:seq(1, Count)],
+        #{streams := Streams} = Stats = arrived(Gateway, Count),
+        ?assertMatch(#{received := Count, incomplete := 0, invalid := 0, extra_bytes := 0}, Stats),
+        Streams
+    end,
+    %% Until it has surely looked at the streams that are to be shared.
+    _ = Send(700),
+    macula_peer_stand_in:reset(Gateway),
+    ?assert(Send(2000) < 50).
 
 %% The gateway allows 100 streams, and each of these leaves one open for its answer.
 a_burst_of_an_answered_type_goes_on(_Config) ->
@@ -64,6 +72,15 @@ messages_larger_than_a_packet_arrive(_Config) ->
 %% From one packet to seven.
 larger(N) ->
     #{n => N, payload => rand:bytes(1000 + 40 * N)}.
+
+%% This gateway takes what one send brings for a frame.
+a_frame_leaves_in_one_send(_Config) ->
+    Gateway = macula_peer_stand_in:start(["--first-look-ms", "0"]),
+    [begin
+         ok = send(Gateway, cast, #{n => N, payload => rand:bytes(Size)}),
+         ?assertMatch({Size, #{connections := 1, incomplete := 0, invalid := 0, extra_bytes := 0}},
+                      {Size, arrived(Gateway, N)})
+     end || {N, Size} <- lists:enumerate(lists:append(lists:duplicate(5, [1000, 14000, 16000, 30000, 45000, 60000])))].
 
 %% One gateway under many addresses, each a peer of its own. It refuses connections that come too fast.
 many_peers_are_dialled_at_once(_Config) ->
@@ -180,6 +197,36 @@ a_restarted_gateway_gets_all(_Config) ->
     [ok = send(Again, cast, #{n => N}) || N <- lists:seq(1, 100)],
     ?assertMatch(#{incomplete := 0, invalid := 0, extra_bytes := 0}, arrived(Again, 100)),
     ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()).
+
+%% It acknowledges everything at once when it goes on, reads it some time later, and drops what it has not read of a connection
+%% that is closed.
+a_paused_gateway_reads_what_it_acknowledged(_Config) ->
+    Gateway = macula_peer_stand_in:start(["--first-look-ms", "50"]),
+    Sender = spawn_link(fun() -> send_until_told(Gateway, 1) end),
+    [begin
+         timer:sleep(300),
+         macula_peer_stand_in:pause(Gateway),
+         timer:sleep(800),
+         macula_peer_stand_in:go_on(Gateway)
+     end || _ <- lists:seq(1, 3)],
+    timer:sleep(300),
+    Sender ! {stop, self()},
+    Sent = receive {sent, N} -> N after 20000 -> ct:fail(sender_hangs) end,
+    _ = arrived(Gateway, Sent),
+    ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()).
+
+send_until_told(Gateway, N) ->
+    ok = send(Gateway, cast, #{n => N}),
+    receive
+        {stop, From} -> From ! {sent, N}
+    after 2 -> send_until_told(Gateway, N + 1)
+    end.
+
+a_gateway_reads_what_was_sent_before_a_stop(_Config) ->
+    Gateway = macula_peer_stand_in:start(["--first-look-ms", "20"]),
+    [ok = send(Gateway, cast, #{n => N}) || N <- lists:seq(1, 50)],
+    ok = macula_peer_endpoint:stop(),
+    ?assertMatch(#{unread := 0}, arrived(Gateway, 50)).
 
 %% ---- common ----
 

@@ -16,6 +16,7 @@ use bytes::Bytes;
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, ConnectionStats, RecvStream, SendStream, StreamId};
 use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
 
 use crate::decide::lanes::{Choice, Lanes};
 use crate::decide::witness::{Mark, Witness};
@@ -56,6 +57,12 @@ const DOUBT_AFTER_ROUND_TRIPS: u32 = 6;
 /// The same where the peer has not confirmed the handshake, which it does as soon as it has our last part of it. Until
 /// then it reads nothing, and if that part was lost it takes several round trips, and more the more was lost before.
 const UNCONFIRMED_DOUBT_AFTER_HALF_ROUND_TRIPS: u32 = 3;
+
+/// How long a connection that was given up is kept for a 0.14.3 gateway that was stopped, and for how long, after that is
+/// heard again, it may read what it has acknowledged: one message takes it far less than a millisecond.
+const HEARD_WITHIN: Duration = Duration::from_secs(30);
+const READ_WITHIN: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Messages looked at in one go of a sweep, so that the callers are not kept from the lock.
 const SWEEP_BATCH: usize = 256;
@@ -225,6 +232,21 @@ impl Link {
         }
     }
 
+    /// Ends the connection to a 0.14.3 gateway, which drops what it has acknowledged and not read when a connection is
+    /// closed. One that was stopped or busy gets time for that once it is heard again.
+    pub(crate) async fn close_when_read(self: Arc<Self>) {
+        let before = self.heard();
+        let heard = async {
+            while self.heard() == before && self.connection.close_reason().is_none() {
+                sleep(LOOK_EVERY).await;
+            }
+        };
+        // One that stays silent is gone, and has read what it will.
+        let _ = timeout(HEARD_WITHIN, heard).await;
+        sleep(READ_WITHIN).await;
+        self.close();
+    }
+
     /// It has been silent for long: whoever looks for a link is not to take the connection for one.
     pub(crate) fn mark_silent(&self) {
         if let BegunBy::Peer(accepted) = &self.begun_by {
@@ -387,8 +409,14 @@ impl Link {
         out.dead = true;
         out.answers.clear();
         out.spare = None;
-        let rest = out.unacknowledged.drain(..).map(|entry| entry.message).collect();
-        (swept, rest)
+        let rest = out.unacknowledged.drain(..).map(|entry| {
+            if let Proof::Finished(mut send) = entry.proof {
+                // It is sent over another link, or reported: it should not arrive over this one as well.
+                let _ = send.reset(0u8.into());
+            }
+            entry.message
+        });
+        (swept, rest.collect())
     }
 
     /// Reads the answers to messages that were sent without waiting. Wakes the task of `cx` when there are more.

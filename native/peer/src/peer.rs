@@ -84,6 +84,9 @@ const LARGE_ANSWERS: usize = 4;
 /// How long a message without a deadline is owed after its link died.
 const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
+/// What a 0.14.3 gateway has acknowledged and not read it drops when the connection is closed: this is how long it gets.
+const READ_WITHIN: Duration = Duration::from_millis(100);
+
 /// How long a stopping engine waits for what is on its way.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -639,6 +642,8 @@ struct Task {
     liveness: Liveness,
     /// When the oldest unacknowledged message was written.
     oldest: Option<Instant>,
+    /// By when the peer has read what it has acknowledged.
+    read_by: Option<Instant>,
     swept_at: Instant,
     out_of_credit: bool,
     answers_until: Option<Instant>,
@@ -700,6 +705,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         leaving: None,
         liveness: Liveness::new(now),
         oldest: None,
+        read_by: None,
         swept_at: now,
         out_of_credit: false,
         answers_until: None,
@@ -783,7 +789,10 @@ impl Task {
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
         // Past, it waits for somebody to want the peer.
         let redial = self.redial_at.max(self.hold_off).filter(|&at| at > now);
-        let times = [state.expiry, sweep, redial, self.leaving, self.upgrade_at, self.answers_until, self.drain_until];
+        let leaves = state.retired || self.node().is_stopping();
+        let read_by = self.read_by.filter(|&at| leaves && at > now);
+        let times =
+            [read_by, state.expiry, sweep, redial, self.leaving, self.upgrade_at, self.answers_until, self.drain_until];
         for time in times.into_iter().flatten() {
             next = next.min(time);
         }
@@ -979,6 +988,9 @@ impl Task {
             Dialect::Macula => {
                 let swept = link.sweep(now);
                 self.oldest = swept.oldest;
+                if swept.acknowledged > 0 {
+                    self.read_by = Some(now + READ_WITHIN);
+                }
                 self.account(swept);
             }
         }
@@ -1016,7 +1028,10 @@ impl Task {
 
     fn trust_again(&mut self) {
         self.in_doubt = false;
-        self.race = None;
+        let race = self.race.take();
+        if let (Some(race), Some(Dialect::Macula)) = (race, self.link.as_ref().map(|link| link.dialect)) {
+            self.helpers.spawn(race.finish());
+        }
         if self.leaving.is_none() {
             lock(&self.peer.state).link = self.link.clone();
         }
@@ -1405,8 +1420,11 @@ impl Task {
         link.mark_silent();
         let (swept, unacknowledged) = link.die();
         self.account(swept);
-        link.close();
         self.owe(unacknowledged);
+        match link.dialect {
+            Dialect::MaculaPeer1 => link.close(),
+            Dialect::Macula => drop(self.helpers.spawn(link.close_when_read())),
+        }
     }
 
     /// Lets go of the link for a better one; what was asked over it may still be answered.
@@ -1638,7 +1656,13 @@ impl Task {
 
     fn is_quiet(&self, state: &State) -> bool {
         let queued = state.queue.is_empty() && state.partials.is_empty();
-        queued && self.oldest.is_none() && self.writers.is_empty() && self.requests.is_empty() && self.swept_clean()
+        let read = self.read_by.is_none_or(|at| at <= Instant::now());
+        queued
+            && read
+            && self.oldest.is_none()
+            && self.writers.is_empty()
+            && self.requests.is_empty()
+            && self.swept_clean()
     }
 
     /// `oldest` is as of the last sweep; callers may have written since.
