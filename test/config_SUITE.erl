@@ -65,7 +65,13 @@ wrong_settings() ->
      {delivery, exactly_once}, {max_unacknowledged, many}, {answer_timeout, -1}, {workers, 0},
      {identity_file, none}, {identity_file, 1}, {verify, always}, {verify, {pin, [Hex]}}, {verify, {cacertfile, 1}},
      {verify, {cacertfile, "ca.pem", some_names}},
-     {max_accepted, 0}, {max_streams, 1 bsl 32}, {frame_timeout, <<"1">>}].
+     {max_accepted, 0}, {max_streams, 1 bsl 32}, {frame_timeout, <<"1">>}
+     | [{Key, Most + 1} || {Key, Most} <- largest()]].
+
+%% Beyond these a setting could not be safe.
+largest() ->
+    [{max_frame_size, 1 bsl 30}, {max_nesting, 512}, {pool_size, 1000000}, {workers, 256}, {max_accepted, 1000000},
+     {max_streams, 4096}, {keep_alive, 86400000}].
 
 an_unknown_setting_is_named(_Config) ->
     [is_refused({unknown_option, Key}, [{Key, Value}, {port, 0}])
@@ -91,7 +97,7 @@ right_values_start(_Config) ->
          ok = application:stop(?APP)
      end || Setting <- [{handler, self()}, {handler, {erlang, display, []}}, {handler, undefined}, {resolver, none},
                         {resolver, macula_peer_resolver_macula}, {relays, Relays}, {hole_punching, plain},
-                        {verify, {pin, [<<0:256>>]}}, {verify, first_seen}, {ip, {127, 0, 0, 1}}]].
+                        {verify, {pin, [<<0:256>>]}}, {verify, first_seen}, {ip, {127, 0, 0, 1}} | largest()]].
 
 %% Without the application, or its file, having been loaded, as at the first call of an escript.
 an_application_file_is_enough(_Config) ->
@@ -268,10 +274,10 @@ authorities(Config) ->
 %% By the application, and by the first call.
 is_refused(Reason, Settings) ->
     ?assertEqual({Settings, {error, Reason}}, {Settings, start(Settings)}),
-    ?assertEqual(not_started, macula_peer_nif:stats()),
+    ?assertEqual(not_started, macula_peer_call:stats()),
     [?assertEqual({error, Reason}, Result)
      || Result <- [macula_peer_endpoint:start(), macula_peer_connector:send_message("127.0.0.1:9", cast, #{})]],
-    ?assertEqual(not_started, macula_peer_nif:stats()).
+    ?assertEqual(not_started, macula_peer_call:stats()).
 
 %% Starts the application, and stops it if it did.
 start(Settings) ->

@@ -8,11 +8,20 @@ use macula_peer::{
     Certificate, Config, Delivery, Endpoint, Fingerprint, HandOver, HolePunching, Listen, LocalGateway, MAX_RELAYS,
     RelayConfig, Secret, Verify,
 };
+use macula_peer_wire::MAX_DEPTH_CEILING;
 use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term};
 
 use crate::atoms;
 use crate::errors::Reason;
 use crate::whom::{endpoint, node_id};
+
+/// The largest values taken. Beyond them a setting would not do what it says, or could end the node: quinn keeps memory for
+/// every stream that a connection may open (585 KB at this limit), a frame is gathered in memory, and each worker is a
+/// thread.
+const MOST_BYTES: usize = 1 << 30;
+const MOST_PEERS: usize = 1_000_000;
+const MOST_STREAMS: usize = 4096;
+const MOST_WORKERS: usize = 256;
 
 /// An option that is unknown or has a wrong value: `{invalid_option, {Key, Value}}`.
 pub(crate) struct InvalidOption<'a> {
@@ -89,18 +98,18 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
     match key {
         key if key == atoms::ip() => config.ip = Some(ip(value)?),
         key if key == atoms::port() => config.port = port(value)?,
-        key if key == atoms::max_frame_size() => config.limits.max_frame = positive(value)?,
-        key if key == atoms::max_nesting() => config.limits.max_depth = positive(value)?,
-        key if key == atoms::pool_size() => config.pool_size = positive(value)?,
+        key if key == atoms::max_frame_size() => config.limits.max_frame = up_to(MOST_BYTES, value)?,
+        key if key == atoms::max_nesting() => config.limits.max_depth = up_to(MAX_DEPTH_CEILING, value)?,
+        key if key == atoms::pool_size() => config.pool_size = up_to(MOST_PEERS, value)?,
         key if key == atoms::idle_timeout() => config.idle_timeout = time(value)?,
         key if key == atoms::keep_alive() => config.keep_alive = time(value)?,
         key if key == atoms::connect_timeout() => config.connect_timeout = time(value)?,
         key if key == atoms::answer_timeout() => config.answer_timeout = time(value)?,
         key if key == atoms::frame_timeout() => config.frame_timeout = time(value)?,
         key if key == atoms::max_unacknowledged() => config.max_unacknowledged = positive(value)?,
-        key if key == atoms::workers() => config.workers = positive(value)?,
-        key if key == atoms::max_accepted() => config.max_accepted = positive(value)?,
-        key if key == atoms::max_streams() => config.max_streams = u32::try_from(positive(value)?).ok()?,
+        key if key == atoms::workers() => config.workers = up_to(MOST_WORKERS, value)?,
+        key if key == atoms::max_accepted() => config.max_accepted = up_to(MOST_PEERS, value)?,
+        key if key == atoms::max_streams() => config.max_streams = u32::try_from(up_to(MOST_STREAMS, value)?).ok()?,
         key if key == atoms::delivery() => {
             config.delivery = match Atom::from_term(value).ok()? {
                 value if value == atoms::at_least_once() => Delivery::AtLeastOnce,
@@ -143,18 +152,21 @@ fn gateway(value: Term<'_>) -> Option<Option<LocalGateway>> {
 /// A node's packets are of this size (RFC 9000, section 14); a relay that takes only smaller ones carries nothing.
 const SMALLEST_PACKET: usize = 1200;
 
+/// No UDP packet is larger.
+const LARGEST_PACKET: usize = 65_535;
+
 /// What a relay gives.
 fn relay(value: Term<'_>) -> Result<RelayConfig, InvalidOption<'_>> {
     let mut config = RelayConfig::default();
     let set = |key: Atom, value: Term<'_>| {
         match key {
-            key if key == atoms::max_registrations() => config.max_registrations = positive(value)?,
-            key if key == atoms::max_sessions() => config.max_sessions = positive(value)?,
+            key if key == atoms::max_registrations() => config.max_registrations = up_to(MOST_PEERS, value)?,
+            key if key == atoms::max_sessions() => config.max_sessions = up_to(MOST_PEERS, value)?,
             key if key == atoms::max_sessions_per_node() => config.max_sessions_per_node = positive(value)?,
             key if key == atoms::bandwidth() => config.bandwidth = positive(value)? as u64,
-            key if key == atoms::packet_queue() => config.packet_queue = positive(value)?,
+            key if key == atoms::packet_queue() => config.packet_queue = up_to(MOST_BYTES, value)?,
             key if key == atoms::max_packet() => {
-                config.max_packet = positive(value).filter(|&bytes| bytes >= SMALLEST_PACKET)?;
+                config.max_packet = up_to(LARGEST_PACKET, value).filter(|&bytes| bytes >= SMALLEST_PACKET)?;
             }
             key if key == atoms::accept_rate() => config.accept_rate = positive(value)? as u64,
             key if key == atoms::idle_timeout() => config.idle_timeout = time(value)?,
@@ -215,6 +227,10 @@ fn secret(value: Term<'_>) -> Option<Secret> {
 
 fn positive(value: Term<'_>) -> Option<usize> {
     value.decode::<usize>().ok().filter(|&n| n > 0)
+}
+
+fn up_to(most: usize, value: Term<'_>) -> Option<usize> {
+    positive(value).filter(|&n| n <= most)
 }
 
 fn time(value: Term<'_>) -> Option<Duration> {
