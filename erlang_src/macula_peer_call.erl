@@ -5,6 +5,9 @@
 -export([send/4]).
 -export([send/5]).
 -export([request/4]).
+-export([stats/0]).
+-export([nat_profile/0]).
+-export([left/2]).
 
 -export_type([target/0, ways/0]).
 
@@ -13,6 +16,10 @@
 
 -type ways() :: #{endpoints => [macula_peer_connector:endpoint()], relays => [macula_peer_connector:endpoint()],
                   last_resorts => [macula_peer_connector:endpoint()], fingerprint => binary(), hole_punch => boolean()}.
+
+%% How long a message of many terms may take to be encoded, in milliseconds, whatever its timeout is: a timeout of 0 means
+%% to do what can be done at once, and with a free dirty scheduler that can be.
+-define(ENCODING, 200).
 
 %% @doc Sends a message.
 -spec send(target(), term(), term(), term()) -> ok | unlinked | {error, term()}.
@@ -25,34 +32,82 @@ send(To, Type, Msg, Timeout, Local) ->
     Tag = make_ref(),
     try macula_peer_nif:send(Tag, To, Type, Msg, Timeout) of
         ok -> ok;
-        dirty -> answer(macula_peer_nif:send_dirty(Tag, To, Type, Msg, Timeout), Tag, To, Local,
-                        fun() -> send(To, Type, Msg, Timeout, Local) end);
+        heavy -> encoded(Type, Msg, Timeout, fun(Frame, Left) -> send_frame(To, Frame, Left, Local) end);
         Answer -> answer(Answer, Tag, To, Local, fun() -> send(To, Type, Msg, Timeout, Local) end)
     catch
         error:nif_panicked -> {error, {internal, nif_panicked}}
     end.
+
+-spec send_frame(target(), macula_peer_nif:frame(), term(), term()) -> ok | unlinked | {error, term()}.
+send_frame(To, Frame, Timeout, Local) ->
+    Tag = make_ref(),
+    answer(macula_peer_nif:send_frame(Tag, To, Frame, Timeout), Tag, To, Local,
+           fun() -> send_frame(To, Frame, Timeout, Local) end).
 
 %% @doc Sends a message and waits for the frame that answers it.
 -spec request(target(), term(), term(), term()) ->
           {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, term()}.
 request(To, Type, Msg, Timeout) ->
     Tag = make_ref(),
-    Again = fun() -> request(To, Type, Msg, Timeout) end,
     try macula_peer_nif:request(Tag, To, Type, Msg, Timeout) of
-        dirty -> answer(macula_peer_nif:request_dirty(Tag, To, Type, Msg, Timeout), Tag, To, undefined, Again);
-        Answer -> answer(Answer, Tag, To, undefined, Again)
+        heavy -> encoded(Type, Msg, Timeout, fun(Frame, Left) -> request_frame(To, Frame, Left) end);
+        Answer -> answer(Answer, Tag, To, undefined, fun() -> request(To, Type, Msg, Timeout) end)
     catch
         error:nif_panicked -> {error, {internal, nif_panicked}}
     end.
 
--spec answer(Answer, reference(), target(), term(), fun(() -> Answer)) -> Answer
-              when Answer :: ok | unlinked | {ok, term()} | {error, term()} | wait | resolve | not_started.
+-spec request_frame(target(), macula_peer_nif:frame(), term()) ->
+          {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, term()}.
+request_frame(To, Frame, Timeout) ->
+    Tag = make_ref(),
+    answer(macula_peer_nif:request_frame(Tag, To, Frame, Timeout), Tag, To, undefined,
+           fun() -> request_frame(To, Frame, Timeout) end).
+
+%% Encodes a message on a dirty scheduler, in a process of its own: where others keep all of them busy the caller goes on at
+%% its timeout.
+-spec encoded(term(), term(), term(), fun((macula_peer_nif:frame(), term()) -> Result)) -> Result | {error, term()}.
+encoded(Type, Msg, Timeout, Call) ->
+    Start = erlang:monotonic_time(millisecond),
+    {Pid, Monitor} = spawn_monitor(fun() -> exit({?MODULE, encode(Type, Msg)}) end),
+    receive
+        {'DOWN', Monitor, process, Pid, {?MODULE, {ok, Frame}}} -> Call(Frame, left(Timeout, Start));
+        {'DOWN', Monitor, process, Pid, {?MODULE, Error}} -> Error;
+        {'DOWN', Monitor, process, Pid, _Killed} -> {error, timeout}
+    after patience(Timeout) ->
+        true = demonitor(Monitor, [flush]),
+        true = exit(Pid, kill),
+        {error, timeout}
+    end.
+
+-spec encode(term(), term()) -> {ok, macula_peer_nif:frame()} | {error, term()}.
+encode(Type, Msg) ->
+    try macula_peer_nif:encode_frame(Type, Msg)
+    catch
+        error:nif_panicked -> {error, {internal, nif_panicked}}
+    end.
+
+%% A timeout that is none is refused after the message has been looked at.
+-spec patience(term()) -> timeout().
+patience(Timeout) when is_integer(Timeout), Timeout >= 0, Timeout < 1 bsl 32 -> max(Timeout, ?ENCODING);
+patience(_Timeout) -> infinity.
+
+%% @doc What is left of a timeout that began to run at a time, in milliseconds of monotonic time.
+-spec left(term(), integer()) -> term().
+left(Timeout, Start) when is_integer(Timeout), Timeout > 0 ->
+    max(0, Timeout - (erlang:monotonic_time(millisecond) - Start));
+left(Timeout, _Start) ->
+    Timeout.
+
+-spec answer(Answer, reference(), target(), term(), fun(() -> Result)) -> Result
+              when Answer :: ok | unlinked | {ok, term()} | {error, term()} | wait | resolve | not_started,
+                   Result :: ok | unlinked | {ok, term()} | {error, term()}.
 answer(wait, Tag, _To, _Local, _Again) ->
-    receive {Tag, Result} -> Result end;
+    receive {Tag, Result} -> finished(Result) end;
 answer(resolve, Tag, {node, NodeId, _Ways}, Local, _Again) ->
     ok = macula_peer_lookups:look_up(NodeId, Local, Tag),
     receive
-        {Tag, Result} ->
+        {Tag, Answer} ->
+            Result = finished(Answer),
             ok = macula_peer_lookups:ended(Tag, Result),
             Result
     end;
@@ -63,3 +118,24 @@ answer(not_started, _Tag, _To, _Local, Again) ->
     end;
 answer(Answer, _Tag, _To, _Local, _Again) ->
     Answer.
+
+-spec finished(ok | {ok, term()} | {unfinished, macula_peer_wire:type(), macula_peer_nif:unfinished()} | {error, term()}) ->
+          ok | {ok, term()} | {error, term()}.
+finished({unfinished, Type, Msg}) -> {ok, {Type, macula_peer_finisher:finish(Msg)}};
+finished(Result) -> Result.
+
+%% @doc What is counted. Not made on a scheduler, dirty or not: nobody's work there delays it.
+-spec stats() -> map() | not_started | {error, term()}.
+stats() ->
+    Tag = make_ref(),
+    told(macula_peer_nif:stats(Tag), Tag).
+
+%% @doc What is known of the NAT that this node is behind; as {@link stats/0}.
+-spec nat_profile() -> map() | not_started | {error, term()}.
+nat_profile() ->
+    Tag = make_ref(),
+    told(macula_peer_nif:nat_profile(Tag), Tag).
+
+-spec told(wait | not_started | macula_peer_nif:not_loaded(), reference()) -> map() | not_started | {error, term()}.
+told(wait, Tag) -> receive {Tag, Told} -> Told end;
+told(Told, _Tag) -> Told.

@@ -62,7 +62,7 @@ invalidate(Endpoint) ->
 %% @doc What is counted of the engine's pool; zeros where no engine runs.
 -spec stats() -> stats().
 stats() ->
-    case macula_peer_nif:stats() of
+    case macula_peer_call:stats() of
         #{pool := #{hit_rate := Rate} = Pool} -> Pool#{hit_rate := Rate * 100};
         _ -> #{hits => 0, misses => 0, evictions => 0, total => 0, hit_rate => 0.0, pool_size => 0}
     end.
@@ -75,7 +75,7 @@ put(_Peer, _Connection) ->
 %% @doc The endpoints that there is a live link to.
 -spec get_connected_peers() -> [binary()].
 get_connected_peers() ->
-    case macula_peer_nif:stats() of
+    case macula_peer_call:stats() of
         #{peers := Peers} -> [Endpoint || #{endpoint := Endpoint, path := Path} <- Peers, Path =/= none];
         _ -> []
     end.

@@ -251,8 +251,13 @@ replace_handler(New) ->
 -spec reply(reply_token() | none, macula_peer_wire:type(), map()) -> ok | {error, term()}.
 reply(Token, Type, Msg) ->
     case macula_peer_nif:reply(Token, Type, Msg) of
-        dirty -> macula_peer_nif:reply_dirty(Token, Type, Msg);
-        Result -> Result
+        heavy ->
+            case macula_peer_nif:encode_frame(Type, Msg) of
+                {ok, Frame} -> macula_peer_nif:reply_frame(Token, Frame);
+                {error, _} = Error -> Error
+            end;
+        Result ->
+            Result
     end.
 
 %% @doc How messages to a peer travel, an endpoint or a node id, and why not by better paths. With the path `none' there is no
@@ -278,7 +283,7 @@ path_to_endpoint(Endpoint, NotANode) ->
 %% @doc What is counted, and the peers with their links.
 -spec stats() -> stats() | {error, term()}.
 stats() ->
-    macula_peer_engine:figures(fun macula_peer_nif:stats/0).
+    macula_peer_engine:figures(fun macula_peer_call:stats/0).
 
 %% @doc What is known of the NAT that this node is behind. It is found out with the help of the relays that the node is
 %% registered at, within about a second, and again when it registers or is seen at another address; an event tells the
@@ -286,7 +291,7 @@ stats() ->
 %% may remain.
 -spec nat_profile() -> nat_profile() | {error, term()}.
 nat_profile() ->
-    macula_peer_engine:figures(fun macula_peer_nif:nat_profile/0).
+    macula_peer_engine:figures(fun macula_peer_call:nat_profile/0).
 
 %% @doc Which modules are in force where macula has modules of the same names: `macula_peer_connector' and
 %% `macula_peer_connection_pool'. `loaded' is false for one that nobody has called yet: then it is what the code path has.

@@ -36,11 +36,12 @@ ensure_started() ->
 start(#{native := Native, handler := Handler, listen := Listen}) ->
     case contained(fun() -> macula_peer_nif:start(Native) end) of
         ok ->
+            ok = macula_peer_finisher:start(),
             logger:notice("macula_peer_connector: peers are verified by ~ts", [verify_mode(Native)]),
             _ = [logger:warning("macula_peer_connector: ~ts", [Remark]) || Remark <- macula_peer_config:remarks()],
             or_stop([fun() -> set_default_handler(Handler) end, fun() -> listen(Listen) end]);
         {error, already_started} ->
-            ok;
+            macula_peer_finisher:start();
         {error, _} = Error ->
             Error
     end.
@@ -100,6 +101,7 @@ retire() ->
 -spec stopped(macula_peer_nif:replaced() | not_started | {error, term()}) -> ok.
 stopped(Stopped) ->
     ok = macula_peer_lookups:stop(),
+    ok = macula_peer_finisher:stop(),
     case Stopped of
         %% After the stop: the handler is told of what that left behind.
         {replaced, Handler} -> macula_peer_handler:stop(Handler);

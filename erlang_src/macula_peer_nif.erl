@@ -7,9 +7,10 @@
 -export([stop/0]).
 -export([retire/0]).
 -export([send/5]).
--export([send_dirty/5]).
+-export([send_frame/4]).
 -export([request/5]).
--export([request_dirty/5]).
+-export([request_frame/4]).
+-export([encode_frame/2]).
 -export([found/2]).
 -export([resolved/2]).
 -export([forget/1]).
@@ -22,17 +23,18 @@
 -export([set_handler/1]).
 -export([set_logger/1]).
 -export([reply/3]).
--export([reply_dirty/3]).
+-export([reply_frame/2]).
+-export([handed_over/1]).
 -export([invalidate/1]).
--export([stats/0]).
+-export([stats/1]).
 -export([path/1]).
--export([nat_profile/0]).
+-export([nat_profile/1]).
 -export([encode/2]).
 -export([encode_dirty/2]).
 -export([decode/1]).
 -export([decode_dirty/1]).
 
--export_type([not_loaded/0, ip_port/0, replaced/0]).
+-export_type([not_loaded/0, ip_port/0, replaced/0, frame/0, unfinished/0]).
 
 -on_load(init/0).
 
@@ -44,6 +46,12 @@
 -type replaced() :: {replaced, pid() | none}.
 %% The process of the handler before, if that was a function.
 -type ip_port() :: {inet:ip_address(), inet:port_number()}.
+
+-opaque frame() :: reference().
+%% An encoded message.
+
+-type unfinished() :: term().
+%% A term for macula_peer_finisher:finish/1.
 
 %% A node whose library is missing keeps running, and every call says what is wrong. Only where the module runs already
 %% with its library does loading fail: libraries are not replaced, and the running module stays.
@@ -110,17 +118,20 @@ stop() -> not_loaded().
 -spec retire() -> replaced() | not_started | not_loaded().
 retire() -> not_loaded().
 
--spec send(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | dirty | not_started | {error, term()}.
+-spec send(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | heavy | not_started | {error, term()}.
 send(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
 
--spec send_dirty(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | not_started | {error, term()}.
-send_dirty(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
+-spec send_frame(reference(), term(), frame(), term()) -> ok | wait | resolve | unlinked | not_started | {error, term()}.
+send_frame(_Tag, _To, _Frame, _Timeout) -> not_loaded().
 
--spec request(reference(), term(), term(), term(), term()) -> wait | resolve | unlinked | dirty | not_started | {error, term()}.
+-spec request(reference(), term(), term(), term(), term()) -> wait | resolve | unlinked | heavy | not_started | {error, term()}.
 request(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
 
--spec request_dirty(reference(), term(), term(), term(), term()) -> wait | resolve | unlinked | not_started | {error, term()}.
-request_dirty(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
+-spec request_frame(reference(), term(), frame(), term()) -> wait | resolve | unlinked | not_started | {error, term()}.
+request_frame(_Tag, _To, _Frame, _Timeout) -> not_loaded().
+
+-spec encode_frame(term(), term()) -> {ok, frame()} | {error, term()}.
+encode_frame(_Type, _Msg) -> not_loaded().
 
 -spec found(term(), map()) -> ok | not_started | {error, term()}.
 found(_NodeId, _Ways) -> not_loaded().
@@ -155,11 +166,14 @@ set_handler(_Handler) -> not_loaded().
 -spec set_logger(pid()) -> ok | not_loaded().
 set_logger(_Logger) -> not_loaded().
 
--spec reply(term(), term(), term()) -> ok | dirty | {error, term()}.
+-spec reply(term(), term(), term()) -> ok | heavy | {error, term()}.
 reply(_Token, _Type, _Msg) -> not_loaded().
 
--spec reply_dirty(term(), term(), term()) -> ok | {error, term()}.
-reply_dirty(_Token, _Type, _Msg) -> not_loaded().
+-spec reply_frame(term(), frame()) -> ok | {error, term()}.
+reply_frame(_Token, _Frame) -> not_loaded().
+
+-spec handed_over(reference()) -> ok | not_loaded().
+handed_over(_Receipt) -> not_loaded().
 
 -spec path(macula_peer_call:target()) -> {ok, map()} | {error, term()} | not_started | not_loaded().
 path(_Peer) -> not_loaded().
@@ -167,22 +181,24 @@ path(_Peer) -> not_loaded().
 -spec invalidate(term()) -> ok | not_started | {error, term()}.
 invalidate(_Endpoint) -> not_loaded().
 
--spec stats() -> map() | not_started | not_loaded().
-stats() -> not_loaded().
+-spec stats(reference()) -> wait | not_started | not_loaded().
+stats(_Tag) -> not_loaded().
 
--spec nat_profile() -> map() | not_started | not_loaded().
-nat_profile() -> not_loaded().
+-spec nat_profile(reference()) -> wait | not_started | not_loaded().
+nat_profile(_Tag) -> not_loaded().
 
--spec encode(term(), term()) -> {ok, binary()} | dirty | {error, term()}.
+-spec encode(term(), term()) -> {ok, binary()} | heavy | {error, term()}.
 encode(_Type, _Msg) -> not_loaded().
 
 -spec encode_dirty(term(), term()) -> {ok, binary()} | {error, term()}.
 encode_dirty(_Type, _Msg) -> not_loaded().
 
--spec decode(binary()) -> {ok, {atom(), term()}} | dirty | {error, term()}.
+-spec decode(binary()) -> {ok, {macula_peer_wire:type(), term()}} | {unfinished, macula_peer_wire:type(), unfinished()}
+                        | heavy | {error, term()}.
 decode(_Frame) -> not_loaded().
 
--spec decode_dirty(binary()) -> {ok, {atom(), term()}} | {error, term()}.
+-spec decode_dirty(binary()) -> {ok, {macula_peer_wire:type(), term()}}
+                              | {unfinished, macula_peer_wire:type(), unfinished()} | {error, term()}.
 decode_dirty(_Frame) -> not_loaded().
 
 %% The type is wider than the value: what stands in for these functions says nothing about them.

@@ -12,11 +12,12 @@
 %% @doc Calls a node over the link that there is, or says how it can be reached.
 -spec call(binary(), macula_peer_connector:nat_opts(), call()) -> ok | {ok, term()} | {error, term()}.
 call(NodeId, Opts, Call) when is_map(Opts) ->
+    Start = erlang:monotonic_time(millisecond),
     Timeout = maps:get(timeout, Opts, ?TIMEOUT),
     case ways_of_caller(Opts) of
         None when map_size(None) =:= 0 ->
             case Call({node, NodeId, none}, Timeout) of
-                unlinked -> with_ways(NodeId, None, Timeout, Call);
+                unlinked -> with_ways(NodeId, None, macula_peer_call:left(Timeout, Start), Call);
                 Result -> Result
             end;
         Ways ->

@@ -41,7 +41,7 @@
 -spec encode(type(), map()) -> {ok, Frame :: binary()} | {error, encode_error() | term()}.
 encode(Type, Msg) ->
     case macula_peer_nif:encode(Type, Msg) of
-        dirty -> macula_peer_nif:encode_dirty(Type, Msg);
+        heavy -> macula_peer_nif:encode_dirty(Type, Msg);
         Result -> Result
     end.
 
@@ -50,8 +50,13 @@ encode(Type, Msg) ->
 -spec decode(binary()) -> {ok, {type(), Msg :: term()}} | {error, decode_error() | term()}.
 decode(Frame) when is_binary(Frame) ->
     case macula_peer_nif:decode(Frame) of
-        dirty -> macula_peer_nif:decode_dirty(Frame);
-        Result -> Result
+        heavy -> finished(macula_peer_nif:decode_dirty(Frame));
+        Result -> finished(Result)
     end;
 decode(_NotABinary) ->
     {error, invalid_header}.
+
+-spec finished({ok, {type(), term()}} | {unfinished, type(), macula_peer_nif:unfinished()} | {error, term()}) ->
+          {ok, {type(), term()}} | {error, decode_error() | term()}.
+finished({unfinished, Type, Msg}) -> {ok, {Type, macula_peer_finisher:finish(Msg)}};
+finished(Result) -> Result.

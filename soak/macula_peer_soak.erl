@@ -388,7 +388,7 @@ reading() ->
 
 %% Where nothing runs nothing is started for that.
 idle() ->
-    case macula_peer_nif:stats() of
+    case macula_peer_call:stats() of
         #{peers := Peers, accepted := Accepted} ->
             #{peers => length([Peer || #{path := Path} = Peer <- Peers, Path =/= none]), accepted => length(Accepted)};
         not_started ->

@@ -56,7 +56,7 @@ without_an_engine_there_is_nothing(Config) ->
     ?assertEqual(?ZEROS, ?POOL:stats()),
     ?assertEqual([], ?POOL:get_connected_peers()),
     ?assertEqual(ok, ?POOL:invalidate(?config(endpoint, Config))),
-    ?assertEqual(not_started, macula_peer_nif:stats(), "asking does not start it").
+    ?assertEqual(not_started, macula_peer_call:stats(), "asking does not start it").
 
 it_counts_as_macula_does(Config) ->
     ?assertEqual(?ZEROS, ?POOL:stats()),

@@ -10,7 +10,7 @@
 -import(macula_peer_test, [endpoint/1, in_parallel/2, until/1, until/2, rpc/2]).
 
 -define(MAX_FRAME, 16777216).
-%% Frames up to this size are made on a normal scheduler.
+%% Frames from this size on are a sequence of their own.
 -define(LIGHT, 65536).
 -define(SIZES, [20, 1024, 4096, 4097, ?LIGHT - 1, ?LIGHT, ?LIGHT + 1, ?LIGHT + 5000, 262144, 1048576, ?MAX_FRAME]).
 

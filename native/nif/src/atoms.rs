@@ -1,4 +1,5 @@
 //! Every atom that goes to Erlang, made once. None is ever made from what a peer sent.
+#![expect(clippy::disallowed_methods, reason = "rustler::atoms! makes them when the library is loaded")]
 
 use std::sync::OnceLock;
 
@@ -6,7 +7,7 @@ use macula_peer_wire::MessageType;
 use rustler::{Atom, Env, NifResult};
 
 rustler::atoms! {
-    ok, error, wait, dirty, undefined, infinity, null, true_ = "true", false_ = "false", none,
+    ok, error, wait, heavy, map, unfinished, undefined, infinity, null, true_ = "true", false_ = "false", none,
     not_started, already_started, replaced,
 
     invalid_header, unsupported_version, incomplete_payload, unknown_type, msgpack_decode_error, incomplete,
@@ -35,7 +36,7 @@ rustler::atoms! {
     identity_file, cacertfile, verify, pin, realm_secret,
     hidden, fingerprint,
 
-    macula_peer_message, macula_peer_event, macula_peer_log, type_ = "type", message, from, dialect, key, reply_to,
+    macula_peer_message, macula_peer_event, macula_peer_log, macula_peer_finisher, macula_peer_finish, type_ = "type", message, from, dialect, key, reply_to,
     macula, macula_peer_1 = "macula-peer/1",
     macula_gateway, route_message, gen_cast = "$gen_cast", gateway, gateway_port, auto, handed_over, answered, fallen_back,
 

@@ -6,13 +6,8 @@ use macula_peer::Waiting;
 use rustler::env::SavedTerm;
 use rustler::{Encoder, Env, LocalPid, Monitor, OwnedEnv, Resource, ResourceArc, Term};
 
-/// The name of the runtime's threads. Messages may be sent from them, but not in the same way from a scheduler.
-const RUNTIME_THREAD: &str = "macula_peer";
-
-/// Whether this is a thread of the runtime, and no scheduler.
-pub(crate) fn on_runtime_thread() -> bool {
-    std::thread::current().name() == Some(RUNTIME_THREAD)
-}
+use crate::atoms;
+use crate::off_scheduler::anywhere;
 
 /// Where one answer goes: `{Tag, Answer}` to the process that called.
 pub(crate) struct Caller {
@@ -22,6 +17,7 @@ pub(crate) struct Caller {
 }
 
 impl Caller {
+    #[expect(clippy::disallowed_methods, reason = "copies a reference")]
     pub(crate) fn new(env: Env<'_>, tag: Term<'_>) -> Self {
         let own = OwnedEnv::new();
         let tag = own.save(tag);
@@ -32,19 +28,37 @@ impl Caller {
         self.pid
     }
 
-    /// Sends the answer that `answer` builds.
+    /// Sends the answer that `answer` builds. The call may still be being made, or the engine be stopping: this may be a
+    /// scheduler.
     pub(crate) fn answer(self, answer: impl for<'a> FnOnce(Env<'a>) -> Term<'a> + Send + 'static) {
-        if on_runtime_thread() {
-            return self.send(answer);
-        }
-        // Answered while the call was being made, or while the engine stops: this may be a scheduler.
-        std::thread::spawn(move || self.send(answer));
+        anywhere(move |here| {
+            let Self { pid, env, tag } = self;
+            // The caller may be dead: nobody is left to tell.
+            let _ = here.send_from(env, &pid, |env| (tag.load(env), answer(env)).encode(env));
+        });
+    }
+}
+
+/// A caller that asks for what the engine can tell at once. Dropped unanswered, it learns that there is no engine.
+pub(crate) struct Asking(Option<Caller>);
+
+impl Asking {
+    pub(crate) fn new(caller: Caller) -> Self {
+        Self(Some(caller))
     }
 
-    fn send(mut self, answer: impl for<'a> FnOnce(Env<'a>) -> Term<'a>) {
-        let tag = self.tag;
-        // The caller may be dead: nobody is left to tell.
-        let _ = self.env.send_and_clear(&self.pid, |env| (tag.load(env), answer(env)).encode(env));
+    pub(crate) fn answer(mut self, answer: impl for<'a> FnOnce(Env<'a>) -> Term<'a> + Send + 'static) {
+        if let Some(caller) = self.0.take() {
+            caller.answer(answer);
+        }
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        if let Some(caller) = self.0.take() {
+            caller.answer(|env| atoms::not_started().encode(env));
+        }
     }
 }
 
@@ -74,6 +88,7 @@ impl InProgress {
     pub(crate) fn monitor(env: Env<'_>, pid: &LocalPid) -> ResourceArc<Self> {
         let call = ResourceArc::new(Self(Mutex::new(State::Calling)));
         // The caller is running this very function, so it is alive.
+        #[expect(clippy::disallowed_methods, reason = "the caller is in a NIF")]
         let _ = env.monitor(&call, pid);
         call
     }

@@ -1,30 +1,74 @@
 //! From a frame to Erlang terms.
+//!
+//! This runs on the runtime's threads, which may not make every map ([`crate::off_scheduler`]). A map that they may not make
+//! is left *unfinished*: the tuple `{map, [{Key, Value}]}`, which nothing that comes over the network can be taken for,
+//! because MessagePack has no tuples. `macula_peer_finisher:finish/1` makes the map of it, in a process.
 
 use std::ops::Range;
 
-use macula_peer_wire::Build;
-use rustler::{Binary, Encoder, Env, NewBinary, Term};
+use macula_peer_wire::{Build, Limits, PayloadError, decode_payload};
+use rustler::{Binary, Encoder, Env, NewBinary, Term, TermType};
 
 use crate::atoms;
+use crate::encode::LIGHT_WORK;
+use crate::off_scheduler::flat_map;
 
 /// Binaries up to this size live on the process heap; larger ones refer to the payload, if that is a binary itself.
 const HEAP_BINARY: usize = 64;
+
+/// Payloads from this size on are copied once, as a whole, and the binaries in them refer to the copy.
+const SHARED_PAYLOAD: usize = 16 << 10;
+
+/// A payload as a term.
+pub(crate) enum Decoded<'a> {
+    Finished(Term<'a>),
+    /// There is an unfinished map in it, or it is one.
+    Unfinished(Term<'a>),
+}
+
+/// Decodes a payload that is no Erlang binary.
+pub(crate) fn payload<'a>(env: Env<'a>, payload: &[u8], limits: Limits) -> Result<Decoded<'a>, PayloadError> {
+    let shared = (payload.len() >= SHARED_PAYLOAD).then(|| NewBinary::from_slice(env, payload).into());
+    let mut terms = Terms::new(env, shared);
+    let term = decode_payload(payload, limits, &mut terms)?;
+    Ok(terms.decoded(term))
+}
 
 /// Builds terms. Makes no atom but `true`, `false` and `null`.
 pub(crate) struct Terms<'a> {
     env: Env<'a>,
     /// The payload as an Erlang binary, for binaries within it to refer to.
     payload: Option<Binary<'a>>,
+    empty_map: Option<Term<'a>>,
+    unfinished: bool,
+    /// Terms that may still be built.
+    left: usize,
 }
 
 impl<'a> Terms<'a> {
     pub(crate) fn new(env: Env<'a>, payload: Option<Binary<'a>>) -> Self {
-        Self { env, payload }
+        Self { env, payload, empty_map: None, unfinished: false, left: usize::MAX }
+    }
+
+    /// Stops where there are too many terms for a normal scheduler.
+    pub(crate) fn light(self) -> Self {
+        Self { left: LIGHT_WORK, ..self }
+    }
+
+    /// The term that was built of a whole payload.
+    pub(crate) fn decoded(self, term: Term<'a>) -> Decoded<'a> {
+        if self.unfinished { Decoded::Unfinished(term) } else { Decoded::Finished(term) }
     }
 }
 
 impl<'a> Build for Terms<'a> {
     type Term = Term<'a>;
+
+    fn goes_on(&mut self, values: usize) -> bool {
+        let left = self.left.checked_sub(values);
+        self.left = left.unwrap_or(0);
+        left.is_some()
+    }
 
     fn nil(&mut self) -> Term<'a> {
         atoms::null().to_term(self.env)
@@ -63,11 +107,21 @@ impl<'a> Build for Terms<'a> {
     }
 
     fn map(&mut self, keys: Vec<Term<'a>>, values: Vec<Term<'a>>) -> Term<'a> {
-        if let Ok(map) = Term::map_from_term_arrays(self.env, &keys, &values) {
-            return map;
+        if keys.is_empty() {
+            // One byte on the wire is 40 in memory.
+            return *self.empty_map.get_or_insert_with(|| Term::map_new(self.env));
         }
-        // A key came twice: the last one wins, as in the original.
-        let pairs = keys.into_iter().zip(values);
-        pairs.fold(Term::map_new(self.env), |map, (key, value)| map.map_put(key, value).unwrap_or(map))
+        // Keys that are not finished cannot be compared.
+        let comparable = !(self.unfinished && keys.iter().any(is_container));
+        let flat = if comparable { flat_map(self.env, &keys, &values) } else { None };
+        flat.unwrap_or_else(|| {
+            self.unfinished = true;
+            let pairs: Vec<_> = keys.into_iter().zip(values).collect();
+            (atoms::map(), pairs).encode(self.env)
+        })
     }
+}
+
+fn is_container(term: &Term<'_>) -> bool {
+    matches!(term.get_type(), TermType::List | TermType::Map | TermType::Tuple)
 }

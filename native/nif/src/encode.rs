@@ -7,13 +7,22 @@ use std::cell::RefCell;
 use bytes::{Bytes, BytesMut};
 use hashbrown::HashMap;
 use macula_peer_wire::{EncodeError, FrameWriter, Limits, MessageType};
+use rustler::schedule::consume_timeslice;
 use rustler::sys::ErlNifTerm;
-use rustler::{Atom, Binary, Encoder, Env, MapIterator, Term, TermType};
+use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term, TermType};
 
 use crate::atoms::{self, TypeAtoms};
 
-/// What a normal scheduler encodes; more goes to a dirty one. The walk and copy of 64 KiB take some 100 µs.
-pub(crate) const LIGHT_FRAME: usize = 64 << 10;
+/// The work that a normal scheduler does on one message; what takes more goes to a dirty one. A unit is one term, some
+/// 30 ns, so this is well below a millisecond.
+pub(crate) const LIGHT_WORK: usize = 20_000;
+
+/// Bytes copied for one unit of work. A copy runs at memory speed, and the VM copies whole binaries on a normal scheduler
+/// too, so that the largest frame by default, as one binary, is still light.
+const COPIED_PER_UNIT: usize = 2048;
+
+/// Code points of a string for one unit of work.
+const CHARACTERS_PER_UNIT: usize = 4;
 
 /// Names of atoms that are remembered per thread: more than the keys of any application's messages.
 const MAX_NAMES: usize = 4096;
@@ -38,6 +47,22 @@ pub(crate) enum Refusal<'a> {
     TooLarge(usize),
     /// Containers are nested deeper than this.
     TooDeep(usize),
+    /// It is too much work for a normal scheduler.
+    Heavy,
+}
+
+/// Where a message is encoded.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum On {
+    /// On a normal scheduler, which is told of the work.
+    Normal,
+    Dirty,
+}
+
+/// A frame under way, and the work that may still go into it.
+struct Walk<'w> {
+    writer: FrameWriter<'w>,
+    work: usize,
 }
 
 thread_local! {
@@ -54,25 +79,31 @@ pub(crate) fn frame<'a>(
     kind: Term<'a>,
     message: Term<'a>,
     limits: Limits,
+    on: On,
 ) -> Result<(MessageType, Bytes), Refusal<'a>> {
     let known = Atom::from_term(kind).ok().and_then(atoms::message_type).ok_or(Refusal::Type(kind))?;
     let kind = known.kind;
     let fields = MapIterator::new(message).ok_or(Refusal::NotAMap)?;
     BUFFER.with_borrow_mut(|buffer| {
-        let mut writer = FrameWriter::new(buffer, kind, limits);
+        let budget = if on == On::Normal { LIGHT_WORK } else { usize::MAX };
+        let mut walk = Walk { writer: FrameWriter::new(buffer, kind, limits), work: budget };
         let mut field = message;
         let mut missing = known.fields.len();
         let mut visit = |key| {
             field = key;
             missing -= usize::from(known.fields.iter().any(|field| *field == key));
         };
-        let walked = walk_fields(&mut writer, message, fields, &mut visit);
+        let walked = walk.fields(message, fields, &mut visit);
+        let worked = budget - walk.work;
+        if on == On::Normal && worked >= LIGHT_WORK / 100 {
+            consume_timeslice(message.get_env(), (worked * 100 / LIGHT_WORK) as i32);
+        }
         if missing > 0 {
             // Said before anything else that is wrong, as in the original.
             check_required(known, message)?;
         }
         walked.map_err(|failure| failure.refusal(field))?;
-        writer.finish();
+        walk.writer.finish();
         Ok((kind, if buffer.len() <= COPIED_FRAME { copy(buffer) } else { std::mem::take(buffer).into() }))
     })
 }
@@ -111,6 +142,7 @@ impl Encoder for BinaryKey<'_> {
 }
 
 enum Failure {
+    Heavy,
     Kind(Atom),
     Limit(EncodeError),
 }
@@ -118,6 +150,7 @@ enum Failure {
 impl Failure {
     fn refusal(self, field: Term<'_>) -> Refusal<'_> {
         match self {
+            Self::Heavy => Refusal::Heavy,
             Self::Kind(kind) => Refusal::NotEncodable { field, kind },
             Self::Limit(EncodeError::TooLarge { max }) => Refusal::TooLarge(max),
             Self::Limit(EncodeError::TooDeep { max }) => Refusal::TooDeep(max),
@@ -132,72 +165,175 @@ impl From<EncodeError> for Failure {
     }
 }
 
-/// The top map; `visit` is told each key before it is written.
-fn walk_fields<'a>(
-    writer: &mut FrameWriter<'_>,
-    message: Term<'a>,
-    fields: MapIterator<'a>,
-    visit: &mut impl FnMut(Term<'a>),
-) -> Result<(), Failure> {
-    writer.map(message.map_size().map_err(|_| Failure::Kind(atoms::other()))?)?;
-    for (key, value) in fields {
-        visit(key);
-        walk(writer, key)?;
-        walk(writer, value)?;
-    }
-    writer.end();
-    Ok(())
-}
-
-fn walk(writer: &mut FrameWriter<'_>, term: Term<'_>) -> Result<(), Failure> {
-    match term.get_type() {
-        TermType::Binary => match Binary::from_term(term) {
-            Ok(binary) => writer.bin(binary.as_slice())?,
-            Err(_) => return Err(Failure::Kind(atoms::bitstring())),
-        },
-        TermType::Integer => integer(writer, term)?,
-        TermType::Atom => atom(writer, term)?,
-        TermType::List => list(writer, term)?,
-        TermType::Map => map(writer, term)?,
-        TermType::Float => writer.float(term.decode().map_err(|_| Failure::Kind(atoms::float()))?)?,
-        TermType::Tuple => return Err(Failure::Kind(atoms::tuple())),
-        TermType::Pid => return Err(Failure::Kind(atoms::pid())),
-        TermType::Port => return Err(Failure::Kind(atoms::port())),
-        TermType::Ref => return Err(Failure::Kind(atoms::reference())),
-        TermType::Fun => return Err(Failure::Kind(atoms::function())),
-        TermType::Unknown => return Err(Failure::Kind(atoms::other())),
-    }
-    Ok(())
-}
-
-fn integer(writer: &mut FrameWriter<'_>, term: Term<'_>) -> Result<(), Failure> {
-    if let Ok(small) = term.decode::<i64>() {
-        return Ok(writer.int(small)?);
-    }
-    match term.decode::<u64>() {
-        Ok(large) => Ok(writer.uint(large)?),
-        Err(_) => Err(Failure::Kind(atoms::integer_out_of_range())),
-    }
-}
-
-fn atom(writer: &mut FrameWriter<'_>, term: Term<'_>) -> Result<(), Failure> {
-    let Ok(atom) = Atom::from_term(term) else { return Err(Failure::Kind(atoms::other())) };
-    if atom == atoms::null() {
-        return Ok(writer.nil()?);
-    }
-    if atom == atoms::true_() || atom == atoms::false_() {
-        return Ok(writer.bool(atom == atoms::true_())?);
-    }
-    NAMES.with_borrow_mut(|names| {
-        if let Some(name) = names.get(&atom.as_c_arg()) {
-            return Ok(writer.bin(name)?);
+impl Walk<'_> {
+    /// The top map; `visit` is told each key before it is written.
+    fn fields<'a>(
+        &mut self,
+        message: Term<'a>,
+        fields: MapIterator<'a>,
+        visit: &mut impl FnMut(Term<'a>),
+    ) -> Result<(), Failure> {
+        self.writer.map(message.map_size().map_err(|_| Failure::Kind(atoms::other()))?)?;
+        for (key, value) in fields {
+            visit(key);
+            self.term(key)?;
+            self.term(value)?;
         }
-        if names.len() == MAX_NAMES {
-            names.clear();
+        self.writer.end();
+        Ok(())
+    }
+
+    fn spend(&mut self, units: usize) -> Result<(), Failure> {
+        self.work = self.work.checked_sub(units).ok_or(Failure::Heavy)?;
+        Ok(())
+    }
+
+    /// Keeps what is open on the heap: a dirty scheduler's stack is too small to go as deep as messages may be.
+    fn term<'a>(&mut self, term: Term<'a>) -> Result<(), Failure> {
+        let mut open: Vec<Open<'a>> = Vec::new();
+        let mut next = term;
+        loop {
+            open.extend(self.begin(next)?);
+            next = loop {
+                let Some(innermost) = open.last_mut() else { return Ok(()) };
+                if let Some(inner) = innermost.next() {
+                    break inner;
+                }
+                self.writer.end();
+                open.pop();
+            };
         }
-        let name = names.entry(atom.as_c_arg()).or_insert(name_of(term)?);
-        Ok(writer.bin(name)?)
-    })
+    }
+
+    /// Writes a term, of a container what comes before its first element.
+    fn begin<'a>(&mut self, term: Term<'a>) -> Result<Option<Open<'a>>, Failure> {
+        self.spend(1)?;
+        match term.get_type() {
+            TermType::Binary => match Binary::from_term(term) {
+                Ok(binary) => {
+                    self.spend(binary.len() / COPIED_PER_UNIT)?;
+                    self.writer.bin(binary.as_slice())?;
+                }
+                Err(_) => return Err(Failure::Kind(atoms::bitstring())),
+            },
+            TermType::Integer => self.integer(term)?,
+            TermType::Atom => self.atom(term)?,
+            TermType::List => return self.list(term),
+            TermType::Map => return self.map(term).map(Some),
+            TermType::Float => self.writer.float(term.decode().map_err(|_| Failure::Kind(atoms::float()))?)?,
+            TermType::Tuple => return Err(Failure::Kind(atoms::tuple())),
+            TermType::Pid => return Err(Failure::Kind(atoms::pid())),
+            TermType::Port => return Err(Failure::Kind(atoms::port())),
+            TermType::Ref => return Err(Failure::Kind(atoms::reference())),
+            TermType::Fun => return Err(Failure::Kind(atoms::function())),
+            TermType::Unknown => return Err(Failure::Kind(atoms::other())),
+        }
+        Ok(None)
+    }
+
+    fn integer(&mut self, term: Term<'_>) -> Result<(), Failure> {
+        if let Ok(small) = term.decode::<i64>() {
+            return Ok(self.writer.int(small)?);
+        }
+        match term.decode::<u64>() {
+            Ok(large) => Ok(self.writer.uint(large)?),
+            Err(_) => Err(Failure::Kind(atoms::integer_out_of_range())),
+        }
+    }
+
+    fn atom(&mut self, term: Term<'_>) -> Result<(), Failure> {
+        let Ok(atom) = Atom::from_term(term) else { return Err(Failure::Kind(atoms::other())) };
+        if atom == atoms::null() {
+            return Ok(self.writer.nil()?);
+        }
+        if atom == atoms::true_() || atom == atoms::false_() {
+            return Ok(self.writer.bool(atom == atoms::true_())?);
+        }
+        NAMES.with_borrow_mut(|names| {
+            if let Some(name) = names.get(&atom.as_c_arg()) {
+                return Ok(self.writer.bin(name)?);
+            }
+            if names.len() == MAX_NAMES {
+                names.clear();
+            }
+            let name = names.entry(atom.as_c_arg()).or_insert(name_of(term)?);
+            Ok(self.writer.bin(name)?)
+        })
+    }
+
+    /// `None`: it was a text.
+    fn list<'a>(&mut self, term: Term<'a>) -> Result<Option<Open<'a>>, Failure> {
+        if let Some(text) = self.as_text(term)? {
+            self.writer.str(&text)?;
+            return Ok(None);
+        }
+        let improper = || Failure::Kind(atoms::improper_list());
+        let mut length = 0;
+        let mut rest = term;
+        while let Ok((_, tail)) = rest.list_get_cell() {
+            length += 1;
+            // Each element is a unit at the least, and a long list takes time to count.
+            if length > self.work {
+                return Err(Failure::Heavy);
+            }
+            rest = tail;
+        }
+        if !rest.is_empty_list() {
+            return Err(improper());
+        }
+        self.writer.array(length)?;
+        Ok(Some(Open::List(term.into_list_iterator().map_err(|_| improper())?)))
+    }
+
+    /// The text of a list whose elements are all Unicode code points, the empty list being the empty text.
+    fn as_text(&mut self, term: Term<'_>) -> Result<Option<String>, Failure> {
+        let mut text = String::new();
+        let mut rest = term;
+        let mut characters = 0usize;
+        while let Ok((head, tail)) = rest.list_get_cell() {
+            let code_point = head.decode::<u32>().ok().filter(|_| head.get_type() == TermType::Integer);
+            let Some(c) = code_point.and_then(char::from_u32) else { return Ok(None) };
+            text.push(c);
+            // What will not fit is not gathered either.
+            if text.len() > self.writer.room() {
+                self.writer.str(&text)?;
+            }
+            characters += 1;
+            if characters.is_multiple_of(CHARACTERS_PER_UNIT) {
+                self.spend(1)?;
+            }
+            rest = tail;
+        }
+        if rest.is_empty_list() { Ok(Some(text)) } else { Err(Failure::Kind(atoms::improper_list())) }
+    }
+
+    fn map<'a>(&mut self, term: Term<'a>) -> Result<Open<'a>, Failure> {
+        let (Ok(size), Some(pairs)) = (term.map_size(), MapIterator::new(term)) else {
+            return Err(Failure::Kind(atoms::other()));
+        };
+        self.writer.map(size)?;
+        Ok(Open::Map(Box::new(pairs), None))
+    }
+}
+
+/// A container that is being written.
+enum Open<'a> {
+    List(ListIterator<'a>),
+    /// The value of the key that was written last comes next.
+    Map(Box<MapIterator<'a>>, Option<Term<'a>>),
+}
+
+impl<'a> Open<'a> {
+    fn next(&mut self) -> Option<Term<'a>> {
+        match self {
+            Self::List(elements) => elements.next(),
+            Self::Map(pairs, value) => value.take().or_else(|| {
+                let (key, of_key) = pairs.next()?;
+                *value = Some(of_key);
+                Some(key)
+            }),
+        }
+    }
 }
 
 fn name_of(term: Term<'_>) -> Result<Box<[u8]>, Failure> {
@@ -206,52 +342,10 @@ fn name_of(term: Term<'_>) -> Result<Box<[u8]>, Failure> {
     }
     // Up to OTP 25 a NIF gets names in Latin-1 only; the external term format has them in UTF-8: version 131, then
     // SMALL_ATOM_UTF8_EXT (119) with one byte of length, or ATOM_UTF8_EXT (118) with two.
+    #[expect(clippy::disallowed_methods, reason = "messages are encoded on schedulers only")]
     let external = term.to_binary();
     match external.as_slice() {
         [131, 119, _, name @ ..] | [131, 118, _, _, name @ ..] => Ok(name.into()),
         _ => Err(Failure::Kind(atoms::other())),
     }
-}
-
-fn list(writer: &mut FrameWriter<'_>, term: Term<'_>) -> Result<(), Failure> {
-    if let Some(text) = as_text(writer, term)? {
-        return Ok(writer.str(&text)?);
-    }
-    let improper = || Failure::Kind(atoms::improper_list());
-    writer.array(term.list_length().map_err(|_| improper())?)?;
-    for element in term.into_list_iterator().map_err(|_| improper())? {
-        walk(writer, element)?;
-    }
-    writer.end();
-    Ok(())
-}
-
-/// The text of a list whose elements are all Unicode code points, the empty list being the empty text.
-fn as_text(writer: &mut FrameWriter<'_>, term: Term<'_>) -> Result<Option<String>, Failure> {
-    let mut text = String::new();
-    let mut rest = term;
-    while let Ok((head, tail)) = rest.list_get_cell() {
-        let code_point = head.decode::<u32>().ok().filter(|_| head.get_type() == TermType::Integer);
-        let Some(c) = code_point.and_then(char::from_u32) else { return Ok(None) };
-        text.push(c);
-        // What will not fit is not gathered either.
-        if text.len() > writer.room() {
-            writer.str(&text)?;
-        }
-        rest = tail;
-    }
-    if rest.is_empty_list() { Ok(Some(text)) } else { Err(Failure::Kind(atoms::improper_list())) }
-}
-
-fn map(writer: &mut FrameWriter<'_>, term: Term<'_>) -> Result<(), Failure> {
-    let (Ok(size), Some(pairs)) = (term.map_size(), MapIterator::new(term)) else {
-        return Err(Failure::Kind(atoms::other()));
-    };
-    writer.map(size)?;
-    for (key, value) in pairs {
-        walk(writer, key)?;
-        walk(writer, value)?;
-    }
-    writer.end();
-    Ok(())
 }

@@ -141,6 +141,7 @@ impl Reason for PayloadError {
             Self::InvalidString(bytes) => (atoms::invalid_string(), bytes_term(env, bytes)).encode(env),
             Self::Extension(marker) => (atoms::badarg(), (atoms::bad_ext(), marker)).encode(env),
             Self::Reserved => (atoms::badarg(), 0xC1).encode(env),
+            Self::Stopped => atoms::heavy().encode(env),
             Self::TooDeep { max } => (atoms::too_deep(), max).encode(env),
         }
     }
@@ -155,6 +156,7 @@ impl Reason for Refusal<'_> {
             Self::NotEncodable { field, kind } => (atoms::not_encodable(), field.in_env(env), *kind).encode(env),
             Self::TooLarge(max) => (atoms::too_large(), max).encode(env),
             Self::TooDeep(max) => (atoms::too_deep(), max).encode(env),
+            Self::Heavy => return atoms::heavy().encode(env),
         };
         (atoms::invalid_message(), why).encode(env)
     }

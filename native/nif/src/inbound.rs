@@ -1,68 +1,80 @@
 //! What arrives: one message each to the handler process.
+//!
+//! A message that is not finished ([`crate::decode`]) goes to the process `macula_peer_finisher`, which finishes it and sends
+//! it on. Later messages of the same sender take the same way until that is done, so that none overtakes another.
 
-use std::cell::RefCell;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use macula_peer::{
-    Dialect, Event, Failures, Fallback, Handler, Inbound, NotTaken, Path, PeerName, Registration, ReplyToken, Unhandled,
+    Backlog, Dialect, Engine, Event, Failures, Fallback, Handler, Inbound, NotTaken, Path, PeerName, Registration,
+    ReplyToken, Ticket, Unhandled,
 };
-use macula_peer_wire::{Limits, PayloadError, decode_payload};
-use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, ResourceArc, Term};
+use macula_peer_wire::Limits;
+use rustler::{Atom, Encoder, Env, LocalPid, Resource, ResourceArc, Term};
 
 use crate::atoms;
-use crate::decode::Terms;
+use crate::decode::{self, Decoded};
 use crate::errors::{Reason, Why, binary, bytes_term};
 use crate::nat;
-
-/// Payloads from this size on are copied once, as a whole, and the binaries in them refer to the copy.
-const SHARED_PAYLOAD: usize = 16 << 10;
-
-thread_local! {
-    /// Making an environment costs as much as a small message.
-    static ENV: RefCell<OwnedEnv> = RefCell::new(OwnedEnv::new());
-}
+use crate::off_scheduler::{Dead, OffScheduler, anywhere, map};
 
 /// The process that gets what arrives.
 pub(crate) struct Process {
     pub(crate) pid: LocalPid,
-    pub(crate) limits: Limits,
+    pub(crate) way: Way,
 }
 
 impl Handler for Process {
-    fn message(&self, inbound: Inbound) -> Result<(), Unhandled> {
-        let Inbound { kind, payload, from, path, dialect, key, reply } = inbound;
-        send(&self.pid, |env| {
-            let message = decode(env, &payload, self.limits)?;
+    fn message(&self, mut inbound: Inbound) -> Result<(), Unhandled> {
+        let reply = inbound.reply.take();
+        self.way.send(self.pid, &inbound, |env, message| {
             let reply = match reply {
                 Some(token) => ResourceArc::new(Token(token)).encode(env),
                 None => atoms::none().encode(env),
             };
-            let dialect = self::dialect(dialect);
-            let key = match key {
+            let key = match inbound.key {
                 Some(key) => bytes_term(env, key.as_bytes()),
                 None => atoms::undefined().encode(env),
             };
+            let (tag, message) = match message {
+                Some(message) => (atoms::macula_peer_message(), message),
+                None => (atoms::message(), atoms::undefined().encode(env)),
+            };
             let fields: [(Atom, Term<'_>); 7] = [
-                (atoms::type_(), atoms::name_of(kind).encode(env)),
+                (atoms::type_(), atoms::name_of(inbound.kind).encode(env)),
                 (atoms::message(), message),
-                (atoms::from(), address(env, from)),
-                (atoms::path(), self::path(path).encode(env)),
-                (atoms::dialect(), dialect.encode(env)),
+                (atoms::from(), address(env, inbound.from)),
+                (atoms::path(), path(inbound.path).encode(env)),
+                (atoms::dialect(), dialect(inbound.dialect).encode(env)),
                 (atoms::key(), key),
                 (atoms::reply_to(), reply),
             ];
-            Ok((atoms::macula_peer_message(), map(env, &fields)).encode(env))
+            (tag, map(env, &fields)).encode(env)
         })
     }
 
     fn event(&self, event: Event) -> bool {
-        send(&self.pid, |env| Ok((atoms::macula_peer_event(), map(env, &fields(env, &event))).encode(env))).is_ok()
+        let pid = self.pid;
+        let tell = move |here: &OffScheduler| -> Result<(), Dead> {
+            here.send(|env| {
+                let fields = map(env, &fields(env, &event));
+                Ok((pid, (atoms::macula_peer_event(), fields).encode(env)))
+            })
+        };
+        match OffScheduler::here() {
+            Some(here) => tell(&here).is_ok(),
+            None => {
+                anywhere(move |here| drop(tell(&here)));
+                true
+            }
+        }
     }
 }
 
 /// The process `macula_gateway`, where it runs and listens nowhere that this library knows of.
 pub(crate) struct Cast {
-    pub(crate) limits: Limits,
+    pub(crate) way: Way,
 }
 
 impl Fallback for Cast {
@@ -70,19 +82,95 @@ impl Fallback for Cast {
     /// but an answer on this stream, which is no quicer stream, is an error to the one who tries; the sender is told that
     /// there will be none.
     fn message(&self, inbound: Inbound) -> Result<(), NotTaken> {
-        let Some(gateway) = ENV.with_borrow(|own| own.run(|env| env.whereis_pid(atoms::macula_gateway()))) else {
-            return Err(NotTaken::Absent(Box::new(inbound)));
-        };
-        let sent = send(&gateway, |env| {
-            let message = decode(env, &inbound.payload, self.limits)?;
+        let gateway = OffScheduler::here().and_then(|here| here.whereis(atoms::macula_gateway()));
+        let Some(gateway) = gateway else { return Err(NotTaken::Absent(Box::new(inbound))) };
+        let sent = self.way.send(gateway, &inbound, |env, message| {
+            let (kind, stream) = (atoms::name_of(inbound.kind), env.make_ref());
             let from = (atoms::ok(), address(env, inbound.from));
-            let route = (atoms::route_message(), atoms::name_of(inbound.kind), message, env.make_ref(), from);
-            Ok((atoms::gen_cast(), route).encode(env))
+            match message {
+                Some(message) => (atoms::gen_cast(), (atoms::route_message(), kind, message, stream, from)).encode(env),
+                None => (atoms::route_message(), kind, stream, from).encode(env),
+            }
         });
         match sent {
             Ok(()) => Ok(()),
             Err(Unhandled::Malformed(error)) => Err(NotTaken::Malformed(error)),
             Err(_) => Err(NotTaken::Absent(Box::new(inbound))),
+        }
+    }
+}
+
+/// The way of messages to a process.
+#[derive(Clone)]
+pub(crate) struct Way {
+    limits: Limits,
+    backlog: Arc<Backlog>,
+}
+
+impl Way {
+    pub(crate) fn new(engine: &Engine) -> Self {
+        Self { limits: engine.config().limits, backlog: engine.backlog() }
+    }
+
+    /// Sends what `whole` makes of the decoded message. Without one `whole` says what the finisher puts around it.
+    fn send(
+        &self,
+        to: LocalPid,
+        inbound: &Inbound,
+        whole: impl for<'a> FnOnce(Env<'a>, Option<Term<'a>>) -> Term<'a>,
+    ) -> Result<(), Unhandled> {
+        let Some(here) = OffScheduler::here() else { return Err(Unhandled::NoHandler) };
+        let sender = inbound.sender();
+        let is_behind = self.backlog.holds(sender);
+        let mut receipt = None;
+        let sent = here.send(|env| {
+            let message = match decode::payload(env, &inbound.payload, self.limits)? {
+                Decoded::Finished(message) if !is_behind => return Ok((to, whole(env, Some(message)))),
+                Decoded::Finished(message) | Decoded::Unfinished(message) => message,
+            };
+            let finisher = env.whereis_pid(atoms::macula_peer_finisher()).ok_or(Unhandled::NoHandler)?;
+            let ticket = self.backlog.enter(sender, inbound.payload.len());
+            let receipt = receipt.insert(ResourceArc::new(Receipt(Mutex::new(Some(ticket)))));
+            let whole = whole(env, None);
+            Ok((finisher, (atoms::macula_peer_finish(), receipt.clone(), to, whole, message).encode(env)))
+        });
+        if let (Err(_), Some(receipt)) = (&sent, receipt) {
+            // The caller counts it.
+            receipt.take();
+        }
+        sent
+    }
+}
+
+impl From<Dead> for Unhandled {
+    fn from(_: Dead) -> Self {
+        Self::NoHandler
+    }
+}
+
+/// A message that the finisher has. It is counted as unhandled unless the finisher says that it was taken.
+pub(crate) struct Receipt(Mutex<Option<Ticket>>);
+
+#[rustler::resource_impl]
+impl Resource for Receipt {}
+
+impl Receipt {
+    /// The message has left the finisher.
+    pub(crate) fn taken(&self) {
+        self.take();
+    }
+
+    fn take(&self) -> Option<Ticket> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Drop for Receipt {
+    fn drop(&mut self) {
+        if self.take().is_some()
+            && let Some(engine) = crate::engine()
+        {
+            engine.unhandled();
         }
     }
 }
@@ -167,24 +255,6 @@ pub(crate) fn path(path: Path) -> Atom {
     }
 }
 
-fn decode<'a>(env: Env<'a>, payload: &[u8], limits: Limits) -> Result<Term<'a>, PayloadError> {
-    let shared = (payload.len() >= SHARED_PAYLOAD).then(|| NewBinary::from_slice(env, payload).into());
-    decode_payload(payload, limits, &mut Terms::new(env, shared))
-}
-
-fn send(to: &LocalPid, build: impl for<'a> FnOnce(Env<'a>) -> Result<Term<'a>, Unhandled>) -> Result<(), Unhandled> {
-    ENV.with_borrow_mut(|own| {
-        let built = own.run(|env| build(env).map(|message| own.save(message)));
-        match built {
-            Ok(message) => own.send_and_clear(to, |env| message.load(env)).map_err(|_| Unhandled::NoHandler),
-            Err(error) => {
-                own.clear();
-                Err(error)
-            }
-        }
-    })
-}
-
 /// The way to answer a message, as an Erlang term.
 pub(crate) struct Token(pub(crate) ReplyToken);
 
@@ -211,10 +281,4 @@ pub(crate) fn address(env: Env<'_>, address: SocketAddr) -> Term<'_> {
         }
     };
     (ip, address.port()).encode(env)
-}
-
-/// A map of fields whose names differ.
-pub(crate) fn map<'a>(env: Env<'a>, fields: &[(Atom, Term<'a>)]) -> Term<'a> {
-    let (names, values): (Vec<_>, Vec<_>) = fields.iter().map(|(name, value)| (name.to_term(env), *value)).unzip();
-    Term::map_from_term_arrays(env, &names, &values).unwrap_or_else(|_| Term::map_new(env))
 }

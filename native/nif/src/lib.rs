@@ -1,8 +1,8 @@
 //! The NIF of `macula_peer_connector`: Erlang terms to calls of the engine, answers to processes. It knows nothing of
 //! QUIC.
 //!
-//! No function here waits. What may run long comes in two kinds, `name` for a normal scheduler, which answers `dirty`
-//! where the work is too large for it, and `name_dirty`.
+//! No function here waits. What is too much work for a normal scheduler answers `heavy` there, and is done on a dirty one by
+//! a function for that: `encode_frame`, `encode_dirty`, `decode_dirty`.
 #![forbid(unsafe_code)]
 
 mod atoms;
@@ -13,6 +13,7 @@ mod errors;
 mod inbound;
 mod log;
 mod nat;
+mod off_scheduler;
 mod options;
 mod stats;
 mod whom;
@@ -20,22 +21,20 @@ mod whom;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use macula_peer::{Engine, Handler, Message};
-use macula_peer_wire::Limits;
-use rustler::{Atom, Binary, Encoder, Env, LocalPid, NewBinary, ResourceArc, Term};
+use bytes::Bytes;
+use macula_peer::{Engine, Handler, Message, StartError};
+use macula_peer_wire::{FrameError, Limits, MessageType, PayloadError, RawFrame};
+use rustler::{Atom, Binary, Encoder, Env, LocalPid, Resource, ResourceArc, Term};
 
-use crate::calls::{Caller, InProgress};
-use crate::decode::Terms;
-use crate::encode::{LIGHT_FRAME, Refusal};
+use crate::calls::{Asking, Caller, InProgress};
+use crate::decode::{Decoded, Terms};
+use crate::encode::{On, Refusal};
 use crate::errors::{Reason, error};
-use crate::inbound::{Cast, Process, Token};
+use crate::inbound::{Cast, Process, Receipt, Token, Way};
 use crate::whom::{Text, Whom};
 
 /// Longer timeouts than this are no timeout: 49 days, as in `receive`.
 const LONGEST_TIMEOUT: u64 = u32::MAX as u64;
-
-/// Binaries up to this size are decoded on a normal scheduler.
-const LIGHT_DECODE: usize = 64 << 10;
 
 /// A lock and not a once-cell, so that the engine can be stopped and started again.
 static ENGINE: RwLock<Option<Arc<Engine>>> = RwLock::new(None);
@@ -96,10 +95,12 @@ fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
     if engine().is_some() {
         return (atoms::error(), atoms::already_started()).encode(env);
     }
+    if let Err(failed) = off_scheduler::start_courier() {
+        return error(env, &StartError::Runtime(failed));
+    }
     match Engine::start(config) {
         Ok(started) => {
-            let limits = started.config().limits;
-            started.set_fallback(Some(Arc::new(Cast { limits })));
+            started.set_fallback(Some(Arc::new(Cast { way: Way::new(&started) })));
             *ENGINE.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(started));
         }
         Err(failed) => return error(env, &failed),
@@ -136,6 +137,15 @@ fn stop_engine(env: Env<'_>) -> Term<'_> {
 
 // ---- sending ----
 
+/// A message in its frame, on its way from the function that encoded it to the one that sends it.
+struct Frame {
+    kind: MessageType,
+    bytes: Bytes,
+}
+
+#[rustler::resource_impl]
+impl Resource for Frame {}
+
 #[rustler::nif]
 fn send<'a>(
     env: Env<'a>,
@@ -145,19 +155,12 @@ fn send<'a>(
     message: Term<'a>,
     timeout: Term<'a>,
 ) -> Term<'a> {
-    submit(env, tag, to, kind, message, timeout, Some(LIGHT_FRAME), send_message)
+    submit(env, tag, to, Content::Term(kind, message), timeout, send_message)
 }
 
-#[rustler::nif(schedule = "DirtyCpu")]
-fn send_dirty<'a>(
-    env: Env<'a>,
-    tag: Term<'a>,
-    to: Term<'a>,
-    kind: Term<'a>,
-    message: Term<'a>,
-    timeout: Term<'a>,
-) -> Term<'a> {
-    submit(env, tag, to, kind, message, timeout, None, send_message)
+#[rustler::nif]
+fn send_frame<'a>(env: Env<'a>, tag: Term<'a>, to: Term<'a>, frame: ResourceArc<Frame>, timeout: Term<'a>) -> Term<'a> {
+    submit(env, tag, to, Content::Frame(&frame), timeout, send_message)
 }
 
 #[rustler::nif]
@@ -169,43 +172,54 @@ fn request<'a>(
     message: Term<'a>,
     timeout: Term<'a>,
 ) -> Term<'a> {
-    submit(env, tag, to, kind, message, timeout, Some(LIGHT_FRAME), send_request)
+    submit(env, tag, to, Content::Term(kind, message), timeout, send_request)
 }
 
-#[rustler::nif(schedule = "DirtyCpu")]
-fn request_dirty<'a>(
+#[rustler::nif]
+fn request_frame<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     to: Term<'a>,
-    kind: Term<'a>,
-    message: Term<'a>,
+    frame: ResourceArc<Frame>,
     timeout: Term<'a>,
 ) -> Term<'a> {
-    submit(env, tag, to, kind, message, timeout, None, send_request)
+    submit(env, tag, to, Content::Frame(&frame), timeout, send_request)
+}
+
+/// Encodes what is too much work for a normal scheduler.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn encode_frame<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
+    match encode::frame(kind, message, limits(), On::Dirty) {
+        Ok((kind, bytes)) => (atoms::ok(), ResourceArc::new(Frame { kind, bytes })).encode(env),
+        Err(refusal) => refused(env, &refusal),
+    }
+}
+
+/// What is to be sent.
+enum Content<'a, 'f> {
+    Term(Term<'a>, Term<'a>),
+    Frame(&'f Frame),
 }
 
 /// Validates and encodes, in the original's order: first the message, then the endpoint.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the arguments of the four functions above, which differ in the last two"
-)]
 fn submit<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     to: Term<'a>,
-    kind: Term<'a>,
-    message: Term<'a>,
+    content: Content<'a, '_>,
     timeout: Term<'a>,
-    light: Option<usize>,
     send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &Whom<'_>, Message, Instant) -> Term<'a>,
 ) -> Term<'a> {
     // Locked for reading meanwhile, which is cheaper than counting one more reference; nothing here waits.
     let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
     let Some(engine) = &*engine else { return atoms::not_started().encode(env) };
-    let (kind, frame) = match encode_within(engine.config().limits, light, kind, message) {
+    let encoded = match content {
+        Content::Term(kind, message) => encode::frame(kind, message, engine.config().limits, On::Normal),
+        Content::Frame(frame) => Ok((frame.kind, frame.bytes.clone())),
+    };
+    let (kind, frame) = match encoded {
         Ok(encoded) => encoded,
-        Err(None) => return atoms::dirty().encode(env),
-        Err(Some(refusal)) => return error(env, &refusal),
+        Err(refusal) => return refused(env, &refusal),
     };
     let now = Instant::now();
     let Ok(deadline) = deadline(timeout, now) else {
@@ -218,6 +232,14 @@ fn submit<'a>(
             send(env, tag, engine, &whom, message, now)
         }
         Err(misnamed) => misnamed.error(env, to),
+    }
+}
+
+/// `heavy`, or the error.
+fn refused<'a>(env: Env<'a>, refusal: &Refusal<'a>) -> Term<'a> {
+    match refusal {
+        Refusal::Heavy => atoms::heavy().encode(env),
+        refusal => error(env, refusal),
     }
 }
 
@@ -277,29 +299,23 @@ fn send_request<'a>(
     wait.encode(env)
 }
 
-fn decode_answer<'a>(env: Env<'a>, frame: &macula_peer_wire::RawFrame, limits: Limits) -> Term<'a> {
-    use macula_peer_wire::{FrameError, MessageType, decode_payload};
+/// `{ok, {Type, Message}}`, or `{unfinished, Type, Message}`.
+fn decode_answer<'a>(env: Env<'a>, frame: &RawFrame, limits: Limits) -> Term<'a> {
     let Some(kind) = MessageType::from_id(frame.type_id()) else {
         return error(env, &FrameError::UnknownType(frame.type_id()));
     };
-    match decode_payload(frame.payload(), limits, &mut Terms::new(env, None)) {
-        Ok(message) => (atoms::ok(), (atoms::name_of(kind), message)).encode(env),
+    match decode::payload(env, frame.payload(), limits) {
+        Ok(message) => decoded(env, kind, message),
         Err(failed) => error(env, &FrameError::Payload(failed)),
     }
 }
 
-/// `Err(None)`: too large for a normal scheduler.
-fn encode_within<'a>(
-    limits: Limits,
-    light: Option<usize>,
-    kind: Term<'a>,
-    message: Term<'a>,
-) -> Result<(macula_peer_wire::MessageType, bytes::Bytes), Option<Refusal<'a>>> {
-    let max_frame = limits.max_frame.min(light.unwrap_or(usize::MAX));
-    encode::frame(kind, message, Limits { max_frame, ..limits }).map_err(|refusal| match refusal {
-        Refusal::TooLarge(_) if max_frame < limits.max_frame => None,
-        refusal => Some(refusal),
-    })
+fn decoded<'a>(env: Env<'a>, kind: MessageType, message: Decoded<'a>) -> Term<'a> {
+    let kind = atoms::name_of(kind);
+    match message {
+        Decoded::Finished(message) => (atoms::ok(), (kind, message)).encode(env),
+        Decoded::Unfinished(message) => (atoms::unfinished(), kind, message).encode(env),
+    }
 }
 
 /// `infinity` or a number of milliseconds.
@@ -422,7 +438,7 @@ fn local_address(env: Env<'_>) -> Term<'_> {
 fn identity(env: Env<'_>) -> Term<'_> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };
     let fingerprint = errors::bytes_term(env, engine.fingerprint().as_bytes());
-    inbound::map(env, &[(atoms::fingerprint(), fingerprint)])
+    off_scheduler::map(env, &[(atoms::fingerprint(), fingerprint)])
 }
 
 /// A process, `{function, Pid}` with the process that calls a function, or `undefined`. Returns the process of the function
@@ -435,9 +451,9 @@ fn set_handler<'a>(env: Env<'a>, handler: Term<'a>) -> Term<'a> {
     let function = handler.decode::<(Atom, LocalPid)>().ok().map(|(_, pid)| pid);
     let mut current = FUNCTION_HANDLER.lock().unwrap_or_else(PoisonError::into_inner);
     let before = std::mem::replace(&mut *current, function);
-    let limits = engine.config().limits;
     let process = function.or_else(|| handler.decode().ok());
-    engine.set_handler(process.map(|pid| Arc::new(Process { pid, limits }) as Arc<dyn Handler>));
+    let way = Way::new(engine);
+    engine.set_handler(process.map(|pid| Arc::new(Process { pid, way }) as Arc<dyn Handler>));
     replaced(env, before)
 }
 
@@ -454,20 +470,18 @@ fn set_logger(logger: LocalPid) -> Atom {
 
 #[rustler::nif]
 fn reply<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
-    answer(env, token, kind, message, Some(LIGHT_FRAME))
+    match encode::frame(kind, message, limits(), On::Normal) {
+        Ok((_, frame)) => answer(env, token, frame),
+        Err(refusal) => refused(env, &refusal),
+    }
 }
 
-#[rustler::nif(schedule = "DirtyCpu")]
-fn reply_dirty<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
-    answer(env, token, kind, message, None)
+#[rustler::nif]
+fn reply_frame<'a>(env: Env<'a>, token: Term<'a>, frame: ResourceArc<Frame>) -> Term<'a> {
+    answer(env, token, frame.bytes.clone())
 }
 
-fn answer<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>, light: Option<usize>) -> Term<'a> {
-    let frame = match encode_within(limits(), light, kind, message) {
-        Ok((_, frame)) => frame,
-        Err(None) => return atoms::dirty().encode(env),
-        Err(Some(refusal)) => return error(env, &refusal),
-    };
+fn answer<'a>(env: Env<'a>, token: Term<'a>, frame: Bytes) -> Term<'a> {
     let Ok(token) = token.decode::<ResourceArc<Token>>() else {
         return (atoms::error(), atoms::invalid_token()).encode(env);
     };
@@ -475,6 +489,13 @@ fn answer<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>, 
         Ok(()) => atoms::ok().encode(env),
         Err(failed) => error(env, &failed),
     }
+}
+
+/// The finisher has sent a message on.
+#[rustler::nif]
+fn handed_over(receipt: ResourceArc<Receipt>) -> Atom {
+    receipt.taken();
+    atoms::ok()
 }
 
 /// Closes the link to a peer.
@@ -493,15 +514,36 @@ fn invalidate<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
 
 // ---- insight ----
 
-#[rustler::nif(schedule = "DirtyCpu")]
-fn stats(env: Env<'_>) -> Term<'_> {
-    match engine() {
-        Some(engine) => stats::term(env, &engine.stats()),
-        None => atoms::not_started().encode(env),
-    }
+/// Asks on a thread of the engine, which no dirty work of others delays: there may be thousands of connections to look
+/// at. The answer comes as `{Tag, Stats}`.
+#[rustler::nif]
+fn stats<'a>(env: Env<'a>, tag: Term<'a>) -> Atom {
+    ask(env, tag, |engine| {
+        let stats = engine.stats();
+        move |env| stats::term(env, &stats)
+    })
 }
 
-/// A host may have many interfaces to look through.
+/// As `stats`: a host may have many interfaces to look through.
+#[rustler::nif]
+fn nat_profile<'a>(env: Env<'a>, tag: Term<'a>) -> Atom {
+    ask(env, tag, |engine| {
+        let profile = engine.nat_profile();
+        move |env| nat::term(env, &profile)
+    })
+}
+
+fn ask<'a, T>(env: Env<'a>, tag: Term<'a>, read: impl FnOnce(&Engine) -> T + Send + 'static) -> Atom
+where
+    T: for<'b> FnOnce(Env<'b>) -> Term<'b> + Send + 'static,
+{
+    let Some(engine) = engine() else { return atoms::not_started() };
+    let asking = Asking::new(Caller::new(env, tag));
+    let asked = engine.clone();
+    engine.run(move || asking.answer(read(&asked)));
+    atoms::wait()
+}
+
 #[rustler::nif]
 fn path<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
     let text = Text::of(peer);
@@ -512,55 +554,42 @@ fn path<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
     }
 }
 
-#[rustler::nif(schedule = "DirtyIo")]
-fn nat_profile(env: Env<'_>) -> Term<'_> {
-    match engine() {
-        Some(engine) => nat::term(env, &engine.nat_profile()),
-        None => atoms::not_started().encode(env),
-    }
-}
-
 // ---- wire ----
 
 #[rustler::nif]
 fn encode<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
-    encoded(env, kind, message, Some(LIGHT_FRAME))
+    encoded(env, kind, message, On::Normal)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
 fn encode_dirty<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
-    encoded(env, kind, message, None)
+    encoded(env, kind, message, On::Dirty)
 }
 
-fn encoded<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>, light: Option<usize>) -> Term<'a> {
-    match encode_within(limits(), light, kind, message) {
-        Ok((_, frame)) => {
-            let frame: Term<'_> = NewBinary::from_slice(env, &frame).into();
-            (atoms::ok(), frame).encode(env)
-        }
-        Err(None) => atoms::dirty().encode(env),
-        Err(Some(refusal)) => error(env, &refusal),
+fn encoded<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>, on: On) -> Term<'a> {
+    match encode::frame(kind, message, limits(), on) {
+        Ok((_, frame)) => (atoms::ok(), errors::bytes_term(env, &frame)).encode(env),
+        Err(refusal) => refused(env, &refusal),
     }
 }
 
 #[rustler::nif]
 fn decode<'a>(env: Env<'a>, frame: Binary<'a>) -> Term<'a> {
-    if frame.len() > LIGHT_DECODE {
-        return atoms::dirty().encode(env);
-    }
-    decoded(env, frame)
+    decode_frame(env, frame, Terms::light)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
 fn decode_dirty<'a>(env: Env<'a>, frame: Binary<'a>) -> Term<'a> {
-    decoded(env, frame)
+    decode_frame(env, frame, |terms| terms)
 }
 
-fn decoded<'a>(env: Env<'a>, frame: Binary<'a>) -> Term<'a> {
+fn decode_frame<'a>(env: Env<'a>, frame: Binary<'a>, bounded: impl FnOnce(Terms<'a>) -> Terms<'a>) -> Term<'a> {
     let payload_starts = macula_peer_wire::HEADER_LEN.min(frame.len());
     let payload = frame.make_subbinary(payload_starts, frame.len() - payload_starts).ok();
-    match macula_peer_wire::decode(frame.as_slice(), limits(), &mut Terms::new(env, payload)) {
-        Ok((kind, message)) => (atoms::ok(), (atoms::name_of(kind), message)).encode(env),
+    let mut terms = bounded(Terms::new(env, payload));
+    match macula_peer_wire::decode(frame.as_slice(), limits(), &mut terms) {
+        Ok((kind, message)) => decoded(env, kind, terms.decoded(message)),
+        Err(FrameError::Payload(PayloadError::Stopped)) => atoms::heavy().encode(env),
         Err(failed) => (atoms::error(), failed.reason(env)).encode(env),
     }
 }

@@ -3,15 +3,15 @@
 use std::fmt::{Debug, Write};
 use std::sync::{PoisonError, RwLock};
 
-use rustler::{Encoder, LocalPid, OwnedEnv};
+use rustler::{Encoder, LocalPid};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
 use crate::atoms;
-use crate::calls::on_runtime_thread;
 use crate::errors::binary;
+use crate::off_scheduler::{Dead, anywhere};
 
 /// Who logs. Without the application nobody does.
 static LOGGER: RwLock<Option<LocalPid>> = RwLock::new(None);
@@ -42,12 +42,11 @@ impl Subscriber for Warnings {
         let Some(logger) = *LOGGER.read().unwrap_or_else(PoisonError::into_inner) else { return };
         let mut text = Text(String::new());
         event.record(&mut text);
-        let send = move || {
+        anywhere(move |here| {
             // A dead logger logs nothing.
-            let _ = OwnedEnv::new()
-                .send_and_clear(&logger, |env| (atoms::macula_peer_log(), binary(env, &text.0)).encode(env));
-        };
-        if on_runtime_thread() { send() } else { drop(std::thread::spawn(send)) }
+            let _: Result<(), Dead> =
+                here.send(|env| Ok((logger, (atoms::macula_peer_log(), binary(env, &text.0)).encode(env))));
+        });
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {

@@ -6,7 +6,8 @@ use macula_peer::{Allocation, Filtering, Mapping, NatStatus};
 use rustler::{Atom, Encoder, Env, Term};
 
 use crate::atoms;
-use crate::inbound::{address, map};
+use crate::inbound::address;
+use crate::off_scheduler::map;
 
 pub(crate) fn term<'a>(env: Env<'a>, status: &NatStatus) -> Term<'a> {
     map(env, &fields(env, status))

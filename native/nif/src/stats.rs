@@ -7,7 +7,8 @@ use rustler::{Atom, Encoder, Env, Term};
 
 use crate::atoms;
 use crate::errors::{binary, bytes_term};
-use crate::inbound::{self, address, dialect, map};
+use crate::inbound::{self, address, dialect};
+use crate::off_scheduler::map;
 
 pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
     let peers: Vec<_> = stats.peers.iter().map(|each| peer(env, each)).collect();

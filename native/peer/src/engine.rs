@@ -8,6 +8,7 @@ use macula_peer_wire::RawFrame;
 use quinn::ServerConfig;
 use tokio::runtime::Runtime;
 
+use crate::backlog::Backlog;
 use crate::call::{Abandoned, Call};
 use crate::config::Config;
 use crate::endpoint::{Endpoint, Target};
@@ -15,7 +16,7 @@ use crate::error::{ListenError, RequestError, SendError, StartError};
 use crate::identity::{Fingerprint, Identity};
 use crate::link::lock;
 use crate::listen::{self, Admission};
-use crate::message::{Fallback, Handler, Letter, Message, NodeId};
+use crate::message::{Fallback, Handler, Letter, Message, NodeId, Unhandled};
 use crate::nat::{self, NatStatus};
 use crate::node::{Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
@@ -274,6 +275,21 @@ impl Engine {
     /// Who gets what the local gateway does not take, before the handler does.
     pub fn set_fallback(&self, fallback: Option<Arc<dyn Fallback>>) {
         self.node.set_fallback(fallback);
+    }
+
+    /// What the handler has not got yet of what it was handed.
+    pub fn backlog(&self) -> Arc<Backlog> {
+        self.node.backlog.clone()
+    }
+
+    /// Counts a message that the handler was handed and that did not reach anyone after all.
+    pub fn unhandled(&self) {
+        self.node.not_handled(&Unhandled::NoHandler);
+    }
+
+    /// Runs a job on a thread of the runtime, where it may take its time. Drops it if the engine is stopping.
+    pub fn run(&self, job: impl FnOnce() + Send + 'static) {
+        self.node.spawn(async move { tokio::task::block_in_place(job) });
     }
 
     /// How a peer is reached, and why not by better paths. Nothing, of one that nothing was sent to.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod answers;
+mod backlog;
 mod call;
 mod config;
 mod decide;
@@ -40,6 +41,7 @@ mod tls;
 mod transfer;
 mod x509;
 
+pub use backlog::{Backlog, Sender, Ticket};
 pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Secret};
 pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};

@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::answers;
+use crate::backlog::Sender;
 use crate::config::Config;
 use crate::decide::growth::Growth;
 use crate::dial::{handshake, set_idle_timeout};
@@ -353,7 +354,7 @@ pub(crate) async fn serve_link(node: Arc<Node>, peer: Weak<Peer>, link: Arc<Link
 
 async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
     let connection = accepted.connection.clone();
-    let is_ours = accepted.is_ours();
+    let (is_ours, sender) = (accepted.is_ours(), accepted.sender());
     let (replies, mut replied) = mpsc::unbounded_channel();
     let mut release = tokio::time::interval(RELEASE_EVERY);
     release.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -367,7 +368,7 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
     };
     loop {
         let expiry = serving.answerable.front().map(|oldest| oldest.until);
-        let crowded = node.is_crowded();
+        let crowded = node.is_crowded(sender);
         tokio::select! {
             stream = connection.accept_bi(), if !crowded => match stream {
                 Ok((send, receive)) => serving.begin(Some(send), receive),
@@ -381,12 +382,12 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
             Some((stream, frame)) = replied.recv() => serving.reply(stream, frame),
             Some(_) = serving.streams.join_next() => {}
             () = deadline(expiry) => { serving.answerable.pop_front(); }
-            () = node.room(), if crowded => continue,
+            () = node.room(sender), if crowded => continue,
             _ = release.tick(), if !serving.answerable.is_empty() => serving.release_all_stopped(),
         }
         // What has come meanwhile costs no turn of the loop each.
         for _ in 0..ACCEPT_BATCH {
-            if node.is_crowded() {
+            if node.is_crowded(sender) {
                 break;
             }
             let Some(Ok((send, receive))) = now_or_never(connection.accept_bi()) else { break };
@@ -557,7 +558,7 @@ impl Stream {
         let (replies, mut replied) = mpsc::unbounded_channel();
         // The end of this channel that lives here: gone when no further token is to be made.
         let mut replies = send.is_some().then_some(replies);
-        let node = self.node.clone();
+        let (node, sender) = (self.node.clone(), self.accepted.sender());
         let mut answer_until = None;
         loop {
             match self.deliver(|| replies.clone().map(ReplyTo::Stream)) {
@@ -579,10 +580,10 @@ impl Stream {
             if self.reading {
                 self.pace().await;
             }
-            let crowded = node.is_crowded();
+            let crowded = node.is_crowded(sender);
             let hears = self.reading && !crowded && (send.is_none() || replied.len() < MAX_WAITING_ANSWERS);
             tokio::select! {
-                () = node.room(), if self.reading && crowded => {}
+                () = node.room(sender), if self.reading && crowded => {}
                 chunk = self.read(), if hears => match chunk {
                     Some(chunk) => {
                         self.took(chunk);
@@ -821,6 +822,11 @@ impl Accepted {
 
     pub(crate) fn key(&self) -> Option<Fingerprint> {
         self.key
+    }
+
+    /// Whose messages it carries.
+    pub(crate) fn sender(&self) -> Sender {
+        self.key.map_or_else(|| Sender::Address(self.remote()), Sender::Key)
     }
 
     /// Where its packets come from.

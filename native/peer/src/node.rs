@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout_at;
 
+use crate::backlog::{Backlog, Sender};
 use crate::config::Config;
 use crate::decide::reports::Reports;
 use crate::decide::trust::{self, Answer, Facts, Mismatch, TofuStore, Verdict};
@@ -83,6 +84,7 @@ pub(crate) struct Node {
     /// For a gateway on this host.
     gateway_tls: Arc<QuicClientConfig>,
     gateway: Option<Arc<Gateway>>,
+    pub(crate) backlog: Arc<Backlog>,
     fallback: RwLock<Option<Arc<dyn Fallback>>>,
     socket: Mutex<BoundSocket>,
     moves: watch::Sender<()>,
@@ -184,6 +186,7 @@ impl Node {
             tls: Arc::new(tls),
             gateway_tls: Arc::new(gateway_tls),
             gateway,
+            backlog: Arc::default(),
             fallback: RwLock::default(),
             socket: Mutex::new(BoundSocket { socket, errors }),
             moves: watch::Sender::new(()),
@@ -763,13 +766,14 @@ impl Node {
         }
     }
 
-    /// Whether more messages for the local gateway wait than should.
-    pub(crate) fn is_crowded(&self) -> bool {
-        self.gateway.as_ref().is_some_and(|gateway| gateway.is_crowded())
+    /// Whether too many messages wait, for the local gateway or of this sender's for the handler.
+    pub(crate) fn is_crowded(&self, sender: Sender) -> bool {
+        self.backlog.is_full(sender) || self.gateway.as_ref().is_some_and(|gateway| gateway.is_crowded())
     }
 
     /// Waits until they are fewer: nothing is read that could not be handed over.
-    pub(crate) async fn room(&self) {
+    pub(crate) async fn room(&self, sender: Sender) {
+        self.backlog.room(sender).await;
         if let Some(gateway) = &self.gateway {
             gateway.room().await;
         }

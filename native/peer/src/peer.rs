@@ -18,6 +18,7 @@ use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
+use crate::backlog::Sender;
 use crate::call::{Call, Cancel};
 use crate::config::Delivery;
 use crate::decide::growth::Growth;
@@ -1739,7 +1740,7 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
     let mut growth = Growth::default();
     let without_growth = peer.node.config.frame_timeout;
     while let Some(Ok(Some(chunk))) = transfer::read(&mut receive, usize::MAX, &mut growth, without_growth).await {
-        peer.node.room().await;
+        peer.node.room(Sender::new(link.key(), link.remote())).await;
         frames.push(chunk.bytes);
         loop {
             match frames.next_frame() {

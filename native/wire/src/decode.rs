@@ -16,7 +16,7 @@ const MAX_PREALLOCATED: usize = 256;
 /// therefore the last.
 pub fn decode_payload<B: Build>(payload: &[u8], limits: Limits, builder: &mut B) -> Result<B::Term, PayloadError> {
     let mut reader = Reader { payload, at: 0, max_depth: limits.depth(), builder };
-    let term = reader.value(0)?;
+    let term = reader.value()?;
     if reader.at < payload.len() {
         return Err(PayloadError::TrailingBytes);
     }
@@ -27,6 +27,12 @@ pub fn decode_payload<B: Build>(payload: &[u8], limits: Limits, builder: &mut B)
 pub trait Build {
     /// A finished value.
     type Term;
+
+    /// Whether to go on, asked before each value and, with the length in bytes, before each string, whose code points are
+    /// values of their own to Erlang.
+    fn goes_on(&mut self, _values: usize) -> bool {
+        true
+    }
 
     /// Nil, the atom `null`.
     fn nil(&mut self) -> Self::Term;
@@ -65,6 +71,9 @@ pub enum PayloadError {
     /// There is a value of an extension type, begun by the marker byte given here.
     #[error("extension type {0:#04x}")]
     Extension(u8),
+    /// The builder did not want to [go on](Build::goes_on).
+    #[error("not read to its end")]
+    Stopped,
     /// There is the byte `0xC1`, which MessagePack reserves.
     #[error("the reserved byte 0xc1")]
     Reserved,
@@ -83,11 +92,82 @@ struct Reader<'p, 'b, B> {
     builder: &'b mut B,
 }
 
+/// A container that is not complete yet.
+enum Open<T> {
+    Array {
+        missing: usize,
+        items: Vec<T>,
+    },
+    /// Keys and values alternate; there is one key more where a value comes next.
+    Map {
+        missing: usize,
+        keys: Vec<T>,
+        values: Vec<T>,
+    },
+}
+
+/// What was read.
+enum Read<T> {
+    Whole(T),
+    Begun(Open<T>),
+}
+
+impl<T> Open<T> {
+    /// Takes the next element.
+    fn push(&mut self, term: T) {
+        match self {
+            Self::Array { missing, items } => {
+                *missing -= 1;
+                items.push(term);
+            }
+            Self::Map { keys, values, .. } if keys.len() == values.len() => keys.push(term),
+            Self::Map { missing, values, .. } => {
+                *missing -= 1;
+                values.push(term);
+            }
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        let (Self::Array { missing, .. } | Self::Map { missing, .. }) = self;
+        *missing == 0
+    }
+
+    fn build(self, builder: &mut impl Build<Term = T>) -> T {
+        match self {
+            Self::Array { items, .. } => builder.array(items),
+            Self::Map { keys, values, .. } => builder.map(keys, values),
+        }
+    }
+}
+
 impl<'p, B: Build> Reader<'p, '_, B> {
-    /// Reads the next value, which is inside `depth` containers.
-    fn value(&mut self, depth: usize) -> Result<B::Term, PayloadError> {
+    /// Reads the next value. Keeps what is not complete on the heap: schedulers have small stacks.
+    fn value(&mut self) -> Result<B::Term, PayloadError> {
+        let mut open: Vec<Open<B::Term>> = Vec::new();
+        loop {
+            match self.next(open.len())? {
+                Read::Begun(container) => open.push(container),
+                Read::Whole(term) => match open.last_mut() {
+                    Some(innermost) => innermost.push(term),
+                    None => return Ok(term),
+                },
+            }
+            while let Some(complete) = open.pop_if(|innermost| innermost.is_complete()) {
+                let term = complete.build(self.builder);
+                match open.last_mut() {
+                    Some(innermost) => innermost.push(term),
+                    None => return Ok(term),
+                }
+            }
+        }
+    }
+
+    /// Reads the next value, which is inside `depth` containers; of a container what comes before its elements.
+    fn next(&mut self, depth: usize) -> Result<Read<B::Term>, PayloadError> {
+        self.ask(1)?;
         let [byte] = self.take()?;
-        match Marker::from_u8(byte) {
+        let whole = match Marker::from_u8(byte) {
             Marker::Null => Ok(self.builder.nil()),
             Marker::False => Ok(self.builder.bool(false)),
             Marker::True => Ok(self.builder.bool(true)),
@@ -110,12 +190,12 @@ impl<'p, B: Build> Reader<'p, '_, B> {
             Marker::Bin8 => self.len8().and_then(|len| self.bin(len)),
             Marker::Bin16 => self.len16().and_then(|len| self.bin(len)),
             Marker::Bin32 => self.len32().and_then(|len| self.bin(len)),
-            Marker::FixArray(len) => self.array(len.into(), depth),
-            Marker::Array16 => self.len16().and_then(|len| self.array(len, depth)),
-            Marker::Array32 => self.len32().and_then(|len| self.array(len, depth)),
-            Marker::FixMap(len) => self.map(len.into(), depth),
-            Marker::Map16 => self.len16().and_then(|len| self.map(len, depth)),
-            Marker::Map32 => self.len32().and_then(|len| self.map(len, depth)),
+            Marker::FixArray(len) => return self.array(len.into(), depth),
+            Marker::Array16 => return self.len16().and_then(|len| self.array(len, depth)),
+            Marker::Array32 => return self.len32().and_then(|len| self.array(len, depth)),
+            Marker::FixMap(len) => return self.map(len.into(), depth),
+            Marker::Map16 => return self.len16().and_then(|len| self.map(len, depth)),
+            Marker::Map32 => return self.len32().and_then(|len| self.map(len, depth)),
             Marker::FixExt1 => self.extension(byte, 1),
             Marker::FixExt2 => self.extension(byte, 2),
             Marker::FixExt4 => self.extension(byte, 4),
@@ -125,7 +205,8 @@ impl<'p, B: Build> Reader<'p, '_, B> {
             Marker::Ext16 => self.len16().and_then(|len| self.extension(byte, len)),
             Marker::Ext32 => self.len32().and_then(|len| self.extension(byte, len)),
             Marker::Reserved => Err(PayloadError::Reserved),
-        }
+        };
+        whole.map(Read::Whole)
     }
 
     /// The signed family may hold numbers that are not negative.
@@ -145,6 +226,7 @@ impl<'p, B: Build> Reader<'p, '_, B> {
 
     fn str(&mut self, len: usize) -> Result<B::Term, PayloadError> {
         let bytes = self.slice(len)?;
+        self.ask(len)?;
         match str::from_utf8(bytes) {
             Ok(text) => Ok(self.builder.str(text)),
             Err(_) => Err(PayloadError::InvalidString(bytes.to_vec())),
@@ -156,31 +238,27 @@ impl<'p, B: Build> Reader<'p, '_, B> {
         Ok(self.builder.bin(self.at - len..self.at, bytes))
     }
 
-    fn array(&mut self, len: usize, depth: usize) -> Result<B::Term, PayloadError> {
+    fn array(&mut self, len: usize, depth: usize) -> Result<Read<B::Term>, PayloadError> {
         self.check_depth(depth)?;
-        let mut items = Vec::with_capacity(self.capacity(len, 1));
-        for _ in 0..len {
-            items.push(self.value(depth + 1)?);
-        }
-        Ok(self.builder.array(items))
+        let items = Vec::with_capacity(self.capacity(len, 1));
+        Ok(Read::Begun(Open::Array { missing: len, items }))
     }
 
-    fn map(&mut self, len: usize, depth: usize) -> Result<B::Term, PayloadError> {
+    fn map(&mut self, len: usize, depth: usize) -> Result<Read<B::Term>, PayloadError> {
         self.check_depth(depth)?;
         let capacity = self.capacity(len, 2);
-        let mut keys = Vec::with_capacity(capacity);
-        let mut values = Vec::with_capacity(capacity);
-        for _ in 0..len {
-            keys.push(self.value(depth + 1)?);
-            values.push(self.value(depth + 1)?);
-        }
-        Ok(self.builder.map(keys, values))
+        let (keys, values) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
+        Ok(Read::Begun(Open::Map { missing: len, keys, values }))
     }
 
     fn extension(&mut self, marker: u8, len: usize) -> Result<B::Term, PayloadError> {
         let [_type] = self.take()?;
         self.slice(len)?;
         Err(PayloadError::Extension(marker))
+    }
+
+    fn ask(&mut self, values: usize) -> Result<(), PayloadError> {
+        if self.builder.goes_on(values) { Ok(()) } else { Err(PayloadError::Stopped) }
     }
 
     fn check_depth(&self, depth: usize) -> Result<(), PayloadError> {

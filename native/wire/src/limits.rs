@@ -1,7 +1,7 @@
 use crate::HEADER_LEN;
 
-/// No [`Limits::max_depth`] above this has an effect: values are read by recursion, and this many
-/// levels fit the smallest thread stacks in use with room to spare.
+/// No [`Limits::max_depth`] above this has an effect: [`value`](crate::value) works by recursion, and
+/// what terms become may do so too.
 pub const MAX_DEPTH_CEILING: usize = 512;
 
 /// No [`Limits::max_frame`] above this has an effect: the header's length field has 32 bits.

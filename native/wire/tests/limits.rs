@@ -1,11 +1,13 @@
 //! Limits, and the errors that no vector has.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use macula_peer_wire::value::{self, Value, ValueBuilder};
 use macula_peer_wire::{
-    EncodeError, FrameError, FrameWriter, HEADER_LEN, Header, Limits, MAX_DEPTH_CEILING, MessageType, PayloadError,
-    Reassembler, decode_payload,
+    Build, EncodeError, FrameError, FrameWriter, HEADER_LEN, Header, Limits, MAX_DEPTH_CEILING, MessageType,
+    PayloadError, Reassembler, decode_payload,
 };
 
 const MAX_FRAME: usize = 64;
@@ -190,4 +192,40 @@ fn nested_maps(depth: usize) -> Value {
 /// `depth` maps inside one another, each the key of the one around it.
 fn nested_keys(depth: usize) -> Value {
     (1..depth).fold(Value::Map(vec![]), |inner, _| Value::Map(vec![(inner, Value::Nil)]))
+}
+
+/// Goes on for so many values.
+struct Few(usize);
+
+impl Build for Few {
+    type Term = ();
+
+    fn goes_on(&mut self, values: usize) -> bool {
+        let left = self.0.checked_sub(values);
+        self.0 = left.unwrap_or(0);
+        left.is_some()
+    }
+
+    fn nil(&mut self) {}
+    fn bool(&mut self, _: bool) {}
+    fn uint(&mut self, _: u64) {}
+    fn int(&mut self, _: i64) {}
+    fn float(&mut self, _: f64) {}
+    fn bin(&mut self, _: Range<usize>, _: &[u8]) {}
+    fn str(&mut self, _: &str) {}
+    fn array(&mut self, _: Vec<()>) {}
+    fn map(&mut self, _: Vec<()>, _: Vec<()>) {}
+}
+
+#[test]
+fn a_builder_stops_the_reading() {
+    let three = [0x92, 1, 2];
+    assert_eq!(decode_payload(&three, Limits::default(), &mut Few(3)), Ok(()));
+    assert_eq!(decode_payload(&three, Limits::default(), &mut Few(2)), Err(PayloadError::Stopped));
+    // The string and its code points.
+    let text = [0xA3, b'a', b'b', b'c'];
+    assert_eq!(decode_payload(&text, Limits::default(), &mut Few(4)), Ok(()));
+    assert_eq!(decode_payload(&text, Limits::default(), &mut Few(3)), Err(PayloadError::Stopped));
+    // A binary is one value.
+    assert_eq!(decode_payload(&[0xC4, 3, 1, 2, 3], Limits::default(), &mut Few(1)), Ok(()));
 }

@@ -181,7 +181,7 @@ fn payload_error(error: PayloadError) -> Term {
         PayloadError::TrailingBytes => Term::atom("not_just_binary"),
         PayloadError::InvalidString(bytes) => Term::Tuple(vec![Term::atom("invalid_string"), Term::Binary(bytes)]),
         PayloadError::Extension(marker) => Term::Tuple(vec![Term::atom("badarg"), tagged("bad_ext", marker.into())]),
-        PayloadError::Reserved | PayloadError::TooDeep { .. } => panic!("{error}"),
+        PayloadError::Reserved | PayloadError::Stopped | PayloadError::TooDeep { .. } => panic!("{error}"),
     }
 }
 

@@ -11,6 +11,7 @@ use quinn::{Connection, SendStream};
 use tokio::time::timeout;
 
 use super::{GREETING, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, SessionId};
+use crate::backlog::Sender;
 use crate::decide::session::Incoming;
 use crate::error::ReplyError;
 use crate::hello;
@@ -135,7 +136,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         let _ = stream.receive.stop(NOT_A_FRAME.into());
         return;
     };
-    let node = stream.node.clone();
+    let (node, sender) = (stream.node.clone(), Sender::Key(key));
     if !node.serves(target) {
         return hello::refuse(&mut stream.receive, &mut send);
     }
@@ -150,7 +151,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     let mut number = None;
     let mut may_be_restart = !known && open.is_first();
     loop {
-        while timeout(STILL_HERE, node.room()).await.is_err() {
+        while timeout(STILL_HERE, node.room(sender)).await.is_err() {
             if !say(&mut stream, &mut send, Bytes::copy_from_slice(&said.to_be_bytes())).await {
                 return;
             }
@@ -198,6 +199,9 @@ fn read_batch(
     may_be_restart: &mut bool,
 ) -> Batch {
     for _ in 0..BATCH {
+        if open.node.is_crowded(Sender::Key(open.session.sender)) {
+            break;
+        }
         let frame = match stream.next_frame() {
             Ok(Some(frame)) => frame,
             Ok(None) => return Batch::Last,

@@ -1,0 +1,77 @@
+%% @private
+%% @doc Finishes the terms that the native library may not make on its own threads: maps of many keys, and maps in which a
+%% key came twice. Messages with such a map come to this process, which sends them on to the handler; answers are finished
+%% by the process that asked.
+%%
+%% Started and ended with the engine, like the engine with or without the application. If it is killed, the messages that
+%% it had and those that would need it are counted as unhandled until {@link start/0} is called again.
+-module(macula_peer_finisher).
+
+-behaviour(gen_server).
+
+-export([start/0]).
+-export([stop/0]).
+-export([finish/1]).
+
+-export([init/1]).
+-export([handle_call/3]).
+-export([handle_cast/2]).
+-export([handle_info/2]).
+
+-type around() :: {message, map()} | {route_message, macula_peer_wire:type(), reference(), {ok, macula_peer_nif:ip_port()}}.
+%% What belongs to a message of the handler, or of the process macula_gateway.
+
+%% @doc Starts the process unless it runs.
+-spec start() -> ok.
+start() ->
+    case gen_server:start({local, ?MODULE}, ?MODULE, [], []) of
+        {ok, _Pid} -> ok;
+        {error, {already_started, _Pid}} -> ok
+    end.
+
+%% @doc Ends the process, after what it has already got.
+-spec stop() -> ok.
+stop() ->
+    try gen_server:stop(?MODULE)
+    catch
+        exit:_ -> ok
+    end.
+
+%% @doc The term that an unfinished one stands for. Of equal keys the last one counts, as in the original.
+-spec finish(macula_peer_nif:unfinished()) -> term().
+finish({map, Pairs}) -> maps:from_list([{finish(Key), finish(Value)} || {Key, Value} <- Pairs]);
+finish([_ | _] = List) -> [finish(Element) || Element <- List];
+finish(Map) when is_map(Map) -> maps:map(fun(_Key, Value) -> finish(Value) end, Map);
+finish(Term) -> Term.
+
+-spec init([]) -> {ok, []}.
+init([]) ->
+    {ok, []}.
+
+-spec handle_call(term(), gen_server:from(), []) -> {reply, {error, unknown_call}, []}.
+handle_call(_Request, _From, State) ->
+    {reply, {error, unknown_call}, State}.
+
+-spec handle_cast(term(), []) -> {noreply, []}.
+handle_cast(_Request, State) ->
+    {noreply, State}.
+
+-spec handle_info(term(), []) -> {noreply, [], hibernate}.
+handle_info({macula_peer_finish, Receipt, To, Around, Unfinished}, State) ->
+    To ! whole(Around, finish(Unfinished)),
+    %% It is in the mailbox when this returns: nothing that the native library sends directly from then on overtakes it.
+    case is_process_alive(To) of
+        true -> ok = macula_peer_nif:handed_over(Receipt);
+        %% The receipt goes with the garbage, and the message is counted.
+        false -> ok
+    end,
+    %% Gives back the memory, which may be a hundred times that of the next message.
+    {noreply, State, hibernate};
+handle_info(_Info, State) ->
+    {noreply, State, hibernate}.
+
+-spec whole(around(), term()) -> term().
+whole({message, Fields}, Message) ->
+    {macula_peer_message, Fields#{message := Message}};
+whole({route_message, Type, Stream, From}, Message) ->
+    {'$gen_cast', {route_message, Type, Message, Stream, From}}.

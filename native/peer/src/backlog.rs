@@ -1,0 +1,180 @@
+//! Messages on their way to a handler that something else has to work on first.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use hashbrown::HashMap;
+use tokio::sync::Notify;
+
+use crate::identity::Fingerprint;
+use crate::link::lock;
+use crate::message::Inbound;
+
+/// Payload bytes in the backlog from which on less is read: from one sender, and from all.
+const SHARE: usize = 1 << 20;
+const TOTAL: usize = 32 << 20;
+
+/// Whose messages keep their order among themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Sender {
+    /// A node, over whichever connection.
+    Key(Fingerprint),
+    /// Someone without a key.
+    Address(SocketAddr),
+}
+
+impl Sender {
+    pub(crate) fn new(key: Option<Fingerprint>, address: SocketAddr) -> Self {
+        key.map_or(Self::Address(address), Self::Key)
+    }
+}
+
+impl Inbound {
+    /// Whose message it is.
+    pub fn sender(&self) -> Sender {
+        Sender::new(self.key, self.from)
+    }
+}
+
+/// The messages that were handed over but have not reached the handler yet, by sender. A handler that cannot take some
+/// messages directly keeps the order by sending a sender's later messages the same way while [`Backlog::holds`] says so.
+/// The engine reads no more from a sender that has too much in here.
+#[derive(Debug, Default)]
+pub struct Backlog {
+    /// Usually none, and then the lock is not taken.
+    messages: AtomicUsize,
+    held: Mutex<Held>,
+    freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    bytes: usize,
+    senders: HashMap<Sender, Share>,
+}
+
+#[derive(Debug, Default)]
+struct Share {
+    messages: usize,
+    bytes: usize,
+}
+
+/// One message in the backlog: it leaves when this is dropped.
+#[derive(Debug)]
+pub struct Ticket {
+    backlog: Arc<Backlog>,
+    sender: Sender,
+    bytes: usize,
+}
+
+impl Backlog {
+    /// Takes in a message with a payload of so many bytes.
+    pub fn enter(self: &Arc<Self>, sender: Sender, bytes: usize) -> Ticket {
+        let mut held = lock(&self.held);
+        held.bytes += bytes;
+        let share = held.senders.entry(sender).or_default();
+        share.messages += 1;
+        share.bytes += bytes;
+        self.messages.fetch_add(1, Ordering::Relaxed);
+        drop(held);
+        Ticket { backlog: self.clone(), sender, bytes }
+    }
+
+    /// Whether an earlier message of this sender is in here.
+    pub fn holds(&self, sender: Sender) -> bool {
+        self.messages.load(Ordering::Relaxed) > 0 && lock(&self.held).senders.contains_key(&sender)
+    }
+
+    /// Whether no more should be read from this sender for now.
+    pub(crate) fn is_full(&self, sender: Sender) -> bool {
+        if self.messages.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let held = lock(&self.held);
+        held.bytes >= TOTAL || held.senders.get(&sender).is_some_and(|share| share.bytes >= SHARE)
+    }
+
+    /// Waits until more may be read from this sender.
+    pub(crate) async fn room(&self, sender: Sender) {
+        loop {
+            let freed = self.freed.notified();
+            if !self.is_full(sender) {
+                return;
+            }
+            freed.await;
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut held = lock(&self.backlog.held);
+        held.bytes -= self.bytes;
+        if let Some(share) = held.senders.get_mut(&self.sender) {
+            share.messages -= 1;
+            share.bytes -= self.bytes;
+            if share.messages == 0 {
+                held.senders.remove(&self.sender);
+            }
+        }
+        self.backlog.messages.fetch_sub(1, Ordering::Relaxed);
+        drop(held);
+        self.backlog.freed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn sender(n: u8) -> Sender {
+        Sender::Key([n; 32].into())
+    }
+
+    #[test]
+    fn a_sender_is_held_as_long_as_it_has_a_message_in_it() {
+        let backlog = Arc::new(Backlog::default());
+        let tickets = [backlog.enter(sender(1), 10), backlog.enter(sender(1), 0), backlog.enter(sender(2), 5)];
+        let holds = |backlog: &Backlog| [1, 2, 3].map(|n| backlog.holds(sender(n)));
+        assert_eq!(holds(&backlog), [true, true, false]);
+        let [first, second, other] = tickets;
+        drop(first);
+        assert_eq!(holds(&backlog), [true, true, false]);
+        drop(second);
+        assert_eq!(holds(&backlog), [false, true, false]);
+        drop(other);
+        assert_eq!(holds(&backlog), [false; 3]);
+        assert!(lock(&backlog.held).senders.is_empty());
+        assert_eq!(lock(&backlog.held).bytes, 0);
+    }
+
+    #[test]
+    fn one_sender_with_too_much_holds_up_nobody_else() {
+        let backlog = Arc::new(Backlog::default());
+        let large = backlog.enter(sender(1), SHARE);
+        assert!(backlog.is_full(sender(1)) && !backlog.is_full(sender(2)));
+        let all: Vec<_> = (2..).map(|n| backlog.enter(sender(n), SHARE - 1)).take(TOTAL / SHARE).collect();
+        assert!(backlog.is_full(sender(200)), "all of them together have too much");
+        drop(all);
+        assert!(backlog.is_full(sender(1)) && !backlog.is_full(sender(200)));
+        drop(large);
+        assert!(!backlog.is_full(sender(1)));
+    }
+
+    #[tokio::test]
+    async fn a_sender_that_waits_goes_on_when_its_message_is_taken() {
+        let backlog = Arc::new(Backlog::default());
+        let large = backlog.enter(sender(1), SHARE);
+        let waits = tokio::spawn({
+            let backlog = backlog.clone();
+            async move { backlog.room(sender(1)).await }
+        });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert!(!waits.is_finished());
+        drop(large);
+        assert!(tokio::time::timeout(Duration::from_secs(10), waits).await.is_ok());
+    }
+}
