@@ -15,7 +15,8 @@ suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
     [every_spelling_is_one_peer, a_closed_port_is_down, a_bad_bracket_is_refused, the_sender_is_seen_with_its_address,
-     a_listener_of_one_address_is_told_as_it_is, answers_come_back].
+     a_listener_of_one_address_is_told_as_it_is, answers_come_back, the_other_family_is_refused_at_once,
+     a_node_at_one_address_reaches_the_gateway].
 
 init_per_suite(Config) ->
     case gen_udp:open(0, [inet6, {ip, ?LOOPBACK}]) of
@@ -77,3 +78,39 @@ a_listener_of_one_address_is_told_as_it_is(_Config) ->
 answers_come_back(Config) ->
     ?assertMatch({ok, {pong, _}},
                  send_message_and_wait(endpoint("[::1]", ?config(port, Config)), ping, #{timestamp => 1}, 5000)).
+
+%% A socket at one address has no other to send from.
+the_other_family_is_refused_at_once(Config) ->
+    Port = ?config(port, Config),
+    NotSupported = {error, {connect_failed, address_family_not_supported}},
+    [begin
+         macula_peer_test:engine(#{ip => Ip}),
+         {Elapsed, Results} = macula_peer_test:elapsed(fun() ->
+             [send_message(endpoint(Other, Port), store, #{}, 5000),
+              send_message_and_wait(endpoint(Other, Port), ping, #{timestamp => 1}, 5000)]
+         end),
+         ?assertEqual([NotSupported, NotSupported], Results),
+         ?assert(Elapsed < 1000),
+         %% Of a name the addresses that can be reached are taken.
+         ?assertEqual(ok, send_message(endpoint("localhost", Port), store, #{}))
+     end || {Ip, Other} <- [{?LOOPBACK, "127.0.0.1"}, {{127, 0, 0, 1}, "[::1]"}]].
+
+%% It is on this host, whatever address this node has.
+a_node_at_one_address_reaches_the_gateway(Config) ->
+    Sender = ?config(node, Config),
+    Ask = fun(Host, Bound) ->
+        macula_peer_test:call(Sender, macula_peer_connector, send_message_and_wait,
+                              [endpoint(Host, Bound), find_value, #{key => <<"k">>}, 5000])
+    end,
+    [begin
+         Gateway = macula_peer_stand_in:start(["--bind", Bind ++ ":0"]),
+         At = endpoint(Bind, macula_peer_stand_in:port(Gateway)),
+         [begin
+              macula_peer_test:engine(#{ip => Ip, gateway => To}),
+              {ok, {_, Bound}} = macula_peer_endpoint:listen(#{}),
+              ?assertMatch({Ip, To, {ok, {find_value_reply, _}}}, {Ip, To, Ask(Host, Bound)}),
+              ?assertMatch(#{gateway := #{handed_over := 1, answered := 1}}, macula_peer_endpoint:stats())
+          end || {Ip, Host} <- [{?LOOPBACK, "[::1]"}, {{127, 0, 0, 1}, "127.0.0.1"}], To <- [At | Names(Gateway)]],
+         macula_peer_stand_in:stop(Gateway)
+     end || {Bind, Names} <- [{"127.0.0.1", fun(G) -> [endpoint("localhost", macula_peer_stand_in:port(G))] end},
+                              {"[::1]", fun(_) -> [] end}]].

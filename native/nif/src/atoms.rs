@@ -32,7 +32,8 @@ rustler::atoms! {
     nat_profile, mapping_policy, filtering_policy, allocation_policy, reflexive_address, local_addresses, detected_at,
     unknown, hole_punch, hole_punching, on, off, plain, hole_punch_skipped, both_hard, not_allowed, busy, interrupted,
 
-    verify_clients, first_seen, any_name, insecure_permissions, foreign_owner, not_a_key, encrypted_key, unsupported_key, not_pkcs8, not_a_certificate,
+    verify_clients, first_seen, any_name, address_family_not_supported,
+    insecure_permissions, foreign_owner, not_a_key, encrypted_key, unsupported_key, not_pkcs8, not_a_certificate,
     identity_file, cacertfile, verify, pin, realm_secret,
     hidden, fingerprint,
 

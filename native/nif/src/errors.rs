@@ -50,6 +50,7 @@ impl Why for ConnectError {
             Self::Unresolved | Self::Unreachable | Self::NoRoute | Self::TimedOut => {
                 atoms::transport_down().encode(env)
             }
+            Self::OtherFamily => atoms::address_family_not_supported().encode(env),
             Self::Refused => atoms::connection_refused().encode(env),
             Self::NoProtocol => atoms::no_application_protocol().encode(env),
             Self::Untrusted => atoms::untrusted_peer().encode(env),

@@ -122,6 +122,7 @@ impl Dialer {
             }
             None => self.resolver.resolve(endpoint.host(), port).await.map_err(|_| ConnectError::Unresolved)?,
         };
+        let is_known = !found.is_empty();
         let (v6, v4): (Vec<_>, Vec<_>) =
             found.into_iter().filter_map(|a| self.socket.reachable(a)).partition(|a| is_v6(a.ip()));
         let mut addresses = Vec::with_capacity(v6.len() + v4.len());
@@ -134,6 +135,7 @@ impl Dialer {
             addresses.extend(a.into_iter().chain(b));
         }
         match addresses.is_empty() {
+            true if is_known => Err(ConnectError::OtherFamily),
             true => Err(ConnectError::Unresolved),
             false => Ok(addresses),
         }
@@ -141,7 +143,7 @@ impl Dialer {
 
     /// A link on a path that was found.
     pub(crate) async fn dial_punched(mut self, address: SocketAddr) -> Result<Link, ConnectError> {
-        let address = self.socket.reachable(address).ok_or(ConnectError::Unreachable)?;
+        let address = self.socket.reachable(address).ok_or(ConnectError::OtherFamily)?;
         self.initial_round_trip = Some(KNOWN_WAY);
         let mut link = self.connect(address, NO_NAME, &mut || ()).await?;
         link.path = Path::HolePunch;

@@ -14,6 +14,9 @@ pub enum ConnectError {
     /// The name has no address in a family that this host speaks.
     #[error("name does not resolve")]
     Unresolved,
+    /// It has addresses, all of the other family than the address that the engine's socket is bound to.
+    #[error("address family not supported by the socket")]
+    OtherFamily,
     /// Nobody listens there: ICMP port unreachable.
     #[error("nobody listens there")]
     Unreachable,

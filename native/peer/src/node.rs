@@ -1,7 +1,7 @@
 //! What everything in an engine shares.
 
 use std::io::ErrorKind;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -40,9 +40,10 @@ use crate::relay::clients::Clients;
 use crate::relay::registration::{CircuitError, Description};
 use crate::relay::responder::{Closed, Responder};
 use crate::relay::server::Relay;
+use crate::runtime::BatchingRuntime;
 use crate::session::Sessions;
 use crate::signal::{Kind, Unverified};
-use crate::socket::{Received, Refusals, Signals, Socket, Via};
+use crate::socket::{self, Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
 use crate::tls::{Dialect, Verify};
 
@@ -87,6 +88,8 @@ pub(crate) struct Node {
     pub(crate) backlog: Arc<Backlog>,
     fallback: RwLock<Option<Arc<dyn Fallback>>>,
     socket: Mutex<BoundSocket>,
+    /// Where the one socket is bound to an address from which the local gateway cannot be reached.
+    loopback: Mutex<Option<(quinn::Endpoint, BoundSocket)>>,
     moves: watch::Sender<()>,
     signals: Signals,
     peers: RwLock<Peers>,
@@ -189,6 +192,7 @@ impl Node {
             backlog: Arc::default(),
             fallback: RwLock::default(),
             socket: Mutex::new(BoundSocket { socket, errors }),
+            loopback: Mutex::default(),
             moves: watch::Sender::new(()),
             signals,
             peers: RwLock::default(),
@@ -286,6 +290,10 @@ impl Node {
         if let (PeerName::Gateway(_), true) = (&name, endpoint.is_loopback()) {
             // Whoever may bind a port of this host could as well read this process's memory.
             dialer.tls = self.gateway_tls.clone();
+            let loopback = endpoint.ip().unwrap_or(Ipv4Addr::LOCALHOST.into());
+            if dialer.socket.reachable((loopback, endpoint.port()).into()).is_none() {
+                (dialer.quic, dialer.socket) = self.loopback(loopback)?;
+            }
         }
         let link = dialer.dial(endpoint, until).await?;
         match timeout_at(until.into(), self.admit(&name, Said::by(key), link)).await {
@@ -569,6 +577,34 @@ impl Node {
         }
     }
 
+    /// QUIC on a socket at this address of the host, for a gateway that the one socket cannot reach.
+    fn loopback(&self, ip: IpAddr) -> Result<(quinn::Endpoint, Arc<Socket>), ConnectError> {
+        let mut loopback = lock(&self.loopback);
+        if let Some((quic, bound)) = &*loopback {
+            return Ok((quic.clone(), bound.socket.clone()));
+        }
+        let _inside = self.runtime.enter();
+        let open = || {
+            // No signals are meant for it.
+            let (signals, _) = socket::signals();
+            let reserved = self.config.reserved_port(Some(ip));
+            let socket = Socket::bind(Some(ip), 0, reserved, self.refusals.clone(), signals)?;
+            let mut config = self.identity.endpoint_config();
+            // As on the one socket: the first bits of a packet tell QUIC from signals.
+            config.grease_quic_bit(false);
+            let batching = Arc::new(BatchingRuntime);
+            let quic = quinn::Endpoint::new_with_abstract_socket(config, None, socket.clone(), batching)?;
+            Ok((quic, socket))
+        };
+        let (quic, socket) = open().map_err(|error: std::io::Error| {
+            tracing::warn!(%error, %ip, "no socket to reach the local gateway by");
+            ConnectError::OtherFamily
+        })?;
+        let errors = self.spawn(socket.clone().watch_errors());
+        *loopback = Some((quic.clone(), BoundSocket { socket: socket.clone(), errors }));
+        Ok((quic, socket))
+    }
+
     /// The one socket.
     pub(crate) fn socket(&self) -> Arc<Socket> {
         lock(&self.socket).socket.clone()
@@ -840,9 +876,15 @@ impl Node {
         let mut tasks = std::mem::take(&mut *lock(&self.tasks));
         lock(&self.socket).errors.abort();
         self.ports.clear();
+        let loopback = lock(&self.loopback).take();
+        if let Some((_, bound)) = &loopback {
+            bound.errors.abort();
+        }
         while tasks.join_next().await.is_some() {}
         self.set_handler(None);
-        self.quic.close(0u8.into(), b"");
+        for quic in loopback.iter().map(|(quic, _)| quic).chain([&self.quic]) {
+            quic.close(0u8.into(), b"");
+        }
     }
 
     pub(crate) fn stats(&self) -> Stats {

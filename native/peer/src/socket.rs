@@ -335,7 +335,11 @@ pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
 
 pub(crate) fn reachable_from(local: SocketAddr, address: SocketAddr) -> Option<SocketAddr> {
     match (local, address) {
-        (SocketAddr::V6(_), SocketAddr::V4(v4)) => Some((v4.ip().to_ipv6_mapped(), v4.port()).into()),
+        // A socket at one IPv6 address has no IPv4 address to send from.
+        (SocketAddr::V6(v6), SocketAddr::V4(v4)) => {
+            let both = v6.ip().is_unspecified() || v6.ip().to_ipv4_mapped().is_some();
+            both.then(|| (v4.ip().to_ipv6_mapped(), v4.port()).into())
+        }
         (SocketAddr::V4(_), SocketAddr::V6(v6)) => v6.ip().to_ipv4_mapped().map(|ip| (ip, v6.port()).into()),
         _ => Some(address),
     }
