@@ -17,7 +17,8 @@ suite() -> [{timetrap, {seconds, 60}}].
 all() ->
     [it_has_the_functions_of_macula, it_is_a_supervisors_child, without_an_engine_there_is_nothing, it_counts_as_macula_does,
      connected_peers_are_endpoints_with_a_live_link, an_invalidated_link_is_closed_and_loses_nothing,
-     a_gateway_gets_what_was_on_its_way_once, nonsense_is_not_invalidated, there_is_no_connection_to_get].
+     a_gateway_gets_what_was_on_its_way_once, nonsense_is_not_invalidated, there_is_no_connection_to_get,
+     it_counts_what_it_is_given, it_gives_back_what_is_alive].
 
 init_per_suite(Config) ->
     {Node, Port} = macula_peer_test:start_listener(),
@@ -113,3 +114,56 @@ there_is_no_connection_to_get(Config) ->
     ?assertEqual(ok, ?POOL:return_connection(Endpoint, make_ref())),
     ?assertEqual(ok, ?POOL:put(Endpoint, make_ref())),
     ?assertMatch(#{pool_size := 1}, ?POOL:stats()).
+
+%% By the very steps of macula's tests, with connections that are none.
+it_counts_what_it_is_given(_Config) ->
+    {ok, Pool} = ?POOL:start_link(#{max_connections => 3, idle_timeout_ms => 60000}),
+    ?assertEqual(?ZEROS, ?POOL:stats()),
+    ?assertEqual({error, no_quicer_connection}, ?POOL:get_connection(<<"127.0.0.1:9999">>)),
+    ?assertMatch(#{misses := 1, total := 1, pool_size := 0}, ?POOL:stats()),
+    [First | Others] = Endpoints = [<<"endpoint", N, ":1111">> || N <- "1234"],
+    [begin
+         ok = ?POOL:return_connection(Endpoint, {make_ref(), make_ref()}),
+         timer:sleep(2)
+     end || Endpoint <- Endpoints],
+    ?assertMatch(#{evictions := 1, pool_size := 3}, ?POOL:stats()),
+    ?assertEqual(Others, ?POOL:get_connected_peers()),
+    %% It is there already.
+    ok = ?POOL:put(lists:last(Others), make_ref()),
+    ?assertMatch(#{evictions := 1, pool_size := 3}, ?POOL:stats()),
+    ok = ?POOL:invalidate(hd(Others)),
+    ?assertMatch(#{pool_size := 2}, ?POOL:stats()),
+    ok = ?POOL:put(First, make_ref()),
+    ?assertMatch(#{evictions := 1, pool_size := 3}, ?POOL:stats()),
+    %% One that is dead is not given away.
+    ?assertEqual({error, no_quicer_connection}, ?POOL:get_connection(First)),
+    ?assertMatch(#{misses := 2, pool_size := 2}, ?POOL:stats()),
+    ok = gen_server:stop(Pool),
+    ?assertEqual(?ZEROS, ?POOL:stats()).
+
+%% With a quicer that says so.
+it_gives_back_what_is_alive(_Config) ->
+    ok = quicer(),
+    {ok, Pool} = ?POOL:start_link(#{idle_timeout_ms => 50}),
+    Connections = [{Peer, make_ref()} || Peer <- [<<"a:1">>, <<"b:1">>]],
+    [ok = ?POOL:return_connection(Peer, {Connection, self()}) || {Peer, Connection} <- Connections],
+    [?assertEqual({ok, Connection, self()}, ?POOL:get_connection(Peer)) || {Peer, Connection} <- Connections],
+    ?assertMatch(#{hits := 2, misses := 0, hit_rate := 100.0, pool_size := 2}, ?POOL:stats()),
+    timer:sleep(60),
+    Pool ! cleanup_idle_connections,
+    ?assertMatch(#{pool_size := 0}, ?POOL:stats()),
+    [receive {closed, Connection} -> ok after 0 -> ct:fail(not_closed) end || {_, Connection} <- Connections],
+    ok = gen_server:stop(Pool),
+    true = code:delete(quicer),
+    _ = code:purge(quicer).
+
+%% A connection that is closed tells this process.
+quicer() ->
+    Source = ["-module(quicer).", "-export([getstat/2, async_shutdown_stream/3, async_shutdown_connection/3]).",
+              "getstat(_, _) -> {ok, []}.", "async_shutdown_stream(_, _, _) -> ok.",
+              "async_shutdown_connection(Connection, _, _) -> quicer_test ! {closed, Connection}, ok."],
+    Forms = [begin {ok, Tokens, _} = erl_scan:string(Line), {ok, Form} = erl_parse:parse_form(Tokens), Form end || Line <- Source],
+    {ok, quicer, Binary} = compile:forms(Forms),
+    {module, quicer} = code:load_binary(quicer, "quicer", Binary),
+    true = register(quicer_test, self()),
+    ok.
