@@ -294,7 +294,8 @@ nat_profile() ->
     macula_peer_engine:figures(fun macula_peer_call:nat_profile/0).
 
 %% @doc Which modules are in force where macula has modules of the same names: `macula_peer_connector' and
-%% `macula_peer_connection_pool'. `loaded' is false for one that nobody has called yet: then it is what the code path has.
+%% `macula_peer_connection_pool': `ours', `other', a `mock' that was loaded from no file, or `none'. `loaded' is false for one
+%% that nobody has called yet: then it is what the code path has.
 %% `file' is where it came from, as far as is known. Works whether or not anything is started.
 -spec which() -> #{module() => macula_peer_takeover:found()}.
 which() ->

@@ -17,4 +17,5 @@ start_link() ->
 -spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init([]) ->
     Engine = #{id => macula_peer_engine, start => {macula_peer_engine, start_link, []}, shutdown => ?ENGINE_SHUTDOWN},
-    {ok, {#{strategy => one_for_one}, [Engine]}}.
+    Guard = #{id => macula_peer_takeover_guard, start => {macula_peer_takeover_guard, start_link, []}},
+    {ok, {#{strategy => one_for_one}, [Guard, Engine]}}.

@@ -4,13 +4,15 @@
 -module(macula_peer_takeover).
 
 -export([apply_settings/0]).
+-export([is_wanted/0]).
+-export([restore/0]).
 -export([which/0]).
 
 -export_type([found/0]).
 
 -define(APP, macula_peer_connector).
 
--type found() :: #{module := ours | other | none, file := file:filename() | cover_compiled | preloaded | none,
+-type found() :: #{module := ours | other | mock | none, file := file:filename() | cover_compiled | preloaded | none,
                    loaded := boolean()}.
 
 %% @doc Puts our modules in the place of others where `takeover' and `takeover_pool' say so, and logs what is in force.
@@ -24,6 +26,20 @@ apply_settings() ->
             Error
     end.
 
+%% @doc Whether a setting asks for our modules.
+-spec is_wanted() -> boolean().
+is_wanted() ->
+    lists:any(fun({_, Setting}) -> is_set(Setting) end, modules()).
+
+%% @doc Puts our modules back where the settings ask for them and something else has been loaded since. Returns those that
+%% were put back, or what kept them from it.
+-spec restore() -> [{module(), ok | {error, term()}}].
+restore() ->
+    [{Module, take_over([{Module, Setting}])} || {Module, Setting} <- modules(), is_set(Setting), is_lost(find(Module))].
+
+-spec is_lost(found()) -> boolean().
+is_lost(#{module := Whose}) -> Whose =:= other.
+
 %% @doc What is in force, by module. One that is not loaded yet is what the code path has.
 -spec which() -> #{module() => found()}.
 which() ->
@@ -34,18 +50,35 @@ which() ->
 modules() ->
     [{macula_peer_connector, takeover}, {macula_peer_connection_pool, takeover_pool}].
 
+-spec is_set(atom()) -> boolean().
+is_set(Setting) ->
+    application:get_env(?APP, Setting, false).
+
 -spec take_over([{module(), atom()}]) -> ok | {error, term()}.
 take_over([]) ->
     ok;
 take_over([{Module, Setting} | Rest]) ->
-    Taken = case {application:get_env(?APP, Setting, false), find(Module)} of
+    ok = put_in_front(),
+    Taken = case {is_set(Setting), find(Module)} of
         {true, #{module := ours, loaded := true}} -> ok;
+        %% Who made a mock wants it.
+        {true, #{module := mock}} -> ok;
         {true, _} -> load(Module);
         {false, _} -> ok
     end,
     case Taken of
         ok -> take_over(Rest);
         {error, _} -> Taken
+    end.
+
+%% Whoever unloads a module, as mocking does, gets the first of the code path next. All our modules are in one directory, so it
+%% goes to the front only where both are wanted.
+-spec put_in_front() -> ok.
+put_in_front() ->
+    Ebin = filename:dirname(own_file(?MODULE)),
+    case lists:all(fun({_, Setting}) -> is_set(Setting) end, modules()) andalso code:add_patha(Ebin) of
+        {error, bad_directory} -> logger:warning("~s: ~ts is no directory for the code path", [?APP, Ebin]);
+        _ -> ok
     end.
 
 %% The code server ends processes that run code which is old already, so there must be none. Those that run what is
@@ -59,17 +92,31 @@ load(Module) ->
         {_, false} ->
             {error, {takeover_failed, Module, old_code_in_use}};
         {{ok, Binary, _}, true} ->
-            case code:load_binary(Module, File, Binary) of
+            case code:load_binary(Module, File, without_version(Binary)) of
                 {module, Module} -> ok;
                 {error, What} -> {error, {takeover_failed, Module, What}}
             end
     end.
 
+%% rebar3 loads a module again whose attribute `vsn' is not that of the first file in the code path. Without one it leaves it
+%% alone.
+-spec without_version(binary()) -> binary().
+without_version(Binary) ->
+    {ok, _, Chunks} = beam_lib:all_chunks(Binary),
+    {ok, Without} = beam_lib:build_module([without_version_in(Chunk) || Chunk <- Chunks]),
+    Without.
+
+-spec without_version_in({string(), binary()}) -> {string(), binary()}.
+without_version_in({"Attr", Attributes}) ->
+    {"Attr", term_to_binary(proplists:delete(vsn, binary_to_term(Attributes)))};
+without_version_in(Chunk) ->
+    Chunk.
+
 -spec find(module()) -> found().
 find(Module) ->
     case {erlang:module_loaded(Module), code:get_mode()} of
         {true, _} ->
-            #{module => whose(is_ours_loaded(Module)), file => file(code:which(Module)), loaded => true};
+            #{module => whose_is_loaded(Module, code:is_loaded(Module)), file => file(code:which(Module)), loaded => true};
         {false, interactive} ->
             found_in_path(code:which(Module));
         {false, embedded} ->
@@ -86,6 +133,11 @@ found_in_path(_) ->
 file(File) when is_list(File), File =/= [] -> File;
 file(How) when How =:= cover_compiled; How =:= preloaded -> How;
 file(_) -> none.
+
+%% A mock is made in memory and belongs to no file.
+-spec whose_is_loaded(module(), {file, file:filename() | atom()} | false) -> ours | other | mock.
+whose_is_loaded(_Module, {file, ""}) -> mock;
+whose_is_loaded(Module, _) -> whose(is_ours_loaded(Module)).
 
 -spec whose(boolean()) -> ours | other.
 whose(true) -> ours;
@@ -143,6 +195,8 @@ log(#{macula_peer_connector := #{module := Whose} = Connector, macula_peer_conne
     case Whose of
         ours ->
             logger:notice("~s is in force: ~ts", [?APP, Text]);
+        mock ->
+            logger:notice("~s is mocked and stays so: ~ts", [?APP, Text]);
         _ ->
             logger:warning("~s is NOT in force: ~ts. Calls do not come here. Set {takeover, true}, or leave the other module "
                            "out of the release; docs/drop-in.md says how", [?APP, Text])

@@ -106,7 +106,10 @@ shell(Config) ->
     ?assertEqual(?BOTH_OURS, ask_shell(Project)),
     %% The second switch is one of its own.
     sys_config(Project, string:replace(fragment("config/sys.config"), "{takeover_pool, true}", "{takeover_pool, false}")),
-    ?assertMatch({says, ours, _, true, _, ok, store}, ask_shell(Project)).
+    ?assertMatch({says, ours, _, true, _, ok, store}, ask_shell(Project)),
+    %% What the developer does all day: rebar3 reloads what differs from the first file in its code path.
+    sys_config(Project, fragment("config/sys.config")),
+    ?assertEqual(?BOTH_OURS, ask_shell(Project, "begin r3:do(compile), " ++ ?QUESTION ++ " end")).
 
 common_test(Config) ->
     Project = ?config(project, Config),

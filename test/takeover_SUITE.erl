@@ -7,7 +7,7 @@
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
--import(macula_peer_test, [call/4]).
+-import(macula_peer_test, [call/4, until/1]).
 
 -define(APP, macula_peer_connector).
 -define(CONNECTOR, macula_peer_connector).
@@ -19,7 +19,8 @@ all() ->
     [{group, interactive}, {group, embedded}, ours_is_known_however_it_was_compiled, it_is_known_before_it_is_loaded,
      code_that_is_in_use_is_not_taken_over, callers_in_the_module_before_are_let_finish,
      the_running_pool_of_macula_goes_on, each_has_its_own_switch, a_wrong_switch_stops_the_start,
-     what_was_left_out_cannot_take_over].
+     what_was_left_out_cannot_take_over, a_mock_stays_and_ours_comes_after_it, meck_leaves_ours_in_force,
+     what_a_tool_loads_is_replaced, one_switch_guards_one_module].
 
 groups() ->
     Both = [nothing_is_replaced_unasked, ours_takes_over, the_start_says_which_is_in_force],
@@ -191,6 +192,92 @@ what_was_left_out_cannot_take_over(Config) ->
     {error, Reason} = start(Node, [{takeover, true}]),
     ?assertMatch({match, _}, re:run(io_lib:format("~0p", [Reason]), "takeover_failed.*macula_peer_connector.*not_found")),
     ?assertEqual({error, original}, send(Node)).
+
+%% ---- mocks, and tools that load code ----
+
+%% Whether it was made before the start or after it. Unloading takes the next one from the code path.
+a_mock_stays_and_ours_comes_after_it(Config) ->
+    Node = with_macula(Config),
+    [begin
+         mock(Node, Module),
+         {ok, _} = start(Node, [{takeover, true}, {takeover_pool, true}]),
+         ?assertMatch(#{Module := #{module := mock, loaded := true}}, which(Node)),
+         ?assertEqual(mocked, call(Node, Module, mocked, [])),
+         unload(Node, Module),
+         ?assertMatch(#{Module := #{module := ours}}, which(Node)),
+         mock(Node, Module),
+         ?assertEqual([], call(Node, macula_peer_takeover, restore, [])),
+         ?assertEqual(mocked, call(Node, Module, mocked, [])),
+         unload(Node, Module),
+         ?assertMatch(#{Module := #{module := ours}}, which(Node)),
+         ok = call(Node, application, stop, [?APP])
+     end || Module <- [?CONNECTOR, ?POOL]],
+    ?assertMatch({error, {invalid_endpoint, _}}, send(Node)).
+
+meck_leaves_ours_in_force(Config) ->
+    Node = with_macula(Config),
+    case call(Node, code, ensure_loaded, [meck]) of
+        {module, meck} ->
+            ok = call(Node, meck, new, [?CONNECTOR, [no_link]]),
+            ok = call(Node, meck, expect, [?CONNECTOR, send_message, 3, mocked]),
+            {ok, _} = start(Node, [{takeover, true}, {takeover_pool, true}]),
+            ?assertEqual(mocked, send(Node)),
+            ok = call(Node, meck, unload, [?CONNECTOR]),
+            [begin
+                 ?assertMatch(#{Module := #{module := ours}}, which(Node)),
+                 ok = call(Node, meck, new, [Module, [passthrough, no_link]]),
+                 ?assertMatch(#{Module := #{module := mock}}, which(Node)),
+                 ?assertMatch({error, {invalid_endpoint, _}}, send(Node)),
+                 ok = call(Node, meck, unload, [Module]),
+                 ?assertMatch(#{Module := #{module := ours}}, which(Node))
+             end || Module <- [?CONNECTOR, ?POOL]];
+        {error, _} ->
+            {skip, "this host has no meck"}
+    end.
+
+what_a_tool_loads_is_replaced(Config) ->
+    Node = with_macula(Config),
+    {ok, _} = start(Node, [{takeover, true}, {takeover_pool, true}]),
+    ok = call(Node, logger, add_handler, [told, ?MODULE, #{config => self_on(Node)}]),
+    ok = call(Node, logger, set_primary_config, [level, warning]),
+    load_macula_s(Node, Config),
+    until(fun() -> lists:all(fun(#{module := Whose}) -> Whose =:= ours end, maps:values(which(Node))) end),
+    ?assertMatch({error, {invalid_endpoint, _}}, send(Node)),
+    until(fun() -> length(said(Node)) =:= 2 end),
+    [?assertMatch({warning, {match, _}}, {Level, re:run(Text, "another macula_peer_.* was loaded")}) || {Level, Text} <- said(Node)],
+    %% The code path is right again too.
+    unload(Node, ?CONNECTOR),
+    ?assertMatch(#{?CONNECTOR := #{module := ours}}, which(Node)).
+
+one_switch_guards_one_module(Config) ->
+    Node = with_macula(Config),
+    {ok, _} = start(Node, [{takeover, true}]),
+    load_macula_s(Node, Config),
+    until(fun() -> maps:get(module, maps:get(?CONNECTOR, which(Node))) =:= ours end),
+    ?assertMatch(#{?POOL := #{module := other}}, which(Node)),
+    unload(Node, ?POOL),
+    ?assertMatch(#{?POOL := #{module := other}}, which(Node)).
+
+%% As rebar3 does: macula's directory comes first again, and what differs from the files there is loaded.
+load_macula_s(Node, Config) ->
+    true = call(Node, code, add_patha, [?config(macula, Config)]),
+    [begin
+         _ = call(Node, code, purge, [Module]),
+         {module, Module} = call(Node, code, load_file, [Module])
+     end || Module <- [?CONNECTOR, ?POOL]].
+
+%% As meck does it: made in memory, and of no file.
+mock(Node, Module) ->
+    Forms = [{attribute, 1, module, Module}, {attribute, 1, export, [{mocked, 0}]},
+             {function, 1, mocked, 0, [{clause, 1, [], [], [{atom, 1, mocked}]}]}],
+    {ok, Module, Binary} = compile:forms(Forms),
+    _ = call(Node, code, purge, [Module]),
+    {module, Module} = call(Node, code, load_binary, [Module, "", Binary]).
+
+unload(Node, Module) ->
+    _ = call(Node, code, purge, [Module]),
+    true = call(Node, code, delete, [Module]),
+    _ = call(Node, code, purge, [Module]).
 
 %% ---- a node ----
 
