@@ -8,6 +8,7 @@
 -export([stats/0]).
 -export([nat_profile/0]).
 -export([left/2]).
+-export([encode/2]).
 
 -export_type([target/0, ways/0]).
 
@@ -68,7 +69,7 @@ request_frame(To, Frame, Timeout) ->
 -spec encoded(term(), term(), term(), fun((macula_peer_nif:frame(), term()) -> Result)) -> Result | {error, term()}.
 encoded(Type, Msg, Timeout, Call) ->
     Start = erlang:monotonic_time(millisecond),
-    {Pid, Monitor} = spawn_monitor(fun() -> exit({?MODULE, encode(Type, Msg)}) end),
+    {Pid, Monitor} = spawn_monitor(?MODULE, encode, [Type, Msg]),
     receive
         {'DOWN', Monitor, process, Pid, {?MODULE, {ok, Frame}}} -> Call(Frame, left(Timeout, Start));
         {'DOWN', Monitor, process, Pid, {?MODULE, Error}} -> Error;
@@ -79,12 +80,14 @@ encoded(Type, Msg, Timeout, Call) ->
         {error, timeout}
     end.
 
--spec encode(term(), term()) -> {ok, macula_peer_nif:frame()} | {error, term()}.
+%% @private
+-spec encode(term(), term()) -> no_return().
 encode(Type, Msg) ->
-    try macula_peer_nif:encode_frame(Type, Msg)
+    Encoded = try macula_peer_nif:encode_frame(Type, Msg)
     catch
         error:nif_panicked -> {error, {internal, nif_panicked}}
-    end.
+    end,
+    exit({?MODULE, Encoded}).
 
 %% A timeout that is none is refused after the message has been looked at.
 -spec patience(term()) -> timeout().
