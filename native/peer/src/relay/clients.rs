@@ -272,8 +272,9 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
             RelayEvent::Disputed => {
                 return tracing::warn!(
                     %relay,
-                    "another node uses this identity: the two take the registration at the relay from each other. \
-                     Each needs an identity_file of its own; a copy of a machine must not have it"
+                    "another node uses this identity, and the two take the registration at the relay from each other. Each \
+                     node needs an identity_file of its own, which must not be copied with a machine. If there is no such \
+                     node, this one names the relay by two endpoints"
                 );
             }
             RelayEvent::Registered { .. } => Event::Registration { relay, state: Registration::Registered },
