@@ -121,6 +121,7 @@ impl Engine {
             node.spawn(nat::run(node.clone()));
             node.spawn(node.clone().mend_socket());
             node.spawn(ports::run(node.clone()));
+            node.spawn(node.clone().end_early());
             node
         };
         node.spawn(listen::accept(node.clone()));

@@ -51,6 +51,10 @@ use crate::tls::{Dialect, Verify};
 /// smallest terms takes some milliseconds, in which no connection would be driven.
 pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
 
+/// How long events wait for the first handler: the one of the settings is set once the engine has started.
+const EARLY: Duration = Duration::from_secs(1);
+const MAX_EARLY: usize = 64;
+
 /// The tasks of a relay that has been closed let go of its ports as soon as they run.
 const PORTS_FREE: Duration = Duration::from_secs(1);
 
@@ -96,6 +100,8 @@ pub(crate) struct Node {
     handler: RwLock<Option<Arc<dyn Handler>>>,
     /// What was logged because no handler took it.
     reports: Mutex<Reports<Report>>,
+    /// Events of the first moment, in which the handler has not been set yet.
+    early: Mutex<Option<Vec<Event>>>,
     tasks: Mutex<JoinSet<()>>,
     runtime: Handle,
     stopping: watch::Sender<bool>,
@@ -198,6 +204,7 @@ impl Node {
             peers: RwLock::default(),
             handler: RwLock::default(),
             reports: Mutex::default(),
+            early: Mutex::new(Some(Vec::new())),
             tasks: Mutex::new(tasks),
             runtime,
             stopping: watch::channel(false).0,
@@ -706,6 +713,14 @@ impl Node {
         }
     }
 
+    /// Lets what happened early be logged if there is no handler by then.
+    pub(crate) async fn end_early(self: Arc<Self>) {
+        let mut stopping = self.stopping();
+        let _ = tokio::time::timeout(EARLY, stopping.wait_for(|stopping| *stopping)).await;
+        let early = lock(&self.early).take();
+        early.into_iter().flatten().for_each(|event| self.event(event));
+    }
+
     /// Runs a task for as long as the engine runs.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
         let mut tasks = lock(&self.tasks);
@@ -714,6 +729,13 @@ impl Node {
     }
 
     pub(crate) fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
+        // Locked, so that nothing newer is told before.
+        let mut early = lock(&self.early);
+        if let Some(handler) = &handler {
+            for event in early.take().into_iter().flatten() {
+                handler.event(event);
+            }
+        }
         *self.handler.write().unwrap_or_else(PoisonError::into_inner) = handler;
     }
 
@@ -821,6 +843,11 @@ impl Node {
     }
 
     pub(crate) fn event(&self, event: Event) {
+        if let Some(early) = &mut *lock(&self.early)
+            && early.len() < MAX_EARLY
+        {
+            return early.push(event);
+        }
         let report = Report::of(&event);
         let told = self.tell(event);
         if let (Some((report, times)), false) = (report, told)

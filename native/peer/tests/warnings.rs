@@ -116,6 +116,22 @@ fn a_registration_that_is_lost_or_refused_is_logged_once_where_no_handler_is_tol
     }
 }
 
+/// The one of the settings is set when the engine has started, and the node may be registered by then.
+#[test]
+fn a_handler_is_told_what_happened_just_before_it_was_set() {
+    log();
+    let (relay, address) = relay(0);
+    let config = Config { node_id: Some(node_id("early")), relays: vec![endpoint(&address)], ..Config::default() };
+    let node = engine(config);
+    let inbox = Arc::new(Inbox::default());
+    until("it is registered", || node.stats().registrations.iter().any(|r| r.state == Registration::Registered));
+    node.set_handler(Some(inbox.clone()));
+    until("the handler is told", || registrations(&inbox, Registration::Registered) == 1);
+    for engine in [node, relay] {
+        engine.stop();
+    }
+}
+
 #[test]
 fn undelivered_messages_are_logged_once_for_each_peer_where_no_handler_is_told() {
     log();
@@ -133,7 +149,7 @@ fn undelivered_messages_are_logged_once_for_each_peer_where_no_handler_is_told()
         forwarder.swallow(false);
     };
     lose(0);
-    assert_eq!(logged("were not delivered", &way), 1);
+    until("it is logged", || logged("were not delivered", &way) == 1);
     lose(2);
     assert_eq!(logged("were not delivered", &way), 1);
     // A handler that is there is told instead.
