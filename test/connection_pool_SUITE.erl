@@ -115,7 +115,7 @@ there_is_no_connection_to_get(Config) ->
     ?assertEqual(ok, ?POOL:put(Endpoint, make_ref())),
     ?assertMatch(#{pool_size := 1}, ?POOL:stats()).
 
-%% By the very steps of macula's tests, with connections that are none.
+%% The same steps as in macula's tests, with terms that are not connections.
 it_counts_what_it_is_given(_Config) ->
     {ok, Pool} = ?POOL:start_link(#{max_connections => 3, idle_timeout_ms => 60000}),
     ?assertEqual(?ZEROS, ?POOL:stats()),
@@ -135,7 +135,7 @@ it_counts_what_it_is_given(_Config) ->
     ?assertMatch(#{pool_size := 2}, ?POOL:stats()),
     ok = ?POOL:put(First, make_ref()),
     ?assertMatch(#{evictions := 1, pool_size := 3}, ?POOL:stats()),
-    %% One that is dead is not given away.
+    %% A dead one is not handed out.
     ?assertEqual({error, no_quicer_connection}, ?POOL:get_connection(First)),
     ?assertMatch(#{misses := 2, pool_size := 2}, ?POOL:stats()),
     ok = gen_server:stop(Pool),

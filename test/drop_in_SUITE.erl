@@ -37,7 +37,7 @@ all() ->
 init_per_suite(Config) ->
     %% A project of its own would be that of the tests.
     [os:unsetenv(Name) || Name <- ["REBAR_CONFIG", "REBAR_BASE_DIR", "REBAR_PROFILE", "ERL_LIBS", "ERL_FLAGS"]],
-    %% Nodes with names start the port mapper and leave it running. It ends with the suite where it is the suite's own.
+    %% Nodes with names start the port mapper and leave it running. The suite ends it if it started it.
     true = os:putenv("ERL_EPMD_PORT", integer_to_list(free_tcp_port())),
     %% Not below this project: the links back to it would make tools go round in circles.
     Dir = string:trim(os:cmd("mktemp -d")),

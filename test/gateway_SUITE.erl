@@ -50,7 +50,7 @@ lone_messages_share_streams(_Config) ->
         ?assertMatch(#{received := Count, incomplete := 0, invalid := 0, extra_bytes := 0}, Stats),
         Streams
     end,
-    %% Until it has surely looked at the streams that are to be shared.
+    %% Until it has certainly looked at the streams that will be shared.
     _ = Send(700),
     macula_peer_stand_in:reset(Gateway),
     ?assert(Send(2000) < 50).

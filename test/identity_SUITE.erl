@@ -152,7 +152,7 @@ secret_is_read(Dir) ->
         {"0:0", "0440", "0", "tls.key", ok},
         {"0:1000", "0444", "1000", "tls.key", Refused(insecure_permissions)},
         {"1001:1000", "0440", "1000", "tls.key", Refused({foreign_owner, 1001})},
-        %% What is not there cannot be made.
+        %% A missing file cannot be made.
         {"0:1000", "0440", "1000", "other.key", Refused(erofs)}]],
     [] = os:cmd(["rm -rf ", Dir]).
 
@@ -302,7 +302,7 @@ signed_nodes_trust_each_other(Config, {CA, CADer}) ->
     ?assertEqual(?REJECTED, Send(#{identity_file => Strange}, Endpoint)),
     ?assertEqual(?REJECTED, Send(#{}, Endpoint)).
 
-%% As in macula: who is dialled must show a certificate of an authority, who connects need not.
+%% As in macula: a peer that is dialled must show a certificate of an authority, a peer that connects does not have to.
 in_macula_s_production_mode_peers_are_verified(Config) ->
     {CA, CADer} = authority(),
     case binary:match(CADer, ?SHA256_WITH_RSA) of
@@ -325,7 +325,7 @@ in_production_mode(Config, CA, CADer) ->
     ?assertEqual(ok, Send(macula_peer_test:endpoint("127.0.0.1", Port))),
     ?assertEqual(?UNTRUSTED, Send(macula_peer_test:endpoint("localhost", Port))),
     ?assertMatch(#{verify_none_links := 0}, macula_peer_endpoint:stats()),
-    %% Who connects shows a certificate of nobody.
+    %% A peer that connects shows a certificate without an authority.
     Endpoint = listen(#{}),
     ok = on(Config, macula_peer_test, engine, [#{}]),
     ?assertEqual(ok, send_from_other(Config, Endpoint)),

@@ -79,7 +79,7 @@ answers_come_back(Config) ->
     ?assertMatch({ok, {pong, _}},
                  send_message_and_wait(endpoint("[::1]", ?config(port, Config)), ping, #{timestamp => 1}, 5000)).
 
-%% A socket at one address has no other to send from.
+%% A socket bound to one address cannot send from another.
 the_other_family_is_refused_at_once(Config) ->
     Port = ?config(port, Config),
     NotSupported = {error, {connect_failed, address_family_not_supported}},
@@ -91,7 +91,7 @@ the_other_family_is_refused_at_once(Config) ->
          end),
          ?assertEqual([NotSupported, NotSupported], Results),
          ?assert(Elapsed < 1000),
-         %% Of a name the addresses that can be reached are taken.
+         %% Of a name's addresses those that can be reached are used.
          ?assertEqual(ok, send_message(endpoint("localhost", Port), store, #{}))
      end || {Ip, Other} <- [{?LOOPBACK, "127.0.0.1"}, {{127, 0, 0, 1}, "[::1]"}]].
 

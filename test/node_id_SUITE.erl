@@ -1,4 +1,4 @@
-%% A message for a node goes to that node, and a node that came back with another key is let in when its user says so.
+%% A message for a node goes to that node, and a node that came back with another key is accepted when the user says so.
 -module(node_id_SUITE).
 
 -compile([export_all, nowarn_export_all]).

@@ -1,4 +1,4 @@
-%% What stands still for a while is waited for: an interface of this host or of the peer's, and a peer that is stopped.
+%% Calls wait for what stalls for a while: an interface of this host or of the peer's, or a peer that is stopped.
 -module(outage_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -11,7 +11,7 @@
 %% How long an interface is down, and how long calls have, in milliseconds.
 -define(DOWN, 1500).
 -define(TIMEOUT, 10000).
-%% Of a call that fails at once, on a busy machine.
+%% How long a call that fails at once may take on a busy machine.
 -define(AT_ONCE, 1000).
 
 suite() -> [{timetrap, {seconds, 60}}].
@@ -45,7 +45,7 @@ calls_wait_for_an_interface_of_this_host(Config) ->
     A = ?config(a, Config),
     calls_wait(Config, fun() -> macula_peer_net:ip(A, "link set eth0 down") end,
                fun() -> macula_peer_net:ip(A, "link set eth0 up") end),
-    %% A destination that was never reached is not waited for.
+    %% Calls do not wait for a destination that was never reached.
     macula_peer_net:ip(A, "link set eth0 down"),
     {Ms, Result} = elapsed(fun() -> send(?config(sender, Config), <<"10.77.0.77:9">>, 0, ?TIMEOUT) end),
     ?assertEqual({error, {connect_failed, transport_down}}, Result),

@@ -185,7 +185,7 @@ what_the_project_says_of_rust_is_not_ours(Config) ->
     ok = file:delete(filename:join(Above, "rust-toolchain.toml")),
     ok = file:del_dir_r(filename:join(Above, ".cargo")).
 
-%% Flags in the environment take the place of those that we need.
+%% Flags in the environment replace those that we need.
 flags_of_the_user_are_kept(Config) ->
     {Project, Env} = with_rust(Config, "1.99.0"),
     Flags = fun(Set) ->
@@ -207,7 +207,7 @@ too_old_a_rust_is_named(Config) ->
          ?assertEqual({Version, Old, Said}, {Version, string:find(Said, "this is cargo " ++ Version) =/= nomatch, Said})
      end || {Version, Old} <- [{"1.60.0", true}, {"1.90.1", true}, {"1.100.0", false}, {"2.0.0", false}]].
 
-%% A clone, and tools that say what they are told, and fail.
+%% A clone, and tools that report their arguments, and fail.
 with_rust(Config, Version) ->
     Bin = filename:join(?config(priv_dir, Config), "rust"),
     program(Bin, "rustup", "echo 'the-default (default)'"),
@@ -250,7 +250,7 @@ read_only_sources(Config) ->
     said(Said, [?NIF ++ " is missing or older than its sources", "cannot be written"]),
     ?assertNot(rust_was_called(Config)).
 
-%% Then it does what the advice says.
+%% Then it follows the advice.
 an_escript_says_what_to_do(Config) ->
     Dir = ?config(priv_dir, Config),
     Lib = filename:join(Dir, "lib"),
@@ -392,7 +392,7 @@ registry(Config) ->
 a_project_has_it_as_a_git_dependency(Config) ->
     {0, Head} = run(root(), [], "git rev-parse HEAD"),
     Project = project(?config(priv_dir, Config), "from_git", [{deps, [{?APP, {git, "file://" ++ root(), {ref, string:trim(Head)}}}]}]),
-    %% Warnings of the compiler that it has are not its users' concern.
+    %% The compiler's warnings are not its users' concern.
     Warned = [{"ERL_COMPILER_OPTIONS", "[recv_opt_info]"} | ?config(precompiled, Config)],
     {0, Said} = run(Project, Warned, "rebar3 compile"),
     said(Said, ["Warning: "]),

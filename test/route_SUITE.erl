@@ -1,4 +1,4 @@
-%% A destination that cannot be reached, or that can be reached only in some way, costs nobody but those who call it.
+%% A destination that cannot be reached, or only in some way, affects only the calls to it.
 -module(route_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -57,7 +57,7 @@ routes_that_lead_nowhere_fail_at_once_and_cost_others_nothing(Config) ->
     ?assert(LargeAfter > 0),
     ?assert(MarkedAfter > 0).
 
-%% Nobody can be answered there: `sendmsg' says EINVAL.
+%% No answer can be sent there: `sendmsg' returns EINVAL.
 a_packet_from_port_0_changes_nothing(Config) ->
     [A, B] = ?config(hosts, Config),
     {_Listener, Endpoint} = listener(B),
@@ -128,7 +128,7 @@ names_that_hang_keep_nobody_else_waiting(Config) ->
         Pid = call(Sender, os, getpid, []),
         Before = descriptors(Pid),
         ok = call(Sender, ?MODULE, hang, [80]),
-        %% Each lookup asks by a socket of its own.
+        %% Each lookup uses its own socket.
         until(fun() -> descriptors(Pid) >= Before + 60 end),
         {Ms, Result} = macula_peer_test:elapsed(fun() -> send(Sender, <<"known:", Port/binary>>, #{id => 1}) end),
         ?assertEqual(ok, Result),

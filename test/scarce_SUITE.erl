@@ -1,6 +1,6 @@
 %% Where the system gives no more threads or descriptors, functions return an error, and trying again leaks nothing.
 %%
-%% As root: a node runs as a user without privileges, whom limits bind.
+%% As root: a node runs as a user without privileges, whose limits apply.
 -module(scarce_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -10,7 +10,7 @@
 
 -import(macula_peer_test, [call/4, until/1]).
 
-%% Runs as somebody else whom nothing belongs to.
+%% Runs as another user who owns nothing.
 -define(AS_USER, ["--reuid", "54321", "--regid", "54321", "--clear-groups"]).
 -define(TRIES, 20).
 
@@ -48,7 +48,7 @@ end_per_testcase(_Case, Config) ->
     file:del_dir_r(?config(dir, Config)).
 
 no_thread_can_be_had(Config) ->
-    %% What the first start makes once is there.
+    %% What the first start makes once exists.
     ok = start_and_stop(Config),
     Before = used(Config),
     limit(Config, "--nproc=1:"),

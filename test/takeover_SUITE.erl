@@ -195,7 +195,7 @@ what_was_left_out_cannot_take_over(Config) ->
 
 %% ---- mocks, and tools that load code ----
 
-%% Whether it was made before the start or after it. Unloading takes the next one from the code path.
+%% Before the start or after it. Unloading loads the next one in the code path.
 a_mock_stays_and_ours_comes_after_it(Config) ->
     Node = with_macula(Config),
     [begin
@@ -266,7 +266,7 @@ load_macula_s(Node, Config) ->
          {module, Module} = call(Node, code, load_file, [Module])
      end || Module <- [?CONNECTOR, ?POOL]].
 
-%% As meck does it: made in memory, and of no file.
+%% As meck does it: made in memory, without a file.
 mock(Node, Module) ->
     Forms = [{attribute, 1, module, Module}, {attribute, 1, export, [{mocked, 0}]},
              {function, 1, mocked, 0, [{clause, 1, [], [], [{atom, 1, mocked}]}]}],

@@ -1,4 +1,4 @@
-%% Whatever term is sent arrives as it is, over every way, and nothing that a peer sends ends a node.
+%% Any term that is sent arrives unchanged, over every path, and nothing that a peer sends ends a node.
 -module(terms_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -187,7 +187,7 @@ send(Config, Type, Message, {node, Relay}) ->
 send(Config, Type, Message, Endpoint) ->
     quiet_call(?config(sender, Config), macula_peer_connector, send_message, [Endpoint, Type, Message, ?TIMEOUT]).
 
-%% A node that ends meanwhile does not fill the log with what it was told.
+%% A node that ends meanwhile does not fill the log with its arguments.
 quiet_call(Node, Module, Function, Args) ->
     try call(Node, Module, Function, Args)
     catch
@@ -205,7 +205,7 @@ request(Config, Message, Endpoint) ->
 
 %% ---- what our own encoder never writes ----
 
-%% Payloads in which keys come again, and what they are: the last one counts, as in the original.
+%% Payloads with repeated keys, and their terms: the last one counts, as in the original.
 repeating() ->
     Key = fun(N) -> <<16#CD, N:16>> end,
     Map = fun(Pairs) -> [<<16#DF, (length(Pairs)):32>>, [[K, V] || {K, V} <- Pairs]] end,
@@ -236,7 +236,7 @@ repeated_keys_in_answers(Config) ->
          ?assertEqual({ok, {reply, Wanted}}, request(Config, #{}))
      end || {Payload, Wanted} <- repeating()].
 
-%% The worst that they do is to be refused.
+%% At worst they are refused.
 hostile_frames_are_refused_and_counted(Config) ->
     Receiver = ?config(receiver, Config),
     Malformed = fun() -> maps:get(malformed, macula_peer_test:stats(Receiver)) end,
@@ -275,7 +275,7 @@ decoding_finishes_terms(_Config) ->
 
 %% ---- the way through the process that finishes ----
 
-%% What needs that process is not overtaken by what does not.
+%% Messages that do not need that process do not overtake those that do.
 messages_of_one_sender_stay_in_order(Config) ->
     Receiver = ?config(receiver, Config),
     Message = fun(N) ->
@@ -343,7 +343,7 @@ without_the_process_that_finishes_messages_are_counted(Config) ->
     _ = await(Unhandled, fun(Count) -> Count =:= 4 end),
     ok = send(Config, store, numbered(10), Endpoint),
     ?assertEqual([numbered(10)], taken(Node, 1)),
-    %% The end of the engine is its end.
+    %% It ends with the engine.
     ok = call(Node, macula_peer_endpoint, start, []),
     ok = call(Node, macula_peer_endpoint, stop, []),
     ?assertEqual(undefined, call(Node, erlang, whereis, [macula_peer_finisher])),
@@ -374,7 +374,7 @@ a_handler_that_died_is_counted(Config) ->
 
 %% ---- settings ----
 
-%% Encoded on a normal scheduler and, with many terms, on a dirty one, which has the smallest stack.
+%% Encoded on a normal scheduler and, with many terms, on a dirty one, which has a smaller stack.
 the_deepest_nesting_that_is_accepted(_Config) ->
     [Sender, Receiver] = Nodes = [macula_peer_test:start_node() || _ <- [sender, receiver]],
     _ = listen(Receiver),
@@ -386,7 +386,7 @@ the_deepest_nesting_that_is_accepted(_Config) ->
     ?assertEqual({error, {invalid_message, {too_deep, 512}}}, Send(513, maps)),
     [macula_peer_test:stop_node(Node) || Node <- Nodes].
 
-%% Runs in the node: what fails does not print the message.
+%% Runs in the node, so that a failure does not print the message.
 ask_deep(Endpoint, Depth, Inner) ->
     Message = deep(Depth, Inner),
     case macula_peer_connector:send_message_and_wait(Endpoint, call, Message, ?TIMEOUT) of
@@ -450,7 +450,7 @@ doing(Figures, _Endpoint) ->
 kind({ok, {Type, _Message}}) -> {ok, Type};
 kind(Other) -> Other.
 
-%% It needs a dirty scheduler, and has none within its timeout.
+%% It needs a dirty scheduler, and gets none within its timeout.
 a_heavy_message_keeps_its_timeout(Config) ->
     Endpoint = endpoint(?config(port, Config)),
     Node = node_with_busy_dirty_schedulers(Endpoint),
@@ -464,7 +464,7 @@ a_heavy_message_keeps_its_timeout(Config) ->
     until(fun() -> not is_busy(Node) end),
     ?assertEqual([], call(Node, macula_peer_test, mailbox, [])),
     ?assertMatch({_, {ok, reply}}, Heavy(send_message_and_wait, ?TIMEOUT)),
-    %% What can be done at once is done, whatever the timeout is.
+    %% Work that can be done at once is done, whatever the timeout is.
     ?assertMatch({_, ok}, Heavy(send_message, 0)),
     macula_peer_test:stop_node(Node).
 

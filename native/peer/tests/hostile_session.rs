@@ -519,7 +519,8 @@ fn a_receiver_that_stops_every_stream_is_not_dialled_without_pause() {
     client.stop();
 }
 
-/// Once may be the path's fault. A message that ends so each time is the sender's to report, not to send for ever.
+/// Once may be the path's fault. If it happens to a message each time, the sender reports it, and does not send it for
+/// ever.
 #[test]
 fn a_message_that_is_too_slow_for_its_receiver_is_tried_twice_on_the_same_connection() {
     let receiver = Receiver::new();
@@ -535,7 +536,7 @@ fn a_message_that_is_too_slow_for_its_receiver_is_tried_twice_on_the_same_connec
                 while let Ok((mut send, mut receive)) = connection.accept_bi().await {
                     let tries = tries.clone();
                     tokio::spawn(async move {
-                        // Greeted, then stopped with the last word, as a session that does not go on.
+                        // Greeted, then stopped with a last acknowledgement, like a session that does not go on.
                         let _ = receive.read_chunk(usize::MAX, true).await;
                         let _ = send.write_all(&greeting(1, 0)).await;
                         tries.fetch_add(1, Ordering::Relaxed);

@@ -352,7 +352,7 @@ fn a_gateway_with_a_version_1_certificate_is_dialled() {
     let key = PrivateKeyDer::from_pem_slice(include_bytes!("certificates/version1.key")).unwrap();
     let signer = default_provider().key_provider.load_private_key(key).unwrap();
     let pinned = <[u8; 32]>::try_from(digest(&SHA256, &signer.public_key().unwrap()).as_ref()).unwrap().into();
-    // rustls has another way for certificates that it can read.
+    // rustls takes another path for certificates that it can read.
     let shown = SingleCertAndKey::from(CertifiedKey::new(chain, signer));
     let mut tls = rustls::ServerConfig::builder_with_provider(default_provider().into())
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -489,7 +489,7 @@ fn a_renewed_certificate_is_shown_to_new_connections() {
         client.stop();
         sent == Ok(())
     };
-    // One that resumes its session where it can, and is shown nothing then.
+    // One that resumes its session if it can, and then sees no certificate.
     let runtime = tokio_runtime(1).unwrap();
     let config = client_config("macula", transport(100, 3)).unwrap();
     let again = runtime.block_on(async { quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap() });
@@ -516,7 +516,7 @@ fn a_renewed_certificate_is_shown_to_new_connections() {
     assert_eq!(before.stats().peers[0].dials, 1);
     assert_eq!(shown_again(), Some(new.2));
 
-    // One file of two: what was there stays.
+    // One file of two: the earlier certificate stays.
     fs::write(&files[0], &half.0).unwrap();
     std::thread::sleep(3 * SECOND);
     assert!(shows(new.2) && !shows(half.2));

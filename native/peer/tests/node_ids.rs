@@ -195,7 +195,7 @@ fn a_node_without_an_id_serves_any_and_is_not_learnt() {
     until("it arrives", || second_inbox.len() == 1 && owes_nothing(&sender));
     ended(second);
     until("the link is gone", || path(&sender, "target").is_none());
-    // This one says that it is the node, and nobody else is from now on.
+    // This one says that it is the node, and from now on no other is.
     let (target, inbox, _) = again(Some("target"));
     send(2).unwrap();
     until("it arrives", || inbox.len() == 1 && owes_nothing(&sender));

@@ -1,4 +1,4 @@
-//! Paths that carry little: what takes long arrives all the same, and holds up nobody else.
+//! Slow paths: what takes long still arrives, and does not hold up the rest.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -86,7 +86,7 @@ fn a_large_message_arrives_over_a_slow_path_and_holds_up_no_small_one() {
     net.stop();
 }
 
-/// Answers what it gets with as many bytes as [`LARGE`], or with few.
+/// Answers messages with as many bytes as [`LARGE`], or with few.
 struct Answering;
 
 impl Handler for Answering {
@@ -127,7 +127,7 @@ fn what_cannot_arrive_in_time_ends_as_expired_and_makes_room() {
     let net = Net::new();
     let events = Arc::new(Inbox::default());
     net.client.set_handler(Some(events.clone()));
-    // Of the last a part is left that the path has not taken when its time is over.
+    // Part of the last one has not left when its time is over.
     let begun = Instant::now();
     net.send(1, 6_000_000, Duration::from_secs(1));
     net.send(2, 100_000, TIMEOUT);
@@ -146,7 +146,7 @@ fn what_cannot_arrive_in_time_ends_as_expired_and_makes_room() {
     net.stop();
 }
 
-/// As a host that has a tenth of the processor time that it would need, or sleeps.
+/// Like a host that has a tenth of the processor time that it needs, or sleeps.
 #[test]
 fn a_peer_that_stands_still_again_and_again_is_dialled_anew_once_and_not_each_time() {
     let net = Net::new();

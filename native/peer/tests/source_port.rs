@@ -1,4 +1,4 @@
-//! A NAT or load balancer that keeps a dead mapping of the node's one port cuts the node off from nobody for long.
+//! A NAT or load balancer that keeps a dead mapping of the node's one port does not cut the node off for long.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -19,8 +19,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 const TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Maps each client's port to a socket of its own, as a NAT does. A mapping that is stranded leads nowhere for ever, because
-/// every packet from its port keeps it.
+/// Maps each client's port to its own socket, as a NAT does. A stranded mapping leads nowhere for ever, because every
+/// packet from its port keeps it.
 struct Mapper {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -63,7 +63,7 @@ impl Mapper {
         self.address.to_string()
     }
 
-    /// From now on the mappings that are there lead nowhere.
+    /// From now on the existing mappings lead nowhere.
     fn strand(&self) {
         self.shared.mappings.lock().unwrap().values_mut().for_each(|mapping| mapping.stranded = true);
     }
@@ -124,7 +124,7 @@ fn config() -> Config {
     Config { connect_timeout: CONNECT_TIMEOUT, hole_punching: HolePunching::Off, ..Config::default() }
 }
 
-/// Sends until somebody takes it.
+/// Sends until a peer takes it.
 fn send_on(send: impl Fn() -> Result<(), SendError>) {
     let begun = Instant::now();
     while let Err(error) = send() {
@@ -157,7 +157,7 @@ fn a_registration_behind_a_dead_mapping_is_made_over_another_port() {
     send_on(|| send_to_node(&other, "node", over(&[&address]), message(Publish, 3, TIMEOUT)));
     until("the node is reached", || arrived.numbers() == [3]);
 
-    // Nobody else is concerned.
+    // No other destination is affected.
     send(&node, &direct, message(Publish, 2, TIMEOUT)).unwrap();
     until("it arrives", || beside.numbers() == [1, 2]);
     let seen = listener.stats().accepted.iter().map(|accepted| accepted.link.remote.port()).collect::<Vec<_>>();
@@ -197,7 +197,7 @@ fn an_endpoint_and_a_node_behind_a_dead_mapping_are_reached_from_another_port() 
     }
 }
 
-/// Nobody is there, and nobody waits longer for that because other ports are tried as well.
+/// The destination is down, and callers do not wait longer because other ports are tried as well.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_closed_port_is_noticed_at_once_from_every_port() {

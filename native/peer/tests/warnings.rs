@@ -1,4 +1,4 @@
-//! What an operator finds in the log, where no handler of the application is told.
+//! What an operator finds in the log where no handler of the application takes the event.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -58,7 +58,7 @@ fn log() {
     ONCE.call_once(|| tracing::subscriber::set_global_default(Log).unwrap());
 }
 
-/// How often something was logged of somebody.
+/// How often something was logged of a peer.
 fn logged(what: &str, of: &str) -> usize {
     LOGGED.lock().unwrap().iter().filter(|line| line.contains(what) && line.contains(of)).count()
 }
@@ -152,7 +152,7 @@ fn undelivered_messages_are_logged_once_for_each_peer_where_no_handler_is_told()
     until("it is logged", || logged("were not delivered", &way) == 1);
     lose(2);
     assert_eq!(logged("were not delivered", &way), 1);
-    // A handler that is there is told instead.
+    // If there is a handler, it gets the event instead.
     let inbox = Arc::new(Inbox::default());
     sender.set_handler(Some(inbox.clone()));
     lose(4);

@@ -191,7 +191,7 @@ impl Forwarder {
                         queue.push_back((out + delay, false, buffer[..n].to_vec()));
                     }
                 }
-                // In order of each direction, not of both: a slow one is ahead of nobody.
+                // In the order of each direction: a slow one does not hold up the other.
                 let due = |queue: &VecDeque<(Instant, bool, Vec<u8>)>| {
                     let due = queue.iter().position(|(due, ..)| *due <= Instant::now());
                     due.filter(|_| !held.load(Ordering::Relaxed))
@@ -221,7 +221,7 @@ impl Forwarder {
         Self { address, swallow, mute, widest, rate, hold, moves, too_wide, stop, thread: Some(thread) }
     }
 
-    /// Holds what comes back until it is told otherwise, as a host that is stopped.
+    /// Holds back what returns until it is released, like a host that is stopped.
     pub fn hold(&self, all: bool) {
         self.hold.store(all, Ordering::Relaxed);
     }
@@ -251,7 +251,7 @@ impl Forwarder {
     }
 }
 
-/// What waits longer before a slow path is dropped: the buffer of a home router.
+/// Packets that wait longer before a slow path are dropped: the buffer of a home router.
 const QUEUE: Duration = Duration::from_millis(300);
 
 /// One direction of a slow path.
@@ -261,7 +261,7 @@ struct Way {
 }
 
 impl Way {
-    /// When a packet is through, if there is room for it.
+    /// When a packet has passed, if there is room for it.
     fn pass(&mut self, len: usize, rate: usize) -> Option<Instant> {
         let now = Instant::now();
         if rate == usize::MAX {
