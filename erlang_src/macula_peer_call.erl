@@ -18,8 +18,8 @@
 -type ways() :: #{endpoints => [macula_peer_connector:endpoint()], relays => [macula_peer_connector:endpoint()],
                   last_resorts => [macula_peer_connector:endpoint()], fingerprint => binary(), hole_punch => boolean()}.
 
-%% How long a message of many terms may take to be encoded, in milliseconds, whatever its timeout is: a timeout of 0 means
-%% to do what can be done at once, and with a free dirty scheduler that can be.
+%% How long encoding a message of many terms may take at least, in milliseconds, whatever its timeout is: a timeout of 0 means to
+%% do what is possible at once, and with a free dirty scheduler encoding is.
 -define(ENCODING, 200).
 
 %% @doc Sends a message.
@@ -64,7 +64,7 @@ request_frame(To, Frame, Timeout) ->
     answer(macula_peer_nif:request_frame(Tag, To, Frame, Timeout), Tag, To, undefined,
            fun() -> request_frame(To, Frame, Timeout) end).
 
-%% Encodes a message on a dirty scheduler, in a process of its own: where others keep all of them busy the caller goes on at
+%% Encodes a message on a dirty scheduler, in a separate process: when other code keeps all of them busy, the caller still keeps
 %% its timeout.
 -spec encoded(term(), term(), term(), fun((macula_peer_nif:frame(), term()) -> Result)) -> Result | {error, term()}.
 encoded(Type, Msg, Timeout, Call) ->
@@ -89,7 +89,7 @@ encode(Type, Msg) ->
     end,
     exit({?MODULE, Encoded}).
 
-%% A timeout that is none is refused after the message has been looked at.
+%% An invalid timeout is refused after the message has been checked.
 -spec patience(term()) -> timeout().
 patience(Timeout) when is_integer(Timeout), Timeout >= 0, Timeout < 1 bsl 32 -> max(Timeout, ?ENCODING);
 patience(_Timeout) -> infinity.
@@ -127,7 +127,7 @@ answer(Answer, _Tag, _To, _Local, _Again) ->
 finished({unfinished, Type, Msg}) -> {ok, {Type, macula_peer_finisher:finish(Msg)}};
 finished(Result) -> Result.
 
-%% @doc What is counted. Not made on a scheduler, dirty or not: nobody's work there delays it.
+%% @doc The engine's counters. They are not made on a scheduler, dirty or not, so work there does not delay them.
 -spec stats() -> map() | not_started | {error, term()}.
 stats() ->
     Tag = make_ref(),

@@ -21,7 +21,7 @@
                 | {invalid_variable, {Name :: string(), Value :: string()}}
                 | {invalid_variable, {Name :: string(), Value :: string(), Hint :: binary()}}
                 | {tls_config_error, {cacertfile_not_found, file:filename()}}.
-%% Of an unknown option no value is told: its name may be that of a secret, mistyped. The hint says what set the variable.
+%% The value of an unknown option is left out: its name may be that of a secret, mistyped. The hint says what set the variable.
 %% `tls_config_error' is macula's own.
 
 %% Where macula looks for its gateway's port: variables, then keys of its application environment, then the default.
@@ -31,13 +31,13 @@
 
 %% Kubernetes gives pods variables for each Service: one that is called `gateway' sets GATEWAY_PORT.
 -define(SERVICE_LINK, "^[a-z]+://").
--define(SERVICE_LINK_HINT, <<"Kubernetes set it for a Service of that name; put enableServiceLinks: false into the pod's spec, "
+-define(SERVICE_LINK_HINT, <<"Kubernetes set it for a Service of that name; put enableServiceLinks: false in the pod's spec, "
                              "or set the variable to the port">>).
 
-%% In macula these are certificates that many nodes may share. Here a key is what a node is known by.
+%% In macula many nodes may share these certificates. Here a node is known by its key.
 -define(CERTIFICATE_VARIABLES, ["MACULA_TLS_CERTFILE", "MACULA_TLS_KEYFILE", "TLS_CERT_FILE", "TLS_KEY_FILE"]).
 
-%% Where macula looks for authorities if it is not told.
+%% Where macula looks for authorities by default.
 -define(CA_BUNDLES, ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
                      "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem", "/usr/local/share/certs/ca-root-nss.crt",
                      "/etc/ssl/cert.pem"]).
@@ -107,7 +107,7 @@ with_native(Env, {ok, Native}) ->
 with_native(_Env, {error, _} = Error) ->
     Error.
 
-%% @doc What the operator should know about the variables although nothing stops the start: a sentence each, for the log.
+%% @doc What the operator should know about variables that do not stop the start: a sentence each, for the log.
 -spec remarks() -> [unicode:chardata()].
 remarks() ->
     bootstrap_remarks() ++ verify_remarks() ++ certificate_remarks().
@@ -134,7 +134,7 @@ format_error({invalid_variable, {Name, Value}}) ->
 format_error({invalid_variable, {Name, Value, Hint}}) ->
     [format_error({invalid_variable, {Name, Value}}), ". ", Hint];
 format_error({tls_config_error, {cacertfile_not_found, File}}) ->
-    io_lib:format("MACULA_TLS_MODE is production, and there is no file ~0tp with the authorities to verify peers by. Name one in "
+    io_lib:format("MACULA_TLS_MODE is production, and there is no file ~0tp with authorities to verify peers. Name one in "
                   "MACULA_TLS_CACERTFILE, or set verify", [File]);
 format_error({start_failed, {identity_file, Reason}}) ->
     io_lib:format("identity_file cannot be used (~0tP): ~ts", [Reason, 30, identity_file(Reason)]);
@@ -142,15 +142,15 @@ format_error(Reason) ->
     io_lib:format("~0tP", [Reason, 30]).
 
 -spec identity_file(term()) -> unicode:chardata().
-identity_file(enoent) -> "its directory is not there, or it is a link that leads nowhere";
-identity_file(erofs) -> "it is not there, and cannot be made on a read-only file system";
-identity_file(eacces) -> "this user may not read it, or not make it in its directory";
+identity_file(enoent) -> "its directory does not exist, or it is a link that leads nowhere";
+identity_file(erofs) -> "it does not exist, and cannot be made on a read-only file system";
+identity_file(eacces) -> "this user may not read it, or may not make it in its directory";
 identity_file(eisdir) -> "it is a directory";
 identity_file(insecure_permissions) -> "others than its owner may read or write it";
-identity_file({foreign_owner, _}) -> "it belongs to a user who is neither root nor the one that runs this node";
+identity_file({foreign_owner, _}) -> "it belongs to a user other than root and the one that runs this node";
 identity_file(not_a_key) -> "it has no private key in PEM format";
 identity_file(encrypted_key) -> "its key is encrypted; `openssl pkey' decrypts it";
-identity_file(unsupported_key) -> "its key is damaged, or not one of ECDSA P-256 or P-384, Ed25519, RSA from 2048 bits";
+identity_file(unsupported_key) -> "its key is damaged, or is not ECDSA P-256 or P-384, Ed25519, or RSA of 2048 bits or more";
 identity_file(not_pkcs8) -> "its key comes without a certificate and is not in PKCS#8; `openssl pkcs8 -topk8 -nocrypt' converts it";
 identity_file({bad_certificate, Text}) -> Text;
 identity_file(_) -> "see docs/errors.md".
@@ -214,7 +214,8 @@ macula_env(Keys) ->
         [] -> undefined
     end.
 
-%% In macula's mode `production' who is dialled shows a certificate of an authority. Who connects need show none.
+%% In macula's mode `production' a peer that is dialled shows a certificate of an authority. A peer that connects does not have
+%% to.
 -spec verify(map()) -> {ok, map()} | {error, reason()}.
 verify(#{verify := _}) ->
     {ok, #{}};

@@ -1,9 +1,9 @@
 %% @doc In the place of macula's pool of the same name: its functions, over the engine's peers.
 %%
-%% macula's gateway supervisor starts it, and others in macula ask it what there is. The connections that messages take are the
-%% engine's. Those of quicer that others in macula made and give to the pool are kept as the original keeps them: as many as
-%% `max_connections' says, the least recently used gives way, and one that is idle for `idle_timeout_ms' is closed. What is
-%% counted is the sum of both. Whether this module or macula's is in force is a setting of its own, `takeover_pool'.
+%% macula's gateway supervisor starts it, and others in macula ask it what there is. Messages use the engine's connections. The
+%% pool keeps quicer connections that other code in macula gives it as the original does: up to `max_connections', the least
+%% recently used gives way, and one that is idle for `idle_timeout_ms' is closed. The counters are sums over both. The setting
+%% `takeover_pool' decides whether this module or macula's is in force.
 -module(macula_peer_connection_pool).
 
 -behaviour(gen_server).
@@ -37,7 +37,7 @@
 -define(IDLE_TIMEOUT, 60000).
 -define(CALL_TIMEOUT, 10000).
 
-%% How often idle connections are looked for, in milliseconds.
+%% How often to look for idle connections, in milliseconds.
 -define(CLEANUP_INTERVAL, 10000).
 
 -record(given, {connection :: term(), stream :: term(), last_used :: integer()}).
@@ -54,15 +54,15 @@
 start_link() ->
     start_link(#{}).
 
-%% @doc Starts the process that macula's supervisor wants. `max_connections' and `idle_timeout_ms' are about the connections
-%% that are given to it; those of the engine are settings of the application.
+%% @doc Starts the process that macula's supervisor wants. `max_connections' and `idle_timeout_ms' apply to the connections that
+%% are given to it; the engine's limits are settings of the application.
 -spec start_link(#{max_connections => pos_integer(), idle_timeout_ms => non_neg_integer(), _ => _}) ->
           gen_server:start_ret().
 start_link(Opts) ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, Opts, []).
 
-%% @doc A connection of quicer that was returned or put, if it is alive. None is made here: only the original connector asked
-%% for one, and whoever wants to send calls {@link macula_peer_connector:send_message/4}.
+%% @doc A connection of quicer that was returned or put, if it is alive. This function opens none: only the original connector
+%% asked for one, and to send, call {@link macula_peer_connector:send_message/4}.
 -spec get_connection(macula_peer_connector:endpoint()) ->
           {ok, Connection :: term(), Stream :: term()} | {error, no_quicer_connection}.
 get_connection(Endpoint) ->
@@ -85,7 +85,7 @@ invalidate(Endpoint) ->
     _ = macula_peer_nif:invalidate(Endpoint),
     gen_server:cast(?MODULE, {close_given, Endpoint}).
 
-%% @doc What is counted of the engine's pool and of the connections that were given; zeros where neither runs.
+%% @doc The counters of the engine's pool and of the connections that were given, added up; zeros where neither runs.
 -spec stats() -> stats().
 stats() ->
     Given = case whereis(?MODULE) of
@@ -99,7 +99,7 @@ stats() ->
 put(Peer, Connection) ->
     gen_server:cast(?MODULE, {put_direct, Peer, Connection}).
 
-%% @doc The endpoints that there is a live link to, and the peers whose connections were given.
+%% @doc The endpoints with a live link, and the peers whose connections were given.
 -spec get_connected_peers() -> [binary()].
 get_connected_peers() ->
     Linked = case macula_peer_call:stats() of
@@ -119,8 +119,7 @@ init(Opts) ->
     {ok, #pool{max_connections = maps:get(max_connections, Opts, ?MAX_CONNECTIONS),
                idle_timeout = maps:get(idle_timeout_ms, Opts, ?IDLE_TIMEOUT)}}.
 
-%% The process may be the original's, which goes on with this code and begins with nothing.
-%% @private
+%% The process may be the original's, which goes on with this code and starts empty. @private
 -spec handle_call(term(), gen_server:from(), #pool{} | term()) ->
           {reply, stats() | [term()] | {ok, term(), term()} | {error, no_quicer_connection | unknown_request}, #pool{}}.
 handle_call(Request, From, Others) when not is_record(Others, pool) ->
@@ -158,7 +157,7 @@ handle_cast({put_direct, Peer, Connection}, Pool) ->
     {noreply, given(Peer, Connection, undefined, Pool)};
 handle_cast({close_given, Peer}, Pool) ->
     {noreply, close(Peer, Pool)};
-%% From who still runs the original's code.
+%% From callers that still run the original's code.
 handle_cast({invalidate, Endpoint}, Pool) ->
     _ = macula_peer_nif:invalidate(Endpoint),
     {noreply, close(Endpoint, Pool)};
@@ -218,7 +217,7 @@ is_alive(Connection) ->
         _ -> false
     end.
 
-%% macula's library, which this application does not depend on. It raises on what is no handle of its own.
+%% macula's library, which this application does not depend on. It raises on terms that are not its handles.
 -spec quicer(atom(), [term()]) -> term().
 quicer(Function, Args) ->
     try apply(quicer, Function, Args) catch _:_ -> {error, badarg} end.

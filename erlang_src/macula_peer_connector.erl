@@ -68,7 +68,7 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 %% last all of `MACULA_BOOTSTRAP_PEERS'; those that were looked up as soon as they are known. One that speaks only `macula'
 %% gets the message itself, as in the original.
 %%
-%% A node that has another node id than `TargetNodeId' gets nothing, nor does this node itself: the error is then
+%% A node with another node id than `TargetNodeId' gets nothing, and neither does this node itself: the error is then
 %% `{nat_connection_failed, {connect_failed, wrong_node}}', unless another path leads to the node.
 %%
 %% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node

@@ -59,10 +59,10 @@
                          keyfile => file:filename(), verify => verify(), relay => relay_opts(),
                          handler => handler()}.
 %% Without `port', or with 0, the port that the one socket has already, or any port where `ip' is another address than the
-%% socket's. Without `ip' the addresses that the socket has. Live links move along.
-%% Without `certfile' and `keyfile' (PEM) the engine's own certificate is shown. When the files are replaced, connections
-%% that begin two seconds later are shown what they have then. `verify' says who may connect; without it
-%% the application's setting does. With `relay' this node is a relay for others.
+%% socket's. Without `ip' the addresses that the socket has. Live links move along. Without `certfile' and `keyfile' (PEM) the
+%% engine's own certificate is shown. When the files are replaced, connections that begin two seconds later see the new
+%% certificate. `verify' says who may connect; without it the application's setting does. With `relay' this node is a relay for
+%% others.
 
 -type relay_opts() :: #{max_registrations => pos_integer(), max_sessions => pos_integer(),
                         max_sessions_per_node => pos_integer(), bandwidth => pos_integer(),
@@ -81,10 +81,10 @@
 
 -type verify() :: first_seen | none | {pin, [fingerprint() | HexDigits :: binary() | string()]}
                 | {cacertfile, file:filename()} | {cacertfile, file:filename(), any_name}.
-%% Whose certificates are good enough: any, one of these keys, or one that leads to an authority in this PEM file and, of
-%% those who are dialled, is for the host, unless it may be for `any_name'. Who connects must show one with `pin' and
-%% `cacertfile', which 0.14.3 clients cannot. With `first_seen', the default, any will do, and a node id is the key's that
-%% it was first seen with.
+%% Whose certificates are good enough: any, one of these keys, or one that leads to an authority in this PEM file and, of those
+%% who are dialled, is for the host, unless it may be for `any_name'. With `pin' and `cacertfile' peers that connect must show
+%% one, which 0.14.3 clients cannot. With `first_seen', the default, any will do, and a node id belongs to the key that it was
+%% first seen with.
 
 -opaque reply_token() :: reference().
 
@@ -159,9 +159,8 @@ close() ->
         Result -> Result
     end.
 
-%% @doc The address of the one socket, which listens, dials and is seen by others. `{error, not_started}' where no engine runs;
-%% the same goes for the other functions that only look: {@link identity/0}, {@link stats/0}, {@link path/1} and {@link
-%% nat_profile/0}.
+%% @doc The address of the one socket, which listens, dials and is seen by others. Returns `{error, not_started}' where no engine
+%% runs, as do the other functions that only look: {@link identity/0}, {@link stats/0}, {@link path/1} and {@link nat_profile/0}.
 -spec local_address() -> {ok, {inet:ip_address(), inet:port_number()}} | {error, term()}.
 local_address() ->
     macula_peer_engine:figures(fun macula_peer_nif:local_address/0).
@@ -185,10 +184,10 @@ register(NodeId, Relays) ->
 unregister() ->
     macula_peer_engine:running(fun macula_peer_nif:unregister/0).
 
-%% @doc Forgets which key a node has. This node accepts for a node id only the key that it has first seen with it. A node
-%% that was started again without its `identity_file' has a new key, is refused with `untrusted_peer', and a warning in the log
-%% names it. After this call the next key is accepted and remembered. A link to the node is closed; what is on its way over it
-%% is sent again over the next one.
+%% @doc Forgets which key a node has. This node accepts for a node id only the key that it first saw with it. A node that was
+%% restarted without its `identity_file' has a new key: it is refused with `untrusted_peer', and a warning in the log names it.
+%% After this call the next key is accepted and remembered. A link to the node is closed; what is on its way over it is sent again
+%% over the next one.
 %%
 %% Make sure that it is the right node: a refusal can also mean that somebody else has taken its address or its node id.
 %%
@@ -196,7 +195,7 @@ unregister() ->
 -spec forget(binary()) -> ok | {error, term()}.
 forget(NodeId) ->
     case macula_peer_nif:forget(NodeId) of
-        %% An engine that does not run remembers nothing.
+        %% Without an engine nothing is remembered.
         not_started -> ok;
         Result -> Result
     end.
@@ -295,14 +294,14 @@ nat_profile() ->
 
 %% @doc Which modules are in force where macula has modules of the same names: `macula_peer_connector' and
 %% `macula_peer_connection_pool': `ours', `other', a `mock' that was loaded from no file, or `none'. `loaded' is false for one
-%% that nobody has called yet: then it is what the code path has.
-%% `file' is where it came from, as far as is known. Works whether or not anything is started.
+%% that has not been called yet: `module' is then what the code path has. `file' is where it came from, as far as is known. Works
+%% whether or not anything is started.
 -spec which() -> #{module() => macula_peer_takeover:found()}.
 which() ->
     macula_peer_takeover:which().
 
-%% @doc Starts the engine with the settings of the application environment, unless it runs. Functions that send, listen,
-%% register or set a handler do so by themselves.
+%% @doc Starts the engine with the settings of the application environment, if it is not running. Functions that send, listen,
+%% register or set a handler start it by themselves.
 -spec start() -> ok | {error, term()}.
 start() ->
     macula_peer_engine:ensure_started().

@@ -79,7 +79,7 @@ running(Call) ->
             Result
     end.
 
-%% A defect of the native library is an error of the call that met it.
+%% A defect in the native library becomes an error of the call that hit it.
 -spec contained(fun(() -> Result)) -> Result | {error, {internal, nif_panicked}}.
 contained(Call) ->
     try Call()
@@ -103,7 +103,7 @@ stopped(Stopped) ->
     ok = macula_peer_lookups:stop(),
     ok = macula_peer_finisher:stop(),
     case Stopped of
-        %% After the stop: the handler is told of what that left behind.
+        %% After the stop, because the handler is told what the stop left behind.
         {replaced, Handler} -> macula_peer_handler:stop(Handler);
         _NotRunning -> ok
     end.

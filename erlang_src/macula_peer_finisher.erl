@@ -1,10 +1,9 @@
-%% @private
-%% @doc Finishes the terms that the native library may not make on its own threads: maps of many keys, and maps in which a
-%% key came twice. Messages with such a map come to this process, which sends them on to the handler; answers are finished
-%% by the process that asked.
+%% @private @doc Finishes the terms that the native library cannot build on its own threads: maps of many keys, and maps in which
+%% a key came twice. Messages with such a map come to this process, which sends them on to the handler; answers are finished by
+%% the process that asked.
 %%
-%% Started and ended with the engine, like the engine with or without the application. If it is killed, the messages that
-%% it had and those that would need it are counted as unhandled until {@link start/0} is called again.
+%% It starts and ends with the engine, so with or without the application. If it is killed, the messages that it had and those
+%% that would need it are counted as unhandled until {@link start/0} is called again.
 -module(macula_peer_finisher).
 
 -behaviour(gen_server).
@@ -19,9 +18,9 @@
 -export([handle_info/2]).
 
 -type around() :: {message, map()} | {route_message, macula_peer_wire:type(), reference(), {ok, macula_peer_nif:ip_port()}}.
-%% What belongs to a message of the handler, or of the process macula_gateway.
+%% The rest of a message for the handler, or for the process macula_gateway.
 
-%% @doc Starts the process unless it runs.
+%% @doc Starts the process if it is not running.
 -spec start() -> ok.
 start() ->
     case gen_server:start({local, ?MODULE}, ?MODULE, [], []) of
@@ -29,7 +28,7 @@ start() ->
         {error, {already_started, _Pid}} -> ok
     end.
 
-%% @doc Ends the process, after what it has already got.
+%% @doc Ends the process, after the messages that it already has.
 -spec stop() -> ok.
 stop() ->
     try gen_server:stop(?MODULE)

@@ -1,7 +1,6 @@
-%% @private
-%% @doc Calls a handler that is a function: one process, one message after the other, in the order of arrival. What the
-%% function raises is logged and hurts nothing else. Which process is in force is the engine's to say, so that handlers which
-%% are set at the same time replace one another in some order.
+%% @private @doc Calls a handler that is a function: one process, one message after the other, in the order of arrival. What the
+%% function raises is logged and hurts nothing else. The engine decides which process is in force, so that handlers which are set
+%% at the same time replace one another in some order.
 -module(macula_peer_handler).
 
 %% Waits in no code of its own, so that this module can be loaded again and again under it.

@@ -44,7 +44,7 @@
 -type not_loaded() :: {error, {nif_not_loaded, unicode:chardata()}}.
 %% The library is missing or does not fit; the text says what to do.
 -type replaced() :: {replaced, pid() | none}.
-%% The process of the handler before, if that was a function.
+%% The process of the previous handler, if that was a function.
 -type ip_port() :: {inet:ip_address(), inet:port_number()}.
 
 -opaque frame() :: reference().
@@ -77,9 +77,9 @@ advice(none) ->
                   "cargo in the PATH.", [?APP]);
 advice(Archive) ->
     io_lib:format("~ts is an archive, and the system loads no library from inside one. Leave ~s out of the escript and "
-                  "have its directory in ERL_LIBS, or make a release: docs/packaging.md.", [Archive, ?APP]).
+                  "put its directory in ERL_LIBS, or make a release: docs/packaging.md.", [Archive, ?APP]).
 
-%% An escript or .ez file on the way to a file.
+%% An escript or .ez file in the path of a file.
 -spec archive(file:filename_all()) -> none | file:filename_all().
 archive(Path) ->
     case {filelib:is_regular(Path), filename:dirname(Path)} of

@@ -31,8 +31,8 @@ apply_settings() ->
 is_wanted() ->
     lists:any(fun({_, Setting}) -> is_set(Setting) end, modules()).
 
-%% @doc Puts our modules back where the settings ask for them and something else has been loaded since. Returns those that
-%% were put back, or what kept them from it.
+%% @doc Puts our modules back where the settings ask for them and something else has been loaded since. Returns the modules, each
+%% with `ok' or the error.
 -spec restore() -> [{module(), ok | {error, term()}}].
 restore() ->
     [{Module, take_over([{Module, Setting}])} || {Module, Setting} <- modules(), is_set(Setting), is_lost(find(Module))].
@@ -61,7 +61,7 @@ take_over([{Module, Setting} | Rest]) ->
     ok = put_in_front(),
     Taken = case {is_set(Setting), find(Module)} of
         {true, #{module := ours, loaded := true}} -> ok;
-        %% Who made a mock wants it.
+        %% A mock was made on purpose.
         {true, #{module := mock}} -> ok;
         {true, _} -> load(Module);
         {false, _} -> ok
@@ -71,13 +71,13 @@ take_over([{Module, Setting} | Rest]) ->
         {error, _} -> Taken
     end.
 
-%% Whoever unloads a module, as mocking does, gets the first of the code path next. All our modules are in one directory, so it
-%% goes to the front only where both are wanted.
+%% After a module is unloaded, as mocking does, the first one in the code path is loaded next. Our modules are all in one
+%% directory, so it goes to the front only where both are wanted.
 -spec put_in_front() -> ok.
 put_in_front() ->
     Ebin = filename:dirname(own_file(?MODULE)),
     case lists:all(fun({_, Setting}) -> is_set(Setting) end, modules()) andalso code:add_patha(Ebin) of
-        {error, bad_directory} -> logger:warning("~s: ~ts is no directory for the code path", [?APP, Ebin]);
+        {error, bad_directory} -> logger:warning("~s: the code path does not take ~ts, which is not a directory", [?APP, Ebin]);
         _ -> ok
     end.
 
@@ -98,8 +98,7 @@ load(Module) ->
             end
     end.
 
-%% rebar3 loads a module again whose attribute `vsn' is not that of the first file in the code path. Without one it leaves it
-%% alone.
+%% rebar3 reloads a module whose attribute `vsn' differs from that of the first file in the code path. A module without it stays.
 -spec without_version(binary()) -> binary().
 without_version(Binary) ->
     {ok, _, Chunks} = beam_lib:all_chunks(Binary),

@@ -1,7 +1,6 @@
-%% @private
-%% @doc Keeps our modules in force where the settings ask for them. Tools load others without being asked: rebar3's
-%% `r3:do(compile)' puts the dependencies into the code path anew and reloads what differs from the first file there. Nothing
-%% tells when that happens, so this process looks once a second.
+%% @private @doc Keeps our modules in force where the settings ask for them. Tools load others on their own: rebar3's
+%% `r3:do(compile)' puts the dependencies into the code path again and reloads what differs from the first file there. There is no
+%% notice of that, so this process checks once a second.
 -module(macula_peer_takeover_guard).
 
 -behaviour(gen_server).
@@ -17,7 +16,7 @@
 -define(INTERVAL, 1000).
 
 -type failures() :: [{module(), term()}].
-%% What was logged as not possible.
+%% The failures that have been logged.
 
 -spec start_link() -> gen_server:start_ret().
 start_link() ->

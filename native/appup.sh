@@ -6,6 +6,6 @@ cd "$(dirname "$0")/.."
 appup=erlang_src/macula_peer_connector.appup
 for lib in . "${REBAR_BUILD_DIR:-.}"/lib/macula_peer_connector "${REBAR_BUILD_DIR:-.}"/checkouts/macula_peer_connector; do
   [ -f "$lib/ebin/macula_peer_connector.app" ] || continue
-  # Where it is already there, nothing need be writable.
+  # If it already exists, nothing has to be writable.
   cmp -s "$appup" "$lib/ebin/macula_peer_connector.appup" || cp "$appup" "$lib/ebin/"
 done

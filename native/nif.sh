@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 PATH="$PATH:${HOME:-}/.cargo/bin"
 cargo="${CARGO:-cargo}"
 installed=priv/macula_peer_nif.so
-# cargo knows what has changed, but only in a target directory of our own: in one that is shared it takes the library of
-# another clone or version, which has the same name, for this one.
+# cargo knows what has changed, but only in our own target directory: in a shared one it takes the library of another
+# clone or version, which has the same name, for this one.
 target_dir="${CARGO_TARGET_DIR:+$CARGO_TARGET_DIR/macula_peer_connector-$(pwd | cksum | cut -d ' ' -f 1)}"
 target_dir="${target_dir:-target}"
 
@@ -49,7 +49,7 @@ can_build() {
   mkdir -p "$target_dir" 2>/dev/null && [ -w "$target_dir" ]
 }
 
-# In a directory that is read-only, as in an image, what was built before is used.
+# In a read-only directory, as in an image, the earlier build is used.
 is_current() {
   [ -f "$installed" ] && [ -z "$(find Cargo.toml Cargo.lock native/nif native/peer/Cargo.toml native/peer/src \
     native/wire/Cargo.toml native/wire/src -type f -newer "$installed")" ]
@@ -76,17 +76,17 @@ build() {
   [ -n "$built" ] || fail "cargo made no shared library for this target.$(also_decides)"
 }
 
-# rustup obeys a rust-toolchain.toml in any directory above, and a dependency lies in the project that uses it. That file is
-# about the project's own Rust.
+# rustup obeys a rust-toolchain.toml in any directory above, and a dependency lies in the project that uses it. That
+# file is meant for the project's own Rust.
 use_default_toolchain() {
   [ -z "${RUSTUP_TOOLCHAIN:-}" ] && command -v rustup >/dev/null || return 0
-  # Without a default toolchain, the one in the file will have to do.
+  # Without a default toolchain, the one in the file is used.
   default=$(cd / && rustup show active-toolchain 2>/dev/null) || return 0
   export RUSTUP_TOOLCHAIN="${default%% *}"
 }
 
-# musl's Rust links statically unless it is told not to, and makes no shared library then. Flags in these variables, empty
-# ones too, are used instead of those of the command line. Where both are asked for, rustc links statically.
+# musl's Rust links statically unless it is told not to, and makes no shared library then. Flags in these variables,
+# empty ones too, are used instead of those of the command line. With both flags rustc links statically.
 link_dynamically() {
   if [ -n "${CARGO_ENCODED_RUSTFLAGS+set}" ]; then
     CARGO_ENCODED_RUSTFLAGS="$(printf %s "$CARGO_ENCODED_RUSTFLAGS" | sed 's/+crt-static/-crt-static/g')"
@@ -96,7 +96,7 @@ link_dynamically() {
   fi
 }
 
-# What changes a build and is not ours: cargo reads the configuration of every directory above.
+# Names what else affects a build: cargo reads the configuration of every directory above.
 also_decides() {
   others=''
   dir=$(pwd)
@@ -132,7 +132,7 @@ put() {
     if [ $# -gt 1 ]; then
       [ "$(sha256 "$installed")" != "$2" ] || return 0
     elif cmp -s "$1" "$installed"; then
-      # Newer than the sources, too, unless nothing can be written here.
+      # Also newer than the sources, unless this directory is read-only.
       touch "$installed" 2>/dev/null || true
       return 0
     fi
