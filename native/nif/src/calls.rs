@@ -28,18 +28,19 @@ impl Caller {
         self.pid
     }
 
-    /// Sends the answer that `answer` builds. The call may still be being made, or the engine be stopping: this may be a
-    /// scheduler.
+    /// Sends the answer that `answer` builds. This may run on a scheduler: while the call is being made, or the engine
+    /// stops.
     pub(crate) fn answer(self, answer: impl for<'a> FnOnce(Env<'a>) -> Term<'a> + Send + 'static) {
         anywhere(move |here| {
             let Self { pid, env, tag } = self;
-            // The caller may be dead: nobody is left to tell.
+            // The caller may be dead.
             let _ = here.send_from(env, &pid, |env| (tag.load(env), answer(env)).encode(env));
         });
     }
 }
 
-/// A caller that asks for what the engine can tell at once. Dropped unanswered, it learns that there is no engine.
+/// A caller that asks for what the engine can tell at once. If this is dropped unanswered, the caller learns that there
+/// is no engine.
 pub(crate) struct Asking(Option<Caller>);
 
 impl Asking {

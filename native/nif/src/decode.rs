@@ -1,8 +1,8 @@
 //! From a frame to Erlang terms.
 //!
-//! This runs on the runtime's threads, which may not make every map ([`crate::off_scheduler`]). A map that they may not make
-//! is left *unfinished*: the tuple `{map, [{Key, Value}]}`, which nothing that comes over the network can be taken for,
-//! because MessagePack has no tuples. `macula_peer_finisher:finish/1` makes the map of it, in a process.
+//! This runs on the runtime's threads, which may not build every map ([`crate::off_scheduler`]). A map that they may
+//! not build is left *unfinished*: the tuple `{map, [{Key, Value}]}`. Nothing from the network can look like that,
+//! because MessagePack has no tuples. `macula_peer_finisher:finish/1` makes it a map, in a process.
 
 use std::ops::Range;
 
@@ -22,11 +22,11 @@ const SHARED_PAYLOAD: usize = 16 << 10;
 /// A payload as a term.
 pub(crate) enum Decoded<'a> {
     Finished(Term<'a>),
-    /// There is an unfinished map in it, or it is one.
+    /// It contains an unfinished map, or is one.
     Unfinished(Term<'a>),
 }
 
-/// Decodes a payload that is no Erlang binary.
+/// Decodes a payload that is not an Erlang binary.
 pub(crate) fn payload<'a>(env: Env<'a>, payload: &[u8], limits: Limits) -> Result<Decoded<'a>, PayloadError> {
     let shared = (payload.len() >= SHARED_PAYLOAD).then(|| NewBinary::from_slice(env, payload).into());
     let mut terms = Terms::new(env, shared);
@@ -50,7 +50,7 @@ impl<'a> Terms<'a> {
         Self { env, payload, empty_map: None, unfinished: false, left: usize::MAX }
     }
 
-    /// Stops where there are too many terms for a normal scheduler.
+    /// Stops if there are too many terms for a normal scheduler.
     pub(crate) fn light(self) -> Self {
         Self { left: LIGHT_WORK, ..self }
     }

@@ -13,8 +13,8 @@ use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term, TermT
 
 use crate::atoms::{self, TypeAtoms};
 
-/// The work that a normal scheduler does on one message; what takes more goes to a dirty one. A unit is one term, some
-/// 30 ns, so this is well below a millisecond.
+/// The work that a normal scheduler does on one message; larger messages go to a dirty one. A unit is one term, some 30
+/// ns, so this is well below a millisecond.
 pub(crate) const LIGHT_WORK: usize = 20_000;
 
 /// Bytes copied for one unit of work. A copy runs at memory speed, and the VM copies whole binaries on a normal scheduler
@@ -54,7 +54,7 @@ pub(crate) enum Refusal<'a> {
 /// Where a message is encoded.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum On {
-    /// On a normal scheduler, which is told of the work.
+    /// On a normal scheduler, which gets the work reported.
     Normal,
     Dirty,
 }
@@ -188,7 +188,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Keeps what is open on the heap: a dirty scheduler's stack is too small to go as deep as messages may be.
+    /// Keeps open containers on the heap: a dirty scheduler's stack is too small for the depth that messages may have.
     fn term<'a>(&mut self, term: Term<'a>) -> Result<(), Failure> {
         let mut open: Vec<Open<'a>> = Vec::new();
         let mut next = term;
@@ -205,7 +205,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Writes a term, of a container what comes before its first element.
+    /// Writes a term, or the part of a container before its first element.
     fn begin<'a>(&mut self, term: Term<'a>) -> Result<Option<Open<'a>>, Failure> {
         self.spend(1)?;
         match term.get_type() {
@@ -272,7 +272,7 @@ impl Walk<'_> {
         let mut rest = term;
         while let Ok((_, tail)) = rest.list_get_cell() {
             length += 1;
-            // Each element is a unit at the least, and a long list takes time to count.
+            // Each element is at least a unit, and a long list takes time to count.
             if length > self.work {
                 return Err(Failure::Heavy);
             }
@@ -294,7 +294,7 @@ impl Walk<'_> {
             let code_point = head.decode::<u32>().ok().filter(|_| head.get_type() == TermType::Integer);
             let Some(c) = code_point.and_then(char::from_u32) else { return Ok(None) };
             text.push(c);
-            // What will not fit is not gathered either.
+            // Text that will not fit is not gathered.
             if text.len() > self.writer.room() {
                 self.writer.str(&text)?;
             }
@@ -319,7 +319,7 @@ impl Walk<'_> {
 /// A container that is being written.
 enum Open<'a> {
     List(ListIterator<'a>),
-    /// The value of the key that was written last comes next.
+    /// The value of the last key comes next.
     Map(Box<MapIterator<'a>>, Option<Term<'a>>),
 }
 

@@ -1,7 +1,8 @@
 //! What arrives: one message each to the handler process.
 //!
-//! A message that is not finished ([`crate::decode`]) goes to the process `macula_peer_finisher`, which finishes it and sends
-//! it on. Later messages of the same sender take the same way until that is done, so that none overtakes another.
+//! A message that is not finished ([`crate::decode`]) goes to the process `macula_peer_finisher`, which finishes it and
+//! sends it on. Later messages of the same sender take the same path until that is done, so that none overtakes
+//! another.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -100,7 +101,7 @@ impl Fallback for Cast {
     }
 }
 
-/// The way of messages to a process.
+/// The path of messages to a process.
 #[derive(Clone)]
 pub(crate) struct Way {
     limits: Limits,
@@ -112,7 +113,8 @@ impl Way {
         Self { limits: engine.config().limits, backlog: engine.backlog() }
     }
 
-    /// Sends what `whole` makes of the decoded message. Without one `whole` says what the finisher puts around it.
+    /// Sends what `whole` makes of the decoded message. Without a message `whole` returns what the finisher puts around
+    /// it.
     fn send(
         &self,
         to: LocalPid,
@@ -148,7 +150,7 @@ impl From<Dead> for Unhandled {
     }
 }
 
-/// A message that the finisher has. It is counted as unhandled unless the finisher says that it was taken.
+/// A message that the finisher has. It counts as unhandled unless the finisher reports that it was taken.
 pub(crate) struct Receipt(Mutex<Option<Ticket>>);
 
 #[rustler::resource_impl]

@@ -1,8 +1,8 @@
 //! The NIF of `macula_peer_connector`: Erlang terms to calls of the engine, answers to processes. It knows nothing of
 //! QUIC.
 //!
-//! No function here waits. What is too much work for a normal scheduler answers `heavy` there, and is done on a dirty one by
-//! a function for that: `encode_frame`, `encode_dirty`, `decode_dirty`.
+//! No function here waits. A function whose work is too much for a normal scheduler returns `heavy` there, and a dirty
+//! one does the work in another function: `encode_frame`, `encode_dirty`, `decode_dirty`.
 #![forbid(unsafe_code)]
 
 mod atoms;
@@ -356,7 +356,7 @@ fn resolved<'a>(env: Env<'a>, node: Term<'a>, answered: bool) -> Term<'a> {
     atoms::ok().encode(env)
 }
 
-/// Which key a node has is forgotten.
+/// Forgets which key a node has.
 #[rustler::nif]
 fn forget<'a>(env: Env<'a>, node: Term<'a>) -> Term<'a> {
     let Some(name) = whom::node_id(node) else {
@@ -441,11 +441,12 @@ fn identity(env: Env<'_>) -> Term<'_> {
     off_scheduler::map(env, &[(atoms::fingerprint(), fingerprint)])
 }
 
-/// A process, `{function, Pid}` with the process that calls a function, or `undefined`. Returns the process of the function
-/// before.
+/// A process, `{function, Pid}` with the process that calls a function, or `undefined`. Returns the process of the
+/// previous function.
 #[rustler::nif]
 fn set_handler<'a>(env: Env<'a>, handler: Term<'a>) -> Term<'a> {
-    // Locked until the end: a stop comes before this, and there is no engine, or after it, and ends this handler.
+    // Locked until the end: a stop comes either before this, and then there is no engine, or after it, and ends this
+    // handler.
     let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
     let Some(engine) = &*engine else { return atoms::not_started().encode(env) };
     let function = handler.decode::<(Atom, LocalPid)>().ok().map(|(_, pid)| pid);
@@ -514,7 +515,7 @@ fn invalidate<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
 
 // ---- insight ----
 
-/// Asks on a thread of the engine, which no dirty work of others delays: there may be thousands of connections to look
+/// Asks on a thread of the engine, which other dirty work does not delay: there may be thousands of connections to look
 /// at. The answer comes as `{Tag, Stats}`.
 #[rustler::nif]
 fn stats<'a>(env: Env<'a>, tag: Term<'a>) -> Atom {

@@ -1,5 +1,5 @@
-//! What may be done on threads that are not schedulers: the runtime's, on which messages, events and answers become terms.
-//! This is the one place where the rules are kept; `clippy.toml` bans the functions that would break them elsewhere.
+//! What is allowed on threads that are not schedulers: the runtime's, where messages, events and answers become terms.
+//! The rules are only here; `clippy.toml` bans the functions that would break them elsewhere.
 //!
 //! Allowed on any thread:
 //! - building atoms, numbers, binaries, lists, tuples, references and resources in an environment of its own;
@@ -33,10 +33,10 @@ thread_local! {
 
 type Job = Box<dyn FnOnce(OffScheduler) + Send>;
 
-/// Works for schedulers on what they may not do. Lives as long as the library, which is never unmapped.
+/// Does what schedulers may not do. Lives as long as the library, which is never unmapped.
 static COURIER: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
 
-/// Says that this thread is no scheduler. Never leaves it.
+/// Proves that this thread is not a scheduler. Never leaves it.
 pub(crate) struct OffScheduler(PhantomData<*const ()>);
 
 /// The receiver is dead.
@@ -66,7 +66,7 @@ impl OffScheduler {
         })
     }
 
-    /// The same from an environment that has something in it already.
+    /// The same from an environment that already has terms in it.
     #[expect(clippy::disallowed_methods, reason = "the token says that this is no scheduler")]
     pub(crate) fn send_from(
         &self,
@@ -92,7 +92,7 @@ pub(crate) fn start_courier() -> io::Result<()> {
     let (courier, jobs) = mpsc::channel::<Job>();
     thread::Builder::new().name("macula_peer_nif".into()).spawn(move || {
         for job in jobs {
-            // A job that panics does not cost the others their thread. What it was to answer is dropped with it.
+            // A job that panics does not end the thread of the others. The answer that it owed is dropped with it.
             let _ = catch_unwind(AssertUnwindSafe(|| job(OffScheduler(PhantomData))));
         }
     })?;
@@ -101,8 +101,8 @@ pub(crate) fn start_courier() -> io::Result<()> {
     Ok(())
 }
 
-/// Does a job now, or soon where this is a scheduler. Before the first start of an engine there is nobody to do that, and
-/// nobody who waits for it.
+/// Does a job now, or soon if this is a scheduler. Before an engine first starts there is no thread for that, and no
+/// caller that waits for it.
 pub(crate) fn anywhere(job: impl FnOnce(OffScheduler) + Send + 'static) {
     match (OffScheduler::here(), COURIER.get()) {
         (Some(here), _) => job(here),
@@ -112,7 +112,7 @@ pub(crate) fn anywhere(job: impl FnOnce(OffScheduler) + Send + 'static) {
     }
 }
 
-/// A map of at most [`FLAT`] keys. `None` if there are more, or one comes twice.
+/// A map of at most [`FLAT`] keys. `None` if there are more, or a key comes twice.
 #[expect(clippy::disallowed_methods, reason = "there are few enough keys")]
 pub(crate) fn flat_map<'a>(env: Env<'a>, keys: &[Term<'a>], values: &[Term<'a>]) -> Option<Term<'a>> {
     if keys.len() > FLAT {
@@ -121,7 +121,7 @@ pub(crate) fn flat_map<'a>(env: Env<'a>, keys: &[Term<'a>], values: &[Term<'a>])
     Term::map_from_term_arrays(env, keys, values).ok()
 }
 
-/// A map of fields whose names differ, of which there are few.
+/// A map of a few fields with different names.
 pub(crate) fn map<'a>(env: Env<'a>, fields: &[(Atom, Term<'a>)]) -> Term<'a> {
     debug_assert!(fields.len() <= FLAT, "more fields than any thread may make a map of");
     let (names, values): (Vec<_>, Vec<_>) = fields.iter().map(|(name, value)| (name.to_term(env), *value)).unzip();

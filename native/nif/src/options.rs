@@ -15,9 +15,9 @@ use crate::atoms;
 use crate::errors::Reason;
 use crate::whom::{endpoint, node_id};
 
-/// The largest values taken. Beyond them a setting would not do what it says, or could end the node: quinn keeps memory for
-/// every stream that a connection may open (585 KB at this limit), a frame is gathered in memory, and each worker is a
-/// thread.
+/// The largest values accepted. Above them a setting would not take effect, or could end the node: quinn keeps memory
+/// for every stream that a connection may open (585 KB at this limit), a frame is gathered in memory, and each worker
+/// is a thread.
 const MOST_BYTES: usize = 1 << 30;
 const MOST_PEERS: usize = 1_000_000;
 const MOST_STREAMS: usize = 4096;

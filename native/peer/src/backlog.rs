@@ -11,7 +11,7 @@ use crate::identity::Fingerprint;
 use crate::link::lock;
 use crate::message::Inbound;
 
-/// Payload bytes in the backlog from which on less is read: from one sender, and from all.
+/// Payload bytes in the backlog from which on reading stops: for one sender, and for all together.
 const SHARE: usize = 1 << 20;
 const TOTAL: usize = 32 << 20;
 
@@ -60,7 +60,7 @@ struct Share {
     bytes: usize,
 }
 
-/// One message in the backlog: it leaves when this is dropped.
+/// One message in the backlog, which it leaves when this is dropped.
 #[derive(Debug)]
 pub struct Ticket {
     backlog: Arc<Backlog>,

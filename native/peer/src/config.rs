@@ -49,8 +49,8 @@ pub struct Config {
     /// Streams that one accepted connection may have open. Default 256: quinn's memory for an idle connection follows
     /// this limit (37 KB at 100, 163 KB at 1,024).
     pub max_streams: u32,
-    /// How long a frame that has begun to arrive may go without growing by 16 KiB or being complete. Default 30 s: 550 bytes
-    /// a second. There is no bound in all: a large frame takes as long as its path needs.
+    /// How long a frame that has begun to arrive may go without growing by 16 KiB or being complete. Default 30 s: 550
+    /// bytes a second. The total time has no limit: a large frame takes as long as its path needs.
     pub frame_timeout: Duration,
     /// The PEM file of this node's key, made if it is not there. Default `None`: a new key at every start.
     pub identity_file: Option<PathBuf>,
@@ -61,8 +61,8 @@ pub struct Config {
     pub verify_clients: bool,
     /// What the nodes and relays of a realm have in common. Default `None`: no realm.
     pub realm_secret: Option<Secret>,
-    /// What this node is called, at relays and by others. It takes no messages for a node with another name. Default
-    /// `None`: it is known by its fingerprint alone, and takes what is for any name.
+    /// This node's id, at relays and for other nodes. It refuses messages for a node with another id. Default `None`:
+    /// it is known by its fingerprint alone, and takes messages for any id.
     pub node_id: Option<NodeId>,
     /// Relays to be registered at, which others are also reached through. Default none.
     pub relays: Vec<Endpoint>,

@@ -1,9 +1,9 @@
 //! The process's file descriptors.
 
-/// They are counted only where there are not many more: somebody with room for so many has some left.
+/// Above this limit they are not counted: a process that may have so many has some left.
 const WORTH_COUNTING: u64 = 1 << 16;
 
-/// How many the process may have. `None`: as many as it likes, or not known.
+/// How many the process may have. `None`: no limit, or not known.
 pub(crate) fn limit() -> Option<u64> {
     #[cfg(unix)]
     {
@@ -15,7 +15,7 @@ pub(crate) fn limit() -> Option<u64> {
     None
 }
 
-/// How many it has. Reads a directory of the kernel's. `None`: not known.
+/// How many it has, from a directory of the kernel. `None`: not known.
 pub(crate) fn open() -> Option<u64> {
     // One of them is the directory.
     std::fs::read_dir("/dev/fd").ok().map(|all| all.count() as u64)

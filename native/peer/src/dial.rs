@@ -99,7 +99,7 @@ impl Dialer {
             tokio::select! {
                 done = attempts.join_next() => match done {
                     Some(Ok(Ok(link))) => return Ok(link),
-                    // What is said of one address by its network counts more than what this host lacks for another.
+                    // An error from the network of one address counts more than this host's missing route to another.
                     Some(Ok(Err(ConnectError::NoRoute))) if failure != ConnectError::Unresolved => {}
                     Some(Ok(Err(error))) => failure = error,
                     Some(Err(_panicked)) => failure = ConnectError::Handshake("attempt failed".into()),
@@ -241,8 +241,8 @@ impl Dialer {
     }
 }
 
-/// Waits for a handshake, which either side may have begun, and has it go on without ECN where that may be what is in the
-/// way. quinn itself stops marking when the first acknowledgement tells it that no mark has arrived.
+/// Waits for a handshake, which either side may have begun, and continues it without ECN where that may be the
+/// obstacle. quinn itself stops marking when the first acknowledgement tells it that no mark has arrived.
 pub(crate) async fn handshake(
     socket: &Socket,
     remote: SocketAddr,
@@ -261,8 +261,8 @@ pub(crate) async fn handshake(
     done
 }
 
-/// Whether a gateway on this host was stopped or busy during the handshake. quinn would pace the connection by that round
-/// trip for long, and cut the first burst, and a frame in it, after ten packets.
+/// Whether a gateway on this host was stopped or busy during the handshake. quinn would pace the connection by that
+/// round trip for a long time, and cut the first burst, and a frame in it, after ten packets.
 fn stood_still(link: &Link) -> bool {
     link.dialect == Dialect::Macula && link.remote().ip().is_loopback() && link.connection.rtt() > STOOD_STILL
 }
@@ -286,7 +286,7 @@ pub(crate) async fn refused(refusals: &mut broadcast::Receiver<Refused>, address
     }
 }
 
-/// Publishes what ICMP says of packets that leave by another port.
+/// Publishes ICMP errors about packets that leave by another port.
 async fn refusals_of(another: Option<&ExtraGuard>) -> Infallible {
     match another {
         Some(port) => port.watch_errors().await,

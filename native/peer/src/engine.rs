@@ -30,10 +30,10 @@ use crate::socket::{self, Socket};
 use crate::stats::{PathStatus, Stats};
 use crate::tls::{self, Certificate, Trust, Verify};
 
-/// Large payloads are worked on by threads of their own; more at once wait for one another. Idle ones end after ten seconds.
+/// Threads that work on large payloads; when all are busy, others wait. Idle ones end after ten seconds.
 const BLOCKING_THREADS: usize = 64;
 
-/// After the peers had their time, tasks are dropped.
+/// When the peers' time is over, tasks are dropped.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// A running engine. Dropping it without [`Engine::stop`] loses what is on its way.
@@ -91,7 +91,7 @@ impl Engine {
         let admission = Admission::over_known_ways(circuit_server, config.verify.is_strict(), &config);
         let clients = Clients::new(circuits, admission.clone(), &config);
         let workers = config.workers.max(1);
-        // And one for what must not hold up a worker.
+        // And one for work that must not block a worker.
         threads_can_be_had(workers + 1).map_err(StartError::Runtime)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(workers)
@@ -182,8 +182,8 @@ impl Engine {
         }
     }
 
-    /// Forgets which key a node has: the next one that says that it has this id is that node. The link that there is
-    /// closes as by [`Engine::invalidate`].
+    /// Forgets which key a node has: the next key that proves to serve this id is the node's. A link to it closes as by
+    /// [`Engine::invalidate`].
     pub fn forget(&self, node: &NodeId) {
         self.node.forget_key(node);
     }
@@ -209,8 +209,8 @@ impl Engine {
         }
     }
 
-    /// Keeps this node registered under a name at these relays, and no others, from now on. It takes no messages for a
-    /// node with another name, until [`Engine::unregister`].
+    /// Keeps this node registered under a name at these relays, and no others, from now on. Until
+    /// [`Engine::unregister`] it refuses messages for a node with another name.
     pub fn register(&self, name: NodeId, relays: Vec<Endpoint>) {
         self.node.clients.register(&self.node, Some(name), relays);
     }
@@ -278,12 +278,12 @@ impl Engine {
         self.node.set_fallback(fallback);
     }
 
-    /// What the handler has not got yet of what it was handed.
+    /// Messages that were handed to the handler and have not reached it yet.
     pub fn backlog(&self) -> Arc<Backlog> {
         self.node.backlog.clone()
     }
 
-    /// Counts a message that the handler was handed and that did not reach anyone after all.
+    /// Counts a message that was handed to the handler and did not reach it after all.
     pub fn unhandled(&self) {
         self.node.not_handled(&Unhandled::NoHandler);
     }
@@ -346,7 +346,7 @@ impl Engine {
     }
 }
 
-/// Until the engine stops, or nothing uses what is made from the files.
+/// Until the engine stops, or what is made from the files is no longer used.
 fn keep_renewing<const N: usize>(node: &Node, renewed: [Option<Arc<dyn Renew>>; N]) {
     let renewed: Vec<_> = renewed.iter().flatten().map(Arc::downgrade).collect();
     if !renewed.is_empty() {

@@ -38,7 +38,7 @@ pub enum ConnectError {
     /// The peer does not trust ours.
     #[error("not trusted by the peer")]
     NotTrusted,
-    /// The way leads to a node with another id, or back to this one.
+    /// The path leads to a node with another id, or back to this one.
     #[error("another node is there")]
     WrongNode,
     /// The handshake failed for another reason.
@@ -129,7 +129,7 @@ pub enum StartError {
 /// Why a node has no key.
 #[derive(Debug, Error)]
 pub enum IdentityError {
-    /// The file cannot be had, or has nothing that can be used.
+    /// The file can be neither read nor made, or has nothing that can be used.
     #[error(transparent)]
     Pem(#[from] PemError),
     /// Others than the owner may read or write the file.
@@ -138,10 +138,10 @@ pub enum IdentityError {
         /// The permission bits.
         mode: u32,
     },
-    /// The file belongs to a user who is neither root nor the one that this process runs as.
+    /// The file belongs to a user other than root and the one that this process runs as.
     #[error("it belongs to user {owner}")]
     ForeignOwner {
-        /// The owner's number.
+        /// The owner's user id.
         owner: u32,
     },
     /// A key without a certificate must be in PKCS#8.
@@ -152,38 +152,38 @@ pub enum IdentityError {
     NotMade(#[from] rcgen::Error),
 }
 
-/// Why a file with a key or certificates is of no use.
+/// Why a file with a key or certificates cannot be used.
 #[derive(Debug, Error)]
 pub enum PemError {
     /// It can be neither read nor made.
     #[error(transparent)]
     File(#[from] io::Error),
     /// It has no private key.
-    #[error("there is no private key in PEM format in it")]
+    #[error("it has no private key in PEM format")]
     NoKey,
     /// Its key is encrypted.
-    #[error("its private key is encrypted, and there is nobody to ask for the password: `openssl pkey` decrypts it")]
+    #[error("its private key is encrypted: decrypt it with `openssl pkey`")]
     EncryptedKey,
     /// Its key is of a kind that TLS cannot use here, or damaged.
-    #[error("its private key is damaged or none of ECDSA on P-256 or P-384, Ed25519, and RSA of 2048 bits or more")]
+    #[error("its private key is damaged, or is not ECDSA on P-256 or P-384, Ed25519, or RSA of 2048 bits or more")]
     UnsupportedKey,
     /// It has no certificate.
-    #[error("there is no certificate in PEM format in it")]
+    #[error("it has no certificate in PEM format")]
     NoCertificate,
     /// A certificate cannot be read.
     #[error("a certificate in it cannot be read: {0}")]
     BadCertificate(String),
     /// Its certificate is of X.509 version 1 or 2.
     #[error(
-        "its certificate is of X.509 version 1, which `openssl x509 -req` makes unless it gets extensions; TLS takes \
+        "its certificate is of X.509 version 1, which `openssl x509 -req` makes unless it gets extensions; TLS needs \
          version 3: `openssl req -x509 -new -key KEYFILE -subj /CN=NAME -addext subjectAltName=DNS:NAME -days 365 \
          -out CERTFILE` makes one (docs/security.md)"
     )]
     OldCertificate,
     /// The key is for another certificate than the first.
-    #[error("its certificates are out of order: the first has to be the key's own, and then each one's issuer")]
+    #[error("its certificates are out of order: the key's own must come first, and then each one's issuer")]
     OutOfOrder,
-    /// No certificate is for the key.
+    /// The key has no certificate in the file.
     #[error("its certificate is for another private key")]
     OtherKey,
 }

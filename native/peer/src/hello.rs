@@ -11,17 +11,17 @@ use crate::listen::WRONG_NODE;
 use crate::message::NodeId;
 use crate::session::{ASK_NODE, FOR_NODE, put_header};
 
-/// What a node says that is asked.
+/// The one byte of the answer.
 const HAS_NONE: u8 = 0;
 const HAS_IT: u8 = 1;
 
-/// Asks the node at the other end. It has to answer before anything goes to it that is for the node of this id alone.
+/// Asks the node at the other end. It has to answer before anything for this node id goes to it.
 pub(crate) async fn ask(connection: &Connection, node: &NodeId) -> Result<Answer, ConnectError> {
     let (mut send, mut receive) = connection.open_bi().await.map_err(not_connected)?;
     match send.write_chunk(frame(ASK_NODE, node)).await {
         Ok(()) => {}
         Err(WriteError::ConnectionLost(lost)) => return Err(not_connected(lost)),
-        // Why is said on the other half.
+        // The reason comes on the other half.
         Err(_) => {}
     }
     // Stopped already is as good.
@@ -34,7 +34,7 @@ pub(crate) async fn ask(connection: &Connection, node: &NodeId) -> Result<Answer
             Err(ConnectError::WrongNode)
         }
         (Err(ReadExactError::ReadError(ReadError::ConnectionLost(lost))), _) => Err(not_connected(lost)),
-        (Ok(()) | Err(_), _) => Err(ConnectError::Handshake("no answer that can be read".into())),
+        (Ok(()) | Err(_), _) => Err(ConnectError::Handshake("the answer cannot be read".into())),
     }
 }
 
@@ -45,7 +45,7 @@ pub(crate) async fn reply(mut receive: RecvStream, mut send: SendStream, answer:
         Some(Answer::HasNone) => HAS_NONE,
         None => return refuse(&mut receive, &mut send),
     };
-    // Who asked may be gone. Dropped, the stream is finished.
+    // The peer may be gone. Dropping the stream finishes it.
     let _ = send.write_chunk(Bytes::copy_from_slice(&[answer])).await;
 }
 
@@ -56,7 +56,7 @@ pub(crate) fn refuse(receive: &mut RecvStream, send: &mut SendStream) {
     let _ = send.reset(WRONG_NODE.into());
 }
 
-/// What goes before a message that is for the node of this id alone.
+/// The frame before a message that is for the node with this id alone.
 pub(crate) fn addressed_to(node: &NodeId) -> Bytes {
     frame(FOR_NODE, node)
 }

@@ -213,7 +213,7 @@ fn create(path: &Path) -> Result<(), IdentityError> {
         place(&temporary, path, directory).map_err(PemError::File)?;
         Ok::<_, IdentityError>(())
     })();
-    // After a rename it is gone. Left behind, it is in nobody's way.
+    // After a rename it is gone. If it is left behind, it does no harm.
     let _ = fs::remove_file(&temporary);
     placed?;
     // A node that lost its key to a power cut would be another one. Not everywhere can directories be opened.
@@ -223,19 +223,19 @@ fn create(path: &Path) -> Result<(), IdentityError> {
     Ok(())
 }
 
-/// Gives a complete file its name, and leaves alone what has that name.
+/// Gives a complete file its name. Does not replace an existing file of that name.
 fn place(temporary: &Path, path: &Path, directory: &Path) -> io::Result<()> {
-    // Unlike a rename, a link does not replace what is there.
+    // Unlike a rename, a link does not replace an existing file.
     match fs::hard_link(temporary, path) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
-        // SMB, FUSE, exFAT and 9p have no links, and say so in different ways.
+        // SMB, FUSE, exFAT and 9p have no links, and report that by different errors.
         Err(_) => place_without_links(temporary, path, directory),
     }
 }
 
-/// By a rename, which would replace what is there, so one process at a time: a lock on the directory leaves nothing
-/// behind, whatever becomes of its holder.
+/// Does it by a rename, which would replace an existing file, so one process at a time: a lock on the directory leaves
+/// nothing behind, even if its holder dies.
 fn place_without_links(temporary: &Path, path: &Path, directory: &Path) -> io::Result<()> {
     let directory = File::open(directory)?;
     let give_up = Instant::now() + PLACING_TIMEOUT;
@@ -244,7 +244,7 @@ fn place_without_links(temporary: &Path, path: &Path, directory: &Path) -> io::R
             Ok(()) => break,
             Err(TryLockError::WouldBlock) if Instant::now() < give_up => std::thread::sleep(PLACING_PAUSE),
             Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(ErrorKind::WouldBlock, "somebody holds a lock on its directory"));
+                return Err(io::Error::new(ErrorKind::WouldBlock, "another process holds a lock on its directory"));
             }
             Err(TryLockError::Error(error)) => return Err(error),
         }
@@ -275,7 +275,7 @@ fn check_permissions(file: &File) -> Result<(), IdentityError> {
     is_private(metadata.mode() & 0o777, metadata.uid(), us, is_read_only)
 }
 
-/// Whether nobody but this user and root can write the file, nor read it.
+/// Whether only this user and root can read and write the file.
 ///
 /// A group may read what this process cannot change: Kubernetes gives the files of a secret to root and the pod's group,
 /// and mounts them read-only.
@@ -337,7 +337,7 @@ mod tests {
             (0o640, ROOT, US, false, true),
             (0o440, ROOT, ROOT, true, true),
             (0o440, ROOT, ROOT, false, false),
-            // And without: Kubernetes lets everybody read unless it is told otherwise.
+            // And without `fsGroup`: by default Kubernetes lets everybody read.
             (0o644, ROOT, US, true, false),
             (0o444, ROOT, ROOT, true, false),
             (0o460, ROOT, US, true, false),

@@ -58,8 +58,8 @@ const DOUBT_AFTER_ROUND_TRIPS: u32 = 6;
 /// then it reads nothing, and if that part was lost it takes several round trips, and more the more was lost before.
 const UNCONFIRMED_DOUBT_AFTER_HALF_ROUND_TRIPS: u32 = 3;
 
-/// How long a connection that was given up is kept for a 0.14.3 gateway that was stopped, and for how long, after that is
-/// heard again, it may read what it has acknowledged: one message takes it far less than a millisecond.
+/// How long a connection that was given up is kept until a stopped 0.14.3 gateway is heard again, and how long the
+/// gateway then has to read what it has acknowledged: one message takes it far less than a millisecond.
 const HEARD_WITHIN: Duration = Duration::from_secs(30);
 const READ_WITHIN: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -75,7 +75,7 @@ pub(crate) struct Link {
     pub(crate) shown: Option<Fingerprint>,
     /// Requests that wait for their answer.
     pub(crate) asked: AtomicUsize,
-    /// Milliseconds for which the peer may be silent because it has been lately.
+    /// Milliseconds for which the peer may be silent because it was recently.
     expected_silence: AtomicU64,
     /// Streams that have been put in line.
     lined_up: AtomicU32,
@@ -232,8 +232,8 @@ impl Link {
         }
     }
 
-    /// Ends the connection to a 0.14.3 gateway, which drops what it has acknowledged and not read when a connection is
-    /// closed. One that was stopped or busy gets time for that once it is heard again.
+    /// Ends the connection to a 0.14.3 gateway, which drops what it has acknowledged but not read when a connection is
+    /// closed. A gateway that was stopped or busy gets time to read once it is heard again.
     pub(crate) async fn close_when_read(self: Arc<Self>) {
         let before = self.heard();
         let heard = async {
@@ -297,7 +297,7 @@ impl Link {
         }
     }
 
-    /// Gives a stream its place before a frame of `len` bytes is written to it.
+    /// Sets the priority of a stream before a frame of `len` bytes is written to it.
     ///
     /// Streams take turns, packet by packet, so that no message waits for a large one. A 0.14.3 gateway loses a frame
     /// whose packets come between those of another, so there they leave one after the other.
@@ -307,7 +307,7 @@ impl Link {
         }
         let small = (self.lined_up.fetch_add(1, Ordering::Relaxed) % PRIORITIES) as i32;
         let behind = if len >= LARGE_FRAME { PRIORITIES as i32 } else { 0 };
-        // Only a closed stream has no priority, and that the write will find out.
+        // This fails only for a closed stream, and then the write reports it.
         let _ = send.set_priority(-small - behind);
     }
 
@@ -331,7 +331,7 @@ impl Link {
         })
     }
 
-    /// The peer has been silent for long lately and was there all the same.
+    /// The peer was silent for long recently and was there nevertheless.
     pub(crate) fn expect_silence(&self, expected: Duration) {
         self.expected_silence.store(expected.as_millis() as u64, Ordering::Relaxed);
     }

@@ -86,8 +86,8 @@ const FIRST_STREAMS: u32 = 32;
 /// somebody may ask something.
 const LEAST_STREAMS: u32 = 4;
 
-/// Application error codes on streams: the frame took too long, or was none; no relay here; this node has another id than
-/// the one that the stream is for.
+/// Application error codes on streams: the frame took too long, or was not a frame; no relay here; this node has
+/// another id than the one that the stream is for.
 pub(crate) const SLOW_FRAME: u8 = 1;
 pub(crate) const NOT_A_FRAME: u8 = 2;
 pub(crate) const NOT_A_RELAY: u8 = 4;
@@ -705,7 +705,7 @@ impl Stream {
         }
     }
 
-    /// The next bytes. `None`: the frame that has begun does not grow.
+    /// The next bytes. `None`: an incomplete frame does not grow.
     async fn read(&mut self) -> Option<Result<Option<quinn::Chunk>, quinn::ReadError>> {
         if self.frames.is_empty() {
             return Some(self.receive.read_chunk(READ_AT_ONCE, true).await);

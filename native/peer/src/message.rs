@@ -274,7 +274,7 @@ pub trait Handler: Send + Sync {
     /// A message arrived. Called on a runtime thread: it must not block. What could not be handled is counted.
     fn message(&self, message: Inbound) -> Result<(), Unhandled>;
 
-    /// Something happened that somebody should know of. Whether anybody was there to be told.
+    /// Reports an event to the handler. Returns whether there was one.
     fn event(&self, event: Event) -> bool;
 }
 

@@ -1,9 +1,9 @@
 //! Looks host names up.
 //!
-//! The system's resolver is asked, and not a DNS server: it knows `/etc/hosts`, `nsswitch.conf`, search domains, mDNS and
-//! what a VPN has set up, so a name that works for everything else on this host works here. It blocks, so it has threads of
-//! its own, which nothing else waits for; `decide/names.rs` shares them out. An asynchronous resolver would need no threads,
-//! but it is some twenty crates, and knows only a part of this.
+//! This asks the system's resolver rather than a DNS server: it knows `/etc/hosts`, `nsswitch.conf`, search domains,
+//! mDNS and what a VPN has set up, so a name that works for everything else on this host works here. It blocks, so it
+//! has its own threads; `decide/names.rs` shares them out. An asynchronous resolver would need no threads, but it is
+//! some twenty crates, and knows only a part of this.
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -17,7 +17,7 @@ use crate::decide::descriptors;
 use crate::decide::names::{Ask, Names};
 use crate::link::lock;
 
-/// As much as macOS gives any thread but the first: enough for its resolver, and for glibc's, which needs less.
+/// The default of macOS for all threads but the first: enough for its resolver, and for glibc's, which needs less.
 const STACK: usize = 512 << 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -36,7 +36,7 @@ pub(crate) struct Resolver {
 
 struct Shared {
     names: Names,
-    /// For those who wait, by name.
+    /// The waiting calls, by name.
     answers: HashMap<Box<str>, watch::Sender<Option<Found>>>,
 }
 
@@ -75,7 +75,7 @@ impl Resolver {
         Ok(answer)
     }
 
-    /// Looks names up on a new thread, from this one on. False if there is no thread.
+    /// Looks up this name, and then others, on a new thread. False if the thread cannot be started.
     fn start(&self, first: Box<str>) -> bool {
         let (resolver, name) = (self.clone(), first.clone());
         let thread = std::thread::Builder::new().name("macula_peer_dns".into()).stack_size(STACK);
@@ -87,7 +87,7 @@ impl Resolver {
             }
         });
         if let Err(error) = &started {
-            tracing::warn!(%error, "no thread to look a name up with");
+            tracing::warn!(%error, "no thread for a name lookup");
             let mut shared = lock(&self.shared);
             shared.names.done(&first, false, Instant::now());
             shared.answer(&first, Err(Unresolved));
@@ -95,7 +95,7 @@ impl Resolver {
         started.is_ok()
     }
 
-    /// Tells those who wait, and gives the thread another name if it is one's turn.
+    /// Answers the waiting calls. Returns the next name for the thread, if there is one.
     fn finish(&self, name: &str, found: Found) -> Option<Box<str>> {
         let now = Instant::now();
         let mut shared = lock(&self.shared);

@@ -115,7 +115,7 @@ impl Nat {
         NatStatus { profile, observed, local, since }
     }
 
-    /// Those of the interfaces, if the system tells. Where it does not, that is logged once.
+    /// The addresses of the interfaces, if the system lists them. If it does not, that is logged once.
     fn local_addresses(&self, interfaces: io::Result<Vec<IpAddr>>, socket: &Socket) -> Vec<SocketAddr> {
         let interfaces = interfaces.unwrap_or_else(|error| {
             if !self.is_blind.swap(true, Ordering::Relaxed) {
@@ -176,7 +176,7 @@ async fn look(node: &Node) -> bool {
     let (elsewhere, usual) =
         node.clients.probed().into_iter().partition(|probed| node.ports.is_elsewhere(probed.relay));
     try_usual_port(node, elsewhere).await;
-    // The others do not see the mapping of the one socket, and what it sends them does not arrive.
+    // The others do not see the main socket's mapping, and what it sends them does not arrive.
     let relays = chosen(usual, &node.socket());
     if relays.is_empty() {
         // Relays that answer no probes: nobody is to wait for what they tell.
@@ -200,8 +200,8 @@ async fn look(node: &Node) -> bool {
     true
 }
 
-/// Relays that answer only packets from another port of this node: whether they answer the usual one by now. Then what goes to
-/// them leaves by that again, and they see it there with the next packet.
+/// Checks whether relays that answered only packets from another port of this node now answer the usual one. If so,
+/// packets to them leave by it again, and they see this node there with the next packet.
 async fn try_usual_port(node: &Node, mut relays: Vec<Probed>) {
     let due = node.ports.to_check(relays.iter().map(|probed| probed.relay));
     relays.retain(|probed| due.contains(&probed.relay));
@@ -214,7 +214,7 @@ async fn try_usual_port(node: &Node, mut relays: Vec<Probed>) {
     let answers = asking.ask(&mut probes, FIRST_PATIENCE).await;
     for (probe, _) in probes.iter().zip(answers).filter(|(_, answer)| answer.is_some()) {
         node.ports.return_to_usual(probe.to);
-        // Told what it knows, a relay gets a packet now.
+        // This sends the profile again, so the relay gets a packet now.
         node.description.send_modify(|_| ());
     }
 }
@@ -536,7 +536,7 @@ impl Drop for Listening<'_> {
     }
 }
 
-/// The addresses that others in the host's networks may reach the main socket at, of those that the host has.
+/// Those of the host's addresses at which others in its networks may reach the main socket.
 fn local_addresses(interfaces: Vec<IpAddr>, socket: &Socket) -> Vec<SocketAddr> {
     let bound = socket.local();
     let of_socket = |ip: &IpAddr| bound.ip().is_unspecified() || *ip == canonical(bound).ip();

@@ -58,7 +58,7 @@ const MAX_EARLY: usize = 64;
 /// The tasks of a relay that has been closed let go of its ports as soon as they run.
 const PORTS_FREE: Duration = Duration::from_secs(1);
 
-/// How often it is tried to have the old port again.
+/// How often to try to get the old port back.
 const PORT_AGAIN: Duration = Duration::from_secs(1);
 
 pub(crate) struct Node {
@@ -75,7 +75,7 @@ pub(crate) struct Node {
     /// Addresses that nodes are about to connect from, whether this one listens or not.
     pub(crate) expected: Mutex<Expected>,
     pub(crate) puncher: Puncher,
-    /// Local ports beside that of the one socket.
+    /// Local ports beside the main socket's.
     pub(crate) ports: Arc<Ports>,
     /// What others need to know of this node to find a direct path to it. `None`: it does not know yet.
     pub(crate) description: watch::Sender<Option<Description>>,
@@ -92,7 +92,7 @@ pub(crate) struct Node {
     pub(crate) backlog: Arc<Backlog>,
     fallback: RwLock<Option<Arc<dyn Fallback>>>,
     socket: Mutex<BoundSocket>,
-    /// Where the one socket is bound to an address from which the local gateway cannot be reached.
+    /// For the local gateway, where the main socket is bound to an address that cannot reach it.
     loopback: Mutex<Option<(quinn::Endpoint, BoundSocket)>>,
     moves: watch::Sender<()>,
     signals: Signals,
@@ -100,7 +100,7 @@ pub(crate) struct Node {
     handler: RwLock<Option<Arc<dyn Handler>>>,
     /// What was logged because no handler took it.
     reports: Mutex<Reports<Report>>,
-    /// Events of the first moment, in which the handler has not been set yet.
+    /// Events from the start, before the handler is set.
     early: Mutex<Option<Vec<Event>>>,
     tasks: Mutex<JoinSet<()>>,
     runtime: Handle,
@@ -136,7 +136,7 @@ impl Peers {
 /// What others say of the node that a link should lead to.
 #[derive(Clone, Copy)]
 pub(crate) struct Said {
-    /// The key that it has, where somebody knows.
+    /// Its key, where it is known.
     pub(crate) key: Option<Fingerprint>,
     /// A relay says that the node at the other end is registered under the name.
     pub(crate) registered: bool,
@@ -450,8 +450,8 @@ impl Node {
 
     /// Remembers the key of a node that was reached. `answer`: to whether it has the node id, if it was asked.
     fn learn(&self, node: &NodeId, said: Said, link: &Link, answer: Option<Answer>) {
-        // Asked nothing, it has the key that the name is bound to, or speaks only `macula`.
         let (Some(shown), Dialect::MaculaPeer1) = (link.shown, link.dialect) else { return };
+        // Without an answer, the key is the one that the name is bound to, or a relay vouched for it.
         if answer.is_none_or(|answer| self.facts(node, said, link, |facts| facts.binds(answer))) {
             lock(&self.trust).bind(node.clone(), shown, Instant::now());
         }
@@ -479,7 +479,7 @@ impl Node {
         if lock(&self.trust).is_first_mismatch(node) {
             tracing::warn!(
                 ?node, %known, ?shown,
-                "a node shows another key than before and gets no messages. If it has lost its key in a restart, set \
+                "a node shows another key than before and gets no messages. If it lost its key in a restart, set \
                  identity_file on that node, so that it keeps its key from now on, and call \
                  macula_peer_endpoint:forget(NodeId) on this node to accept the new one.",
             );
@@ -490,7 +490,7 @@ impl Node {
         !matches!(self.config.verify, Verify::None)
     }
 
-    /// The key that a node id is bound to, unless nothing is to be checked.
+    /// The key that a node id is bound to, unless bindings are not enforced.
     pub(crate) fn known_key(&self, node: &NodeId) -> Option<Fingerprint> {
         if !self.enforces_bindings() {
             return None;
@@ -519,7 +519,7 @@ impl Node {
         })
     }
 
-    /// Whether what is for the node of this id is for this one. Empty: for whichever is reached.
+    /// Whether a message for this node id is for this node. Empty: for any node.
     pub(crate) fn serves(&self, target: &[u8]) -> bool {
         target.is_empty() || self.answer(target).is_some()
     }
@@ -584,7 +584,7 @@ impl Node {
         }
     }
 
-    /// QUIC on a socket at this address of the host, for a gateway that the one socket cannot reach.
+    /// QUIC on a socket at this address of the host, for a gateway that the main socket cannot reach.
     fn loopback(&self, ip: IpAddr) -> Result<(quinn::Endpoint, Arc<Socket>), ConnectError> {
         let mut loopback = lock(&self.loopback);
         if let Some((quic, bound)) = &*loopback {
@@ -592,19 +592,19 @@ impl Node {
         }
         let _inside = self.runtime.enter();
         let open = || {
-            // No signals are meant for it.
+            // It gets no signals.
             let (signals, _) = socket::signals();
             let reserved = self.config.reserved_port(Some(ip));
             let socket = Socket::bind(Some(ip), 0, reserved, self.refusals.clone(), signals)?;
             let mut config = self.identity.endpoint_config();
-            // As on the one socket: the first bits of a packet tell QUIC from signals.
+            // As on the main socket: the first bits of a packet tell QUIC from signals.
             config.grease_quic_bit(false);
             let batching = Arc::new(BatchingRuntime);
             let quic = quinn::Endpoint::new_with_abstract_socket(config, None, socket.clone(), batching)?;
             Ok((quic, socket))
         };
         let (quic, socket) = open().map_err(|error: std::io::Error| {
-            tracing::warn!(%error, %ip, "no socket to reach the local gateway by");
+            tracing::warn!(%error, %ip, "no socket to reach the local gateway from");
             ConnectError::OtherFamily
         })?;
         let errors = self.spawn(socket.clone().watch_errors());
@@ -662,7 +662,8 @@ impl Node {
         Ok(())
     }
 
-    /// Replaces the socket when it is broken, until the engine stops. Its port is kept if it can be had: others know it.
+    /// Replaces the socket when it is broken, until the engine stops. Its port is kept if possible, because peers know
+    /// it.
     pub(crate) async fn mend_socket(self: Arc<Self>) {
         let mut stopping = self.stopping();
         let mut moves = self.moves();
@@ -685,7 +686,7 @@ impl Node {
         }
     }
 
-    /// Binds a socket instead of one that is broken or at the wrong port. The port that is still wanted then.
+    /// Binds a socket instead of one that is broken or at the wrong port. Returns the port that is still wanted.
     fn replace_socket(&self, old: &Socket, wanted: Option<u16>) -> Option<u16> {
         if !std::ptr::eq(old, &*self.socket()) {
             // Somebody has moved it meanwhile.
@@ -696,7 +697,7 @@ impl Node {
         let bound = match self.rebind(ip, port) {
             Ok(()) => Ok(None),
             Err(error) if error.kind() != ErrorKind::AddrInUse => Err(error),
-            // The old socket has it, until quinn lets go of that.
+            // The old socket has it until quinn drops that.
             Err(_) if wanted.is_none() => self.rebind(ip, 0).map(|()| Some(port)),
             Err(_) => return wanted,
         };
@@ -707,13 +708,13 @@ impl Node {
                 wanted
             }
             Err(error) => {
-                tracing::debug!(%error, "no socket instead of the one that failed");
+                tracing::debug!(%error, "cannot replace the socket that failed");
                 wanted
             }
         }
     }
 
-    /// Lets what happened early be logged if there is no handler by then.
+    /// Logs early events if there is no handler by then.
     pub(crate) async fn end_early(self: Arc<Self>) {
         let mut stopping = self.stopping();
         let _ = tokio::time::timeout(EARLY, stopping.wait_for(|stopping| *stopping)).await;
@@ -729,7 +730,7 @@ impl Node {
     }
 
     pub(crate) fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
-        // Locked, so that nothing newer is told before.
+        // Locked, so that newer events do not overtake these.
         let mut early = lock(&self.early);
         if let Some(handler) = &handler {
             for event in early.take().into_iter().flatten() {
@@ -824,7 +825,7 @@ impl Node {
         }
     }
 
-    /// Whether too many messages wait, for the local gateway or of this sender's for the handler.
+    /// Whether too many messages wait: for the local gateway, or from this sender for the handler.
     pub(crate) fn is_crowded(&self, sender: Sender) -> bool {
         self.backlog.is_full(sender) || self.gateway.as_ref().is_some_and(|gateway| gateway.is_crowded())
     }
@@ -857,7 +858,7 @@ impl Node {
         }
     }
 
-    /// Tells the handler alone. Whether it was there.
+    /// Tells only the handler. Returns whether there was one.
     pub(crate) fn tell(&self, event: Event) -> bool {
         tracing::debug!(?event);
         self.handler().is_some_and(|handler| handler.event(event))
@@ -943,7 +944,7 @@ impl Node {
     }
 }
 
-/// What is logged of an event that no handler takes.
+/// What to log of an event that no handler takes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Report {
     Undelivered(PeerName, UndeliveredReason),
@@ -965,14 +966,14 @@ impl Report {
     fn log(&self, times: u64) {
         match self {
             Self::Undelivered(peer, reason) => {
-                tracing::warn!(%peer, %reason, count = times, "accepted messages were not delivered, and no handler is told");
+                tracing::warn!(%peer, %reason, count = times, "accepted messages were not delivered, and no handler takes the event");
             }
             Self::NotRegistered(relay, Registration::Refused(refusal)) => {
                 let reason = refusal.name();
-                tracing::warn!(%relay, reason, times, "the relay refuses the registration, and no handler is told");
+                tracing::warn!(%relay, reason, times, "the relay refuses the registration, and no handler takes the event");
             }
             Self::NotRegistered(relay, _) => {
-                tracing::warn!(%relay, times, "the registration at the relay was lost, and no handler is told");
+                tracing::warn!(%relay, times, "the registration at the relay was lost, and no handler takes the event");
             }
         }
     }

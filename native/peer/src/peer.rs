@@ -85,7 +85,8 @@ const LARGE_ANSWERS: usize = 4;
 /// How long a message without a deadline is owed after its link died.
 const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
-/// What a 0.14.3 gateway has acknowledged and not read it drops when the connection is closed: this is how long it gets.
+/// When a connection is closed, a 0.14.3 gateway drops what it has acknowledged but not read. This is how long it gets
+/// to read.
 const READ_WITHIN: Duration = Duration::from_millis(100);
 
 /// How long a stopping engine waits for what is on its way.
@@ -635,7 +636,7 @@ struct Task {
     linked_until: Option<Instant>,
     /// Why there is none.
     failure: Option<SendError>,
-    /// Since there was a link, only a node with another key was found.
+    /// Since the last link, only a node with another key was found.
     untrusted: bool,
     in_doubt: bool,
     /// The link is given up, and until when what went over it may still be acknowledged.
@@ -643,7 +644,7 @@ struct Task {
     liveness: Liveness,
     /// When the oldest unacknowledged message was written.
     oldest: Option<Instant>,
-    /// By when the peer has read what it has acknowledged.
+    /// When the peer will have read what it has acknowledged.
     read_by: Option<Instant>,
     swept_at: Instant,
     out_of_credit: bool,
@@ -1313,7 +1314,7 @@ impl Task {
         tracing::debug!(peer = %self.peer.name, %error, "no link");
         self.untrusted = is_untrusted(Some(&error));
         self.redial_at = Some(Instant::now() + self.redial.pause(fastrand::f64()));
-        // That its name does not resolve, or that this host has no route, says nothing about the peer.
+        // A name that does not resolve, or a missing route on this host, says nothing about the peer.
         let is_ours = matches!(error, SendError::Connect(ConnectError::Unresolved | ConnectError::NoRoute));
         if self.in_doubt && !is_ours {
             // Silent on the old link and not to be had on a new one: what is unacknowledged keeps its deadlines.
@@ -1323,8 +1324,8 @@ impl Task {
         // of its own.
         let silent = matches!(error, SendError::Connect(ConnectError::TimedOut));
         if self.is_away(&error) {
-            // It was there a moment ago, and is about to register again, perhaps at a relay that was restarted too, or this
-            // host's own interface is down.
+            // It was there a moment ago. It is about to register again, perhaps at a relay that was restarted too, or
+            // this host's own interface is down.
             self.hold_off = self.redial_at;
             self.failure = Some(error);
             return;
@@ -1391,8 +1392,8 @@ impl Task {
         }
     }
 
-    /// The node at the other end of the link says that it is another one, by now at least. What was for this one goes
-    /// another way.
+    /// The node at the other end of the link says that it is another one, at least by now. What was for this one takes
+    /// another path.
     fn wrong_node(&mut self) {
         if let (PeerName::Node(node), Some(shown)) = (&self.peer.name, self.link.as_ref().and_then(|link| link.shown)) {
             self.node().disown(node, shown);
@@ -1733,7 +1734,7 @@ async fn read_answers(peer: Arc<Peer>, link: Arc<Link>) {
     }
 }
 
-/// Reads until the stream ends, carries what is no frame, or nothing more comes.
+/// Reads until the stream ends, carries something that is not a frame, or makes no more progress.
 async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, large: Arc<Semaphore>) {
     let mut frames = link.reassembler();
     let mut permit = None;
@@ -1776,7 +1777,7 @@ fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) {
     }
 }
 
-/// A request has found the link silent for so long.
+/// A request found that the link has been silent for this long.
 async fn doubted(link: Option<&Link>) -> Duration {
     let Some(link) = link else { return std::future::pending().await };
     link.doubted.notified().await;

@@ -75,7 +75,7 @@ pub(crate) fn certified(
     if x509::version(leaf).is_some_and(|version| version < 3) {
         return Err(PemError::OldCertificate);
     }
-    // What peers that run this library have to be able to read.
+    // Peers that run this library have to be able to read it.
     ParsedCertificate::try_from(leaf).map_err(|error| PemError::BadCertificate(error.to_string()))?;
     let key = signer.public_key();
     match chain.iter().position(|certificate| x509::public_key(certificate) == key) {

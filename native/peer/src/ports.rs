@@ -12,10 +12,10 @@ use crate::link::lock;
 use crate::node::Node;
 use crate::socket::{ExtraGuard, Socket, canonical};
 
-/// Destinations that have a port of their own at once. Each is an open file, and is looked at whenever something has come.
+/// How many destinations may have their own port at once. Each is an open file, and is read whenever something arrives.
 const MAX_PORTS: usize = 32;
 
-/// How often it is looked whether they are still of use.
+/// How often to check whether they are still of use.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 
 /// The ports in use.
@@ -27,12 +27,12 @@ pub(crate) struct Ports {
 #[derive(Default)]
 struct State {
     failing: SourcePorts,
-    /// Of dials that are under way. Together at most `MAX_PORTS`.
+    /// Those of dials under way. All together at most `MAX_PORTS`.
     trying: HashMap<SocketAddr, Weak<ExtraGuard>>,
     kept: HashMap<SocketAddr, (Kept, Arc<ExtraGuard>)>,
 }
 
-/// One dial. What became of it is noted when it is dropped.
+/// One dial. Its outcome is recorded when it is dropped.
 pub(crate) struct Dial {
     ports: Arc<Ports>,
     to: SocketAddr,
@@ -45,7 +45,7 @@ pub(crate) struct Dial {
 }
 
 impl Ports {
-    /// Begins a dial that may take so long, and has it leave by another port if it should. Must be called inside the runtime.
+    /// Begins a dial that may take `longest`, by another port if it should. Must be called inside the runtime.
     pub(crate) fn dial(self: &Arc<Self>, socket: &Arc<Socket>, to: SocketAddr, longest: Duration) -> Dial {
         let (to, begun) = (canonical(to), Instant::now());
         let another = lock(&self.state).another(socket, to, begun);
@@ -57,7 +57,7 @@ impl Ports {
         lock(&self.state).kept.contains_key(&canonical(to))
     }
 
-    /// Of these destinations the ones that leave by another port, and whose usual port should be tried now.
+    /// Those of these destinations that are reached by another port and should be tried by the usual one now.
     pub(crate) fn to_check(&self, all: impl Iterator<Item = SocketAddr>) -> Vec<SocketAddr> {
         let (state, now) = (&mut *lock(&self.state), Instant::now());
         all.filter(|to| state.kept.get_mut(&canonical(*to)).is_some_and(|(kept, _)| kept.check(now))).collect()
@@ -72,12 +72,13 @@ impl Ports {
         }
     }
 
-    /// The socket is another one, and those beside the old one are of no use.
+    /// The main socket was replaced, so the ports beside the old one are of no use.
     pub(crate) fn clear(&self) {
         *lock(&self.state) = State::default();
     }
 
-    /// Lets go of ports that nothing was heard at for long. Whether the usual one should be tried for some destination.
+    /// Closes ports at which nothing was heard for long. Returns whether the usual one should be tried for a
+    /// destination.
     fn look(&self) -> bool {
         let (state, now) = (&mut *lock(&self.state), Instant::now());
         state.trying.retain(|_, port| port.strong_count() > 0);
@@ -86,7 +87,7 @@ impl Ports {
     }
 }
 
-/// Lets go of ports that are of no use any more, until the engine stops.
+/// Closes ports that are of no use any more, until the engine stops.
 pub(crate) async fn run(node: Arc<Node>) {
     let mut stopping = node.stopping();
     loop {
@@ -107,7 +108,7 @@ impl State {
             return None;
         }
         if let Some(port) = self.trying.get(&to).and_then(Weak::upgrade) {
-            // Two connections to one destination leave by one port.
+            // Two connections to one destination share a port.
             return Some(port);
         }
         self.trying.retain(|_, port| port.strong_count() > 0);
@@ -137,7 +138,7 @@ impl Dial {
         self.heard = true;
     }
 
-    /// The system said that nobody is there.
+    /// The system reported that the destination refuses.
     pub(crate) fn refused(&mut self) {
         self.refused = true;
     }

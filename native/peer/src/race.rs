@@ -146,8 +146,8 @@ pub(crate) struct Race {
 }
 
 impl Race {
-    /// Goes on without anybody who wants a link. A 0.14.3 gateway handshakes in the process that reads: a dial that is broken
-    /// off in the middle holds that up for 5 s.
+    /// Completes dials whose link no caller wants any more. A 0.14.3 gateway handshakes in the process that reads: a dial
+    /// that is broken off in the middle blocks that process for 5 s.
     pub(crate) async fn finish(mut self) {
         if let Progress::Link(link) = self.next().await {
             link.close_when_read().await;
@@ -317,7 +317,7 @@ impl Race {
         }
     }
 
-    /// The one that would be told if nothing else came.
+    /// The error to report if there is no other outcome.
     pub(crate) fn failure(&self) -> Option<&SendError> {
         self.failure.as_ref()
     }
@@ -401,7 +401,7 @@ impl Race {
 fn weight(error: &RouteError) -> u8 {
     match error {
         RouteError::NoRelay => 1,
-        // It says something of the way, not of the node.
+        // It says something about the path, not the node.
         RouteError::Node(ConnectError::WrongNode) => 2,
         RouteError::Relay(_) => 3,
         RouteError::Setup(Refusal::NotRegistered) => 4,

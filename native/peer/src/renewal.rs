@@ -1,4 +1,4 @@
-//! What is made from files, and made again when they change: certificates are renewed while a node runs.
+//! Values that are made from files, and made again when those change: certificates are renewed while a node runs.
 
 use std::fmt::{self, Debug, Display};
 use std::path::PathBuf;
@@ -17,12 +17,12 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 type Make<T> = dyn Fn() -> Result<T, String> + Send + Sync;
 
-/// A value made from files, as they last were when a value could be made of them.
+/// A value made from the last usable contents of files.
 pub(crate) struct FromFiles<T> {
     files: Vec<PathBuf>,
     make: Box<Make<T>>,
     latest: RwLock<Arc<T>>,
-    /// Of what was last read, whether a value could be made of it or not.
+    /// The contents that were last read, usable or not.
     seen: Mutex<Vec<u8>>,
 }
 
@@ -31,7 +31,7 @@ impl<T> FromFiles<T> {
         files: Vec<PathBuf>,
         make: impl Fn() -> Result<T, E> + Send + Sync + 'static,
     ) -> Result<Arc<Self>, E> {
-        // Before the value: what is written in between is noticed.
+        // Read before the value is made, so that what is written in between is noticed.
         let seen = digest(&files).as_ref().to_vec();
         let latest = RwLock::new(Arc::new(make()?));
         let make = Box::new(move || make().map_err(|error| error.to_string()));
@@ -43,7 +43,7 @@ impl<T> FromFiles<T> {
     }
 }
 
-/// Not the value, which may be a key.
+/// Leaves out the value, which may be a key.
 impl<T> Debug for FromFiles<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("FromFiles").field(&self.files).finish()
@@ -68,13 +68,13 @@ impl<T: Send + Sync> Renew for FromFiles<T> {
         }
         match (self.make)() {
             Ok(value) => *self.latest.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(value),
-            // Perhaps one of two files has been replaced so far.
-            Err(error) => tracing::warn!("what was loaded before stays in use until the files are right: {error}"),
+            // Perhaps only one of two files has been replaced so far.
+            Err(error) => tracing::warn!("the changed files cannot be used, and the earlier ones stay in use: {error}"),
         }
     }
 }
 
-/// The contents of files, or that they cannot be read.
+/// A digest of the contents of files, and of which cannot be read.
 fn digest(files: &[PathBuf]) -> Digest {
     let mut all = Context::new(&SHA256);
     for file in files {
@@ -89,7 +89,7 @@ fn digest(files: &[PathBuf]) -> Digest {
     all.finish()
 }
 
-/// Looks at files for as long as somebody uses what is made from them.
+/// Watches files as long as what is made from them is used.
 pub(crate) async fn keep(renewed: Vec<Weak<dyn Renew>>, mut stopping: watch::Receiver<bool>) {
     while renewed.iter().any(|each| each.strong_count() > 0) {
         tokio::select! {

@@ -91,8 +91,8 @@ impl Drop for Asked<'_> {
     }
 }
 
-/// What a request is written to. Given up in the middle it is reset: a stream that is dropped goes on to be sent, for
-/// nobody, and ends as if it were whole.
+/// What a request is written to. A request that is given up in the middle resets it: quinn goes on to send a stream
+/// that is dropped, and ends it as if it were complete.
 struct Sending {
     send: SendStream,
     whole: bool,

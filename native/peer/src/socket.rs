@@ -44,7 +44,7 @@ mod sift;
 /// 1 Gbit/s.
 const FULL_SOCKET_PAUSE: Duration = Duration::from_millis(1);
 
-/// Who receives from a socket beside the main one waits for so long after an error: one that lasts must not burn a core.
+/// How long receivers from sockets beside the main one wait after an error: an error that lasts must not burn a core.
 pub(crate) const AFTER_ERROR: Duration = Duration::from_millis(10);
 
 /// Socket buffers: the kernel's default of 208 KB holds 150 full packets, less than one burst of a fast sender.
@@ -68,7 +68,7 @@ pub(crate) struct Refused {
 pub(crate) enum Why {
     /// ICMP said that nobody listens there.
     Unreachable,
-    /// This host has no route, or no address to send from. It says nothing of who is there.
+    /// This host has no route, or no address to send from. That says nothing about the destination.
     NoRoute,
 }
 
@@ -77,7 +77,7 @@ pub(crate) struct Socket {
     state: UdpSocketState,
     sender: Sender,
     receiver: Receiver,
-    /// Another one has taken its place.
+    /// Another socket has replaced it.
     replaced: AtomicBool,
     local: SocketAddr,
     full: AtomicBool,
@@ -176,12 +176,12 @@ impl Socket {
         self.extras.route(address, id);
     }
 
-    /// Packets to an address go without an ECN mark for a moment, because those with one are not answered.
+    /// Packets to an address go without an ECN mark for a moment, because marked ones are not answered.
     pub(crate) fn try_unmarked(&self, to: SocketAddr) {
         self.sender.change(|quirks, now| quirks.try_unmarked(to, now));
     }
 
-    /// Packets to an address got through without a mark: later ones go without as well.
+    /// Packets to an address got through unmarked, so later ones go unmarked as well.
     pub(crate) fn stay_unmarked(&self, to: SocketAddr) {
         self.sender.change(|quirks, now| quirks.do_not_mark(to, now));
     }
@@ -202,7 +202,7 @@ impl Socket {
         *crate::link::lock(&self.receiver.injected) = Some(Box::new(|| io::ErrorKind::OutOfMemory.into()));
     }
 
-    /// Another one has taken its place, and wants its port. quinn lets go of it as soon as it looks.
+    /// Another socket has replaced it, and wants its port. quinn drops this one as soon as it polls it.
     pub(crate) fn replaced(&self) {
         self.replaced.store(true, Ordering::Relaxed);
         self.extras.wake();
@@ -254,7 +254,7 @@ impl Socket {
         Ok(())
     }
 
-    /// Tells those who dial a destination that it cannot be reached.
+    /// Tells the dials of a destination that it cannot be reached.
     fn note(&self, destination: SocketAddr, outcome: Outcome) {
         if outcome == Outcome::Refused {
             // No receiver means that nobody dials.
@@ -270,7 +270,7 @@ pub(crate) struct ExtraGuard {
 }
 
 impl ExtraGuard {
-    /// Counts up with what comes by it.
+    /// Counts the datagrams that it receives.
     pub(crate) fn heard(&self) -> u64 {
         self.socket.extras.get(self.id).map_or(0, |extra| extra.heard())
     }
@@ -289,8 +289,8 @@ impl ExtraGuard {
     }
 }
 
-/// ICMP's word on what leaves by an extra socket, until this is dropped: a socket whose errors nobody reads looks writable to
-/// tokio for good.
+/// Reads ICMP errors about packets from an extra socket, until this is dropped: a socket with unread errors always
+/// looks writable to tokio.
 struct Reporting<'a>(&'a Extra, SocketAddr);
 
 impl<'a> Reporting<'a> {

@@ -80,7 +80,7 @@ pub enum Verify {
     /// One that leads to a certificate authority of this PEM file, and is for the host that was dialled. Who connects
     /// must show one, for any name.
     CaFile(PathBuf),
-    /// The same, but whoever is dialled may show one for any name too.
+    /// The same, but a peer that is dialled may also show one for any name.
     CaFileAnyName(PathBuf),
 }
 
@@ -158,7 +158,8 @@ fn client_config(
     Ok(QuicClientConfig::try_from(tls)?)
 }
 
-/// A resumed session shows no certificate and looks at none, so sessions are resumed only where neither changes.
+/// A resumed session neither shows nor checks a certificate, so sessions are resumed only where certificates do not
+/// change.
 fn server_config(
     shown: Arc<dyn ResolvesServerCert>,
     verifier: Arc<Verifier>,
@@ -177,7 +178,7 @@ fn server_config(
     Ok(QuicServerConfig::try_from(tls)?)
 }
 
-/// The certificate that the files had last.
+/// The last usable certificate of the files.
 #[derive(Debug)]
 struct Renewed(Arc<FromFiles<Arc<SingleCertAndKey>>>);
 
@@ -243,13 +244,13 @@ pub(crate) enum Trust {
     Anybody,
     Keys(Vec<Fingerprint>),
     Authorities {
-        /// As the file had them last.
+        /// The last usable contents of the file.
         latest: Arc<FromFiles<Authorities>>,
         any_name: bool,
     },
 }
 
-/// Certificates are for servers, for clients, or for both, and only one of these looks at which.
+/// Certificates are for servers, for clients, or for both. Each of these verifies one use.
 pub(crate) struct Authorities {
     servers: Arc<RootCertStore>,
     clients: Arc<dyn ClientCertVerifier>,
@@ -283,8 +284,7 @@ impl Verifier {
         Arc::new(Self { trust: trust.clone(), over, algorithms })
     }
 
-    /// Whether a handshake was signed with the key of a certificate. Only who looks further than the key needs to be able
-    /// to read the rest.
+    /// Whether a handshake was signed with the key of a certificate. The rest of the certificate is not read.
     fn holds_key(
         &self,
         message: &[u8],
@@ -357,7 +357,7 @@ impl ClientCertVerifier for Verifier {
         self.over == Over::Circuit || !matches!(self.trust, Trust::Anybody)
     }
 
-    /// A node has one certificate and shows it, whoever is trusted.
+    /// A node has one certificate and shows it whatever authorities are asked for.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }

@@ -1,4 +1,4 @@
-//! Reading and writing streams for as long as it goes on, however long that takes.
+//! Reading and writing streams as long as they make progress, however long that takes.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::decide::growth::Growth;
 
-/// How long an answer is written without enough of it being taken, before its sender passes for one that does not read.
+/// How long an answer may be written without progress, before the peer counts as one that does not read.
 pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reads the next bytes of something that must grow within `without_growth`. `None`: it does not.
@@ -21,7 +21,7 @@ pub(crate) async fn read(
     let left = growth.left(without_growth);
     let mut waiting = Waiting { growth, since: Instant::now(), came: 0 };
     tokio::select! {
-        // Time may have passed because this host had none for the task.
+        // The time may have passed because this host did not run the task.
         biased;
         chunk = receive.read_chunk(at_once, true) => {
             if let Ok(Some(chunk)) = &chunk {
@@ -47,7 +47,7 @@ pub(crate) async fn write(send: &mut SendStream, bytes: Bytes) -> bool {
     true
 }
 
-/// Counts the time also if the wait is given up for something else.
+/// Also counts the time of a wait that is dropped.
 struct Waiting<'a> {
     growth: &'a mut Growth,
     since: Instant,

@@ -1,6 +1,6 @@
-//! What is needed of a certificate that no authority vouches for: its version and its public key.
+//! The parts that matter of a certificate without an authority: its version and its public key.
 //!
-//! webpki reads version 3 alone and refuses what RFC 5280 does not allow. A 0.14.3 gateway shows whatever its operator
+//! webpki reads only version 3 and refuses what RFC 5280 does not allow. A 0.14.3 gateway shows whatever its operator
 //! made, and only its key counts.
 
 use rustls::pki_types::{CertificateDer, SubjectPublicKeyInfoDer};
@@ -10,7 +10,7 @@ const SEQUENCE: u8 = 0x30;
 /// `[0] EXPLICIT`, which only versions 2 and 3 have.
 const VERSION: u8 = 0xA0;
 
-/// The version as people count it: 1, 2 or 3. `None`: this is no certificate.
+/// The version: 1, 2 or 3. `None`: this is not a certificate.
 pub(crate) fn version(certificate: &CertificateDer<'_>) -> Option<u8> {
     let (version, _) = to_be_signed(certificate)?;
     match version {
@@ -22,7 +22,7 @@ pub(crate) fn version(certificate: &CertificateDer<'_>) -> Option<u8> {
     }
 }
 
-/// The SubjectPublicKeyInfo in DER. `None`: this is no certificate.
+/// The SubjectPublicKeyInfo in DER. `None`: this is not a certificate.
 pub(crate) fn public_key(certificate: &CertificateDer<'_>) -> Option<SubjectPublicKeyInfoDer<'static>> {
     let (_, fields) = to_be_signed(certificate)?;
     let (_serial_number, fields) = expect(INTEGER, fields)?;
@@ -34,7 +34,7 @@ pub(crate) fn public_key(certificate: &CertificateDer<'_>) -> Option<SubjectPubl
     Some(fields[..fields.len() - rest.len()].to_vec().into())
 }
 
-/// The version, where it is said, and the fields that follow it (RFC 5280, section 4.1).
+/// The version, where it is present, and the fields that follow it (RFC 5280, section 4.1).
 fn to_be_signed<'a>(certificate: &'a CertificateDer<'_>) -> Option<(Option<&'a [u8]>, &'a [u8])> {
     let (certificate, []) = expect(SEQUENCE, certificate)? else { return None };
     let (fields, _signature) = expect(SEQUENCE, certificate)?;
@@ -44,8 +44,8 @@ fn to_be_signed<'a>(certificate: &'a CertificateDer<'_>) -> Option<(Option<&'a [
     }
 }
 
-/// Splits the contents of an element with this tag from what follows it. Lengths are in DER's one form, so that a key has
-/// one fingerprint.
+/// Splits the contents of an element with this tag from what follows it. Only DER's form of a length is accepted, so
+/// that a key has one fingerprint.
 fn expect(tag: u8, input: &[u8]) -> Option<(&[u8], &[u8])> {
     let (&found, input) = input.split_first()?;
     let (&first, input) = input.split_first()?;
@@ -57,7 +57,7 @@ fn expect(tag: u8, input: &[u8]) -> Option<(&[u8], &[u8])> {
             let shortest = digits[0] != 0 && length >= 0x80;
             (shortest.then_some(length)?, input)
         }
-        // Of no fixed length, or longer than any certificate.
+        // Of indefinite length, or longer than any certificate.
         _ => return None,
     };
     if found == tag { input.split_at_checked(length) } else { None }

@@ -71,7 +71,7 @@ pub enum PayloadError {
     /// There is a value of an extension type, begun by the marker byte given here.
     #[error("extension type {0:#04x}")]
     Extension(u8),
-    /// The builder did not want to [go on](Build::goes_on).
+    /// The builder declined to [go on](Build::goes_on).
     #[error("not read to its end")]
     Stopped,
     /// There is the byte `0xC1`, which MessagePack reserves.
@@ -92,13 +92,13 @@ struct Reader<'p, 'b, B> {
     builder: &'b mut B,
 }
 
-/// A container that is not complete yet.
+/// A container that is incomplete.
 enum Open<T> {
     Array {
         missing: usize,
         items: Vec<T>,
     },
-    /// Keys and values alternate; there is one key more where a value comes next.
+    /// Keys and values alternate; there is one more key when a value comes next.
     Map {
         missing: usize,
         keys: Vec<T>,
@@ -142,7 +142,7 @@ impl<T> Open<T> {
 }
 
 impl<'p, B: Build> Reader<'p, '_, B> {
-    /// Reads the next value. Keeps what is not complete on the heap: schedulers have small stacks.
+    /// Reads the next value. Keeps incomplete containers on the heap: schedulers have small stacks.
     fn value(&mut self) -> Result<B::Term, PayloadError> {
         let mut open: Vec<Open<B::Term>> = Vec::new();
         loop {
@@ -163,7 +163,7 @@ impl<'p, B: Build> Reader<'p, '_, B> {
         }
     }
 
-    /// Reads the next value, which is inside `depth` containers; of a container what comes before its elements.
+    /// Reads the next value, which is inside `depth` containers, or the part of a container before its elements.
     fn next(&mut self, depth: usize) -> Result<Read<B::Term>, PayloadError> {
         self.ask(1)?;
         let [byte] = self.take()?;

@@ -1,18 +1,18 @@
-//! How many of the process's descriptors are ours to take. They belong to the whole BEAM: the application's files and
-//! sockets fail when there are none left.
+//! How many of the process's descriptors the engine may take. They belong to the whole BEAM: the application's files
+//! and sockets fail when there are none left.
 
 /// A lookup holds a descriptor or two while it asks a DNS server.
 const LOOKUPS: (u64, u64) = (8, 128);
 
-/// How many lookups of names may run at once, where so many descriptors are allowed. `None`: as many as anyone could want.
+/// How many name lookups may run at once, where the process may have `limit` descriptors. `None`: no limit.
 pub(crate) fn lookups(limit: Option<u64>) -> usize {
     let (least, most) = LOOKUPS;
     // At most 128.
     limit.map_or(most, |limit| (limit / 8).clamp(least, most)) as usize
 }
 
-/// How many sockets may be opened for an attempt that wants so many: a quarter of what is allowed at the most, and half of
-/// what is left. Fewer find a path less often.
+/// How many sockets an attempt that wants `wanted` may open: at most a quarter of what is allowed, and half of what is
+/// left. Fewer find a path less often.
 pub(crate) fn punching(wanted: u16, limit: Option<u64>, open: Option<u64>) -> u16 {
     let Some(limit) = limit else { return wanted };
     let left = limit.saturating_sub(open.unwrap_or(limit / 2));

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// So many errors in a row are looked at one after the other: ICMP errors about packets that were sent come like that.
+/// Up to so many errors in a row are read without a pause: ICMP errors about packets that were sent come like that.
 const AT_ONCE: u32 = 32;
 
 /// Then there are pauses, which double.

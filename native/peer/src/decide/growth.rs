@@ -1,14 +1,14 @@
-//! Whether what one side has begun to send still grows.
+//! Whether a transfer that has begun still makes progress.
 //!
-//! A transfer takes as long as the path needs: 16 MiB at 400 kbit/s take more than five minutes. What counts is the time
-//! spent waiting for the other side without enough coming of it. That also bounds how long somebody who sends a byte now
-//! and then can hold memory here.
+//! A transfer takes as long as the path needs: 16 MiB at 400 kbit/s take more than five minutes. What counts is the
+//! time spent waiting for the other side without enough progress. That also bounds how long a peer that sends a byte
+//! now and then can hold memory here.
 
 use std::time::Duration;
 
-/// As much must come within the time without growth. With the default of 30 s that is 550 bytes a second, so a link of
-/// 400 kbit/s can carry ninety transfers at once. Not more than what a stream takes at once, or a single wait could not
-/// bring it.
+/// So many bytes must come within the time without growth. With the default of 30 s that is 550 bytes a second, so a
+/// link of 400 kbit/s can carry ninety transfers at once. No more than a stream takes at once, or a single wait could
+/// not yield it.
 const STEP: usize = 16 << 10;
 
 /// One transfer under way.
@@ -20,7 +20,7 @@ pub(crate) struct Growth {
 }
 
 impl Growth {
-    /// Somebody waited so long for the other side, and so many bytes came of it.
+    /// A wait for the other side took `time` and yielded `bytes`.
     pub(crate) fn waited(&mut self, time: Duration, bytes: usize) {
         self.waited += time;
         self.grown += bytes;

@@ -1,17 +1,18 @@
 //! Whether a peer that owes an acknowledgement has fallen silent, which makes its link suspect.
 //!
-//! A peer that was killed says nothing on its old connection, so another link is looked for soon. A host that is short of
-//! processor time, or sleeps now and then, is silent as well and has been there all along. After such a false alarm the
-//! same silence is expected of the peer for a while, so that it costs one dial and not one a second.
+//! A peer that was killed sends nothing on its old connection, so another link is looked for soon. A host that is short
+//! of processor time, or sleeps now and then, is silent as well but still there. After such a false alarm the peer may
+//! be as silent for a while, so that it costs one dial and not one a second.
 
 use std::time::{Duration, Instant};
 
-/// A look that comes later than this was late because this host is busy. Nobody had read what came meanwhile, so the time
-/// beyond does not count as the peer's silence. Short, so that a peer is suspected in some looks however busy the host is.
+/// A look that comes later than this is late because this host is busy. What came meanwhile was not read, so the time
+/// beyond does not count as the peer's silence. Short, so that a few looks suspect a dead peer however busy the host
+/// is.
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
-/// Silence that is expected at most. A longer one is an outage and no habit: it is not remembered, and another link is
-/// looked for each time.
+/// The longest silence that is expected. A longer one is an outage, not a habit: it is not remembered, and another link
+/// is looked for each time.
 const LONGEST_EXPECTED: Duration = Duration::from_secs(3);
 
 /// False alarms of the present and of the last period of this length are remembered.
@@ -53,7 +54,7 @@ impl Liveness {
         }
     }
 
-    /// There is another link. The peer is as slow as before.
+    /// There is another link. What is known of the peer's slowness stays.
     pub(crate) fn linked(&mut self, now: Instant) {
         (self.heard, self.heard_at, self.silent_since) = (0, now, None);
     }
@@ -80,7 +81,7 @@ impl Liveness {
         self.silent_since = Some(now.checked_sub(silence).unwrap_or(now));
     }
 
-    /// How long the peer may be silent because it has been lately: zero, or more than that.
+    /// How long the peer may be silent because it was recently: zero, or more than that silence.
     pub(crate) fn expected_silence(&mut self, now: Instant) -> Duration {
         self.turn(now);
         let [present, last] = self.false_alarms;

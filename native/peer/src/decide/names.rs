@@ -1,9 +1,9 @@
 //! Which host names are looked up, and which wait.
 //!
-//! The system's resolver holds a thread for each name, for ten seconds or more where a DNS server is dead, and cannot be
-//! interrupted. So a name is looked up once at a time for all who ask for it, a failure holds for a moment, and names that
-//! hung the last time share a few of the threads, so that the rest are left to others; some are kept for names that are
-//! known to resolve.
+//! The system's resolver holds a thread for each name, for ten seconds or more where a DNS server is dead, and cannot
+//! be interrupted. So one lookup of a name serves all who ask for it meanwhile, a failure holds for a moment, and names
+//! that hung the last time share a few of the threads. That leaves the rest to others, and some threads to names that
+//! are known to resolve.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ const SLOW: Duration = Duration::from_secs(2);
 const FAILED_FOR: Duration = Duration::from_secs(1);
 const HUNG_FOR: Duration = Duration::from_secs(5);
 
-/// How long it is remembered how a lookup went.
+/// How long the outcome of a lookup is remembered.
 const REMEMBERED: Duration = Duration::from_secs(600);
 
 /// Names that are remembered, waiting or looked up. Lookups of others fail while all of these are in use.
@@ -27,7 +27,7 @@ pub(crate) enum Ask {
     Start,
     /// Its turn comes later.
     Wait,
-    /// It is being looked up, or waits.
+    /// It is being looked up, or is already waiting.
     Join,
     /// It has just failed, or there are too many.
     Failed,
@@ -108,7 +108,7 @@ impl Names {
         *stage = Stage::Over { at: now, failed: !found };
     }
 
-    /// The next name that is to be looked up, if it is somebody's turn. Those that nobody `wants` any more are forgotten.
+    /// The next name to look up, if one may start. Names that are not `wanted` any more are forgotten.
     pub(crate) fn next(&mut self, now: Instant, wanted: impl Fn(&str) -> bool) -> Option<Box<str>> {
         for class in [Class::Good, Class::Unknown, Class::Hung] {
             while self.may_run(class) {

@@ -1,4 +1,4 @@
-//! What packets to some destinations do without, because those who went before them did not get through with it.
+//! What to leave out of packets to some destinations, because earlier packets did not get through with it.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -23,7 +23,7 @@ pub(crate) struct Quirks {
 }
 
 impl Quirks {
-    /// Whether there are none, so that nobody need look for one.
+    /// Whether there are none, which saves looking for one.
     pub(crate) fn is_empty(&self) -> bool {
         self.unsegmented.until.is_empty() && self.unmarked.until.is_empty()
     }
@@ -80,7 +80,7 @@ impl<K: Clone + Eq + Hash> Expiring<K> {
 
     fn insert(&mut self, key: K, now: Instant, lasts: Duration) {
         if self.until.len() >= MAX_REMEMBERED && !self.until.contains_key(&key) {
-            // Whoever fills the table with trials takes nothing from what is known for longer.
+            // Filling the table with trials does not evict what is known for longer.
             let soonest = self.until.iter().min_by_key(|(_, until)| **until).map(|(key, _)| key.clone());
             soonest.map(|soonest| self.until.remove(&soonest));
         }
@@ -108,7 +108,7 @@ mod tests {
         let mut quirks = Quirks::default();
         quirks.do_not_segment(address("192.0.2.1:1"), now);
         quirks.do_not_mark(address("192.0.2.1:1"), now);
-        // A device is the same for every port, and so is an address that is written otherwise.
+        // The device is the same for every port, and for another notation of the address.
         assert!(!quirks.is_segmented(address("[::ffff:192.0.2.1]:2"), now));
         assert!(quirks.is_segmented(address("192.0.2.2:1"), now));
         assert!(!quirks.is_marked(address("[::ffff:192.0.2.1]:1"), now));

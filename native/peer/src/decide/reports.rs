@@ -1,4 +1,4 @@
-//! What is logged because nobody else is told: once for each subject, and then rarely, with how often it happened since.
+//! What is logged because no handler takes the event: once for each subject, and then rarely, with the number since.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -29,7 +29,7 @@ impl<T> Default for Reports<T> {
 }
 
 impl<T: Eq + Hash> Reports<T> {
-    /// It has happened so many times. If it should be logged now, how many it is since it last was.
+    /// It has happened `times` more times. Returns the number since it was last logged, if it should be logged now.
     pub(crate) fn happened(&mut self, subject: T, times: u64, now: Instant) -> Option<u64> {
         if let Some(logged) = self.logged.get_mut(&subject) {
             logged.since += times;

@@ -28,12 +28,12 @@ impl Backoff {
     }
 }
 
-/// A relay that restarts is back within a second. One that stays away is asked every ten seconds by each of its nodes: ten
-/// thousand are a thousand dials per second, which a relay that comes back can bear.
+/// A relay that restarts is back within a second. One that stays away is dialled every ten seconds by each of its
+/// nodes. With ten thousand nodes that is a thousand dials per second, which a relay that comes back can handle.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// A registration that lasted less than this was none: the pauses go on growing.
+/// A registration that lasted less than this does not count: the pauses go on growing.
 const LASTING: Duration = Duration::from_secs(1);
 
 /// Two nodes with one key would take a registration from each other for ever. A node that is replaced has stopped by the first
@@ -41,7 +41,7 @@ const LASTING: Duration = Duration::from_secs(1);
 const FIRST_PAUSE_TAKEN_OVER: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE_TAKEN_OVER: Duration = Duration::from_secs(300);
 
-/// A registration that lasted this long is nobody else's: longer than the other one of two nodes ever waits.
+/// A registration that lasted this long is undisputed: the other one of two nodes never waits so long.
 const UNDISPUTED: Duration = Duration::from_secs(600);
 
 /// The second time that a registration is taken over, the other node is there to stay.
@@ -82,13 +82,13 @@ impl Registering {
         self.lost.pause(draw)
     }
 
-    /// The same where the relay does not want the node: it will not be different soon.
+    /// The same where the relay refuses the node: its answer will not change soon.
     pub(crate) fn pause_refused(draw: f64) -> Duration {
         Backoff::new(LONGEST_PAUSE, LONGEST_PAUSE).pause(draw)
     }
 
-    /// The same where another connection with this node's key has taken the registration over, and whether it is clear by now
-    /// that two nodes have the key. That is said once.
+    /// The same where another connection with this node's key has taken the registration over, and whether it has just
+    /// become clear that two nodes have the key. The latter is true once.
     pub(crate) fn pause_taken_over(&mut self, draw: f64) -> (Duration, bool) {
         self.takeovers = self.takeovers.saturating_add(1);
         (self.taken_over.pause(draw), self.takeovers == DISPUTED)

@@ -6,7 +6,7 @@
 
 use std::io;
 
-/// How often one packet is tried. A lost packet is QUIC's daily business.
+/// How often one packet is tried. QUIC can handle a lost packet.
 const MAX_TRIES: u8 = 12;
 
 /// An error that could be an ICMP error about another packet is this packet's if it comes as often as that in a row:
@@ -54,9 +54,9 @@ pub(crate) enum Fault {
     NoRoute,
     /// The size of the packet, or an ICMP error about another packet.
     TooLarge,
-    /// This host: no memory, a full queue of the device.
+    /// This host: no memory, or a full device queue.
     Local,
-    /// The socket: it is none any more.
+    /// The socket, which is no longer usable.
     Broken,
 }
 
@@ -82,7 +82,7 @@ impl Fault {
             Some(Errno::EIO) => Self::Unsupported,
             Some(Errno::EMSGSIZE) => Self::TooLarge,
             Some(Errno::EBADF | Errno::ENOTSOCK | Errno::ESHUTDOWN) => Self::Broken,
-            // ICMP's other words, as Linux translates them.
+            // Other ICMP errors, as Linux translates them.
             Some(Errno::EPROTO | Errno::ENOPROTOOPT | Errno::EOPNOTSUPP | Errno::EHOSTDOWN) => Self::Others,
             _ => Self::Local,
         }
@@ -147,7 +147,7 @@ impl Attempt {
         while let Some(without) = WITHOUT.get(self.rung) {
             self.rung += 1;
             let asks = self.asked.and(*without);
-            // A rung that takes nothing away from what was tried last is no other try.
+            // A step that takes nothing away from what was tried last would try the same again.
             if asks != self.asked && asks != self.asks {
                 self.asks = asks;
                 return Some(asks);
@@ -164,7 +164,7 @@ mod tests {
     const ALL: Asks = Asks { segments: true, source: true, ecn: true };
     const NOTHING: Asks = Asks { segments: false, source: false, ecn: false };
 
-    /// What becomes of a packet where the kernel says this.
+    /// What becomes of a packet where the kernel returns this.
     fn sent(asked: Asks, mut kernel: impl FnMut(Asks) -> Result<(), Fault>) -> (Result<Asks, Next>, usize) {
         let (mut attempt, mut asks, mut tries) = (Attempt::new(asked), asked, 0);
         loop {

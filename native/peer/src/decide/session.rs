@@ -104,14 +104,14 @@ impl<M> Outgoing<M> {
         self.owed.pop_front().map(|owed| owed.message)
     }
 
-    /// The receiver has given up waiting for the rest of the message that it expects next. A path or a host may have stood
-    /// still for so long, so the message has a second try. Gives it back when that has ended the same way.
+    /// The receiver has given up waiting for the rest of the message that it expects next. A path or a host may have
+    /// stalled for so long, so the message gets a second try. Gives it back when that has ended the same way.
     pub(crate) fn stalled(&mut self) -> Option<M> {
         let first = self.owed.front_mut().filter(|_| self.written > 0)?;
         if std::mem::replace(&mut first.stalled, true) { self.reject() } else { None }
     }
 
-    /// Gives back what `over` says nobody waits for any more, if it is the one message on its way.
+    /// Gives back a message whose time is `over`, if it is the only one on its way.
     pub(crate) fn abandon(&mut self, over: impl FnOnce(&M) -> bool) -> Option<M> {
         let only = self.owed.front().filter(|_| self.written == 1)?;
         if over(&only.message) { self.reject() } else { None }

@@ -13,15 +13,15 @@ const SILENT_DIALS: u32 = 2;
 /// How long a dial waits at least before it counts as silent: QUIC has repeated its first packet by then.
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// For how long a destination must have refused every dial. Somebody else may refuse what a mapping leads to him, but most
-/// often it is a service that restarts.
+/// For how long a destination must have refused every dial. The mapping may lead to another host that refuses, but most
+/// often a service is restarting.
 const REFUSED_FOR: Duration = Duration::from_secs(5);
 
 /// Destinations that are remembered. Each costs a dial that failed.
 const MAX_DESTINATIONS: usize = 1024;
 
-/// How long a failure is remembered. A mapping that nothing refreshes is gone by then: Linux keeps an established one for
-/// 120 s.
+/// How long a failure is remembered. A mapping that is not refreshed is gone by then: Linux keeps an established one
+/// for 120 s.
 const FORGET_AFTER: Duration = Duration::from_secs(180);
 
 /// How long another port is kept for a destination after something was last heard there.
@@ -30,7 +30,7 @@ const KEEP_UNHEARD: Duration = Duration::from_secs(300);
 /// How often the usual port is tried beside another one that works. In between, the dead mapping can expire.
 const CHECK_EVERY: Duration = Duration::from_secs(600);
 
-/// How a dial failed of which no packet came back.
+/// How a dial failed that got no packet back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Failed {
     /// Nothing came.
@@ -61,8 +61,8 @@ pub(crate) fn silence(longest: Duration) -> Duration {
 }
 
 impl SourcePorts {
-    /// Whether the next dial should leave by another port. While nothing answers, every second dial does: the destination may be
-    /// down, and back any time.
+    /// Whether the next dial should leave by another port. While nothing answers, every second dial does: the
+    /// destination may be down, and come back at any time.
     pub(crate) fn another(&self, to: SocketAddr, now: Instant) -> bool {
         let failing = self.failing.get(&to).filter(|failing| failing.is_remembered(now));
         failing.is_some_and(|failing| {
@@ -109,7 +109,7 @@ impl Kept {
         Self { heard, heard_at: now, checked_at: None }
     }
 
-    /// Whether it is still of use, now that so much was received there.
+    /// Whether it is still of use, now that `heard` datagrams have come there.
     pub(crate) fn is_used(&mut self, heard: u64, now: Instant) -> bool {
         if heard != self.heard {
             (self.heard, self.heard_at) = (heard, now);
@@ -117,7 +117,7 @@ impl Kept {
         now < self.heard_at + KEEP_UNHEARD
     }
 
-    /// Whether the usual port should be tried now. That is then done.
+    /// Whether the usual port should be tried now. The caller then does so.
     pub(crate) fn check(&mut self, now: Instant) -> bool {
         let due = self.checked_at.is_none();
         self.checked_at.get_or_insert(now);

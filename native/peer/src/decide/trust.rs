@@ -1,8 +1,8 @@
 //! Whose key a node id may have.
 //!
-//! A node id belongs to the key that has proved to serve it: the node with this key, asked, said that it has the id, or it
-//! is registered under it at the relay that led there. A node that was given no id serves any, which proves nothing. Our
-//! own key is never a peer's.
+//! A node id belongs to the key that has proved to serve it: the node with this key said that it has the id when it was
+//! asked, or is registered under it at the relay that led there. A node without an id serves any, which proves nothing.
+//! Our own key is never a peer's.
 
 use std::time::{Duration, Instant};
 
@@ -15,11 +15,11 @@ use crate::tls::Dialect;
 /// Names remembered; the one that was not seen for longest gives way.
 const MAX_NAMES: usize = 16_384;
 
-/// How long a name that is not seen is remembered. A node that changes its key meanwhile is let in again.
+/// How long a name that is not seen is remembered. After that another key is accepted.
 const FORGET_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// Names that a key has disowned: it is asked again for these, whatever a relay says. When there are more they are
-/// forgotten, which costs messages a detour.
+/// How many names that a key has disowned are remembered: the key is asked again for these, whatever a relay says. When
+/// there are more they are forgotten, which costs messages a detour.
 const MAX_DISOWNED: usize = 1024;
 
 /// Trust on first use: the keys that names are bound to.
@@ -72,7 +72,7 @@ impl TofuStore {
         self.disowned.insert(node.clone(), key);
     }
 
-    /// Whether the holder of the key was the last one to say so.
+    /// Whether the holder of the key was the last to say that.
     pub(crate) fn is_disowned(&self, node: &NodeId, key: Option<Fingerprint>) -> bool {
         key.is_some() && self.disowned.get(node) == key.as_ref()
     }
@@ -98,7 +98,7 @@ pub(crate) struct Facts<'a> {
     pub(crate) dialect: Dialect,
     /// The key that a lookup, or whoever wants the link, names.
     pub(crate) named: Option<Fingerprint>,
-    /// The relay that led there says that the node which is registered under the name has this key.
+    /// The relay that led there says that the node registered under the name has this key.
     pub(crate) registered: bool,
     /// The key that the name is bound to.
     pub(crate) bound: Option<Fingerprint>,
@@ -114,7 +114,7 @@ pub(crate) struct Facts<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Accept,
-    /// If the node there, asked for the id, does not say that it has another one.
+    /// Only if the node there, when asked for the id, does not say that it has another.
     Ask,
     Refuse(Mismatch),
 }
@@ -135,7 +135,7 @@ impl Facts<'_> {
         if self.shown == Some(self.own) {
             return Verdict::Refuse(Mismatch::Ourselves);
         }
-        // A caller that names the very key knows better than what was looked up or seen first.
+        // A caller that names exactly this key overrides what was looked up or seen first.
         if !self.is_asked_for() {
             if self.named.is_some_and(|named| Some(named) != self.shown) {
                 return Verdict::Refuse(Mismatch::Named);
@@ -145,7 +145,7 @@ impl Facts<'_> {
                 return Verdict::Refuse(Mismatch::Bound(bound));
             }
             if !self.waiting.is_empty() && self.waiting.iter().all(Option::is_some) {
-                // Nobody who waits could use it, while another path may lead to the key that they name.
+                // No waiting caller could use it, and another path may lead to the key that they name.
                 return Verdict::Refuse(Mismatch::Named);
             }
         }
@@ -169,7 +169,7 @@ impl Facts<'_> {
     }
 }
 
-/// What a node says that is asked whether it has a node id.
+/// The answer of a node that is asked whether it has a node id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Answer {
     HasIt,
@@ -181,7 +181,7 @@ pub(crate) enum Answer {
 pub(crate) fn answer(own: Option<&NodeId>, key: &Fingerprint, asked: &[u8]) -> Option<Answer> {
     match own {
         Some(own) if own.as_bytes() == asked => Some(Answer::HasIt),
-        // What a node without an id registers as, and nobody else's name by its nature.
+        // A node without an id registers as its fingerprint, which cannot be another node's name.
         _ if key.as_bytes() == asked => Some(Answer::HasIt),
         Some(_) => None,
         None => Some(Answer::HasNone),

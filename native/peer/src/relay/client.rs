@@ -88,11 +88,11 @@ pub(crate) enum RelayEvent {
     Moved { address: SocketAddr },
     /// It is registered no longer; it is tried again if it is wanted.
     Lost,
-    /// It is registered no longer, because nobody here wants it to be, or under another name.
+    /// It is no longer registered, because this node wants no registration or one under another name.
     Ended,
-    /// The relay does not register the node, or no longer. Said once until another thing happens.
+    /// The relay refuses the node, or does so now. Reported once until the state changes.
     Refused(Refusal),
-    /// Another node has this node's key, and both register. Said once for as long as that goes on.
+    /// Another node has this node's key, and both register. Reported once as long as that goes on.
     Disputed,
     /// The relay dropped packets of a circuit.
     Dropped { circuit: u32, limit: Limit },
@@ -407,7 +407,7 @@ impl RelayClient {
             serving.finish().await;
         }
         match over {
-            // Said with the reason.
+            // The refusal reports it.
             Over::Lost(CircuitError::Refused(_)) => {}
             Over::Lost(_) | Over::Replaced(_) => (self.on_event)(RelayEvent::Lost),
             Over::Renamed | Over::Unused | Over::Stopped => (self.on_event)(RelayEvent::Ended),

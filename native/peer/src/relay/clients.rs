@@ -144,7 +144,7 @@ impl Clients {
         lock(&self.standing).as_ref().map_or_else(Vec::new, |(_, relays)| relays.clone())
     }
 
-    /// What is to be done with the name that this node has at its standing relays.
+    /// What to do with the name that this node has at its standing relays.
     pub(crate) fn with_name<T>(&self, look: impl FnOnce(Option<&NodeId>) -> T) -> T {
         look(lock(&self.standing).as_ref().map(|(name, _)| name))
     }

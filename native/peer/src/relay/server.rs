@@ -287,7 +287,7 @@ impl Relay {
             state.coordinator.end(generation);
             if let Some(old) = state.registrations.remove(&generation) {
                 lock(&old.legs).clear();
-                // Two nodes with one key must know that the other one is the reason.
+                // Two nodes with one key must learn that each is the other's reason.
                 old.note(FromRelay::Refused { error: Refusal::TakenOver });
             }
             state.ended(&circuits, Reason::Gone);

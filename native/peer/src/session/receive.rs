@@ -343,7 +343,7 @@ impl Answers {
     }
 }
 
-/// An answer to who has gone, or does not read, is of no use.
+/// An answer is of no use to a peer that is gone or does not read.
 async fn write_rest(mut send: SendStream, rest: Bytes) {
     if !transfer::write(&mut send, rest).await {
         // Already closed is as good.

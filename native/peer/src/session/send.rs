@@ -62,7 +62,7 @@ struct Stream {
     /// The receiver has said where to go on, or need not be asked.
     resumed: bool,
     greeted: bool,
-    /// Why the receiver reads no further. It says with its last words what it has.
+    /// Why the receiver reads no further. Its last acknowledgement says what it has.
     stopped: Option<Stop>,
     /// It has said its last words.
     ended: bool,
@@ -80,7 +80,7 @@ pub(crate) struct Progress {
     pub(crate) lost: Vec<Letter>,
     /// The receiver cannot take them, or has waited for the rest of them in vain.
     pub(crate) rejected: Vec<Letter>,
-    /// Their time was over before all of them was written.
+    /// Their time was over before they were written completely.
     pub(crate) expired: Vec<Letter>,
     /// A channel needs another stream: [`Session::reopen`].
     pub(crate) closed: bool,
@@ -180,7 +180,7 @@ impl Session {
             let alive = stream.poll_words(cx, &mut channel.owed, self.at_most_once, &mut progress)
                 && stream.poll_write(cx, &mut channel.owed, now, &mut progress);
             if alive {
-                // The receiver cannot have it, because a part of it is still here.
+                // The receiver cannot have it completely, because a part of it is still here.
                 let over = |message: &Letter| message.deadline.is_some_and(|deadline| deadline <= now);
                 let expired = if stream.rest.is_empty() { None } else { channel.owed.abandon(over) };
                 progress.closed |= expired.is_some();
@@ -360,7 +360,7 @@ impl Stream {
         true
     }
 
-    /// Why the receiver has ended the stream, if because of the message that it expects next.
+    /// Why the receiver has ended the stream, if it was for the message that it expects next.
     fn ended_because(&self) -> Option<Stop> {
         let stopped = || now_or_never(self.send.stopped())?.ok()?.and_then(Stop::of);
         let why = self.stopped.or_else(stopped);

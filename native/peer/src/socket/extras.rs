@@ -47,7 +47,7 @@ pub(super) struct Extra {
     receiver: Receiver,
     /// Whom it is for. What others send to it is nothing.
     peer: IpAddr,
-    /// Times that something came from there.
+    /// How often something came from there.
     heard: AtomicU64,
 }
 
@@ -115,7 +115,7 @@ impl Extras {
         Ok(id)
     }
 
-    /// Has who receives look again.
+    /// Wakes the receiver.
     pub(super) fn wake(&self) {
         if let Some(receiver) = &*lock(&self.receiver) {
             receiver.wake_by_ref();
@@ -133,7 +133,7 @@ impl Extras {
         self.table.write().unwrap_or_else(PoisonError::into_inner).route(canonical(destination), id);
     }
 
-    /// From now on what goes to an address leaves by the main socket, if it left by this one.
+    /// From now on packets to an address leave by the main socket, if they left by this one.
     pub(super) fn unroute(&self, destination: SocketAddr, id: ExtraId) {
         let destination = canonical(destination);
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
@@ -267,7 +267,7 @@ impl Extra {
         &self.io
     }
 
-    /// Counts up with what comes from its peer.
+    /// Counts the datagrams from its peer.
     pub(super) fn heard(&self) -> u64 {
         self.heard.load(Ordering::Relaxed)
     }

@@ -1,8 +1,8 @@
 //! Joins what a connection's driver sends in one poll into as few sends as the kernel allows.
 //!
-//! quinn passes at most ten segments (14,520 bytes) to one send; the kernel takes 64 KB. That saves system calls, and it
-//! matters to a 0.14.3 gateway: it takes what one receive brings for a whole frame, so a frame that leaves in two sends is
-//! lost there. Nothing waits here longer than the poll that produced it, unless the socket is full.
+//! quinn passes at most ten segments (14,520 bytes) to one send; the kernel takes 64 KB. That saves system calls, and
+//! it matters to a 0.14.3 gateway: it takes what one receive brings for a whole frame, so it loses a frame that leaves
+//! in two sends. Nothing waits here longer than the poll that produced it, unless the socket is full.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -124,7 +124,7 @@ impl Outbox {
                 }
             }
         }
-        // What is left of a transmit is kept whatever it is: it must not fail when a part has been sent.
+        // The rest of a transmit is always kept: it must not fail when a part has been sent.
         if rest.len() < transmit.contents.len() || may_be_continued(transmit) {
             let Some(socket) = socket.this.upgrade() else { return Ok(()) };
             self.batch = Some((socket, Batch::new(transmit, rest)));
@@ -143,7 +143,7 @@ pub(super) fn send(socket: &Socket, transmit: &Transmit<'_>) -> io::Result<()> {
     })
 }
 
-/// Several packets, all of full size: there may have been more than quinn puts into one transmit.
+/// Several packets, all of full size: quinn may have had more than it puts into one transmit.
 fn may_be_continued(transmit: &Transmit<'_>) -> bool {
     let len = transmit.contents.len();
     transmit.segment_size.is_some_and(|segment| len > segment && len.is_multiple_of(segment))

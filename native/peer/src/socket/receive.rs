@@ -17,8 +17,9 @@ use tokio::time::{Sleep, sleep};
 use crate::decide::faults::{Faults, Verdict};
 use crate::link::lock;
 
-/// Receives from one socket. An error would end quinn's endpoint with all its connections, so there is none while the
-/// runtime runs: most are about one destination, and what lasts is waited out, or told to those who can replace the socket.
+/// Receives from one socket. An error would end quinn's endpoint with all its connections, so none is returned while
+/// the runtime runs: most are about one destination. Errors that last are waited out, or reported so that the socket is
+/// replaced.
 #[derive(Default)]
 pub(super) struct Receiver {
     /// Whether the last thing that happened was an error.
@@ -99,7 +100,7 @@ impl Receiver {
             }
         };
         if faults.is_news() {
-            tracing::warn!(%error, "nothing can be received: trying again after pauses");
+            tracing::warn!(%error, "receiving fails: trying again after pauses");
         }
         *lock(&self.pause) = Some(Box::pin(sleep(pause)));
     }

@@ -1,9 +1,9 @@
-//! Packets to the kernel, and what it says of them.
+//! Packets to the kernel, and the errors that it returns.
 //!
-//! quinn-udp would answer the first `EINVAL` by giving up segmentation offload, and ECN for IPv4, for as long as the socket
-//! lives. But `EINVAL` is also what Linux says of a blackhole route, of a source address that has been removed, and of
-//! port 0, which any stranger can send from. So on Linux its state never sees an error: the system call is made here, and
-//! an error is taken apart for the one packet that it was about (`decide/sending.rs`).
+//! quinn-udp would answer the first `EINVAL` by giving up segmentation offload, and ECN for IPv4, for as long as the
+//! socket lives. But Linux also returns `EINVAL` for a blackhole route, a source address that has been removed, and
+//! port 0, which any stranger can send from. So on Linux its state never sees an error: this module makes the system
+//! call, and judges an error for the one packet that it was about (`decide/sending.rs`).
 
 use std::io;
 use std::net::SocketAddr;
@@ -27,7 +27,7 @@ pub(super) enum Outcome {
     Refused,
 }
 
-/// What all sockets of a node know of their destinations.
+/// What all sockets of a node know about their destinations.
 #[derive(Default)]
 pub(super) struct Sender {
     /// Whether there are quirks to look at: most nodes have none.
@@ -36,7 +36,7 @@ pub(super) struct Sender {
 }
 
 impl Sender {
-    /// Sends a transmit. An error says that there is no room (`WouldBlock`), and nothing else.
+    /// Sends a transmit. The only error is that there is no room (`WouldBlock`).
     pub(super) fn send(&self, io: &UdpSocket, state: &UdpSocketState, transmit: &Transmit<'_>) -> io::Result<Outcome> {
         if transmit.destination.port() == 0 {
             return Ok(Outcome::Refused);
@@ -117,8 +117,8 @@ impl Sender {
         }
     }
 
-    /// The segments after the first. A transmit of which a part was sent is not to be sent again, so those that there is no
-    /// room for are lost.
+    /// The segments after the first. A transmit must not be sent again when a part of it was, so segments without room
+    /// are lost.
     fn send_rest(&self, io: &UdpSocket, state: &UdpSocketState, rest: &Transmit<'_>) -> io::Result<Outcome> {
         let size = rest.segment_size.unwrap_or(rest.contents.len()).max(1);
         for contents in rest.contents.chunks(size) {
@@ -138,7 +138,7 @@ impl Sender {
 
     fn learn(&self, to: SocketAddr, asked: Asks, less: Asks) {
         if asked.segments && !less.segments {
-            tracing::info!(destination = %to, "packets to it are not segmented by the device");
+            tracing::info!(destination = %to, "packets to this destination cannot be segmented by the device");
             self.change(|quirks, now| quirks.do_not_segment(to, now));
         }
         if asked.ecn && !less.ecn {
@@ -182,7 +182,7 @@ fn system_send(io: &UdpSocket, _: &UdpSocketState, transmit: &Transmit<'_>) -> i
     let mark = transmit.ecn.map_or(0, |ecn| ecn as u8);
     let wide_mark = i32::from(mark);
     let size = transmit.segment_size.filter(|&size| size < transmit.contents.len()).and_then(|s| u16::try_from(s).ok());
-    // Which of the two is meant is the address's family, as the socket writes it.
+    // The address's family, as the socket writes it, says which of the two applies.
     let (mut source_v4, mut source_v6) = (None, None);
     match transmit.src_ip {
         Some(IpAddr::V4(ip)) => {

@@ -62,7 +62,7 @@ pub(crate) fn signals() -> (Signals, mpsc::Receiver<(Via, Received)>) {
 /// datagrams into it, all of one length but the last.
 pub(super) fn sift(buffer: &mut [u8], meta: &mut RecvMeta, via: Via, signals: &Signals) {
     if meta.addr.port() == 0 {
-        // Nobody can be answered there.
+        // No answer can be sent there.
         meta.len = 0;
     }
     // Elsewhere than on Linux there is no stride to an empty datagram.

@@ -344,7 +344,7 @@ struct Counters {
     received: u64,
     incomplete: u64,
     invalid: u64,
-    /// Streams whose connection was closed before they were looked at.
+    /// Streams whose connection was closed before the gateway looked at them.
     unread: u64,
     extra_bytes: u64,
     bytes: u64,
@@ -392,14 +392,14 @@ impl Counters {
     }
 }
 
-/// A socket that can play dead while it stays bound, and that can wait with the next receive until everybody has looked at
+/// A socket that can play dead while it stays bound, and that can delay the next receive until all tasks have looked at
 /// what the last one brought.
 #[derive(Debug)]
 struct GatewaySocket {
     socket: Arc<dyn AsyncUdpSocket>,
     silent: Arc<AtomicBool>,
     one_at_a_time: bool,
-    /// How often everybody is still to have a turn.
+    /// How many more turns the other tasks get.
     turns: AtomicUsize,
 }
 

@@ -1,4 +1,4 @@
-//! Passes streams on in the dialect `macula` alone, which two nodes of this library would not speak with each other.
+//! Passes streams on in the dialect `macula` only, which two nodes of this library would not speak with each other.
 //!
 //! `legacy_hop --to ADDR`: what comes over a stream goes to ADDR over a stream, and back; the commands are `send FILE`,
 //! which sends what a file holds to ADDR and says how long the answer was, `{ok,Bytes}`, `answer FILE`, from which on every
@@ -14,7 +14,7 @@ use macula_peer_testkit::quic::{self, Error};
 use macula_peer_testkit::{control, options::Options};
 use quinn::{Connection, Endpoint, EndpointConfig, RecvStream, SendStream, TokioRuntime};
 
-/// An answer that has not come by then does not come.
+/// How long to wait for an answer.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 type Answer = Arc<Mutex<Option<Bytes>>>;
@@ -75,7 +75,7 @@ async fn accept(endpoint: Endpoint, to: SocketAddr, answer: Answer) {
 async fn pass((mut send, mut receive): (SendStream, RecvStream), onward: Connection, answer: Answer) {
     let fixed = answer.lock().unwrap_or_else(PoisonError::into_inner).clone();
     if let Some(answer) = fixed {
-        // The question has come when its first bytes have.
+        // The question counts as there when its first bytes are.
         let _ = receive.read_chunk(usize::MAX, true).await;
         let _ = send.write_all(&answer).await;
         let _ = send.finish();
@@ -86,7 +86,7 @@ async fn pass((mut send, mut receive): (SendStream, RecvStream), onward: Connect
     tokio::join!(copy(receive, there), copy(back, send));
 }
 
-/// To the end of one, which is then that of the other.
+/// Copies one to its end, and then ends the other.
 async fn copy(mut from: RecvStream, mut to: SendStream) {
     loop {
         let stopped = to.stopped();
