@@ -78,8 +78,8 @@ return_connection(Endpoint, {Connection, Stream}) ->
 return_connection(_Endpoint, _NoConnection) ->
     ok.
 
-%% @doc Closes the link to an endpoint, if there is one. What is on its way goes over the next one if it has to; the next
-%% message dials anew. A connection that was given to the pool is closed too.
+%% @doc Closes the link to an endpoint, if there is one. What is on its way goes over the next one if it has to; the next message
+%% dials again. A connection that was given to the pool is closed too.
 -spec invalidate(macula_peer_connector:endpoint()) -> ok.
 invalidate(Endpoint) ->
     _ = macula_peer_nif:invalidate(Endpoint),

@@ -71,8 +71,8 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 %% A node with another node id than `TargetNodeId' gets nothing, and neither does this node itself: the error is then
 %% `{nat_connection_failed, {connect_failed, wrong_node}}', unless another path leads to the node.
 %%
-%% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node
-%% must have the key that it was first seen with; {@link macula_peer_endpoint:forget/1} lets another one in.
+%% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node must
+%% have the key that it was first seen with; {@link macula_peer_endpoint:forget/1} allows another one.
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) -> ok | {error, term()}.
 send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
     Send = fun(To, Timeout) -> macula_peer_call:send(To, Type, Msg, Timeout, LocalNodeId) end,

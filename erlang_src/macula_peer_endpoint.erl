@@ -10,7 +10,8 @@
 %%       this host), for which `ok' had been returned, did not arrive as
 %%       far as can be known. `reason' is `expired' (the timeout passed), `connection_closed' (the link died and `delivery'
 %%       is `at_most_once'), `rejected' (the peer did not take it), `untrusted_peer' (the node that was reached has another
-%%       key than the `fingerprint' in the call, or than the one that the node id is bound to: see {@link forget/1}) or `stopped' (this engine was stopped).</dd>
+%%       key than the `fingerprint' in the call, or than the one that the node id is bound to: see {@link forget/1}) or
+%%       `stopped' (this engine was stopped).</dd>
 %%   <dt>`{macula_peer_event, #{event := registration, relay, state, reason}}'</dt>
 %%   <dd>This node at a relay: `state' is `registered', `lost' (over; it is tried again while it is wanted) or `refused' (it
 %%       is tried again after a longer time); then `reason' is the relay's, such as `node_id_taken', `realm', `registrations',
@@ -81,8 +82,8 @@
 
 -type verify() :: first_seen | none | {pin, [fingerprint() | HexDigits :: binary() | string()]}
                 | {cacertfile, file:filename()} | {cacertfile, file:filename(), any_name}.
-%% Whose certificates are good enough: any, one of these keys, or one that leads to an authority in this PEM file and, of those
-%% who are dialled, is for the host, unless it may be for `any_name'. With `pin' and `cacertfile' peers that connect must show
+%% Which certificates are accepted: any, one with one of these keys, or one that leads to an authority in this PEM file and, when
+%% a peer is dialled, is for its host, unless it may be for `any_name'. With `pin' and `cacertfile' peers that connect must show
 %% one, which 0.14.3 clients cannot. With `first_seen', the default, any will do, and a node id belongs to the key that it was
 %% first seen with.
 
@@ -173,8 +174,8 @@ identity() ->
 %% @doc Keeps this node registered under a node id at these relays, and at no others, so that others reach it through
 %% them. Returns at once; an event tells the handler when it is registered, and {@link stats/0} says so too. A node id
 %% belongs to the key that registers it; keep the key with the setting `identity_file'. From now on, and until {@link
-%% unregister/0}, this is the node's id: it refuses messages for any other, also those that come
-%% directly, and also where the list of relays is empty.
+%% unregister/0}, this is the node's id: it refuses messages for any other, also those that come directly, and also where the list
+%% of relays is empty.
 -spec register(binary(), [macula_peer_connector:endpoint()]) -> ok | {error, term()}.
 register(NodeId, Relays) ->
     macula_peer_engine:running(fun() -> macula_peer_nif:register(NodeId, Relays) end).
@@ -186,8 +187,8 @@ unregister() ->
 
 %% @doc Forgets which key a node has. This node accepts for a node id only the key that it first saw with it. A node that was
 %% restarted without its `identity_file' has a new key: it is refused with `untrusted_peer', and a warning in the log names it.
-%% After this call the next key is accepted and remembered. A link to the node is closed; what is on its way over it is sent again
-%% over the next one.
+%% After this call another key is accepted, and remembered once it has proved to serve the id. A link to the node is closed; what
+%% is on its way over it is sent again over the next one.
 %%
 %% Make sure that it is the right node: a refusal can also mean that somebody else has taken its address or its node id.
 %%

@@ -388,7 +388,7 @@ a_certificate_that_is_half_renewed_is_warned_of_once(Config) ->
     {NewCert, NewKey} = Pair(),
     Lines = logged(fun() ->
         ok = file:write_file(CertFile, NewCert),
-        %% It is looked at every two seconds.
+        %% The node checks it every two seconds.
         timer:sleep(7000),
         macula_peer_engine ! {macula_peer_log, <<"the end">>}
     end, "the end"),

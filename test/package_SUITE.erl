@@ -222,7 +222,7 @@ with_rust(Config, Version) ->
 said(Said, Words) ->
     [?assertMatch({_, _, [_ | _]}, {Word, Said, string:find(Said, Word)}) || Word <- Words].
 
-%% As in an image, or where somebody else has built it. No Rust is there then.
+%% As in an image, or where another user has built it. There is no Rust then.
 read_only_sources_will_do(Config) ->
     case os:cmd("unshare --mount true 2>&1") of
         "" -> read_only_sources(Config);

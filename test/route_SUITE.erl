@@ -63,8 +63,7 @@ a_packet_from_port_0_changes_nothing(Config) ->
     {_Listener, Endpoint} = listener(B),
     Sender = member(A),
     {_, Port} = call(Sender, ?MODULE, bound, []),
-    %% A long header with a version that nobody speaks, and one that begins a connection: each is answered, and so is a
-    %% short header.
+    %% A long header with an unknown version, and one that begins a connection: each is answered, and so is a short header.
     Packets = [<<16#C0, Version:32, 8, 1:64, 8, 2:64, 0:(1200 * 8)>> || Version <- [16#BABABABA, 1]],
     stranger(B, macula_peer_net:address(A), Port, [<<16#40, 1:(100 * 8)>> | Packets]),
     ok = watch(B),
@@ -139,7 +138,7 @@ names_that_hang_keep_nobody_else_waiting(Config) ->
         file:del_dir_r(Files)
     end.
 
-%% Runs in the node: sends to so many names that nobody answers for.
+%% Runs in the node: sends to so many names that get no answer.
 hang(Count) ->
     _ = [spawn(macula_peer_connector, send_message,
                [iolist_to_binary(["h", integer_to_list(I), ".invalid.example:9443"]), store, #{}])

@@ -195,7 +195,7 @@ fn encode_frame<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a>
     }
 }
 
-/// What is to be sent.
+/// What to send.
 enum Content<'a, 'f> {
     Term(Term<'a>, Term<'a>),
     Frame(&'f Frame),

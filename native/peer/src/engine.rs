@@ -63,7 +63,7 @@ pub struct Listen {
 fn threads_can_be_had(count: usize) -> std::io::Result<()> {
     let gate = Mutex::new(());
     std::thread::scope(|scope| {
-        // All are there at once, until this is let go.
+        // All of them run at once, until this is dropped.
         let _closed = lock(&gate);
         for _ in 0..count {
             std::thread::Builder::new().spawn_scoped(scope, || drop(lock(&gate)))?;

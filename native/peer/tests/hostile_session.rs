@@ -91,7 +91,7 @@ fn what_is_no_session_and_no_control_stream_is_stopped() {
         let good = opening(1, 0);
         let openings = [
             raw_frame(SESSION, &good[8..24]),
-            // The id of a node has 255 bytes at the most.
+            // A node id has at most 255 bytes.
             raw_frame(SESSION, &[&good[8..], &[0; 256]].concat()),
             raw_frame(SESSION, &[]),
             opening(1, 2),

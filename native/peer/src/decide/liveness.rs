@@ -134,8 +134,8 @@ mod tests {
             Self { start, now: 0, heard: 0, owed_since: 0, liveness, suspect: false, alarms: 0 }
         }
 
-        /// For so long the peer says something each time that it is looked at, or nothing. Returns how long it took to
-        /// become suspect.
+        /// For this long the peer sends something before each look, or nothing. Returns how long it took to become
+        /// suspect.
         fn pass(&mut self, time: u64, speaks: bool) -> Option<u64> {
             let begun = self.now;
             let mut suspect_after = None;

@@ -52,7 +52,7 @@ impl Quirks {
         self.unmarked.insert(canonical(to), now, LASTS);
     }
 
-    /// Marked packets were not answered: for a moment others are not marked.
+    /// Marked packets were not answered: for a moment later ones are not marked.
     pub(crate) fn try_unmarked(&mut self, to: SocketAddr, now: Instant) {
         self.unmarked.insert(canonical(to), now, TRIAL);
     }

@@ -46,7 +46,7 @@ const WITHOUT: [Asks; 4] = [
 /// What an error of `sendmsg` may be about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Another packet: ICMP said that nobody was there.
+    /// Another packet: ICMP said that its port is closed.
     Others,
     /// Something that was asked for, or the destination: `EINVAL`, `EIO`.
     Unsupported,

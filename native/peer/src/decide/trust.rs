@@ -33,7 +33,7 @@ pub(crate) struct TofuStore {
 struct Binding {
     key: Fingerprint,
     seen: Instant,
-    /// Somebody has been told that the node shows another key now.
+    /// It was logged that the node shows another key now.
     mismatch_told: bool,
 }
 

@@ -78,7 +78,7 @@ pub(crate) struct Progress {
     pub(crate) acknowledged_bytes: usize,
     /// Written to a receiver that was restarted, and may not be written again.
     pub(crate) lost: Vec<Letter>,
-    /// The receiver cannot take them, or has waited for the rest of them in vain.
+    /// The receiver cannot take them, or has waited too long for the rest of them.
     pub(crate) rejected: Vec<Letter>,
     /// Their time was over before they were written completely.
     pub(crate) expired: Vec<Letter>,

@@ -217,7 +217,7 @@ fn system_send(io: &UdpSocket, _: &UdpSocketState, transmit: &Transmit<'_>) -> i
     }
 }
 
-/// Elsewhere there is no segmentation offload that quinn-udp could give up.
+/// Other systems have no segmentation offload that quinn-udp could give up.
 #[cfg(not(target_os = "linux"))]
 fn system_send(io: &UdpSocket, state: &UdpSocketState, transmit: &Transmit<'_>) -> io::Result<()> {
     state.try_send(quinn::udp::UdpSockRef::from(io), transmit)
