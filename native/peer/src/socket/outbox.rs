@@ -31,7 +31,7 @@ thread_local! {
 pub(crate) struct Outbox {
     batch: Option<(Arc<Socket>, Batch)>,
     grew: bool,
-    /// Waits for room in the socket.
+    /// Waits for room in the batch's socket.
     writable: Option<Pin<Box<dyn UdpPoller>>>,
 }
 
@@ -75,12 +75,14 @@ impl Outbox {
 
     /// Sends what is left. Wakes the task of `cx` when a full socket has room again.
     pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) {
-        while self.flush().is_err() {
-            let Some((socket, _)) = &self.batch else { return };
-            let writable = self.writable.get_or_insert_with(|| socket.clone().create_io_poller());
-            if writable.as_mut().poll_writable(cx).is_pending() {
-                return;
-            }
+        if self.flush().is_ok() {
+            return;
+        }
+        let Some((socket, _)) = &self.batch else { return };
+        let writable = self.writable.get_or_insert_with(|| socket.clone().create_io_poller());
+        if writable.as_mut().poll_writable(cx).is_ready() {
+            // Trying again at once could keep this thread from ever polling the socket for readiness.
+            cx.waker().wake_by_ref();
         }
     }
 
@@ -93,6 +95,8 @@ impl Outbox {
     }
 
     fn close(&mut self) {
+        // It belongs to this socket and keeps it open. After a rebind the next batch has another one.
+        self.writable = None;
         if let Some((_, Batch { mut packets, .. })) = self.batch.take() {
             packets.clear();
             SPARE.set(packets);
@@ -103,7 +107,13 @@ impl Outbox {
     fn send(&mut self, socket: &Socket, transmit: &Transmit<'_>) -> io::Result<()> {
         let mut rest = transmit.contents;
         if let Some((to, batch)) = &mut self.batch {
-            if !std::ptr::eq(Arc::as_ptr(to), socket) || !batch.is_continued_by(transmit) {
+            if !std::ptr::eq(Arc::as_ptr(to), socket) {
+                // The endpoint was rebound. The caller waits for room in its own socket, not in the old one, so packets that
+                // the old one has no room for are lost.
+                if self.flush().is_err() {
+                    self.close();
+                }
+            } else if !batch.is_continued_by(transmit) {
                 self.flush()?;
             } else {
                 let before = batch.packets.len();

@@ -363,6 +363,72 @@ async fn emptied(outbox: &mut Outbox) {
     timeout(PATIENCE, empty).await.unwrap();
 }
 
+/// A socket that no endpoint uses. It is not known to be writable until the runtime has waited once.
+#[cfg(target_os = "linux")]
+fn lone_socket() -> Arc<Socket> {
+    Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0).unwrap()
+}
+
+/// Packets that an outbox keeps.
+#[cfg(target_os = "linux")]
+fn kept(destination: SocketAddr) -> Transmit<'static> {
+    Transmit { destination, ecn: None, contents: &[7; 2800], segment_size: Some(1400), src_ip: None }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn an_outbox_lets_go_of_a_socket_that_was_replaced() {
+    let receiver = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let transmit = kept(receiver.local_addr().unwrap());
+    let old = lone_socket();
+    let address = old.local;
+    let mut outbox = Outbox::default();
+    outbox.gather(|| old.try_send(&transmit)).unwrap();
+    // It has to wait for room.
+    emptied(&mut outbox).await;
+    let gone = Arc::downgrade(&old);
+    drop(old);
+    assert!(gone.upgrade().is_none());
+    std::net::UdpSocket::bind(address).unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn packets_for_a_full_socket_do_not_hold_up_the_one_that_replaced_it() {
+    let receiver = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let transmit = kept(receiver.local_addr().unwrap());
+    let (old, new) = (lone_socket(), lone_socket());
+    let mut outbox = Outbox::default();
+    outbox.gather(|| old.try_send(&transmit)).unwrap();
+    // quinn tries again at once while the new socket says that it has room.
+    outbox.gather(|| new.try_send(&transmit)).unwrap();
+    emptied(&mut outbox).await;
+    receiver.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(receiver.recv_from(&mut [0; 2800]).unwrap().1, new.local);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_outbox_waits_for_the_socket_that_is_full() {
+    let (done, is_done) = std::sync::mpsc::channel();
+    // A flush that spins never returns.
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let receiver = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            let transmit = kept(receiver.local_addr().unwrap());
+            let mut outbox = Outbox::default();
+            for _ in 0..2 {
+                let socket = lone_socket();
+                outbox.gather(|| socket.try_send(&transmit)).unwrap();
+                emptied(&mut outbox).await;
+            }
+        });
+        done.send(()).unwrap();
+    });
+    is_done.recv_timeout(PATIENCE).unwrap();
+}
+
 /// The sizes of the next receives that bring so many bytes, and the bytes.
 #[cfg(target_os = "linux")]
 fn received(socket: &std::net::UdpSocket, state: &UdpSocketState, len: usize) -> (Vec<usize>, Vec<u8>) {
