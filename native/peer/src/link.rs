@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, ConnectionStats, RecvStream, SendStream, StreamId};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::decide::lanes::{Choice, Lanes};
@@ -84,6 +84,10 @@ pub(crate) struct Link {
     answer_timeout: Duration,
     /// Somebody on this link has reason to believe that the peer is gone.
     pub(crate) doubted: Notify,
+    /// Set by [`Link::die`]: what a stream has taken a part of goes over another link.
+    dead: watch::Sender<bool>,
+    /// Set by [`Link::mark_silent`]: a request that is not acknowledged goes over another link.
+    silent: watch::Sender<bool>,
     out: Mutex<Out>,
     begun_by: BegunBy,
     /// The socket that it needs beside the main one.
@@ -203,6 +207,8 @@ impl Link {
             limits,
             answer_timeout,
             doubted: Notify::new(),
+            dead: watch::Sender::new(false),
+            silent: watch::Sender::new(false),
             out: Mutex::default(),
             begun_by: BegunBy::Us,
             extra: None,
@@ -247,11 +253,23 @@ impl Link {
         self.close();
     }
 
-    /// It has been silent for long: whoever looks for a link is not to take the connection for one.
+    /// Its peer has been silent for too long. The connection may stay open for a while, but nobody takes it for a link any
+    /// more, and no request waits on it for an acknowledgement.
     pub(crate) fn mark_silent(&self) {
+        self.silent.send_replace(true);
         if let BegunBy::Peer(accepted) = &self.begun_by {
             accepted.mark_silent();
         }
+    }
+
+    /// Returns when the link is given up because of its peer's silence.
+    pub(crate) async fn silent(&self) {
+        raised(&self.silent).await;
+    }
+
+    /// Returns when the link is dead: given up or replaced, whether the connection is closed yet or not.
+    pub(crate) async fn dead(&self) {
+        raised(&self.dead).await;
     }
 
     pub(crate) fn stats(&self) -> LinkStats {
@@ -283,15 +301,11 @@ impl Link {
             return Written::Lost(message);
         }
         if message.asker().is_some() {
-            drop(out);
-            return self.write_once(message, now);
+            return self.write_once(out, message, now);
         }
         let arrived = |lane: &Lane| self.packets_arrived(lane.mark, now, self.connection.rtt());
         match out.lanes.choose(now, message.frame.len(), || self.connection.rtt(), arrived) {
-            Choice::Once => {
-                drop(out);
-                self.write_once(message, now)
-            }
+            Choice::Once => self.write_once(out, message, now),
             Choice::Open => self.open_lane(out, message, now),
             Choice::Lane(index) => self.write_lane(out, index, message, now),
         }
@@ -311,9 +325,15 @@ impl Link {
         let _ = send.set_priority(-small - behind);
     }
 
-    /// Takes over a message whose stream has now taken all of it.
-    pub(crate) fn written(&self, message: Letter, send: SendStream, receive: RecvStream) -> Written {
-        self.finish(message, send, receive, Instant::now())
+    /// Takes over a message whose stream has now taken all of it. Of one that is lost the peer may have all.
+    pub(crate) fn written(&self, message: Letter, mut send: SendStream, receive: RecvStream) -> Written {
+        let out = self.out();
+        if out.dead {
+            // A dropped stream would be finished.
+            let _ = send.reset(0u8.into());
+            return Written::Lost(message);
+        }
+        self.finish(out, message, send, receive, Instant::now())
     }
 
     /// For one frame that is read from this link.
@@ -407,6 +427,7 @@ impl Link {
         let swept = self.sweep(Instant::now());
         let mut out = self.out();
         out.dead = true;
+        self.dead.send_replace(true);
         out.answers.clear();
         out.spare = None;
         let rest = out.unacknowledged.drain(..).map(|entry| {
@@ -434,8 +455,9 @@ impl Link {
         out.answers.iter().filter_map(|answer| answer.until).min()
     }
 
-    fn write_once(&self, message: Letter, now: Instant) -> Written {
-        let spare = self.out().spare.take().map(Ok);
+    /// Under the lock: a link that dies meanwhile would give the message back although the peer may get it.
+    fn write_once(&self, mut out: MutexGuard<'_, Out>, message: Letter, now: Instant) -> Written {
+        let spare = out.spare.take().map(Ok);
         let opened = spare.or_else(|| now_or_never(self.connection.open_bi()));
         let (mut send, receive) = match opened {
             Some(Ok(stream)) => stream,
@@ -444,7 +466,7 @@ impl Link {
         };
         self.line_up(&send, message.frame.len());
         match write_now(&mut send, &message.frame) {
-            Write::All => self.finish(message, send, receive, now),
+            Write::All => self.finish(out, message, send, receive, now),
             Write::Part(rest) => Written::Partial(Partial { message, send, receive, rest }),
             Write::Failed => Written::Lost(message),
         }
@@ -479,9 +501,10 @@ impl Link {
             // The peer stopped the lane, or allows it no more bytes. Of a frame that was begun there a gateway makes
             // nothing; it goes out whole on a stream of its own.
             let stream = lane.stream;
-            drop(out.end_lane(stream));
-            drop(out);
-            return self.write_once(message, now);
+            let answer = out.end_lane(stream);
+            let written = self.write_once(out, message, now);
+            drop(answer);
+            return written;
         }
         lane.mark = Mark::new(Instant::now());
         if let Some(time) = message.listens_for(self.answer_timeout) {
@@ -492,12 +515,15 @@ impl Link {
         Written::Done { wake }
     }
 
-    fn finish(&self, message: Letter, mut send: SendStream, receive: RecvStream, now: Instant) -> Written {
+    fn finish(
+        &self,
+        mut out: MutexGuard<'_, Out>,
+        message: Letter,
+        mut send: SendStream,
+        receive: RecvStream,
+        now: Instant,
+    ) -> Written {
         if send.finish().is_err() {
-            return Written::Lost(message);
-        }
-        let mut out = self.out();
-        if out.dead {
             return Written::Lost(message);
         }
         let mut wake = false;
@@ -627,6 +653,11 @@ fn is_stopped(proof: &Proof) -> bool {
         Proof::Finished(send) => matches!(now_or_never(send.stopped()), Some(Ok(Some(_)))),
         Proof::Lane(lane) => matches!(now_or_never(lock(&lane.send).stopped()), Some(Ok(Some(_)))),
     }
+}
+
+async fn raised(flag: &watch::Sender<bool>) {
+    // The sender is the link's own.
+    let _ = flag.subscribe().wait_for(|raised| *raised).await;
 }
 
 pub(crate) fn now_or_never<F: Future>(future: F) -> Option<F::Output> {

@@ -1514,11 +1514,15 @@ impl Task {
     }
 
     fn write_ended(&mut self, outcome: WriteOutcome) {
-        let WriteOutcome { link, mut job, message, result } = outcome;
+        let WriteOutcome { link, job, message, result } = outcome;
         self.accepted_writes -= usize::from(job.is_accepted());
         let size = message.frame.len();
         match result {
             Ok((send, receive)) => match link.written(message, send, receive) {
+                Written::Lost(_) if self.node().config.delivery == Delivery::AtMostOnce => {
+                    self.let_go(size);
+                    self.not_delivered(job, UndeliveredReason::LinkLost, SendError::LinkLost);
+                }
                 Written::Lost(message) => self.write_lost(job, message),
                 _ => self.sent(job),
             },
@@ -1530,12 +1534,15 @@ impl Task {
                     WriteFailure::Expired => (UndeliveredReason::Expired, SendError::NoRoom),
                     _ => (UndeliveredReason::Rejected, SendError::LinkLost),
                 };
-                job.message = None;
-                match job.who {
-                    Who::Sender(call) => self.fail(|| call.answer(Err(error))),
-                    _ => self.undelivered(1, reason),
-                }
+                self.not_delivered(job, reason, error);
             }
+        }
+    }
+
+    fn not_delivered(&self, job: Job, reason: UndeliveredReason, error: SendError) {
+        match job.who {
+            Who::Sender(call) => self.fail(|| call.answer(Err(error))),
+            _ => self.undelivered(1, reason),
         }
     }
 
@@ -1823,6 +1830,7 @@ async fn write_rest(link: Arc<Link>, job: Job, partial: Partial) -> WriteOutcome
             Err(quinn::WriteError::Stopped(_)) => Err(WriteFailure::Rejected),
             Err(_) => Err(WriteFailure::Lost),
         },
+        () = link.dead() => Err(WriteFailure::Lost),
         () = deadline(job.deadline) => Err(WriteFailure::Expired),
         () = cancelled(&job.who) => Err(WriteFailure::Cancelled),
     };

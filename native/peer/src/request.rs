@@ -108,22 +108,50 @@ impl Drop for Sending {
 }
 
 async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Result<RawFrame, Failure> {
-    let (send, mut receive) = link.connection.open_bi().await.map_err(|_| Failure::Unsent)?;
+    let opened = tokio::select! {
+        opened = link.connection.open_bi() => opened.ok(),
+        () = link.silent() => None,
+    };
+    let (send, mut receive) = opened.ok_or(Failure::Unsent)?;
     let target = target.filter(|_| link.dialect == Dialect::MaculaPeer1);
     let address = target.as_ref().map(hello::addressed_to).unwrap_or_default();
     link.line_up(&send, message.frame.len());
     let mut sending = Sending { send, whole: false };
     let send = &mut sending.send;
-    send.write_all_chunks(&mut [address, message.frame.clone()]).await.map_err(|error| match error {
-        WriteError::Stopped(code) if code == WRONG_NODE.into() => Failure::WrongNode,
-        // The peer has seen it and does not want it.
-        WriteError::Stopped(_) => Failure::LinkLost,
-        _ => Failure::Unacknowledged,
-    })?;
+    let mut chunks = [address, message.frame.clone()];
+    tokio::select! {
+        written = send.write_all_chunks(&mut chunks) => written.map_err(|error| match error {
+            WriteError::Stopped(code) if code == WRONG_NODE.into() => Failure::WrongNode,
+            // The peer has seen it and does not want it.
+            WriteError::Stopped(_) => Failure::LinkLost,
+            _ => Failure::Unacknowledged,
+        })?,
+        () = link.silent() => return Err(Failure::Unacknowledged),
+    }
     send.finish().map_err(|_| Failure::Unacknowledged)?;
     sending.whole = true;
-    let send = &sending.send;
-    let mut answer = pin!(answer(link, send, &mut receive));
+    tokio::select! {
+        answer = answered(link, &sending.send, &mut receive) => answer,
+        () = lost(link, &sending.send) => {
+            // Asked again over another link, it should not arrive over this one as well.
+            sending.whole = false;
+            Err(Failure::Unacknowledged)
+        }
+    }
+}
+
+/// Returns when the link is given up before the peer has acknowledged the request.
+async fn lost(link: &Link, send: &SendStream) {
+    link.silent().await;
+    if is_acknowledged(send) {
+        // It may still be answered.
+        std::future::pending().await
+    }
+}
+
+/// Waits for the answer, and says when the link is too silent meanwhile.
+async fn answered(link: &Link, send: &SendStream, receive: &mut RecvStream) -> Result<RawFrame, Failure> {
+    let mut answer = pin!(answer(link, send, receive));
     loop {
         let heard = link.heard();
         tokio::select! {

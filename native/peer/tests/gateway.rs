@@ -8,9 +8,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::raw::{macula_server, raw_frame};
+use common::raw::{macula_server_at, raw_frame};
 use common::{Forwarder, Inbox, endpoint, engine, frame, message, number, request, send, until};
-use macula_peer::{Config, Engine, HandOver, Listen, LocalGateway, Message, StartError};
+use macula_peer::{Config, Delivery, EndpointRef, Engine, HandOver, Listen, LocalGateway, Message, StartError, Target};
 use macula_peer_testkit::quic::{client_config, transport};
 use macula_peer_wire::MessageType::{Cast, FindValue, FindValueReply, Publish, RpcReply, Store};
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
@@ -30,11 +30,21 @@ struct Gateway {
 
 impl Gateway {
     fn new(reads: usize) -> Self {
+        Self::at(([127, 0, 0, 1], 0).into(), reads)
+    }
+
+    fn at(address: SocketAddr, reads: usize) -> Self {
         let (got, reads) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(reads)));
         let (shared, permits) = (got.clone(), reads.clone());
         let (runtime, address) =
-            macula_server(100, move |connection| serve(connection, shared.clone(), permits.clone()));
+            macula_server_at(address, 100, move |connection| serve(connection, shared.clone(), permits.clone()));
         Self { runtime, address, got, reads }
+    }
+
+    /// Killed and started again: it knows nothing of its connections.
+    fn restart(self, reads: usize) -> Self {
+        self.runtime.shutdown_timeout(TIMEOUT);
+        Self::at(self.address, reads)
     }
 
     fn count(&self) -> usize {
@@ -274,6 +284,74 @@ fn a_first_burst_on_this_host_is_not_cut_by_the_congestion_window() {
         let numbers: HashSet<_> = got.iter().filter_map(|frame| number(frame.payload())).collect();
         (0..=BURST).all(|n| numbers.contains(&n))
     });
+    client.stop();
+    gateway.runtime.shutdown_background();
+}
+
+/// The old connection, which no packet ends, stays open after the link is given up.
+#[test]
+fn a_request_to_a_gateway_that_is_restarted_is_asked_again() {
+    let gateway = Gateway::new(100);
+    let forwarder = Forwarder::new(gateway.address, 0, 0.0, Duration::ZERO);
+    let address = forwarder.address.to_string();
+    let client = engine(Config::default());
+    send(&client, &address, message(Cast, 0, TIMEOUT)).unwrap();
+    until("there is a link", || gateway.count() == 1 && common::owes_nothing(&client));
+    forwarder.swallow(true);
+    let gateway = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| request(&client, &address, message(FindValue, 7, Duration::from_secs(8))));
+        until("it is asked", || client.stats().peers[0].sent == 2);
+        let gateway = gateway.restart(100);
+        forwarder.swallow(false);
+        assert_eq!(number(asking.join().unwrap().unwrap().payload()), Some(7));
+        gateway
+    });
+    client.stop();
+    gateway.runtime.shutdown_background();
+}
+
+/// More than the gateway's transport takes before the gateway reads.
+const HUGE: usize = 4 << 20;
+
+#[test]
+fn a_message_that_a_restarted_gateway_has_half_goes_over_the_new_link() {
+    for delivery in [Delivery::AtLeastOnce, Delivery::AtMostOnce] {
+        let gateway = Gateway::new(100);
+        let forwarder = Forwarder::new(gateway.address, 0, 0.0, Duration::ZERO);
+        let address = forwarder.address.to_string();
+        let client = engine(Config { delivery, ..Config::default() });
+        send(&client, &address, message(Cast, 0, TIMEOUT)).unwrap();
+        until("there is a link", || gateway.count() == 1 && common::owes_nothing(&client));
+        forwarder.swallow(true);
+        let half = Message { frame: frame(Cast, 1, HUGE), ..message(Cast, 1, Duration::from_secs(8)) };
+        send(&client, &address, half).unwrap();
+        send(&client, &address, message(Cast, 2, Duration::from_secs(8))).unwrap();
+        let gateway = gateway.restart(100);
+        forwarder.swallow(false);
+        let arrived = || gateway.got.lock().unwrap().iter().filter(|frame| frame.payload().len() > HUGE).count();
+        until("it arrives or is given up", || arrived() > 0 || common::owes_nothing(&client));
+        assert_eq!(arrived(), 1);
+        client.stop();
+        gateway.runtime.shutdown_background();
+    }
+}
+
+/// The link is live for a while after that.
+#[test]
+fn a_message_that_a_replaced_link_has_half_is_not_delivered_twice() {
+    let gateway = Gateway::new(0);
+    let client = engine(Config { delivery: Delivery::AtMostOnce, ..Config::default() });
+    let address = gateway.address.to_string();
+    send(&client, &address, message(Cast, 0, TIMEOUT)).unwrap();
+    until("there is a link", || common::owes_nothing(&client));
+    send(&client, &address, Message { frame: frame(Cast, 1, HUGE), ..message(Cast, 1, TIMEOUT) }).unwrap();
+    client.invalidate(&Target::Endpoint(EndpointRef::parse(&address).unwrap()));
+    // The link is given up after 500 ms, and closed after another second.
+    std::thread::sleep(Duration::from_millis(900));
+    gateway.reads.add_permits(Semaphore::MAX_PERMITS / 2);
+    until("it arrives", || gateway.count() > 1 && common::owes_nothing(&client));
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!((gateway.count(), client.stats().undelivered), (2, 0));
     client.stop();
     gateway.runtime.shutdown_background();
 }

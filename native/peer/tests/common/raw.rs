@@ -56,13 +56,25 @@ pub fn macula_server<S>(streams: u32, serve: impl Fn(Connection) -> S + Send + S
 where
     S: Future<Output = ()> + Send + 'static,
 {
+    macula_server_at(SocketAddr::from(([127, 0, 0, 1], 0)), streams, serve)
+}
+
+/// The same at this address.
+pub fn macula_server_at<S>(
+    address: SocketAddr,
+    streams: u32,
+    serve: impl Fn(Connection) -> S + Send + Sync + 'static,
+) -> (Runtime, SocketAddr)
+where
+    S: Future<Output = ()> + Send + 'static,
+{
     let runtime = quic::tokio_runtime(1).unwrap();
     let address = runtime.block_on(async {
         let server = quic::server_config(&["macula".into()], quic::transport(streams, 3)).unwrap();
         // A forwarder takes what greases the bit of RFC 9287 for no QUIC.
         let mut config = EndpointConfig::default();
         config.grease_quic_bit(false);
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let socket = UdpSocket::bind(address).unwrap();
         let endpoint = Endpoint::new(config, Some(server), socket, Arc::new(TokioRuntime)).unwrap();
         let address = endpoint.local_addr().unwrap();
         let serve = Arc::new(serve);
