@@ -42,7 +42,7 @@ send(To, Type, Msg, Timeout, Local) ->
 -spec send_frame(target(), macula_peer_nif:frame(), term(), term()) -> ok | unlinked | {error, term()}.
 send_frame(To, Frame, Timeout, Local) ->
     Tag = make_ref(),
-    answer(macula_peer_nif:send_frame(Tag, To, Frame, Timeout), Tag, To, Local,
+    answer(macula_peer_engine:contained(fun() -> macula_peer_nif:send_frame(Tag, To, Frame, Timeout) end), Tag, To, Local,
            fun() -> send_frame(To, Frame, Timeout, Local) end).
 
 %% @doc Sends a message and waits for the frame that answers it.
@@ -61,7 +61,7 @@ request(To, Type, Msg, Timeout) ->
           {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, term()}.
 request_frame(To, Frame, Timeout) ->
     Tag = make_ref(),
-    answer(macula_peer_nif:request_frame(Tag, To, Frame, Timeout), Tag, To, undefined,
+    answer(macula_peer_engine:contained(fun() -> macula_peer_nif:request_frame(Tag, To, Frame, Timeout) end), Tag, To, undefined,
            fun() -> request_frame(To, Frame, Timeout) end).
 
 %% Encodes a message on a dirty scheduler, in a separate process: when other code keeps all of them busy, the caller still keeps

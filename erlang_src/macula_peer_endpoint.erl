@@ -226,22 +226,19 @@ set_handler(undefined) ->
 set_handler(Pid) when is_pid(Pid), node(Pid) =:= node() ->
     replace_handler(Pid);
 set_handler({Module, Function, Args} = MFA) when is_atom(Module), is_atom(Function), is_list(Args) ->
-    Pid = macula_peer_handler:start(MFA),
-    case replace_handler({function, Pid}) of
-        ok ->
-            ok;
-        {error, _} = Error ->
-            ok = macula_peer_handler:stop(Pid),
-            Error
-    end;
+    replace_handler(MFA);
 set_handler(Other) ->
     {error, {invalid_option, {handler, Other}}}.
 
--spec replace_handler(pid() | {function, pid()} | undefined) -> ok | {error, term()}.
-replace_handler(New) ->
+-spec replace_handler(handler() | undefined) -> ok | {error, term()}.
+replace_handler(Handler) ->
+    New = macula_peer_handler:start(Handler),
     case macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(New) end) of
-        {replaced, Old} -> macula_peer_handler:stop(Old);
-        {error, _} = Error -> Error
+        {released, Old, Finisher} ->
+            macula_peer_handler:stop(Old, Finisher);
+        {error, _} = Error ->
+            ok = macula_peer_handler:abandon(New),
+            Error
     end.
 
 %% @doc Answers a message, once, on the stream that it came on.

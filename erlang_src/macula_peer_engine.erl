@@ -11,6 +11,7 @@
 -export([ensure_started/0]).
 -export([running/1]).
 -export([figures/1]).
+-export([contained/1]).
 -export([stop/0]).
 -export([retire/0]).
 
@@ -34,29 +35,22 @@ ensure_started() ->
 
 -spec start(macula_peer_config:settings()) -> ok | {error, term()}.
 start(#{native := Native, handler := Handler, listen := Listen}) ->
-    case contained(fun() -> macula_peer_nif:start(Native) end) of
+    Finisher = macula_peer_finisher:start(),
+    Process = macula_peer_handler:start(Handler),
+    case contained(fun() -> macula_peer_nif:start(Native, Finisher, Process, Listen) end) of
         ok ->
-            ok = macula_peer_finisher:start(),
             logger:notice("macula_peer_connector: peers are verified by ~ts", [verify_mode(Native)]),
             _ = [logger:warning("macula_peer_connector: ~ts", [Remark]) || Remark <- macula_peer_config:remarks()],
-            or_stop([fun() -> set_default_handler(Handler) end, fun() -> listen(Listen) end]);
-        {error, already_started} ->
-            macula_peer_finisher:start();
+            ok;
         {error, _} = Error ->
-            Error
+            ok = macula_peer_finisher:stop(Finisher),
+            ok = macula_peer_handler:abandon(Process),
+            already_started(Error)
     end.
 
--spec or_stop([fun(() -> ok | {error, term()})]) -> ok | {error, term()}.
-or_stop([]) ->
-    ok;
-or_stop([Step | Steps]) ->
-    case Step() of
-        ok ->
-            or_stop(Steps);
-        {error, _} = Error ->
-            ok = stop(),
-            Error
-    end.
+-spec already_started({error, term()}) -> ok | {error, term()}.
+already_started({error, already_started}) -> ok;
+already_started(Error) -> Error.
 
 %% @doc Calls the native library for what an engine knows or counts. Never starts one.
 -spec figures(fun(() -> Result | not_started)) -> Result | {error, not_started | {internal, nif_panicked}}.
@@ -79,7 +73,7 @@ running(Call) ->
             Result
     end.
 
-%% A defect in the native library becomes an error of the call that hit it.
+%% @doc A defect in the native library becomes an error of the call that hit it.
 -spec contained(fun(() -> Result)) -> Result | {error, {internal, nif_panicked}}.
 contained(Call) ->
     try Call()
@@ -90,22 +84,24 @@ contained(Call) ->
 %% @doc Stops the engine, if it runs; what is on its way has a second to arrive.
 -spec stop() -> ok.
 stop() ->
-    stopped(macula_peer_nif:stop()).
+    stopped(contained(fun macula_peer_nif:stop/0)).
 
 %% @doc Stops the engine for an upgrade: no call starts it again before the module macula_peer_nif is loaded again, from the
 %% same library or another one. Meanwhile calls answer `{error, {start_failed, upgrading}}'.
 -spec retire() -> ok.
 retire() ->
-    stopped(macula_peer_nif:retire()).
+    stopped(contained(fun macula_peer_nif:retire/0)).
 
--spec stopped(macula_peer_nif:replaced() | not_started | {error, term()}) -> ok.
+-spec stopped(macula_peer_nif:released() | not_started | {error, term()}) -> ok.
 stopped(Stopped) ->
     ok = macula_peer_lookups:stop(),
-    ok = macula_peer_finisher:stop(),
     case Stopped of
         %% After the stop, because the handler is told what the stop left behind.
-        {replaced, Handler} -> macula_peer_handler:stop(Handler);
-        _NotRunning -> ok
+        {released, Handler, Finisher} ->
+            ok = macula_peer_handler:stop(Handler, Finisher),
+            macula_peer_finisher:stop(Finisher);
+        _NotRunning ->
+            ok
     end.
 
 -spec verify_mode(map()) -> iolist().
@@ -114,21 +110,6 @@ verify_mode(#{verify := {cacertfile, File}}) -> ["cacertfile ", File];
 verify_mode(#{verify := {cacertfile, File, any_name}}) -> ["cacertfile ", File, ", for any name"];
 verify_mode(#{verify := Mode}) -> atom_to_list(Mode);
 verify_mode(#{}) -> "first_seen".
-
--spec set_default_handler(macula_peer_endpoint:handler() | undefined) -> ok | {error, term()}.
-set_default_handler(undefined) -> ok;
-set_default_handler(Handler) -> macula_peer_endpoint:set_handler(Handler).
-
-%% The handler is a setting of its own.
--spec listen(macula_peer_endpoint:listen_opts() | undefined) -> ok | {error, term()}.
-listen(undefined) ->
-    ok;
-listen(Opts) ->
-    case macula_peer_nif:listen(Opts) of
-        {ok, _Address} -> ok;
-        not_started -> {error, {send_failed, connection_shutdown}};
-        {error, _} = Error -> Error
-    end.
 
 -spec init([]) -> {ok, []} | {stop, term()}.
 init([]) ->

@@ -7,7 +7,8 @@
 -behaviour(gen_server).
 
 -export([start/1]).
--export([stop/1]).
+-export([stop/2]).
+-export([abandon/1]).
 
 -export([init/1]).
 -export([handle_call/3]).
@@ -16,22 +17,33 @@
 
 -type mfargs() :: {module(), atom(), [term()]}.
 
-%% @doc Starts the process for a function.
--spec start(mfargs()) -> pid().
-start(MFA) ->
+%% @doc The handler as the native library knows it, with a process for a function.
+-spec start(macula_peer_endpoint:handler() | undefined) -> macula_peer_nif:handler().
+start({_Module, _Function, _Args} = MFA) ->
     {ok, Pid} = gen_server:start(?MODULE, MFA, []),
-    Pid.
+    {function, Pid};
+start(PidOrUndefined) ->
+    PidOrUndefined.
 
-%% @doc Ends the process, if there is one, after what it has already got.
--spec stop(pid() | none) -> ok.
-stop(none) ->
+%% @doc Ends the process of a function after the messages that it has, and those that the finisher has for it.
+-spec stop(pid() | none, Finisher :: pid()) -> ok.
+stop(none, _Finisher) ->
     ok;
-stop(Pid) ->
+stop(Pid, Finisher) ->
+    macula_peer_finisher:forward(Finisher, Pid, {?MODULE, stop}).
+
+%% @doc Ends the process of a function that is not in force.
+-spec abandon(macula_peer_nif:handler()) -> ok.
+abandon({function, Pid}) ->
     Pid ! {?MODULE, stop},
+    ok;
+abandon(_PidOrUndefined) ->
     ok.
 
 -spec init(mfargs()) -> {ok, mfargs()}.
 init(MFA) ->
+    %% Stopping the application whose call set the handler must not end this process.
+    true = group_leader(whereis(init), self()),
     {ok, MFA}.
 
 -spec handle_call(term(), gen_server:from(), mfargs()) -> {reply, {error, unknown_call}, mfargs()}.

@@ -67,6 +67,8 @@ stop() ->
 -spec init([]) -> {ok, state()}.
 init([]) ->
     _ = process_flag(trap_exit, true),
+    %% Stopping the application whose call started the first lookup must not end this process.
+    true = group_leader(whereis(init), self()),
     State = #{resolver => none, node_id => undefined, nodes => #{}, sets => #{}, calls => #{}},
     case macula_peer_config:read() of
         {ok, #{resolver := Resolver, native := Native}} ->

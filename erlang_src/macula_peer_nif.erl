@@ -3,7 +3,7 @@
 -module(macula_peer_nif).
 
 -export([check/2]).
--export([start/1]).
+-export([start/4]).
 -export([stop/0]).
 -export([retire/0]).
 -export([send/5]).
@@ -34,7 +34,7 @@
 -export([decode/1]).
 -export([decode_dirty/1]).
 
--export_type([not_loaded/0, ip_port/0, replaced/0, frame/0, unfinished/0]).
+-export_type([not_loaded/0, ip_port/0, handler/0, released/0, frame/0, unfinished/0]).
 
 -on_load(init/0).
 
@@ -43,8 +43,10 @@
 
 -type not_loaded() :: {error, {nif_not_loaded, unicode:chardata()}}.
 %% The library is missing or does not fit; the text says what to do.
--type replaced() :: {replaced, pid() | none}.
-%% The process of the previous handler, if that was a function.
+-type handler() :: pid() | {function, pid()} | undefined.
+%% `function': the process that calls a function.
+-type released() :: {released, pid() | none, Finisher :: pid()}.
+%% The process of the previous handler, if that was a function, and the engine's finisher.
 -type ip_port() :: {inet:ip_address(), inet:port_number()}.
 
 -opaque frame() :: reference().
@@ -109,13 +111,13 @@ version() ->
 -spec check(settings | listen, map()) -> ok | {error, term()}.
 check(_What, _Options) -> not_loaded().
 
--spec start(map()) -> ok | {error, term()}.
-start(_Options) -> not_loaded().
+-spec start(map(), pid(), handler(), map() | undefined) -> ok | {error, term()}.
+start(_Options, _Finisher, _Handler, _Listen) -> not_loaded().
 
--spec stop() -> replaced() | not_started | not_loaded().
+-spec stop() -> released() | not_started | not_loaded().
 stop() -> not_loaded().
 
--spec retire() -> replaced() | not_started | not_loaded().
+-spec retire() -> released() | not_started | not_loaded().
 retire() -> not_loaded().
 
 -spec send(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | heavy | not_started | {error, term()}.
@@ -160,7 +162,7 @@ local_address() -> not_loaded().
 -spec identity() -> #{fingerprint := <<_:256>>} | not_started | not_loaded().
 identity() -> not_loaded().
 
--spec set_handler(pid() | {function, pid()} | undefined) -> replaced() | not_started | not_loaded().
+-spec set_handler(handler()) -> released() | not_started | not_loaded().
 set_handler(_Handler) -> not_loaded().
 
 -spec set_logger(pid()) -> ok | not_loaded().

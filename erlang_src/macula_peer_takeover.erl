@@ -35,7 +35,18 @@ is_wanted() ->
 %% with `ok' or the error.
 -spec restore() -> [{module(), ok | {error, term()}}].
 restore() ->
-    [{Module, take_over([{Module, Setting}])} || {Module, Setting} <- modules(), is_set(Setting), is_lost(find(Module))].
+    [{Module, Restored} || {Module, Setting} <- modules(), is_set(Setting), Restored <- restored(Module, Setting)].
+
+-spec restored(module(), atom()) -> [ok | {error, term()}].
+restored(Module, Setting) ->
+    try is_lost(find(Module)) of
+        true -> [take_over([{Module, Setting}])];
+        false -> []
+    catch
+        %% It was unloaded while it was looked at. The next look finds what is there then.
+        error:undef -> [];
+        error:Reason -> [{error, {takeover_failed, Module, Reason}}]
+    end.
 
 -spec is_lost(found()) -> boolean().
 is_lost(#{module := Whose}) -> Whose =:= other.
@@ -92,18 +103,22 @@ load(Module) ->
         {_, false} ->
             {error, {takeover_failed, Module, old_code_in_use}};
         {{ok, Binary, _}, true} ->
-            case code:load_binary(Module, File, without_version(Binary)) of
+            case load_without_version(Module, File, Binary) of
                 {module, Module} -> ok;
                 {error, What} -> {error, {takeover_failed, Module, What}}
             end
     end.
 
 %% rebar3 reloads a module whose attribute `vsn' differs from that of the first file in the code path. A module without it stays.
--spec without_version(binary()) -> binary().
-without_version(Binary) ->
-    {ok, _, Chunks} = beam_lib:all_chunks(Binary),
-    {ok, Without} = beam_lib:build_module([without_version_in(Chunk) || Chunk <- Chunks]),
-    Without.
+-spec load_without_version(module(), file:filename(), binary()) -> {module, module()} | {error, term()}.
+load_without_version(Module, File, Binary) ->
+    case beam_lib:all_chunks(Binary) of
+        {ok, _, Chunks} ->
+            {ok, Without} = beam_lib:build_module([without_version_in(Chunk) || Chunk <- Chunks]),
+            code:load_binary(Module, File, Without);
+        {error, beam_lib, Reason} ->
+            {error, Reason}
+    end.
 
 -spec without_version_in({string(), binary()}) -> {string(), binary()}.
 without_version_in({"Attr", Attributes}) ->

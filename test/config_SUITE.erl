@@ -234,9 +234,12 @@ production_without_authorities_stops_the_start(Config) ->
     is_refused({tls_config_error, {cacertfile_not_found, Missing}}, []),
     [Sentence] = logged(fun() -> start([]) end),
     ?assertMatch({match, _}, re:run(Sentence, "MACULA_TLS_MODE is production.*missing.pem.*MACULA_TLS_CACERTFILE")),
-    %% The system's own authorities, or none.
     true = os:unsetenv("MACULA_TLS_CACERTFILE"),
-    ?assert(lists:member(start([]), [ok, {error, {tls_config_error, {cacertfile_not_found, ""}}}])).
+    %% The system's own authorities, if it has any.
+    case filelib:is_regular("/etc/ssl/certs/ca-certificates.crt") of
+        true -> ?assertEqual(ok, start([]));
+        false -> ok
+    end.
 
 a_setting_wins_over_production(_Config) ->
     ok = put_variable("MACULA_TLS_MODE", "production"),

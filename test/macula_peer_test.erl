@@ -9,7 +9,7 @@
 -export([root/0, warm_target/1]).
 -export([closed_port/0, free_port/0, silent_port/0, endpoint/1, endpoint/2]).
 -export([until/1, until/2, await/2, await/3, elapsed/1, in_parallel/2, mailbox/0]).
--export([peer_stats/1, handlers/0, rpc/2]).
+-export([peer_stats/1, handlers/0, finishers/0, rpc/2]).
 
 -define(APP, macula_peer_connector).
 -define(CALL_TIMEOUT, 30000).
@@ -38,7 +38,13 @@ peer_stats(Endpoint) ->
 
 %% The processes of handlers that are functions.
 handlers() ->
-    [Pid || Pid <- processes(), proc_lib:translate_initial_call(Pid) =:= {macula_peer_handler, init, 1}].
+    started_by(macula_peer_handler).
+
+finishers() ->
+    started_by(macula_peer_finisher).
+
+started_by(Module) ->
+    [Pid || Pid <- processes(), proc_lib:translate_initial_call(Pid) =:= {Module, init, 1}].
 
 %% The top of the project, wherever in it the application was built.
 root() ->

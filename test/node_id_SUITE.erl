@@ -87,7 +87,7 @@ a_node_with_another_key_is_reported_and_let_in_when_it_is_forgotten(_Config) ->
 only_a_node_id_is_forgotten(_Config) ->
     ok = macula_peer_endpoint:stop(),
     ?assertEqual(ok, macula_peer_endpoint:forget(id(target))),
-    ?assertEqual(not_started, macula_peer_nif:stats()),
+    ?assertEqual(not_started, macula_peer_call:stats()),
     [?assertEqual({error, {invalid_node_id, Term}}, macula_peer_endpoint:forget(Term))
      || Term <- [target, <<>>, "target", <<0:(256 * 8)>>]],
     ok = macula_peer_test:engine(#{}),

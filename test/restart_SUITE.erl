@@ -16,6 +16,7 @@ suite() -> [{timetrap, {seconds, 60}}].
 all() ->
     [calls_work_without_the_application, the_application_starts_and_stops_the_engine,
      the_application_stops_and_starts_under_its_callers, a_stop_answers_every_call_that_waits,
+     a_start_that_fails_fails_for_every_caller, the_engine_outlives_the_application_that_called_first,
      functions_that_look_start_no_engine, handlers_that_are_set_at_once_replace_one_another,
      a_missing_library_is_an_error_of_every_function, a_library_of_another_version_is_refused,
      calls_go_on_after_the_module_is_loaded_again, calls_go_on_after_the_module_was_deleted_and_purged].
@@ -164,6 +165,33 @@ says_not_loaded(Node) ->
     %% Nothing is left running for an engine that is not there.
     ?assertEqual([], Call(macula_peer_test, handlers, [])),
     macula_peer_test:stop_node(Node).
+
+%% A start is all of it or nothing: a caller never finds an engine that another caller is still setting up.
+a_start_that_fails_fails_for_every_caller(_Config) ->
+    {ok, Taken} = gen_udp:open(0),
+    {ok, Port} = inet:port(Taken),
+    ok = macula_peer_endpoint:stop(),
+    ok = application:set_env(?APP, listen, #{port => Port}),
+    Failed = {error, {listen_failed, eaddrinuse}},
+    ?assertEqual(lists:duplicate(5, Failed), in_parallel(5, fun(_) -> macula_peer_endpoint:start() end)),
+    ?assertEqual({error, not_started}, macula_peer_endpoint:local_address()),
+    until(fun() -> macula_peer_test:handlers() =:= [] andalso macula_peer_test:finishers() =:= [] end),
+    ok = gen_udp:close(Taken).
+
+%% The end of an application takes every process that has its group leader, whatever it belongs to.
+the_engine_outlives_the_application_that_called_first(_Config) ->
+    ok = macula_peer_endpoint:stop(),
+    ok = application:set_env(?APP, handler, {erlang, is_tuple, []}),
+    Leader = spawn(fun Loop() -> receive {io_request, From, Tag, _} -> From ! {io_reply, Tag, ok}, Loop() end end),
+    {Caller, Monitor} = spawn_monitor(fun() ->
+        true = group_leader(Leader, self()),
+        ok = macula_peer_endpoint:start()
+    end),
+    receive {'DOWN', Monitor, process, Caller, normal} -> ok end,
+    [Handler] = macula_peer_test:handlers(),
+    [Finisher] = macula_peer_test:finishers(),
+    ?assertEqual([], [Pid || Pid <- [Handler, Finisher], {group_leader, Leader} =:= process_info(Pid, group_leader)]),
+    true = exit(Leader, kill).
 
 functions_that_look_start_no_engine(_Config) ->
     ok = macula_peer_endpoint:stop(),

@@ -17,7 +17,8 @@ suite() -> [{timetrap, {seconds, 120}}].
 all() ->
     [{group, ours}, {group, original}, {group, relayed}, {group, raw},
      messages_of_one_sender_stay_in_order, macula_gateway_gets_every_term,
-     without_the_process_that_finishes_messages_are_counted, a_handler_that_died_is_counted,
+     without_the_process_that_finishes_messages_are_counted, what_the_process_that_finishes_messages_had_is_counted,
+     a_function_that_is_replaced_gets_what_was_on_its_way, a_handler_that_died_is_counted,
      the_deepest_nesting_that_is_accepted,
      busy_dirty_schedulers_delay_nobody, a_heavy_message_keeps_its_timeout, decoding_finishes_terms].
 
@@ -326,42 +327,81 @@ without_the_process_that_finishes_messages_are_counted(Config) ->
     Node = macula_peer_test:start_node(),
     Endpoint = endpoint(listen(Node)),
     Unhandled = fun() -> maps:get(unhandled, macula_peer_test:stats(Node)) end,
-    true = call(Node, ?MODULE, kill, [macula_peer_finisher]),
+    [Finisher] = call(Node, macula_peer_test, finishers, []),
+    true = call(Node, ?MODULE, kill, [Finisher]),
     ok = send(Config, store, numbered(100), Endpoint),
     _ = await(Unhandled, fun(Count) -> Count =:= 1 end),
-    %% Others do not need it, and it is there again when the engine is asked to start.
+    %% Others do not need it.
     ok = send(Config, store, numbered(10), Endpoint),
     ?assertEqual([numbered(10)], taken(Node, 1)),
-    ok = call(Node, macula_peer_endpoint, start, []),
-    ok = send(Config, store, numbered(100), Endpoint),
-    ?assertEqual([numbered(100)], taken(Node, 1)),
-    %% What it has in its mailbox is counted too.
-    true = call(Node, ?MODULE, suspend, [macula_peer_finisher]),
-    [ok = send(Config, store, numbered(Keys), Endpoint) || Keys <- [100, 10, 100]],
-    until(fun() -> 3 =:= call(Node, ?MODULE, queue, [macula_peer_finisher]) end),
-    true = call(Node, ?MODULE, kill, [macula_peer_finisher]),
-    _ = await(Unhandled, fun(Count) -> Count =:= 4 end),
-    ok = send(Config, store, numbered(10), Endpoint),
-    ?assertEqual([numbered(10)], taken(Node, 1)),
-    %% It ends with the engine.
-    ok = call(Node, macula_peer_endpoint, start, []),
-    ok = call(Node, macula_peer_endpoint, stop, []),
-    ?assertEqual(undefined, call(Node, erlang, whereis, [macula_peer_finisher])),
     macula_peer_test:stop_node(Node).
 
-kill(Name) ->
-    Monitor = monitor(process, Name),
-    true = exit(whereis(Name), kill),
+what_the_process_that_finishes_messages_had_is_counted(Config) ->
+    Node = macula_peer_test:start_node(),
+    Endpoint = endpoint(listen(Node)),
+    [Finisher] = call(Node, macula_peer_test, finishers, []),
+    true = call(Node, ?MODULE, suspend, [Finisher]),
+    [ok = send(Config, store, numbered(Keys), Endpoint) || Keys <- [100, 10, 100]],
+    until(fun() -> 3 =:= call(Node, ?MODULE, queue, [Finisher]) end),
+    true = call(Node, ?MODULE, kill, [Finisher]),
+    _ = await(fun() -> maps:get(unhandled, macula_peer_test:stats(Node)) end, fun(Count) -> Count =:= 3 end),
+    ok = send(Config, store, numbered(10), Endpoint),
+    ?assertEqual([numbered(10)], taken(Node, 1)),
+    %% The next engine has its own, and it ends with the engine.
+    ok = call(Node, macula_peer_endpoint, stop, []),
+    ok = call(Node, macula_peer_endpoint, start, []),
+    [Next] = call(Node, macula_peer_test, finishers, []),
+    ?assertNotEqual(Finisher, Next),
+    ok = call(Node, macula_peer_endpoint, stop, []),
+    until(fun() -> [] =:= call(Node, macula_peer_test, finishers, []) end),
+    macula_peer_test:stop_node(Node).
+
+%% A function that is replaced gets what had arrived for it, also what is not finished yet.
+a_function_that_is_replaced_gets_what_was_on_its_way(Config) ->
+    Node = macula_peer_test:start_node(),
+    {ok, {_, Port}} = call(Node, macula_peer_endpoint, listen, [#{handler => {?MODULE, keep_slowly, []}}]),
+    [Finisher] = call(Node, macula_peer_test, finishers, []),
+    true = call(Node, ?MODULE, suspend, [Finisher]),
+    [ok = send(Config, store, numbered(100), endpoint(Port)) || _ <- [1, 2, 3]],
+    until(fun() -> 3 =:= call(Node, ?MODULE, queue, [Finisher]) end),
+    ok = call(Node, macula_peer_endpoint, set_handler, [undefined]),
+    true = call(Node, ?MODULE, resume, []),
+    until(fun() -> 3 =:= call(Node, ?MODULE, kept_slowly, []) end),
+    until(fun() -> [] =:= call(Node, macula_peer_test, handlers, []) end),
+    macula_peer_test:stop_node(Node).
+
+keep_slowly({macula_peer_message, _}) ->
+    timer:sleep(20),
+    persistent_term:put(?MODULE, kept_slowly() + 1);
+keep_slowly({macula_peer_event, _}) ->
+    ok.
+
+kept_slowly() ->
+    persistent_term:get(?MODULE, 0).
+
+kill(Name) when is_atom(Name) ->
+    kill(whereis(Name));
+kill(Pid) ->
+    Monitor = monitor(process, Pid),
+    true = exit(Pid, kill),
     receive {'DOWN', Monitor, process, _, _} -> true end.
 
 %% The one that suspends must live on.
-suspend(Name) ->
+suspend(Pid) ->
     Self = self(),
-    _ = spawn(fun() -> Self ! erlang:suspend_process(whereis(Name)), timer:sleep(60000) end),
+    _ = spawn(fun() ->
+        true = register(suspender, self()),
+        Self ! erlang:suspend_process(Pid),
+        receive resume -> erlang:resume_process(Pid) end
+    end),
     receive true -> true end.
 
-queue(Name) ->
-    {message_queue_len, Length} = process_info(whereis(Name), message_queue_len),
+resume() ->
+    suspender ! resume,
+    true.
+
+queue(Pid) ->
+    {message_queue_len, Length} = process_info(Pid, message_queue_len),
     Length.
 
 a_handler_that_died_is_counted(Config) ->
@@ -414,7 +454,7 @@ busy_dirty_schedulers_delay_nobody(Config) ->
          {Took, Result} = call(Node, ?MODULE, timed, [What, Endpoint]),
          ?assertEqual({What, true}, {What, Result}),
          ?assert(Took < ?PROMPT, {What, Took})
-     end || What <- [{send, 100000}, {send, 8000000}, {request, 800000}, wire, stats, nat_profile, identity, local_address,
+     end || What <- [{send, 100000}, {send, 1000000}, {request, 800000}, wire, stats, nat_profile, identity, local_address,
                      path]],
     true = is_busy(Node),
     macula_peer_test:stop_node(Node).

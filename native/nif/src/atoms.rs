@@ -8,7 +8,7 @@ use rustler::{Atom, Env, NifResult};
 
 rustler::atoms! {
     ok, error, wait, heavy, map, unfinished, undefined, infinity, null, true_ = "true", false_ = "false", none,
-    not_started, already_started, replaced,
+    not_started, already_started, released,
 
     invalid_header, unsupported_version, incomplete_payload, unknown_type, msgpack_decode_error, incomplete,
     not_just_binary, invalid_string, badarg, bad_ext, too_deep, too_large, frame_too_large,
@@ -37,7 +37,7 @@ rustler::atoms! {
     identity_file, cacertfile, verify, pin, realm_secret,
     hidden, fingerprint,
 
-    macula_peer_message, macula_peer_event, macula_peer_log, macula_peer_finisher, macula_peer_finish, type_ = "type", message, from, dialect, key, reply_to,
+    macula_peer_message, macula_peer_event, macula_peer_log, macula_peer_finish, type_ = "type", message, from, dialect, key, reply_to,
     macula, macula_peer_1 = "macula-peer/1",
     macula_gateway, route_message, gen_cast = "$gen_cast", gateway, gateway_port, auto, handed_over, answered, fallen_back,
 

@@ -17,9 +17,8 @@ use crate::atoms::{self, TypeAtoms};
 /// ns, so this is well below a millisecond.
 pub(crate) const LIGHT_WORK: usize = 20_000;
 
-/// Bytes copied for one unit of work. A copy runs at memory speed, and the VM copies whole binaries on a normal scheduler
-/// too, so that the largest frame by default, as one binary, is still light.
-const COPIED_PER_UNIT: usize = 2048;
+/// Bytes copied for one unit of work. Copying a megabyte takes about a millisecond, most of it for new pages of memory.
+const COPIED_PER_UNIT: usize = 64;
 
 /// Code points of a string for one unit of work.
 const CHARACTERS_PER_UNIT: usize = 4;

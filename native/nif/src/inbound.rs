@@ -106,11 +106,12 @@ impl Fallback for Cast {
 pub(crate) struct Way {
     limits: Limits,
     backlog: Arc<Backlog>,
+    finisher: LocalPid,
 }
 
 impl Way {
-    pub(crate) fn new(engine: &Engine) -> Self {
-        Self { limits: engine.config().limits, backlog: engine.backlog() }
+    pub(crate) fn new(engine: &Engine, finisher: LocalPid) -> Self {
+        Self { limits: engine.config().limits, backlog: engine.backlog(), finisher }
     }
 
     /// Sends what `whole` makes of the decoded message. Without a message `whole` returns what the finisher puts around
@@ -130,11 +131,10 @@ impl Way {
                 Decoded::Finished(message) if !is_behind => return Ok((to, whole(env, Some(message)))),
                 Decoded::Finished(message) | Decoded::Unfinished(message) => message,
             };
-            let finisher = env.whereis_pid(atoms::macula_peer_finisher()).ok_or(Unhandled::NoHandler)?;
             let ticket = self.backlog.enter(sender, inbound.payload.len());
             let receipt = receipt.insert(ResourceArc::new(Receipt(Mutex::new(Some(ticket)))));
             let whole = whole(env, None);
-            Ok((finisher, (atoms::macula_peer_finish(), receipt.clone(), to, whole, message).encode(env)))
+            Ok((self.finisher, (atoms::macula_peer_finish(), receipt.clone(), to, whole, message).encode(env)))
         });
         if let (Err(_), Some(receipt)) = (&sent, receipt) {
             // The caller counts it.

@@ -42,9 +42,16 @@ static ENGINE: RwLock<Option<Arc<Engine>>> = RwLock::new(None);
 /// Held while the engine is started or stopped. Whether this library has been retired: it starts no engine any more.
 static RETIRED: Mutex<bool> = Mutex::new(false);
 
-/// The process that calls the handler, where that is a function. It ends when another handler takes its place, or with the
-/// engine.
-static FUNCTION_HANDLER: Mutex<Option<LocalPid>> = Mutex::new(None);
+/// The processes of the running engine.
+static PROCESSES: Mutex<Option<Processes>> = Mutex::new(None);
+
+/// Processes that end with the engine.
+struct Processes {
+    /// Finishes terms that the engine's threads may not make.
+    finisher: LocalPid,
+    /// Calls the handler, where that is a function. It ends when another handler takes its place.
+    function: Option<LocalPid>,
+}
 
 rustler::init!("macula_peer_nif", load = load);
 
@@ -81,10 +88,16 @@ fn check<'a>(env: Env<'a>, what: Atom, options: Term<'a>) -> Term<'a> {
     }
 }
 
+/// Starts the engine with its finisher, its handler (as for `set_handler`) and what it listens to (`undefined`: it does not),
+/// all of it or nothing.
 #[rustler::nif(schedule = "DirtyIo")]
-fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
+fn start<'a>(env: Env<'a>, options: Term<'a>, finisher: LocalPid, handler: Term<'a>, listen: Term<'a>) -> Term<'a> {
     let config = match options::config(options) {
         Ok(config) => config,
+        Err(invalid) => return error(env, &invalid),
+    };
+    let listen = match listen.is_map().then(|| options::listen(listen)).transpose() {
+        Ok(listen) => listen,
         Err(invalid) => return error(env, &invalid),
     };
     // Starting takes milliseconds, in which the callers' lock stays free.
@@ -98,17 +111,22 @@ fn start<'a>(env: Env<'a>, options: Term<'a>) -> Term<'a> {
     if let Err(failed) = off_scheduler::start_courier() {
         return error(env, &StartError::Runtime(failed));
     }
-    match Engine::start(config) {
-        Ok(started) => {
-            started.set_fallback(Some(Arc::new(Cast { way: Way::new(&started) })));
-            *ENGINE.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(started));
-        }
+    let started = match Engine::start(config) {
+        Ok(started) => started,
         Err(failed) => return error(env, &failed),
+    };
+    started.set_fallback(Some(Arc::new(Cast { way: Way::new(&started, finisher) })));
+    let function = handle(&started, finisher, handler);
+    if let Some(Err(failed)) = listen.map(|listen| started.listen(listen)) {
+        started.stop();
+        return error(env, &failed);
     }
+    *PROCESSES.lock().unwrap_or_else(PoisonError::into_inner) = Some(Processes { finisher, function });
+    *ENGINE.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(started));
     atoms::ok().encode(env)
 }
 
-/// Stops the engine. Returns the process of its handler.
+/// Stops the engine. Returns its processes.
 #[rustler::nif(schedule = "DirtyIo")]
 fn stop(env: Env<'_>) -> Term<'_> {
     let _one_at_a_time = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,7 +147,11 @@ fn stop_engine(env: Env<'_>) -> Term<'_> {
     match engine {
         Some(engine) => {
             engine.stop();
-            replaced(env, FUNCTION_HANDLER.lock().unwrap_or_else(PoisonError::into_inner).take())
+            let processes = PROCESSES.lock().unwrap_or_else(PoisonError::into_inner).take();
+            processes.map_or_else(
+                || atoms::not_started().encode(env),
+                |Processes { finisher, function }| released(env, function, finisher),
+            )
         }
         None => atoms::not_started().encode(env),
     }
@@ -448,19 +470,25 @@ fn set_handler<'a>(env: Env<'a>, handler: Term<'a>) -> Term<'a> {
     // Locked until the end: a stop comes either before this, and then there is no engine, or after it, and ends this
     // handler.
     let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
-    let Some(engine) = &*engine else { return atoms::not_started().encode(env) };
-    let function = handler.decode::<(Atom, LocalPid)>().ok().map(|(_, pid)| pid);
-    let mut current = FUNCTION_HANDLER.lock().unwrap_or_else(PoisonError::into_inner);
-    let before = std::mem::replace(&mut *current, function);
-    let process = function.or_else(|| handler.decode().ok());
-    let way = Way::new(engine);
-    engine.set_handler(process.map(|pid| Arc::new(Process { pid, way }) as Arc<dyn Handler>));
-    replaced(env, before)
+    let mut processes = PROCESSES.lock().unwrap_or_else(PoisonError::into_inner);
+    let (Some(engine), Some(processes)) = (&*engine, &mut *processes) else { return atoms::not_started().encode(env) };
+    let function = handle(engine, processes.finisher, handler);
+    let before = std::mem::replace(&mut processes.function, function);
+    released(env, before, processes.finisher)
 }
 
-fn replaced(env: Env<'_>, before: Option<LocalPid>) -> Term<'_> {
-    let before = before.map_or_else(|| atoms::none().encode(env), |pid| pid.encode(env));
-    (atoms::replaced(), before).encode(env)
+/// Sets the handler. Returns its process, if it is a function.
+fn handle(engine: &Engine, finisher: LocalPid, handler: Term<'_>) -> Option<LocalPid> {
+    let function = handler.decode::<(Atom, LocalPid)>().ok().map(|(_, pid)| pid);
+    let process = function.or_else(|| handler.decode().ok());
+    let way = Way::new(engine, finisher);
+    engine.set_handler(process.map(|pid| Arc::new(Process { pid, way }) as Arc<dyn Handler>));
+    function
+}
+
+fn released(env: Env<'_>, function: Option<LocalPid>, finisher: LocalPid) -> Term<'_> {
+    let function = function.map_or_else(|| atoms::none().encode(env), |pid| pid.encode(env));
+    (atoms::released(), function, finisher).encode(env)
 }
 
 #[rustler::nif]
