@@ -171,10 +171,48 @@ impl Drop for Dial {
 
 impl State {
     fn keep(&mut self, to: SocketAddr, port: Arc<ExtraGuard>, now: Instant) {
-        let Some(trying) = self.trying.remove(&to) else { return };
-        if Weak::as_ptr(&trying) == Arc::as_ptr(&port) {
+        // After a rebind it may be the port of a later dial.
+        if self.trying.get(&to).is_some_and(|trying| Weak::as_ptr(trying) == Arc::as_ptr(&port)) {
+            self.trying.remove(&to);
             tracing::info!(%to, "only packets from another local port are answered");
             self.kept.insert(to, (Kept::new(port.heard(), now), port));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::socket::{refusals, signals};
+
+    const LONGEST: Duration = Duration::from_secs(10);
+
+    fn dial_by_another(ports: &Arc<Ports>, socket: &Arc<Socket>, to: SocketAddr) -> Dial {
+        for _ in 0..2 {
+            lock(&ports.state).failing.failed(to, Failed::Silent, false, Instant::now());
+        }
+        let dial = ports.dial(socket, to, LONGEST);
+        assert!(dial.another.is_some());
+        dial
+    }
+
+    #[tokio::test]
+    async fn a_dial_from_before_a_rebind_does_not_cost_a_later_one_its_port() {
+        let bind = || Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0).unwrap();
+        let (ports, old, new) = (Arc::new(Ports::default()), bind(), bind());
+        let to = (Ipv4Addr::LOCALHOST, 1).into();
+        let mut before = dial_by_another(&ports, &old, to);
+        ports.clear();
+        let mut after = dial_by_another(&ports, &new, to);
+        before.heard();
+        drop(before);
+        assert!(!ports.is_elsewhere(to));
+        after.heard();
+        drop(after);
+        assert!(ports.is_elsewhere(to));
     }
 }
