@@ -139,9 +139,9 @@ impl Socket {
     }
 
     /// As [`Socket::add_extra`], until the guard is dropped.
-    pub(crate) fn share(self: &Arc<Self>, socket: UdpSocket, peer: SocketAddr) -> Result<ExtraGuard, AddExtraError> {
+    pub(crate) fn share(&self, socket: UdpSocket, peer: SocketAddr) -> Result<ExtraGuard, AddExtraError> {
         let id = self.add_extra(socket, peer)?;
-        Ok(ExtraGuard { socket: self.clone(), id })
+        Ok(ExtraGuard { socket: self.this.clone(), id })
     }
 
     /// Closes an extra socket.
@@ -265,27 +265,34 @@ impl Socket {
 
 /// An extra socket that QUIC uses, until this is dropped.
 pub(crate) struct ExtraGuard {
-    socket: Arc<Socket>,
+    /// A link holds its guard as long as it lives. After a rebind that must not keep the old socket's port bound.
+    socket: Weak<Socket>,
     pub(crate) id: ExtraId,
 }
 
 impl ExtraGuard {
     /// Counts the datagrams that it receives.
     pub(crate) fn heard(&self) -> u64 {
-        self.socket.extras.get(self.id).map_or(0, |extra| extra.heard())
+        let extra = self.socket.upgrade().and_then(|socket| socket.extras.get(self.id));
+        extra.map_or(0, |extra| extra.heard())
     }
 
     /// Has closed ports noticed at once, until this is dropped.
     pub(crate) async fn watch_errors(&self) -> Infallible {
-        let Some(extra) = self.socket.extras.get(self.id) else { return pending().await };
-        let _reporting = Reporting::new(&extra, self.socket.local);
-        watch_errors(extra.io(), &self.socket.refusals).await;
+        let Some(socket) = self.socket.upgrade() else { return pending().await };
+        let Some(extra) = socket.extras.get(self.id) else { return pending().await };
+        let (local, refusals) = (socket.local, socket.refusals.clone());
+        drop(socket);
+        let _reporting = Reporting::new(&extra, local);
+        watch_errors(extra.io(), &refusals).await;
         pending().await
     }
 
     /// From now on QUIC's packets to an address leave by the main socket.
     pub(crate) fn unroute(&self, address: SocketAddr) {
-        self.socket.extras.unroute(address, self.id);
+        if let Some(socket) = self.socket.upgrade() {
+            socket.extras.unroute(address, self.id);
+        }
     }
 }
 
@@ -309,7 +316,9 @@ impl Drop for Reporting<'_> {
 
 impl Drop for ExtraGuard {
     fn drop(&mut self) {
-        self.socket.remove_extra(self.id);
+        if let Some(socket) = self.socket.upgrade() {
+            socket.remove_extra(self.id);
+        }
     }
 }
 

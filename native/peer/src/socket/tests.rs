@@ -170,6 +170,16 @@ async fn signals_by_an_extra_socket_are_answered_by_it() {
 }
 
 #[tokio::test]
+async fn an_extra_socket_does_not_keep_a_main_socket_that_was_replaced() {
+    let socket = Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0).unwrap();
+    let guard = socket.share(socket.open_beside().unwrap(), (Ipv4Addr::LOCALHOST, 1).into()).unwrap();
+    let address = socket.local;
+    drop(socket);
+    std::net::UdpSocket::bind(address).unwrap();
+    assert_eq!(guard.heard(), 0);
+}
+
+#[tokio::test]
 async fn an_extra_socket_hears_only_its_peer() {
     let mut side = side(true);
     let extra = side.socket.open_beside().unwrap();
