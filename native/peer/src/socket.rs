@@ -25,6 +25,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::broadcast;
 
 use crate::decide::sending::Fault;
+use crate::link::lock;
 
 pub(crate) use self::extras::ExtraId;
 use self::extras::{AddExtraError, Extra, Extras};
@@ -199,7 +200,7 @@ impl Socket {
     /// From now on nothing can be received.
     #[cfg(test)]
     pub(crate) fn break_it(&self) {
-        *crate::link::lock(&self.receiver.injected) = Some(Box::new(|| io::ErrorKind::OutOfMemory.into()));
+        *lock(&self.receiver.injected) = Some(Box::new(|| io::ErrorKind::OutOfMemory.into()));
     }
 
     /// Another socket has replaced it, and wants its port. quinn drops this one as soon as it polls it.
@@ -296,21 +297,29 @@ impl ExtraGuard {
     }
 }
 
-/// Reads ICMP errors about packets from an extra socket, until this is dropped: a socket with unread errors always
-/// looks writable to tokio.
+/// Has the kernel queue ICMP errors about packets from an extra socket, until the last of these is dropped: two dials may
+/// share the socket. A socket with unread errors always looks writable to tokio.
 struct Reporting<'a>(&'a Extra, SocketAddr);
 
 impl<'a> Reporting<'a> {
     fn new(extra: &'a Extra, local: SocketAddr) -> Self {
-        report_icmp_errors(extra.io(), local, true);
+        let mut watchers = lock(&extra.watchers);
+        if *watchers == 0 {
+            report_icmp_errors(extra.io(), local, true);
+        }
+        *watchers += 1;
         Self(extra, local)
     }
 }
 
 impl Drop for Reporting<'_> {
     fn drop(&mut self) {
-        report_icmp_errors(self.0.io(), self.1, false);
-        icmp_refused(self.0.io());
+        let mut watchers = lock(&self.0.watchers);
+        *watchers -= 1;
+        if *watchers == 0 {
+            report_icmp_errors(self.0.io(), self.1, false);
+            icmp_refused(self.0.io());
+        }
     }
 }
 

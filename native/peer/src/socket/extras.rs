@@ -49,6 +49,8 @@ pub(super) struct Extra {
     peer: IpAddr,
     /// How often something came from there.
     heard: AtomicU64,
+    /// How many read its ICMP errors.
+    pub(super) watchers: Mutex<usize>,
 }
 
 pub(super) struct Extras {
@@ -104,6 +106,7 @@ impl Extras {
                     receiver: Receiver::default(),
                     peer: peer.ip(),
                     heard: AtomicU64::new(0),
+                    watchers: Mutex::default(),
                 }),
                 VecDeque::new(),
             ));

@@ -12,7 +12,6 @@ use tokio::time::{sleep, timeout};
 
 use super::*;
 use crate::decide::punch::Role;
-use crate::link::lock;
 use crate::relay::testing::{PATIENCE, client_config, server_config};
 use crate::runtime::BatchingRuntime;
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
@@ -167,6 +166,33 @@ async fn signals_by_an_extra_socket_are_answered_by_it() {
     answer(&server.socket, via, &received, &ping(4).encode(&key));
     let (via, answer) = timeout(PATIENCE, client.received.recv()).await.unwrap().unwrap();
     assert_eq!((answer.from, via), (address, Via::Main));
+}
+
+/// An address that nobody listens at.
+#[cfg(target_os = "linux")]
+fn closed_port() -> SocketAddr {
+    std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_dial_hears_of_a_closed_port_after_another_by_the_same_extra_socket_ended() {
+    let (socket, closed) = (lone_socket(), closed_port());
+    let mut refused = socket.refusals.subscribe();
+    let guard = socket.share(socket.open_beside().unwrap(), closed).unwrap();
+    let mut first = Box::pin(guard.watch_errors());
+    let mut second = Box::pin(guard.watch_errors());
+    let both = async { tokio::join!(&mut first, &mut second) };
+    assert!(timeout(Duration::from_millis(1), both).await.is_err());
+    drop(first);
+    socket.send_signal_by(guard.id, closed, &[7; 100]);
+    let refused = async {
+        tokio::select! {
+            refused = refused.recv() => refused.unwrap(),
+            never = second => match never {},
+        }
+    };
+    assert_eq!(timeout(PATIENCE, refused).await.unwrap().destination, closed);
 }
 
 #[tokio::test]
