@@ -531,15 +531,18 @@ impl UdpPoller for Writable {
 
 async fn room(socket: Arc<Socket>) {
     match socket.extras.full() {
-        Some(extra) => extra.writable().await,
-        None => {
-            let ready = socket.io.ready(Interest::WRITABLE).await;
-            if ready.is_ok_and(|ready| ready.is_write_closed()) {
-                tokio::time::sleep(FULL_SOCKET_PAUSE).await;
-            }
-        }
+        Some(extra) => writable(extra.io()).await,
+        None => writable(&socket.io).await,
     }
     socket.full.store(false, Ordering::Relaxed);
+}
+
+async fn writable(io: &UdpSocket) {
+    let ready = io.ready(Interest::WRITABLE).await;
+    // After an ICMP error tokio says so for good.
+    if ready.is_ok_and(|ready| ready.is_write_closed()) {
+        tokio::time::sleep(FULL_SOCKET_PAUSE).await;
+    }
 }
 
 impl fmt::Debug for Writable {

@@ -280,11 +280,6 @@ impl Extra {
         &self.receiver
     }
 
-    pub(super) async fn writable(&self) {
-        // An error shows in the next packet.
-        let _ = self.io.writable().await;
-    }
-
     fn poll_recv(&self, cx: &mut Context<'_>, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<usize> {
         if let Poll::Ready(Ok(received)) = self.receiver.poll(&self.io, &self.state, cx, bufs, meta) {
             return Poll::Ready(received);

@@ -176,6 +176,32 @@ fn closed_port() -> SocketAddr {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
+async fn a_full_extra_socket_is_waited_for_after_an_icmp_error() {
+    let (socket, closed) = (lone_socket(), closed_port());
+    let id = socket.add_extra(socket.open_beside().unwrap(), closed).unwrap();
+    let extra = socket.extras.get(id).unwrap();
+    let transmit = Transmit { destination: closed, ecn: None, contents: &[7; 100], segment_size: None, src_ip: None };
+    assert_eq!(socket.try_send(&transmit).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    report_icmp_errors(extra.io(), socket.local, true);
+    socket.send_signal_by(id, closed, &[7; 100]);
+    let until = Instant::now() + PATIENCE;
+    while !extra.io().ready(Interest::WRITABLE).await.unwrap().is_write_closed() {
+        assert!(Instant::now() < until);
+        sleep(Duration::from_millis(1)).await;
+    }
+
+    let mut room = socket.create_io_poller();
+    let mut first = true;
+    let waited = std::future::poll_fn(|cx| {
+        let polled = room.as_mut().poll_writable(cx);
+        assert!(!std::mem::take(&mut first) || polled.is_pending(), "who tries again at once would spin");
+        polled
+    });
+    timeout(PATIENCE, waited).await.unwrap().unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
 async fn a_dial_hears_of_a_closed_port_after_another_by_the_same_extra_socket_ended() {
     let (socket, closed) = (lone_socket(), closed_port());
     let mut refused = socket.refusals.subscribe();
