@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::raw::{macula_server_at, raw_frame};
 use common::{Forwarder, Inbox, endpoint, engine, frame, message, number, request, send, until};
 use macula_peer::{Config, Delivery, EndpointRef, Engine, HandOver, Listen, LocalGateway, Message, StartError, Target};
-use macula_peer_testkit::quic::{client_config, transport};
+use macula_peer_testkit::quic::{client_config, server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Cast, FindValue, FindValueReply, Publish, RpcReply, Store};
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
@@ -354,4 +354,33 @@ fn a_message_that_a_replaced_link_has_half_is_not_delivered_twice() {
     assert_eq!((gateway.count(), client.stats().undelivered), (2, 0));
     client.stop();
     gateway.runtime.shutdown_background();
+}
+
+/// After a slow handshake the gateway is dialled a second time, in the hope of a better round trip.
+#[test]
+fn a_second_dial_that_hangs_does_not_cost_the_first_connection() {
+    let (got, reads) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Semaphore::new(100)));
+    let shared = got.clone();
+    let runtime = tokio_runtime(1).unwrap();
+    let address = runtime.block_on(async {
+        let server = server_config(&["macula".into()], transport(100, 3)).unwrap();
+        let endpoint = Endpoint::server(server, "127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = endpoint.local_addr().unwrap();
+        tokio::spawn(async move {
+            let first = endpoint.accept().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            tokio::spawn(serve(first.await.unwrap(), shared, reads));
+            // Dropped, they would be refused.
+            let mut held = Vec::new();
+            while let Some(incoming) = endpoint.accept().await {
+                held.push(incoming);
+            }
+        });
+        address
+    });
+    let client = engine(Config { connect_timeout: Duration::from_secs(4), ..Config::default() });
+    send(&client, &address.to_string(), message(Cast, 0, TIMEOUT)).unwrap();
+    until("it arrives", || got.lock().unwrap().len() == 1);
+    client.stop();
+    runtime.shutdown_background();
 }
