@@ -732,12 +732,9 @@ impl Node {
     pub(crate) fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
         // Locked, so that newer events do not overtake these.
         let mut early = lock(&self.early);
-        if let Some(handler) = &handler {
-            for event in early.take().into_iter().flatten() {
-                handler.event(event);
-            }
-        }
+        let kept = handler.as_ref().and_then(|_| early.take());
         *self.handler.write().unwrap_or_else(PoisonError::into_inner) = handler;
+        kept.into_iter().flatten().for_each(|event| self.tell_or_log(event));
     }
 
     pub(crate) fn set_fallback(&self, fallback: Option<Arc<dyn Fallback>>) {
@@ -849,6 +846,10 @@ impl Node {
         {
             return early.push(event);
         }
+        self.tell_or_log(event);
+    }
+
+    fn tell_or_log(&self, event: Event) {
         let report = Report::of(&event);
         let told = self.tell(event);
         if let (Some((report, times)), false) = (report, told)

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, Once};
 use std::time::{Duration, Instant};
 
 use common::{
-    Forwarder, Inbox, endpoint, engine, listener, member_of, message, node_id, owes_nothing, relay, send, until,
+    Forwarder, Inbox, endpoint, engine, listener, member, member_of, message, node_id, owes_nothing, relay, send, until,
 };
-use macula_peer::{Config, Event, Refusal, Registration};
+use macula_peer::{Config, Event, Handler, Inbound, Refusal, Registration, Unhandled};
 use macula_peer_wire::MessageType::Publish;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -128,6 +128,37 @@ fn a_handler_is_told_what_happened_just_before_it_was_set() {
     node.set_handler(Some(inbox.clone()));
     until("the handler is told", || registrations(&inbox, Registration::Registered) == 1);
     for engine in [node, relay] {
+        engine.stop();
+    }
+}
+
+/// A handler whose process is gone.
+struct Gone;
+
+impl Handler for Gone {
+    fn message(&self, _: Inbound) -> Result<(), Unhandled> {
+        Err(Unhandled::NoHandler)
+    }
+
+    fn event(&self, _: Event) -> bool {
+        false
+    }
+}
+
+#[test]
+fn what_happened_before_the_handler_was_set_is_logged_if_it_does_not_take_it() {
+    log();
+    let (relay, address) = relay(0);
+    let (owner, _) = member("taken", &[&address]);
+    let config = Config { node_id: Some(node_id("taken")), relays: vec![endpoint(&address)], ..Config::default() };
+    let node = engine(config);
+    let refused = Registration::Refused(Refusal::NodeIdTaken);
+    until("it is refused", || node.stats().registrations.iter().any(|registration| registration.state == refused));
+    // The event follows.
+    std::thread::sleep(Duration::from_millis(50));
+    node.set_handler(Some(Arc::new(Gone)));
+    assert_eq!(logged("refuses the registration", &address), 1);
+    for engine in [owner, node, relay] {
         engine.stop();
     }
 }
