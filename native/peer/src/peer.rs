@@ -1315,7 +1315,7 @@ impl Task {
         self.untrusted = is_untrusted(Some(&error));
         self.redial_at = Some(Instant::now() + self.redial.pause(fastrand::f64()));
         // A name that does not resolve, or a missing route on this host, says nothing about the peer.
-        let is_ours = matches!(error, SendError::Connect(ConnectError::Unresolved | ConnectError::NoRoute));
+        let is_ours = matches!(self.direct_failure(&error), Some(ConnectError::Unresolved | ConnectError::NoRoute));
         if self.in_doubt && !is_ours {
             // Silent on the old link and not to be had on a new one: what is unacknowledged keeps its deadlines.
             self.retire_link();
@@ -1350,15 +1350,19 @@ impl Task {
 
     /// Whether a peer that was linked until recently cannot be found, or cannot be sent anything.
     fn is_away(&self, error: &SendError) -> bool {
-        let absent = match error {
-            SendError::Connect(ConnectError::NoRoute) => true,
-            SendError::Route(RouteError::Relay(_) | RouteError::Setup(Refusal::NotRegistered)) => true,
-            SendError::Route(RouteError::NoRelay) => {
-                lock(&self.peer.state).failures.direct == Some(ConnectError::NoRoute)
-            }
-            _ => false,
-        };
+        let unregistered =
+            matches!(error, SendError::Route(RouteError::Relay(_) | RouteError::Setup(Refusal::NotRegistered)));
+        let absent = unregistered || self.direct_failure(error) == Some(ConnectError::NoRoute);
         absent && (self.link.is_some() || self.linked_until.is_some_and(|until| until.elapsed() < AWAY))
+    }
+
+    /// Why the peer's own address could not be dialled, if no relay was tried after that.
+    fn direct_failure(&self, error: &SendError) -> Option<ConnectError> {
+        match error {
+            SendError::Connect(failure) => Some(failure.clone()),
+            SendError::Route(RouteError::NoRelay) => lock(&self.peer.state).failures.direct.clone(),
+            _ => None,
+        }
     }
 
     fn session_progressed(&mut self, progress: Progress) {
@@ -1864,5 +1868,96 @@ fn earliest(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
     match (a, b) {
         (Some(a), Some(b)) => Some(a.min(b)),
         (a, b) => a.or(b),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use std::net::UdpSocket;
+    use std::sync::atomic::AtomicBool;
+    use std::sync::mpsc;
+    use std::thread::sleep;
+
+    use macula_peer_wire::value::{Value, encode};
+    use macula_peer_wire::{Limits, MessageType};
+
+    use super::*;
+    use crate::endpoint::EndpointRef;
+    use crate::relay::testing::PATIENCE;
+    use crate::{Config, Engine, Listen, Message, NodeId};
+
+    #[track_caller]
+    fn until(what: &str, condition: impl Fn() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition() {
+            assert!(Instant::now() < deadline, "not in time: {what}");
+            sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Forwards one client's packets to a server until it is cut.
+    fn forwarder(server: SocketAddr, cut: Arc<AtomicBool>) -> SocketAddr {
+        let [front, back] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        back.connect(server).unwrap();
+        for socket in [&front, &back] {
+            socket.set_nonblocking(true).unwrap();
+        }
+        let address = front.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut buffer, mut client) = ([0; 2048], None);
+            while !cut.load(Ordering::Relaxed) {
+                while let Ok((n, from)) = front.recv_from(&mut buffer) {
+                    // Not what asks for the NAT.
+                    if buffer[0] >= 0x40 {
+                        client = Some(from);
+                        let _ = back.send(&buffer[..n]);
+                    }
+                }
+                while let (Some(client), Ok(n)) = (client, back.recv(&mut buffer)) {
+                    let _ = front.send_to(&buffer[..n], client);
+                }
+                sleep(Duration::from_micros(200));
+            }
+            // Bound until the test is over, so that nobody else gets its packets.
+            sleep(PATIENCE);
+        });
+        address
+    }
+
+    /// One packet that this host could not send is reason for a dial, and that fails for the same reason.
+    #[test]
+    fn a_link_to_a_node_without_a_relay_outlives_a_short_loss_of_the_route() {
+        let [server, client] = [(); 2].map(|()| Engine::start(Config::default()).unwrap());
+        let port = server.listen(Listen::default()).unwrap().port();
+        let cut = Arc::new(AtomicBool::new(false));
+        let address = forwarder(([127, 0, 0, 1], port).into(), cut.clone());
+        let node = NodeId::new(b"near").unwrap();
+        let target = Target::Node(&node);
+        let endpoints = vec![EndpointRef::parse(&address.to_string()).unwrap().to_owned()];
+        client.learn(&node, Ways { endpoints, ..Ways::default() });
+        client.resolved(&node, true);
+        let frame: bytes::Bytes = encode(MessageType::Publish, &Value::Map(vec![]), Limits::default()).unwrap().into();
+        let message =
+            Message { frame, kind: MessageType::Publish, deadline: Some(Instant::now() + PATIENCE), key: None };
+        let (answer, answered) = mpsc::channel();
+        client.send(&target, message.clone(), move |sent| answer.send(sent).unwrap());
+        answered.recv_timeout(PATIENCE).unwrap().unwrap();
+        let peer = client.node().peer(&target).unwrap();
+        until("it is acknowledged", || peer.stats().unacknowledged_bytes == 0);
+        let connection = lock(&peer.state).link.clone().unwrap().connection.clone();
+        cut.store(true, Ordering::Relaxed);
+        client.send_now(&target, message, Instant::now()).map_err(drop).unwrap();
+        let no_route = Some(ConnectError::NoRoute);
+        until("a dial has failed", || {
+            let destination = connection.remote_address();
+            let _ = client.node().refusals.send(Refused { destination, why: Why::NoRoute });
+            peer.path().failures.direct == no_route
+        });
+        sleep(Duration::from_millis(50));
+        assert_eq!(connection.close_reason(), None);
+        for engine in [client, server] {
+            engine.stop();
+        }
     }
 }
