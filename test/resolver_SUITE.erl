@@ -19,7 +19,7 @@
 -define(SLOW, 5000).
 -define(GIVEN_UP, 4500).
 %% What one that is not waited for may cost.
--define(SOON, 1000).
+-define(SOON, 2500).
 -define(SERVERS, [macula_routing_server, macula_nat_cache, macula_nat_coordinator, macula_relay_registry]).
 -define(ASKED, resolver_SUITE_asked).
 
