@@ -165,6 +165,8 @@ pub(crate) enum Written {
     Partial(Partial),
     /// The link is dead.
     Lost(Letter),
+    /// The link is dead, and the peer may have all of the message.
+    Unproven(Letter),
 }
 
 /// A message of which a stream has taken a part.
@@ -301,11 +303,15 @@ impl Link {
             return Written::Lost(message);
         }
         if message.asker().is_some() {
-            return self.write_once(out, message, now);
+            drop(out);
+            return self.write_once(message, now);
         }
         let arrived = |lane: &Lane| self.packets_arrived(lane.mark, now, self.connection.rtt());
         match out.lanes.choose(now, message.frame.len(), || self.connection.rtt(), arrived) {
-            Choice::Once => self.write_once(out, message, now),
+            Choice::Once => {
+                drop(out);
+                self.write_once(message, now)
+            }
             Choice::Open => self.open_lane(out, message, now),
             Choice::Lane(index) => self.write_lane(out, index, message, now),
         }
@@ -325,15 +331,14 @@ impl Link {
         let _ = send.set_priority(-small - behind);
     }
 
-    /// Takes over a message whose stream has now taken all of it. Of one that is lost the peer may have all.
+    /// Takes over a message whose stream has now taken all of it.
     pub(crate) fn written(&self, message: Letter, mut send: SendStream, receive: RecvStream) -> Written {
-        let out = self.out();
-        if out.dead {
+        if self.out().dead {
             // A dropped stream would be finished.
             let _ = send.reset(0u8.into());
-            return Written::Lost(message);
+            return Written::Unproven(message);
         }
-        self.finish(out, message, send, receive, Instant::now())
+        self.finish(message, send, receive, Instant::now())
     }
 
     /// For one frame that is read from this link.
@@ -455,9 +460,9 @@ impl Link {
         out.answers.iter().filter_map(|answer| answer.until).min()
     }
 
-    /// Under the lock: a link that dies meanwhile would give the message back although the peer may get it.
-    fn write_once(&self, mut out: MutexGuard<'_, Out>, message: Letter, now: Instant) -> Written {
-        let spare = out.spare.take().map(Ok);
+    /// Not under the lock, so that senders on several schedulers do not wait for each other.
+    fn write_once(&self, message: Letter, now: Instant) -> Written {
+        let spare = self.out().spare.take().map(Ok);
         let opened = spare.or_else(|| now_or_never(self.connection.open_bi()));
         let (mut send, receive) = match opened {
             Some(Ok(stream)) => stream,
@@ -466,7 +471,7 @@ impl Link {
         };
         self.line_up(&send, message.frame.len());
         match write_now(&mut send, &message.frame) {
-            Write::All => self.finish(out, message, send, receive, now),
+            Write::All => self.finish(message, send, receive, now),
             Write::Part(rest) => Written::Partial(Partial { message, send, receive, rest }),
             Write::Failed => Written::Lost(message),
         }
@@ -501,10 +506,9 @@ impl Link {
             // The peer stopped the lane, or allows it no more bytes. Of a frame that was begun there a gateway makes
             // nothing; it goes out whole on a stream of its own.
             let stream = lane.stream;
-            let answer = out.end_lane(stream);
-            let written = self.write_once(out, message, now);
-            drop(answer);
-            return written;
+            drop(out.end_lane(stream));
+            drop(out);
+            return self.write_once(message, now);
         }
         lane.mark = Mark::new(Instant::now());
         if let Some(time) = message.listens_for(self.answer_timeout) {
@@ -515,16 +519,13 @@ impl Link {
         Written::Done { wake }
     }
 
-    fn finish(
-        &self,
-        mut out: MutexGuard<'_, Out>,
-        message: Letter,
-        mut send: SendStream,
-        receive: RecvStream,
-        now: Instant,
-    ) -> Written {
+    fn finish(&self, message: Letter, mut send: SendStream, receive: RecvStream, now: Instant) -> Written {
         if send.finish().is_err() {
             return Written::Lost(message);
+        }
+        let mut out = self.out();
+        if out.dead {
+            return Written::Unproven(message);
         }
         let mut wake = false;
         let (mut unheard, mut unread) = (None, None);

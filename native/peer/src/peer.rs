@@ -264,7 +264,12 @@ impl Peer {
                 self.wake.notify_one();
                 Ok(())
             }
-            Written::Lost(message) => {
+            Written::Unproven(_) if self.node.config.delivery == Delivery::AtMostOnce => {
+                self.held.fetch_sub(size, Ordering::Relaxed);
+                self.undelivered(1, UndeliveredReason::LinkLost);
+                Ok(())
+            }
+            Written::Lost(message) | Written::Unproven(message) => {
                 self.held.fetch_sub(size, Ordering::Relaxed);
                 Err(message)
             }
@@ -528,6 +533,13 @@ impl Peer {
     fn let_go(&self, job: &Job) {
         let bytes = if job.is_accepted() { &self.held } else { &self.waiting };
         bytes.fetch_sub(job.size(), Ordering::Relaxed);
+    }
+
+    fn undelivered(&self, count: u64, reason: UndeliveredReason) {
+        if count > 0 {
+            self.counters.failed.add(count);
+            self.node.undelivered(Event::Undelivered { peer: self.name.clone(), count, reason }, count);
+        }
     }
 
     fn touch(&self, now: Instant) {
@@ -968,7 +980,13 @@ impl Task {
                     self.out_of_credit = true;
                     return;
                 }
-                Written::Lost(message) => {
+                Written::Unproven(_) if self.node().config.delivery == Delivery::AtMostOnce => {
+                    self.admit(&job, size);
+                    self.let_go(size);
+                    self.not_delivered(job, UndeliveredReason::LinkLost, SendError::LinkLost);
+                    return;
+                }
+                Written::Lost(message) | Written::Unproven(message) => {
                     job.message = Some(message);
                     lock(&self.peer.state).put_back(job);
                     return;
@@ -1523,11 +1541,11 @@ impl Task {
         let size = message.frame.len();
         match result {
             Ok((send, receive)) => match link.written(message, send, receive) {
-                Written::Lost(_) if self.node().config.delivery == Delivery::AtMostOnce => {
+                Written::Unproven(_) if self.node().config.delivery == Delivery::AtMostOnce => {
                     self.let_go(size);
                     self.not_delivered(job, UndeliveredReason::LinkLost, SendError::LinkLost);
                 }
-                Written::Lost(message) => self.write_lost(job, message),
+                Written::Lost(message) | Written::Unproven(message) => self.write_lost(job, message),
                 _ => self.sent(job),
             },
             Err(WriteFailure::Lost) => self.write_lost(job, message),
@@ -1634,10 +1652,7 @@ impl Task {
     }
 
     fn undelivered(&self, count: u64, reason: UndeliveredReason) {
-        if count > 0 {
-            self.peer.counters.failed.add(count);
-            self.node().undelivered(Event::Undelivered { peer: self.peer.name.clone(), count, reason }, count);
-        }
+        self.peer.undelivered(count, reason);
     }
 
     fn hold(&self, size: usize) {
