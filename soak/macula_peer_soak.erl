@@ -417,7 +417,11 @@ measured(#{nodes := Nodes, endpoints := Endpoints}) ->
 
 grown(Before, After) ->
     [{grew, Name, State, Key, {from, Was}, {to, Is}}
-     || {Name, State, Key, Was, Is} <- rows(Before, After), Is > Was + maps:get(Key, ?BOUNDS)].
+     || {Name, State, Key, Was, Is} <- rows(Before, After), Is > Was + bound(State, Key)].
+
+%% A running engine keeps a socket beside its own, for minutes, for a destination that did not answer the usual port.
+bound(running, files) -> 4;
+bound(_State, Key) -> maps:get(Key, ?BOUNDS).
 
 rows(Before, After) ->
     [{Name, State, Key, Was, maps:get(Key, Late)}
@@ -438,7 +442,7 @@ report(Counts, Before, After) ->
     _ = [io:format("  ~-16s ~-60s ~9b~n", [Kind, io_lib:format("~w", [Outcome]), Count])
          || {{Kind, Outcome}, Count} <- lists:sort(maps:to_list(Counts))],
     io:format("~n~-8s ~-8s ~-10s ~12s ~12s ~12s~n", [node, engine, what, before, 'after', 'may grow by']),
-    _ = [io:format("~-8s ~-8s ~-10s ~12b ~12b ~12b~n", [Name, State, Key, Was, Is, maps:get(Key, ?BOUNDS)])
+    _ = [io:format("~-8s ~-8s ~-10s ~12b ~12b ~12b~n", [Name, State, Key, Was, Is, bound(State, Key)])
          || {Name, State, Key, Was, Is} <- rows(Before, After)],
     ok.
 
