@@ -12,9 +12,8 @@
 -define(PATIENCE, 60000).
 -define(MOST_REGISTRATIONS, 10000).
 
-%% What the target is called when it is reached through the relay, and when it is not.
+%% What the target is called at the relay. Directly it is reached by its endpoint.
 -define(REGISTERED, <<"registered">>).
--define(ELSEWHERE, <<"elsewhere">>).
 
 -spec circuits({pos_integer(), pos_integer()}) -> ok.
 circuits({Messages, Rounds}) ->
@@ -22,7 +21,7 @@ circuits({Messages, Rounds}) ->
     RelayEndpoint = call(Relay, listen, [#{relay => #{bandwidth => 1 bsl 30, accept_rate => 10000}}]),
     TargetEndpoint = call(Target, listen, [#{}]),
     ok = peer:call(Target, macula_peer_endpoint, register, [?REGISTERED, [RelayEndpoint]]),
-    Ways = [{direct, ?ELSEWHERE, #{endpoint => TargetEndpoint}},
+    Ways = [{direct, TargetEndpoint, at_endpoint},
             {circuit, ?REGISTERED, #{relay_endpoint => RelayEndpoint, skip_hole_punch => true}}],
     ok = linked(Ways, Target),
     io:format("~nfrom BEAM to BEAM, decoded and delivered to one process, directly and through a relay~n"),
@@ -88,9 +87,14 @@ cold_start(To, Target) ->
 send({_Way, NodeId, Opts}) ->
     send(NodeId, Opts, macula_peer_bench:message()).
 
+send(Endpoint, at_endpoint, Message) ->
+    macula_peer_connector:send_message(Endpoint, publish, Message);
 send(NodeId, Opts, Message) ->
     macula_peer_connector:send_message_nat_aware(<<"sender">>, NodeId, publish, Message, Opts).
 
+ask({direct, Endpoint, at_endpoint}) ->
+    {ok, {pong, _}} = macula_peer_connector:send_message_and_wait(Endpoint, ping, #{timestamp => 1}, 5000),
+    ok;
 ask({_Way, NodeId, Opts}) ->
     {ok, {pong, _}} = macula_peer_endpoint:request(NodeId, ping, #{timestamp => 1}, 5000, Opts),
     ok.
