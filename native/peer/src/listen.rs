@@ -297,27 +297,22 @@ fn admit(node: &Arc<Node>, admission: &Admission, incoming: Incoming, connection
 }
 
 async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming) {
-    // It may have come while a listener before this one was there, with other settings.
-    let Ok(connecting) = incoming.accept_with(admission.config.clone()) else { return };
-    let connection =
-        match timeout(HANDSHAKE_TIMEOUT, handshake(&node.socket(), connecting.remote_address(), connecting)).await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
-            Err(_) => return,
-        };
+    let Some(connection) = accept_with(&node, &admission, incoming).await else { return };
     serve(node, admission, connection, Path::Direct).await;
+}
+
+/// Accepts with these settings, although it may have come while another listener was there.
+async fn accept_with(node: &Node, admission: &Admission, incoming: Incoming) -> Option<Connection> {
+    let connecting = incoming.accept_with(admission.config.clone()).ok()?;
+    let (socket, remote) = (node.socket(), connecting.remote_address());
+    let connected = timeout(HANDSHAKE_TIMEOUT, handshake(&socket, remote, connecting)).await.ok()?;
+    connected.inspect_err(|error| tracing::debug!(%error, "not accepted")).ok()
 }
 
 /// A connection on a path that both nodes have made.
 async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incoming) {
     let admission = node.clients.admission().clone();
-    let Ok(connecting) = incoming.accept_with(admission.config.clone()) else { return };
-    let connection =
-        match timeout(HANDSHAKE_TIMEOUT, handshake(&node.socket(), connecting.remote_address(), connecting)).await {
-            Ok(Ok(connection)) => connection,
-            Ok(Err(error)) => return tracing::debug!(%error, "not accepted"),
-            Err(_) => return,
-        };
+    let Some(connection) = accept_with(&node, &admission, incoming).await else { return };
     let shown = Fingerprint::of_connection(&connection);
     let mut meant = callers.into_iter().filter(|caller| Some(caller.key) == shown);
     let Some(Caller { extra: _extra, connected, .. }) = meant.next() else {
