@@ -34,6 +34,8 @@ mod renewal;
 mod request;
 mod runtime;
 mod session;
+#[allow(dead_code)]
+mod shares;
 mod signal;
 mod socket;
 mod stats;

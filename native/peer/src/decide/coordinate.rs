@@ -8,7 +8,8 @@ use thiserror::Error;
 
 use super::nat::NatProfile;
 use super::punch::{LONGEST, LOWEST_PORT, MAX_CANDIDATES, MAX_PORTS, Role, Strategy};
-use super::relay::{Bucket, Generation};
+use super::relay::Generation;
+use super::shares::Bucket;
 use crate::identity::Fingerprint;
 use crate::relay::control::Id;
 

@@ -20,6 +20,8 @@ pub(crate) mod reports;
 pub(crate) mod retry;
 pub(crate) mod sending;
 pub(crate) mod session;
+#[allow(dead_code)]
+pub(crate) mod shares;
 pub(crate) mod silence;
 #[cfg(test)]
 mod simulation;

@@ -4,6 +4,7 @@ use std::cmp::max;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use super::shares::Bucket;
 use crate::identity::Fingerprint;
 use crate::relay::RelayConfig;
 use crate::relay::control::{Id, Limit, Refusal};
@@ -273,46 +274,6 @@ impl Notices {
         }
         due
     }
-}
-
-/// A token bucket, as the moment when it will be full again.
-#[derive(Debug)]
-pub(crate) struct Bucket {
-    /// Per second.
-    rate: u64,
-    /// The time in which it fills up.
-    depth: Duration,
-    full: Instant,
-}
-
-impl Bucket {
-    pub(crate) fn new(rate: u64, burst: u64, now: Instant) -> Self {
-        // With a rate of 0 it would never fill up: 1 is as good.
-        let rate = max(rate, 1);
-        Self { rate, depth: time(burst, rate), full: now }
-    }
-
-    pub(crate) fn take(&mut self, tokens: u64, now: Instant) -> bool {
-        let full = max(self.full, now) + time(tokens, self.rate);
-        let taken = full <= now + self.depth;
-        if taken {
-            self.full = full;
-        }
-        taken
-    }
-
-    /// Whether it is as if nothing had ever been taken.
-    pub(crate) fn is_full(&self, now: Instant) -> bool {
-        self.full <= now
-    }
-}
-
-/// In which so many tokens come, at most a day: more would be as much as any use of it can notice.
-fn time(tokens: u64, rate: u64) -> Duration {
-    const DAY: u128 = 86_400_000_000_000;
-    let nanos = u128::from(tokens) * 1_000_000_000 / u128::from(rate);
-    // No more than `DAY`, which fits.
-    Duration::from_nanos(nanos.min(DAY) as u64)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Instant;
 
 use super::punch::MAX_BIRTHDAY_PACKETS;
-use super::relay::Bucket;
+use super::shares::Bucket;
 
 /// What one address gets at once: as much as the largest session sends, and some more for what is said again.
 const BURST_PER_TARGET: u64 = 2048;

@@ -21,7 +21,7 @@ use tokio::net::UdpSocket;
 use tokio::time::sleep;
 
 use super::control::Probes;
-use crate::decide::relay::Bucket;
+use crate::decide::shares::Bucket;
 use crate::link::lock;
 use crate::node::Node;
 use crate::signal::{AnswerFrom, Body, Encoded, Key, MAX_LEN, Secret, Signal, Unverified};
