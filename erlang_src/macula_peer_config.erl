@@ -47,6 +47,7 @@
                   port => "a UDP port from 0 to 65535",
                   max_frame_size => "a number of bytes from 1 to 1073741824",
                   max_nesting => "a number from 1 to 512",
+                  max_terms => "a number from 1 to 10000000",
                   node_id => "a binary of 1 to 255 bytes",
                   relays => "a list of at most 64 endpoints, each \"host:port\"",
                   hole_punching => "on, plain or off",

@@ -9,7 +9,8 @@
 %%   <dd>`count' messages to `peer', an endpoint, `{node, NodeId}' or `{gateway, Endpoint}' (what arrived for macula's gateway on
 %%       this host), for which `ok' had been returned, did not arrive as
 %%       far as can be known. `reason' is `expired' (the timeout passed), `connection_closed' (the link died and `delivery'
-%%       is `at_most_once'), `rejected' (the peer did not take it), `untrusted_peer' (the node that was reached has another
+%%       is `at_most_once'), `{rejected, Why}' (the peer does not take it: `too_large',
+%%       `too_deep', `too_many_terms', `malformed', `too_slow' or `unread'), `untrusted_peer' (the node that was reached has another
 %%       key than the `fingerprint' in the call, or than the one that the node id is bound to: see {@link forget/1}) or
 %%       `stopped' (this engine was stopped).</dd>
 %%   <dt>`{macula_peer_event, #{event := registration, relay, state, reason}}'</dt>

@@ -22,7 +22,8 @@
                                         | {missing_field, atom()}
                                         | {not_encodable, Field :: term(), Kind :: atom()}
                                         | {too_large, MaxBytes :: pos_integer()}
-                                        | {too_deep, MaxDepth :: pos_integer()}}.
+                                        | {too_deep, MaxDepth :: pos_integer()}
+                                        | {too_many_terms, MaxTerms :: pos_integer()}}.
 %% `Kind' is what stands there: `tuple', `pid', `port', `reference', `function', `bitstring', `improper_list' or
 %% `integer_out_of_range'.
 
@@ -32,7 +33,8 @@
                       | incomplete_payload
                       | {unknown_type, byte()}
                       | {msgpack_decode_error, incomplete | not_just_binary | {invalid_string, binary()}
-                                             | {badarg, term()} | {too_deep, MaxDepth :: pos_integer()}}.
+                                             | {badarg, term()} | {too_deep, MaxDepth :: pos_integer()}
+                                             | {too_many_terms, MaxTerms :: pos_integer()}}.
 
 %% @doc Encodes a message.
 %%

@@ -56,7 +56,7 @@ wrong_settings() ->
     Hex = lists:duplicate(63, $0),
     [{ip, "127.0.0.1"}, {ip, {1, 2, 3}}, {ip, {256, 0, 0, 1}}, {port, -1}, {port, 65536}, {port, "9443"},
      {handler, none}, {handler, {m, f}}, {handler, {"m", f, []}}, {handler, registered_name},
-     {max_frame_size, 0}, {max_nesting, -1}, {node_id, <<>>}, {node_id, "name"}, {node_id, <<0:(256 * 8)>>},
+     {max_frame_size, 0}, {max_nesting, -1}, {max_terms, 0}, {node_id, <<>>}, {node_id, "name"}, {node_id, <<0:(256 * 8)>>},
      {relays, "127.0.0.1:9443"}, {relays, ["127.0.0.1"]}, {relays, ["r:1" | "r:2"]},
      {relays, ["r:" ++ integer_to_list(N) || N <- lists:seq(1, 65)]}, {hole_punching, true},
      {gateway, 9443}, {gateway, "127.0.0.1"}, {gateway, {auto, "127.0.0.1:9443"}}, {listen, true}, {listen, [{port, 0}]},
@@ -70,7 +70,7 @@ wrong_settings() ->
 
 %% Beyond these a setting could not be safe.
 largest() ->
-    [{max_frame_size, 1 bsl 30}, {max_nesting, 512}, {pool_size, 1000000}, {workers, 256}, {max_accepted, 1000000},
+    [{max_frame_size, 1 bsl 30}, {max_nesting, 512}, {max_terms, 10000000}, {pool_size, 1000000}, {workers, 256}, {max_accepted, 1000000},
      {max_streams, 4096}, {keep_alive, 86400000}].
 
 an_unknown_setting_is_named(_Config) ->

@@ -7,7 +7,7 @@ use libfuzzer_sys::{Corpus, fuzz_target};
 use macula_peer_wire::{FrameError, HEADER_LEN, Header, Limits, Reassembler};
 
 /// Small enough for inputs to go beyond it.
-const LIMITS: Limits = Limits { max_frame: 256, max_depth: 64 };
+const LIMITS: Limits = Limits { max_frame: 256, max_depth: 64, max_terms: 256 };
 
 fuzz_target!(|input: &[u8]| -> Corpus {
     // The first bytes say how the rest is cut: a count, then that many lengths of pieces.

@@ -11,7 +11,7 @@ rustler::atoms! {
     not_started, already_started, released,
 
     invalid_header, unsupported_version, incomplete_payload, unknown_type, msgpack_decode_error, incomplete,
-    not_just_binary, invalid_string, badarg, bad_ext, too_deep, too_large, frame_too_large,
+    not_just_binary, invalid_string, badarg, bad_ext, too_deep, too_large, too_many_terms, too_slow, frame_too_large,
 
     invalid_message, invalid_message_type, missing_field, not_a_map, not_encodable, invalid_timeout,
     tuple, pid, port, reference, function, bitstring, improper_list, integer_out_of_range, float, other,
@@ -47,7 +47,7 @@ rustler::atoms! {
     endpoint, path, direct, address, round_trip_us, sent, acknowledged, received, failed, dials, unacknowledged_bytes,
     hits, misses, evictions, total, hit_rate, pool_size,
 
-    max_frame_size, max_nesting, ip, idle_timeout, keep_alive, connect_timeout, delivery, at_least_once, at_most_once,
+    max_frame_size, max_nesting, max_terms, ip, idle_timeout, keep_alive, connect_timeout, delivery, at_least_once, at_most_once,
     max_unacknowledged, answer_timeout, workers, max_accepted, max_streams, frame_timeout, certfile, keyfile,
 }
 

@@ -46,6 +46,8 @@ pub(crate) enum Refusal<'a> {
     TooLarge(usize),
     /// Containers are nested deeper than this.
     TooDeep(usize),
+    /// There are more terms than this.
+    TooManyTerms(usize),
     /// It is too much work for a normal scheduler.
     Heavy,
 }
@@ -102,7 +104,7 @@ pub(crate) fn frame<'a>(
             check_required(known, message)?;
         }
         walked.map_err(|failure| failure.refusal(field))?;
-        walk.writer.finish();
+        walk.writer.finish().map_err(|error| Failure::Limit(error).refusal(field))?;
         Ok((kind, if buffer.len() <= COPIED_FRAME { copy(buffer) } else { std::mem::take(buffer).into() }))
     })
 }
@@ -153,6 +155,7 @@ impl Failure {
             Self::Kind(kind) => Refusal::NotEncodable { field, kind },
             Self::Limit(EncodeError::TooLarge { max }) => Refusal::TooLarge(max),
             Self::Limit(EncodeError::TooDeep { max }) => Refusal::TooDeep(max),
+            Self::Limit(EncodeError::TooManyTerms { max }) => Refusal::TooManyTerms(max),
             Self::Limit(EncodeError::NotFinite) => Refusal::NotEncodable { field, kind: atoms::float() },
         }
     }

@@ -3,7 +3,7 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, IdentityError, ListenError, PemError, PunchError, ReplyError, RequestError,
+    ConnectError, EndpointError, IdentityError, ListenError, PemError, PunchError, Rejection, ReplyError, RequestError,
     RouteError, SendError, StartError, TlsError, UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
@@ -116,6 +116,7 @@ impl Reason for RequestError {
             Self::Send(error) => error.reason(env),
             Self::Timeout => atoms::timeout().encode(env),
             Self::LinkLost => atoms::connection_closed().encode(env),
+            Self::Rejected(why) => (atoms::rejected(), why.why(env)).encode(env),
             Self::Malformed(error) => error.reason(env),
         }
     }
@@ -144,6 +145,7 @@ impl Reason for PayloadError {
             Self::Reserved => (atoms::badarg(), 0xC1).encode(env),
             Self::Stopped => atoms::heavy().encode(env),
             Self::TooDeep { max } => (atoms::too_deep(), max).encode(env),
+            Self::TooManyTerms { max } => (atoms::too_many_terms(), max).encode(env),
         }
     }
 }
@@ -157,6 +159,7 @@ impl Reason for Refusal<'_> {
             Self::NotEncodable { field, kind } => (atoms::not_encodable(), field.in_env(env), *kind).encode(env),
             Self::TooLarge(max) => (atoms::too_large(), max).encode(env),
             Self::TooDeep(max) => (atoms::too_deep(), max).encode(env),
+            Self::TooManyTerms(max) => (atoms::too_many_terms(), max).encode(env),
             Self::Heavy => return atoms::heavy().encode(env),
         };
         (atoms::invalid_message(), why).encode(env)
@@ -228,11 +231,25 @@ impl Reason for ReplyError {
 impl Reason for UndeliveredReason {
     fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
+            Self::Rejected(why) => return (atoms::rejected(), why.why(env)).encode(env),
             Self::Expired => atoms::expired(),
             Self::LinkLost => atoms::connection_closed(),
-            Self::Rejected => atoms::rejected(),
             Self::Untrusted => atoms::untrusted_peer(),
             Self::Stopped => atoms::stopped(),
+        }
+        .encode(env)
+    }
+}
+
+impl Why for Rejection {
+    fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::TooLarge => atoms::too_large(),
+            Self::TooDeep => atoms::too_deep(),
+            Self::TooManyTerms => atoms::too_many_terms(),
+            Self::Malformed => atoms::malformed(),
+            Self::TooSlow => atoms::too_slow(),
+            Self::Unread => atoms::unread(),
         }
         .encode(env)
     }

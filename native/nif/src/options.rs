@@ -19,6 +19,7 @@ use crate::whom::{endpoint, node_id};
 /// for every stream that a connection may open (585 KB at this limit), a frame is gathered in memory, and each worker
 /// is a thread.
 const MOST_BYTES: usize = 1 << 30;
+const MOST_TERMS: usize = 10_000_000;
 const MOST_PEERS: usize = 1_000_000;
 const MOST_STREAMS: usize = 4096;
 const MOST_WORKERS: usize = 256;
@@ -100,6 +101,7 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
         key if key == atoms::port() => config.port = port(value)?,
         key if key == atoms::max_frame_size() => config.limits.max_frame = up_to(MOST_BYTES, value)?,
         key if key == atoms::max_nesting() => config.limits.max_depth = up_to(MAX_DEPTH_CEILING, value)?,
+        key if key == atoms::max_terms() => config.limits.max_terms = up_to(MOST_TERMS, value)?,
         key if key == atoms::pool_size() => config.pool_size = up_to(MOST_PEERS, value)?,
         key if key == atoms::idle_timeout() => config.idle_timeout = time(value)?,
         key if key == atoms::keep_alive() => config.keep_alive = time(value)?,

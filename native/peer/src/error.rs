@@ -101,6 +101,9 @@ pub enum RequestError {
     /// The link broke after the peer had the request: asking again might do the work twice.
     #[error("link lost while waiting for the answer")]
     LinkLost,
+    /// The peer does not take it.
+    #[error("rejected by the peer: {0}")]
+    Rejected(Rejection),
     /// What came back is not a frame.
     #[error("answer is not a frame: {0}")]
     Malformed(#[from] FrameError),
@@ -250,13 +253,36 @@ pub enum UndeliveredReason {
     /// The link died before it was acknowledged, and it may not be sent twice.
     #[error("link lost")]
     LinkLost,
-    /// The peer stopped reading it.
-    #[error("rejected by the peer")]
-    Rejected,
+    /// The peer does not take it.
+    #[error("rejected by the peer: {0}")]
+    Rejected(Rejection),
     /// The peer that was to get it has another key now.
     #[error("the peer is not trusted")]
     Untrusted,
     /// The engine stopped first.
     #[error("the engine stopped")]
     Stopped,
+}
+
+/// Why a peer does not take a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Error)]
+pub enum Rejection {
+    /// Its frame is longer than the peer's limit.
+    #[error("the frame is too large")]
+    TooLarge,
+    /// More containers are inside one another than the peer's limit.
+    #[error("its containers are nested too deep")]
+    TooDeep,
+    /// It has more terms than the peer's limit.
+    #[error("it has too many terms")]
+    TooManyTerms,
+    /// It is no message to the peer.
+    #[error("the peer cannot read it")]
+    Malformed,
+    /// It made no progress for longer than the peer waits.
+    #[error("it came too slowly")]
+    TooSlow,
+    /// The peer stopped reading it and did not say why.
+    #[error("the peer stopped reading it")]
+    Unread,
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use macula_peer_wire::{MessageType, RawFrame};
+use macula_peer_wire::{MessageType, PayloadError, RawFrame, check_payload};
 use tokio::sync::Notify;
 
 use crate::answers;
@@ -17,7 +17,7 @@ use crate::call::Call;
 use crate::config::{Config, HandOver, LocalGateway};
 use crate::decide::handover::{self, Presence};
 use crate::endpoint::Endpoint;
-use crate::error::SendError;
+use crate::error::{Rejection, SendError};
 use crate::link::{LARGE_FRAME, Link, lock};
 use crate::message::{Inbound, Letter, Message, NotTaken, PeerName, ReplyToken, Unhandled};
 use crate::node::Node;
@@ -102,13 +102,23 @@ impl Gateway {
     }
 
     /// Hands a message over, unless it is one that this node answers itself.
-    pub(crate) fn take(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, inbound: Inbound) {
-        match inbound.kind {
-            MessageType::Ping | MessageType::NatProbe => answer(node, &inbound),
+    pub(crate) fn take(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, inbound: Inbound) -> Result<(), Rejection> {
+        // The gateway would build it, and on this host.
+        let checked = check_payload(&inbound.payload, node.config.limits);
+        if let Err(error @ (PayloadError::TooDeep { .. } | PayloadError::TooManyTerms { .. })) = checked {
+            node.not_handled(&Unhandled::Malformed(error.clone()));
+            return Err(Rejection::from(&error));
+        }
+        let taken = match inbound.kind {
+            MessageType::Ping | MessageType::NatProbe => return answer(node, &inbound),
             _ if lock(&self.presence).is_absent(Instant::now()) => self.fall_back(node, inbound),
             _ if frame.len() >= LARGE_FRAME => self.take_large(node, frame, inbound),
-            _ => self.hand_over(node, frame, inbound),
-        }
+            _ => {
+                self.hand_over(node, frame, inbound);
+                Ok(())
+            }
+        };
+        taken.map_err(|error| Rejection::from(&error))
     }
 
     /// Waits until there is room for more messages.
@@ -164,15 +174,19 @@ impl Gateway {
     }
 
     /// A 0.14.3 gateway would lose it, and its transport say that it has arrived.
-    fn take_large(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, inbound: Inbound) {
+    fn take_large(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, inbound: Inbound) -> Result<(), PayloadError> {
         match node.to_fallback(inbound) {
             Ok(()) => {
                 self.fallen_back.add(1);
             }
-            Err(NotTaken::Malformed(error)) => node.not_handled(&Unhandled::Malformed(error)),
+            Err(NotTaken::Malformed(error)) => {
+                node.not_handled(&Unhandled::Malformed(error.clone()));
+                return Err(error);
+            }
             // Another version may read it.
             Err(NotTaken::Absent(inbound)) => self.hand_over(node, frame, *inbound),
         }
+        Ok(())
     }
 
     fn hand_over(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, mut inbound: Inbound) {
@@ -239,24 +253,31 @@ impl Gateway {
                 tracing::debug!(%error, gateway = %self.endpoint, "no gateway");
                 lock(&self.presence).missed(Instant::now());
                 inbound.reply = asker.and_then(|asker| asker.token.hand_on());
-                self.fall_back(node, inbound);
+                // Its sender has been told that it was taken; it is counted.
+                let _ = self.fall_back(node, inbound);
             }
             Err(SendError::Stopped) => node.not_handled(&Unhandled::NoHandler),
             Err(_) => node.not_handled(&Unhandled::TooMany),
         }
     }
 
-    fn fall_back(&self, node: &Node, inbound: Inbound) {
-        let inbound = match node.to_fallback(inbound) {
+    fn fall_back(&self, node: &Node, inbound: Inbound) -> Result<(), PayloadError> {
+        let taken = match node.to_fallback(inbound) {
+            Ok(()) => Ok(()),
+            Err(NotTaken::Malformed(error)) => {
+                let why = Unhandled::Malformed(error);
+                node.not_handled(&why);
+                Err(why)
+            }
+            Err(NotTaken::Absent(inbound)) => node.to_handler(*inbound),
+        };
+        match taken {
             Ok(()) => {
                 self.fallen_back.add(1);
-                return;
+                Ok(())
             }
-            Err(NotTaken::Malformed(error)) => return node.not_handled(&Unhandled::Malformed(error)),
-            Err(NotTaken::Absent(inbound)) => inbound,
-        };
-        if node.to_handler(*inbound) {
-            self.fallen_back.add(1);
+            Err(Unhandled::Malformed(error)) => Err(error),
+            Err(_) => Ok(()),
         }
     }
 }
@@ -277,13 +298,14 @@ impl Drop for Asker {
 }
 
 /// The gateway would say that the message came from this host.
-fn answer(node: &Node, inbound: &Inbound) {
-    let Some(token) = &inbound.reply else { return };
+fn answer(node: &Node, inbound: &Inbound) -> Result<(), Rejection> {
+    let Some(token) = &inbound.reply else { return Ok(()) };
     let limits = node.config.limits;
     let frame = match inbound.kind {
         MessageType::NatProbe if inbound.path.is_relayed() => {
             // Only the relay knows the sender's address.
-            return tracing::debug!("a nat_probe came through a relay");
+            tracing::debug!("a nat_probe came through a relay");
+            return Ok(());
         }
         MessageType::NatProbe => answers::nat_probe_reply(&inbound.payload, inbound.from, limits),
         _ => answers::pong(&inbound.payload, limits),
@@ -291,6 +313,7 @@ fn answer(node: &Node, inbound: &Inbound) {
     match frame {
         // Who asked may be gone.
         Some(frame) => drop(token.reply(frame)),
-        None => node.malformed(),
+        None => return Err(node.malformed()),
     }
+    Ok(())
 }

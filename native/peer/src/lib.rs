@@ -29,6 +29,7 @@ mod pem;
 mod ports;
 mod punch;
 mod race;
+mod rejection;
 mod relay;
 mod renewal;
 mod request;
@@ -49,8 +50,8 @@ pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
 pub use error::{
-    ConnectError, IdentityError, ListenError, PemError, ReplyError, RequestError, RouteError, SendError, StartError,
-    TlsError, UndeliveredReason,
+    ConnectError, IdentityError, ListenError, PemError, Rejection, ReplyError, RequestError, RouteError, SendError,
+    StartError, TlsError, UndeliveredReason,
 };
 pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{

@@ -24,6 +24,7 @@ use crate::backlog::Sender;
 use crate::config::Config;
 use crate::decide::growth::Growth;
 use crate::dial::{handshake, set_idle_timeout};
+use crate::error::Rejection;
 use crate::hello;
 use crate::identity::Fingerprint;
 use crate::link::{Link, Write, lock, now_or_never, write_now};
@@ -444,7 +445,10 @@ impl Serving {
         self.next += 1;
         let reply = || send.as_ref().map(|_| ReplyTo::Connection(id, self.replies.clone()));
         match stream.deliver(reply) {
-            Delivered::All | Delivered::Refused => {}
+            Delivered::All => {}
+            Delivered::Refused(why) if self.accepted.dialect == Dialect::MaculaPeer1 => return not_taken(send, why),
+            // As a 0.14.3 gateway has it.
+            Delivered::Refused(_) => {}
             Delivered::Opened(opening) => {
                 self.streams.spawn(stream.opened(opening, send));
                 return;
@@ -541,8 +545,8 @@ enum Delivered {
     All,
     /// The first one was the engine's own: the rest is not messages.
     Opened(RawFrame),
-    /// The stream carries something else.
-    Refused,
+    /// One of them was no message, or cannot be taken.
+    Refused(Rejection),
     /// They are for a node with another id.
     ForAnother,
 }
@@ -562,7 +566,10 @@ impl Stream {
                     drop((replies, replied));
                     return self.opened(opening, send).await;
                 }
-                Delivered::Refused => return,
+                Delivered::Refused(why) if self.accepted.dialect == Dialect::MaculaPeer1 => {
+                    return not_taken(send, why);
+                }
+                Delivered::Refused(_) => return,
                 Delivered::ForAnother => return self.not_for_us(send),
             }
             if !self.reading {
@@ -632,8 +639,8 @@ impl Stream {
                 Ok(None) => return Delivered::All,
                 Err(error) => {
                     tracing::debug!(from = %self.accepted.connection.remote_address(), %error, "not a frame");
-                    self.refuse();
-                    return Delivered::Refused;
+                    self.refuse(Rejection::from(&error));
+                    return Delivered::Refused(Rejection::from(&error));
                 }
             };
             if self.accepted.dialect == Dialect::MaculaPeer1 {
@@ -646,13 +653,17 @@ impl Stream {
                     _ => {}
                 }
             }
-            self.hand_over(frame, reply().map(ReplyToken::new));
+            let taken = self.hand_over(frame, reply().map(ReplyToken::new));
+            // In `macula` nobody would understand why the rest is not read.
+            if let (Err(why), Dialect::MaculaPeer1) = (taken, self.accepted.dialect) {
+                return Delivered::Refused(why);
+            }
         }
     }
 
     /// Reads a stream of the engine's own to its end.
     async fn opened(mut self, opening: RawFrame, send: Option<SendStream>) {
-        let Some(mut send) = send else { return self.refuse() };
+        let Some(mut send) = send else { return self.refuse(Rejection::Malformed) };
         if opening.type_id() == session::OPEN_SESSION {
             return session::receive(self, send, opening.into_payload()).await;
         }
@@ -679,10 +690,14 @@ impl Stream {
     }
 
     /// The stream carries nothing that can be read.
-    pub(crate) fn refuse(&mut self) {
+    pub(crate) fn refuse(&mut self, why: Rejection) {
         self.node.counters.malformed.add(1);
+        let error = match self.accepted.dialect {
+            Dialect::Macula => NOT_A_FRAME,
+            Dialect::MaculaPeer1 => why.code(),
+        };
         // Already closed is as good.
-        let _ = self.receive.stop(NOT_A_FRAME.into());
+        let _ = self.receive.stop(error.into());
     }
 
     /// Waits for more bytes of a stream of frames. False when there are none, or a frame does not grow.
@@ -725,7 +740,7 @@ impl Stream {
     }
 
     /// Hands a frame to the handler.
-    pub(crate) fn hand_over(&self, frame: RawFrame, reply: Option<ReplyToken>) {
+    pub(crate) fn hand_over(&self, frame: RawFrame, reply: Option<ReplyToken>) -> Result<(), Rejection> {
         let Accepted { dialect, key, path, .. } = *self.accepted;
         let from = self.accepted.remote();
         self.accepted.received.add(1);
@@ -739,9 +754,17 @@ impl Stream {
         {
             // Who asked may be gone.
             let _ = token.reply(answer);
-            return;
+            return Ok(());
         }
-        self.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply });
+        self.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply })
+    }
+}
+
+/// Tells who waits for an answer on a stream that there will be none.
+fn not_taken(send: Option<SendStream>, why: Rejection) {
+    if let Some(mut send) = send {
+        // Already closed is as good.
+        let _ = send.reset(why.code().into());
     }
 }
 

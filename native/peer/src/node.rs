@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
-use macula_peer_wire::{MessageType, RawFrame};
+use macula_peer_wire::{MessageType, RawFrame, check_payload};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::runtime::Handle;
@@ -21,7 +21,7 @@ use crate::decide::reports::Reports;
 use crate::decide::trust::{self, Answer, Facts, Mismatch, TofuStore, Verdict};
 use crate::dial::{Dialer, not_connected};
 use crate::endpoint::{Endpoint, Target};
-use crate::error::{ConnectError, UndeliveredReason};
+use crate::error::{ConnectError, Rejection, UndeliveredReason};
 use crate::gateway::{Asker, Gateway};
 use crate::hello;
 use crate::identity::{Fingerprint, Identity};
@@ -741,38 +741,55 @@ impl Node {
         *self.fallback.write().unwrap_or_else(PoisonError::into_inner) = fallback;
     }
 
-    /// Hands a frame to the local gateway or to the handler, in the order of the calls.
-    pub(crate) fn deliver(self: &Arc<Self>, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
+    /// Hands a frame to the local gateway or to the handler, in the order of the calls. An error: nobody here can take
+    /// such a message, and it is counted. That nobody is there is none.
+    pub(crate) fn deliver(
+        self: &Arc<Self>,
+        frame: RawFrame,
+        inbound: impl FnOnce(MessageType, Bytes) -> Inbound,
+    ) -> Result<(), Rejection> {
         let wanted = |gateway: &&Arc<Gateway>| gateway.is_wanted(self.has_handler());
         let Some(gateway) = self.gateway.as_ref().filter(wanted) else { return self.deliver_here(frame, inbound) };
-        let Some(kind) = MessageType::from_id(frame.type_id()) else { return self.malformed() };
+        let Some(kind) = MessageType::from_id(frame.type_id()) else { return Err(self.malformed()) };
         let whole = frame.bytes().clone();
-        gateway.take(self, whole, inbound(kind, frame.into_payload()));
+        gateway.take(self, whole, inbound(kind, frame.into_payload()))
     }
 
     /// Hands a frame to the handler.
-    pub(crate) fn deliver_here(&self, frame: RawFrame, inbound: impl FnOnce(MessageType, Bytes) -> Inbound) {
+    pub(crate) fn deliver_here(
+        &self,
+        frame: RawFrame,
+        inbound: impl FnOnce(MessageType, Bytes) -> Inbound,
+    ) -> Result<(), Rejection> {
         match MessageType::from_id(frame.type_id()) {
-            Some(kind) => {
-                self.to_handler(inbound(kind, frame.into_payload()));
-            }
-            None => self.malformed(),
+            Some(kind) => match self.to_handler(inbound(kind, frame.into_payload())) {
+                Err(Unhandled::Malformed(error)) => Err(Rejection::from(&error)),
+                Ok(()) | Err(_) => Ok(()),
+            },
+            None => Err(self.malformed()),
         }
     }
 
-    /// Hands a message to the handler. Whether it was taken.
-    pub(crate) fn to_handler(&self, message: Inbound) -> bool {
-        let Some(handler) = self.handler() else {
-            self.not_handled(&Unhandled::NoHandler);
-            return false;
-        };
-        match handled(message.payload.len(), || handler.message(message)) {
-            Ok(()) => true,
-            Err(why) => {
-                self.not_handled(&why);
-                false
-            }
+    /// Whether a message like this can be handed over. Those that were not are found again by this.
+    pub(crate) fn can_take(&self, frame: &RawFrame) -> Result<(), Rejection> {
+        if MessageType::from_id(frame.type_id()).is_none() {
+            return Err(Rejection::Malformed);
         }
+        let for_gateway = self.gateway.as_ref().is_some_and(|gateway| gateway.is_wanted(self.has_handler()));
+        match check_payload(frame.payload(), self.config.limits).map_err(|error| Rejection::from(&error)) {
+            // What a gateway makes of it is not known here.
+            Err(Rejection::Malformed) if for_gateway => Ok(()),
+            checked => checked,
+        }
+    }
+
+    /// Hands a message to the handler. What is not taken is counted.
+    pub(crate) fn to_handler(&self, message: Inbound) -> Result<(), Unhandled> {
+        let handled = match self.handler() {
+            Some(handler) => handled(message.payload.len(), || handler.message(message)),
+            None => Err(Unhandled::NoHandler),
+        };
+        handled.inspect_err(|why| self.not_handled(why))
     }
 
     /// Hands a message that the local gateway did not take to the one who comes before the handler then.
@@ -787,7 +804,7 @@ impl Node {
     pub(crate) fn not_handled(&self, why: &Unhandled) {
         match why {
             Unhandled::Malformed(error) => {
-                self.malformed();
+                let _ = self.malformed();
                 tracing::debug!(%error, "payload not read");
             }
             Unhandled::NoHandler | Unhandled::TooMany => {
@@ -799,8 +816,9 @@ impl Node {
     }
 
     /// Counts a message that cannot be read.
-    pub(crate) fn malformed(&self) {
+    pub(crate) fn malformed(&self) -> Rejection {
         self.counters.malformed.add(1);
+        Rejection::Malformed
     }
 
     /// Whether the local gateway, if there is one, is at the other end of a link.

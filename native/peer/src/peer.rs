@@ -29,7 +29,7 @@ use crate::decide::retry::Backoff;
 use crate::decide::upgrade::{Upgrade, Worth};
 use crate::dial::refused;
 use crate::endpoint::{Endpoint, Target};
-use crate::error::{ConnectError, RequestError, RouteError, SendError, UndeliveredReason};
+use crate::error::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::identity::Fingerprint;
 use crate::link::{Answered, Link, Partial, Swept, Written, lock};
 use crate::listen::{LARGE_FRAME, serve_link};
@@ -1031,7 +1031,7 @@ impl Task {
         for message in &swept.rejected {
             self.let_go(message.frame.len());
         }
-        self.undelivered(swept.rejected.len() as u64, UndeliveredReason::Rejected);
+        self.undelivered(swept.rejected.len() as u64, UndeliveredReason::Rejected(Rejection::Unread));
     }
 
     /// The peer may be gone: callers wait until it is heard of again, on this link or a new one.
@@ -1399,7 +1399,10 @@ impl Task {
         self.peer.counters.acknowledged.add(acknowledged);
         self.let_go(acknowledged_bytes);
         self.give_up(lost, UndeliveredReason::LinkLost);
-        self.give_up(rejected, UndeliveredReason::Rejected);
+        for same in rejected.chunk_by(|(_, why), (_, other)| why == other) {
+            let messages = same.iter().map(|(message, _)| message.clone()).collect();
+            self.give_up(messages, UndeliveredReason::Rejected(same[0].1));
+        }
         self.give_up(expired, UndeliveredReason::Expired);
         if let Some(link) = &self.link {
             let mut state = lock(&self.peer.state);
@@ -1530,7 +1533,8 @@ impl Task {
             self.peer.counters.received.add(1);
             match asker {
                 Some(asker) => self.node().gateway_answered(&asker, frame),
-                None => hand_over(&self.peer, link, frame),
+                // It is counted.
+                None => drop(hand_over(&self.peer, link, frame)),
             }
         }
     }
@@ -1554,7 +1558,7 @@ impl Task {
                 self.let_go(size);
                 let (reason, error) = match failure {
                     WriteFailure::Expired => (UndeliveredReason::Expired, SendError::NoRoom),
-                    _ => (UndeliveredReason::Rejected, SendError::LinkLost),
+                    _ => (UndeliveredReason::Rejected(Rejection::Unread), SendError::LinkLost),
                 };
                 self.not_delivered(job, reason, error);
             }
@@ -1774,7 +1778,8 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
                 Ok(Some(frame)) => {
                     growth = Growth::default();
                     peer.counters.received.add(1);
-                    hand_over(&peer, &link, frame);
+                    // It is counted.
+                    let _ = hand_over(&peer, &link, frame);
                 }
                 Ok(None) => break,
                 Err(_) => {
@@ -1791,12 +1796,15 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
     }
 }
 
-fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) {
+fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) -> Result<(), Rejection> {
     let (from, dialect, path, key) = (link.remote(), link.dialect, link.path, link.key());
     let inbound = |kind, payload| Inbound { kind, payload, from, path, key, dialect, reply: None };
     match &peer.name {
         // Nobody asked for it.
-        PeerName::Gateway(_) => tracing::debug!("the gateway says something by itself"),
+        PeerName::Gateway(_) => {
+            tracing::debug!("the gateway says something by itself");
+            Ok(())
+        }
         // Its answer to this very node: it is not told what it said.
         name if peer.node.is_gateway(name, link) => peer.node.deliver_here(frame, inbound),
         _ => peer.node.deliver(frame, inbound),

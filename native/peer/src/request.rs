@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use macula_peer_wire::{FrameError, RawFrame};
-use quinn::{ReadError, RecvStream, SendStream, WriteError};
+use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 
 use crate::call::Call;
-use crate::error::RequestError;
+use crate::error::{Rejection, RequestError};
 use crate::hello;
 use crate::link::{Link, is_acknowledged};
 use crate::listen::WRONG_NODE;
@@ -36,6 +36,7 @@ enum Failure {
     Unacknowledged,
     WrongNode,
     LinkLost,
+    Rejected(Rejection),
     Malformed(FrameError),
 }
 
@@ -69,6 +70,7 @@ pub(crate) async fn run(
         Err(Failure::Unacknowledged) => return End::Unacknowledged,
         Err(Failure::WrongNode) => return End::WrongNode,
         Err(Failure::LinkLost) => RequestError::LinkLost,
+        Err(Failure::Rejected(why)) => RequestError::Rejected(why),
         Err(Failure::Malformed(error)) => RequestError::Malformed(error),
     };
     call.answer(Err(error));
@@ -121,9 +123,7 @@ async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Resul
     let mut chunks = [address, message.frame.clone()];
     tokio::select! {
         written = send.write_all_chunks(&mut chunks) => written.map_err(|error| match error {
-            WriteError::Stopped(code) if code == WRONG_NODE.into() => Failure::WrongNode,
-            // The peer has seen it and does not want it.
-            WriteError::Stopped(_) => Failure::LinkLost,
+            WriteError::Stopped(code) => refused(link, code).unwrap_or(Failure::LinkLost),
             _ => Failure::Unacknowledged,
         })?,
         () = link.silent() => return Err(Failure::Unacknowledged),
@@ -137,6 +137,15 @@ async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Resul
             sending.whole = false;
             Err(Failure::Unacknowledged)
         }
+    }
+}
+
+/// What the error of a stream of ours means, if the peer says why.
+fn refused(link: &Link, code: VarInt) -> Option<Failure> {
+    match link.dialect {
+        Dialect::Macula => None,
+        Dialect::MaculaPeer1 if code == WRONG_NODE.into() => Some(Failure::WrongNode),
+        Dialect::MaculaPeer1 => Rejection::of(code).map(Failure::Rejected),
     }
 }
 
@@ -170,8 +179,8 @@ async fn answer(link: &Link, send: &SendStream, receive: &mut RecvStream) -> Res
     loop {
         match receive.read_chunk(usize::MAX, true).await {
             Ok(Some(chunk)) => frames.push(chunk.bytes),
-            Err(ReadError::Reset(code)) if code == WRONG_NODE.into() && link.dialect == Dialect::MaculaPeer1 => {
-                return Err(Failure::WrongNode);
+            Err(ReadError::Reset(code)) if refused(link, code).is_some() => {
+                return Err(refused(link, code).unwrap_or(Failure::LinkLost));
             }
             // Nobody will answer. The original waits for its timeout all the same, and callers may rely on the pause
             // before they try again.

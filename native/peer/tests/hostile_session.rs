@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::raw::{self, NUMBER, SESSION, Stream, connect_as, dial_with, eventually, raw_frame, stranger};
-use common::{Forwarder, PATIENCE, engine, frame, listener, message, number, send, until};
+use common::{Forwarder, PATIENCE, deep, engine, frame, listener, message, number, send, until};
 use macula_peer::{
-    Config, Event, Handler, Inbound, Listen, Message, RelayConfig, SendError, UndeliveredReason, Unhandled,
+    Config, Event, Handler, Inbound, Listen, Message, Rejection, RelayConfig, SendError, UndeliveredReason, Unhandled,
 };
 use macula_peer_testkit::quic::{self, tokio_runtime};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
@@ -24,6 +24,7 @@ use tokio::time::timeout;
 
 const SLOW: Option<VarInt> = Some(VarInt::from_u32(1));
 const NOT_A_FRAME: Option<VarInt> = Some(VarInt::from_u32(2));
+const TOO_SLOW: UndeliveredReason = UndeliveredReason::Rejected(Rejection::TooSlow);
 
 // ---- senders ----
 
@@ -44,14 +45,25 @@ async fn session(connection: &Connection, id: u64) -> (Stream, bool, u64) {
     stream.say(opening(id, 0)).await;
     let mut known = [0];
     timeout(PATIENCE, stream.receive.read_exact(&mut known)).await.expect("greeted in time").unwrap();
-    let expected = word(&mut stream).await;
-    (stream, known == [1], expected)
+    let mut expected = [0; 8];
+    timeout(PATIENCE, stream.receive.read_exact(&mut expected)).await.expect("greeted in time").unwrap();
+    (stream, known == [1], u64::from_be_bytes(expected))
 }
 
 async fn word(stream: &mut Stream) -> u64 {
-    let mut word = [0; 8];
-    timeout(PATIENCE, stream.receive.read_exact(&mut word)).await.expect("acknowledged in time").unwrap();
-    u64::from_be_bytes(word)
+    match words(stream).await {
+        (0, expected) => expected,
+        refused => panic!("{refused:?}"),
+    }
+}
+
+/// An acknowledgement, or the error for which a message is refused and its number.
+async fn words(stream: &mut Stream) -> (u8, u64) {
+    let (mut about, mut number) = ([0], [0; 8]);
+    for bytes in [&mut about[..], &mut number] {
+        timeout(PATIENCE, stream.receive.read_exact(bytes)).await.expect("acknowledged in time").unwrap();
+    }
+    (about[0], u64::from_be_bytes(number))
 }
 
 #[test]
@@ -80,6 +92,41 @@ fn numbers_may_jump_forwards_and_not_back_and_end_before_they_overflow() {
         assert_eq!(word(&mut stream).await, 1, "another session goes on");
     });
     assert_eq!(inbox.numbers(), [0, 3, 4, 7]);
+    server.stop();
+}
+
+/// The link on which it was said may have died before the sender heard it.
+#[test]
+fn what_is_refused_is_refused_again_until_the_sender_knows() {
+    let limits = Limits { max_depth: 8, ..Limits::default() };
+    let (server, inbox, address) = listener(Config { limits, ..Config::default() });
+    let (good, bad) = (|n| frame(Publish, n, 8).to_vec(), deep(1, 9).frame.to_vec());
+    tokio_runtime(2).unwrap().block_on(async {
+        let connection = stranger(&address).await;
+        for expected in [0, 1] {
+            let (mut stream, _, expects) = session(&connection, 1).await;
+            assert_eq!(expects, expected);
+            stream.say([numbered(0), good(0), bad.clone(), good(2)].concat()).await;
+            // What was handed over may be said to be before, or with the rest.
+            let mut said = words(&mut stream).await;
+            if said == (0, 1) {
+                said = words(&mut stream).await;
+            }
+            assert_eq!(said, (9, 1), "no acknowledgement before");
+            while said != (0, 3) {
+                said = words(&mut stream).await;
+            }
+            stream.send.reset(0u8.into()).unwrap();
+        }
+        // It goes on behind it, and so it knows.
+        let (mut stream, _, expects) = session(&connection, 1).await;
+        assert_eq!(expects, 1);
+        stream.say([numbered(2), good(2), good(3)].concat()).await;
+        while word(&mut stream).await != 4 {}
+        stream.send.reset(0u8.into()).unwrap();
+        assert_eq!(session(&connection, 1).await.2, 4);
+    });
+    assert_eq!((inbox.numbers(), server.stats().malformed), (vec![0, 2, 3], 1));
     server.stop();
 }
 
@@ -442,13 +489,15 @@ fn a_receiver_that_lies_about_what_has_come_loses_nothing_of_what_is_written_and
     let (other, inbox, honest) = listener(Config::default());
     let lies = [
         // More than there is, also before anything came.
-        Lie { greeting: || greeting(1, u64::MAX), word: |_| u64::MAX.to_be_bytes().into() },
+        Lie { greeting: || greeting(1, u64::MAX), word: |_| greeting(0, u64::MAX) },
         // Back and forth.
-        Lie { greeting: || greeting(7, 1 << 40), word: |n| [n, 0, n + 1000, 1].map(u64::to_be_bytes).concat() },
-        // Greeted twice, which puts all words behind out of step.
-        Lie { greeting: || [greeting(0, 0), greeting(1, 0)].concat(), word: |n| n.to_be_bytes().into() },
+        Lie { greeting: || greeting(7, 1 << 40), word: |n| [n, 0, n + 1000, 1].map(|n| greeting(0, n)).concat() },
+        // Greeted with some bytes more, which puts all words behind out of step.
+        Lie { greeting: || [greeting(0, 0), vec![0; 8]].concat(), word: |n| greeting(0, n) },
+        // What was not written yet, or was acknowledged, cannot be refused.
+        Lie { greeting: || greeting(0, 0), word: |n| [greeting(9, n + 1000), greeting(0, n), greeting(9, 0)].concat() },
         // Words that never end where they should.
-        Lie { greeting: || greeting(0, 0), word: |n| n.to_be_bytes()[..5].into() },
+        Lie { greeting: || greeting(0, 0), word: |n| greeting(0, n)[..5].into() },
     ];
     for (index, lie) in lies.into_iter().enumerate() {
         let mut receiver = Receiver::new();
@@ -460,7 +509,7 @@ fn a_receiver_that_lies_about_what_has_come_loses_nothing_of_what_is_written_and
         until("all come", || came.lock().unwrap().len() >= 200);
         assert_eq!(*came.lock().unwrap(), (0..200).collect::<Vec<_>>(), "lie {index}");
         let peer = || client.stats().peers[0].clone();
-        if index < 3 {
+        if index < 4 {
             until("nothing is owed", || peer().unacknowledged_bytes == 0);
             assert_eq!(peer().acknowledged, 200, "lie {index}: each counts once");
         }
@@ -553,8 +602,7 @@ fn a_message_that_is_too_slow_for_its_receiver_is_tried_twice_on_the_same_connec
     send(&client, &address, endless).unwrap();
     until("it is given up", || common::owes_nothing(&client));
     let events = inbox.events.lock().unwrap();
-    let rejected =
-        |event: &Event| matches!(event, Event::Undelivered { count: 1, reason: UndeliveredReason::Rejected, .. });
+    let rejected = |event: &Event| matches!(event, Event::Undelivered { count: 1, reason: TOO_SLOW, .. });
     assert!(events.iter().any(rejected), "{events:?}");
     assert_eq!((tries.load(Ordering::Relaxed), dialled.load(Ordering::Relaxed)), (2, 1));
     drop(events);

@@ -8,19 +8,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use common::raw::raw_frame;
 use common::{
-    Forwarder, Inbox, endpoint, engine, frame, listener, member, message, number, over, relay, request, send,
-    send_to_node, until,
+    Forwarder, Inbox, deep, endpoint, engine, frame, listener, member, message, number, over, relay, request, send,
+    send_to_node, until, wide,
 };
 use macula_peer::{
-    Config, Delivery, EndpointRef, Engine, Event, Listen, Message, Path, ReplyError, SendError, Target,
-    UndeliveredReason,
+    Config, Delivery, EndpointRef, Engine, Event, Listen, Message, Path, Rejection, ReplyError, RequestError,
+    SendError, Target, UndeliveredReason,
 };
 use macula_peer_wire::Limits;
 use macula_peer_wire::MessageType::{Ping, Pong, Publish, Store};
 use macula_peer_wire::value::{Value, encode};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
+
+const TOO_LARGE: UndeliveredReason = UndeliveredReason::Rejected(Rejection::TooLarge);
 
 /// From this size on messages are numbered apart.
 const LARGE: usize = 64 << 10;
@@ -185,8 +188,65 @@ fn a_message_that_the_receiver_does_not_take_is_reported_and_holds_up_nothing() 
     until("the rest is acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
     assert_eq!(over_each(&server), [27]);
     for event in events.events.lock().unwrap().iter() {
-        assert!(matches!(event, Event::Undelivered { reason: UndeliveredReason::Rejected, .. }), "{event:?}");
+        assert!(matches!(event, Event::Undelivered { reason: TOO_LARGE, .. }), "{event:?}");
     }
+    client.stop();
+    server.stop();
+}
+
+/// Before, it was acknowledged like any other.
+#[test]
+fn a_message_that_is_too_deep_or_has_too_many_terms_is_reported_and_the_session_goes_on() {
+    let limits = Limits { max_depth: 8, max_terms: 1000, ..Limits::default() };
+    let (server, inbox, address) = listener(Config { limits, ..Config::default() });
+    let client = engine(Config::default());
+    let events = Arc::new(Inbox::default());
+    client.set_handler(Some(events.clone()));
+    let unknown = raw_frame(0x7F, &[0xC0]);
+    for n in (0..60).step_by(6) {
+        for message in [
+            message(Publish, n, TIMEOUT),
+            deep(n + 1, 8),
+            deep(n + 2, 9),
+            wide(n + 3, 1000),
+            wide(n + 4, 1001),
+            Message { frame: unknown.clone().into(), ..message(Publish, n + 5, TIMEOUT) },
+        ] {
+            send(&client, &address, message).unwrap();
+        }
+    }
+    until("all that can be taken arrive", || inbox.len() == 30);
+    assert_eq!(numbered(&inbox, false), (0..60).filter(|n| [0, 1, 3].contains(&(n % 6))).collect::<Vec<_>>());
+    until("the others are reported", || client.stats().undelivered == 30);
+    for why in [Rejection::TooDeep, Rejection::TooManyTerms, Rejection::Malformed] {
+        assert_eq!(undelivered(&events, UndeliveredReason::Rejected(why)), 10, "{why:?}");
+    }
+    until("nothing is held", || client.stats().peers[0].unacknowledged_bytes == 0);
+    assert_eq!(over_each(&server), [60], "over one connection");
+    assert_eq!((client.stats().peers[0].failed, server.stats().malformed), (30, 30));
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn a_request_that_cannot_be_taken_fails_at_once_and_says_why() {
+    let limits = Limits { max_depth: 8, max_terms: 1000, max_frame: 20_000 };
+    let (server, inbox, address) = listener(Config { limits, ..Config::default() });
+    let client = engine(Config::default());
+    let begun = Instant::now();
+    let unknown = Message { frame: raw_frame(0x7F, &[0xC0]).into(), ..message(Ping, 0, TIMEOUT) };
+    for (asked, why) in [
+        (deep(1, 9), Rejection::TooDeep),
+        (wide(2, 1001), Rejection::TooManyTerms),
+        (of_size(3, 30_000), Rejection::TooLarge),
+        (of_size(4, 4 << 20), Rejection::TooLarge),
+        (unknown, Rejection::Malformed),
+    ] {
+        let answer = request(&client, &address, asked);
+        assert!(matches!(answer, Err(RequestError::Rejected(said)) if said == why), "{answer:?} {why:?}");
+    }
+    assert!(begun.elapsed() < TIMEOUT / 6, "{:?}", begun.elapsed());
+    assert_eq!(inbox.len(), 0);
     client.stop();
     server.stop();
 }
@@ -528,7 +588,7 @@ fn a_message_that_the_receiver_cannot_take_is_reported_and_holds_up_no_other() {
     }
     until("all others arrive", || inbox.len() == 5);
     assert_eq!((numbered(&inbox, false), numbered(&inbox, true)), (vec![0, 3], vec![1, 4, 5]));
-    until("it is reported", || undelivered(&events, UndeliveredReason::Rejected) == 1);
+    until("it is reported", || undelivered(&events, TOO_LARGE) == 1);
     assert_eq!(client.stats().undelivered, 1);
     until("nothing is held", || client.stats().peers[0].unacknowledged_bytes == 0);
     client.stop();

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use rmp::Marker;
 
-use crate::Limits;
+use crate::{Limits, count_terms};
 
 /// The most elements that room is made for before they are there. Without such a bound containers
 /// inside one another could each claim room for all the bytes that follow, multiplying a small
@@ -12,15 +12,45 @@ const MAX_PREALLOCATED: usize = 256;
 /// Reads the one MessagePack value that `payload` must consist of.
 ///
 /// # Errors
-/// The first met going through the payload from left to right; [`PayloadError::TrailingBytes`] is
-/// therefore the last.
+/// [`PayloadError::TooManyTerms`] before anything is built; else the first met going through the
+/// payload from left to right. [`PayloadError::TrailingBytes`] is therefore the last.
 pub fn decode_payload<B: Build>(payload: &[u8], limits: Limits, builder: &mut B) -> Result<B::Term, PayloadError> {
+    let max = limits.max_terms;
+    // Fewer bytes are fewer terms, and need not be counted.
+    if payload.len() > max && count_terms(payload, max) > max {
+        return Err(PayloadError::TooManyTerms { max });
+    }
     let mut reader = Reader { payload, at: 0, max_depth: limits.depth(), builder };
     let term = reader.value()?;
     if reader.at < payload.len() {
         return Err(PayloadError::TrailingBytes);
     }
     Ok(term)
+}
+
+/// Whether [`decode_payload`] can read a payload, without building anything of it.
+///
+/// # Errors
+/// As [`decode_payload`].
+pub fn check_payload(payload: &[u8], limits: Limits) -> Result<(), PayloadError> {
+    decode_payload(payload, limits, &mut Nothing)
+}
+
+/// Builds nothing: a vector of its terms takes no memory.
+struct Nothing;
+
+impl Build for Nothing {
+    type Term = ();
+
+    fn nil(&mut self) {}
+    fn bool(&mut self, _: bool) {}
+    fn uint(&mut self, _: u64) {}
+    fn int(&mut self, _: i64) {}
+    fn float(&mut self, _: f64) {}
+    fn bin(&mut self, _: Range<usize>, _: &[u8]) {}
+    fn str(&mut self, _: &str) {}
+    fn array(&mut self, _: Vec<()>) {}
+    fn map(&mut self, _: Vec<()>, _: Vec<()>) {}
 }
 
 /// Makes the caller's terms out of a payload, innermost and leftmost first.
@@ -81,6 +111,12 @@ pub enum PayloadError {
     #[error("more than {max} containers inside one another")]
     TooDeep {
         /// The limit in containers.
+        max: usize,
+    },
+    /// There are more than `max` terms.
+    #[error("more than {max} terms")]
+    TooManyTerms {
+        /// The limit in terms.
         max: usize,
     },
 }

@@ -2,7 +2,7 @@ use std::io;
 
 use rmp::encode as msgpack;
 
-use crate::{HEADER_LEN, Limits, MessageType, VERSION};
+use crate::{HEADER_LEN, Limits, MessageType, VERSION, count_terms};
 
 /// Writes one frame into a buffer, value by value, in the order of the wire.
 ///
@@ -18,6 +18,7 @@ pub struct FrameWriter<'a> {
     out: Bounded<'a>,
     depth: usize,
     max_depth: usize,
+    max_terms: usize,
 }
 
 impl<'a> FrameWriter<'a> {
@@ -25,7 +26,12 @@ impl<'a> FrameWriter<'a> {
     pub fn new(buf: &'a mut Vec<u8>, ty: MessageType, limits: Limits) -> Self {
         buf.clear();
         buf.extend_from_slice(&[VERSION, ty.id(), 0, 0, 0, 0, 0, 0]);
-        Self { out: Bounded { buf, max: limits.frame() }, depth: 0, max_depth: limits.depth() }
+        Self {
+            out: Bounded { buf, max: limits.frame() },
+            depth: 0,
+            max_depth: limits.depth(),
+            max_terms: limits.max_terms,
+        }
     }
 
     /// Writes nil.
@@ -128,11 +134,17 @@ impl<'a> FrameWriter<'a> {
     }
 
     /// Completes the frame, which is then the whole of the buffer, and returns its length in bytes.
-    pub fn finish(self) -> usize {
+    ///
+    /// # Errors
+    /// [`EncodeError::TooManyTerms`].
+    pub fn finish(self) -> Result<usize, EncodeError> {
         debug_assert!(self.depth == 0, "a container is still open");
-        let payload_len = (self.len() - HEADER_LEN) as u32;
-        self.out.buf[4..HEADER_LEN].copy_from_slice(&payload_len.to_be_bytes());
-        self.len()
+        let (payload_len, max) = (self.len() - HEADER_LEN, self.max_terms);
+        if payload_len > max && count_terms(&self.out.buf[HEADER_LEN..], max) > max {
+            return Err(EncodeError::TooManyTerms { max });
+        }
+        self.out.buf[4..HEADER_LEN].copy_from_slice(&(payload_len as u32).to_be_bytes());
+        Ok(self.len())
     }
 
     fn open(&mut self, len: usize) -> Result<u32, EncodeError> {
@@ -197,6 +209,12 @@ pub enum EncodeError {
     #[error("more than {max} containers inside one another")]
     TooDeep {
         /// The limit in containers.
+        max: usize,
+    },
+    /// There are more than `max` terms.
+    #[error("more than {max} terms")]
+    TooManyTerms {
+        /// The limit in terms.
         max: usize,
     },
     /// A float is not a number or infinite, which no receiver could read.

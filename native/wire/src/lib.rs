@@ -5,6 +5,7 @@
 //!
 //! - [`FrameWriter`] writes a frame while the caller walks its own terms.
 //! - [`decode()`] and [`decode_payload`] read one, building the caller's own terms through [`Build`].
+//! - [`check_payload`] and [`count_terms`] tell what a payload costs without building anything.
 //! - [`Reassembler`] cuts a byte stream into frames.
 //! - [`value`] is an owned tree for callers without terms of their own.
 //!
@@ -17,11 +18,13 @@ mod frame;
 mod limits;
 mod message_type;
 mod reassembly;
+mod terms;
 pub mod value;
 
-pub use decode::{Build, PayloadError, decode_payload};
+pub use decode::{Build, PayloadError, check_payload, decode_payload};
 pub use encode::{EncodeError, FrameWriter};
 pub use frame::{FrameError, HEADER_LEN, Header, VERSION, decode};
 pub use limits::{Limits, MAX_DEPTH_CEILING, MAX_FRAME_CEILING};
 pub use message_type::{MessageType, Required};
 pub use reassembly::{RawFrame, Reassembler};
+pub use terms::count_terms;

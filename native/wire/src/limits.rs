@@ -7,7 +7,7 @@ pub const MAX_DEPTH_CEILING: usize = 512;
 /// No [`Limits::max_frame`] above this has an effect: the header's length field has 32 bits.
 pub const MAX_FRAME_CEILING: usize = (u32::MAX as usize).saturating_add(HEADER_LEN);
 
-/// What is refused for its size, when writing and when reading alike.
+/// What is refused for its size or cost, when writing and when reading alike.
 ///
 /// Values above [`MAX_FRAME_CEILING`] and [`MAX_DEPTH_CEILING`] count as those.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,11 +16,14 @@ pub struct Limits {
     pub max_frame: usize,
     /// The most containers (arrays and maps) inside one another; the topmost counts 1. Default: 64.
     pub max_depth: usize,
+    /// The most terms of one payload, as [`count_terms`](crate::count_terms) counts them: what it costs to read does not
+    /// follow from its bytes alone, because one byte becomes up to 64 in Erlang's memory. Default: 1,000,000.
+    pub max_terms: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_frame: 16 * 1024 * 1024, max_depth: 64 }
+        Self { max_frame: 16 * 1024 * 1024, max_depth: 64, max_terms: 1_000_000 }
     }
 }
 

@@ -14,7 +14,7 @@ pub fn encode(ty: MessageType, value: &Value, limits: Limits) -> Result<Vec<u8>,
     let mut buf = Vec::new();
     let mut writer = FrameWriter::new(&mut buf, ty, limits);
     value.write(&mut writer)?;
-    writer.finish();
+    writer.finish()?;
     Ok(buf)
 }
 

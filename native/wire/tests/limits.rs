@@ -11,11 +11,11 @@ use macula_peer_wire::{
 };
 
 const MAX_FRAME: usize = 64;
-const SMALL: Limits = Limits { max_frame: MAX_FRAME, max_depth: 64 };
+const SMALL: Limits = Limits { max_frame: MAX_FRAME, max_depth: 64, max_terms: 1000 };
 
 #[test]
 fn defaults() {
-    assert_eq!(Limits::default(), Limits { max_frame: 16_777_216, max_depth: 64 });
+    assert_eq!(Limits::default(), Limits { max_frame: 16_777_216, max_depth: 64, max_terms: 1_000_000 });
 }
 
 #[test]
@@ -48,6 +48,63 @@ fn depth_has_a_ceiling() {
     assert_eq!(decoded, Err(too_deep));
     let refused = value::encode(MessageType::Store, &nested_arrays(MAX_DEPTH_CEILING + 1), limits);
     assert_eq!(refused, Err(EncodeError::TooDeep { max: MAX_DEPTH_CEILING }));
+}
+
+/// A thousand terms in the fewest bytes, and one more, of each kind.
+#[test]
+fn terms() {
+    let texts = |n: usize| Value::Array(vec![Value::Str("a".repeat(n - 2))]);
+    let empty_maps = |n: usize| Value::Array(vec![Value::Map(vec![]); n - 1]);
+    let keys = |n: u64| Value::Map((1..n / 2 + n % 2).map(|key| (Value::Uint(key), Value::Nil)).collect());
+    for many in [texts as fn(usize) -> Value, empty_maps] {
+        let limits = Limits { max_terms: 1000, ..Limits::default() };
+        let frame = value::encode(MessageType::Store, &many(1000), limits).unwrap();
+        assert_eq!(value::decode(&frame, limits), Ok((MessageType::Store, many(1000))));
+        let refused = value::encode(MessageType::Store, &many(1001), limits);
+        assert_eq!(refused, Err(EncodeError::TooManyTerms { max: 1000 }));
+        let frame = value::encode(MessageType::Store, &many(1001), Limits::default()).unwrap();
+        let too_many = FrameError::Payload(PayloadError::TooManyTerms { max: 1000 });
+        assert_eq!(value::decode(&frame, limits), Err(too_many));
+    }
+    let odd = Limits { max_terms: 999, ..Limits::default() };
+    assert!(value::encode(MessageType::Store, &keys(999), odd).is_ok());
+    assert!(value::encode(MessageType::Store, &keys(1001), odd).is_err());
+    // Whatever the bytes, there may be as many of them.
+    let binary = Value::Array(vec![Value::Bin(vec![0; 100_000]); 500]);
+    assert!(value::encode(MessageType::Store, &binary, odd).is_err(), "the frame is too large");
+    let binary = Value::Array(vec![Value::Bin(vec![0; 10_000]); 500]);
+    let frame = value::encode(MessageType::Store, &binary, odd).unwrap();
+    assert_eq!(value::decode(&frame, odd), Ok((MessageType::Store, binary)));
+}
+
+#[test]
+fn too_many_terms_are_refused_before_anything_is_built() {
+    for term in [&[0x80][..], &[0x90], &[0xC0], &[0xA0], &[0x81, 1, 1], &[0x91, 0x80], &[0xC4, 1, 7], &[0xA1, b'a']] {
+        let n = (16 << 20) / term.len() - 1;
+        let payload = [&[0xDD], &(n as u32).to_be_bytes()[..], &term.repeat(n)].concat();
+        let refused = decode_payload(&payload, Limits::default(), &mut Never);
+        assert_eq!(refused, Err(PayloadError::TooManyTerms { max: 1_000_000 }), "{term:?}");
+    }
+}
+
+/// Builds nothing, and must not be asked to.
+struct Never;
+
+impl Build for Never {
+    type Term = ();
+
+    fn goes_on(&mut self, _: usize) -> bool {
+        panic!("asked")
+    }
+    fn nil(&mut self) {}
+    fn bool(&mut self, _: bool) {}
+    fn uint(&mut self, _: u64) {}
+    fn int(&mut self, _: i64) {}
+    fn float(&mut self, _: f64) {}
+    fn bin(&mut self, _: Range<usize>, _: &[u8]) {}
+    fn str(&mut self, _: &str) {}
+    fn array(&mut self, _: Vec<()>) {}
+    fn map(&mut self, _: Vec<()>, _: Vec<()>) {}
 }
 
 #[test]

@@ -3,11 +3,23 @@
 
 use bytes::Bytes;
 use macula_peer_wire::value::{self, Value, ValueBuilder};
-use macula_peer_wire::{FrameError, HEADER_LEN, Limits, MessageType, Reassembler, decode_payload};
+use macula_peer_wire::{
+    FrameError, HEADER_LEN, Limits, MessageType, Reassembler, check_payload, count_terms, decode_payload,
+};
 use proptest::collection::vec;
 use proptest::num::f64::{NORMAL, SUBNORMAL, ZERO};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
+
+/// As the documentation has it.
+fn terms_of(value: &Value) -> usize {
+    1 + match value {
+        Value::Str(text) => text.len(),
+        Value::Array(items) => items.iter().map(terms_of).sum(),
+        Value::Map(pairs) => pairs.iter().map(|(key, value)| terms_of(key) + terms_of(value)).sum(),
+        _ => 0,
+    }
+}
 
 proptest! {
     #[test]
@@ -46,6 +58,21 @@ proptest! {
                 Ok((MessageType::Store, value))
             );
         }
+    }
+
+    #[test]
+    fn terms_are_counted_without_building_them(value in values(), enough in 0..200usize) {
+        let frame = value::encode(MessageType::Store, &value, Limits::default()).unwrap();
+        let (counted, is) = (count_terms(&frame[HEADER_LEN..], enough), terms_of(&value));
+        prop_assert_eq!(counted > enough, is > enough);
+        prop_assert_eq!(count_terms(&frame[HEADER_LEN..], usize::MAX), is);
+    }
+
+    #[test]
+    fn what_is_checked_is_what_is_decoded(bytes in vec(any::<u8>(), 0..64)) {
+        let decoded = decode_payload(&bytes, Limits::default(), &mut ValueBuilder);
+        prop_assert!(count_terms(&bytes, usize::MAX) <= bytes.len());
+        prop_assert_eq!(check_payload(&bytes, Limits::default()), decoded.map(drop));
     }
 
     #[test]

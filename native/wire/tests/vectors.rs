@@ -97,7 +97,7 @@ fn encode(input: &Term) -> Result<Vec<u8>, Refusal> {
     let mut buf = Vec::new();
     let mut writer = FrameWriter::new(&mut buf, ty, Limits::default());
     write(message, &mut writer)?;
-    assert_eq!(writer.finish(), buf.len());
+    assert_eq!(writer.finish(), Ok(buf.len()));
     Ok(buf)
 }
 
@@ -181,7 +181,10 @@ fn payload_error(error: PayloadError) -> Term {
         PayloadError::TrailingBytes => Term::atom("not_just_binary"),
         PayloadError::InvalidString(bytes) => Term::Tuple(vec![Term::atom("invalid_string"), Term::Binary(bytes)]),
         PayloadError::Extension(marker) => Term::Tuple(vec![Term::atom("badarg"), tagged("bad_ext", marker.into())]),
-        PayloadError::Reserved | PayloadError::Stopped | PayloadError::TooDeep { .. } => panic!("{error}"),
+        PayloadError::Reserved
+        | PayloadError::Stopped
+        | PayloadError::TooDeep { .. }
+        | PayloadError::TooManyTerms { .. } => panic!("{error}"),
     }
 }
 

@@ -104,6 +104,13 @@ impl<M> Outgoing<M> {
         self.owed.pop_front().map(|owed| owed.message)
     }
 
+    /// The receiver does not take the message of this number, below which everything is acknowledged, and goes on behind
+    /// it.
+    pub(crate) fn refused(&mut self, number: u64) -> Option<M> {
+        let (first, _) = self.owed.front().filter(|_| self.written > 0)?.written?;
+        if first == number { self.reject() } else { None }
+    }
+
     /// The receiver has given up waiting for the rest of the message that it expects next. A path or a host may have
     /// stalled for so long, so the message gets a second try. Gives it back when that has ended the same way.
     pub(crate) fn stalled(&mut self) -> Option<M> {
@@ -166,24 +173,61 @@ impl<M> Owed<M> {
 #[derive(Debug, Default)]
 pub(crate) struct Incoming {
     expected: u64,
+    /// The lowest and the highest number that was refused, as long as the sender may not know.
+    refused: Option<(u64, u64)>,
+}
+
+/// What to do with a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Arrival {
+    /// It is to be handed over, and [`Incoming::refuse`] to be told if it cannot be.
+    New,
+    /// It was handed over.
+    Repeated,
+    /// It was handed over or refused: whoever cannot take it now could not take it then, and is to say so again.
+    Doubtful,
 }
 
 impl Incoming {
-    /// Whether the message of this number is to be handed over.
-    pub(crate) fn accept(&mut self, number: u64) -> bool {
+    /// A message of this number has come.
+    pub(crate) fn accept(&mut self, number: u64) -> Arrival {
         // None comes after the highest number, which is therefore nobody's.
         match number.checked_add(1) {
             Some(next) if number >= self.expected => {
                 self.expected = next;
-                true
+                Arrival::New
             }
-            _ => false,
+            _ if self.refused.is_some_and(|(lowest, highest)| (lowest..=highest).contains(&number)) => {
+                Arrival::Doubtful
+            }
+            _ => Arrival::Repeated,
         }
     }
 
-    /// Everything below has been handed over or given up.
-    pub(crate) fn expected(&self) -> u64 {
-        self.expected
+    /// The message of this number, the last one that was new, cannot be taken.
+    pub(crate) fn refuse(&mut self, number: u64) {
+        let (lowest, _) = *self.refused.get_or_insert((number, number));
+        self.refused = Some((lowest, number));
+    }
+
+    /// A stream begins with this number: the sender knows what became of everything below.
+    pub(crate) fn begin(&mut self, number: u64) {
+        self.refused = self.refused.filter(|(_, highest)| *highest >= number);
+        if let Some((lowest, _)) = &mut self.refused {
+            *lowest = number.max(*lowest);
+        }
+    }
+
+    /// Everything below has been handed over or given up, or was refused, which has been said on this stream. `next` is
+    /// the number that comes next on it, 0 if it has not begun.
+    ///
+    /// What was refused on a stream that ended may be unknown to the sender. It is expected until it comes again, and is
+    /// refused again.
+    pub(crate) fn expected(&self, next: u64) -> u64 {
+        match self.refused {
+            Some((lowest, highest)) if next <= highest => self.expected.min(next.max(lowest)),
+            _ => self.expected,
+        }
     }
 }
 
@@ -197,6 +241,18 @@ mod tests {
     struct Stream {
         sent: VecDeque<(Option<u64>, u64)>,
         counter: u64,
+        begun: bool,
+        said: VecDeque<Word>,
+    }
+
+    enum Word {
+        Expected(u64),
+        Refused(u64),
+    }
+
+    /// Which messages the receiver cannot take.
+    fn is_refused(message: u64) -> bool {
+        message % 7 == 3
     }
 
     struct Run {
@@ -207,6 +263,7 @@ mod tests {
         streams: Vec<Stream>,
         arrived: Vec<u64>,
         given_up: Vec<u64>,
+        refused: Vec<u64>,
         let_go: usize,
     }
 
@@ -215,16 +272,7 @@ mod tests {
             match self.random.u8(0..100) {
                 0..30 => self.write(),
                 30..60 => self.receive(),
-                60..80 => {
-                    // Acknowledgements say the newest number, whenever they come.
-                    let expected = self.incoming.expected();
-                    self.let_go += self.outgoing.acknowledge(expected).count();
-                }
-                80..84 => {
-                    // An old one, from a stream that is gone.
-                    let expected = self.random.u64(0..=self.incoming.expected());
-                    self.let_go += self.outgoing.acknowledge(expected).count();
-                }
+                60..84 => self.hear(),
                 84..90 => self.reconnect(),
                 90..92 => {
                     let (random, written_too) = (&mut self.random, false);
@@ -233,7 +281,7 @@ mod tests {
                 }
                 92..94 => {
                     // The first word on a stream that did not wait for it.
-                    let expected = self.random.u64(0..=self.incoming.expected());
+                    let expected = self.random.u64(0..=self.incoming.expected(0));
                     self.let_go += self.outgoing.resume(expected).count();
                 }
                 _ => {}
@@ -252,10 +300,33 @@ mod tests {
             let stream = &mut self.streams[index];
             if let Some((announce, message)) = stream.sent.pop_front() {
                 stream.counter = announce.unwrap_or(stream.counter);
-                if self.incoming.accept(stream.counter) {
-                    self.arrived.push(message);
+                if announce.is_some() && !std::mem::replace(&mut stream.begun, true) {
+                    self.incoming.begin(stream.counter);
+                }
+                let refuses = is_refused(message);
+                match self.incoming.accept(stream.counter) {
+                    Arrival::New if refuses => {
+                        self.incoming.refuse(stream.counter);
+                        stream.said.push_back(Word::Refused(stream.counter));
+                    }
+                    Arrival::New => self.arrived.push(message),
+                    Arrival::Doubtful if refuses => stream.said.push_back(Word::Refused(stream.counter)),
+                    Arrival::Doubtful | Arrival::Repeated => {}
                 }
                 stream.counter += 1;
+                stream.said.push_back(Word::Expected(self.incoming.expected(stream.counter)));
+            }
+        }
+
+        /// What the receiver has said on the present stream is heard in order.
+        fn hear(&mut self) {
+            match self.streams.last_mut().unwrap().said.pop_front() {
+                Some(Word::Expected(expected)) => self.let_go += self.outgoing.acknowledge(expected).count(),
+                Some(Word::Refused(number)) => {
+                    self.let_go += self.outgoing.acknowledge(number).count();
+                    self.refused.extend(self.outgoing.refused(number));
+                }
+                None => {}
             }
         }
 
@@ -269,7 +340,7 @@ mod tests {
             self.outgoing.rewind();
             // Who owes little does not ask; the receiver says it all the same, later.
             if self.outgoing.may_have_arrived() && self.random.bool() {
-                self.let_go += self.outgoing.resume(self.incoming.expected()).count();
+                self.let_go += self.outgoing.resume(self.incoming.expected(0)).count();
             }
         }
     }
@@ -285,6 +356,7 @@ mod tests {
                 streams: vec![Stream::default()],
                 arrived: Vec::new(),
                 given_up: Vec::new(),
+                refused: Vec::new(),
                 let_go: 0,
             };
             let total = 200;
@@ -301,10 +373,14 @@ mod tests {
             while run.streams.iter().any(|stream| !stream.sent.is_empty()) {
                 run.receive();
             }
-            run.let_go += run.outgoing.acknowledge(run.incoming.expected()).count();
+            while !run.streams.last().unwrap().said.is_empty() {
+                run.hear();
+            }
             assert!(run.outgoing.is_empty(), "SEED={seed}: something is owed for ever");
-            let expected: Vec<u64> = (0..total).filter(|n| !run.given_up.contains(n)).collect();
+            let (refused, expected): (Vec<u64>, Vec<u64>) =
+                (0..total).filter(|n| !run.given_up.contains(n)).partition(|&n| is_refused(n));
             assert_eq!(run.arrived, expected, "SEED={seed}");
+            assert_eq!(run.refused, refused, "SEED={seed}: what was refused is known to be, once and in order");
             assert_eq!(run.let_go, expected.len(), "SEED={seed}: what arrived is let go of once");
         }
     }
@@ -323,10 +399,10 @@ mod tests {
     #[test]
     fn the_highest_number_is_nobodys() {
         let mut incoming = Incoming::default();
-        assert!(incoming.accept(u64::MAX - 1));
-        assert!(!incoming.accept(u64::MAX));
-        assert!(!incoming.accept(0), "it does not begin again");
-        assert_eq!(incoming.expected(), u64::MAX);
+        assert_eq!(incoming.accept(u64::MAX - 1), Arrival::New);
+        assert_eq!(incoming.accept(u64::MAX), Arrival::Repeated);
+        assert_eq!(incoming.accept(0), Arrival::Repeated, "it does not begin again");
+        assert_eq!(incoming.expected(u64::MAX), u64::MAX);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::signal::{SECRET_LEN, Secret};
 
 /// The longest message and the deepest nesting: several times what the longest of today needs, so that later ones may
 /// say more.
-pub(crate) const LIMITS: Limits = Limits { max_frame: 4096, max_depth: 8 };
+pub(crate) const LIMITS: Limits = Limits { max_frame: 4096, max_depth: 8, max_terms: 4096 };
 
 /// The type id of the empty frame that a control stream begins with.
 pub(crate) const OPENER: u8 = 0xF2;

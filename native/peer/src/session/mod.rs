@@ -22,9 +22,13 @@ pub(crate) const FOR_NODE: u8 = 0xF4;
 const OPEN_LEN: usize = 17;
 const MAX_OPEN_LEN: usize = OPEN_LEN + NodeId::MAX_LEN;
 
-/// The receiver's first word on a stream: whether it knows the session, and the number it expects.
-const GREETING: usize = 1 + NUMBER_LEN;
+/// A word of the receiver's: what it is about, and a number. The first one on a stream says whether it knows the session,
+/// and the number it expects.
+const WORD_LEN: usize = 1 + NUMBER_LEN;
 const NUMBER_LEN: usize = 8;
+
+/// Later words are the number it expects, or the error for which it does not take the message of a number.
+const EXPECTED: u8 = 0;
 
 type SessionId = [u8; 16];
 
@@ -32,4 +36,9 @@ type SessionId = [u8; 16];
 pub(crate) fn put_header(piece: &mut BytesMut, type_id: u8, payload_len: usize) {
     piece.extend_from_slice(&[VERSION, type_id, 0, 0]);
     piece.put_u32(payload_len as u32);
+}
+
+fn put_word(words: &mut BytesMut, about: u8, number: u64) {
+    words.put_u8(about);
+    words.put_u64(number);
 }

@@ -4,16 +4,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use hashbrown::HashMap;
 use macula_peer_wire::{MessageType, RawFrame};
 use quinn::{Connection, SendStream};
 use tokio::time::timeout;
 
-use super::{GREETING, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, SessionId};
+use super::{EXPECTED, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, SessionId, WORD_LEN, put_word};
 use crate::backlog::Sender;
-use crate::decide::session::Incoming;
-use crate::error::ReplyError;
+use crate::decide::session::{Arrival, Incoming};
+use crate::error::{Rejection, ReplyError};
 use crate::hello;
 use crate::identity::Fingerprint;
 use crate::link::{Write, lock, now_or_never, write_now};
@@ -142,17 +142,15 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     }
     let open = node.sessions.open(&node, (key, id), stream.accepted.connection());
     let (known, mut said) = open.session.begin(channel);
-    let mut word = BytesMut::with_capacity(GREETING);
-    word.put_u8(known.into());
-    word.put_u64(said);
-    if !say(&mut stream, &mut send, word.freeze()).await {
+    if !say(&mut stream, &mut send, word(known.into(), said)).await {
         return;
     }
     let mut number = None;
+    let mut words = BytesMut::new();
     let mut may_be_restart = !known && open.is_first();
     loop {
         while timeout(STILL_HERE, node.room(sender)).await.is_err() {
-            if !say(&mut stream, &mut send, Bytes::copy_from_slice(&said.to_be_bytes())).await {
+            if !say(&mut stream, &mut send, word(EXPECTED, said)).await {
                 return;
             }
         }
@@ -160,17 +158,18 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         if !node.serves(target) {
             return hello::refuse(&mut stream.receive, &mut send);
         }
-        let batch = read_batch(&mut stream, &open, channel, &mut number, &mut may_be_restart);
-        let expected = open.session.expected(channel);
+        let batch = read_batch(&mut stream, &open, channel, &mut number, &mut may_be_restart, &mut words);
+        let expected = open.session.expected(channel, number);
         if expected != said {
             said = expected;
-            if !say(&mut stream, &mut send, Bytes::copy_from_slice(&said.to_be_bytes())).await {
-                return;
-            }
+            put_word(&mut words, EXPECTED, said);
+        }
+        if !words.is_empty() && !say(&mut stream, &mut send, words.split().freeze()).await {
+            return;
         }
         match batch {
             // The sender learns which one it was: the one that is expected next.
-            Batch::Refused => return stream.refuse(),
+            Batch::Refused(why) => return stream.refuse(why),
             Batch::Full => tokio::task::yield_now().await,
             Batch::Last if stream.more().await => {}
             Batch::Last => break,
@@ -187,16 +186,17 @@ enum Batch {
     /// There is no more until bytes come.
     Last,
     /// What comes next cannot be read.
-    Refused,
+    Refused(Rejection),
 }
 
-/// Hands over some of what is there.
+/// Hands over some of what is there. `words`: what is to be said of it.
 fn read_batch(
     stream: &mut Stream,
     open: &Open,
     channel: usize,
     number: &mut Option<u64>,
     may_be_restart: &mut bool,
+    words: &mut BytesMut,
 ) -> Batch {
     for _ in 0..BATCH {
         if open.node.is_crowded(Sender::Key(open.session.sender)) {
@@ -205,20 +205,26 @@ fn read_batch(
         let frame = match stream.next_frame() {
             Ok(Some(frame)) => frame,
             Ok(None) => return Batch::Last,
-            Err(_) => return Batch::Refused,
+            Err(error) => return Batch::Refused(Rejection::from(&error)),
         };
+        let begins = number.is_none();
         let Some(frame) = numbered(frame, number) else {
+            if let (true, Some(first)) = (begins, *number) {
+                open.session.begins(channel, first);
+            }
             if std::mem::take(may_be_restart) && number.is_some_and(|number| number > 0) {
                 open.tell_restart(stream);
             }
             continue;
         };
-        let Some(current) = *number else { return Batch::Refused };
+        let Some(current) = *number else { return Batch::Refused(Rejection::Malformed) };
         *number = current.checked_add(1);
         if number.is_none() {
-            return Batch::Refused;
+            return Batch::Refused(Rejection::Malformed);
         }
-        hand_over(stream, &open.session, channel, current, frame);
+        if let Err(why) = hand_over(stream, &open.session, channel, current, frame) {
+            put_word(words, why.code(), current);
+        }
     }
     Batch::Full
 }
@@ -249,6 +255,12 @@ async fn say(stream: &mut Stream, send: &mut SendStream, word: Bytes) -> bool {
     }
 }
 
+fn word(about: u8, number: u64) -> Bytes {
+    let mut word = BytesMut::with_capacity(WORD_LEN);
+    put_word(&mut word, about, number);
+    word.freeze()
+}
+
 struct Opening<'a> {
     id: SessionId,
     channel: usize,
@@ -276,15 +288,28 @@ fn numbered(frame: RawFrame, number: &mut Option<u64>) -> Option<RawFrame> {
 }
 
 /// Under the channel's lock, because an older stream of the session may still carry the same message.
-fn hand_over(stream: &Stream, session: &Arc<Answers>, channel: usize, number: u64, frame: RawFrame) {
+fn hand_over(
+    stream: &Stream,
+    session: &Arc<Answers>,
+    channel: usize,
+    number: u64,
+    frame: RawFrame,
+) -> Result<(), Rejection> {
     let mut incoming = lock(&session.channels[channel]);
-    if !incoming.get_or_insert_default().accept(number) {
-        return;
+    let incoming = incoming.get_or_insert_default();
+    match incoming.accept(number) {
+        Arrival::New => {}
+        Arrival::Repeated => return Ok(()),
+        Arrival::Doubtful => return stream.node.can_take(&frame),
     }
     let answered = MessageType::from_id(frame.type_id()).is_some_and(MessageType::is_answered);
     let reply =
         answered.then(|| ReplyToken::new(ReplyTo::Session(Arc::downgrade(session), Arc::downgrade(&stream.node))));
-    stream.hand_over(frame, reply);
+    let taken = stream.hand_over(frame, reply);
+    if taken.is_err() {
+        incoming.refuse(number);
+    }
+    taken
 }
 
 impl Answers {
@@ -292,11 +317,17 @@ impl Answers {
     fn begin(&self, channel: usize) -> (bool, u64) {
         let mut incoming = lock(&self.channels[channel]);
         let known = incoming.is_some();
-        (known, incoming.get_or_insert_default().expected())
+        (known, incoming.get_or_insert_default().expected(0))
     }
 
-    fn expected(&self, channel: usize) -> u64 {
-        lock(&self.channels[channel]).get_or_insert_default().expected()
+    /// A stream of a channel begins with this number.
+    fn begins(&self, channel: usize, number: u64) {
+        lock(&self.channels[channel]).get_or_insert_default().begin(number);
+    }
+
+    /// What may be said on a stream on which this number comes next.
+    fn expected(&self, channel: usize, next: Option<u64>) -> u64 {
+        lock(&self.channels[channel]).get_or_insert_default().expected(next.unwrap_or(0))
     }
 
     fn is_open(&self) -> bool {

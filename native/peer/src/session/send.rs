@@ -10,13 +10,16 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use macula_peer_wire::HEADER_LEN;
-use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
+use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
 use crate::decide::session::{Next, Outgoing};
+use crate::error::Rejection;
 use crate::link::{Link, now_or_never};
-use crate::listen::{NOT_A_FRAME, SLOW_FRAME, WRONG_NODE};
+use crate::listen::WRONG_NODE;
 use crate::message::{Letter, NodeId};
-use crate::session::{GREETING, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, put_header};
+use crate::session::{
+    EXPECTED, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, WORD_LEN, put_header,
+};
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -63,7 +66,7 @@ struct Stream {
     resumed: bool,
     greeted: bool,
     /// Why the receiver reads no further. Its last acknowledgement says what it has.
-    stopped: Option<Stop>,
+    stopped: Option<Rejection>,
     /// It has said its last words.
     ended: bool,
     /// An acknowledgement that has come in part.
@@ -79,7 +82,7 @@ pub(crate) struct Progress {
     /// Written to a receiver that was restarted, and may not be written again.
     pub(crate) lost: Vec<Letter>,
     /// The receiver cannot take them, or has waited too long for the rest of them.
-    pub(crate) rejected: Vec<Letter>,
+    pub(crate) rejected: Vec<(Letter, Rejection)>,
     /// Their time was over before they were written completely.
     pub(crate) expired: Vec<Letter>,
     /// A channel needs another stream: [`Session::reopen`].
@@ -192,8 +195,8 @@ impl Session {
             }
             let why = stream.ended_because().filter(|_| channel.owed.is_under_way());
             let rejected = match why {
-                Some(Stop::NotAFrame) => channel.owed.reject(),
-                Some(Stop::Slow) => channel.owed.stalled(),
+                Some(why @ Rejection::TooSlow) => channel.owed.stalled().zip(Some(why)),
+                Some(why) => channel.owed.reject().zip(Some(why)),
                 None => {
                     progress.broken = true;
                     continue;
@@ -347,8 +350,8 @@ impl Stream {
             let written = pin!(self.write_rest()).poll(cx);
             match written {
                 Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(WriteError::Stopped(code))) if Stop::of(code).is_some() => {
-                    self.stopped = Stop::of(code)
+                Poll::Ready(Err(WriteError::Stopped(code))) if Rejection::of(code).is_some() => {
+                    self.stopped = Rejection::of(code)
                 }
                 Poll::Ready(Err(error)) => {
                     progress.wrong_node |= matches!(error, WriteError::Stopped(code) if code == WRONG_NODE.into());
@@ -361,8 +364,8 @@ impl Stream {
     }
 
     /// Why the receiver has ended the stream, if it was for the message that it expects next.
-    fn ended_because(&self) -> Option<Stop> {
-        let stopped = || now_or_never(self.send.stopped())?.ok()?.and_then(Stop::of);
+    fn ended_because(&self) -> Option<Rejection> {
+        let stopped = || now_or_never(self.send.stopped())?.ok()?.and_then(Rejection::of);
         let why = self.stopped.or_else(stopped);
         why.filter(|_| self.greeted && self.ended)
     }
@@ -416,19 +419,35 @@ impl Stream {
                     return false;
                 }
             }
-            if !self.greeted && self.word.len() >= GREETING {
+            if !self.greeted && self.word.len() >= WORD_LEN {
                 self.greeted = true;
                 let known = self.word.get_u8() != 0;
                 let expected = self.word.get_u64();
                 self.greeting(known, expected, owed, at_most_once, progress);
             }
-            let whole = if self.greeted { self.word.len() / NUMBER_LEN * NUMBER_LEN } else { 0 };
-            if whole > 0 {
-                // The last one says it all.
-                let expected = (&self.word[whole - NUMBER_LEN..]).get_u64();
-                self.word.advance(whole);
+            let mut expected = None;
+            while self.greeted && self.word.len() >= WORD_LEN {
+                match (self.word.get_u8(), self.word.get_u64()) {
+                    // The last one says it all.
+                    (EXPECTED, number) => expected = Some(number),
+                    (error, number) => {
+                        let why = Rejection::of(error.into()).unwrap_or(Rejection::Unread);
+                        self.refused(number, why, owed, progress);
+                    }
+                }
+            }
+            if let Some(expected) = expected {
                 self.arrived(owed.acknowledge(expected), progress);
             }
+        }
+    }
+
+    /// The receiver does not take a message. It has taken, or refused, everything before.
+    fn refused(&mut self, number: u64, why: Rejection, owed: &mut Outgoing<Letter>, progress: &mut Progress) {
+        self.arrived(owed.acknowledge(number), progress);
+        if let Some(message) = owed.refused(number) {
+            self.in_flight = self.in_flight.saturating_sub(message.frame.len());
+            progress.rejected.push((message, why));
         }
     }
 
@@ -459,26 +478,9 @@ impl Stream {
     }
 }
 
-/// Why a receiver stops a stream of a session.
-#[derive(Clone, Copy)]
-enum Stop {
-    NotAFrame,
-    Slow,
-}
-
-impl Stop {
-    fn of(code: VarInt) -> Option<Self> {
-        match code {
-            code if code == NOT_A_FRAME.into() => Some(Self::NotAFrame),
-            code if code == SLOW_FRAME.into() => Some(Self::Slow),
-            _ => None,
-        }
-    }
-}
-
 impl Progress {
     fn is_news(&self) -> bool {
-        let settled = self.acknowledged > 0 || !self.lost.is_empty();
+        let settled = self.acknowledged > 0 || !self.lost.is_empty() || !self.rejected.is_empty();
         settled || self.written > 0 || self.closed || self.broken
     }
 }

@@ -26,11 +26,13 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Inbox {
     pub messages: Mutex<Vec<Inbound>>,
     pub events: Mutex<Vec<Event>>,
+    /// What it decodes.
+    pub limits: Limits,
 }
 
 impl Handler for Inbox {
     fn message(&self, message: Inbound) -> Result<(), Unhandled> {
-        decode_payload(&message.payload, Limits::default(), &mut ValueBuilder)?;
+        decode_payload(&message.payload, self.limits, &mut ValueBuilder)?;
         self.messages.lock().unwrap().push(message);
         Ok(())
     }
@@ -78,8 +80,8 @@ pub fn engine(config: Config) -> Engine {
 
 /// An engine that listens on loopback, what it got, and how to reach it.
 pub fn listener(config: Config) -> (Engine, Arc<Inbox>, String) {
+    let inbox = Arc::new(Inbox { limits: config.limits, ..Inbox::default() });
     let engine = engine(config);
-    let inbox = Arc::new(Inbox::default());
     engine.set_handler(Some(inbox.clone()));
     let port = engine.listen(Listen::default()).unwrap().port();
     (engine, inbox, format!("127.0.0.1:{port}"))
@@ -93,6 +95,24 @@ pub fn frame(kind: MessageType, n: u64, size: usize) -> Bytes {
 
 pub fn message(kind: MessageType, n: u64, timeout: Duration) -> Message {
     Message { frame: frame(kind, n, 64), kind, deadline: Some(Instant::now() + timeout), key: None }
+}
+
+/// A message whose containers are nested this deep.
+pub fn deep(n: u64, depth: usize) -> Message {
+    let nested = (2..depth).fold(Value::Array(vec![]), |inner, _| Value::Array(vec![inner]));
+    of_fields(vec![(Value::Bin(b"n".to_vec()), Value::Uint(n)), (Value::Bin(b"nested".to_vec()), nested)])
+}
+
+/// A message of this many terms.
+pub fn wide(n: u64, terms: usize) -> Message {
+    let items = Value::Array(vec![Value::Map(vec![]); terms - 5]);
+    of_fields(vec![(Value::Bin(b"n".to_vec()), Value::Uint(n)), (Value::Bin(b"wide".to_vec()), items)])
+}
+
+fn of_fields(fields: Vec<(Value, Value)>) -> Message {
+    let limits = Limits { max_terms: usize::MAX, max_depth: 512, ..Limits::default() };
+    let frame = encode(MessageType::Publish, &Value::Map(fields), limits).unwrap().into();
+    Message { frame, kind: MessageType::Publish, deadline: Some(Instant::now() + PATIENCE), key: None }
 }
 
 /// Sends as the NIF does: at once if possible, else waiting.

@@ -232,12 +232,13 @@ impl Progress {
     /// What a session's sender is to be told, if anything since `said`.
     fn acknowledgement(&self, said: &mut Option<u64>) -> Option<Vec<u8>> {
         const UNKNOWN_AND_EXPECTS_0: [u8; 9] = [0; 9];
+        const EXPECTED: u8 = 0;
         if !self.session || *said == Some(self.number) {
             return None;
         }
         let first = said.replace(self.number).is_none();
         let greeting = if first { &UNKNOWN_AND_EXPECTS_0[..] } else { &[] };
-        Some([greeting, &self.number.to_be_bytes()].concat())
+        Some([greeting, &[EXPECTED], &self.number.to_be_bytes()].concat())
     }
 }
 
