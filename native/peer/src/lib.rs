@@ -46,6 +46,7 @@ mod x509;
 
 pub use backlog::{Backlog, Sender, Ticket};
 pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Secret};
+pub use decide::access::{Access, AccessList, Network, NotANetwork};
 pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};

@@ -1,6 +1,7 @@
 //! The part that decides: plain state driven by events and a clock, no sockets and no tasks, so that it can be tested
 //! in virtual time.
 
+pub(crate) mod access;
 pub(crate) mod coordinate;
 pub(crate) mod descriptors;
 pub(crate) mod faults;
