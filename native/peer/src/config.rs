@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use macula_peer_wire::Limits;
 
+use crate::decide::access::Access;
 use crate::endpoint::Endpoint;
 use crate::message::NodeId;
-
 use crate::tls::Verify;
 
 /// The settings of an [`Engine`](crate::Engine). Every field has a default; `Config::default()` is what macula 0.14.3
@@ -56,6 +56,8 @@ pub struct Config {
     pub identity_file: Option<PathBuf>,
     /// Whose certificates are good enough. Default [`Verify::FirstSeen`].
     pub verify: Verify,
+    /// Who may come to this node, until [`Engine::set_access`](crate::Engine::set_access) says otherwise. Default: anybody.
+    pub access: Access,
     /// Whether those who connect directly must meet `verify` too, unless [`Listen::verify`](crate::Listen::verify) says
     /// whom to let in. Default true. False: anybody may connect.
     pub verify_clients: bool,
@@ -167,6 +169,7 @@ impl Default for Config {
             frame_timeout: Duration::from_secs(30),
             identity_file: None,
             verify: Verify::default(),
+            access: Access::default(),
             verify_clients: true,
             realm_secret: None,
             node_id: None,

@@ -15,6 +15,7 @@ use tokio::sync::broadcast;
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout, timeout_at};
 
+use crate::admission::{DENIED, UNDECIDED};
 use crate::config::Config;
 use crate::decide::retry::Backoff;
 use crate::decide::witness::Witness;
@@ -322,6 +323,13 @@ pub(crate) fn not_connected(error: ConnectionError) -> ConnectError {
         ConnectionError::TimedOut => return ConnectError::TimedOut,
         ConnectionError::ConnectionClosed(close) => (close.error_code, ConnectError::NotTrusted),
         ConnectionError::TransportError(error) => (error.code, ConnectError::Untrusted),
+        ConnectionError::ApplicationClosed(close) if close.error_code == DENIED.into() => {
+            return ConnectError::NotTrusted;
+        }
+        // It may be let in later.
+        ConnectionError::ApplicationClosed(close) if close.error_code == UNDECIDED.into() => {
+            return ConnectError::Refused;
+        }
         other => return ConnectError::Handshake(other.to_string()),
     };
     match code {

@@ -8,9 +8,12 @@ use macula_peer_wire::RawFrame;
 use quinn::ServerConfig;
 use tokio::runtime::Runtime;
 
+use crate::admission::AdmissionCallback;
 use crate::backlog::Backlog;
 use crate::call::{Abandoned, Call};
 use crate::config::Config;
+use crate::decide::access::Access;
+use crate::decide::admission::Kick;
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ListenError, RequestError, SendError, StartError};
 use crate::identity::{Fingerprint, Identity};
@@ -22,8 +25,8 @@ use crate::node::{Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
 use crate::ports;
 use crate::race::Ways;
-use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
+use crate::relay::{RelayConfig, RelayNode};
 use crate::renewal::{self, Renew};
 use crate::runtime::BatchingRuntime;
 use crate::socket::{self, Socket};
@@ -57,6 +60,8 @@ pub struct Listen {
     pub verify: Option<Verify>,
     /// Whether to be a relay for others, and what to give them.
     pub relay: Option<RelayConfig>,
+    /// Who decides about those whom no list names; `None`: they are let in.
+    pub admission: Option<AdmissionCallback>,
 }
 
 /// Where the system gives a process no more threads, tokio panics, or waits for ever for a worker that never runs.
@@ -251,6 +256,7 @@ impl Engine {
             Some(relay) => self.node.become_relay(relay).map_err(ListenError::Bind)?,
             None => self.node.be_no_relay(),
         }
+        self.node.admissions.set_callback(listen.admission);
         self.node.listening.send_replace(Some(admission));
         keep_renewing(&self.node, [certificate, trust.renewed()]);
         self.node.quic.local_addr().map_err(ListenError::Bind)
@@ -260,7 +266,31 @@ impl Engine {
     pub fn close(&self) -> bool {
         let _one = lock(&self.listener);
         self.node.be_no_relay();
+        self.node.admissions.set_callback(None);
         self.node.listening.send_replace(None).is_some()
+    }
+
+    /// Who may come to this node from now on. Those who are here already and may not are gone when this returns: their
+    /// connections are closed. It may take some milliseconds.
+    pub fn set_access(&self, access: Access) {
+        self.node.set_access(access);
+    }
+
+    /// Who may come to this node.
+    pub fn access(&self) -> Access {
+        self.node.admissions.access()
+    }
+
+    /// Makes somebody leave: ends its registrations here, which it is told, and its connections. It is not registered again
+    /// for 30 s. False if it was not here.
+    pub fn kick(&self, whom: &Kick) -> bool {
+        self.node.kick(whom)
+    }
+
+    /// Nodes that are registered here, in the order in which they were, from a number on; and the number from which on there
+    /// may be more. `None`: this node is no relay.
+    pub fn relay_nodes(&self, from: u64, most: usize) -> Option<(Vec<RelayNode>, Option<u64>)> {
+        Some(self.node.relay()?.nodes(from, most))
     }
 
     /// The address of the one socket.

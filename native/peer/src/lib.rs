@@ -5,6 +5,7 @@
 //! [`Handler`].
 #![forbid(unsafe_code)]
 
+mod admission;
 mod answers;
 mod backlog;
 mod call;
@@ -44,9 +45,11 @@ mod tls;
 mod transfer;
 mod x509;
 
+pub use admission::{AdmissionAnswer, AdmissionCallback, AdmissionQuestion, AdmissionStats, Admit, NotAdmitted};
 pub use backlog::{Backlog, Sender, Ticket};
 pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Secret};
 pub use decide::access::{Access, AccessList, Network, NotANetwork};
+pub use decide::admission::Kick;
 pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
@@ -64,6 +67,6 @@ pub use punch::PunchError;
 pub use race::{Failures, Ways};
 pub use relay::clients::MAX_RELAYS;
 pub use relay::control::{Limit, Refusal};
-pub use relay::{RelayConfig, RelayStats};
+pub use relay::{Passed, RelayConfig, RelayNode, RelayStats};
 pub use stats::{AcceptedStats, GatewayStats, LinkStats, PathStatus, PeerStats, RegistrationStats, Stats};
 pub use tls::{Certificate, Dialect, Verify};

@@ -133,48 +133,60 @@ pub(crate) struct Accepted {
 #[derive(Clone)]
 pub(crate) struct Admission {
     pub(crate) config: Arc<ServerConfig>,
-    strict: bool,
+    /// The same where not everybody is let in.
+    strict: Arc<ServerConfig>,
 }
 
 impl Admission {
     /// `strict`: not everybody is let in. Streams are then allowed to those who are, which is how they know. `relay`:
     /// packets of circuits are taken.
     pub(crate) fn new(tls: QuicServerConfig, strict: bool, relay: bool, config: &Config) -> Self {
-        let (two_way, one_way) = streams(strict, config);
-        let mut transport = transport_config(two_way, one_way, config);
-        transport.datagram_receive_buffer_size(relay.then_some(RECEIVE_BUFFER));
-        if relay {
-            // Nodes probe at their own pace, whatever this one's is for others.
-            let timeout = client::IDLE_TIMEOUT.max(config.keep_alive * 3);
-            // A time beyond QUIC's 2^62 ms means none.
-            transport.max_idle_timeout(timeout.try_into().ok());
-        }
-        Self::with_transport(tls, strict, transport)
+        Self::with_transport(tls, strict, |strict| {
+            let (two_way, one_way) = streams(strict, config);
+            let mut transport = transport_config(two_way, one_way, config);
+            transport.datagram_receive_buffer_size(relay.then_some(RECEIVE_BUFFER));
+            if relay {
+                // Nodes probe at their own pace, whatever this one's is for others.
+                let timeout = client::IDLE_TIMEOUT.max(config.keep_alive * 3);
+                // A time beyond QUIC's 2^62 ms means none.
+                transport.max_idle_timeout(timeout.try_into().ok());
+            }
+            transport
+        })
     }
 
     /// For connections over circuits, and on paths that both nodes have made.
     pub(crate) fn over_known_ways(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
-        let (two_way, one_way) = streams(strict, config);
-        let mut transport = transport_config(two_way, one_way, config);
-        transport.datagram_receive_buffer_size(None).initial_rtt(KNOWN_WAY);
-        Self::with_transport(tls, strict, transport)
+        Self::with_transport(tls, strict, |strict| {
+            let (two_way, one_way) = streams(strict, config);
+            let mut transport = transport_config(two_way, one_way, config);
+            transport.datagram_receive_buffer_size(None).initial_rtt(KNOWN_WAY);
+            transport
+        })
     }
 
-    fn with_transport(tls: QuicServerConfig, strict: bool, transport: TransportConfig) -> Self {
-        let mut server = ServerConfig::with_crypto(Arc::new(tls));
-        server.transport_config(Arc::new(transport));
-        Self { config: Arc::new(server), strict }
+    fn with_transport(tls: QuicServerConfig, strict: bool, transport: impl Fn(bool) -> TransportConfig) -> Self {
+        let tls = Arc::new(tls);
+        let server = |strict| {
+            let mut server = ServerConfig::with_crypto(tls.clone());
+            server.transport_config(Arc::new(transport(strict)));
+            Arc::new(server)
+        };
+        Self { config: server(strict), strict: server(true) }
     }
 
-    fn let_in(&self, connection: &Connection, dialect: Dialect, config: &Config) {
+    /// For who connects now.
+    pub(crate) fn config_for(&self, node: &Node) -> Arc<ServerConfig> {
+        if node.admissions.select_by_key() { self.strict.clone() } else { self.config.clone() }
+    }
+
+    fn let_in(connection: &Connection, dialect: Dialect, config: &Config) {
         let streams = match dialect {
             Dialect::Macula => config.max_streams,
             Dialect::MaculaPeer1 => first_streams(config),
         };
-        if self.strict || dialect == Dialect::Macula {
-            connection.set_max_concurrent_bi_streams(streams.into());
-            connection.set_max_concurrent_uni_streams(ONE_WAY_STREAMS.into());
-        }
+        connection.set_max_concurrent_bi_streams(streams.into());
+        connection.set_max_concurrent_uni_streams(ONE_WAY_STREAMS.into());
     }
 }
 
@@ -265,6 +277,8 @@ pub(crate) async fn accept(node: Arc<Node>) {
                     let admission = listening.borrow().clone();
                     let callers = lock(&node.expected).at(canonical(incoming.remote_address()));
                     match (callers, admission) {
+                        (None, None) => incoming.ignore(),
+                        _ if !node.admissions.permit_address(incoming.remote_address()) => incoming.refuse(),
                         (Some(callers), _) if expected.len() < node.config.max_accepted => {
                             expected.spawn(accept_expected(node.clone(), callers, incoming));
                         }
@@ -299,12 +313,12 @@ fn admit(node: &Arc<Node>, admission: &Admission, incoming: Incoming, connection
 
 async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming) {
     let Some(connection) = accept_with(&node, &admission, incoming).await else { return };
-    serve(node, admission, connection, Path::Direct).await;
+    serve(node, connection, Path::Direct).await;
 }
 
 /// Accepts with these settings, although it may have come while another listener was there.
 async fn accept_with(node: &Node, admission: &Admission, incoming: Incoming) -> Option<Connection> {
-    let connecting = incoming.accept_with(admission.config.clone()).ok()?;
+    let connecting = incoming.accept_with(admission.config_for(node)).ok()?;
     let (socket, remote) = (node.socket(), connecting.remote_address());
     let connected = timeout(HANDSHAKE_TIMEOUT, handshake(&socket, remote, connecting)).await.ok()?;
     connected.inspect_err(|error| tracing::debug!(%error, "not accepted")).ok()
@@ -323,17 +337,18 @@ async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incomi
     connected.notify_one();
     // Of several attempts, each has reached its end.
     meant.for_each(|caller| caller.connected.notify_one());
-    serve(node, admission, connection, Path::HolePunch).await;
+    serve(node, connection, Path::HolePunch).await;
 }
 
 /// Serves a connection to its end.
-pub(crate) async fn serve(node: Arc<Node>, admission: Admission, connection: Connection, path: Path) {
+pub(crate) async fn serve(node: Arc<Node>, connection: Connection, path: Path) {
     let Some(dialect) = Dialect::of(&connection) else { return };
     let key = Fingerprint::of_sender(&connection, dialect);
     if dialect == Dialect::MaculaPeer1 && key.is_none() {
         return connection.close(NO_CERTIFICATE.into(), b"no certificate");
     }
-    admission.let_in(&connection, dialect, &node.config);
+    let Some(_place) = node.admissions.admit_connection(&connection, key, path).await else { return };
+    Admission::let_in(&connection, dialect, &node.config);
     let accepted = Arc::new(Accepted::new(connection, dialect, path, key, Weak::new()));
     let _entry = Entry::new(node.clone(), accepted.clone());
     serve_streams(node, accepted).await;
@@ -341,6 +356,7 @@ pub(crate) async fn serve(node: Arc<Node>, admission: Admission, connection: Con
 
 /// Serves what the peer begins on a link that we dialled: so two nodes need one connection.
 pub(crate) async fn serve_link(node: Arc<Node>, peer: Weak<Peer>, link: Arc<Link>) {
+    let Some(_place) = node.admissions.admit_link(&link.connection, link.shown) else { return };
     link.connection.set_max_concurrent_bi_streams(first_streams(&node.config).into());
     let Link { connection, dialect, path, shown, .. } = &*link;
     let accepted = Accepted::new(connection.clone(), *dialect, *path, *shown, peer);

@@ -173,7 +173,7 @@ impl fmt::Display for PeerName {
 }
 
 /// How packets travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Path {
     /// Straight to the peer's address.
     Direct,

@@ -1,5 +1,6 @@
 //! What everything in an engine shares.
 
+use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -15,8 +16,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout_at;
 
+use crate::admission::Admissions;
 use crate::backlog::{Backlog, Sender};
 use crate::config::Config;
+use crate::decide::access::Access;
+use crate::decide::admission::Kick;
 use crate::decide::reports::Reports;
 use crate::decide::trust::{self, Answer, Facts, Mismatch, TofuStore, Verdict};
 use crate::dial::{Dialer, not_connected};
@@ -67,6 +71,7 @@ pub(crate) struct Node {
     pub(crate) quic: quinn::Endpoint,
     pub(crate) refusals: Refusals,
     pub(crate) counters: NodeCounters,
+    pub(crate) admissions: Arc<Admissions>,
     pub(crate) accepted: Mutex<HashMap<usize, Arc<Accepted>>>,
     pub(crate) sessions: Sessions,
     pub(crate) clients: Clients,
@@ -172,6 +177,7 @@ impl Node {
         let Network { quic, socket, refusals, signals } = network;
         let mut tasks = JoinSet::new();
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
+        let admissions = Admissions::new(config.access.clone());
         let gateway = config.gateway.as_ref().map(|gateway| Arc::new(Gateway::new(gateway, &config)));
         Arc::new(Self {
             config,
@@ -179,6 +185,7 @@ impl Node {
             quic,
             refusals,
             counters: NodeCounters::default(),
+            admissions,
             accepted: Mutex::default(),
             sessions: Sessions::default(),
             clients,
@@ -548,7 +555,7 @@ impl Node {
         };
         *lock(&self.relay_closed) = Some(closed);
         let answering = self.spawn(responder.clone().answer_others(Arc::downgrade(self)));
-        self.set_relay(Some(ServingRelay { relay: Relay::new(config, responder), answering }));
+        self.set_relay(Some(ServingRelay { relay: Relay::new(config, responder, self.admissions.clone()), answering }));
         Ok(())
     }
 
@@ -563,6 +570,22 @@ impl Node {
             relay.close();
             answering.abort();
         }
+    }
+
+    /// Who may come to this node from now on. Those who are here already and may not have to go.
+    pub(crate) fn set_access(&self, access: Access) {
+        self.admissions.set_access(access);
+        // Nodes that are registered here are told why they have to go, and their connections end with that.
+        let told = self.relay().map_or_else(HashSet::default, |relay| relay.enforce_access());
+        self.admissions.enforce(&told);
+    }
+
+    /// Makes somebody leave. Returns whether it was here.
+    pub(crate) fn kick(&self, whom: &Kick) -> bool {
+        self.admissions.kick(whom);
+        let told = self.relay().map_or_else(HashSet::default, |relay| relay.kick(whom));
+        let closed = matches!(whom, Kick::Key(key) if self.admissions.dismiss_key(*key, &told));
+        closed || !told.is_empty()
     }
 
     /// How many connections may be accepted now. Those of nodes that are registered here have a limit of their own.
@@ -948,6 +971,7 @@ impl Node {
             unhandled: counters.unhandled.get(),
             malformed: counters.malformed.get(),
             refused: counters.refused.get(),
+            admission: self.admissions.stats(),
             registrations: self.clients.stats(),
             relay: self.relay().map(|relay| relay.stats()),
             gateway: self.gateway.as_ref().map(|gateway| gateway.stats()),

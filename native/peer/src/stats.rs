@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::admission::AdmissionStats;
 use crate::endpoint::Endpoint;
 use crate::message::{Path, PeerName, Registration};
 use crate::race::Failures;
@@ -69,6 +70,8 @@ pub struct Stats {
     pub malformed: u64,
     /// Connections that were not accepted because there were too many.
     pub refused: u64,
+    /// What became of those who came, by the lists and by whoever is asked.
+    pub admission: AdmissionStats,
     /// This node at its relays.
     pub registrations: Vec<RegistrationStats>,
     /// This node as a relay.

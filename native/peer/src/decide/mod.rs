@@ -2,6 +2,7 @@
 //! in virtual time.
 
 pub(crate) mod access;
+pub(crate) mod admission;
 pub(crate) mod coordinate;
 pub(crate) mod descriptors;
 pub(crate) mod faults;

@@ -22,7 +22,7 @@ const NOTICE_EVERY: Duration = Duration::from_secs(1);
 
 /// One registration of one node id. Never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Generation(u64);
+pub(crate) struct Generation(pub(crate) u64);
 
 /// A circuit that has just ended, and whose it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -36,6 +36,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A registration that lasted less than this does not count: the pauses go on growing.
 const LASTING: Duration = Duration::from_secs(1);
 
+/// A relay does not register a node that it has just made leave (`KICKED_FOR`).
+const LONGEST_PAUSE_KICKED: Duration = Duration::from_secs(60);
+
 /// Two nodes with one key would take a registration from each other for ever. A node that is replaced has stopped by the first
 /// of these.
 const FIRST_PAUSE_TAKEN_OVER: Duration = Duration::from_secs(5);
@@ -87,6 +90,11 @@ impl Registering {
         Backoff::new(LONGEST_PAUSE, LONGEST_PAUSE).pause(draw)
     }
 
+    /// The same where the relay has made the node leave.
+    pub(crate) fn pause_kicked(draw: f64) -> Duration {
+        Backoff::new(LONGEST_PAUSE_KICKED, LONGEST_PAUSE_KICKED).pause(draw)
+    }
+
     /// The same where another connection with this node's key has taken the registration over, and whether it has just
     /// become clear that two nodes have the key. The latter is true once.
     pub(crate) fn pause_taken_over(&mut self, draw: f64) -> (Duration, bool) {
@@ -98,6 +106,14 @@ impl Registering {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decide::admission::KICKED_FOR;
+
+    #[test]
+    fn who_was_kicked_waits_until_it_may_come_back() {
+        for draw in [0.0, 0.5, 1.0] {
+            assert!(Registering::pause_kicked(draw) >= KICKED_FOR);
+        }
+    }
 
     #[test]
     fn pauses_double_up_to_the_longest_and_start_again() {

@@ -65,14 +65,17 @@ impl Circuits {
         let mut config = EndpointConfig::default();
         // The packets are within an encrypted connection: there is nobody to keep from looking at the bit.
         config.grease_quic_bit(false);
-        let server = server.map(|mut server| {
-            // A circuit is one connection's way; who has another one makes another connection.
-            server.migration(false);
-            server
-        });
+        let server = server.map(Self::server);
         let endpoint = Endpoint::new_with_abstract_socket(config, server, socket.clone(), Arc::new(BatchingRuntime))?;
         let end = End { endpoint: endpoint.clone(), socket: socket.clone() };
         Ok((Self { endpoint, socket }, carry(end)))
+    }
+
+    /// Settings as they must be for inner connections.
+    pub(crate) fn server(mut server: ServerConfig) -> ServerConfig {
+        // A circuit is one connection's way; who has another one makes another connection.
+        server.migration(false);
+        server
     }
 
     pub(crate) fn endpoint(&self) -> &Endpoint {

@@ -345,6 +345,9 @@ impl RelayClient {
                     }
                     self.unless_stopped(sleep(pause)).await
                 }
+                CircuitError::Refused(Refusal::Kicked) => {
+                    self.unless_stopped(sleep(Registering::pause_kicked(draw))).await
+                }
                 CircuitError::Refused(_) => self.unless_stopped(sleep(Registering::pause_refused(draw))).await,
                 _ => self.unless_stopped(self.pause(registering.pause(draw))).await,
             };

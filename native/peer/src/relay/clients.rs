@@ -309,8 +309,9 @@ fn serving(node: Weak<Node>, admission: Admission) -> impl Fn(IncomingCircuit) +
         }
         let (admission, owner) = (admission.clone(), node.clone());
         owner.spawn(async move {
-            if let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.accept()).await {
-                listen::serve(node, admission, connection, Path::Relay(relay)).await;
+            let config = admission.config_for(&node);
+            if let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.accept(&config)).await {
+                listen::serve(node, connection, Path::Relay(relay)).await;
             }
         });
     }

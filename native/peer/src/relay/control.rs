@@ -179,6 +179,12 @@ names! {
         Malformed "malformed",
         /// Another connection with the node's key has taken its registration over.
         TakenOver "taken_over",
+        /// Whoever runs the relay does not want the node.
+        Denied "denied",
+        /// It could not be found out whether the relay wants the node.
+        Undecided "undecided",
+        /// Whoever runs the relay made the node leave, and it may come back later.
+        Kicked "kicked",
     }
 }
 

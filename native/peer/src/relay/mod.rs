@@ -1,10 +1,12 @@
 //! Relays and circuits: how nodes that cannot reach each other do.
 
 use std::fmt;
-use std::net::IpAddr;
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use crate::config::Secret;
+use crate::identity::Fingerprint;
+use crate::message::NodeId;
 
 mod circuits;
 pub(crate) mod client;
@@ -92,6 +94,36 @@ impl fmt::Debug for RelayConfig {
             .field("probe_ip", &self.probe_ip)
             .finish()
     }
+}
+
+/// A node that is registered at a relay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayNode {
+    /// What it is registered as.
+    pub node_id: NodeId,
+    /// Who it is.
+    pub key: Fingerprint,
+    /// Where its packets come from.
+    pub address: SocketAddr,
+    /// Since when it is registered.
+    pub since: Instant,
+    /// Its circuits.
+    pub circuits: usize,
+    /// The nodes at the other ends of its circuits; of many only some.
+    pub peers: Vec<NodeId>,
+    /// What was passed on from it.
+    pub sent: Passed,
+    /// What was passed on to it.
+    pub received: Passed,
+}
+
+/// Datagrams that a relay has passed on; a packet that was cut in two counts as two.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// How many.
+    pub packets: u64,
+    /// Bytes in them.
+    pub bytes: u64,
 }
 
 /// What a relay has and did.

@@ -813,14 +813,15 @@ pub(crate) struct IncomingCircuit {
 
 impl IncomingCircuit {
     /// The connection, once its handshake is done. It ends at once when the relay says that the circuit has.
-    pub(crate) async fn accept(self) -> Result<Connection, ConnectionError> {
+    pub(crate) async fn accept(self, config: &quinn::ServerConfig) -> Result<Connection, ConnectionError> {
         let Self { circuit, incoming, commands, _permit, .. } = self;
         let (ended, circuit_ended) = oneshot::channel();
         let opening = Command::Accepting { circuit, ended };
         commands.send(opening).map_err(|_| ConnectionError::LocallyClosed)?;
         let mut opening = Opening { circuit, ended: circuit_ended, commands: Some(commands) };
+        let connecting = incoming.accept_with(Arc::new(Circuits::server(config.clone())))?;
         tokio::select! {
-            connected = incoming => {
+            connected = connecting => {
                 let connection = connected?;
                 opening.carries(&connection);
                 Ok(connection)

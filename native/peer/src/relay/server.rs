@@ -8,9 +8,10 @@
 //! after the other; the state is for control messages only.
 
 use std::cmp::{max, min};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::convert::Infallible;
 use std::future::pending;
+use std::pin::pin;
 use std::slice;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -29,11 +30,14 @@ use super::control::{
 };
 use super::packet::{Fit, Form, SplitBy, Splitter, parse};
 use super::responder::{self, Responder};
-use super::{RelayConfig, RelayStats};
+use super::{Passed, RelayConfig, RelayNode, RelayStats};
+use crate::admission::{Admissions, DENIED, NotAdmitted};
+use crate::decide::admission::Kick;
 use crate::decide::coordinate::{self, Coordinator, Execute, Party, Refused};
 use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
 use crate::identity::{Fingerprint, realm_proof_is_valid};
 use crate::link::{lock, write_now};
+use crate::message::NodeId;
 use crate::signal::Secret;
 use crate::socket::canonical;
 use crate::stats::Counter;
@@ -58,6 +62,15 @@ const YIELDS: usize = 3;
 /// What quinn's queue takes for a datagram beside its bytes: a `Bytes`.
 const DATAGRAM_OVERHEAD: usize = size_of::<Bytes>();
 
+/// How long a node that has to leave may take to hear why.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Registrations that are looked at under the lock of the relay's state.
+const PAGE: usize = 256;
+
+/// Nodes at the other ends of a node's circuits that are named.
+const MAX_PEERS_NAMED: usize = 32;
+
 /// Application error codes on streams: the node was too slow, or this is no relay.
 const SLOW: u8 = 1;
 const NO_RELAY: u8 = 4;
@@ -66,6 +79,7 @@ const NO_RELAY: u8 = 4;
 pub(crate) struct Relay {
     config: RelayConfig,
     responder: Arc<Responder>,
+    admissions: Arc<Admissions>,
     state: Mutex<State>,
     counters: Counters,
 }
@@ -73,7 +87,7 @@ pub(crate) struct Relay {
 struct State {
     book: Book,
     coordinator: Coordinator,
-    registrations: HashMap<Generation, Arc<Registration>>,
+    registrations: BTreeMap<Generation, Arc<Registration>>,
     /// The connections that have a control stream.
     served: HashSet<usize>,
     closed: bool,
@@ -98,13 +112,34 @@ struct Registration {
     node_id: Id,
     owner: Fingerprint,
     connection: Connection,
+    since: Instant,
     /// Its circuits.
     legs: Mutex<HashMap<u32, Leg>>,
+    sent: PassedOn,
+    received: PassedOn,
     /// What it is to be told.
     notes: mpsc::Sender<FromRelay>,
     end: watch::Sender<Option<End>>,
     /// The size of the connection's queue of outgoing datagrams.
     queue: usize,
+}
+
+/// Counts datagrams.
+#[derive(Default)]
+struct PassedOn {
+    packets: Counter,
+    bytes: Counter,
+}
+
+impl PassedOn {
+    fn add(&self, bytes: usize) {
+        self.packets.add(1);
+        self.bytes.add(bytes as u64);
+    }
+
+    fn get(&self) -> Passed {
+        Passed { packets: self.packets.get(), bytes: self.bytes.get() }
+    }
 }
 
 /// One end of a circuit.
@@ -123,6 +158,8 @@ enum End {
     Refused(Refusal),
     /// The node has been told why it is registered no longer.
     Told,
+    /// The node is to be told why it is registered no longer, and its connection ends with that.
+    Leave(Refusal),
     /// The node does not say who it is, or does not read what it is told.
     Slow,
     /// The relay is closed.
@@ -133,7 +170,7 @@ impl End {
     /// The error that the stream is reset with, unless it ends in peace.
     fn code(self) -> Option<u8> {
         match self {
-            Self::Left | Self::Refused(_) | Self::Told => None,
+            Self::Left | Self::Refused(_) | Self::Told | Self::Leave(_) => None,
             Self::Slow => Some(SLOW),
             Self::Closed => Some(NO_RELAY),
         }
@@ -141,15 +178,16 @@ impl End {
 }
 
 impl Relay {
-    pub(crate) fn new(config: RelayConfig, responder: Arc<Responder>) -> Arc<Self> {
+    pub(crate) fn new(config: RelayConfig, responder: Arc<Responder>, admissions: Arc<Admissions>) -> Arc<Self> {
         let state = State {
             book: Book::new(&config, Instant::now()),
             coordinator: Coordinator::default(),
-            registrations: HashMap::new(),
+            registrations: BTreeMap::new(),
             served: HashSet::new(),
             closed: false,
         };
-        Arc::new(Self { config, responder, state: Mutex::new(state), counters: Counters::default() })
+        let state = Mutex::new(state);
+        Arc::new(Self { config, responder, admissions, state, counters: Counters::default() })
     }
 
     /// Serves a control stream whose opener has been read, and what came behind that into `frames`, until the registration
@@ -164,12 +202,19 @@ impl Relay {
     ) {
         let remote = connection.remote_address();
         let mut control = Control { receive, frames };
-        let end = self.run(connection, owner, &mut send, &mut control).await;
+        let end = self.run(connection.clone(), owner, &mut send, &mut control).await;
         tracing::debug!(%remote, ?end, "control stream ended");
         if let End::Refused(error) = end {
             self.count(error);
             // Without waiting: it is the first that is written on this stream.
             write_now(&mut send, &FromRelay::Refused { error }.encode());
+        }
+        if let End::Leave(error) = end {
+            self.count(error);
+            // It has heard everything when it acknowledges the end. Already closed is as good.
+            let _ = send.finish();
+            let _ = timeout(LEAVE_TIMEOUT, send.stopped()).await;
+            return connection.close(DENIED.into(), error.name().as_bytes());
         }
         // Already closed is as good, here and below. What is not reset is finished when it is dropped.
         if let Some(code) = end.code() {
@@ -195,6 +240,66 @@ impl Relay {
     /// How many nodes are registered, each with a connection of its own.
     pub(crate) fn registrations(&self) -> usize {
         lock(&self.state).book.registrations()
+    }
+
+    /// Nodes from a number on, and the number from which on there may be more.
+    pub(crate) fn nodes(&self, from: u64, most: usize) -> (Vec<RelayNode>, Option<u64>) {
+        let (mut nodes, mut next) = (Vec::new(), Some(from));
+        while let Some(from) = next
+            && nodes.len() < most
+        {
+            let page;
+            (page, next) = self.page(from, PAGE.min(most - nodes.len()));
+            nodes.extend(page.iter().filter_map(|registration| registration.describe()));
+        }
+        (nodes, next)
+    }
+
+    /// The lock is held for one page at a time.
+    fn page(&self, from: u64, most: usize) -> (Vec<Arc<Registration>>, Option<u64>) {
+        let state = lock(&self.state);
+        let registrations = state.registrations.range(Generation(from)..);
+        let page: Vec<_> = registrations.take(most).map(|(_, registration)| registration.clone()).collect();
+        let next = page.last().filter(|_| page.len() == most).map(|last| last.generation.0 + 1);
+        (page, next)
+    }
+
+    /// Makes those leave whom the lists deny. Returns their connections, which end when they have heard why.
+    pub(crate) fn enforce_access(&self) -> HashSet<usize> {
+        self.dismiss(|registration| {
+            let Registration { owner, connection, node_id, .. } = registration;
+            self.admissions.judge_registration(*owner, connection.remote_address(), node_id.as_bytes()).err()
+        })
+    }
+
+    /// Makes somebody leave. Returns its connections, as above.
+    pub(crate) fn kick(&self, whom: &Kick) -> HashSet<usize> {
+        self.dismiss(|registration| {
+            let kicked = match whom {
+                Kick::Key(key) => registration.owner == *key,
+                Kick::NodeId(node_id) => registration.node_id.as_bytes() == node_id.as_bytes(),
+            };
+            kicked.then_some(NotAdmitted::Kicked)
+        })
+    }
+
+    fn dismiss(&self, reason: impl Fn(&Registration) -> Option<NotAdmitted>) -> HashSet<usize> {
+        let (mut connections, mut next) = (HashSet::new(), Some(0));
+        while let Some(from) = next {
+            let page;
+            (page, next) = self.page(from, PAGE);
+            for registration in page {
+                let Some(reason) = reason(&registration) else { continue };
+                let state = &mut *lock(&self.state);
+                if state.registrations.contains_key(&registration.generation) {
+                    state.forget(&registration);
+                    registration.end(End::Leave(reason.into()));
+                    self.admissions.count(reason);
+                    connections.insert(registration.connection.stable_id());
+                }
+            }
+        }
+        connections
     }
 
     pub(crate) fn stats(&self) -> RelayStats {
@@ -236,15 +341,20 @@ impl Relay {
         if !self.admits(&connection, &node_id, proof) {
             return End::Refused(Refusal::Realm);
         }
+        let address = canonical(connection.remote_address());
+        if let Err(reason) = self.admissions.admit_registration(owner, address, node_id.as_bytes()).await {
+            return End::Refused(reason.into());
+        }
         let (entry, notes) = match self.register(connection, node_id, owner) {
             Ok(registered) => registered,
             Err(end) => return end,
         };
         let registration = &entry.registration;
         let mut ended = registration.end.subscribe();
+        let mut telling = pin!(tell(notes, send));
         let end = tokio::select! {
             end = self.hear(registration, control) => end,
-            end = tell(notes, send) => end,
+            end = &mut telling => end,
             () = self.forward(registration) => End::Left,
             never = self.end_idle(registration) => match never {},
             never = watch_address(registration) => match never {},
@@ -253,6 +363,11 @@ impl Relay {
         };
         if end == End::Slow {
             self.counters.unread.add(1);
+        }
+        if let End::Leave(error) = end {
+            registration.note(FromRelay::Refused { error });
+            // Not to be told is as good as not to read it.
+            let _ = timeout(LEAVE_TIMEOUT, telling).await;
         }
         end
     }
@@ -281,6 +396,10 @@ impl Relay {
             return Err(End::Closed);
         }
         let now = Instant::now();
+        let address = canonical(connection.remote_address());
+        // Under the lock: who changes the lists from now on finds the registration.
+        let admitted = self.admissions.judge_registration(owner, address, node_id.as_bytes());
+        admitted.map_err(|reason| End::Refused(reason.into()))?;
         let registered = state.book.register(node_id.clone(), owner, now);
         let Registered { generation, replaced } = registered.map_err(End::Refused)?;
         if let Some((generation, circuits)) = replaced {
@@ -294,10 +413,22 @@ impl Relay {
         }
         let (notes, waiting) = mpsc::channel(max(MIN_NOTES, self.config.max_sessions_per_node.saturating_mul(2)));
         let queue = connection.datagram_send_buffer_space();
-        let address = canonical(connection.remote_address());
         let (legs, end) = (Mutex::default(), watch::Sender::new(None));
         let (probes, place) = self.responder.admit(connection.clone()).unzip();
-        let registration = Registration { generation, node_id, owner, connection, legs, notes, end, queue };
+        let (sent, received) = Default::default();
+        let registration = Registration {
+            generation,
+            node_id,
+            owner,
+            connection,
+            since: now,
+            legs,
+            sent,
+            received,
+            notes,
+            end,
+            queue,
+        };
         let registration = Arc::new(registration);
         state.coordinator.join(generation, now);
         registration.note(FromRelay::Registered { address, probes });
@@ -498,6 +629,8 @@ impl Relay {
                 Ok(()) => {
                     self.counters.forwarded_packets.add(1);
                     self.counters.forwarded_bytes.add(datagram.len() as u64);
+                    from.sent.add(datagram.len());
+                    to.received.add(datagram.len());
                 }
                 // It is about to be said that the circuit has ended.
                 Err(SendDatagramError::ConnectionLost(_)) => return Ok(()),
@@ -561,6 +694,16 @@ async fn tell(mut notes: mpsc::Receiver<FromRelay>, send: &mut SendStream) -> En
 }
 
 impl State {
+    /// The registration has ended, if it had not before.
+    fn forget(&mut self, registration: &Registration) {
+        let generation = registration.generation;
+        self.registrations.remove(&generation);
+        self.coordinator.end(generation);
+        lock(&registration.legs).clear();
+        let circuits = self.book.end(generation, Instant::now());
+        self.ended(&circuits, Reason::Gone);
+    }
+
     /// Circuits are off the book: whoever still has an end of one hears of it.
     fn ended(&self, circuits: &[Ended], reason: Reason) {
         for &Ended { circuit, ends } in circuits {
@@ -581,6 +724,24 @@ impl Registration {
             seen: canonical(self.connection.remote_address()),
             round_trip: self.connection.rtt(),
         }
+    }
+
+    fn describe(&self) -> Option<RelayNode> {
+        let (circuits, others) = {
+            let legs = lock(&self.legs);
+            let others: Vec<_> = legs.values().take(MAX_PEERS_NAMED).filter_map(|leg| leg.other.upgrade()).collect();
+            (legs.len(), others)
+        };
+        Some(RelayNode {
+            node_id: NodeId::new(self.node_id.as_bytes())?,
+            key: self.owner,
+            address: canonical(self.connection.remote_address()),
+            since: self.since,
+            circuits,
+            peers: others.iter().filter_map(|other| NodeId::new(other.node_id.as_bytes())).collect(),
+            sent: self.sent.get(),
+            received: self.received.get(),
+        })
     }
 
     /// The other end of a circuit, and what passes.
@@ -635,6 +796,16 @@ impl From<coordinate::Coordinate> for Coordinate {
     }
 }
 
+impl From<NotAdmitted> for Refusal {
+    fn from(reason: NotAdmitted) -> Self {
+        match reason {
+            NotAdmitted::Kicked => Self::Kicked,
+            reason if reason.is_undecided() => Self::Undecided,
+            _ => Self::Denied,
+        }
+    }
+}
+
 impl From<Refused> for Refusal {
     fn from(refused: Refused) -> Self {
         match refused {
@@ -685,12 +856,7 @@ struct Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        let state = &mut *lock(&self.relay.state);
-        let generation = self.registration.generation;
-        state.registrations.remove(&generation);
-        state.coordinator.end(generation);
-        let circuits = state.book.end(generation, Instant::now());
-        state.ended(&circuits, Reason::Gone);
+        lock(&self.relay.state).forget(&self.registration);
     }
 }
 

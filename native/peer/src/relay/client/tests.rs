@@ -42,7 +42,7 @@ impl Running {
     fn at(address: SocketAddr, config: RelayConfig) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let entered = runtime.enter();
-        let relay = Relay::new(config, responder());
+        let relay = Relay::new(config, responder(), Arc::default());
         let endpoint = Endpoint::server(server_config(transport()), address).unwrap();
         drop(entered);
         let address = endpoint.local_addr().unwrap();
@@ -153,7 +153,7 @@ fn node(name: &str, relay: SocketAddr, options: Options) -> Node {
         move |incoming: IncomingCircuit| {
             let (ended, accepted) = (ended.clone(), accepted.clone());
             lock(&serving).spawn(async move {
-                if let Ok(connection) = incoming.accept().await {
+                if let Ok(connection) = incoming.accept(&server_config(transport())).await {
                     if let Some(accepted) = accepted {
                         *lock(&accepted) = Some(connection.clone());
                     }

@@ -31,7 +31,7 @@ fn running(config: RelayConfig) -> Running {
 }
 
 fn running_with(config: RelayConfig, transport: TransportConfig) -> Running {
-    let relay = Relay::new(config, responder());
+    let relay = Relay::new(config, responder(), Arc::default());
     let tls = quic::server_config(&[ALPN.into()], transport).unwrap();
     let endpoint = Endpoint::server(tls, "127.0.0.1:0".parse().unwrap()).unwrap();
     let address = endpoint.local_addr().unwrap();

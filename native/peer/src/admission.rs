@@ -1,0 +1,485 @@
+//! Who is let in: connections that others begin, and registrations, where this node is a relay.
+//!
+//! Lists ([`Access`]) are looked at here; an [`Admit`] is asked what they leave open, and its answers are remembered.
+//! Whoever is let in is kept in a table of guests, so that those whom new lists deny can be found: in parts, so that
+//! nobody waits for the table.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use quinn::Connection;
+use thiserror::Error;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use crate::decide::access::{Access, Rules};
+use crate::decide::admission::{Answers, Kick, Kicked, Subject};
+use crate::decide::shares::{Client, Limits};
+use crate::identity::Fingerprint;
+use crate::link::lock;
+use crate::message::{NodeId, Path};
+use crate::shares::{Held, Shares};
+use crate::socket::canonical;
+use crate::stats::Counter;
+
+/// Questions that wait for their answers: in all, about one key, and about one address. Those that are more are not asked.
+const MAX_ASKED: Limits = Limits { total: 256, per_key: 32, per_address: 64 };
+
+/// Who is asked sees to its time itself. This is how much later nobody waits any more.
+const LATE: Duration = Duration::from_millis(500);
+
+/// Guests that are looked at under the lock of their table.
+const PAGE: usize = 256;
+
+/// Application error codes of connections of our dialect: who connects is not let in, or cannot be at the moment.
+pub(crate) const DENIED: u8 = 8;
+pub(crate) const UNDECIDED: u8 = 9;
+
+/// Decides about those whom no list names.
+pub trait Admit: Send + Sync {
+    /// Must not block. The answer may be given by any thread; dropped, it is [`NotAdmitted::Crash`].
+    fn ask(&self, question: &AdmissionQuestion, answer: AdmissionAnswer);
+}
+
+/// Whom a listener asks.
+#[derive(Clone)]
+pub struct AdmissionCallback {
+    /// Who decides.
+    pub admit: Arc<dyn Admit>,
+    /// How long it may take.
+    pub timeout: Duration,
+    /// How long its answers are good. Zero: for one question.
+    pub good_for: Duration,
+}
+
+impl std::fmt::Debug for AdmissionCallback {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { timeout, good_for, .. } = self;
+        f.debug_struct("AdmissionCallback")
+            .field("timeout", timeout)
+            .field("good_for", good_for)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Who wants to come in.
+#[derive(Debug, Clone)]
+pub struct AdmissionQuestion {
+    /// What it has shown. `None`: nothing, as clients of 0.14.3.
+    pub key: Option<Fingerprint>,
+    /// Where its packets come from: with [`Path::Relay`] the relay's address.
+    pub address: SocketAddr,
+    /// How they come.
+    pub path: Path,
+    /// What it wants to be registered as here. `None`: it has connected.
+    pub node_id: Option<NodeId>,
+}
+
+impl AdmissionQuestion {
+    fn subject(&self) -> Subject {
+        Subject { key: self.key, ip: self.address.ip(), path: self.path, node_id: self.node_id.clone() }
+    }
+
+    fn client(&self) -> Client {
+        Client::new(self.key, self.address.ip())
+    }
+}
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident $name:literal,)*) => {
+        /// Why somebody is not let in.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+        pub enum NotAdmitted {
+            $($(#[$doc])* #[error($name)] $variant,)*
+        }
+
+        impl NotAdmitted {
+            /// Every reason.
+            pub const ALL: [Self; [$($name),*].len()] = [$(Self::$variant),*];
+
+            /// Its name in statistics.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// A list denies its network, or allows others only.
+    Network "network",
+    /// A list denies its key, or allows others only.
+    Key "key",
+    /// A list denies its node id, or allows others only.
+    NodeId "node_id",
+    /// It was told to leave a short time ago.
+    Kicked "kicked",
+    /// The callback denies it.
+    Callback "callback",
+    /// The callback did not answer in time.
+    Timeout "timeout",
+    /// The callback failed.
+    Crash "crash",
+    /// Too many questions wait for the callback.
+    Busy "busy",
+}
+
+impl NotAdmitted {
+    /// Whether the next attempt may well go another way.
+    pub(crate) fn is_undecided(self) -> bool {
+        matches!(self, Self::Timeout | Self::Crash | Self::Busy)
+    }
+
+    fn code(self) -> u8 {
+        if self.is_undecided() { UNDECIDED } else { DENIED }
+    }
+}
+
+/// The way to answer one question.
+pub struct AdmissionAnswer {
+    asked: Arc<Asked>,
+    subject: Option<Subject>,
+    _held: Held,
+}
+
+impl AdmissionAnswer {
+    /// Answers. `Ok`: it may come in.
+    pub fn give(mut self, answer: Result<(), NotAdmitted>) {
+        self.answer(answer);
+    }
+
+    fn answer(&mut self, answer: Result<(), NotAdmitted>) {
+        let Some(subject) = self.subject.take() else { return };
+        let mut state = lock(&self.asked.state);
+        let waiting = state.waiting.remove(&subject);
+        match answer {
+            Ok(()) => state.answers.remember(subject, true, Instant::now()),
+            Err(NotAdmitted::Callback) => state.answers.remember(subject, false, Instant::now()),
+            // The next one may be answered.
+            Err(_) => {}
+        }
+        drop(state);
+        // Those that have given up meanwhile hear nothing.
+        for waiting in waiting.into_iter().flatten() {
+            let _ = waiting.send(answer);
+        }
+    }
+}
+
+impl Drop for AdmissionAnswer {
+    fn drop(&mut self) {
+        self.answer(Err(NotAdmitted::Crash));
+    }
+}
+
+/// Questions to one callback.
+struct Asked {
+    admission: AdmissionCallback,
+    state: Mutex<State>,
+    shares: Shares,
+}
+
+struct State {
+    answers: Answers,
+    /// At most `MAX_ASKED`. Those who ask the same wait for one answer.
+    waiting: HashMap<Subject, Vec<oneshot::Sender<Result<(), NotAdmitted>>>>,
+}
+
+impl Asked {
+    fn new(admission: AdmissionCallback) -> Arc<Self> {
+        let state = State { answers: Answers::new(admission.good_for), waiting: HashMap::new() };
+        Arc::new(Self { admission, state: Mutex::new(state), shares: Shares::new(MAX_ASKED) })
+    }
+}
+
+#[derive(Default)]
+struct Counters {
+    asked: Counter,
+    remembered: Counter,
+    /// In the order of the reasons.
+    refused: [Counter; NotAdmitted::ALL.len()],
+}
+
+/// What became of those who came.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AdmissionStats {
+    /// Questions that were put to the callback.
+    pub asked: u64,
+    /// Questions that it had answered before.
+    pub remembered: u64,
+    /// How many were not let in or had to leave, by [`NotAdmitted::name`].
+    pub refused: Vec<(&'static str, u64)>,
+}
+
+/// Lists, and what they were made from.
+#[derive(Default)]
+struct Lists {
+    access: Access,
+    rules: Rules,
+}
+
+/// Decides who is let in.
+#[derive(Default)]
+pub(crate) struct Admissions {
+    lists: RwLock<Arc<Lists>>,
+    asked: RwLock<Option<Arc<Asked>>>,
+    kicked: Mutex<Kicked>,
+    guests: Mutex<Guests>,
+    counters: Counters,
+}
+
+#[derive(Default)]
+struct Guests {
+    table: BTreeMap<u64, Guest>,
+    next: u64,
+}
+
+/// Somebody at the other end of a connection whose messages are taken.
+#[derive(Clone)]
+struct Guest {
+    key: Option<Fingerprint>,
+    /// Whether its packets come straight from its address.
+    is_direct: bool,
+    connection: Connection,
+}
+
+/// A place in the table of guests, until this is dropped.
+pub(crate) struct Place {
+    admissions: Arc<Admissions>,
+    id: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.admissions.guests).table.remove(&self.id);
+    }
+}
+
+impl Admissions {
+    pub(crate) fn new(access: Access) -> Arc<Self> {
+        let admissions = Self::default();
+        admissions.set_access(access);
+        Arc::new(admissions)
+    }
+
+    pub(crate) fn access(&self) -> Access {
+        self.lists().access.clone()
+    }
+
+    /// Those whom the lists deny from now on are still there: see [`Self::enforce`].
+    pub(crate) fn set_access(&self, access: Access) {
+        let lists = Arc::new(Lists { rules: Rules::new(&access), access });
+        *self.lists.write().unwrap_or_else(PoisonError::into_inner) = lists;
+    }
+
+    /// Whom to ask from now on about those who come.
+    pub(crate) fn set_callback(&self, admission: Option<AdmissionCallback>) {
+        *self.asked.write().unwrap_or_else(PoisonError::into_inner) = admission.map(Asked::new);
+    }
+
+    fn lists(&self) -> Arc<Lists> {
+        self.lists.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn asked(&self) -> Option<Arc<Asked>> {
+        self.asked.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether somebody may be refused for the key that it will show.
+    pub(crate) fn select_by_key(&self) -> bool {
+        self.lists().rules.select_by_key() || self.asked().is_some()
+    }
+
+    /// Whether somebody at an address may begin a handshake. Counts it if not.
+    pub(crate) fn permit_address(&self, address: SocketAddr) -> bool {
+        let permitted = self.lists().rules.permit_address(address.ip());
+        if !permitted {
+            self.count(NotAdmitted::Network);
+        }
+        permitted
+    }
+
+    /// Lets in who has connected, or closes the connection. From here on it is a guest.
+    pub(crate) async fn admit_connection(
+        self: &Arc<Self>,
+        connection: &Connection,
+        key: Option<Fingerprint>,
+        path: Path,
+    ) -> Option<Place> {
+        let guest = Guest { key, is_direct: !path.is_relayed(), connection: connection.clone() };
+        // Before the lists are looked at: who changes them then finds it.
+        let place = self.enter(guest.clone());
+        let address = match path {
+            Path::Relay(relay) => relay,
+            Path::Direct | Path::HolePunch => canonical(connection.remote_address()),
+        };
+        let admitted = match self.lists().judge_guest(&guest) {
+            Ok(()) => self.ask(AdmissionQuestion { key, address, path, node_id: None }).await,
+            denied => denied,
+        };
+        match admitted {
+            Ok(()) => Some(place),
+            Err(reason) => {
+                self.count(reason);
+                guest.leave(reason);
+                None
+            }
+        }
+    }
+
+    /// Whether the node at the other end of a link that this one began may send on it too. `None`: no.
+    pub(crate) fn admit_link(self: &Arc<Self>, connection: &Connection, key: Option<Fingerprint>) -> Option<Place> {
+        let guest = Guest { key, is_direct: false, connection: connection.clone() };
+        let place = self.enter(guest.clone());
+        match self.lists().judge_guest(&guest) {
+            Ok(()) => Some(place),
+            Err(reason) => {
+                self.count(reason);
+                None
+            }
+        }
+    }
+
+    /// Asks whether a node may be registered here; what the lists say comes first.
+    pub(crate) async fn admit_registration(
+        &self,
+        key: Fingerprint,
+        address: SocketAddr,
+        node_id: &[u8],
+    ) -> Result<(), NotAdmitted> {
+        let question = AdmissionQuestion { key: Some(key), address, path: Path::Direct, node_id: NodeId::new(node_id) };
+        match self.judge_registration(key, address, node_id) {
+            Ok(()) => self.ask(question).await,
+            denied => denied,
+        }
+        .inspect_err(|reason| self.count(*reason))
+    }
+
+    /// What the lists say of a registration.
+    pub(crate) fn judge_registration(
+        &self,
+        key: Fingerprint,
+        address: SocketAddr,
+        node_id: &[u8],
+    ) -> Result<(), NotAdmitted> {
+        if lock(&self.kicked).hold(key, node_id, Instant::now()) {
+            return Err(NotAdmitted::Kicked);
+        }
+        let rules = &self.lists().rules;
+        match () {
+            () if !rules.permit_address(address.ip()) => Err(NotAdmitted::Network),
+            () if !rules.permit_key(Some(&key)) => Err(NotAdmitted::Key),
+            () if !rules.permit_node_id(node_id) => Err(NotAdmitted::NodeId),
+            () => Ok(()),
+        }
+    }
+
+    /// Closes the connections of those whom the lists deny, but those with these ids.
+    pub(crate) fn enforce(&self, but: &HashSet<usize>) {
+        let lists = self.lists();
+        self.dismiss(but, |guest| lists.judge_guest(guest).err());
+    }
+
+    /// From now on whoever is kicked is not registered for a while, and asked about anew.
+    pub(crate) fn kick(&self, whom: &Kick) {
+        lock(&self.kicked).add(whom.clone(), Instant::now());
+        if let Some(asked) = self.asked() {
+            lock(&asked.state).answers.forget_all();
+        }
+    }
+
+    /// Closes the connections with a key, but those with these ids. Returns whether there were any.
+    pub(crate) fn dismiss_key(&self, key: Fingerprint, but: &HashSet<usize>) -> bool {
+        self.dismiss(but, |guest| (guest.key == Some(key)).then_some(NotAdmitted::Kicked))
+    }
+
+    fn dismiss(&self, but: &HashSet<usize>, reason: impl Fn(&Guest) -> Option<NotAdmitted>) -> bool {
+        let (mut next, mut any) = (0, false);
+        loop {
+            let page: Vec<_> = {
+                let guests = lock(&self.guests);
+                guests.table.range(next..).take(PAGE).map(|(id, guest)| (*id, guest.clone())).collect()
+            };
+            let Some((last, _)) = page.last() else { return any };
+            next = last + 1;
+            for (_, guest) in page.iter().filter(|(_, guest)| !but.contains(&guest.connection.stable_id())) {
+                if let Some(reason) = reason(guest) {
+                    any = true;
+                    self.count(reason);
+                    guest.leave(reason);
+                }
+            }
+        }
+    }
+
+    fn enter(self: &Arc<Self>, guest: Guest) -> Place {
+        let mut guests = lock(&self.guests);
+        let id = guests.next;
+        guests.next += 1;
+        guests.table.insert(id, guest);
+        Place { admissions: self.clone(), id }
+    }
+
+    async fn ask(&self, question: AdmissionQuestion) -> Result<(), NotAdmitted> {
+        let Some(asked) = self.asked() else { return Ok(()) };
+        let subject = question.subject();
+        let (answer, answered) = oneshot::channel();
+        let first = {
+            let mut state = lock(&asked.state);
+            if let Some(allowed) = state.answers.find(&subject, Instant::now()) {
+                self.counters.remembered.add(1);
+                return if allowed { Ok(()) } else { Err(NotAdmitted::Callback) };
+            }
+            match state.waiting.get_mut(&subject) {
+                Some(waiting) => {
+                    waiting.push(answer);
+                    None
+                }
+                None => {
+                    let held = asked.shares.take(question.client(), 1).map_err(|_| NotAdmitted::Busy)?;
+                    state.waiting.insert(subject.clone(), vec![answer]);
+                    Some(AdmissionAnswer { asked: asked.clone(), subject: Some(subject), _held: held })
+                }
+            }
+        };
+        if let Some(answer) = first {
+            self.counters.asked.add(1);
+            asked.admission.admit.ask(&question, answer);
+        }
+        match timeout(asked.admission.timeout + LATE, answered).await {
+            Ok(answered) => answered.unwrap_or(Err(NotAdmitted::Crash)),
+            Err(_) => Err(NotAdmitted::Timeout),
+        }
+    }
+
+    pub(crate) fn count(&self, reason: NotAdmitted) {
+        self.counters.refused[reason as usize].add(1);
+    }
+
+    pub(crate) fn stats(&self) -> AdmissionStats {
+        let Counters { asked, remembered, refused } = &self.counters;
+        let refused = NotAdmitted::ALL.iter().zip(refused).map(|(reason, n)| (reason.name(), n.get())).collect();
+        AdmissionStats { asked: asked.get(), remembered: remembered.get(), refused }
+    }
+}
+
+impl Lists {
+    fn judge_guest(&self, guest: &Guest) -> Result<(), NotAdmitted> {
+        let ip: IpAddr = guest.connection.remote_address().ip();
+        match () {
+            () if guest.is_direct && !self.rules.permit_address(ip) => Err(NotAdmitted::Network),
+            () if !self.rules.permit_key(guest.key.as_ref()) => Err(NotAdmitted::Key),
+            () => Ok(()),
+        }
+    }
+}
+
+impl Guest {
+    fn leave(&self, reason: NotAdmitted) {
+        self.connection.close(reason.code().into(), reason.name().as_bytes());
+    }
+}
