@@ -7,6 +7,9 @@
 -export([request/4]).
 -export([stats/0]).
 -export([nat_profile/0]).
+-export([access/0]).
+-export([kick/1]).
+-export([relay_nodes/1]).
 -export([left/2]).
 -export([encode/2]).
 
@@ -139,6 +142,24 @@ nat_profile() ->
     Tag = make_ref(),
     told(macula_peer_nif:nat_profile(Tag), Tag).
 
--spec told(wait | not_started | macula_peer_nif:not_loaded(), reference()) -> map() | not_started | {error, term()}.
+%% @doc Who may come to this node; as {@link stats/0}.
+-spec access() -> map() | not_started | {error, term()}.
+access() ->
+    Tag = make_ref(),
+    told(macula_peer_nif:access(Tag), Tag).
+
+%% @doc Makes somebody leave; as {@link stats/0}.
+-spec kick(term()) -> ok | not_started | {error, term()}.
+kick(Whom) ->
+    Tag = make_ref(),
+    told(macula_peer_nif:kick(Tag, Whom), Tag).
+
+%% @doc Nodes of this relay; as {@link stats/0}.
+-spec relay_nodes(non_neg_integer()) -> map() | not_started | {error, term()}.
+relay_nodes(From) ->
+    Tag = make_ref(),
+    told(macula_peer_nif:relay_nodes(Tag, From), Tag).
+
+-spec told(wait | not_started | {error, term()}, reference()) -> map() | ok | not_started | {error, term()}.
 told(wait, Tag) -> receive {Tag, Told} -> Told end;
 told(Told, _Tag) -> Told.

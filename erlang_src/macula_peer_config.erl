@@ -60,6 +60,7 @@
                   answer_timeout => "milliseconds, from 1 to a day",
                   workers => "a number from 1 to 256",
                   identity_file => "the name of a file",
+                  access => "a map of the lists allow and deny, each a map of keys, node_ids and networks",
                   verify => "first_seen, none, {pin, Fingerprints}, {cacertfile, File} or {cacertfile, File, any_name}",
                   realm_secret => "a binary that is not empty",
                   max_accepted => "a number from 1 to 1000000",

@@ -44,6 +44,11 @@
 -export([request/5]).
 -export([set_handler/1]).
 -export([reply/3]).
+-export([set_access/1]).
+-export([access/0]).
+-export([kick/1]).
+-export([relay_nodes/0]).
+-export([relay_nodes/1]).
 -export([stats/0]).
 -export([path/1]).
 -export([nat_profile/0]).
@@ -51,7 +56,7 @@
 -export([start/0]).
 -export([stop/0]).
 
--export_type([listen_opts/0, relay_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0,
+-export_type([access/0, access_list/0, admission_question/0, relay_node/0, listen_opts/0, relay_opts/0, handler/0, verify/0, fingerprint/0, inbound/0, reply_token/0, stats/0,
               nat_profile/0, path/0]).
 
 -type handler() :: pid() | {module(), atom(), [term()]}.
@@ -59,12 +64,19 @@
 
 -type listen_opts() :: #{port => inet:port_number(), ip => inet:ip_address(), certfile => file:filename(),
                          keyfile => file:filename(), verify => verify(), relay => relay_opts(),
-                         handler => handler()}.
+                         admission => {module(), atom(), [term()]}, admission_timeout => pos_integer(),
+                         admission_cache => non_neg_integer(), handler => handler()}.
 %% Without `port', or with 0, the port that the one socket has already, or any port where `ip' is another address than the
 %% socket's. Without `ip' the addresses that the socket has. Live links move along. Without `certfile' and `keyfile' (PEM) the
 %% engine's own certificate is shown. When the files are replaced, connections that begin two seconds later see the new
 %% certificate. `verify' says who may connect; without it the application's setting does. With `relay' this node is a relay for
 %% others.
+%%
+%% `admission' is a function that is asked about everybody who connects, before anything of theirs is handled, and about every
+%% registration, where this node is a relay. It is called with an {@link admission_question()} and `Args', and answers `allow',
+%% `deny' or `{deny, Reason}', within `admission_timeout' milliseconds (1,000, at most 60,000). Who is not allowed is refused; so is
+%% everybody whom it does not answer about in time, or fails for. Its answers hold for `admission_cache' milliseconds (60,000; 0:
+%% for one question) for the same key, IP address, path and node id.
 
 -type relay_opts() :: #{max_registrations => pos_integer(), max_sessions => pos_integer(),
                         max_sessions_per_node => pos_integer(), bandwidth => pos_integer(),
@@ -77,6 +89,26 @@
 %% kept for its key after its registration ended (5 minutes). With `realm_secret' only nodes that know it are registered.
 %% `probe_port' (0: any) is the second UDP port, by which nodes find out what their NATs are like; `probe_ip' is
 %% another address of the host, from which the relay also answers there: that tells them more.
+
+-type admission_question() :: #{kind := connection | registration, key := fingerprint() | undefined,
+                                address := {inet:ip_address(), inet:port_number()}, path := direct | hole_punch | relay,
+                                node_id => binary()}.
+%% `key' is `undefined' for clients of 0.14.3, which show none. With the path `relay' the `address' is the relay's. A
+%% registration has a `node_id'.
+
+-type access_list() :: #{keys => [fingerprint() | HexDigits :: binary() | string()], node_ids => [binary()],
+                         networks => [Prefix :: binary() | string() | inet:ip_address()]}.
+%% Keys of nodes, node ids of those that register here, and networks such as `"192.0.2.0/24"', `"2001:db8::/32"' or one address.
+
+-type access() :: #{allow => access_list(), deny => access_list()}.
+%% Who may come to this node. What is denied may not; where `allow' has a list of a kind, nothing else of that kind may.
+
+-type relay_node() :: #{node_id := binary(), key := fingerprint(), address := {inet:ip_address(), inet:port_number()},
+                        since := non_neg_integer(), circuits := non_neg_integer(), peers := [binary()],
+                        sent := #{packets := non_neg_integer(), bytes := non_neg_integer()},
+                        received := #{packets := non_neg_integer(), bytes := non_neg_integer()}}.
+%% A node that is registered at this relay, since a time in milliseconds of system time. `peers' are the node ids at the other ends of its
+%% circuits, at most 32 of them. What the relay has passed on for it, since it registered, it has `sent' or `received'.
 
 -type fingerprint() :: <<_:256>>.
 %% What a node is known by: the SHA-256 of its public key's SubjectPublicKeyInfo in DER.
@@ -99,7 +131,7 @@
 
 -type stats() :: #{peers := [map()], accepted := [map()], pool := map(), verify_none_links := non_neg_integer(),
                    undelivered := non_neg_integer(), unhandled := non_neg_integer(), malformed := non_neg_integer(),
-                   refused := non_neg_integer(), registrations := [map()], relay => map(), gateway => map()}.
+                   refused := non_neg_integer(), admission := map(), registrations := [map()], relay => map(), gateway => map()}.
 %% `peers': `endpoint' or `node_id', `path' (`direct', `hole_punch', `relay' or `none'), `sent', `acknowledged', `received', `failed', `dials',
 %% `unacknowledged_bytes', and while there is a link `dialect', `address' and `round_trip_us'. `accepted': `dialect',
 %% `path', `address', `round_trip_us', `received'. `registrations': `relay', `state', `reason', `address' (what the relay
@@ -107,7 +139,9 @@
 %% `forwarded_bytes', `refused' and `dropped' by limit, `stray' (packets of no circuit of the sender), `unread' (nodes that
 %% did not read), `punches' and `punched' (direct paths looked for, and found). `gateway', unless the setting is `none':
 %% `endpoint', `handed_over', `answered' (answers sent on) and `fallen_back' (messages that macula_gateway or the handler got
-%% instead). `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
+%% instead). `admission': `asked' and `remembered', questions that the callback was asked and that it had answered before, and
+%% `refused', how many were not let in or had to leave, by reason: `network', `key', `node_id' (see {@link set_access/1}), `kicked',
+%% `callback', `timeout', `crash' and `busy' (too many questions waited). `pool': the original's `hits', `misses', `evictions', `total', `hit_rate' and
 %% `pool_size'.
 
 -type path() :: #{path := direct | hole_punch | relay | none,
@@ -140,7 +174,10 @@
 %% {cacertfile, Reason}}', `{invalid_option, {Key, Value}}'.
 -spec listen(listen_opts()) -> {ok, {inet:ip_address(), inet:port_number()}} | {error, term()}.
 listen(Opts) when is_map(Opts) ->
-    Listen = fun() -> macula_peer_nif:listen(maps:remove(handler, Opts)) end,
+    Listen = fun() ->
+        ok = macula_peer_admission:prepare(Opts),
+        macula_peer_nif:listen(maps:remove(handler, Opts))
+    end,
     case maps:find(handler, Opts) of
         {ok, Handler} ->
             case set_handler(Handler) of
@@ -277,6 +314,49 @@ path_to_endpoint(Endpoint, NotANode) ->
         {{ok, #{path := none}}, {ok, #{failed := Failed}}} when map_size(Failed) > 0 -> NotANode;
         {Found, _} -> Found
     end.
+
+%% @doc Says who may come to this node: the lists take the place of those before, and of the setting `access'. They hold until
+%% {@link stop/0}. Those who are here and may not are gone when this returns: their connections are closed, and nodes that are
+%% registered here are told that they are `denied'.
+%%
+%% Lists of keys and networks are about everybody who connects, and about registrations; those of node ids about registrations
+%% alone. A network is about those who connect straight from it, not through a relay. A node that is refused for its network
+%% gets `connection_refused', otherwise `rejected_by_peer'. Whom this node sends to is not limited: but who may not come sends
+%% nothing back on such a link, apart from answers.
+%%
+%% Errors: `{invalid_option, {Key, Value}}'.
+-spec set_access(access()) -> ok | {error, term()}.
+set_access(Access) when is_map(Access) ->
+    macula_peer_engine:running(fun() -> macula_peer_nif:set_access(Access) end);
+set_access(Access) ->
+    {error, {invalid_option, {access, Access}}}.
+
+%% @doc The lists in force. Networks come as text.
+-spec access() -> access() | {error, term()}.
+access() ->
+    macula_peer_engine:figures(fun macula_peer_call:access/0).
+
+%% @doc Makes a node leave: ends its registrations at this relay, or the one under a node id, and its connections. The node is told
+%% `kicked', and is not registered again for 30 seconds; it may connect again at once. The callback is asked about everybody
+%% anew. To keep a node away use {@link set_access/1}.
+%%
+%% Errors: `not_found', `not_started', `{invalid_kick, Term}'.
+-spec kick({key, fingerprint()} | {node_id, binary()}) -> ok | {error, term()}.
+kick(Whom) ->
+    macula_peer_engine:figures(fun() -> macula_peer_call:kick(Whom) end).
+
+%% @equiv relay_nodes(0)
+-spec relay_nodes() -> #{nodes := [relay_node()], next := non_neg_integer() | none} | {error, term()}.
+relay_nodes() ->
+    relay_nodes(0).
+
+%% @doc The nodes that are registered at this relay, in the order in which they registered, at most 1,000 at once. More come with
+%% `relay_nodes(Next)', until `next' is `none'.
+%%
+%% Errors: `not_started', `not_a_relay'.
+-spec relay_nodes(non_neg_integer()) -> #{nodes := [relay_node()], next := non_neg_integer() | none} | {error, term()}.
+relay_nodes(From) when is_integer(From), From >= 0, From < 1 bsl 64 ->
+    macula_peer_engine:figures(fun() -> macula_peer_call:relay_nodes(From) end).
 
 %% @doc What is counted, and the peers with their links.
 -spec stats() -> stats() | {error, term()}.

@@ -35,6 +35,7 @@ ensure_started() ->
 
 -spec start(macula_peer_config:settings()) -> ok | {error, term()}.
 start(#{native := Native, handler := Handler, listen := Listen}) ->
+    ok = macula_peer_admission:prepare(Listen),
     Finisher = macula_peer_finisher:start(),
     Process = macula_peer_handler:start(Handler),
     case contained(fun() -> macula_peer_nif:start(Native, Finisher, Process, Listen) end) of
@@ -95,6 +96,7 @@ retire() ->
 -spec stopped(macula_peer_nif:released() | not_started | {error, term()}) -> ok.
 stopped(Stopped) ->
     ok = macula_peer_lookups:stop(),
+    ok = macula_peer_admission:stop(),
     case Stopped of
         %% After the stop, because the handler is told what the stop left behind.
         {released, Handler, Finisher} ->

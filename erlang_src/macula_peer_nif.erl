@@ -26,6 +26,11 @@
 -export([reply_frame/2]).
 -export([handed_over/1]).
 -export([invalidate/1]).
+-export([set_access/1]).
+-export([access/1]).
+-export([kick/2]).
+-export([relay_nodes/2]).
+-export([admitted/2]).
 -export([stats/1]).
 -export([path/1]).
 -export([nat_profile/1]).
@@ -34,7 +39,7 @@
 -export([decode/1]).
 -export([decode_dirty/1]).
 
--export_type([not_loaded/0, ip_port/0, handler/0, released/0, frame/0, unfinished/0]).
+-export_type([not_loaded/0, ip_port/0, handler/0, released/0, frame/0, unfinished/0, admission_token/0]).
 
 -on_load(init/0).
 
@@ -51,6 +56,9 @@
 
 -opaque frame() :: reference().
 %% An encoded message.
+
+-opaque admission_token() :: reference().
+%% For the answer of a callback.
 
 -type unfinished() :: term().
 %% A term for macula_peer_finisher:finish/1.
@@ -182,6 +190,21 @@ path(_Peer) -> not_loaded().
 
 -spec invalidate(term()) -> ok | not_started | {error, term()}.
 invalidate(_Endpoint) -> not_loaded().
+
+-spec set_access(term()) -> ok | not_started | {error, term()}.
+set_access(_Access) -> not_loaded().
+
+-spec access(reference()) -> wait | not_started | not_loaded().
+access(_Tag) -> not_loaded().
+
+-spec kick(reference(), term()) -> wait | not_started | {error, term()}.
+kick(_Tag, _Whom) -> not_loaded().
+
+-spec relay_nodes(reference(), non_neg_integer()) -> wait | not_started | not_loaded().
+relay_nodes(_Tag, _From) -> not_loaded().
+
+-spec admitted(admission_token(), allow | deny | timeout | crash) -> ok | not_loaded().
+admitted(_Token, _Answer) -> not_loaded().
 
 -spec stats(reference()) -> wait | not_started | not_loaded().
 stats(_Tag) -> not_loaded().

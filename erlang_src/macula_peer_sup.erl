@@ -17,5 +17,6 @@ start_link() ->
 -spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init([]) ->
     Engine = #{id => macula_peer_engine, start => {macula_peer_engine, start_link, []}, shutdown => ?ENGINE_SHUTDOWN},
+    Admission = #{id => macula_peer_admission, start => {macula_peer_admission, start_link, []}},
     Guard = #{id => macula_peer_takeover_guard, start => {macula_peer_takeover_guard, start_link, []}},
-    {ok, {#{strategy => one_for_one}, [Guard, Engine]}}.
+    {ok, {#{strategy => one_for_one}, [Guard, Admission, Engine]}}.

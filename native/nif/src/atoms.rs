@@ -47,6 +47,10 @@ rustler::atoms! {
     endpoint, path, direct, address, round_trip_us, sent, acknowledged, received, failed, dials, unacknowledged_bytes,
     hits, misses, evictions, total, hit_rate, pool_size,
 
+    access, allow, deny, keys, node_ids, networks, admission, admission_timeout, admission_cache, connection, kind,
+    macula_peer_admission, macula_peer_admit, asked, remembered, not_found, not_a_relay, invalid_kick, nodes, next, since,
+    packets, bytes,
+
     max_frame_size, max_nesting, max_terms, ip, idle_timeout, keep_alive, connect_timeout, delivery, at_least_once, at_most_once,
     max_unacknowledged, answer_timeout, workers, max_accepted, max_streams, frame_timeout, certfile, keyfile,
 }

@@ -5,6 +5,7 @@
 //! one does the work in another function: `encode_frame`, `encode_dirty`, `decode_dirty`.
 #![forbid(unsafe_code)]
 
+mod admission;
 mod atoms;
 mod calls;
 mod decode;
@@ -26,6 +27,7 @@ use macula_peer::{Engine, Handler, Message, StartError};
 use macula_peer_wire::{FrameError, Limits, MessageType, PayloadError, RawFrame};
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, Resource, ResourceArc, Term};
 
+use crate::admission::AnswerToken;
 use crate::calls::{Asking, Caller, InProgress};
 use crate::decode::{Decoded, Terms};
 use crate::encode::{On, Refusal};
@@ -539,6 +541,62 @@ fn invalidate<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
         (Err(misnamed), _) => misnamed.error(env, peer),
         (Ok(_), None) => atoms::not_started().encode(env),
     }
+}
+
+// ---- admission ----
+
+/// Who may come to this node from now on. Those who are here and may not are gone when this returns.
+#[rustler::nif(schedule = "DirtyIo")]
+fn set_access<'a>(env: Env<'a>, access: Term<'a>) -> Term<'a> {
+    let Some(engine) = engine() else { return atoms::not_started().encode(env) };
+    match admission::access(access) {
+        Ok(access) => {
+            engine.set_access(access);
+            atoms::ok().encode(env)
+        }
+        Err(invalid) => error(env, &invalid),
+    }
+}
+
+/// As `stats`: the lists may be long.
+#[rustler::nif]
+fn access<'a>(env: Env<'a>, tag: Term<'a>) -> Atom {
+    ask(env, tag, |engine| {
+        let access = engine.access();
+        move |env| admission::access_term(env, &access)
+    })
+}
+
+/// As `stats`: there may be thousands of connections to look at.
+#[rustler::nif]
+fn kick<'a>(env: Env<'a>, tag: Term<'a>, whom: Term<'a>) -> Term<'a> {
+    let Some(kick) = admission::kick(whom) else {
+        return (atoms::error(), (atoms::invalid_kick(), whom)).encode(env);
+    };
+    let waits = ask(env, tag, move |engine| {
+        let kicked = engine.kick(&kick);
+        move |env| if kicked { atoms::ok().encode(env) } else { (atoms::error(), atoms::not_found()).encode(env) }
+    });
+    waits.encode(env)
+}
+
+/// As `stats`.
+#[rustler::nif]
+fn relay_nodes<'a>(env: Env<'a>, tag: Term<'a>, from: u64) -> Atom {
+    ask(env, tag, move |engine| {
+        let nodes = engine.relay_nodes(from, admission::NODES_AT_ONCE);
+        move |env| match nodes {
+            Some((nodes, next)) => admission::nodes(env, &nodes, next),
+            None => (atoms::error(), atoms::not_a_relay()).encode(env),
+        }
+    })
+}
+
+/// The callback has answered a question, or has not.
+#[rustler::nif]
+fn admitted(token: ResourceArc<AnswerToken>, answer: Atom) -> Atom {
+    token.answer(answer);
+    atoms::ok()
 }
 
 // ---- insight ----

@@ -17,9 +17,10 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{OnceLock, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::{io, thread};
 
+use rustler::env::SavedTerm;
 use rustler::thread::is_scheduler_thread;
 use rustler::{Atom, Env, LocalPid, OwnedEnv, Term};
 
@@ -81,6 +82,27 @@ impl OffScheduler {
     #[expect(clippy::disallowed_methods, reason = "the token says that this is no scheduler")]
     pub(crate) fn whereis(&self, name: Atom) -> Option<LocalPid> {
         ENV.with_borrow(|own| own.run(|env| env.whereis_pid(name)))
+    }
+}
+
+/// A term that outlives the call that it came in, to go along with messages.
+pub(crate) struct Kept(Mutex<(OwnedEnv, SavedTerm)>);
+
+impl Kept {
+    /// In a NIF.
+    #[expect(clippy::disallowed_methods, reason = "copies a term")]
+    pub(crate) fn new(term: Term<'_>) -> Self {
+        let own = OwnedEnv::new();
+        let saved = own.save(term);
+        Self(Mutex::new((own, saved)))
+    }
+
+    /// Copies the term, whatever it is: copying builds no map anew.
+    #[expect(clippy::disallowed_methods, reason = "copies a term")]
+    pub(crate) fn copy_to<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (own, saved) = &*kept;
+        own.run(|own| saved.load(own).in_env(env))
     }
 }
 

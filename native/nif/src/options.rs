@@ -11,6 +11,7 @@ use macula_peer::{
 use macula_peer_wire::MAX_DEPTH_CEILING;
 use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term};
 
+use crate::admission;
 use crate::atoms;
 use crate::errors::Reason;
 use crate::whom::{endpoint, node_id};
@@ -23,6 +24,9 @@ const MOST_TERMS: usize = 10_000_000;
 const MOST_PEERS: usize = 1_000_000;
 const MOST_STREAMS: usize = 4096;
 const MOST_WORKERS: usize = 256;
+
+/// Who waits to be let in gives up after this long.
+const LONGEST_ADMISSION: Duration = Duration::from_secs(60);
 
 /// An option that is unknown or has a wrong value: `{invalid_option, {Key, Value}}`.
 pub(crate) struct InvalidOption<'a> {
@@ -38,15 +42,25 @@ impl Reason for InvalidOption<'_> {
 
 /// The engine's settings. Times are in milliseconds, sizes in bytes.
 pub(crate) fn config(options: Term<'_>) -> Result<Config, InvalidOption<'_>> {
-    let mut config = Config::default();
-    each(options, |key, value| set(&mut config, key, value))?;
-    Ok(config)
+    let (mut config, mut in_access) = (Config::default(), None);
+    each(options, |key, value| match key {
+        key if key == atoms::access() => {
+            match admission::access(value) {
+                Ok(access) => config.access = access,
+                Err(invalid) => in_access = Some(invalid),
+            }
+            Some(())
+        }
+        key => set(&mut config, key, value),
+    })?;
+    in_access.map_or(Ok(config), Err)
 }
 
 /// Where and as whom to listen.
 pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
     let mut listen = Listen::default();
     let (mut certificate, mut key, mut in_relay) = (None, None, None);
+    let mut admission = admission::Options::default();
     each(options, |name, value| {
         match name {
             name if name == atoms::port() => listen.port = Some(port(value)?),
@@ -58,6 +72,11 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
                 Ok(relay) => listen.relay = Some(relay),
                 Err(invalid) => in_relay = Some(invalid),
             },
+            name if name == atoms::admission() => admission.function = Some(admission::function(value)?),
+            name if name == atoms::admission_timeout() => {
+                admission.timeout = Some(time(value).filter(|time| *time <= LONGEST_ADMISSION)?);
+            }
+            name if name == atoms::admission_cache() => admission.good_for = Some(pause(value)?),
             _ => return None,
         }
         Some(())
@@ -65,6 +84,7 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
     if let Some(invalid) = in_relay {
         return Err(invalid);
     }
+    listen.admission = admission.admission();
     match (certificate, key) {
         (Some(certificate), Some(key)) => listen.certificate = Certificate::Files { certificate, key },
         (None, None) => {}
@@ -255,7 +275,7 @@ fn narrow<T: TryFrom<u32>>(value: Term<'_>) -> Option<T> {
 }
 
 /// `inet:ip_address()`.
-fn ip(value: Term<'_>) -> Option<IpAddr> {
+pub(crate) fn ip(value: Term<'_>) -> Option<IpAddr> {
     let parts = rustler::types::tuple::get_tuple(value).ok()?;
     if let [a, b, c, d] = parts[..] {
         return Some([narrow(a)?, narrow(b)?, narrow(c)?, narrow(d)?].into());

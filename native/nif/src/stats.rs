@@ -5,6 +5,7 @@ use macula_peer::{
 };
 use rustler::{Atom, Encoder, Env, Term};
 
+use crate::admission;
 use crate::atoms;
 use crate::errors::{binary, bytes_term};
 use crate::inbound::{self, address, dialect};
@@ -34,6 +35,7 @@ pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
         (atoms::unhandled(), stats.unhandled.encode(env)),
         (atoms::malformed(), stats.malformed.encode(env)),
         (atoms::refused(), stats.refused.encode(env)),
+        (atoms::admission(), admission::stats(env, &stats.admission)),
         (atoms::registrations(), registrations.encode(env)),
     ];
     if let Some(stats) = &stats.relay {
