@@ -483,3 +483,98 @@ impl Guest {
         self.connection.close(reason.code().into(), reason.name().as_bytes());
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tokio::task::{JoinSet, yield_now};
+
+    use super::*;
+
+    /// Keeps the questions from one address, and allows all others.
+    struct Stuck(IpAddr, Mutex<Vec<AdmissionAnswer>>);
+
+    impl Admit for Stuck {
+        fn ask(&self, question: &AdmissionQuestion, answer: AdmissionAnswer) {
+            match question.address.ip() == self.0 {
+                true => lock(&self.1).push(answer),
+                false => answer.give(Ok(())),
+            }
+        }
+    }
+
+    const STRANGER: [u8; 4] = [10, 0, 0, 1];
+
+    /// The key and the name of one of many.
+    type Who = fn(u32) -> (u32, u32);
+
+    fn stuck() -> (Arc<Admissions>, Arc<Stuck>) {
+        let (admissions, stuck) =
+            (Admissions::new(Access::default()), Arc::new(Stuck(STRANGER.into(), Mutex::default())));
+        let (timeout, good_for) = (Duration::from_secs(60), Duration::from_secs(60));
+        admissions.set_callback(Some(AdmissionCallback { admit: stuck.clone(), timeout, good_for }));
+        (admissions, stuck)
+    }
+
+    async fn register(admissions: Arc<Admissions>, key: u32, ip: [u8; 4], name: u32) -> Result<(), NotAdmitted> {
+        let mut bytes = [0; 32];
+        bytes[..4].copy_from_slice(&key.to_be_bytes());
+        admissions.admit_registration(bytes.into(), (ip, 1).into(), &name.to_be_bytes()).await
+    }
+
+    /// So many registrations that wait for answers, and how many were refused at once.
+    async fn flood(admissions: &Arc<Admissions>, who: Who) -> (JoinSet<()>, u64) {
+        let mut waiting = JoinSet::new();
+        for n in 0..400 {
+            let (key, name) = who(n);
+            let registering = register(admissions.clone(), key, STRANGER, name);
+            waiting.spawn(async move {
+                let _ = registering.await;
+            });
+        }
+        for _ in 0..10 {
+            yield_now().await;
+        }
+        (waiting, admissions.counters.refused[NotAdmitted::Busy as usize].get())
+    }
+
+    #[tokio::test]
+    async fn neither_many_keys_at_one_address_nor_many_names_of_one_key_keep_others_from_being_asked_about() {
+        let floods: [(Who, usize); 2] = [(|n| (n, n), 64), (|n| (1, n), 32)];
+        for (who, most) in floods {
+            let (admissions, stuck) = stuck();
+            let (_waiting, refused) = flood(&admissions, who).await;
+            assert_eq!((lock(&stuck.1).len(), refused), (most, 400 - most as u64));
+            for n in 0..400 {
+                assert_eq!(register(admissions.clone(), 1000 + n, [10, 0, 0, 2], n).await, Ok(()));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_asks_the_same_waits_for_one_answer() {
+        let (admissions, stuck) = stuck();
+        let (waiting, refused) = flood(&admissions, |_| (1, 1)).await;
+        assert_eq!((lock(&stuck.1).len(), refused), (1, 0));
+        lock(&stuck.1).pop().unwrap().give(Ok(()));
+        waiting.join_all().await;
+        assert_eq!((admissions.stats().asked, register(admissions.clone(), 1, STRANGER, 1).await), (1, Ok(())));
+    }
+
+    /// Room is given back when the question is answered or dropped, not when nobody waits any more: it is still being
+    /// worked on.
+    #[tokio::test]
+    async fn who_gives_up_makes_no_room_for_more_questions() {
+        let (admissions, stuck) = stuck();
+        let (waiting, _) = flood(&admissions, |n| (n, n)).await;
+        drop(waiting);
+        yield_now().await;
+        assert_eq!(register(admissions.clone(), 1000, STRANGER, 1).await, Err(NotAdmitted::Busy));
+        lock(&stuck.1).clear();
+        let registering = tokio::spawn(register(admissions.clone(), 1000, STRANGER, 1));
+        while lock(&stuck.1).is_empty() {
+            yield_now().await;
+        }
+        drop(registering);
+    }
+}
