@@ -2,7 +2,7 @@
 %% namespace that it was made from. One to a BEAM; the processes on the hosts end with it.
 -module(macula_peer_net).
 
--export([available/0]).
+-export([available/0, init_suite/1]).
 -export([start/0, start/1, stop/0, namespaces/1]).
 -export([add/2, switch/2, give/3, take/3, plug/4, isolate/2, lengthen/2, loss/2]).
 -export([watch/3, passed/1]).
@@ -29,6 +29,13 @@ available() ->
         Reason ->
             ct:pal("SKIPPED, a network laboratory is needed: ~ts", [Reason]),
             {skip, Reason}
+    end.
+
+%% For `init_per_suite' of a suite that needs one.
+init_suite(Config) ->
+    case available() of
+        ok -> Config;
+        {skip, _} = Skip -> Skip
     end.
 
 missing() ->

@@ -21,10 +21,7 @@ all() ->
      nothing_is_left_after_the_end, nothing_is_left_of_a_run_that_died].
 
 init_per_suite(Config) ->
-    case macula_peer_net:available() of
-        ok -> Config;
-        {skip, _} = Skip -> Skip
-    end.
+    macula_peer_net:init_suite(Config).
 
 end_per_suite(_Config) ->
     ok.

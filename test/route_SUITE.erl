@@ -21,10 +21,7 @@ all() ->
      names_that_hang_keep_nobody_else_waiting].
 
 init_per_suite(Config) ->
-    case macula_peer_net:available() of
-        ok -> Config;
-        {skip, _} = Skip -> Skip
-    end.
+    macula_peer_net:init_suite(Config).
 
 end_per_suite(_Config) ->
     ok.
