@@ -1,9 +1,11 @@
-//! Whether the other side of a connection has fallen silent.
+//! Since when a connection has had something unanswered, as its counters tell. Whether that is too long is decided as for
+//! peers ([`super::liveness`]).
 
 use std::time::{Duration, Instant};
 
-/// How long nothing may be heard of what must be answered, at least, before it counts as silence. As for peers: several
-/// times what a busy machine needs to answer, and little enough for a caller to wait.
+/// How long nothing may be heard of what must be answered, at least, before it counts as silence, and what is not answered
+/// may take to be asked again. As for peers: several times what a busy machine needs to answer, and little enough for a
+/// caller to wait.
 pub(crate) const SILENCE: Duration = Duration::from_millis(500);
 
 /// What a connection has counted so far.
@@ -43,17 +45,15 @@ impl Silence {
         self.unanswered_since.is_some() || self.moved_at.is_some_and(|moved| now < moved + SILENCE)
     }
 
-    /// Something has been unanswered for long, given how long an answer takes.
-    pub(crate) fn is_silent(&self, now: Instant, round_trip: Duration) -> bool {
-        self.unanswered_since.is_some_and(|since| now >= since + SILENCE.max(round_trip * 2))
+    /// Since when something has been unanswered.
+    pub(crate) fn unanswered_since(&self) -> Option<Instant> {
+        self.unanswered_since
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const RTT: Duration = Duration::from_millis(20);
 
     fn counted(asked: u64, heard: u64) -> Counted {
         Counted { asked, heard }
@@ -65,23 +65,21 @@ mod tests {
         let mut silence = Silence::new(counted(3, 3));
         for s in 0..100 {
             let now = start + Duration::from_secs(s);
-            assert!(!silence.look(counted(3, 3), now) && !silence.is_silent(now, RTT));
+            assert!(!silence.look(counted(3, 3), now) && silence.unanswered_since().is_none());
         }
     }
 
     #[test]
-    fn silence_is_to_be_asked_and_not_heard_for_its_time() {
+    fn what_is_asked_is_unanswered_until_something_is_heard() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut silence = Silence::new(counted(0, 0));
         assert!(silence.look(counted(1, 0), at(0)));
         assert!(silence.look(counted(5, 0), at(400)));
         assert!(silence.look(counted(5, 0), at(450)), "waits");
-        assert!(!silence.is_silent(at(499), RTT));
-        assert!(silence.is_silent(at(500), RTT));
-        assert!(!silence.is_silent(at(500), Duration::from_millis(300)), "the answer may be on its way");
+        assert_eq!(silence.unanswered_since(), Some(start));
         assert!(silence.look(counted(5, 1), at(500)));
-        assert!(!silence.is_silent(at(5000), RTT));
+        assert_eq!(silence.unanswered_since(), None);
         assert!(!silence.look(counted(5, 1), at(5000)));
     }
 
@@ -91,9 +89,9 @@ mod tests {
         let mut silence = Silence::new(counted(0, 0));
         assert!(silence.look(counted(2, 1), start), "there may be more");
         assert!(silence.look(counted(2, 1), start + SILENCE / 2), "or be repeated");
-        assert!(!silence.is_silent(start + SILENCE, RTT));
+        assert_eq!(silence.unanswered_since(), None);
         assert!(!silence.look(counted(2, 1), start + SILENCE));
-        silence.look(counted(3, 1), start);
-        assert!(silence.is_silent(start + SILENCE, RTT));
+        silence.look(counted(3, 1), start + 2 * SILENCE);
+        assert_eq!(silence.unanswered_since(), Some(start + 2 * SILENCE));
     }
 }

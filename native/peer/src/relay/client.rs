@@ -17,6 +17,7 @@ use super::control::{Id, Limit, Probes, Refusal};
 use super::registration::{
     CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Terms,
 };
+use crate::decide::liveness::Liveness;
 use crate::decide::retry::{Backoff, Registering};
 use crate::error::ConnectError;
 use crate::link::lock;
@@ -223,6 +224,7 @@ impl RelayClient {
                 on_dropped,
                 on_punch: settings.on_punch,
                 description: settings.description,
+                liveness: Mutex::new(Liveness::new(Instant::now())),
             }),
             wants: watch::Sender::new(Wants::default()),
             phase: watch::Sender::new(Phase::Waiting),

@@ -5,7 +5,7 @@ use std::future::pending;
 use std::io;
 use std::mem;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -21,13 +21,15 @@ use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
 use super::control::{Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal};
+use crate::decide::liveness::{Liveness, Seen};
 use crate::decide::nat::NatProfile;
 use crate::decide::punch::Role;
 use crate::decide::relay::Notices;
-use crate::decide::silence::{Counted, Silence};
+use crate::decide::silence::{Counted, SILENCE, Silence};
 use crate::dial::{not_begun, not_connected};
 use crate::error;
 use crate::identity::realm_proof;
+use crate::link::lock;
 use crate::socket::canonical;
 use crate::tls::Dialect;
 
@@ -112,6 +114,8 @@ pub(crate) struct Terms {
     pub(crate) on_punch: Box<dyn Fn(PunchSession) + Send + Sync>,
     /// What the relay is to know of this node.
     pub(crate) description: watch::Receiver<Option<Description>>,
+    /// Of the relay, over all its registrations.
+    pub(crate) liveness: Mutex<Liveness>,
 }
 
 /// What others need to know of a node to find a direct path to it.
@@ -373,6 +377,7 @@ impl Serving {
             permits: Arc::new(Semaphore::new(MAX_REQUESTS)),
         };
         let silence = Silence::new(counted(&connection.0));
+        lock(&terms.liveness).linked(Instant::now());
         let mut description = terms.description.clone();
         description.mark_changed();
         let serving = Self {
@@ -653,14 +658,22 @@ impl Serving {
     }
 
     fn look(&mut self) {
-        let now = Instant::now();
-        let soon = self.silence.look(counted(&self.connection.0), now);
+        let (now, counted) = (Instant::now(), counted(&self.connection.0));
+        let soon = self.silence.look(counted, now);
         if !soon {
             self.circuits.tell_again();
         }
         self.look_at = now + if soon { LOOK_EVERY } else { LOOK_QUIET_EVERY };
-        let silent = self.silence.is_silent(now, self.connection.0.rtt());
-        self.doubt.send_if_modified(|doubt| mem::replace(doubt, silent) != silent);
+        let mut liveness = lock(&self.terms.liveness);
+        let patience = SILENCE.max(self.connection.0.rtt() * 2).max(liveness.expected_silence(now));
+        match liveness.look(counted.heard, self.silence.unanswered_since(), patience, now) {
+            Seen::Heard => drop(self.doubt.send_if_modified(mem::take)),
+            Seen::Silent(silence) if !*self.doubt.borrow() => {
+                liveness.suspect(counted.heard, silence, now);
+                self.doubt.send_replace(true);
+            }
+            Seen::Silent(_) | Seen::Nothing => {}
+        }
     }
 }
 

@@ -468,6 +468,22 @@ async fn an_idle_node_notices_a_silent_relay_by_its_keep_alives() {
     until("registered again", || a.registrations() == 2).await;
 }
 
+/// As a container at its processor limit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_is_stopped_most_of_the_time_is_dialled_a_few_times_and_not_each_time() {
+    let relay = Running::new(RelayConfig::default());
+    let options = Options { keep_alive: Duration::from_millis(50), ..Options::default() };
+    let a = standing("a", relay.address, options).await;
+    for _ in 0..6 {
+        // It has this one thread.
+        relay.runtime.as_ref().unwrap().spawn(async { std::thread::sleep(Duration::from_millis(750)) });
+        sleep(Duration::from_millis(850)).await;
+    }
+    let dials = a.dials.load(Ordering::Relaxed);
+    assert!((2..=4).contains(&dials), "{dials} dials");
+    assert!(a.is_registered());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn callers_are_told_when_a_silent_relay_cannot_be_reached_anew() {
     let relay = Running::new(RelayConfig::default());
