@@ -11,7 +11,7 @@ use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicC
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, ConnectError as Refusal, Connection, ConnectionError, TransportConfig, TransportErrorCode};
 use quinn_proto::RttEstimator;
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout, timeout_at};
 
@@ -66,6 +66,7 @@ pub(crate) struct Dialer {
     pub(crate) socket: Arc<Socket>,
     pub(crate) refusals: Refusals,
     pub(crate) ports: Arc<Ports>,
+    pub(crate) second_dials: Arc<SecondDials>,
     pub(crate) resolver: Resolver,
     pub(crate) tls: Arc<QuicClientConfig>,
     pub(crate) config: Arc<Config>,
@@ -73,6 +74,24 @@ pub(crate) struct Dialer {
     pub(crate) to_relay: bool,
     /// Until it is measured. `None`: nothing is known.
     pub(crate) initial_round_trip: Option<Duration>,
+}
+
+/// Dials that go on when nobody waits for them any more: a 0.14.3 gateway reads nothing for 5 s when a handshake is broken
+/// off.
+#[derive(Default)]
+pub(crate) struct SecondDials(Mutex<JoinSet<()>>);
+
+impl SecondDials {
+    fn spawn(&self, dial: impl Future<Output = ()> + Send + 'static) {
+        let mut dials = lock(&self.0);
+        while dials.try_join_next().is_some() {}
+        dials.spawn(dial);
+    }
+
+    /// Breaks all of them off.
+    pub(crate) fn end(&self) {
+        lock(&self.0).abort_all();
+    }
 }
 
 impl Dialer {
@@ -169,9 +188,13 @@ impl Dialer {
                 && stood_still(link)
                 && Instant::now() + SECOND_DIAL < give_up
             {
-                // It goes on if it takes longer: a 0.14.3 gateway reads nothing for 5 s when a handshake is broken off.
-                let dial = tokio::spawn(self.clone().dial_again(address, name.clone(), give_up));
-                if let Ok(Ok(Some(again))) = timeout(SECOND_DIAL, dial).await {
+                let (tell, told) = oneshot::channel();
+                let dial = self.clone().dial_again(address, name.clone(), give_up);
+                self.second_dials.spawn(async move {
+                    // Where nobody waits any more, the link is dropped and closed.
+                    let _ = tell.send(dial.await);
+                });
+                if let Ok(Ok(Some(again))) = timeout(SECOND_DIAL, told).await {
                     link.close();
                     return Ok(again);
                 }
@@ -422,5 +445,27 @@ impl Controller for WitnessedController {
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_second_dial_ends_with_its_owner_or_by_itself() {
+        let (dials, (tell, told)) = (SecondDials::default(), oneshot::channel());
+        let (left, ends) = oneshot::channel::<()>();
+        dials.spawn(async move {
+            let _ = tell.send(());
+        });
+        dials.spawn(async move {
+            let _left = left;
+            std::future::pending().await
+        });
+        assert!(told.await.is_ok());
+        dials.end();
+        // Dropped unsent.
+        assert!(ends.await.is_err());
     }
 }

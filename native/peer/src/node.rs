@@ -14,7 +14,7 @@ use quinn::{Connection, RecvStream, SendStream};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::timeout_at;
+use tokio::time::{timeout, timeout_at};
 
 use crate::admission::Admissions;
 use crate::backlog::{Backlog, Sender};
@@ -23,7 +23,7 @@ use crate::decide::access::Access;
 use crate::decide::admission::Kick;
 use crate::decide::reports::Reports;
 use crate::decide::trust::{self, Answer, Facts, Mismatch, TofuStore, Verdict};
-use crate::dial::{Dialer, not_connected};
+use crate::dial::{Dialer, SecondDials, not_connected};
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, UndeliveredReason};
 use crate::gateway::{Asker, Gateway};
@@ -82,6 +82,7 @@ pub(crate) struct Node {
     pub(crate) puncher: Puncher,
     /// Local ports beside the main socket's.
     pub(crate) ports: Arc<Ports>,
+    second_dials: Arc<SecondDials>,
     /// What others need to know of this node to find a direct path to it. `None`: it does not know yet.
     pub(crate) description: watch::Sender<Option<Description>>,
     pub(crate) nat: Nat,
@@ -193,6 +194,7 @@ impl Node {
             expected: Mutex::default(),
             puncher: Puncher::default(),
             ports: Arc::default(),
+            second_dials: Arc::default(),
             description: watch::Sender::new(None),
             nat: Nat::default(),
             resolver: Resolver::new(),
@@ -601,6 +603,7 @@ impl Node {
             socket: self.socket(),
             refusals: self.refusals.clone(),
             ports: self.ports.clone(),
+            second_dials: self.second_dials.clone(),
             resolver: self.resolver.clone(),
             tls: self.tls.clone(),
             config: self.config.clone(),
@@ -740,9 +743,8 @@ impl Node {
     /// Logs early events if there is no handler by then.
     pub(crate) async fn end_early(self: Arc<Self>) {
         let mut stopping = self.stopping();
-        let _ = tokio::time::timeout(EARLY, stopping.wait_for(|stopping| *stopping)).await;
-        let early = lock(&self.early).take();
-        early.into_iter().flatten().for_each(|event| self.event(event));
+        let _ = timeout(EARLY, stopping.wait_for(|stopping| *stopping)).await;
+        self.tell_early();
     }
 
     /// Runs a task for as long as the engine runs.
@@ -752,12 +754,20 @@ impl Node {
         tasks.spawn_on(task, &self.runtime)
     }
 
-    pub(crate) fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
+    pub(crate) fn set_handler(self: &Arc<Self>, handler: Option<Arc<dyn Handler>>) {
+        let is_set = handler.is_some();
+        *self.handler.write().unwrap_or_else(PoisonError::into_inner) = handler;
+        if is_set && lock(&self.early).is_some() {
+            // All events come from the engine's threads, or some would overtake others on their way to the handler.
+            let node = self.clone();
+            self.spawn(async move { node.tell_early() });
+        }
+    }
+
+    fn tell_early(&self) {
         // Locked, so that newer events do not overtake these.
         let mut early = lock(&self.early);
-        let kept = handler.as_ref().and_then(|_| early.take());
-        *self.handler.write().unwrap_or_else(PoisonError::into_inner) = handler;
-        kept.into_iter().flatten().for_each(|event| self.tell_or_log(event));
+        early.take().into_iter().flatten().for_each(|event| self.tell_or_log(event));
     }
 
     pub(crate) fn set_fallback(&self, fallback: Option<Arc<dyn Fallback>>) {
@@ -882,18 +892,23 @@ impl Node {
     }
 
     pub(crate) fn event(&self, event: Event) {
-        if let Some(early) = &mut *lock(&self.early)
-            && early.len() < MAX_EARLY
-        {
-            return early.push(event);
+        match &mut *lock(&self.early) {
+            Some(early) if early.len() < MAX_EARLY => return early.push(event),
+            Some(_) => return self.log(Report::of(&event)),
+            None => {}
         }
         self.tell_or_log(event);
     }
 
     fn tell_or_log(&self, event: Event) {
         let report = Report::of(&event);
-        let told = self.tell(event);
-        if let (Some((report, times)), false) = (report, told)
+        if !self.tell(event) {
+            self.log(report);
+        }
+    }
+
+    fn log(&self, report: Option<(Report, u64)>) {
+        if let Some((report, times)) = report
             && let Some(times) = lock(&self.reports).happened(report.clone(), times, Instant::now())
         {
             report.log(times);
@@ -931,7 +946,7 @@ impl Node {
     }
 
     /// Ends every task; peers have their time to send what is on its way.
-    pub(crate) async fn stop(&self) {
+    pub(crate) async fn stop(self: &Arc<Self>) {
         let peers = {
             let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
             self.stopping.send_replace(true);
@@ -946,6 +961,7 @@ impl Node {
         let mut tasks = std::mem::take(&mut *lock(&self.tasks));
         lock(&self.socket).errors.abort();
         self.ports.clear();
+        self.second_dials.end();
         let loopback = lock(&self.loopback).take();
         if let Some((_, bound)) = &loopback {
             bound.errors.abort();
@@ -959,10 +975,12 @@ impl Node {
 
     pub(crate) fn stats(&self) -> Stats {
         let counters = &self.counters;
-        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        // Looked at without the tables' locks: each link has a lock of its own, which its packets may hold.
+        let peers: Vec<_> = self.peers.read().unwrap_or_else(PoisonError::into_inner).pool.values().cloned().collect();
+        let accepted: Vec<_> = lock(&self.accepted).values().cloned().collect();
         Stats {
-            peers: peers.pool.values().map(|peer| peer.stats()).collect(),
-            accepted: lock(&self.accepted).values().map(|accepted| accepted.stats()).collect(),
+            peers: peers.iter().map(|peer| peer.stats()).collect(),
+            accepted: accepted.iter().map(|accepted| accepted.stats()).collect(),
             hits: counters.hits.get(),
             misses: counters.misses.get(),
             evictions: counters.evictions.get(),
@@ -1030,11 +1048,51 @@ fn handled<T>(len: usize, handle: impl FnOnce() -> T) -> T {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use tokio::time::timeout;
+    use std::thread::{self, ThreadId};
 
     use super::*;
     use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
     use crate::{Engine, Listen};
+
+    /// The counts of the events, and the threads that told them.
+    #[derive(Default)]
+    struct Told(Mutex<Vec<(u64, ThreadId)>>);
+
+    impl Handler for Told {
+        fn message(&self, _: Inbound) -> Result<(), Unhandled> {
+            Ok(())
+        }
+
+        fn event(&self, event: Event) -> bool {
+            if let Event::Undelivered { count, .. } = event {
+                lock(&self.0).push((count, thread::current().id()));
+            }
+            true
+        }
+    }
+
+    #[test]
+    fn early_events_are_told_first_and_by_the_engine() {
+        let engine = Engine::start(Config::default()).unwrap();
+        let (node, told) = (engine.node().clone(), Arc::new(Told::default()));
+        let (peer, reason) = (PeerName::Node(NodeId::new(b"peer").unwrap()), UndeliveredReason::LinkLost);
+        let event = move |count| Event::Undelivered { peer: peer.clone(), count, reason };
+        (0..10).for_each(|count| node.event(event(count)));
+        engine.set_handler(Some(told.clone()));
+        node.event(event(10));
+        let later = node.clone();
+        node.spawn(async move { (11..20).for_each(|count| later.event(event(count))) });
+        let until = Instant::now() + PATIENCE;
+        while lock(&told.0).len() < 20 {
+            assert!(Instant::now() < until, "{:?}", told.0);
+            thread::sleep(Duration::from_millis(2));
+        }
+        let told = lock(&told.0).clone();
+        assert_eq!(told.iter().map(|(count, _)| *count).collect::<Vec<_>>(), (0..20).collect::<Vec<_>>());
+        assert!(told[..10].iter().all(|(_, thread)| *thread != thread::current().id()), "{told:?}");
+        drop(node);
+        engine.stop();
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_socket_that_fails_is_replaced_at_its_port() {
