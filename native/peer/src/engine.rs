@@ -127,6 +127,7 @@ impl Engine {
             node.spawn(node.clone().mend_socket());
             node.spawn(ports::run(node.clone()));
             node.spawn(node.clone().end_early());
+            node.spawn(node.clone().expire_requests());
             node
         };
         node.spawn(listen::accept(node.clone()));

@@ -7,6 +7,7 @@ use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, Write
 use crate::decide::trust::Answer;
 use crate::dial::not_connected;
 use crate::error::ConnectError;
+use crate::identity::Fingerprint;
 use crate::listen::WRONG_NODE;
 use crate::message::NodeId;
 use crate::session::{ASK_NODE, FOR_NODE, put_header};
@@ -18,7 +19,7 @@ const HAS_IT: u8 = 1;
 /// Asks the node at the other end. It has to answer before anything for this node id goes to it.
 pub(crate) async fn ask(connection: &Connection, node: &NodeId) -> Result<Answer, ConnectError> {
     let (mut send, mut receive) = connection.open_bi().await.map_err(not_connected)?;
-    match send.write_chunk(frame(ASK_NODE, node)).await {
+    match send.write_chunk(frame(ASK_NODE, node.as_bytes())).await {
         Ok(()) => {}
         Err(WriteError::ConnectionLost(lost)) => return Err(not_connected(lost)),
         // The reason comes on the other half.
@@ -58,11 +59,15 @@ pub(crate) fn refuse(receive: &mut RecvStream, send: &mut SendStream) {
 
 /// The frame before a message that is for the node with this id alone.
 pub(crate) fn addressed_to(node: &NodeId) -> Bytes {
-    frame(FOR_NODE, node)
+    frame(FOR_NODE, node.as_bytes())
 }
 
-fn frame(type_id: u8, node: &NodeId) -> Bytes {
-    let node = node.as_bytes();
+/// A question that every node with this key says yes to.
+pub(crate) fn question(key: &Fingerprint) -> Bytes {
+    frame(ASK_NODE, key.as_bytes())
+}
+
+fn frame(type_id: u8, node: &[u8]) -> Bytes {
     let mut frame = BytesMut::with_capacity(HEADER_LEN + node.len());
     put_header(&mut frame, type_id, node.len());
     frame.extend_from_slice(node);

@@ -21,6 +21,7 @@ use tokio::time::{sleep, timeout};
 use crate::decide::lanes::{Choice, Lanes};
 use crate::decide::witness::{Mark, Witness};
 use crate::gateway::Asker;
+use crate::hello;
 use crate::identity::Fingerprint;
 use crate::listen::Accepted;
 use crate::message::{Letter, Path};
@@ -77,6 +78,8 @@ pub(crate) struct Link {
     pub(crate) asked: AtomicUsize,
     /// Milliseconds for which the peer may be silent because it was recently.
     expected_silence: AtomicU64,
+    /// What had been heard when the peer was last asked for a sign of life.
+    probed: AtomicU64,
     /// Streams that have been put in line.
     lined_up: AtomicU32,
     witness: Arc<Mutex<Witness>>,
@@ -204,6 +207,7 @@ impl Link {
             shown,
             asked: AtomicUsize::new(0),
             expected_silence: AtomicU64::new(0),
+            probed: AtomicU64::new(u64::MAX),
             lined_up: AtomicU32::new(0),
             witness,
             limits,
@@ -267,6 +271,23 @@ impl Link {
     /// Returns when the link is given up because of its peer's silence.
     pub(crate) async fn silent(&self) {
         raised(&self.silent).await;
+    }
+
+    /// Whether it is given up or replaced.
+    pub(crate) fn is_dead(&self) -> bool {
+        *self.dead.borrow()
+    }
+
+    /// Asks for a sign of life, unless the peer has not been heard since it was last asked. False if it cannot be asked.
+    pub(crate) fn probe(&self) -> bool {
+        let heard = self.heard();
+        if self.probed.load(Ordering::Relaxed) == heard {
+            return true;
+        }
+        let (Some(key), Some((mut send, _receive))) = (self.key(), self.open_now()) else { return false };
+        self.probed.store(heard, Ordering::Relaxed);
+        // The acknowledgement is sign enough. Dropped, the stream is finished.
+        matches!(write_now(&mut send, &hello::question(&key)), Write::All)
     }
 
     /// Returns when the link is dead: given up or replaced, whether the connection is closed yet or not.

@@ -23,15 +23,17 @@ use crate::answers;
 use crate::backlog::Sender;
 use crate::config::Config;
 use crate::decide::growth::Growth;
+use crate::decide::requests::{Asked, Ended, RequestId};
 use crate::dial::{handshake, set_idle_timeout};
 use crate::error::Rejection;
 use crate::hello;
 use crate::identity::Fingerprint;
-use crate::link::{Link, Write, lock, now_or_never, write_now};
-use crate::message::{Inbound, Path, ReplyTo, ReplyToken};
+use crate::link::{Link, Write, is_acknowledged, lock, now_or_never, write_now};
+use crate::message::{Asking, Inbound, Path, ReplyTo, ReplyToken, Route};
 use crate::node::Node;
 use crate::peer::{MAX_ANSWERING, Peer, deadline};
 use crate::relay::{RECEIVE_BUFFER, client};
+use crate::request::Named;
 use crate::session;
 use crate::socket::{ExtraGuard, canonical};
 use crate::stats::{AcceptedStats, Counter, LinkStats};
@@ -88,11 +90,12 @@ const FIRST_STREAMS: u32 = 32;
 const LEAST_STREAMS: u32 = 4;
 
 /// Application error codes on streams: the frame took too long, or was not a frame; no relay here; this node has
-/// another id than the one that the stream is for.
+/// another id than the one that the stream is for; it does not know the request that is asked again.
 pub(crate) const SLOW_FRAME: u8 = 1;
 pub(crate) const NOT_A_FRAME: u8 = 2;
 pub(crate) const NOT_A_RELAY: u8 = 4;
 pub(crate) const WRONG_NODE: u8 = 7;
+pub(crate) const FORGOTTEN: u8 = 11;
 
 /// Application error codes of connections of our dialect: no certificate was shown; not the one that was expected.
 const NO_CERTIFICATE: u8 = 5;
@@ -375,6 +378,7 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
         accepted,
         streams: JoinSet::new(),
         answerable: VecDeque::new(),
+        answered: VecDeque::new(),
         next: 0,
         replies,
     };
@@ -395,7 +399,10 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
             Some(_) = serving.streams.join_next() => {}
             () = deadline(expiry) => { serving.answerable.pop_front(); }
             () = node.room(sender), if crowded => continue,
-            _ = release.tick(), if !serving.answerable.is_empty() => serving.release_all_stopped(),
+            _ = release.tick(), if !serving.answerable.is_empty() || !serving.answered.is_empty() => {
+                serving.release_all_stopped();
+                serving.release_arrived();
+            }
         }
         // What has come meanwhile costs no turn of the loop each.
         for _ in 0..ACCEPT_BATCH {
@@ -416,12 +423,15 @@ struct Serving {
     streams: JoinSet<()>,
     /// Streams that carried their one message and may be answered, oldest first.
     answerable: VecDeque<Answerable>,
+    /// The streams of requests whose answers are on their way.
+    answered: VecDeque<(RequestId, SendStream)>,
     next: u64,
     replies: mpsc::UnboundedSender<(u64, Option<Bytes>)>,
 }
 
 struct Answerable {
     stream: u64,
+    request: Option<RequestId>,
     send: SendStream,
     until: Instant,
 }
@@ -430,6 +440,7 @@ impl Serving {
     /// Reads a new stream as far as it goes without waiting: a whole message needs no task of its own.
     fn begin(&mut self, send: Option<SendStream>, receive: RecvStream) {
         self.release_stopped();
+        self.release_arrived();
         let mut stream = Stream {
             node: self.node.clone(),
             accepted: self.accepted.clone(),
@@ -437,6 +448,7 @@ impl Serving {
             frames: Reassembler::new(self.node.config.limits),
             reading: true,
             finished: false,
+            request: None,
             growth: Growth::default(),
             permit: None,
         };
@@ -459,8 +471,8 @@ impl Serving {
         }
         let id = self.next;
         self.next += 1;
-        let reply = || send.as_ref().map(|_| ReplyTo::Connection(id, self.replies.clone()));
-        match stream.deliver(reply) {
+        let route = || send.as_ref().map(|_| Route::Connection(id, self.replies.clone()));
+        match stream.deliver(route) {
             Delivered::All => {}
             Delivered::Refused(why) if self.accepted.dialect == Dialect::MaculaPeer1 => return not_taken(send, why),
             // As a 0.14.3 gateway has it.
@@ -470,9 +482,23 @@ impl Serving {
                 return;
             }
             Delivered::ForAnother => return stream.not_for_us(send),
+            Delivered::Forgotten => return stream.end(send, FORGOTTEN),
         }
         if let Some(send) = send {
-            self.answerable.push_back(Answerable { stream: id, send, until: Instant::now() + REPLY_TIMEOUT });
+            let (request, until) = (stream.request.map(|(id, _)| id), Instant::now() + REPLY_TIMEOUT);
+            self.answerable.push_back(Answerable { stream: id, request, send, until });
+        }
+    }
+
+    /// Lets go of answers that the peer has.
+    fn release_arrived(&mut self) {
+        while let Some((request, send)) = self.answered.front() {
+            if is_acknowledged(send) {
+                self.accepted.arrived(&self.node, *request);
+            } else if now_or_never(send.stopped()).is_none() {
+                return;
+            }
+            self.answered.pop_front();
         }
     }
 
@@ -496,16 +522,24 @@ impl Serving {
 
     fn reply(&mut self, stream: u64, frame: Option<Bytes>) {
         let Ok(index) = self.answerable.binary_search_by_key(&stream, |entry| entry.stream) else { return };
-        let Some(Answerable { mut send, .. }) = self.answerable.remove(index) else { return };
+        let Some(Answerable { mut send, request, .. }) = self.answerable.remove(index) else { return };
         let Some(frame) = frame else { return };
         // Dropped, the stream is finished.
-        match write_now(&mut send, &frame) {
-            Write::All | Write::Failed => {}
-            Write::Part(rest) => {
+        match (write_now(&mut send, &frame), request) {
+            (Write::All, Some(request)) => {
+                // Stopped is noticed when it is next looked at.
+                let _ = send.finish();
+                self.answered.push_back((request, send));
+            }
+            (Write::All | Write::Failed, _) => {}
+            (Write::Part(rest), request) => {
+                let (node, accepted) = (self.node.clone(), self.accepted.clone());
                 self.streams.spawn(async move {
                     if !transfer::write(&mut send, rest).await {
                         // Already closed is as good.
                         let _ = send.reset(SLOW_FRAME.into());
+                    } else if let Some(request) = request {
+                        accepted.arrives(&node, request, send).await;
                     }
                 });
             }
@@ -550,6 +584,8 @@ pub(crate) struct Stream {
     reading: bool,
     /// It has ended in order.
     pub(crate) finished: bool,
+    /// The request that its message is, and whether only that is wanted which came of it before.
+    request: Option<(RequestId, bool)>,
     /// Of the present frame, and the permission to gather a large one.
     growth: Growth,
     permit: Option<OwnedSemaphorePermit>,
@@ -565,6 +601,8 @@ enum Delivered {
     Refused(Rejection),
     /// They are for a node with another id.
     ForAnother,
+    /// The request that is asked again is not known.
+    Forgotten,
 }
 
 impl Stream {
@@ -576,7 +614,7 @@ impl Stream {
         let (node, sender) = (self.node.clone(), self.accepted.sender());
         let mut answer_until = None;
         loop {
-            match self.deliver(|| replies.clone().map(ReplyTo::Stream)) {
+            match self.deliver(|| replies.clone().map(Route::Stream)) {
                 Delivered::All => {}
                 Delivered::Opened(opening) => {
                     drop((replies, replied));
@@ -587,6 +625,7 @@ impl Stream {
                 }
                 Delivered::Refused(_) => return,
                 Delivered::ForAnother => return self.not_for_us(send),
+                Delivered::Forgotten => return self.end(send, FORGOTTEN),
             }
             if !self.reading {
                 replies = None;
@@ -616,6 +655,9 @@ impl Stream {
                     };
                     if !written {
                         send = None;
+                    } else if let (Some((request, _)), Some(send)) = (self.request, send.take()) {
+                        // It has one answer.
+                        return self.accepted.arrives(&node, request, send).await;
                     }
                 }
                 () = is_stopped(&send) => send = None,
@@ -648,7 +690,7 @@ impl Stream {
     }
 
     /// Hands over every whole frame.
-    fn deliver(&mut self, reply: impl Fn() -> Option<ReplyTo>) -> Delivered {
+    fn deliver(&mut self, route: impl Fn() -> Option<Route>) -> Delivered {
         loop {
             let frame = match self.next_frame() {
                 Ok(Some(frame)) => frame,
@@ -666,15 +708,57 @@ impl Stream {
                     }
                     session::FOR_NODE if self.node.serves(frame.payload()) => continue,
                     session::FOR_NODE => return Delivered::ForAnother,
+                    session::REQUEST => match Named::parse(frame.payload()) {
+                        Some(request) => {
+                            self.request = Some(request);
+                            continue;
+                        }
+                        None => {
+                            self.refuse(Rejection::Malformed);
+                            return Delivered::Refused(Rejection::Malformed);
+                        }
+                    },
                     _ => {}
                 }
             }
-            let taken = self.hand_over(frame, reply().map(ReplyToken::new));
+            let taken = match (self.request, route()) {
+                (None, route) => self.hand_over(frame, route.map(|route| ReplyToken::new(ReplyTo::Stream(route)))),
+                (Some((id, again)), Some(route)) => match self.asked(id, again, frame, route) {
+                    Some(taken) => taken,
+                    None => return Delivered::Forgotten,
+                },
+                // Who asked has given up, or asks again on another link.
+                (Some(_), None) => Ok(()),
+            };
             // In `macula` nobody would understand why the rest is not read.
             if let (Err(why), Dialect::MaculaPeer1) = (taken, self.accepted.dialect) {
                 return Delivered::Refused(why);
             }
         }
+    }
+
+    /// Hands a request over, unless it was before. `None`: it should have been and is not known.
+    fn asked(&self, id: RequestId, again: bool, frame: RawFrame, route: Route) -> Option<Result<(), Rejection>> {
+        let key = self.accepted.key?;
+        let requests = &self.node.requests;
+        let asked = lock(requests).ask(key, id, again, route.clone(), Instant::now());
+        match asked {
+            Asked::New => {
+                let asking = Asking { requests: requests.clone(), key, id };
+                let taken = self.hand_over(frame, Some(ReplyToken::new(ReplyTo::Request(asking, route))));
+                if taken.is_err() {
+                    // It was not handed over, and is not the next time either.
+                    lock(requests).forget(key, id);
+                }
+                return Some(taken);
+            }
+            Asked::Waits => {}
+            // The stream's task is this one.
+            Asked::Answered(answer) => drop(route.send(Some(answer))),
+            Asked::Over(Ended::Unanswered) => drop(route.send(None)),
+            Asked::Over(Ended::Forgotten) => return None,
+        }
+        Some(Ok(()))
     }
 
     /// Reads a stream of the engine's own to its end.
@@ -697,12 +781,15 @@ impl Stream {
     }
 
     /// What the stream carries is for a node with another id.
-    fn not_for_us(mut self, send: Option<SendStream>) {
-        match send {
-            Some(mut send) => hello::refuse(&mut self.receive, &mut send),
-            // Already closed is as good.
-            None => drop(self.receive.stop(WRONG_NODE.into())),
-        }
+    fn not_for_us(self, send: Option<SendStream>) {
+        self.end(send, WRONG_NODE);
+    }
+
+    /// Ends both halves with an error.
+    fn end(mut self, send: Option<SendStream>, code: u8) {
+        // Already closed is as good.
+        let _ = self.receive.stop(code.into());
+        let _ = send.map(|mut send| send.reset(code.into()));
     }
 
     /// The stream carries nothing that can be read.
@@ -824,6 +911,20 @@ impl Accepted {
 
     fn heard(&self) -> u64 {
         self.connection.stats().udp_rx.datagrams
+    }
+
+    /// Waits until the answer to a request has arrived.
+    async fn arrives(&self, node: &Node, request: RequestId, mut send: SendStream) {
+        if send.finish().is_ok() && matches!(send.stopped().await, Ok(None)) {
+            self.arrived(node, request);
+        }
+    }
+
+    /// The peer has the answer to a request.
+    fn arrived(&self, node: &Node, request: RequestId) {
+        if let Some(key) = self.key {
+            lock(&node.requests).forget(key, request);
+        }
     }
 
     /// For a link on it: answers to what is sent come on streams of their own.

@@ -12,10 +12,12 @@ use macula_peer_wire::{MessageType, PayloadError};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
+use crate::decide::requests::{RequestId, Requests};
 use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
 use crate::gateway::Asker;
 use crate::identity::Fingerprint;
+use crate::link::lock;
 use crate::nat::NatStatus;
 use crate::node::Node;
 use crate::race::Failures;
@@ -215,13 +217,41 @@ pub struct ReplyToken(Mutex<Option<ReplyTo>>);
 
 /// Where answers go.
 pub(crate) enum ReplyTo {
-    /// The task of a stream that may carry more messages.
-    Stream(mpsc::UnboundedSender<Bytes>),
-    /// The task of a connection, which keeps the sending halves of streams that carried their one message. `None`: there
-    /// will be no answer.
-    Connection(u64, mpsc::UnboundedSender<(u64, Option<Bytes>)>),
+    /// To the stream that the message came on.
+    Stream(Route),
+    /// To the stream that a request came on last.
+    Request(Asking, Route),
     /// The sender's session, over whichever connection carries it.
     Session(Weak<Answers>, Weak<Node>),
+}
+
+/// The task that writes to a stream.
+#[derive(Debug, Clone)]
+pub(crate) enum Route {
+    /// Of a stream that may carry more messages.
+    Stream(mpsc::UnboundedSender<Bytes>),
+    /// Of a connection, which keeps the sending halves of streams that carried their one message. `None`: there will be no
+    /// answer.
+    Connection(u64, mpsc::UnboundedSender<(u64, Option<Bytes>)>),
+}
+
+impl Route {
+    /// Sends the answer. `None`: there will be none. False if the stream's task has ended.
+    pub(crate) fn send(self, frame: Option<Bytes>) -> bool {
+        match (self, frame) {
+            (Self::Stream(task), Some(frame)) => task.send(frame).is_ok(),
+            // It waits for those who could answer.
+            (Self::Stream(_), None) => true,
+            (Self::Connection(stream, task), frame) => task.send((stream, frame)).is_ok(),
+        }
+    }
+}
+
+/// A request that is known by its id.
+pub(crate) struct Asking {
+    pub(crate) requests: Arc<Mutex<Requests<Route>>>,
+    pub(crate) key: Fingerprint,
+    pub(crate) id: RequestId,
 }
 
 impl fmt::Debug for ReplyTo {
@@ -235,11 +265,15 @@ impl ReplyToken {
         Self(Mutex::new(Some(to)))
     }
 
-    /// Sends `frame` back on the stream that the message came on.
+    /// Sends `frame` back to the sender. The answer to a request of `macula-peer/1` is kept for the case that the sender asks
+    /// again, also if the connection is gone.
     pub fn reply(&self, frame: Bytes) -> Result<(), ReplyError> {
         let sent = match self.take().ok_or(ReplyError::AlreadyReplied)? {
-            ReplyTo::Stream(task) => task.send(frame).is_ok(),
-            ReplyTo::Connection(stream, task) => task.send((stream, Some(frame))).is_ok(),
+            ReplyTo::Stream(route) => route.send(Some(frame)),
+            ReplyTo::Request(Asking { requests, key, id }, route) => {
+                let last = lock(&requests).answered(key, id, &frame);
+                last.unwrap_or(route).send(Some(frame))
+            }
             ReplyTo::Session(session, node) => {
                 let (Some(session), Some(node)) = (session.upgrade(), node.upgrade()) else {
                     return Err(ReplyError::Gone);
@@ -262,10 +296,15 @@ impl ReplyToken {
 
 impl Drop for ReplyToken {
     fn drop(&mut self) {
-        if let Some(ReplyTo::Connection(stream, task)) = self.take() {
-            // The connection may be gone, and the stream with it.
-            let _ = task.send((stream, None));
-        }
+        let route = match self.take() {
+            Some(ReplyTo::Stream(route)) => route,
+            Some(ReplyTo::Request(Asking { requests, key, id }, route)) => {
+                lock(&requests).unanswered(key, id).unwrap_or(route)
+            }
+            Some(ReplyTo::Session(..)) | None => return,
+        };
+        // The connection may be gone, and the stream with it.
+        route.send(None);
     }
 }
 

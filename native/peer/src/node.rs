@@ -22,6 +22,7 @@ use crate::config::Config;
 use crate::decide::access::Access;
 use crate::decide::admission::Kick;
 use crate::decide::reports::Reports;
+use crate::decide::requests::Requests;
 use crate::decide::trust::{self, Answer, Facts, Mismatch, TofuStore, Verdict};
 use crate::dial::{Dialer, SecondDials, not_connected};
 use crate::endpoint::{Endpoint, Target};
@@ -32,7 +33,7 @@ use crate::identity::{Fingerprint, Identity};
 use crate::link::{Link, lock, now_or_never};
 use crate::listen::{Accepted, Admission, Expected};
 use crate::message::{
-    Event, Fallback, Handler, Inbound, Letter, NodeId, NotTaken, Path, PeerName, Registration, Unhandled,
+    Event, Fallback, Handler, Inbound, Letter, NodeId, NotTaken, Path, PeerName, Registration, Route, Unhandled,
 };
 use crate::names::Resolver;
 use crate::nat::Nat;
@@ -59,6 +60,9 @@ pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
 const EARLY: Duration = Duration::from_secs(1);
 const MAX_EARLY: usize = 64;
 
+/// How often requests that are too old are looked for.
+const EXPIRE_EVERY: Duration = Duration::from_secs(30);
+
 /// The tasks of a relay that has been closed let go of its ports as soon as they run.
 const PORTS_FREE: Duration = Duration::from_secs(1);
 
@@ -74,6 +78,8 @@ pub(crate) struct Node {
     pub(crate) admissions: Arc<Admissions>,
     pub(crate) accepted: Mutex<HashMap<usize, Arc<Accepted>>>,
     pub(crate) sessions: Sessions,
+    /// Those that this node was asked.
+    pub(crate) requests: Arc<Mutex<Requests<Route>>>,
     pub(crate) clients: Clients,
     /// Who may connect, while this node listens.
     pub(crate) listening: watch::Sender<Option<Admission>>,
@@ -189,6 +195,7 @@ impl Node {
             admissions,
             accepted: Mutex::default(),
             sessions: Sessions::default(),
+            requests: Arc::default(),
             clients,
             listening: watch::Sender::new(None),
             expected: Mutex::default(),
@@ -737,6 +744,14 @@ impl Node {
                 tracing::debug!(%error, "cannot replace the socket that failed");
                 wanted
             }
+        }
+    }
+
+    /// Forgets requests in time also where no more come.
+    pub(crate) async fn expire_requests(self: Arc<Self>) {
+        let mut stopping = self.stopping();
+        while timeout(EXPIRE_EVERY, stopping.wait_for(|stopping| *stopping)).await.is_err() {
+            lock(&self.requests).expire(Instant::now());
         }
     }
 

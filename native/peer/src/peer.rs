@@ -146,6 +146,8 @@ struct Job {
     deadline: Option<Instant>,
     since: Instant,
     who: Who,
+    /// A request that was asked over a link of `macula-peer/1`.
+    named: Option<request::Named>,
 }
 
 /// Whom a message is owed to.
@@ -371,7 +373,7 @@ impl Peer {
             overloaded();
             return Ok(Waiting { call: Arc::downgrade(&call), peer: None });
         }
-        self.push(&mut state, Job { message: Some(message), deadline, since: Instant::now(), who });
+        self.push(&mut state, Job { message: Some(message), deadline, since: Instant::now(), who, named: None });
         Ok(Waiting { call: Arc::downgrade(&call), peer: Some(self.clone()) })
     }
 
@@ -573,7 +575,7 @@ impl State {
 
 impl Job {
     fn accepted(message: Option<Letter>, deadline: Option<Instant>) -> Self {
-        Self { message, deadline, since: Instant::now(), who: Who::Accepted }
+        Self { message, deadline, since: Instant::now(), who: Who::Accepted, named: None }
     }
 
     fn size(&self) -> usize {
@@ -591,6 +593,9 @@ impl Job {
         match self.who {
             Who::Accepted => {}
             Who::Sender(call) => call.answer(Err(error)),
+            Who::Requester(call) if self.named.is_some_and(|named| named.again) => {
+                call.answer(Err(RequestError::LinkLost));
+            }
             Who::Requester(call) => call.answer(Err(error.into())),
         }
     }
@@ -848,7 +853,9 @@ impl Task {
             match job.who {
                 Who::Accepted => expired += 1,
                 Who::Sender(call) => self.fail(|| call.answer(Err(error))),
-                Who::Requester(call) if linked => self.fail(|| call.answer(Err(RequestError::Timeout))),
+                Who::Requester(call) if linked || job.named.is_some() => {
+                    self.fail(|| call.answer(Err(RequestError::Timeout)));
+                }
                 Who::Requester(call) => self.fail(|| call.answer(Err(error.into()))),
             }
         }
@@ -947,7 +954,18 @@ impl Task {
             if let Who::Requester(call) = &job.who {
                 drop(state);
                 let target = self.peer.name.node().cloned();
-                let exchange = request::run(link.clone(), target, call.clone(), message.clone());
+                let named = match link.dialect {
+                    Dialect::MaculaPeer1 => Some(*job.named.get_or_insert_with(request::Named::new)),
+                    Dialect::Macula if job.named.is_some_and(|named| named.again) => {
+                        // The peer is another one than before.
+                        job.message = Some(message);
+                        self.peer.let_go(&job);
+                        self.fail(|| call.answer(Err(RequestError::LinkLost)));
+                        continue;
+                    }
+                    Dialect::Macula => None,
+                };
+                let exchange = request::run(link.clone(), target, named, call.clone(), message.clone());
                 job.message = Some(message);
                 self.peer.counters.sent.add(1);
                 self.peer.asked.fetch_add(1, Ordering::Relaxed);
@@ -1594,7 +1612,7 @@ impl Task {
         lock(&self.peer.state).put_back(job);
     }
 
-    fn request_ended(&mut self, RequestOutcome { job, connection, end }: RequestOutcome) {
+    fn request_ended(&mut self, RequestOutcome { mut job, connection, end }: RequestOutcome) {
         self.peer.asked.fetch_sub(1, Ordering::Relaxed);
         match end {
             request::End::Answered => {
@@ -1614,13 +1632,23 @@ impl Task {
                     self.wrong_node();
                 }
             }
-            request::End::Unacknowledged => match (self.node().config.delivery, &job.who) {
-                (Delivery::AtMostOnce, Who::Requester(call)) => {
+            request::End::Unacknowledged => match (self.node().config.delivery, &job.who, &mut job.named) {
+                (Delivery::AtMostOnce, Who::Requester(call), None) => {
                     self.peer.let_go(&job);
                     self.fail(|| call.answer(Err(RequestError::LinkLost)));
                 }
+                (Delivery::AtMostOnce, _, Some(named)) => {
+                    named.again = true;
+                    self.ask_again(job);
+                }
                 _ => self.ask_again(job),
             },
+            request::End::Acknowledged => {
+                if let Some(named) = &mut job.named {
+                    named.again = true;
+                }
+                self.ask_again(job);
+            }
         }
     }
 

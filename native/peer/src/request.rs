@@ -1,21 +1,66 @@
 //! A request: a message on a stream of its own, and the one frame that answers it.
+//!
+//! In `macula-peer/1` a request has an id. When its link dies it is asked again over the next one, and the peer, if it has
+//! had it, sends the answer there (`decide/requests.rs`).
 
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use macula_peer_wire::{FrameError, RawFrame};
+use bytes::{BufMut, Bytes, BytesMut};
+use macula_peer_wire::{FrameError, HEADER_LEN, RawFrame};
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 
 use crate::call::Call;
+use crate::decide::requests::RequestId;
 use crate::error::{Rejection, RequestError};
 use crate::hello;
 use crate::link::{Link, is_acknowledged};
-use crate::listen::WRONG_NODE;
+use crate::listen::{FORGOTTEN, WRONG_NODE};
 use crate::message::{Letter, NodeId};
 use crate::node::LARGE_PAYLOAD;
 use crate::peer::deadline;
+use crate::session::{REQUEST, put_header};
 use crate::tls::Dialect;
+
+/// A peer that takes this long to answer, and says nothing else, is asked for a sign of life: nothing would show otherwise
+/// that answers do not come through any more.
+const PROBE_AFTER: Duration = Duration::from_secs(1);
+
+/// The payload of the frame before a request: its id, and whether only a peer that knows it is to answer.
+const NAMED_LEN: usize = 17;
+
+/// What the peer knows a request by, over whichever link it is asked.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Named {
+    id: RequestId,
+    /// Only a peer that has had it may answer: it was acknowledged, or may be handed over only once.
+    pub(crate) again: bool,
+}
+
+impl Named {
+    pub(crate) fn new() -> Self {
+        Self { id: fastrand::u128(..).to_be_bytes(), again: false }
+    }
+
+    fn frame(self) -> Bytes {
+        let mut frame = BytesMut::with_capacity(HEADER_LEN + NAMED_LEN);
+        put_header(&mut frame, REQUEST, NAMED_LEN);
+        frame.put_slice(&self.id);
+        frame.put_u8(self.again.into());
+        frame.freeze()
+    }
+
+    /// What a frame before a request says; `None`: it is none.
+    pub(crate) fn parse(payload: &[u8]) -> Option<(RequestId, bool)> {
+        let (id, rest) = payload.split_first_chunk()?;
+        match rest {
+            [again @ (0 | 1)] => Some((*id, *again == 1)),
+            _ => None,
+        }
+    }
+}
 
 /// How a request ended. The first two have answered the caller.
 pub(crate) enum End {
@@ -25,8 +70,10 @@ pub(crate) enum End {
     Cancelled,
     /// The link died before anything was written.
     Unsent,
-    /// The link died and nothing says that the peer has the request.
+    /// The link died and nothing says that the peer has the request. It may have it.
     Unacknowledged,
+    /// The link died, and the peer, which has the request, can be asked again.
+    Acknowledged,
     /// The peer says that the request is for another node.
     WrongNode,
 }
@@ -34,23 +81,25 @@ pub(crate) enum End {
 enum Failure {
     Unsent,
     Unacknowledged,
+    Acknowledged,
     WrongNode,
     LinkLost,
     Rejected(Rejection),
     Malformed(FrameError),
 }
 
-/// `target`: the node that it is for; `None`, whoever is at the other end.
+/// `target`: the node that it is for; `None`, whoever is at the other end. `named`: in `macula-peer/1`.
 pub(crate) async fn run(
     link: Arc<Link>,
     target: Option<NodeId>,
+    named: Option<Named>,
     call: Arc<Call<Result<RawFrame, RequestError>>>,
     message: Letter,
 ) -> End {
     let until = message.deadline;
     let _asked = Asked::new(&link);
     let outcome = tokio::select! {
-        outcome = exchange(&link, target, message) => outcome,
+        outcome = exchange(&link, target, named, message) => outcome,
         () = deadline(until) => {
             call.answer(Err(RequestError::Timeout));
             return End::Failed;
@@ -68,6 +117,7 @@ pub(crate) async fn run(
         }
         Err(Failure::Unsent) => return End::Unsent,
         Err(Failure::Unacknowledged) => return End::Unacknowledged,
+        Err(Failure::Acknowledged) => return End::Acknowledged,
         Err(Failure::WrongNode) => return End::WrongNode,
         Err(Failure::LinkLost) => RequestError::LinkLost,
         Err(Failure::Rejected(why)) => RequestError::Rejected(why),
@@ -109,7 +159,12 @@ impl Drop for Sending {
     }
 }
 
-async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Result<RawFrame, Failure> {
+async fn exchange(
+    link: &Link,
+    target: Option<NodeId>,
+    named: Option<Named>,
+    message: Letter,
+) -> Result<RawFrame, Failure> {
     let opened = tokio::select! {
         opened = link.connection.open_bi() => opened.ok(),
         () = link.silent() => None,
@@ -117,10 +172,11 @@ async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Resul
     let (send, mut receive) = opened.ok_or(Failure::Unsent)?;
     let target = target.filter(|_| link.dialect == Dialect::MaculaPeer1);
     let address = target.as_ref().map(hello::addressed_to).unwrap_or_default();
+    let name = named.map(Named::frame).unwrap_or_default();
     link.line_up(&send, message.frame.len());
     let mut sending = Sending { send, whole: false };
     let send = &mut sending.send;
-    let mut chunks = [address, message.frame.clone()];
+    let mut chunks = [address, name, message.frame.clone()];
     tokio::select! {
         written = send.write_all_chunks(&mut chunks) => written.map_err(|error| match error {
             WriteError::Stopped(code) => refused(link, code).unwrap_or(Failure::LinkLost),
@@ -131,11 +187,14 @@ async fn exchange(link: &Link, target: Option<NodeId>, message: Letter) -> Resul
     send.finish().map_err(|_| Failure::Unacknowledged)?;
     sending.whole = true;
     tokio::select! {
+        // An answer that has come counts, whatever has become of the link.
+        biased;
         answer = answered(link, &sending.send, &mut receive) => answer,
         () = lost(link, &sending.send) => {
+            let failure = link_lost(link, &sending.send);
             // Asked again over another link, it should not arrive over this one as well.
             sending.whole = false;
-            Err(Failure::Unacknowledged)
+            Err(failure)
         }
     }
 }
@@ -145,14 +204,24 @@ fn refused(link: &Link, code: VarInt) -> Option<Failure> {
     match link.dialect {
         Dialect::Macula => None,
         Dialect::MaculaPeer1 if code == WRONG_NODE.into() => Some(Failure::WrongNode),
+        Dialect::MaculaPeer1 if code == FORGOTTEN.into() => Some(Failure::LinkLost),
         Dialect::MaculaPeer1 => Rejection::of(code).map(Failure::Rejected),
     }
 }
 
-/// Returns when the link is given up before the peer has acknowledged the request.
+/// What becomes of a request whose link is lost.
+fn link_lost(link: &Link, send: &SendStream) -> Failure {
+    match (link.dialect, is_acknowledged(send)) {
+        (_, false) => Failure::Unacknowledged,
+        (Dialect::MaculaPeer1, true) => Failure::Acknowledged,
+        (Dialect::Macula, true) => Failure::LinkLost,
+    }
+}
+
+/// Returns when the link is given up and the request can be asked over another.
 async fn lost(link: &Link, send: &SendStream) {
     link.silent().await;
-    if is_acknowledged(send) {
+    if link.dialect == Dialect::Macula && is_acknowledged(send) {
         // It may still be answered.
         std::future::pending().await
     }
@@ -161,15 +230,26 @@ async fn lost(link: &Link, send: &SendStream) {
 /// Waits for the answer, and says when the link is too silent meanwhile.
 async fn answered(link: &Link, send: &SendStream, receive: &mut RecvStream) -> Result<RawFrame, Failure> {
     let mut answer = pin!(answer(link, send, receive));
+    // Without anything that is owed, silence says nothing.
+    let mut probed = false;
     loop {
         let heard = link.heard();
+        let owes = probed || !is_acknowledged(send);
+        let pause = if owes { link.patience() } else { link.patience().max(PROBE_AFTER) };
         tokio::select! {
+            biased;
             answer = &mut answer => return answer,
-            () = tokio::time::sleep(link.patience()) => {
-                if !is_acknowledged(send) && link.heard() == heard {
-                    link.doubted.notify_one();
-                }
-            }
+            () = tokio::time::sleep(pause) => {}
+        }
+        if link.heard() != heard {
+            probed = false;
+        } else if !probed && is_acknowledged(send) {
+            probed = link.probe();
+        } else if link.is_dead() {
+            // It was replaced, and nobody looks after it.
+            return Err(link_lost(link, send));
+        } else {
+            link.doubted.notify_one();
         }
     }
 }
@@ -188,8 +268,7 @@ async fn answer(link: &Link, send: &SendStream, receive: &mut RecvStream) -> Res
                 link.connection.closed().await;
                 return Err(Failure::LinkLost);
             }
-            Err(_) if is_acknowledged(send) => return Err(Failure::LinkLost),
-            Err(_) => return Err(Failure::Unacknowledged),
+            Err(_) => return Err(link_lost(link, send)),
         }
         if let Some(frame) = frames.next_frame().map_err(Failure::Malformed)? {
             return Ok(frame);

@@ -4,18 +4,19 @@
 mod common;
 
 use std::io::ErrorKind;
-use std::net::{Ipv4Addr, UdpSocket};
-use std::sync::Arc;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use common::raw::macula_server;
-use common::{engine, frame, listener, message, number, request, send, until};
+use common::{Forwarder, PATIENCE, endpoint, engine, frame, listener, message, node_id, number, request, send, until};
 use macula_peer::{
-    Config, ConnectError, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, ReplyError, RequestError,
-    SendError, Target, Unhandled,
+    Config, ConnectError, Delivery, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, Message,
+    ReplyError, RequestError, SendError, Target, Unhandled, Ways,
 };
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
+use macula_peer_wire::RawFrame;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -158,6 +159,87 @@ fn a_listener_gets_the_port_that_it_asks_for_or_an_error() {
     let bound = server.listen(Listen { ip, ..Listen::default() }).unwrap();
     assert_eq!((Some(bound.ip()), bound == server.local_address().unwrap()), (ip, true));
     server.stop();
+}
+
+/// Asks a node that may be reached at these endpoints, without waiting.
+fn ask(engine: &Engine, endpoints: &[SocketAddr], asked: Message) -> mpsc::Receiver<Result<RawFrame, RequestError>> {
+    let node = node_id("asked");
+    let endpoints = endpoints.iter().map(|address| endpoint(&address.to_string())).collect();
+    let look_up = engine.learn(&node, Ways { endpoints, ..Ways::default() });
+    let (answer, answered) = mpsc::channel();
+    // The receiver may be gone.
+    engine.request(&Target::Node(&node), asked, move |reply| drop(answer.send(reply)));
+    if look_up {
+        engine.resolved(&node, true);
+    }
+    answered
+}
+
+/// Over the path that the questions took nothing comes back, as after the loss of the address that was asked.
+fn answers_come_over_the_next_link(delivery: Delivery, answered_late: bool) {
+    let (server, inbox, address) = listener(Config::default());
+    let server_at = address.parse().unwrap();
+    let [first, second] = [(); 2].map(|()| Forwarder::new(server_at, 0, 0.0, Duration::ZERO));
+    let client = engine(Config { delivery, ..Config::default() });
+    let answer = ask(&client, &[first.address], message(Ping, 1, PATIENCE));
+    until("asked", || inbox.len() == 1);
+    let other = ask(&client, &[second.address], message(Ping, 2, PATIENCE));
+    until("asked twice", || inbox.len() == 2);
+    // Both are acknowledged by then.
+    std::thread::sleep(SECOND / 20);
+    first.swallow(true);
+    if answered_late {
+        let at = || client.stats().peers[0].link.as_ref().map(|link| link.remote);
+        until("there is another link", || at() == Some(second.address));
+        // They are asked again by then.
+        std::thread::sleep(SECOND / 20);
+    }
+    for inbound in std::mem::take(&mut *inbox.messages.lock().unwrap()) {
+        let answer = frame(Pong, number(&inbound.payload).unwrap(), if answered_late { 100 } else { 1 << 20 });
+        // The connection that it came on may be gone.
+        let _ = inbound.reply.unwrap().reply(answer);
+    }
+    for (asked, answer) in [(1, answer), (2, other)] {
+        let answer = answer.recv_timeout(PATIENCE).unwrap().unwrap();
+        assert_eq!((answer.type_id(), number(answer.payload())), (Pong.id(), Some(asked)));
+    }
+    assert_eq!(inbox.len(), 0, "handed over again");
+    client.stop();
+    server.stop();
+}
+
+#[test]
+fn an_answer_that_does_not_come_through_comes_over_the_next_link() {
+    answers_come_over_the_next_link(Delivery::AtLeastOnce, false);
+}
+
+#[test]
+fn a_question_is_handed_over_once_and_answered_over_the_next_link() {
+    answers_come_over_the_next_link(Delivery::AtMostOnce, true);
+}
+
+/// The process that had the question is gone, and its successor gets it no second time.
+#[test]
+fn a_question_to_a_node_that_is_restarted_fails_and_is_not_asked_again() {
+    let (server, inbox, address) = listener(Config::default());
+    let address: SocketAddr = address.parse().unwrap();
+    let client = engine(Config::default());
+    let answered = ask(&client, &[address], message(Ping, 1, PATIENCE));
+    until("asked", || inbox.len() == 1);
+    std::thread::sleep(SECOND / 20);
+    server.stop();
+    // Its port is free when it is dropped.
+    drop((server, inbox));
+    let successor = engine(Config { port: address.port(), ..Config::default() });
+    let inbox = Arc::new(common::Inbox::default());
+    successor.set_handler(Some(inbox.clone()));
+    successor.listen(Listen::default()).unwrap();
+    let begun = Instant::now();
+    assert_eq!(answered.recv_timeout(PATIENCE).unwrap(), Err(RequestError::LinkLost));
+    assert!(begun.elapsed() < 8 * SECOND, "{:?}", begun.elapsed());
+    assert_eq!(inbox.len(), 0);
+    client.stop();
+    successor.stop();
 }
 
 /// Messages to a peer that hangs up soon after every handshake must not become a storm of handshakes.

@@ -19,6 +19,7 @@ pub(crate) mod punch;
 pub(crate) mod quirks;
 pub(crate) mod relay;
 pub(crate) mod reports;
+pub(crate) mod requests;
 pub(crate) mod retry;
 pub(crate) mod sending;
 pub(crate) mod session;

@@ -17,6 +17,7 @@ const NUMBER: u8 = 0xF1;
 pub(crate) const OPEN_CONTROL: u8 = 0xF2;
 pub(crate) const ASK_NODE: u8 = 0xF3;
 pub(crate) const FOR_NODE: u8 = 0xF4;
+pub(crate) const REQUEST: u8 = 0xF5;
 
 /// The payload of the frame that opens a session: its id, the channel, and the id of the node that it is for, or nothing.
 const OPEN_LEN: usize = 17;
