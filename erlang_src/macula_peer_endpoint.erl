@@ -272,8 +272,8 @@ set_handler(Other) ->
 replace_handler(Handler) ->
     New = macula_peer_handler:start(Handler),
     case macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(New) end) of
-        {released, Old, Finisher} ->
-            macula_peer_handler:stop(Old, Finisher);
+        {released, Old, Supervisor} ->
+            macula_peer_handler:stop(Old, Supervisor);
         {error, _} = Error ->
             ok = macula_peer_handler:abandon(New),
             Error
@@ -281,8 +281,12 @@ replace_handler(Handler) ->
 
 %% @doc Answers a message, once, on the stream that it came on.
 %%
-%% Errors: `already_replied', `gone' (the connection is gone), `invalid_token', and those of {@link macula_peer_wire:encode/2},
-%% after which the token is still good.
+%% Errors: `already_replied', `gone' (the connection is gone; the answer to a request of `macula-peer/1' is kept all the same, for the
+%% case that the asker asks again over another one), `invalid_token', and those of {@link macula_peer_wire:encode/2}, after which the
+%% token is still good.
+%%
+%% An answer of more than 20,000 terms, or more than a megabyte of binaries, is encoded on a dirty scheduler. As this function has no
+%% timeout, it waits there for one that is free.
 -spec reply(reply_token() | none, macula_peer_wire:type(), map()) -> ok | {error, term()}.
 reply(Token, Type, Msg) ->
     case macula_peer_nif:reply(Token, Type, Msg) of

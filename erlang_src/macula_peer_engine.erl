@@ -36,7 +36,7 @@ ensure_started() ->
 -spec start(macula_peer_config:settings()) -> ok | {error, term()}.
 start(#{native := Native, handler := Handler, listen := Listen}) ->
     ok = macula_peer_admission:prepare(Listen),
-    Finisher = macula_peer_finisher:start(),
+    {Supervisor, _} = Finisher = macula_peer_finisher_sup:start(),
     Process = macula_peer_handler:start(Handler),
     case contained(fun() -> macula_peer_nif:start(Native, Finisher, Process, Listen) end) of
         ok ->
@@ -44,7 +44,7 @@ start(#{native := Native, handler := Handler, listen := Listen}) ->
             _ = [logger:warning("macula_peer_connector: ~ts", [Remark]) || Remark <- macula_peer_config:remarks()],
             ok;
         {error, _} = Error ->
-            ok = macula_peer_finisher:stop(Finisher),
+            ok = macula_peer_finisher:stop(Supervisor),
             ok = macula_peer_handler:abandon(Process),
             already_started(Error)
     end.
@@ -99,9 +99,9 @@ stopped(Stopped) ->
     ok = macula_peer_admission:stop(),
     case Stopped of
         %% After the stop, because the handler is told what the stop left behind.
-        {released, Handler, Finisher} ->
-            ok = macula_peer_handler:stop(Handler, Finisher),
-            macula_peer_finisher:stop(Finisher);
+        {released, Handler, Supervisor} ->
+            ok = macula_peer_handler:stop(Handler, Supervisor),
+            macula_peer_finisher:stop(Supervisor);
         _NotRunning ->
             ok
     end.

@@ -2,13 +2,12 @@
 %% a key came twice. Messages with such a map come to this process, which sends them on to the handler; answers are finished by
 %% the process that asked.
 %%
-%% Each engine has one, with or without the application. If it is killed, the messages that it had and those that would need it
-%% are counted as unhandled until the engine is stopped and started.
+%% Each engine has one. If it is killed, the messages that it had are counted as unhandled, and its supervisor starts another one.
 -module(macula_peer_finisher).
 
 -behaviour(gen_server).
 
--export([start/0]).
+-export([start_link/1]).
 -export([stop/1]).
 -export([forward/3]).
 -export([finish/1]).
@@ -21,24 +20,25 @@
 -type around() :: {message, map()} | {route_message, macula_peer_wire:type(), reference(), {ok, macula_peer_nif:ip_port()}}.
 %% The rest of a message for the handler, or for the process macula_gateway.
 
-%% @doc Starts a process.
--spec start() -> pid().
-start() ->
-    {ok, Pid} = gen_server:start(?MODULE, [], []),
-    Pid.
+-spec start_link(macula_peer_nif:finisher()) -> gen_server:start_ret().
+start_link(Place) ->
+    gen_server:start_link(?MODULE, Place, []).
 
-%% @doc Ends a process, after the messages that it already has.
--spec stop(pid()) -> ok.
-stop(Finisher) ->
-    Finisher ! {?MODULE, stop},
+%% @doc Ends the process and its supervisor, after the messages that it already has.
+-spec stop(Supervisor :: pid()) -> ok.
+stop(Supervisor) ->
+    _ = case macula_peer_finisher_sup:finisher(Supervisor) of
+        none -> ok;
+        Finisher -> Finisher ! {?MODULE, stop}
+    end,
     ok.
 
 %% @doc Sends a message behind those that the process already has for the same receiver.
--spec forward(pid(), pid(), term()) -> ok.
-forward(Finisher, To, Message) ->
-    _ = case is_process_alive(Finisher) of
-        true -> Finisher ! {?MODULE, forward, To, Message};
-        false -> To ! Message
+-spec forward(Supervisor :: pid(), pid(), term()) -> ok.
+forward(Supervisor, To, Message) ->
+    _ = case macula_peer_finisher_sup:finisher(Supervisor) of
+        none -> To ! Message;
+        Finisher -> Finisher ! {?MODULE, forward, To, Message}
     end,
     ok.
 
@@ -49,10 +49,9 @@ finish([_ | _] = List) -> [finish(Element) || Element <- List];
 finish(Map) when is_map(Map) -> maps:map(fun(_Key, Value) -> finish(Value) end, Map);
 finish(Term) -> Term.
 
--spec init([]) -> {ok, []}.
-init([]) ->
-    %% Stopping the application whose call started the engine must not end this process.
-    true = group_leader(whereis(init), self()),
+-spec init(macula_peer_nif:finisher()) -> {ok, []}.
+init(Place) ->
+    ok = macula_peer_nif:set_finisher(Place, self()),
     {ok, []}.
 
 -spec handle_call(term(), gen_server:from(), []) -> {reply, {error, unknown_call}, []}.

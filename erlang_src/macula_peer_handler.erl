@@ -26,11 +26,11 @@ start(PidOrUndefined) ->
     PidOrUndefined.
 
 %% @doc Ends the process of a function after the messages that it has, and those that the finisher has for it.
--spec stop(pid() | none, Finisher :: pid()) -> ok.
-stop(none, _Finisher) ->
+-spec stop(pid() | none, Supervisor :: pid()) -> ok.
+stop(none, _Supervisor) ->
     ok;
-stop(Pid, Finisher) ->
-    macula_peer_finisher:forward(Finisher, Pid, {?MODULE, stop}).
+stop(Pid, Supervisor) ->
+    macula_peer_finisher:forward(Supervisor, Pid, {?MODULE, stop}).
 
 %% @doc Ends the process of a function that is not in force.
 -spec abandon(macula_peer_nif:handler()) -> ok.

@@ -24,6 +24,8 @@
 -export([set_logger/1]).
 -export([reply/3]).
 -export([reply_frame/2]).
+-export([new_finisher/0]).
+-export([set_finisher/2]).
 -export([handed_over/1]).
 -export([invalidate/1]).
 -export([set_access/1]).
@@ -39,7 +41,7 @@
 -export([decode/1]).
 -export([decode_dirty/1]).
 
--export_type([not_loaded/0, ip_port/0, handler/0, released/0, frame/0, unfinished/0, admission_token/0]).
+-export_type([not_loaded/0, ip_port/0, handler/0, released/0, finisher/0, frame/0, unfinished/0, admission_token/0]).
 
 -on_load(init/0).
 
@@ -50,9 +52,12 @@
 %% The library is missing or does not fit; the text says what to do.
 -type handler() :: pid() | {function, pid()} | undefined.
 %% `function': the process that calls a function.
--type released() :: {released, pid() | none, Finisher :: pid()}.
-%% The process of the previous handler, if that was a function, and the engine's finisher.
+-type released() :: {released, pid() | none, Supervisor :: pid()}.
+%% The process of the previous handler, if that was a function, and the supervisor of the engine's finisher.
 -type ip_port() :: {inet:ip_address(), inet:port_number()}.
+
+-opaque finisher() :: reference().
+%% The place of the process that finishes messages.
 
 -opaque frame() :: reference().
 %% An encoded message.
@@ -119,7 +124,7 @@ version() ->
 -spec check(settings | listen, map()) -> ok | {error, term()}.
 check(_What, _Options) -> not_loaded().
 
--spec start(map(), pid(), handler(), map() | undefined) -> ok | {error, term()}.
+-spec start(map(), {Supervisor :: pid(), finisher()}, handler(), map() | undefined) -> ok | {error, term()}.
 start(_Options, _Finisher, _Handler, _Listen) -> not_loaded().
 
 -spec stop() -> released() | not_started | not_loaded().
@@ -181,6 +186,12 @@ reply(_Token, _Type, _Msg) -> not_loaded().
 
 -spec reply_frame(term(), frame()) -> ok | {error, term()}.
 reply_frame(_Token, _Frame) -> not_loaded().
+
+-spec new_finisher() -> finisher() | not_loaded().
+new_finisher() -> not_loaded().
+
+-spec set_finisher(finisher(), pid()) -> ok | not_loaded().
+set_finisher(_Finisher, _Pid) -> not_loaded().
 
 -spec handed_over(reference()) -> ok | not_loaded().
 handed_over(_Receipt) -> not_loaded().

@@ -17,7 +17,7 @@ suite() -> [{timetrap, {seconds, 120}}].
 all() ->
     [{group, ours}, {group, original}, {group, relayed}, {group, raw},
      messages_of_one_sender_stay_in_order, macula_gateway_gets_every_term,
-     without_the_process_that_finishes_messages_are_counted, what_the_process_that_finishes_messages_had_is_counted,
+     a_killed_process_that_finishes_messages_is_replaced, what_the_process_that_finishes_messages_had_is_counted,
      a_function_that_is_replaced_gets_what_was_on_its_way, a_handler_that_died_is_counted,
      the_deepest_nesting_that_is_accepted,
      busy_dirty_schedulers_delay_nobody, a_heavy_message_keeps_its_timeout, decoding_finishes_terms].
@@ -323,17 +323,17 @@ casts() ->
     macula_gateway ! {casts, self()},
     receive {casts, Casts} -> Casts end.
 
-without_the_process_that_finishes_messages_are_counted(Config) ->
+a_killed_process_that_finishes_messages_is_replaced(Config) ->
     Node = macula_peer_test:start_node(),
     Endpoint = endpoint(listen(Node)),
-    Unhandled = fun() -> maps:get(unhandled, macula_peer_test:stats(Node)) end,
-    [Finisher] = call(Node, macula_peer_test, finishers, []),
-    true = call(Node, ?MODULE, kill, [Finisher]),
-    ok = send(Config, store, numbered(100), Endpoint),
-    _ = await(Unhandled, fun(Count) -> Count =:= 1 end),
-    %% Others do not need it.
-    ok = send(Config, store, numbered(10), Endpoint),
-    ?assertEqual([numbered(10)], taken(Node, 1)),
+    [begin
+         [Finisher] = call(Node, macula_peer_test, finishers, []),
+         true = call(Node, ?MODULE, kill, [Finisher]),
+         [_] = await(fun() -> call(Node, macula_peer_test, finishers, []) end, fun(Pids) -> length(Pids -- [Finisher]) =:= 1 end),
+         [ok = send(Config, store, numbered(Keys), Endpoint) || Keys <- [100, 10, 200]],
+         ?assertEqual([numbered(Keys) || Keys <- [100, 10, 200]], taken(Node, 3))
+     end || _ <- [1, 2]],
+    ?assertMatch(#{unhandled := 0}, macula_peer_test:stats(Node)),
     macula_peer_test:stop_node(Node).
 
 what_the_process_that_finishes_messages_had_is_counted(Config) ->
@@ -348,10 +348,11 @@ what_the_process_that_finishes_messages_had_is_counted(Config) ->
     ok = send(Config, store, numbered(10), Endpoint),
     ?assertEqual([numbered(10)], taken(Node, 1)),
     %% The next engine has its own, and it ends with the engine.
+    [Replaced] = call(Node, macula_peer_test, finishers, []),
     ok = call(Node, macula_peer_endpoint, stop, []),
     ok = call(Node, macula_peer_endpoint, start, []),
-    [Next] = call(Node, macula_peer_test, finishers, []),
-    ?assertNotEqual(Finisher, Next),
+    _ = await(fun() -> call(Node, macula_peer_test, finishers, []) end,
+              fun(Pids) -> length(Pids) =:= 1 andalso Pids =/= [Replaced] end),
     ok = call(Node, macula_peer_endpoint, stop, []),
     until(fun() -> [] =:= call(Node, macula_peer_test, finishers, []) end),
     macula_peer_test:stop_node(Node).

@@ -18,7 +18,7 @@ use crate::atoms;
 use crate::decode::{self, Decoded};
 use crate::errors::{Reason, Why, binary, bytes_term};
 use crate::nat;
-use crate::off_scheduler::{Dead, OffScheduler, anywhere, map};
+use crate::off_scheduler::{Dead, OffScheduler, map};
 
 /// The process that gets what arrives.
 pub(crate) struct Process {
@@ -63,13 +63,8 @@ impl Handler for Process {
                 Ok((pid, (atoms::macula_peer_event(), fields).encode(env)))
             })
         };
-        match OffScheduler::here() {
-            Some(here) => tell(&here).is_ok(),
-            None => {
-                anywhere(move |here| drop(tell(&here)));
-                true
-            }
-        }
+        // The engine tells of events on its own threads.
+        OffScheduler::here().is_some_and(|here| tell(&here).is_ok())
     }
 }
 
@@ -106,11 +101,31 @@ impl Fallback for Cast {
 pub(crate) struct Way {
     limits: Limits,
     backlog: Arc<Backlog>,
-    finisher: LocalPid,
+    finisher: ResourceArc<Finisher>,
+}
+
+/// Which process finishes messages. Its supervisor starts another one when it is killed, which takes its place here.
+pub(crate) struct Finisher(Mutex<Option<LocalPid>>);
+
+#[rustler::resource_impl]
+impl Resource for Finisher {}
+
+impl Finisher {
+    pub(crate) fn new() -> ResourceArc<Self> {
+        ResourceArc::new(Self(Mutex::new(None)))
+    }
+
+    pub(crate) fn set(&self, pid: LocalPid) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(pid);
+    }
+
+    fn pid(&self) -> Option<LocalPid> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Way {
-    pub(crate) fn new(engine: &Engine, finisher: LocalPid) -> Self {
+    pub(crate) fn new(engine: &Engine, finisher: ResourceArc<Finisher>) -> Self {
         Self { limits: engine.config().limits, backlog: engine.backlog(), finisher }
     }
 
@@ -131,10 +146,11 @@ impl Way {
                 Decoded::Finished(message) if !is_behind => return Ok((to, whole(env, Some(message)))),
                 Decoded::Finished(message) | Decoded::Unfinished(message) => message,
             };
+            let finisher = self.finisher.pid().ok_or(Unhandled::NoHandler)?;
             let ticket = self.backlog.enter(sender, inbound.payload.len());
             let receipt = receipt.insert(ResourceArc::new(Receipt(Mutex::new(Some(ticket)))));
             let whole = whole(env, None);
-            Ok((self.finisher, (atoms::macula_peer_finish(), receipt.clone(), to, whole, message).encode(env)))
+            Ok((finisher, (atoms::macula_peer_finish(), receipt.clone(), to, whole, message).encode(env)))
         });
         if let (Err(_), Some(receipt)) = (&sent, receipt) {
             // The caller counts it.

@@ -32,7 +32,7 @@ use crate::calls::{Asking, Caller, InProgress};
 use crate::decode::{Decoded, Terms};
 use crate::encode::{On, Refusal};
 use crate::errors::{Reason, error};
-use crate::inbound::{Cast, Process, Receipt, Token, Way};
+use crate::inbound::{Cast, Finisher, Process, Receipt, Token, Way};
 use crate::whom::{Text, Whom};
 
 /// Longer timeouts than this are no timeout: 49 days, as in `receive`.
@@ -49,8 +49,9 @@ static PROCESSES: Mutex<Option<Processes>> = Mutex::new(None);
 
 /// Processes that end with the engine.
 struct Processes {
-    /// Finishes terms that the engine's threads may not make.
-    finisher: LocalPid,
+    /// Finishes terms that the engine's threads may not make, and the supervisor of that process.
+    finisher: ResourceArc<Finisher>,
+    supervisor: LocalPid,
     /// Calls the handler, where that is a function. It ends when another handler takes its place.
     function: Option<LocalPid>,
 }
@@ -90,10 +91,16 @@ fn check<'a>(env: Env<'a>, what: Atom, options: Term<'a>) -> Term<'a> {
     }
 }
 
-/// Starts the engine with its finisher, its handler (as for `set_handler`) and what it listens to (`undefined`: it does not),
-/// all of it or nothing.
+/// Starts the engine with its finisher and the supervisor of that, its handler (as for `set_handler`) and what it listens to
+/// (`undefined`: it does not), all of it or nothing.
 #[rustler::nif(schedule = "DirtyIo")]
-fn start<'a>(env: Env<'a>, options: Term<'a>, finisher: LocalPid, handler: Term<'a>, listen: Term<'a>) -> Term<'a> {
+fn start<'a>(
+    env: Env<'a>,
+    options: Term<'a>,
+    (supervisor, finisher): (LocalPid, ResourceArc<Finisher>),
+    handler: Term<'a>,
+    listen: Term<'a>,
+) -> Term<'a> {
     let config = match options::config(options) {
         Ok(config) => config,
         Err(invalid) => return error(env, &invalid),
@@ -117,13 +124,13 @@ fn start<'a>(env: Env<'a>, options: Term<'a>, finisher: LocalPid, handler: Term<
         Ok(started) => started,
         Err(failed) => return error(env, &failed),
     };
-    started.set_fallback(Some(Arc::new(Cast { way: Way::new(&started, finisher) })));
-    let function = handle(&started, finisher, handler);
+    started.set_fallback(Some(Arc::new(Cast { way: Way::new(&started, finisher.clone()) })));
+    let function = handle(&started, finisher.clone(), handler);
     if let Some(Err(failed)) = listen.map(|listen| started.listen(listen)) {
         started.stop();
         return error(env, &failed);
     }
-    *PROCESSES.lock().unwrap_or_else(PoisonError::into_inner) = Some(Processes { finisher, function });
+    *PROCESSES.lock().unwrap_or_else(PoisonError::into_inner) = Some(Processes { finisher, supervisor, function });
     *ENGINE.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(started));
     atoms::ok().encode(env)
 }
@@ -152,7 +159,7 @@ fn stop_engine(env: Env<'_>) -> Term<'_> {
             let processes = PROCESSES.lock().unwrap_or_else(PoisonError::into_inner).take();
             processes.map_or_else(
                 || atoms::not_started().encode(env),
-                |Processes { finisher, function }| released(env, function, finisher),
+                |Processes { supervisor, function, .. }| released(env, function, supervisor),
             )
         }
         None => atoms::not_started().encode(env),
@@ -474,13 +481,13 @@ fn set_handler<'a>(env: Env<'a>, handler: Term<'a>) -> Term<'a> {
     let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
     let mut processes = PROCESSES.lock().unwrap_or_else(PoisonError::into_inner);
     let (Some(engine), Some(processes)) = (&*engine, &mut *processes) else { return atoms::not_started().encode(env) };
-    let function = handle(engine, processes.finisher, handler);
+    let function = handle(engine, processes.finisher.clone(), handler);
     let before = std::mem::replace(&mut processes.function, function);
-    released(env, before, processes.finisher)
+    released(env, before, processes.supervisor)
 }
 
 /// Sets the handler. Returns its process, if it is a function.
-fn handle(engine: &Engine, finisher: LocalPid, handler: Term<'_>) -> Option<LocalPid> {
+fn handle(engine: &Engine, finisher: ResourceArc<Finisher>, handler: Term<'_>) -> Option<LocalPid> {
     let function = handler.decode::<(Atom, LocalPid)>().ok().map(|(_, pid)| pid);
     let process = function.or_else(|| handler.decode().ok());
     let way = Way::new(engine, finisher);
@@ -488,9 +495,9 @@ fn handle(engine: &Engine, finisher: LocalPid, handler: Term<'_>) -> Option<Loca
     function
 }
 
-fn released(env: Env<'_>, function: Option<LocalPid>, finisher: LocalPid) -> Term<'_> {
+fn released(env: Env<'_>, function: Option<LocalPid>, supervisor: LocalPid) -> Term<'_> {
     let function = function.map_or_else(|| atoms::none().encode(env), |pid| pid.encode(env));
-    (atoms::released(), function, finisher).encode(env)
+    (atoms::released(), function, supervisor).encode(env)
 }
 
 #[rustler::nif]
@@ -520,6 +527,19 @@ fn answer<'a>(env: Env<'a>, token: Term<'a>, frame: Bytes) -> Term<'a> {
         Ok(()) => atoms::ok().encode(env),
         Err(failed) => error(env, &failed),
     }
+}
+
+/// A place for the process that finishes messages.
+#[rustler::nif]
+fn new_finisher() -> ResourceArc<Finisher> {
+    Finisher::new()
+}
+
+/// From now on this process finishes messages.
+#[rustler::nif]
+fn set_finisher(finisher: ResourceArc<Finisher>, pid: LocalPid) -> Atom {
+    finisher.set(pid);
+    atoms::ok()
 }
 
 /// The finisher has sent a message on.
