@@ -94,7 +94,8 @@ impl<'t> Whom<'t> {
             Self::Node(_, ways) if ways.is_none() => None,
             // The key is for this message alone.
             Self::Node(node, ways) => {
-                match engine.learn(node, Ways { key: None, ..ways.clone().unwrap_or_default() }) {
+                let ways = Ways { key: None, ..ways.clone().unwrap_or_default() };
+                match engine.learn_for(node, ways, self.key()) {
                     true => Some(atoms::resolve()),
                     false => Some(atoms::wait()),
                 }

@@ -197,7 +197,12 @@ impl Engine {
     /// Tells what is known of the ways to a node, before something is sent to it. True if more should be looked up: then
     /// [`Engine::resolved`] is to be called, whatever comes of it.
     pub fn learn(&self, node: &NodeId, ways: Ways) -> bool {
-        self.node.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(ways))
+        self.learn_for(node, ways, None)
+    }
+
+    /// The same, before something is sent to the holder of a key alone.
+    pub fn learn_for(&self, node: &NodeId, ways: Ways, key: Option<Fingerprint>) -> bool {
+        self.node.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(ways, key))
     }
 
     /// Tells what was found by looking up the ways to a node; more may come. It holds until they are looked up the next time.

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -113,6 +113,11 @@ struct State {
     link: Option<Arc<Link>>,
     /// What is accepted, then those who wait.
     queue: VecDeque<Job>,
+    /// Messages for another key than the live link's, in the order of the queue. Empty where callers see no link.
+    parked: VecDeque<Job>,
+    /// Of the messages that the present race began for, the only keys that may get them, and `None` if there was one that
+    /// names none. Their callers may give up before a link is up, which the next call finds.
+    sought: Vec<Option<Fingerprint>>,
     /// What is on its way over a link of `macula-peer/1`, or is to go on over the next.
     session: Session,
     /// How the peer can be reached, as callers say.
@@ -190,6 +195,8 @@ impl Peer {
         let state = State {
             link: None,
             queue: VecDeque::new(),
+            parked: VecDeque::new(),
+            sought: Vec::new(),
             session: Session::new(name.node().cloned(), node.config.delivery == Delivery::AtMostOnce),
             ways,
             lookup: Lookup::default(),
@@ -305,7 +312,8 @@ impl Peer {
     /// Gives up the link, if there is one. From now on callers wait for the next.
     pub(crate) fn invalidate(&self) {
         let mut state = lock(&self.state);
-        (state.link, state.invalidated) = (None, true);
+        state.hide_link();
+        state.invalidated = true;
         self.wake.notify_one();
     }
 
@@ -377,9 +385,9 @@ impl Peer {
         Ok(Waiting { call: Arc::downgrade(&call), peer: Some(self.clone()) })
     }
 
-    /// What a caller knows of the ways to this peer. Returns whether the rest should be looked up: then
-    /// [`Peer::resolved`] is to be called, whatever comes of it.
-    pub(crate) fn learn(&self, ways: Ways) -> bool {
+    /// What a caller knows of the ways to this peer, who may want the holder of a key alone. Returns whether the rest should
+    /// be looked up: then [`Peer::resolved`] is to be called, whatever comes of it.
+    pub(crate) fn learn(&self, ways: Ways, key: Option<Fingerprint>) -> bool {
         let now = Instant::now();
         let mut state = lock(&self.state);
         state.better |= state.ways.learn(ways);
@@ -387,7 +395,8 @@ impl Peer {
         if state.better && state.link.as_ref().is_some_and(|link| link.path.is_relayed()) {
             self.wake.notify_one();
         }
-        state.link.is_none() && state.lookup.begin(now)
+        let fits = state.link.as_ref().is_some_and(|link| key.is_none() || key == link.shown);
+        !fits && state.lookup.begin(now)
     }
 
     /// What was found by looking up, so far.
@@ -415,7 +424,8 @@ impl Peer {
 
     /// Whether whoever has this key is this peer, as far as is known.
     pub(crate) fn is_expected_to_have(&self, key: Fingerprint) -> bool {
-        self.expected_key().is_some_and(|expected| expected == key)
+        let sought = lock(&self.state).sought.contains(&Some(key));
+        sought || self.expected_key() == Some(key)
     }
 
     fn expected_key(&self) -> Option<Fingerprint> {
@@ -451,15 +461,9 @@ impl Peer {
 
     /// For each message that waits for a link, the only key that may get it, if it names one. Without repetitions.
     pub(crate) fn keys_of_waiting(&self) -> Vec<Option<Fingerprint>> {
-        let mut keys = Vec::new();
         let state = lock(&self.state);
-        let queued = state.queue.iter().filter_map(|job| job.message.as_ref());
-        for key in queued.chain(state.session.messages()).map(|message| message.key) {
-            if !keys.contains(&key) {
-                keys.push(key);
-            }
-        }
-        keys
+        let keys = state.keys_of_waiting();
+        if keys.is_empty() { state.sought.clone() } else { keys }
     }
 
     /// Takes over a message for somebody else, or gives it back.
@@ -518,7 +522,7 @@ impl Peer {
     fn may_wait(&self, state: &State, size: usize) -> bool {
         let waiting = self.waiting.load(Ordering::Relaxed);
         let fits = waiting == 0 || waiting + size <= self.node.config.max_unacknowledged;
-        fits && state.queue.len() + self.asked.load(Ordering::Relaxed) < MAX_WAITING
+        fits && state.queue.len() + state.parked.len() + self.asked.load(Ordering::Relaxed) < MAX_WAITING
     }
 
     /// A frame always fits when nothing else is held, so that no configuration makes a peer mute.
@@ -549,6 +553,16 @@ impl Peer {
     }
 }
 
+fn distinct<T: PartialEq>(all: impl Iterator<Item = T>) -> Vec<T> {
+    let mut distinct = Vec::new();
+    for one in all {
+        if !distinct.contains(&one) {
+            distinct.push(one);
+        }
+    }
+    distinct
+}
+
 fn has_new(ways: &[Endpoint], known: &[Endpoint]) -> bool {
     ways.iter().any(|way| !known.contains(way))
 }
@@ -561,6 +575,37 @@ impl State {
 
     fn first_waiting(&self) -> usize {
         self.queue.partition_point(Job::is_accepted)
+    }
+
+    /// From now on callers wait for the next link.
+    fn hide_link(&mut self) {
+        self.link = None;
+        // Any link is of use to somebody again.
+        while let Some(job) = self.parked.pop_back() {
+            self.put_back(job);
+        }
+    }
+
+    /// For each message that no live link takes, the only key that may get it, if it names one. Without repetitions.
+    fn keys_of_waiting(&self) -> Vec<Option<Fingerprint>> {
+        if self.link.is_some() {
+            let keys = distinct(self.keys_of_parked().into_iter().chain(self.sought.iter().copied()));
+            if !keys.is_empty() {
+                return keys;
+            }
+        }
+        let queued = self.queue.iter().filter_map(|job| job.message.as_ref());
+        distinct(queued.chain(self.session.messages()).map(|message| message.key))
+    }
+
+    fn keys_of_parked(&self) -> Vec<Option<Fingerprint>> {
+        distinct(self.parked.iter().filter_map(|job| job.message.as_ref()).map(|message| message.key))
+    }
+
+    /// Whether there is a link, and one that shows this key is sought beside it.
+    fn seeks(&self, key: Fingerprint) -> bool {
+        let sought = || self.keys_of_parked().into_iter().chain(self.sought.iter().copied());
+        self.link.is_some() && sought().any(|sought| sought == Some(key))
     }
 
     /// Puts a job back that was next.
@@ -630,7 +675,8 @@ impl Drop for Ended {
         self.0.node.gone(&self.0);
         let (queue, partials) = {
             let mut state = lock(&self.0.state);
-            (state.retired, state.ended, state.link) = (true, true, None);
+            (state.retired, state.ended) = (true, true);
+            state.hide_link();
             (std::mem::take(&mut state.queue), std::mem::take(&mut state.partials))
         };
         drop((queue, partials));
@@ -794,6 +840,10 @@ impl Task {
         self.look_at_arrived(now);
         if self.wants_dial(now) {
             self.begin_race(now);
+        } else if self.wants_other_key(now) {
+            self.look_for_key(now);
+        } else if self.race.as_ref().is_some_and(|race| race.for_key) {
+            // It tries every way, those that may be better too.
         } else if self.upgrade_at.is_some_and(|at| at <= now) || self.knows_better() {
             self.look_for_better(now);
         }
@@ -820,7 +870,7 @@ impl Task {
 
     /// Calls and messages whose time is over, or whose callers are gone.
     fn answer_expired(&mut self, now: Instant) {
-        let mut gone = Vec::new();
+        let (mut gone, mut parked) = (Vec::new(), Vec::new());
         let given_up;
         {
             let mut state = lock(&self.peer.state);
@@ -830,15 +880,19 @@ impl Task {
             }
             state.cancelled = false;
             (given_up, state.expiry) = state.session.expire(now);
-            for job in std::mem::take(&mut state.queue) {
-                if job.is_over(now) || !job.is_wanted() {
-                    gone.push(job);
-                } else {
-                    state.expiry = earliest(state.expiry, job.deadline);
-                    state.queue.push_back(job);
+            let state = &mut *state;
+            for (jobs, gone) in [(&mut state.queue, &mut gone), (&mut state.parked, &mut parked)] {
+                for job in std::mem::take(jobs) {
+                    if job.is_over(now) || !job.is_wanted() {
+                        gone.push(job);
+                    } else {
+                        state.expiry = earliest(state.expiry, job.deadline);
+                        jobs.push_back(job);
+                    }
                 }
             }
         }
+        parked.into_iter().for_each(|job| self.not_for_this_peer(job));
         let linked = self.link.is_some() && !self.in_doubt;
         let mut expired = 0;
         self.give_up(given_up, self.why_late());
@@ -896,7 +950,7 @@ impl Task {
             return;
         }
         let Some(link) = &self.link else { return };
-        lock(&self.peer.state).link = None;
+        lock(&self.peer.state).hide_link();
         self.leaving.get_or_insert(now + link.patience());
         // A race for a better link goes on for any link.
         self.race = None;
@@ -946,9 +1000,8 @@ impl Task {
             let Some(message) = job.message.take() else { continue };
             let size = message.frame.len();
             if !message.is_for(link.shown) {
-                drop(state);
                 job.message = Some(message);
-                self.not_for_this_peer(job);
+                self.park(state, job);
                 continue;
             }
             if let Who::Requester(call) = &job.who {
@@ -1013,6 +1066,19 @@ impl Task {
         }
     }
 
+    /// Keeps a job that the link's peer may not get until somebody else is found, if it is for a node.
+    fn park(&self, mut state: MutexGuard<'_, State>, mut job: Job) {
+        let PeerName::Node(_) = self.peer.name else {
+            drop(state);
+            return self.not_for_this_peer(job);
+        };
+        if job.is_accepted() {
+            job.deadline.get_or_insert(Instant::now() + OWED_WITHOUT_DEADLINE);
+            state.expiry = earliest(state.expiry, job.deadline);
+        }
+        state.parked.push_back(job);
+    }
+
     fn write(&mut self, link: Arc<Link>, job: Job, partial: Partial) {
         self.accepted_writes += usize::from(job.is_accepted());
         self.writers.spawn(write_rest(link, job, partial));
@@ -1061,11 +1127,12 @@ impl Task {
         // A race for a better link goes on for any link, and none for a better one alone begins.
         self.race = None;
         self.upgrade_at = None;
-        lock(&self.peer.state).link = None;
+        lock(&self.peer.state).hide_link();
     }
 
     fn trust_again(&mut self) {
         self.in_doubt = false;
+        lock(&self.peer.state).sought.clear();
         let race = self.race.take();
         if let (Some(race), Some(Dialect::Macula)) = (race, self.link.as_ref().map(|link| link.dialect)) {
             self.helpers.spawn(race.finish());
@@ -1096,16 +1163,46 @@ impl Task {
         waited_for || (owed && self.redial_at.is_none_or(|at| at <= now))
     }
 
+    /// Whether messages wait for another key than the live link's, and whoever may have it is not being looked for.
+    fn wants_other_key(&mut self, now: Instant) -> bool {
+        let mut state = lock(&self.peer.state);
+        if state.parked.is_empty() || self.hold_off.is_some_and(|until| until > now) {
+            return false;
+        }
+        if let Some(race) = self.race.as_mut().filter(|race| race.for_key) {
+            if std::mem::take(&mut state.learned) {
+                race.add(&state.known(), state.lookup.until(now), now);
+            }
+            return false;
+        }
+        let waited_for = state.parked.iter().any(|job| !job.is_accepted() && !job.is_over(now));
+        waited_for || self.redial_at.is_none_or(|at| at <= now)
+    }
+
+    /// Tries every way for the holder of a key that messages name. The others go on over the link.
+    fn look_for_key(&mut self, now: Instant) {
+        // One for a better link tries the direct ways alone.
+        self.race = None;
+        self.upgrade_at = None;
+        self.begin_race(now);
+    }
+
     fn begin_race(&mut self, now: Instant) {
         self.redial_at = None;
+        {
+            let mut state = lock(&self.peer.state);
+            state.sought = state.keys_of_waiting();
+        }
         self.adopt(now);
-        if self.link.is_some() && !self.in_doubt {
+        let mut state = lock(&self.peer.state);
+        let for_key = !state.parked.is_empty();
+        if !for_key && self.link.is_some() && !self.in_doubt {
             return;
         }
         self.peer.counters.dials.add(1);
         let (node, name) = (self.node().clone(), self.peer.name.clone());
         let race = self.race.get_or_insert_with(|| Race::new(node, name, now));
-        let mut state = lock(&self.peer.state);
+        race.for_key = for_key;
         (state.learned, state.better) = (false, false);
         race.add(&state.known(), state.lookup.until(now), now);
     }
@@ -1121,18 +1218,25 @@ impl Task {
 
     /// Uses connections that the peer has begun.
     fn adopt(&mut self, now: Instant) {
-        let Some(key) = self.peer.expected_key() else { return };
+        let PeerName::Node(_) = self.peer.name else { return };
         let named = self.peer.named_key();
-        for accepted in self.node().accepted_from(key) {
-            let present = self.link.as_ref().map(|link| link.connection.stable_id());
-            if present == Some(accepted.connection().stable_id()) || !self.prefers(accepted.path, false, key) {
-                continue;
-            }
-            match self.node().adopt_now(&self.peer.name, &accepted, named) {
-                Some(link) => self.race_progressed(race::Progress::Link(Arc::new(link))),
-                None => {
-                    let (node, name) = (self.node().clone(), self.peer.name.clone());
-                    self.race.get_or_insert_with(|| Race::new(node, name, now)).adopt(accepted, named);
+        let sought = match &self.link {
+            Some(_) if !self.in_doubt => lock(&self.peer.state).keys_of_parked(),
+            _ => lock(&self.peer.state).keys_of_waiting(),
+        };
+        for key in distinct(sought.into_iter().flatten().chain(self.peer.expected_key())) {
+            for accepted in self.node().accepted_from(key) {
+                let present = self.link.as_ref().map(|link| link.connection.stable_id());
+                if present == Some(accepted.connection().stable_id()) || !self.prefers(accepted.path, false, Some(key))
+                {
+                    continue;
+                }
+                match self.node().adopt_now(&self.peer.name, &accepted, named) {
+                    Some(link) => self.race_progressed(race::Progress::Link(Arc::new(link))),
+                    None => {
+                        let (node, name) = (self.node().clone(), self.peer.name.clone());
+                        self.race.get_or_insert_with(|| Race::new(node, name, now)).adopt(accepted, named);
+                    }
                 }
             }
         }
@@ -1140,12 +1244,16 @@ impl Task {
 
     /// Whether such a link is better than the present one. Both nodes have to come to the same end, or each would let go
     /// of the connection that the other one keeps.
-    fn prefers(&self, path: Path, dialled: bool, shown: Fingerprint) -> bool {
+    fn prefers(&self, path: Path, dialled: bool, shown: Option<Fingerprint>) -> bool {
+        let Some(present) = self.link.as_ref().filter(|_| !self.in_doubt) else { return true };
+        let Some(shown) = shown else { return true };
+        if lock(&self.peer.state).seeks(shown) {
+            return true;
+        }
         let own = self.node().identity.fingerprint();
         let worth =
             |path: Path, dialled| Worth { relayed: path.is_relayed(), dialler: if dialled { own } else { shown } };
-        let present = self.link.as_ref().filter(|_| !self.in_doubt);
-        present.is_none_or(|present| worth(path, dialled) < worth(present.path, present.is_dialled()))
+        worth(path, dialled) < worth(present.path, present.is_dialled())
     }
 
     /// On a relayed path: tries the direct ones again.
@@ -1219,7 +1327,9 @@ impl Task {
                 return drop_link(progress);
             }
         }
-        if let Some(race) = &mut self.race {
+        // Why nobody else has the key that messages name says nothing of the link's path.
+        let for_key = self.race.as_ref().is_some_and(|race| race.for_key);
+        if let Some(race) = self.race.as_mut().filter(|_| !for_key) {
             race.take_failures(&mut lock(&self.peer.state).failures);
         }
         match progress {
@@ -1234,7 +1344,9 @@ impl Task {
             race::Progress::Lost(error) => {
                 self.race = None;
                 // Looking for something better while there is a link, it has not lost anything.
-                if self.link.is_none() || self.in_doubt {
+                if for_key {
+                    self.no_other_key(begun);
+                } else if self.link.is_none() || self.in_doubt {
                     self.race_lost(error, begun);
                 } else {
                     self.not_better();
@@ -1256,10 +1368,7 @@ impl Task {
     }
 
     fn takes(&self, link: &Link) -> bool {
-        match link.shown {
-            Some(shown) => self.prefers(link.path, link.is_dialled(), shown),
-            None => true,
-        }
+        self.prefers(link.path, link.is_dialled(), link.shown)
     }
 
     /// Gives everything that waits to the one who stands in.
@@ -1318,6 +1427,7 @@ impl Task {
             // The peer is another one than before: what was numbered goes the other way.
             Dialect::Macula => state.session.take(),
         };
+        state.sought.clear();
         let attached = link.dialect == Dialect::Macula || state.session.attach(&link);
         if attached {
             state.link = Some(link.clone());
@@ -1382,6 +1492,22 @@ impl Task {
             self.peer.let_go(&job);
             self.fail(|| job.fail(error.clone()));
         }
+    }
+
+    /// Nobody was found who has a key that messages name and the link does not show.
+    fn no_other_key(&mut self, begun: Instant) {
+        self.redial_at = Some(Instant::now() + self.redial.pause(fastrand::f64()));
+        let parked = std::mem::take(&mut lock(&self.peer.state).parked);
+        // A call that came later may name another key, or have come with other ways.
+        let (stay, failed): (VecDeque<_>, VecDeque<_>) =
+            parked.into_iter().partition(|job| job.is_accepted() || job.since > begun);
+        {
+            let mut state = lock(&self.peer.state);
+            state.parked = stay;
+            state.sought.clear();
+        }
+        failed.into_iter().for_each(|job| self.not_for_this_peer(job));
+        self.plan_upgrade();
     }
 
     /// Whether a peer that was linked until recently cannot be found, or cannot be sent anything.
@@ -1494,7 +1620,7 @@ impl Task {
         self.upgrade_at = None;
         let mut state = lock(&self.peer.state);
         let now = Instant::now();
-        state.link = None;
+        state.hide_link();
         state.session.detach(now);
         // What is owed without a deadline has one from now on, and what was on its way may be over.
         for job in state.queue.iter_mut().take_while(|job| job.is_accepted()) {
@@ -1715,7 +1841,7 @@ impl Task {
     }
 
     fn is_quiet(&self, state: &State) -> bool {
-        let queued = state.queue.is_empty() && state.partials.is_empty();
+        let queued = state.queue.is_empty() && state.parked.is_empty() && state.partials.is_empty();
         let read = self.read_by.is_none_or(|at| at <= Instant::now());
         queued
             && read
@@ -1740,7 +1866,8 @@ impl Task {
             left.len()
         });
         let mut state = lock(&self.peer.state);
-        (state.link, state.retired, state.ended) = (None, true, true);
+        (state.retired, state.ended) = (true, true);
+        state.hide_link();
         let queue = std::mem::take(&mut state.queue);
         let partials = std::mem::take(&mut state.partials);
         let Taken { owed, lost } = state.session.take();

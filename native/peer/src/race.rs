@@ -122,6 +122,8 @@ pub(crate) struct Race {
     node: Arc<Node>,
     name: PeerName,
     pub(crate) begun: Instant,
+    /// There is a link, and only one of the holder of a key that messages name is of use.
+    pub(crate) for_key: bool,
     until: Instant,
     direct: JoinSet<Result<Link, ConnectError>>,
     relayed: JoinSet<Result<Link, (CircuitError, Endpoint)>>,
@@ -160,6 +162,7 @@ impl Race {
             node,
             name,
             begun: now,
+            for_key: false,
             until,
             direct: JoinSet::new(),
             relayed: JoinSet::new(),
@@ -217,6 +220,7 @@ impl Race {
 
     /// Only direct links are of use any more.
     pub(crate) fn keep_direct(&mut self) {
+        self.for_key = false;
         self.relayed.abort_all();
         self.waiting.clear();
         self.resolving = None;
@@ -381,7 +385,7 @@ impl Race {
     /// What is meant for the holder of a key is given to nobody else.
     fn is_known(&self) -> bool {
         let PeerName::Node(node) = &self.name else { return false };
-        self.taken.key.is_some() || self.node.known_key(node).is_some()
+        self.for_key || self.taken.key.is_some() || self.node.known_key(node).is_some()
     }
 
     /// When the messages go to who stands in, if somebody does.

@@ -282,6 +282,115 @@ fn a_node_that_no_waiting_message_may_go_to_is_not_learnt_and_not_linked() {
     }
 }
 
+/// As above, but a call that names no key has trusted the wrong one already.
+#[test]
+fn a_call_that_names_the_right_key_takes_the_name_back_from_a_wrong_node_that_is_linked() {
+    let ((impostor, stolen, wrong), (target, inbox, right)) = (named("target"), named("target"));
+    let sender = engine(Config::default());
+    send_to_node(&sender, "target", at(&[&wrong]), message(Publish, 0, PATIENCE)).unwrap();
+    until("it arrives", || stolen.len() == 1 && owes_nothing(&sender));
+    let key = Some(target.fingerprint());
+    send_to_node(&sender, "target", at(&[&right]), Message { key, ..message(Publish, 1, PATIENCE) }).unwrap();
+    until("it arrives", || inbox.numbers() == [1]);
+    // From now on the name is the right one's, with a new link too.
+    send_to_node(&sender, "target", at(&[&wrong, &right]), message(Publish, 2, PATIENCE)).unwrap();
+    until("it arrives", || inbox.len() == 2 && owes_nothing(&sender));
+    sender.invalidate(&Target::Node(&node_id("target")));
+    send_to_node(&sender, "target", at(&[&wrong, &right]), message(Publish, 3, PATIENCE)).unwrap();
+    until("it arrives", || inbox.len() == 3);
+    assert_eq!((inbox.disorder(), stolen.len()), (Some((0, vec![1, 2, 3])), 1));
+    for engine in [sender, impostor, target] {
+        engine.stop();
+    }
+}
+
+/// A relayed path to the right one is better than a direct one to the wrong one.
+#[test]
+fn a_call_that_names_a_key_asks_relays_beside_a_link_to_another_node() {
+    let (relay, relay_address) = relay(0);
+    let ((impostor, stolen, wrong), (target, inbox)) = (named("target"), member("target", &[&relay_address]));
+    let answering = std::thread::spawn({
+        let inbox = inbox.clone();
+        move || {
+            until("it is asked", || inbox.len() == 1);
+            let asked = inbox.messages.lock().unwrap().pop().unwrap();
+            asked.reply.unwrap().reply(frame(Pong, 1, 1)).unwrap();
+        }
+    });
+    let sender = engine(Config { hole_punching: macula_peer::HolePunching::Off, ..Config::default() });
+    send_to_node(&sender, "target", at(&[&wrong]), message(Publish, 0, PATIENCE)).unwrap();
+    until("it arrives", || stolen.len() == 1 && owes_nothing(&sender));
+    let asked = Message { key: Some(target.fingerprint()), ..message(Ping, 1, PATIENCE) };
+    assert_eq!(ask(&sender, "target", over(&[&relay_address]), asked).unwrap().type_id(), Pong.id());
+    answering.join().unwrap();
+    assert!(matches!(path(&sender, "target"), Some(Path::Relay(_))), "{:?}", path(&sender, "target"));
+    send_to_node(&sender, "target", Ways::default(), message(Publish, 2, PATIENCE)).unwrap();
+    until("it arrives", || inbox.numbers() == [2]);
+    assert_eq!(stolen.len(), 1);
+    for engine in [sender, impostor, target, relay] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn messages_that_name_no_key_go_on_over_the_link_while_another_key_is_looked_for() {
+    let (target, inbox, address) = named("target");
+    // Never answers.
+    let nowhere = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let silent = nowhere.local_addr().unwrap().to_string();
+    let sender = Arc::new(engine(Config::default()));
+    send_to_node(&sender, "target", at(&[&address]), message(Publish, 0, PATIENCE)).unwrap();
+    let link = sender.path(&Target::Node(&node_id("target"))).link;
+    let begun = Instant::now();
+    let looking = std::thread::spawn({
+        let (sender, silent) = (sender.clone(), silent.clone());
+        move || {
+            let wanted = Message { key: Some([7; 32].into()), ..message(Publish, 99, SECOND) };
+            send_to_node(&sender, "target", at(&[&silent]), wanted)
+        }
+    });
+    until("it is looked for", || sender.stats().peers[0].dials == 2);
+    for n in 1..50 {
+        let node = node_id("target");
+        let message = message(Publish, n, PATIENCE);
+        assert!(sender.send_now(&Target::Node(&node), message, Instant::now()).is_ok(), "without waiting");
+    }
+    until("they arrive", || inbox.len() == 50);
+    assert!(begun.elapsed() < SECOND);
+    assert_eq!(looking.join().unwrap(), Err(untrusted()));
+    assert!(begun.elapsed() >= SECOND, "{:?}", begun.elapsed());
+    assert_eq!(inbox.disorder(), None);
+    let stats = sender.path(&Target::Node(&node_id("target")));
+    assert_eq!(stats.link.map(|link| link.remote), link.map(|link| link.remote));
+    // The one that is there is asked too, and has another key.
+    let wanted = Message { key: Some([7; 32].into()), ..message(Ping, 99, SECOND) };
+    assert_eq!(ask(&sender, "target", at(&[&address]), wanted), Err(untrusted().into()));
+    for engine in [&*sender, &target] {
+        engine.stop();
+    }
+}
+
+/// The answer to the dial comes when the call is over.
+#[test]
+fn a_dial_for_a_call_that_names_a_key_and_has_given_up_teaches_nothing() {
+    let ((impostor, stolen, wrong), (target, inbox, right)) = (named("target"), named("target"));
+    let slow = Forwarder::new(wrong.parse().unwrap(), 0, 0.0, Duration::from_millis(100));
+    let slow_address = slow.address.to_string();
+    let sender = engine(Config::default());
+    let key = Some(target.fingerprint());
+    let brief = Message { key, ..message(Publish, 0, Duration::from_millis(50)) };
+    assert!(send_to_node(&sender, "target", at(&[&slow_address]), brief).is_err());
+    let status = || sender.path(&Target::Node(&node_id("target")));
+    until("the wrong one was met", || status().failures.direct.is_some() || status().link.is_some());
+    assert_eq!(status().failures.direct, Some(ConnectError::Untrusted));
+    send_to_node(&sender, "target", at(&[&right]), message(Publish, 1, PATIENCE)).unwrap();
+    until("it arrives", || inbox.len() == 1);
+    assert_eq!(stolen.len(), 0);
+    for engine in [sender, impostor, target] {
+        engine.stop();
+    }
+}
+
 // ---- what a node says to others ----
 
 #[test]
