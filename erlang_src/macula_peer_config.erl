@@ -61,6 +61,8 @@
                   workers => "a number from 1 to 256",
                   identity_file => "the name of a file",
                   access => "a map of the lists allow and deny, each a map of keys, node_ids and networks",
+                  previous_identity_files => "a list of at most 4 names of files",
+                  known_keys_file => "the name of a file",
                   verify => "first_seen, none, {pin, Fingerprints}, {cacertfile, File} or {cacertfile, File, any_name}",
                   realm_secret => "a binary that is not empty",
                   max_accepted => "a number from 1 to 1000000",
@@ -140,6 +142,10 @@ format_error({tls_config_error, {cacertfile_not_found, File}}) ->
                   "MACULA_TLS_CACERTFILE, or set verify", [File]);
 format_error({start_failed, {identity_file, Reason}}) ->
     io_lib:format("identity_file cannot be used (~0tP): ~ts", [Reason, 30, identity_file(Reason)]);
+format_error({start_failed, {previous_identity_files, {File, Reason}}}) ->
+    io_lib:format("~ts in previous_identity_files cannot be used (~0tP): ~ts", [File, Reason, 30, identity_file(Reason)]);
+format_error({start_failed, {known_keys_file, Reason}}) ->
+    io_lib:format("known_keys_file cannot be used (~0tP): ~ts", [Reason, 30, known_keys_file(Reason)]);
 format_error(Reason) ->
     io_lib:format("~0tP", [Reason, 30]).
 
@@ -156,6 +162,13 @@ identity_file(unsupported_key) -> "its key is damaged, or is not ECDSA P-256 or 
 identity_file(not_pkcs8) -> "its key comes without a certificate and is not in PKCS#8; `openssl pkcs8 -topk8 -nocrypt' converts it";
 identity_file({bad_certificate, Text}) -> Text;
 identity_file(_) -> "see docs/errors.md".
+
+-spec known_keys_file(term()) -> unicode:chardata().
+known_keys_file(in_use) -> "another node keeps its keys there";
+known_keys_file(not_known_keys) -> "it is another kind of file";
+known_keys_file({bad_line, _}) -> "that line is damaged. Without the line the node that it names may have any key";
+known_keys_file(erofs) -> "it cannot be written on a read-only file system";
+known_keys_file(Reason) -> identity_file(Reason).
 
 %% ---- the application environment ----
 

@@ -228,15 +228,25 @@ unregister() ->
 %% After this call another key is accepted, and remembered once it has proved to serve the id. A link to the node is closed; what
 %% is on its way over it is sent again over the next one.
 %%
+%% With the setting `known_keys_file' the key is removed from the file too. A node that changes its key with
+%% `previous_identity_files' need not be forgotten.
+%%
 %% Make sure that it is the right node: a refusal can also mean that somebody else has taken its address or its node id.
 %%
 %% Errors: `{invalid_node_id, Term}'.
 -spec forget(binary()) -> ok | {error, term()}.
 forget(NodeId) ->
     case macula_peer_nif:forget(NodeId) of
-        %% Without an engine nothing is remembered.
-        not_started -> ok;
+        not_started -> forget_kept(NodeId);
         Result -> Result
+    end.
+
+-spec forget_kept(binary()) -> ok | {error, term()}.
+forget_kept(NodeId) ->
+    case application:get_env(macula_peer_connector, known_keys_file) of
+        %% Without an engine nothing is remembered.
+        undefined -> ok;
+        {ok, _} -> macula_peer_engine:running(fun() -> macula_peer_nif:forget(NodeId) end)
     end.
 
 %% @equiv request(NodeId, Type, Msg, Timeout, #{})

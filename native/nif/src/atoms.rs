@@ -34,7 +34,8 @@ rustler::atoms! {
 
     verify_clients, first_seen, any_name, address_family_not_supported,
     insecure_permissions, foreign_owner, not_a_key, encrypted_key, unsupported_key, not_pkcs8, not_a_certificate,
-    identity_file, cacertfile, verify, pin, realm_secret,
+    identity_file, previous_identity_files, known_keys_file, in_use, not_known_keys, bad_line,
+    cacertfile, verify, pin, realm_secret,
     hidden, fingerprint,
 
     macula_peer_message, macula_peer_event, macula_peer_log, macula_peer_finish, type_ = "type", message, from, dialect, key, reply_to,

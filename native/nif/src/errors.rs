@@ -3,8 +3,8 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, IdentityError, ListenError, PemError, PunchError, Rejection, ReplyError, RequestError,
-    RouteError, SendError, StartError, TlsError, UndeliveredReason,
+    ConnectError, EndpointError, IdentityError, KnownKeysError, ListenError, PemError, PunchError, Rejection,
+    ReplyError, RequestError, RouteError, SendError, StartError, TlsError, UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
 use nix::errno::Errno;
@@ -173,6 +173,11 @@ impl Reason for StartError {
             Self::GatewayPort(port) => (atoms::gateway_port(), port).encode(env),
             Self::Runtime(error) => posix(env, error),
             Self::Identity(error) => (atoms::identity_file(), error.reason(env)).encode(env),
+            Self::PreviousIdentity { file, why } => {
+                let why = (binary(env, &file.to_string_lossy()), why.reason(env));
+                (atoms::previous_identity_files(), why).encode(env)
+            }
+            Self::KnownKeys(error) => (atoms::known_keys_file(), error.reason(env)).encode(env),
             Self::Tls(error) => error.reason(env),
         };
         (atoms::start_failed(), why).encode(env)
@@ -191,6 +196,19 @@ impl Reason for IdentityError {
             Self::ForeignOwner { owner } => (atoms::foreign_owner(), owner).encode(env),
             Self::NotPkcs8 => atoms::not_pkcs8().encode(env),
             Self::NotMade(_) => binary(env, &self.to_string()),
+        }
+    }
+}
+
+impl Reason for KnownKeysError {
+    fn reason<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Self::File(error) => posix(env, error),
+            Self::InsecurePermissions { .. } => atoms::insecure_permissions().encode(env),
+            Self::ForeignOwner { owner } => (atoms::foreign_owner(), owner).encode(env),
+            Self::InUse => atoms::in_use().encode(env),
+            Self::NotKnownKeys => atoms::not_known_keys().encode(env),
+            Self::BadLine(line) => (atoms::bad_line(), line).encode(env),
         }
     }
 }

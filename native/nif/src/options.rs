@@ -28,6 +28,9 @@ const MOST_WORKERS: usize = 256;
 /// Who waits to be let in gives up after this long.
 const LONGEST_ADMISSION: Duration = Duration::from_secs(60);
 
+/// Each may make a relay verify a signature.
+const MOST_PREVIOUS: usize = 4;
+
 /// An option that is unknown or has a wrong value: `{invalid_option, {Key, Value}}`.
 pub(crate) struct InvalidOption<'a> {
     pub(crate) key: Term<'a>,
@@ -140,6 +143,11 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
             }
         }
         key if key == atoms::identity_file() => config.identity_file = Some(path(value)?),
+        key if key == atoms::previous_identity_files() => {
+            let files: Vec<_> = proper_list(value)?.map(path).collect::<Option<_>>()?;
+            config.previous_identity_files = Some(files).filter(|files| files.len() <= MOST_PREVIOUS)?;
+        }
+        key if key == atoms::known_keys_file() => config.known_keys_file = Some(path(value)?),
         key if key == atoms::verify() => config.verify = verify(value)?,
         key if key == atoms::verify_clients() => config.verify_clients = value.decode().ok()?,
         key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),

@@ -54,6 +54,12 @@ pub struct Config {
     pub frame_timeout: Duration,
     /// The PEM file of this node's key, made if it is not there. Default `None`: a new key at every start.
     pub identity_file: Option<PathBuf>,
+    /// The PEM files of keys that this node had before, the last one first. They say to others that its names belong to the
+    /// present key. Default none.
+    pub previous_identity_files: Vec<PathBuf>,
+    /// The file of the keys that node ids are bound to, made if it is not there. Default `None`: they are forgotten when the
+    /// engine stops.
+    pub known_keys_file: Option<PathBuf>,
     /// Whose certificates are good enough. Default [`Verify::FirstSeen`].
     pub verify: Verify,
     /// Who may come to this node, until [`Engine::set_access`](crate::Engine::set_access) says otherwise. Default: anybody.
@@ -168,6 +174,8 @@ impl Default for Config {
             max_streams: 256,
             frame_timeout: Duration::from_secs(30),
             identity_file: None,
+            previous_identity_files: Vec::new(),
+            known_keys_file: None,
             verify: Verify::default(),
             access: Access::default(),
             verify_clients: true,

@@ -1,6 +1,7 @@
 //! The engine: the runtime, the socket, the peers and the listener, behind calls that do not wait.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,8 @@ use crate::decide::access::Access;
 use crate::decide::admission::Kick;
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ListenError, RequestError, SendError, StartError};
-use crate::identity::{Fingerprint, Identity};
+use crate::identity::{Fingerprint, Identity, PreviousKey};
+use crate::known_keys::KnownKeys;
 use crate::link::lock;
 use crate::listen::{self, Admission};
 use crate::message::{Fallback, Handler, Letter, Message, NodeId, Unhandled};
@@ -88,6 +90,12 @@ impl Engine {
             Some(path) => Identity::load_or_create(path)?,
             None => Identity::generate()?,
         };
+        let previous = |file: &PathBuf| {
+            PreviousKey::load(file).map_err(|why| StartError::PreviousIdentity { file: file.clone(), why })
+        };
+        let previous: Vec<_> = config.previous_identity_files.iter().map(previous).collect::<Result<_, _>>()?;
+        let identity = identity.after(previous);
+        let known = KnownKeys::open(config.known_keys_file.as_deref())?;
         let trust = Trust::new(&config.verify)?;
         let tls = tls::client(&identity, &trust)?;
         let gateway_tls = tls::client(&identity, &Trust::Anybody)?;
@@ -120,8 +128,16 @@ impl Engine {
             let quic = quinn::Endpoint::new_with_abstract_socket(endpoint, server, socket.clone(), batching)
                 .map_err(StartError::Bind)?;
             let network = Network { quic, socket, refusals, signals };
-            let node =
-                Node::new(Arc::new(config), identity, network, tls, gateway_tls, clients, runtime.handle().clone());
+            let node = Node::new(
+                Arc::new(config),
+                identity,
+                known,
+                network,
+                tls,
+                gateway_tls,
+                clients,
+                runtime.handle().clone(),
+            );
             node.spawn(node.clone().hear_signals(heard));
             node.spawn(nat::run(node.clone()));
             node.spawn(node.clone().mend_socket());
@@ -354,6 +370,7 @@ impl Engine {
             let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.node.quic.wait_idle()).await;
         });
         runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
+        self.node.known.close();
     }
 
     #[cfg(test)]

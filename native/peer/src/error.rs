@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use macula_peer_wire::FrameError;
 use thiserror::Error;
 
+use crate::private::NotPrivate;
 use crate::relay::control::Refusal;
 
 /// Why no link to a peer could be made.
@@ -124,6 +125,17 @@ pub enum StartError {
     /// The node's key cannot be had.
     #[error("identity: {0}")]
     Identity(#[from] IdentityError),
+    /// A key that the node had before cannot be had.
+    #[error("previous identity {}: {why}", file.display())]
+    PreviousIdentity {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: IdentityError,
+    },
+    /// Keys that names are bound to cannot be had, or not be kept.
+    #[error("known keys: {0}")]
+    KnownKeys(#[from] KnownKeysError),
     /// Peers could not be verified.
     #[error("tls: {0}")]
     Tls(#[from] TlsError),
@@ -153,6 +165,55 @@ pub enum IdentityError {
     /// No key or certificate could be made.
     #[error("not made: {0}")]
     NotMade(#[from] rcgen::Error),
+}
+
+impl From<NotPrivate> for IdentityError {
+    fn from(why: NotPrivate) -> Self {
+        match why {
+            NotPrivate::Unknown(error) => PemError::File(error).into(),
+            NotPrivate::Permissions(mode) => Self::InsecurePermissions { mode },
+            NotPrivate::Owner(owner) => Self::ForeignOwner { owner },
+        }
+    }
+}
+
+/// Why the file of known keys cannot be used.
+#[derive(Debug, Error)]
+pub enum KnownKeysError {
+    /// It can be neither read nor made.
+    #[error(transparent)]
+    File(#[from] io::Error),
+    /// Others than the owner may read or write it.
+    #[error("others may read or write it: mode {mode:o}")]
+    InsecurePermissions {
+        /// The permission bits.
+        mode: u32,
+    },
+    /// It belongs to a user other than root and the one that this process runs as.
+    #[error("it belongs to user {owner}")]
+    ForeignOwner {
+        /// The owner's user id.
+        owner: u32,
+    },
+    /// Another engine keeps its keys there.
+    #[error("another node uses it")]
+    InUse,
+    /// It is another kind of file, or of another version.
+    #[error("it is no file of known keys")]
+    NotKnownKeys,
+    /// A line in the middle of it cannot be read.
+    #[error("line {0} cannot be read")]
+    BadLine(usize),
+}
+
+impl From<NotPrivate> for KnownKeysError {
+    fn from(why: NotPrivate) -> Self {
+        match why {
+            NotPrivate::Unknown(error) => Self::File(error),
+            NotPrivate::Permissions(mode) => Self::InsecurePermissions { mode },
+            NotPrivate::Owner(owner) => Self::ForeignOwner { owner },
+        }
+    }
 }
 
 /// Why a file with a key or certificates cannot be used.

@@ -1,4 +1,4 @@
-//! Whether the node at the other end of a connection has a node id (docs/protocol.md).
+//! Whether the node at the other end of a connection has a node id, or had another key before (docs/protocol.md).
 
 use bytes::{Bytes, BytesMut};
 use macula_peer_wire::HEADER_LEN;
@@ -11,6 +11,10 @@ use crate::identity::Fingerprint;
 use crate::listen::WRONG_NODE;
 use crate::message::NodeId;
 use crate::session::{ASK_NODE, FOR_NODE, put_header};
+use crate::succession;
+
+/// The type id of the frame that asks for the word of an old key.
+pub(crate) const ASK_SUCCESSION: u8 = 0xF6;
 
 /// The one byte of the answer.
 const HAS_NONE: u8 = 0;
@@ -50,6 +54,22 @@ pub(crate) async fn reply(mut receive: RecvStream, mut send: SendStream, answer:
     let _ = send.write_chunk(Bytes::copy_from_slice(&[answer])).await;
 }
 
+/// Asks the node at the other end for the word of a key that it had before. `None`: it has none to show.
+pub(crate) async fn ask_succession(connection: &Connection, predecessor: Fingerprint) -> Option<Vec<u8>> {
+    let (mut send, mut receive) = connection.open_bi().await.ok()?;
+    send.write_chunk(frame(ASK_SUCCESSION, predecessor.as_bytes())).await.ok()?;
+    // Stopped already is as good.
+    let _ = send.finish();
+    receive.read_to_end(succession::MAX_LEN).await.ok()
+}
+
+/// Answers a node that asks. `None`: this node never had that key.
+pub(crate) async fn show_succession(mut receive: RecvStream, mut send: SendStream, statement: Option<Bytes>) {
+    let Some(statement) = statement else { return refuse(&mut receive, &mut send) };
+    // The peer may be gone. Dropping the stream finishes it.
+    let _ = send.write_chunk(statement).await;
+}
+
 /// What comes on the stream is for another node.
 pub(crate) fn refuse(receive: &mut RecvStream, send: &mut SendStream) {
     // Already closed is as good.
@@ -67,9 +87,9 @@ pub(crate) fn question(key: &Fingerprint) -> Bytes {
     frame(ASK_NODE, key.as_bytes())
 }
 
-fn frame(type_id: u8, node: &[u8]) -> Bytes {
-    let mut frame = BytesMut::with_capacity(HEADER_LEN + node.len());
-    put_header(&mut frame, type_id, node.len());
-    frame.extend_from_slice(node);
+fn frame(type_id: u8, payload: &[u8]) -> Bytes {
+    let mut frame = BytesMut::with_capacity(HEADER_LEN + payload.len());
+    put_header(&mut frame, type_id, payload.len());
+    frame.extend_from_slice(payload);
     frame.freeze()
 }

@@ -1,24 +1,28 @@
 //! Who a node is: its key, the certificate that shows it, and what is derived from it.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
 
+use bytes::Bytes;
 use quinn::{Connection, EndpointConfig};
 use quinn_proto::HashedConnectionIdGenerator;
 use rcgen::{CertificateParams, KeyPair};
 use ring::{digest, hmac};
+use rustls::crypto::ring::default_provider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::sign::SingleCertAndKey;
+use rustls::sign::{SigningKey, SingleCertAndKey};
 use thiserror::Error;
 
 use crate::error::{IdentityError, PemError};
+use crate::link::lock;
+use crate::succession;
 use crate::tls::Dialect;
-use crate::{pem, x509};
+use crate::{pem, private, x509};
 
 /// The name in a certificate that we sign ourselves; macula's own have it too. Nothing checks it.
 const OWN_NAME: &str = "macula";
@@ -67,7 +71,7 @@ impl Fingerprint {
         Some(Self::of_public_key(&x509::public_key(certificate)?))
     }
 
-    fn of_public_key(public_key_info: &[u8]) -> Self {
+    pub(crate) fn of_public_key(public_key_info: &[u8]) -> Self {
         let mut fingerprint = [0; 32];
         fingerprint.copy_from_slice(digest::digest(&digest::SHA256, public_key_info).as_ref());
         Self(fingerprint)
@@ -114,6 +118,37 @@ pub struct Identity {
     fingerprint: Fingerprint,
     /// Other keys are derived with this one.
     secret: hmac::Key,
+    previous: Vec<PreviousKey>,
+}
+
+/// A key that this node had before, which says to others that its names belong to the present one.
+pub(crate) struct PreviousKey {
+    key: Arc<dyn SigningKey>,
+    fingerprint: Fingerprint,
+    /// The last statement that it has signed.
+    signed: Mutex<Option<succession::Signed>>,
+}
+
+impl PreviousKey {
+    /// From a PEM file, which may have certificates too.
+    pub(crate) fn load(path: &Path) -> Result<Self, IdentityError> {
+        let file = pem::open(path).map_err(PemError::File)?;
+        private::check(&file)?;
+        let key = pem::key(&pem::read(file).map_err(PemError::File)?)?;
+        let key = default_provider().key_provider.load_private_key(key).map_err(|_| PemError::UnsupportedKey)?;
+        let public = key.public_key().ok_or(PemError::UnsupportedKey)?;
+        let fingerprint = Fingerprint::of_public_key(&public);
+        Ok(Self { key, fingerprint, signed: Mutex::default() })
+    }
+
+    /// Signed anew when half of its time is over: a node may run for longer than a statement holds.
+    fn statement(&self, successor: Fingerprint, now: SystemTime) -> Option<Bytes> {
+        let mut signed = lock(&self.signed);
+        if signed.as_ref().is_none_or(|signed| signed.is_old(now)) {
+            *signed = succession::sign(&*self.key, successor, now);
+        }
+        signed.as_ref().map(|signed| signed.statement.clone())
+    }
 }
 
 impl Identity {
@@ -159,8 +194,25 @@ impl Identity {
         endpoint
     }
 
+    /// The same node, which had these keys before, in the order in which others are told.
+    pub(crate) fn after(self, previous: Vec<PreviousKey>) -> Self {
+        Self { previous, ..self }
+    }
+
+    /// The word of a key that this node had before: its names belong to the present key. `None`: it never had that key.
+    pub(crate) fn succession(&self, of: &[u8]) -> Option<Bytes> {
+        let previous = self.previous.iter().find(|previous| previous.fingerprint.as_bytes() == of)?;
+        previous.statement(self.fingerprint, SystemTime::now())
+    }
+
+    /// Those of all the keys.
+    pub(crate) fn successions(&self) -> Vec<Bytes> {
+        let now = SystemTime::now();
+        self.previous.iter().filter_map(|previous| previous.statement(self.fingerprint, now)).collect()
+    }
+
     fn load(file: File) -> Result<Self, IdentityError> {
-        check_permissions(&file)?;
+        private::check(&file)?;
         let pem = pem::read(file).map_err(PemError::File)?;
         Self::new(pem::key(&pem)?, pem::certificates(&pem)?)
     }
@@ -178,7 +230,7 @@ impl Identity {
         let shown = pem::certified(chain, key)?;
         // Certified, it has a key.
         let fingerprint = fingerprint.ok_or(PemError::OtherKey)?;
-        Ok(Self { shown, fingerprint, secret })
+        Ok(Self { shown, fingerprint, secret, previous: Vec::new() })
     }
 
     fn derived(&self, label: &[u8]) -> hmac::Tag {
@@ -203,23 +255,21 @@ fn self_signed(key: &PrivateKeyDer<'_>) -> Result<CertificateDer<'static>, Ident
 /// Puts a new key at `path` unless one is there by then. It is never there in part, nor for others to read.
 fn create(path: &Path) -> Result<(), IdentityError> {
     let key = KeyPair::generate()?.serialize_pem();
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = private::directory(path);
     let temporary = directory.join(format!(".{:x}-{:016x}.new", std::process::id(), fastrand::u64(..)));
-    let mut file = private().open(&temporary).map_err(PemError::File)?;
+    let mut file = private::create(&temporary).map_err(PemError::File)?;
     let placed = (|| {
         file.write_all(key.as_bytes()).and_then(|()| file.sync_all()).map_err(PemError::File)?;
         // Some file systems give every file the same mode or owner.
-        check_permissions(&file)?;
+        private::check(&file)?;
         place(&temporary, path, directory).map_err(PemError::File)?;
         Ok::<_, IdentityError>(())
     })();
     // After a rename it is gone. If it is left behind, it does no harm.
     let _ = fs::remove_file(&temporary);
     placed?;
-    // A node that lost its key to a power cut would be another one. Not everywhere can directories be opened.
-    if let Ok(directory) = File::open(directory) {
-        let _ = directory.sync_all();
-    }
+    // A node that lost its key to a power cut would be another one.
+    private::sync_directory(directory);
     Ok(())
 }
 
@@ -256,43 +306,6 @@ fn place_without_links(temporary: &Path, path: &Path, directory: &Path) -> io::R
     }
 }
 
-/// A new file for nobody else.
-fn private() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    options
-}
-
-#[cfg(unix)]
-fn check_permissions(file: &File) -> Result<(), IdentityError> {
-    use nix::sys::statvfs::{FsFlags, fstatvfs};
-    use std::os::unix::fs::MetadataExt;
-    let metadata = file.metadata().map_err(PemError::File)?;
-    let us = nix::unistd::geteuid().as_raw();
-    let is_read_only = || fstatvfs(file).is_ok_and(|mount| mount.flags().contains(FsFlags::ST_RDONLY));
-    is_private(metadata.mode() & 0o777, metadata.uid(), us, is_read_only)
-}
-
-/// Whether only this user and root can read and write the file.
-///
-/// A group may read what this process cannot change: Kubernetes gives the files of a secret to root and the pod's group,
-/// and mounts them read-only.
-#[cfg(unix)]
-fn is_private(mode: u32, owner: u32, us: u32, is_read_only: impl Fn() -> bool) -> Result<(), IdentityError> {
-    if owner != us && owner != 0 {
-        return Err(IdentityError::ForeignOwner { owner });
-    }
-    let forbidden = if owner != us || is_read_only() { 0o026 } else { 0o066 };
-    if mode & forbidden == 0 { Ok(()) } else { Err(IdentityError::InsecurePermissions { mode }) }
-}
-
-#[cfg(not(unix))]
-fn check_permissions(_: &File) -> Result<(), IdentityError> {
-    Ok(())
-}
-
 /// What a node shows a relay to be let into a realm: that it has the realm's secret, on this connection and as this
 /// node. `None`: the connection has no keys yet.
 pub(crate) fn realm_proof(connection: &Connection, secret: &[u8], node_id: &[u8]) -> Option<[u8; 32]> {
@@ -320,39 +333,6 @@ mod tests {
     use std::sync::Barrier;
 
     use super::*;
-
-    #[cfg(unix)]
-    #[test]
-    fn a_group_reads_only_what_this_process_cannot_change() {
-        const ROOT: u32 = 0;
-        const US: u32 = 1000;
-        const OTHER: u32 = 1001;
-        for (mode, owner, us, read_only, private) in [
-            (0o600, US, US, false, true),
-            (0o400, US, US, false, true),
-            (0o440, US, US, false, false),
-            (0o440, US, US, true, true),
-            // A secret with `fsGroup`; the same for a container that runs as root.
-            (0o440, ROOT, US, false, true),
-            (0o640, ROOT, US, false, true),
-            (0o440, ROOT, ROOT, true, true),
-            (0o440, ROOT, ROOT, false, false),
-            // And without `fsGroup`: by default Kubernetes lets everybody read.
-            (0o644, ROOT, US, true, false),
-            (0o444, ROOT, ROOT, true, false),
-            (0o460, ROOT, US, true, false),
-            (0o420, ROOT, US, true, false),
-            (0o402, ROOT, US, true, false),
-            (0o400, OTHER, US, true, false),
-            (0o440, OTHER, US, true, false),
-            (0o600, OTHER, ROOT, false, false),
-        ] {
-            let judged = is_private(mode, owner, us, || read_only);
-            assert_eq!(judged.is_ok(), private, "{mode:o} of {owner} for {us}: {judged:?}");
-            let foreign = matches!(judged, Err(IdentityError::ForeignOwner { owner: OTHER }));
-            assert_eq!(foreign, owner == OTHER);
-        }
-    }
 
     #[test]
     fn without_links_two_starts_at_once_end_with_one_key() {

@@ -19,6 +19,7 @@ mod error;
 mod gateway;
 mod hello;
 mod identity;
+mod known_keys;
 mod link;
 mod listen;
 mod message;
@@ -28,6 +29,7 @@ mod node;
 mod peer;
 mod pem;
 mod ports;
+mod private;
 mod punch;
 mod race;
 mod rejection;
@@ -41,6 +43,7 @@ mod shares;
 mod signal;
 mod socket;
 mod stats;
+mod succession;
 mod tls;
 mod transfer;
 mod x509;
@@ -54,8 +57,8 @@ pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
 pub use engine::{Engine, Listen};
 pub use error::{
-    ConnectError, IdentityError, ListenError, PemError, Rejection, ReplyError, RequestError, RouteError, SendError,
-    StartError, TlsError, UndeliveredReason,
+    ConnectError, IdentityError, KnownKeysError, ListenError, PemError, Rejection, ReplyError, RequestError,
+    RouteError, SendError, StartError, TlsError, UndeliveredReason,
 };
 pub use identity::{Fingerprint, Identity, NotAFingerprint};
 pub use message::{

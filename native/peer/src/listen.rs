@@ -703,7 +703,7 @@ impl Stream {
             };
             if self.accepted.dialect == Dialect::MaculaPeer1 {
                 match frame.type_id() {
-                    session::OPEN_SESSION | session::OPEN_CONTROL | session::ASK_NODE => {
+                    session::OPEN_SESSION | session::OPEN_CONTROL | session::ASK_NODE | hello::ASK_SUCCESSION => {
                         return Delivered::Opened(frame);
                     }
                     session::FOR_NODE if self.node.serves(frame.payload()) => continue,
@@ -770,6 +770,10 @@ impl Stream {
         if opening.type_id() == session::ASK_NODE {
             let answer = self.node.answer(opening.payload());
             return hello::reply(self.receive, send, answer).await;
+        }
+        if opening.type_id() == hello::ASK_SUCCESSION {
+            let statement = self.node.identity.succession(opening.payload());
+            return hello::show_succession(self.receive, send, statement).await;
         }
         if let (Some(relay), Some(key)) = (self.node.relay(), self.accepted.key) {
             let Self { accepted, receive, frames, .. } = self;

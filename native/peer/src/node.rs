@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
@@ -23,13 +23,14 @@ use crate::decide::access::Access;
 use crate::decide::admission::Kick;
 use crate::decide::reports::Reports;
 use crate::decide::requests::Requests;
-use crate::decide::trust::{self, Answer, Facts, Mismatch, TofuStore, Verdict};
+use crate::decide::trust::{self, Answer, Facts, Mismatch, Verdict};
 use crate::dial::{Dialer, SecondDials, not_connected};
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, UndeliveredReason};
 use crate::gateway::{Asker, Gateway};
 use crate::hello;
 use crate::identity::{Fingerprint, Identity};
+use crate::known_keys::KnownKeys;
 use crate::link::{Link, lock, now_or_never};
 use crate::listen::{Accepted, Admission, Expected};
 use crate::message::{
@@ -50,6 +51,7 @@ use crate::session::Sessions;
 use crate::signal::{Kind, Unverified};
 use crate::socket::{self, Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
+use crate::succession;
 use crate::tls::{Dialect, Verify};
 
 /// While payloads from this size on are handed over, another thread takes the other tasks: decoding 256 KiB of the
@@ -62,6 +64,10 @@ const MAX_EARLY: usize = 64;
 
 /// How often requests that are too old are looked for.
 const EXPIRE_EVERY: Duration = Duration::from_secs(30);
+
+/// How long a node that shows another key than its name's may take to show the word of that key: then it is refused, and
+/// the dial's time is not over yet.
+const SUCCESSION_WITHIN: Duration = Duration::from_secs(2);
 
 /// The tasks of a relay that has been closed let go of its ports as soon as they run.
 const PORTS_FREE: Duration = Duration::from_secs(1);
@@ -96,7 +102,7 @@ pub(crate) struct Node {
     relay: RwLock<Option<ServingRelay>>,
     /// Of the relay that this node is, or was before.
     relay_closed: Mutex<Option<Closed>>,
-    trust: Mutex<TofuStore>,
+    pub(crate) known: KnownKeys,
     tls: Arc<QuicClientConfig>,
     /// For a gateway on this host.
     gateway_tls: Arc<QuicClientConfig>,
@@ -175,6 +181,7 @@ impl Node {
     pub(crate) fn new(
         config: Arc<Config>,
         identity: Identity,
+        known: KnownKeys,
         network: Network,
         tls: QuicClientConfig,
         gateway_tls: QuicClientConfig,
@@ -207,7 +214,7 @@ impl Node {
             resolver: Resolver::new(),
             relay: RwLock::default(),
             relay_closed: Mutex::default(),
-            trust: Mutex::default(),
+            known,
             tls: Arc::new(tls),
             gateway_tls: Arc::new(gateway_tls),
             gateway,
@@ -421,6 +428,9 @@ impl Node {
 
     /// Lets a link carry messages for a peer if whoever is at the other end is that peer.
     pub(crate) async fn admit(&self, name: &PeerName, said: Said, link: Link) -> Result<Link, ConnectError> {
+        if let PeerName::Node(node) = name {
+            self.follow(node, said, &link).await;
+        }
         let answered = match (name, self.judge(name, said, &link)) {
             (_, Err(error)) => Err(error),
             (PeerName::Node(node), Ok(Verdict::Ask)) => hello::ask(&link.connection, node).await.map(Some),
@@ -438,6 +448,21 @@ impl Node {
                 link.close();
                 Err(error)
             }
+        }
+    }
+
+    /// Binds a name to the key that a link shows if the key that it is bound to says so.
+    async fn follow(&self, node: &NodeId, said: Said, link: &Link) {
+        let (Some(shown), Dialect::MaculaPeer1) = (link.shown, link.dialect) else { return };
+        let Verdict::Refuse(Mismatch::Bound(known)) = self.facts(node, said, link, |facts| facts.judge()) else {
+            return;
+        };
+        let asked = timeout(SUCCESSION_WITHIN, hello::ask_succession(&link.connection, known)).await;
+        let Ok(Some(statement)) = asked else { return };
+        if succession::is_valid(&statement, known, shown, SystemTime::now())
+            && self.known.with(|names| names.hand_on(node, known, shown, Instant::now()))
+        {
+            tracing::warn!(?node, before = %known, now = %shown, "a node has another key, as the one before says");
         }
     }
 
@@ -469,15 +494,14 @@ impl Node {
         let (Some(shown), Dialect::MaculaPeer1) = (link.shown, link.dialect) else { return };
         // Without an answer, the key is the one that the name is bound to, or a relay vouched for it.
         if answer.is_none_or(|answer| self.facts(node, said, link, |facts| facts.binds(answer))) {
-            lock(&self.trust).bind(node.clone(), shown, Instant::now());
+            self.known.with(|known| known.bind(node.clone(), shown, Instant::now()));
         }
     }
 
     fn facts<T>(&self, node: &NodeId, said: Said, link: &Link, decide: impl FnOnce(&Facts<'_>) -> T) -> T {
         let waiting = self.find(&Target::Node(node)).map_or_else(Vec::new, |peer| peer.keys_of_waiting());
-        let mut trust = lock(&self.trust);
-        let (bound, disowned) = (trust.key_of(node, Instant::now()), trust.is_disowned(node, link.shown));
-        drop(trust);
+        let now = Instant::now();
+        let (bound, disowned) = self.known.with(|known| (known.key_of(node, now), known.is_disowned(node, link.shown)));
         decide(&Facts {
             own: self.identity.fingerprint(),
             shown: link.shown,
@@ -492,7 +516,7 @@ impl Node {
     }
 
     fn tell_mismatch(&self, node: &NodeId, known: Fingerprint, shown: Option<Fingerprint>) {
-        if lock(&self.trust).is_first_mismatch(node) {
+        if self.known.with(|known| known.is_first_mismatch(node)) {
             tracing::warn!(
                 ?node, %known, ?shown,
                 "a node shows another key than before and gets no messages. If it lost its key in a restart, set \
@@ -511,17 +535,17 @@ impl Node {
         if !self.enforces_bindings() {
             return None;
         }
-        lock(&self.trust).key_of(node, Instant::now())
+        self.known.with(|known| known.key_of(node, Instant::now()))
     }
 
     /// The node with this key says that it does not have the node id.
     pub(crate) fn disown(&self, node: &NodeId, key: Fingerprint) {
-        lock(&self.trust).disown(node, key);
+        self.known.with(|known| known.disown(node, key));
     }
 
     /// The next node that has this id may have any key.
     pub(crate) fn forget_key(&self, node: &NodeId) {
-        lock(&self.trust).forget(node);
+        self.known.with(|known| known.forget(node));
         if let Some(peer) = self.find(&Target::Node(node)) {
             peer.invalidate();
         }

@@ -13,7 +13,7 @@ use rustls::server::ParsedCertificate;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use crate::error::PemError;
-use crate::x509;
+use crate::{private, x509};
 
 /// The largest file that is read. The authorities that a system trusts take a quarter of a megabyte.
 const MAX_FILE: u64 = 4 << 20;
@@ -40,8 +40,11 @@ pub(crate) fn read(file: File) -> io::Result<Vec<u8>> {
     Ok(pem)
 }
 
+/// The contents of a file that says whom to trust, or as whom to be trusted.
 pub(crate) fn read_path(path: &Path) -> io::Result<Vec<u8>> {
-    open(path).and_then(read)
+    let file = open(path)?;
+    private::check_unaltered(&file)?;
+    read(file)
 }
 
 /// The first private key.

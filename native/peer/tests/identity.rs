@@ -65,6 +65,47 @@ fn a_file_that_others_may_read_or_write_is_refused() {
     }
 }
 
+/// Whoever may write them decides whom this node trusts, or who it is.
+#[cfg(unix)]
+#[test]
+fn certificates_and_authorities_that_others_may_write_are_refused() {
+    use std::os::unix::fs::{PermissionsExt, chown};
+    let directory = Directory::new("unaltered");
+    let key = KeyPair::generate().unwrap();
+    let certificate = CertificateParams::new(["node".to_owned()]).unwrap().self_signed(&key).unwrap();
+    let pem = directory.private("all.pem", &(key.serialize_pem() + &certificate.pem()));
+    let engine = engine(Config::default());
+    let listens = || {
+        let files = Certificate::Files { certificate: pem.clone(), key: pem.clone() };
+        let shown = engine.listen(Listen { certificate: files, ..Listen::default() });
+        engine.close();
+        let trusted = engine.listen(Listen { verify: Some(Verify::CaFile(pem.clone())), ..Listen::default() });
+        engine.close();
+        match (shown, trusted) {
+            (Ok(_), Ok(_)) => true,
+            (
+                Err(ListenError::Certificate { why: PemError::File(_), .. }),
+                Err(ListenError::Tls(TlsError::CaFile(_))),
+            ) => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    for (mode, accepted) in [(0o644, true), (0o664, false), (0o646, false), (0o600, true)] {
+        fs::set_permissions(&pem, fs::Permissions::from_mode(mode)).unwrap();
+        assert_eq!(listens(), accepted, "{mode:o}");
+    }
+    // Only root may give a file away.
+    if chown(&pem, Some(1001), None).is_ok() {
+        assert!(!listens());
+        let file = directory.path("key.pem");
+        Identity::load_or_create(&file).unwrap();
+        chown(&file, Some(1001), None).unwrap();
+        let refused = Identity::load_or_create(&file);
+        assert!(matches!(refused, Err(IdentityError::ForeignOwner { owner: 1001 })), "{refused:?}");
+    }
+    engine.stop();
+}
+
 #[cfg(unix)]
 #[test]
 fn what_is_no_regular_file_is_not_opened() {

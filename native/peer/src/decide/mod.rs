@@ -8,6 +8,7 @@ pub(crate) mod descriptors;
 pub(crate) mod faults;
 pub(crate) mod growth;
 pub(crate) mod handover;
+pub(crate) mod known_keys;
 pub(crate) mod lanes;
 pub(crate) mod liveness;
 pub(crate) mod lookup;

@@ -130,6 +130,18 @@ impl Book {
         Ok(Registered { generation, replaced })
     }
 
+    /// The key that has a name, or had it a short time ago.
+    pub(crate) fn owner(&self, node_id: &Id) -> Option<Fingerprint> {
+        self.names.get(node_id).map(|name| name.owner)
+    }
+
+    /// The holder of the key that has a name has said that it belongs to another one from now on.
+    pub(crate) fn hand_on(&mut self, node_id: &Id, from: Fingerprint, to: Fingerprint) {
+        if let Some(name) = self.names.get_mut(node_id).filter(|name| name.owner == from) {
+            name.owner = to;
+        }
+    }
+
     /// The registration has ended, unless another one replaced it already.
     pub(crate) fn end(&mut self, generation: Generation, now: Instant) -> Vec<Ended> {
         self.forget(now);

@@ -4,9 +4,10 @@
 //! asked, or is registered under it at the relay that led there. A node without an id serves any, which proves nothing.
 //! Our own key is never a peer's.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use hashbrown::HashMap;
+use hashlink::LruCache;
 
 use crate::identity::Fingerprint;
 use crate::message::NodeId;
@@ -15,18 +16,20 @@ use crate::tls::Dialect;
 /// Names remembered; the one that was not seen for longest gives way.
 const MAX_NAMES: usize = 16_384;
 
-/// How long a name that is not seen is remembered. After that another key is accepted.
+/// How long a name that is not seen is remembered, unless the keys are kept in a file. After that another key is accepted.
 const FORGET_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// How many names that a key has disowned are remembered: the key is asked again for these, whatever a relay says. When
-/// there are more they are forgotten, which costs messages a detour.
+/// Keys that say they do not serve a name, one for each name: they are asked again, whatever a relay says. The oldest give
+/// way, which costs messages a detour.
 const MAX_DISOWNED: usize = 1024;
 
 /// Trust on first use: the keys that names are bound to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct TofuStore {
-    names: HashMap<NodeId, Binding>,
-    disowned: HashMap<NodeId, Fingerprint>,
+    /// The one that was not seen for longest comes first.
+    names: LruCache<NodeId, Binding>,
+    disowned: LruCache<NodeId, Fingerprint>,
+    unsaved: Option<Unsaved>,
 }
 
 #[derive(Debug)]
@@ -37,11 +40,44 @@ struct Binding {
     mismatch_told: bool,
 }
 
+/// What is not in the file yet.
+#[derive(Debug)]
+enum Unsaved {
+    /// The bindings of these names. At most [`MAX_NAMES`].
+    Names(HashSet<NodeId>),
+    All,
+}
+
+/// What to write to the file of keys.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Changes {
+    /// Keys of names, in any order; `None`: the name is bound no more.
+    Some(Vec<(NodeId, Option<Fingerprint>)>),
+    /// These bindings and no others, the one that was not seen for longest first.
+    All(Vec<(NodeId, Fingerprint)>),
+}
+
+impl Default for TofuStore {
+    /// One that lasts as long as the engine.
+    fn default() -> Self {
+        Self { names: LruCache::new(MAX_NAMES), disowned: LruCache::new(MAX_DISOWNED), unsaved: None }
+    }
+}
+
 impl TofuStore {
+    /// One that is kept in a file, where these bindings are from, the one that was not seen for longest first.
+    pub(crate) fn kept(known: Vec<(NodeId, Fingerprint)>, now: Instant) -> Self {
+        let mut store = Self { unsaved: Some(Unsaved::Names(HashSet::new())), ..Self::default() };
+        known.into_iter().for_each(|(node, key)| store.bind(node, key, now));
+        store.unsaved = Some(Unsaved::Names(HashSet::new()));
+        store
+    }
+
     /// The key that a name is bound to.
     pub(crate) fn key_of(&mut self, node: &NodeId, now: Instant) -> Option<Fingerprint> {
-        let Binding { key, seen, .. } = *self.names.get(node)?;
-        if seen + FORGET_AFTER <= now {
+        let Binding { key, seen, .. } = *self.names.peek(node)?;
+        // What is kept outlives the node's outages, and the time in which this engine does not run is not known.
+        if self.unsaved.is_none() && seen + FORGET_AFTER <= now {
             self.names.remove(node);
             return None;
         }
@@ -50,41 +86,92 @@ impl TofuStore {
 
     /// The key has proved to serve the name, which is bound to it from now on.
     pub(crate) fn bind(&mut self, node: NodeId, key: Fingerprint, now: Instant) {
-        if self.names.len() >= MAX_NAMES && !self.names.contains_key(&node) {
-            let oldest = self.names.iter().min_by_key(|(_, binding)| binding.seen).map(|(node, _)| node.clone());
-            if let Some(oldest) = oldest {
-                self.names.remove(&oldest);
+        self.disowned.remove(&node);
+        let before = self.names.remove(&node);
+        if before.is_none() && self.names.len() >= MAX_NAMES {
+            // It is not empty.
+            if let Some((oldest, _)) = self.names.remove_lru() {
+                self.changed(&oldest);
             }
         }
-        self.disowned.remove(&node);
-        let told = self.names.get(&node).is_some_and(|before| before.key == key && before.mismatch_told);
-        self.names.insert(node, Binding { key, seen: now, mismatch_told: told });
+        let same = before.filter(|before| before.key == key);
+        if same.is_none() {
+            self.changed(&node);
+        }
+        let mismatch_told = same.is_some_and(|before| before.mismatch_told);
+        self.names.insert(node, Binding { key, seen: now, mismatch_told });
+    }
+
+    /// The holder of the key that the name is bound to has said that it belongs to another one from now on. Whether that
+    /// was so.
+    pub(crate) fn hand_on(&mut self, node: &NodeId, from: Fingerprint, to: Fingerprint, now: Instant) -> bool {
+        let bound = self.names.peek(node).is_some_and(|binding| binding.key == from);
+        if bound {
+            self.bind(node.clone(), to, now);
+        }
+        bound
     }
 
     /// The holder of the key says that it does not serve the name.
     pub(crate) fn disown(&mut self, node: &NodeId, key: Fingerprint) {
-        if self.names.get(node).is_some_and(|binding| binding.key == key) {
-            self.names.remove(node);
-        }
-        if self.disowned.len() >= MAX_DISOWNED {
-            self.disowned.clear();
+        if self.names.peek(node).is_some_and(|binding| binding.key == key) {
+            self.forget(node);
         }
         self.disowned.insert(node.clone(), key);
     }
 
     /// Whether the holder of the key was the last to say that.
     pub(crate) fn is_disowned(&self, node: &NodeId, key: Option<Fingerprint>) -> bool {
-        key.is_some() && self.disowned.get(node) == key.as_ref()
+        key.is_some() && self.disowned.peek(node) == key.as_ref()
     }
 
     /// The next key that proves to serve the name may have it.
     pub(crate) fn forget(&mut self, node: &NodeId) {
-        self.names.remove(node);
+        if self.names.remove(node).is_some() {
+            self.changed(node);
+        }
     }
 
     /// Whether it is news that the node shows another key than the name's.
     pub(crate) fn is_first_mismatch(&mut self, node: &NodeId) -> bool {
-        self.names.get_mut(node).is_some_and(|binding| !std::mem::replace(&mut binding.mismatch_told, true))
+        self.names.peek_mut(node).is_some_and(|binding| !std::mem::replace(&mut binding.mismatch_told, true))
+    }
+
+    /// Whether there is something to write to the file.
+    pub(crate) fn is_unsaved(&self) -> bool {
+        match &self.unsaved {
+            None => false,
+            Some(Unsaved::Names(names)) => !names.is_empty(),
+            Some(Unsaved::All) => true,
+        }
+    }
+
+    /// What is to be written to the file now, which has it then.
+    pub(crate) fn take_unsaved(&mut self) -> Changes {
+        match self.unsaved.replace(Unsaved::Names(HashSet::new())) {
+            Some(Unsaved::All) => {
+                Changes::All(self.names.iter().map(|(node, binding)| (node.clone(), binding.key)).collect())
+            }
+            Some(Unsaved::Names(names)) => {
+                let key = |node: &NodeId| self.names.peek(node).map(|binding| binding.key);
+                Changes::Some(names.into_iter().map(|node| (node.clone(), key(&node))).collect())
+            }
+            None => Changes::Some(Vec::new()),
+        }
+    }
+
+    /// The file is to be written from the start: it may have lost something, or become too long.
+    pub(crate) fn save_all(&mut self) {
+        self.unsaved = self.unsaved.take().map(|_| Unsaved::All);
+    }
+
+    fn changed(&mut self, node: &NodeId) {
+        if let Some(Unsaved::Names(names)) = &mut self.unsaved {
+            names.insert(node.clone());
+            if names.len() > MAX_NAMES {
+                self.unsaved = Some(Unsaved::All);
+            }
+        }
     }
 }
 
@@ -225,6 +312,49 @@ mod tests {
         assert_eq!(store.names.len(), MAX_NAMES);
         assert!(store.names.contains_key(&node(0)));
         assert!(!store.names.contains_key(&node(1)));
+    }
+
+    #[test]
+    fn a_kept_name_is_bound_until_it_is_given_up_forgotten_or_handed_on() {
+        let start = Instant::now();
+        let mut store = TofuStore::kept((1..=3).map(|n| (node(n), key(1))).collect(), start);
+        let later = start + 400 * FORGET_AFTER;
+        assert_eq!(store.key_of(&node(1), later), Some(key(1)));
+        store.disown(&node(1), key(1));
+        store.forget(&node(2));
+        assert!(!store.hand_on(&node(3), key(2), key(3), later), "another key's word counts for nothing");
+        assert!(store.hand_on(&node(3), key(1), key(2), later));
+        assert!(!store.hand_on(&node(4), key(1), key(2), later), "it is bound to none");
+        assert_eq!([1, 2, 3, 4].map(|n| store.key_of(&node(n), later)), [None, None, Some(key(2)), None]);
+    }
+
+    #[test]
+    fn only_what_changes_is_written_and_after_a_fault_everything() {
+        let (now, mut store) =
+            (Instant::now(), TofuStore::kept(vec![(node(1), key(1)), (node(2), key(2))], Instant::now()));
+        store.bind(node(1), key(1), now);
+        assert!(!store.is_unsaved(), "it was known");
+        store.bind(node(2), key(3), now);
+        store.bind(node(3), key(3), now);
+        store.forget(&node(3));
+        store.forget(&node(4));
+        let Changes::Some(mut changes) = store.take_unsaved() else { panic!("all") };
+        changes.sort();
+        assert_eq!(changes, [(node(2), Some(key(3))), (node(3), None)]);
+        assert_eq!((store.is_unsaved(), store.take_unsaved()), (false, Changes::Some(Vec::new())));
+        store.save_all();
+        assert!(store.is_unsaved());
+        store.bind(node(1), key(4), now);
+        assert_eq!(store.take_unsaved(), Changes::All(vec![(node(2), key(3)), (node(1), key(4))]));
+        assert!(!store.is_unsaved());
+        for n in 0..3 * MAX_NAMES {
+            store.bind(node(n), key(1), now);
+        }
+        assert!(matches!(store.take_unsaved(), Changes::All(all) if all.len() == MAX_NAMES));
+        let mut in_memory = TofuStore::default();
+        in_memory.bind(node(1), key(1), now);
+        in_memory.save_all();
+        assert!(!in_memory.is_unsaved());
     }
 
     #[test]

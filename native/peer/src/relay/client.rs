@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use super::RECEIVE_BUFFER;
 use super::control::{Id, Limit, Probes, Refusal};
 use super::registration::{
-    CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Terms,
+    CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms,
 };
 use crate::decide::liveness::Liveness;
 use crate::decide::retry::{Backoff, Registering};
@@ -61,6 +61,8 @@ pub(crate) struct Settings {
     pub(crate) node_id: Id,
     /// What the node must know if the relay asks.
     pub(crate) realm_secret: Option<Bytes>,
+    /// The word of keys that the node had before.
+    pub(crate) successions: Successions,
     /// TLS and transport of inner connections. Their packets are 1,200 bytes whatever the transport settings say of MTU
     /// discovery; `initial_mtu` must be left alone.
     pub(crate) client: ClientConfig,
@@ -204,8 +206,19 @@ enum Over {
 
 impl RelayClient {
     pub(crate) fn new(settings: Settings) -> Arc<Self> {
-        let Settings { dial, node_id, realm_secret, client, server, timeout, idle, on_event, on_incoming, .. } =
-            settings;
+        let Settings {
+            dial,
+            node_id,
+            realm_secret,
+            successions,
+            client,
+            server,
+            timeout,
+            idle,
+            on_event,
+            on_incoming,
+            ..
+        } = settings;
         let on_dropped = Box::new({
             let on_event = on_event.clone();
             move |circuit, limit| on_event(RelayEvent::Dropped { circuit, limit })
@@ -217,6 +230,7 @@ impl RelayClient {
             on_event,
             terms: Arc::new(Terms {
                 realm_secret,
+                successions,
                 client,
                 server,
                 timeout,
@@ -385,7 +399,8 @@ impl RelayClient {
             None => (self.dial)().await.map_err(not_dialled)?,
         };
         let node_id = self.wants.borrow().standing.clone().unwrap_or_else(|| self.node_id.clone());
-        let registering = Registration::new(connection, node_id, self.terms.realm_secret.as_deref());
+        let Terms { realm_secret, successions, .. } = &*self.terms;
+        let registering = Registration::new(connection, node_id, realm_secret.as_deref(), successions());
         timeout(self.terms.timeout, registering).await.unwrap_or(Err(CircuitError::RelayLost))
     }
 

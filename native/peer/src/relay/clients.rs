@@ -11,7 +11,7 @@ use quinn::{ClientConfig, Connection, TransportConfig};
 use tokio::time::timeout;
 
 use super::client::{Probed, RegistrationState, RelayClient, RelayEvent, Settings};
-use super::control::Id;
+use super::control::{Id, MAX_SUCCESSIONS_LEN};
 use super::registration::{CircuitError, IncomingCircuit, PunchSession};
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
@@ -217,6 +217,7 @@ impl Clients {
             // A fingerprint and a name are valid ids.
             node_id: Id::new(name.unwrap_or_else(|| own.clone())).unwrap_or_else(|| unreachable!()),
             realm_secret: node.config.realm_secret.as_ref().map(|secret| Bytes::copy_from_slice(secret.as_bytes())),
+            successions: Box::new(successions(weak.clone())),
             client: self.client.clone(),
             server: Some((*self.admission.config).clone()),
             timeout: node.config.connect_timeout,
@@ -237,6 +238,18 @@ impl Clients {
             }
         });
         client
+    }
+}
+
+/// As many as a message takes.
+fn successions(node: Weak<Node>) -> impl Fn() -> Vec<Bytes> + Send + Sync {
+    move || {
+        let mut len = 0;
+        let fits = |statement: &Bytes| {
+            len += statement.len();
+            len <= MAX_SUCCESSIONS_LEN
+        };
+        node.upgrade().map_or_else(Vec::new, |node| node.identity.successions().into_iter().take_while(fits).collect())
     }
 }
 

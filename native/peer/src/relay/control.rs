@@ -25,6 +25,9 @@ const VERSION: u64 = 1;
 /// Ports or addresses in one message.
 const MAX_LISTED: usize = 16;
 
+/// Bytes of successions in one message.
+pub(crate) const MAX_SUCCESSIONS_LEN: usize = 3072;
+
 /// Length of a node's proof that it knows the realm's secret.
 pub(crate) const PROOF_LEN: usize = 32;
 
@@ -49,7 +52,7 @@ impl Id {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum FromNode {
     /// Always the first.
-    Connect { node_id: Id, proof: Option<[u8; PROOF_LEN]> },
+    Connect { node_id: Id, proof: Option<[u8; PROOF_LEN]>, successions: Vec<Bytes> },
     /// Asks for a circuit.
     RelayRequest { session_id: Id, target_id: Id },
     /// Ends a circuit.
@@ -250,7 +253,7 @@ impl FromNode {
     /// The whole frame.
     pub(crate) fn encode(&self) -> Bytes {
         match self {
-            Self::Connect { node_id, proof } => {
+            Self::Connect { node_id, proof, successions } => {
                 let mut fields = vec![
                     ("version", Value::Uint(VERSION)),
                     ("node_id", id(node_id)),
@@ -258,6 +261,10 @@ impl FromNode {
                     ("capabilities", Value::Array(Vec::new())),
                 ];
                 fields.extend(proof.map(|proof| ("proof", Value::Bin(proof.into()))));
+                if !successions.is_empty() {
+                    let statements = successions.iter().map(|statement| Value::Bin(statement.to_vec()));
+                    fields.push(("successions", Value::Array(statements.collect())));
+                }
                 message(MessageType::Connect, fields)
             }
             Self::RelayRequest { session_id, target_id } => {
@@ -300,7 +307,7 @@ impl FromNode {
                     Some(_) => Some(fields.bin("proof")?.try_into().map_err(|_| ControlError::Field("proof"))?),
                     None => None,
                 };
-                Ok(Self::Connect { node_id: fields.id("node_id")?, proof })
+                Ok(Self::Connect { node_id: fields.id("node_id")?, proof, successions: fields.successions()? })
             }
             Some(MessageType::RelayRequest) => {
                 Ok(Self::RelayRequest { session_id: fields.id("session_id")?, target_id: fields.id("target_id")? })
@@ -583,6 +590,18 @@ impl Fields {
         self.list(key)?.iter().map(|value| port(value).ok_or(ControlError::Field(key))).collect()
     }
 
+    fn successions(&self) -> Result<Vec<Bytes>, ControlError> {
+        let statement = |value: &Value| match value {
+            Value::Bin(statement) => Some(Bytes::copy_from_slice(statement)),
+            _ => None,
+        };
+        let key = "successions";
+        match self.get(key) {
+            Some(_) => self.list(key)?.iter().map(|value| statement(value).ok_or(ControlError::Field(key))).collect(),
+            None => Ok(Vec::new()),
+        }
+    }
+
     fn list(&self, key: &'static str) -> Result<&[Value], ControlError> {
         match self.get(key) {
             Some(Value::Array(values)) if values.len() <= MAX_LISTED => Ok(values),
@@ -685,8 +704,12 @@ mod tests {
 
     fn from_node() -> Vec<FromNode> {
         vec![
-            FromNode::Connect { node_id: some_id(b"a"), proof: None },
-            FromNode::Connect { node_id: Id::new(vec![255; 255]).unwrap(), proof: Some([7; PROOF_LEN]) },
+            FromNode::Connect { node_id: some_id(b"a"), proof: None, successions: Vec::new() },
+            FromNode::Connect {
+                node_id: Id::new(vec![255; 255]).unwrap(),
+                proof: Some([7; PROOF_LEN]),
+                successions: vec![vec![1; MAX_SUCCESSIONS_LEN - 1].into(), vec![2].into()],
+            },
             FromNode::RelayRequest { session_id: some_id(b"\0"), target_id: Id::new(vec![1; 255]).unwrap() },
             FromNode::Disconnect { circuit: u32::MAX, reason: Reason::Closed },
             FromNode::Describe { profile: NatProfile::default(), candidates: Vec::new() },
@@ -781,6 +804,11 @@ mod tests {
         refused("node_id", vec![version(), field("node_id", Value::Str("a".into()))]);
         refused("proof", vec![version(), node_id(), field("proof", Value::Bin(vec![0; 31]))]);
         refused("proof", vec![version(), node_id(), field("proof", Value::Nil)]);
+        for wrong in
+            [Value::Nil, Value::Array(vec![Value::Nil]), Value::Array(vec![Value::Bin(vec![1]); MAX_LISTED + 1])]
+        {
+            refused("successions", vec![version(), node_id(), field("successions", wrong)]);
+        }
     }
 
     #[test]
@@ -792,7 +820,7 @@ mod tests {
             field("node_id", text("new")),
             field("version", Value::Uint(1)),
         ];
-        let expected = FromNode::Connect { node_id: some_id(b"new"), proof: None };
+        let expected = FromNode::Connect { node_id: some_id(b"new"), proof: None, successions: Vec::new() };
         assert_eq!(FromNode::decode(&made(MessageType::Connect, pairs)), Ok(expected));
 
         let refused = made(MessageType::Reply, vec![field("error", text("full_moon"))]);

@@ -97,10 +97,15 @@ pub(crate) enum CircuitError {
     Stopped,
 }
 
+/// What a node has to show at the moment.
+pub(crate) type Successions = Box<dyn Fn() -> Vec<Bytes> + Send + Sync>;
+
 /// How to register, and what comes over the registration.
 pub(crate) struct Terms {
     /// What a node must know to be registered, if the relay asks.
     pub(crate) realm_secret: Option<Bytes>,
+    /// The word of keys that the node had before: the relay may know its name by one of them.
+    pub(crate) successions: Successions,
     /// For inner connections.
     pub(crate) client: ClientConfig,
     pub(crate) server: Option<quinn::ServerConfig>,
@@ -196,6 +201,7 @@ impl Registration {
         connection: Connection,
         node_id: Id,
         realm_secret: Option<&[u8]>,
+        successions: Vec<Bytes>,
     ) -> Result<Self, CircuitError> {
         let connection = Closing(connection);
         if Dialect::of(&connection.0) != Some(Dialect::MaculaPeer1) || connection.0.max_datagram_size().is_none() {
@@ -205,7 +211,7 @@ impl Registration {
         let (mut send, mut receive) = connection.0.open_bi().await.map_err(|_| CircuitError::RelayLost)?;
         let mut hello = BytesMut::new();
         hello.put_slice(&[VERSION, OPENER, 0, 0, 0, 0, 0, 0]);
-        hello.put(FromNode::Connect { node_id: node_id.clone(), proof }.encode());
+        hello.put(FromNode::Connect { node_id: node_id.clone(), proof, successions }.encode());
         // That the stream was stopped also shows in what is read, with the reason.
         if let Err(WriteError::ConnectionLost(_)) = send.write_all(&hello).await {
             return Err(CircuitError::RelayLost);

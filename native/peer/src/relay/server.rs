@@ -14,7 +14,7 @@ use std::future::pending;
 use std::pin::pin;
 use std::slice;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use macula_peer_wire::{FrameError, Reassembler};
@@ -41,6 +41,7 @@ use crate::message::NodeId;
 use crate::signal::Secret;
 use crate::socket::canonical;
 use crate::stats::Counter;
+use crate::succession;
 
 /// Who opens a control stream and does not say `connect` is let go after this long. It can come in the same packet.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -332,8 +333,8 @@ impl Relay {
         control: &mut Control,
     ) -> End {
         let Some(_place) = Place::take(self, &connection) else { return End::Refused(Refusal::Malformed) };
-        let (node_id, proof) = match timeout(CONNECT_TIMEOUT, control.next()).await {
-            Ok(Ok(FromNode::Connect { node_id, proof })) => (node_id, proof),
+        let (node_id, proof, successions) = match timeout(CONNECT_TIMEOUT, control.next()).await {
+            Ok(Ok(FromNode::Connect { node_id, proof, successions })) => (node_id, proof, successions),
             Ok(Ok(_) | Err(NextError::Frame(_) | NextError::Message(_))) => return End::Refused(Refusal::Malformed),
             Ok(Err(NextError::Ended)) => return End::Left,
             Err(_) => return End::Slow,
@@ -345,6 +346,7 @@ impl Relay {
         if let Err(reason) = self.admissions.admit_registration(owner, address, node_id.as_bytes()).await {
             return End::Refused(reason.into());
         }
+        self.hand_on(&node_id, owner, &successions);
         let (entry, notes) = match self.register(connection, node_id, owner) {
             Ok(registered) => registered,
             Err(end) => return end,
@@ -383,6 +385,16 @@ impl Relay {
     fn admits(&self, connection: &Connection, node_id: &Id, proof: Option<[u8; PROOF_LEN]>) -> bool {
         let Some(secret) = &self.config.realm_secret else { return true };
         proof.is_some_and(|proof| realm_proof_is_valid(connection, secret.as_bytes(), node_id.as_bytes(), &proof))
+    }
+
+    /// A node that has another key than before keeps its name, if the key before says so.
+    fn hand_on(&self, node_id: &Id, to: Fingerprint, successions: &[Bytes]) {
+        let Some(from) = lock(&self.state).book.owner(node_id).filter(|owner| *owner != to) else { return };
+        // One signature is verified, whatever a stranger sends.
+        let statement = successions.iter().find(|statement| succession::signer(statement) == Some(from));
+        if statement.is_some_and(|statement| succession::is_valid(statement, from, to, SystemTime::now())) {
+            lock(&self.state).book.hand_on(node_id, from, to);
+        }
     }
 
     fn register(

@@ -173,6 +173,7 @@ fn node(name: &str, relay: SocketAddr, options: Options) -> Node {
         dial: Box::new(dial),
         node_id: id(name),
         realm_secret: secret,
+        successions: Box::new(Vec::new),
         client: client_config(transport()),
         server: Some(server_config(transport())),
         timeout: patience,
@@ -559,7 +560,7 @@ async fn a_circuit_that_nobody_waits_for_any_more_is_given_up() {
     let relay = Running::new(RelayConfig::default());
     // Registered, and never answering over circuits.
     let connecting = endpoint(None).connect_with(client_config(transport()), relay.address, "deaf").unwrap();
-    let _deaf = Registration::new(connecting.await.unwrap(), id("deaf"), None).await.unwrap();
+    let _deaf = Registration::new(connecting.await.unwrap(), id("deaf"), None, Vec::new()).await.unwrap();
     let a = node("a", relay.address, Options::default());
     for patience in [0, 1, 3, 10, 50, 100] {
         let connected = timeout(Duration::from_millis(patience), a.client.connect(&id("deaf"))).await;

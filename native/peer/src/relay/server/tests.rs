@@ -200,7 +200,7 @@ fn id(name: impl AsRef<str>) -> Id {
 }
 
 fn connect_as(name: &str) -> FromNode {
-    FromNode::Connect { node_id: id(name), proof: None }
+    FromNode::Connect { node_id: id(name), proof: None, successions: Vec::new() }
 }
 
 fn request(session: &str, target: &str) -> FromNode {
@@ -536,12 +536,17 @@ async fn a_node_proves_that_it_knows_the_realms_secret() {
     ];
     for proof in wrong {
         let mut node = Node::open(&connection).await;
-        node.say(FromNode::Connect { node_id: id("a"), proof }).await;
+        node.say(FromNode::Connect { node_id: id("a"), proof, successions: Vec::new() }).await;
         assert_eq!(node.hear().await, refused(Refusal::Realm));
         assert_eq!(node.hear_or_end().await, Err(None));
     }
     let mut node = Node::open(&connection).await;
-    node.say(FromNode::Connect { node_id: id("a"), proof: proof(&connection, b"secret", "a") }).await;
+    node.say(FromNode::Connect {
+        node_id: id("a"),
+        proof: proof(&connection, b"secret", "a"),
+        successions: Vec::new(),
+    })
+    .await;
     assert!(matches!(node.hear().await, FromRelay::Registered { .. }));
     assert_eq!(of(&running.relay.stats().refused, "realm"), 4);
 }
