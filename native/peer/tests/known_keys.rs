@@ -345,11 +345,11 @@ async fn claims_all(connection: Connection, statement: Option<Vec<u8>>) {
         let statement = statement.clone();
         tokio::spawn(async move {
             let mut header = [0; 8];
-            receive.read_exact(&mut header).await.unwrap();
-            let answer = match (header[1], statement) {
-                (ASK_NODE, _) => vec![1],
-                (ASK_SUCCESSION, Some(statement)) => statement,
-                _ => return receive.received_reset().await.map(drop).unwrap_or_default(),
+            let answer = match (receive.read_exact(&mut header).await.map(|()| header[1]), statement) {
+                (Ok(ASK_NODE), _) => vec![1],
+                (Ok(ASK_SUCCESSION), Some(statement)) => statement,
+                // Until the connection ends.
+                _ => return drop(receive.received_reset().await),
             };
             let _ = send.write_all(&answer).await;
             let _ = send.finish();
