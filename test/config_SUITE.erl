@@ -63,7 +63,9 @@ wrong_settings() ->
      {takeover, yes}, {takeover_pool, 1}, {resolver, 1}, {resolver, "none"}, {resolver, no_such_module}, {resolver, lists},
      {pool_size, 0}, {idle_timeout, 0}, {idle_timeout, infinity}, {keep_alive, 86400001}, {connect_timeout, 1.5},
      {delivery, exactly_once}, {max_unacknowledged, many}, {answer_timeout, -1}, {workers, 0},
-     {identity_file, none}, {identity_file, 1}, {verify, always}, {verify, {pin, [Hex]}}, {verify, {cacertfile, 1}},
+     {identity_file, none}, {identity_file, 1}, {known_keys_file, none}, {known_keys_file, 1},
+     {previous_identity_files, "old.pem"}, {previous_identity_files, [1]}, {previous_identity_files, lists:duplicate(5, "old.pem")},
+     {verify, always}, {verify, {pin, [Hex]}}, {verify, {cacertfile, 1}},
      {verify, {cacertfile, "ca.pem", some_names}},
      {max_accepted, 0}, {max_streams, 1 bsl 32}, {frame_timeout, <<"1">>}
      | [{Key, Most + 1} || {Key, Most} <- largest()]].

@@ -60,14 +60,19 @@ a_node_changes_its_key(Config) ->
     ok = macula_peer_test:engine(#{}),
     ?assertEqual(ok, send(1, #{endpoint => At})),
     _ = delivered(Before, 1),
-    macula_peer_test:kill_node(Before),
+    ok = call(Before, macula_peer_endpoint, stop, []),
+    macula_peer_test:until(fun() ->
+        {ok, #{path := Path}} = macula_peer_endpoint:path({node, id(target)}),
+        Path =:= none
+    end),
     {Alone, AloneAt} = listener(Target#{identity_file := New}),
-    ?assertEqual(?UNTRUSTED, send(2, #{endpoint => AloneAt, timeout => 5000})),
+    ?assertEqual(?UNTRUSTED, send(2, #{endpoint => AloneAt})),
     ?assertEqual([], macula_peer_test:ids(Alone)),
     macula_peer_test:kill_node(Alone),
     {After, AfterAt} = listener(Target#{identity_file := New, previous_identity_files => [Old]}),
     ?assertEqual(ok, send(3, #{endpoint => AfterAt})),
-    _ = delivered(After, 3).
+    _ = delivered(After, 3),
+    ?assertEqual([3], macula_peer_test:ids(After)).
 
 a_name_moves_to_the_key_that_a_call_names(_Config) ->
     [{Right, At}, {Wrong, WrongAt}] = [listener(settings(target, [])) || _ <- [right, wrong]],
