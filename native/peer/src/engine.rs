@@ -23,7 +23,7 @@ use crate::link::lock;
 use crate::listen::{self, Admission};
 use crate::message::{Fallback, Handler, Letter, Message, NodeId, Unhandled};
 use crate::nat::{self, NatStatus};
-use crate::node::{Network, Node};
+use crate::node::{Keys, Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
 use crate::ports;
 use crate::race::Ways;
@@ -130,8 +130,7 @@ impl Engine {
             let network = Network { quic, socket, refusals, signals };
             let node = Node::new(
                 Arc::new(config),
-                identity,
-                known,
+                Keys { identity, known },
                 network,
                 tls,
                 gateway_tls,

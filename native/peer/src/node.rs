@@ -126,6 +126,12 @@ pub(crate) struct Node {
     started: Instant,
 }
 
+/// Who this node is, and whom it knows.
+pub(crate) struct Keys {
+    pub(crate) identity: Identity,
+    pub(crate) known: KnownKeys,
+}
+
 /// The one socket, and QUIC on it.
 pub(crate) struct Network {
     pub(crate) quic: quinn::Endpoint,
@@ -180,14 +186,14 @@ struct BoundSocket {
 impl Node {
     pub(crate) fn new(
         config: Arc<Config>,
-        identity: Identity,
-        known: KnownKeys,
+        keys: Keys,
         network: Network,
         tls: QuicClientConfig,
         gateway_tls: QuicClientConfig,
         clients: Clients,
         runtime: Handle,
     ) -> Arc<Self> {
+        let Keys { identity, known } = keys;
         let Network { quic, socket, refusals, signals } = network;
         let mut tasks = JoinSet::new();
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
