@@ -190,34 +190,34 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Keeps open containers on the heap: a dirty scheduler's stack is too small for the depth that messages may have.
     fn term<'a>(&mut self, term: Term<'a>) -> Result<(), Failure> {
-        let mut open: Vec<Open<'a>> = Vec::new();
-        let mut next = term;
-        loop {
-            open.extend(self.begin(next)?);
-            next = loop {
-                let Some(innermost) = open.last_mut() else { return Ok(()) };
-                if let Some(inner) = innermost.next() {
-                    break inner;
-                }
-                self.writer.end();
-                open.pop();
-            };
+        match self.begin(term)? {
+            None => Ok(()),
+            Some(container) => self.elements(container),
         }
     }
 
+    /// Keeps open containers on the heap: a dirty scheduler's stack is too small for the depth that messages may have.
+    fn elements<'a>(&mut self, container: Open<'a>) -> Result<(), Failure> {
+        let mut open = vec![container];
+        while let Some(innermost) = open.last_mut() {
+            match innermost.next() {
+                Some(term) => open.extend(self.begin(term)?),
+                None => {
+                    self.writer.end();
+                    open.pop();
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes a term, or the part of a container before its first element.
+    #[inline]
     fn begin<'a>(&mut self, term: Term<'a>) -> Result<Option<Open<'a>>, Failure> {
         self.spend(1)?;
         match term.get_type() {
-            TermType::Binary => match Binary::from_term(term) {
-                Ok(binary) => {
-                    self.spend(binary.len() / COPIED_PER_UNIT)?;
-                    self.writer.bin(binary.as_slice())?;
-                }
-                Err(_) => return Err(Failure::Kind(atoms::bitstring())),
-            },
+            TermType::Binary => self.binary(term)?,
             TermType::Integer => self.integer(term)?,
             TermType::Atom => self.atom(term)?,
             TermType::List => return self.list(term),
@@ -231,6 +231,12 @@ impl Walk<'_> {
             TermType::Unknown => return Err(Failure::Kind(atoms::other())),
         }
         Ok(None)
+    }
+
+    fn binary(&mut self, term: Term<'_>) -> Result<(), Failure> {
+        let binary = Binary::from_term(term).map_err(|_| Failure::Kind(atoms::bitstring()))?;
+        self.spend(binary.len() / COPIED_PER_UNIT)?;
+        Ok(self.writer.bin(binary.as_slice())?)
     }
 
     fn integer(&mut self, term: Term<'_>) -> Result<(), Failure> {

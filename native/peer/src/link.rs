@@ -164,8 +164,8 @@ pub(crate) enum Written {
     Done { wake: bool },
     /// The peer allows no further stream at present.
     NoCredit(Letter),
-    /// A stream was opened and took only a part, or nothing yet.
-    Partial(Partial),
+    /// A stream was opened and took only a part, or nothing yet. Rare, and large: all results would be as large.
+    Partial(Box<Partial>),
     /// The link is dead.
     Lost(Letter),
     /// The link is dead, and the peer may have all of the message.
@@ -324,15 +324,11 @@ impl Link {
             return Written::Lost(message);
         }
         if message.asker().is_some() {
-            drop(out);
-            return self.write_once(message, now);
+            return self.write_once(out, message, now);
         }
         let arrived = |lane: &Lane| self.packets_arrived(lane.mark, now, self.connection.rtt());
         match out.lanes.choose(now, message.frame.len(), || self.connection.rtt(), arrived) {
-            Choice::Once => {
-                drop(out);
-                self.write_once(message, now)
-            }
+            Choice::Once => self.write_once(out, message, now),
             Choice::Open => self.open_lane(out, message, now),
             Choice::Lane(index) => self.write_lane(out, index, message, now),
         }
@@ -481,9 +477,10 @@ impl Link {
         out.answers.iter().filter_map(|answer| answer.until).min()
     }
 
-    /// Not under the lock, so that senders on several schedulers do not wait for each other.
-    fn write_once(&self, message: Letter, now: Instant) -> Written {
-        let spare = self.out().spare.take().map(Ok);
+    /// Writes without the lock, so that senders on several schedulers do not wait for each other.
+    fn write_once(&self, mut out: MutexGuard<'_, Out>, message: Letter, now: Instant) -> Written {
+        let spare = out.spare.take().map(Ok);
+        drop(out);
         let opened = spare.or_else(|| now_or_never(self.connection.open_bi()));
         let (mut send, receive) = match opened {
             Some(Ok(stream)) => stream,
@@ -493,7 +490,7 @@ impl Link {
         self.line_up(&send, message.frame.len());
         match write_now(&mut send, &message.frame) {
             Write::All => self.finish(message, send, receive, now),
-            Write::Part(rest) => Written::Partial(Partial { message, send, receive, rest }),
+            Write::Part(rest) => Written::Partial(Box::new(Partial { message, send, receive, rest })),
             Write::Failed => Written::Lost(message),
         }
     }
@@ -508,7 +505,7 @@ impl Link {
         self.line_up(&send, message.frame.len());
         match write_now(&mut send, &message.frame) {
             Write::All => {}
-            Write::Part(rest) => return Written::Partial(Partial { message, send, receive, rest }),
+            Write::Part(rest) => return Written::Partial(Box::new(Partial { message, send, receive, rest })),
             Write::Failed => return Written::Lost(message),
         }
         let mark = Mark::new(Instant::now());
@@ -528,8 +525,7 @@ impl Link {
             // nothing; it goes out whole on a stream of its own.
             let stream = lane.stream;
             drop(out.end_lane(stream));
-            drop(out);
-            return self.write_once(message, now);
+            return self.write_once(out, message, now);
         }
         lane.mark = Mark::new(Instant::now());
         if let Some(time) = message.listens_for(self.answer_timeout) {

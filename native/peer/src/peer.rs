@@ -269,7 +269,7 @@ impl Peer {
             Written::Partial(partial) => {
                 self.held.fetch_sub(size, Ordering::Relaxed);
                 let job = Job::accepted(None, partial.message.deadline);
-                lock(&self.state).partials.push((link, job, partial));
+                lock(&self.state).partials.push((link, job, *partial));
                 self.wake.notify_one();
                 Ok(())
             }
@@ -486,9 +486,9 @@ impl Peer {
     /// Gives a message to the session, whose link is live. Returns whether the task is to go on with it.
     fn number(&self, state: &mut State, message: Letter, now: Instant) -> bool {
         state.expiry = earliest(state.expiry, message.deadline);
-        let (progress, wake) = state.session.send(message, now);
-        self.counters.sent.add(progress.written);
-        wake
+        let sent = state.session.send(message, now);
+        self.counters.sent.add(sent.written.into());
+        sent.wake
     }
 
     /// Takes a message for a live link that has no stream to spare just now.
@@ -574,7 +574,10 @@ impl State {
     }
 
     fn first_waiting(&self) -> usize {
-        self.queue.partition_point(Job::is_accepted)
+        match self.queue.back() {
+            Some(last) if !last.is_accepted() => self.queue.partition_point(Job::is_accepted),
+            _ => self.queue.len(),
+        }
     }
 
     /// From now on callers wait for the next link.
@@ -1043,7 +1046,7 @@ impl Task {
                 }
                 Written::Partial(partial) => {
                     self.admit(&job, size);
-                    self.write(link.clone(), job, partial);
+                    self.write(link.clone(), job, *partial);
                 }
                 Written::NoCredit(message) => {
                     job.message = Some(message);

@@ -93,6 +93,15 @@ pub(crate) struct Progress {
     pub(crate) wrong_node: bool,
 }
 
+/// What became of one message at once.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Sent {
+    /// It was written, as far as the stream took it.
+    pub(crate) written: bool,
+    /// The peer's task has something to go on with.
+    pub(crate) wake: bool,
+}
+
 /// What was owed when a session ended.
 #[derive(Default)]
 pub(crate) struct Taken {
@@ -159,19 +168,17 @@ impl Session {
         }
     }
 
-    /// Takes a message over and writes what the stream takes of it. Returns whether the peer's task is to go on.
-    pub(crate) fn send(&mut self, message: Letter, now: Instant) -> (Progress, bool) {
-        let mut progress = Progress::default();
+    /// Takes a message over and writes what the stream takes of it.
+    pub(crate) fn send(&mut self, message: Letter, now: Instant) -> Sent {
         let channel = self.channel(&message);
         channel.owed.push(message);
-        let Some(stream) = channel.stream.as_mut() else { return (progress, false) };
+        let Some(stream) = channel.stream.as_mut() else { return Sent::default() };
         let first = channel.owed.unwritten() == 1;
         if !first || !stream.resumed || !stream.is_clear() {
             // Whoever was first has woken the task.
-            return (progress, first);
+            return Sent { written: false, wake: first };
         }
-        let wake = !stream.write_one(&mut channel.owed, now, &mut progress);
-        (progress, wake)
+        stream.write_one(&mut channel.owed, now)
     }
 
     /// Reads acknowledgements and writes what there is. Ready when there is something to tell; wakes the task of `cx`
@@ -313,10 +320,9 @@ impl Stream {
         self.stopped.is_none() && self.rest.len() <= HEADER_LEN + MAX_OPEN_LEN && self.in_flight < DIRECT_WRITES
     }
 
-    /// Writes the next message without waiting. False if a part of it is left.
-    fn write_one(&mut self, owed: &mut Outgoing<Letter>, now: Instant, progress: &mut Progress) -> bool {
-        let Some(Next { announce, message }) = owed.write(now) else { return true };
-        progress.written += 1;
+    /// Writes the next message without waiting.
+    fn write_one(&mut self, owed: &mut Outgoing<Letter>, now: Instant) -> Sent {
+        let Some(Next { announce, message }) = owed.write(now) else { return Sent::default() };
         let frame = message.frame.clone();
         self.in_flight += frame.len();
         if self.rest.is_empty() && announce.is_none() {
@@ -328,7 +334,8 @@ impl Stream {
             self.rest = piece.freeze();
         }
         // An error comes again when the task writes.
-        matches!(now_or_never(self.write_rest()), Some(Ok(())))
+        let all = matches!(now_or_never(self.write_rest()), Some(Ok(())));
+        Sent { written: true, wake: !all }
     }
 
     /// Writes until the stream takes no more. False if it is gone.
