@@ -158,6 +158,7 @@ wrong_values_are_named(_Config) ->
      || {Key, Value} <- [{keys, none}, {keys, [<<0:248>>]}, {node_ids, [<<>>]}, {node_ids, [a]}, {networks, ["10.0.0.0/33"]},
                          {networks, ["10.0.0.1/8"]}, {networks, [{1, 2, 3}]}, {networks, "10.0.0.0/8"}, {addresses, []}]],
     ?assertEqual({error, {invalid_option, {refuse, #{}}}}, macula_peer_endpoint:set_access(#{refuse => #{}})),
+    ?assertEqual({error, {invalid_option, {deny, []}}}, macula_peer_endpoint:set_access(#{deny => []})),
     ?assertEqual({error, {invalid_option, {access, []}}}, macula_peer_endpoint:set_access([])),
     [?assertEqual({error, {invalid_kick, Whom}}, macula_peer_endpoint:kick(Whom))
      || Whom <- [<<"a">>, {key, <<"a">>}, {node_id, <<>>}, {address, {127, 0, 0, 1}}]],
@@ -204,8 +205,9 @@ lists_are_a_setting(_Config) ->
     ok = macula_peer_endpoint:start(),
     ?assertEqual(#{allow => #{}, deny => #{networks => [<<"127.0.0.0/8">>]}}, macula_peer_endpoint:access()),
     ok = macula_peer_endpoint:stop(),
-    ok = application:set_env(?APP, access, #{deny => #{networks => [1]}}),
-    ?assertEqual({error, {invalid_option, {networks, [1]}}}, macula_peer_endpoint:start()).
+    Wrong = #{deny => #{networks => [1]}},
+    ok = application:set_env(?APP, access, Wrong),
+    ?assertEqual({error, {invalid_option, {access, Wrong}}}, macula_peer_endpoint:start()).
 
 %% ---- a relay's nodes ----
 

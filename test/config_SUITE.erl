@@ -67,6 +67,7 @@ wrong_settings() ->
      {previous_identity_files, "old.pem"}, {previous_identity_files, [1]}, {previous_identity_files, lists:duplicate(5, "old.pem")},
      {verify, always}, {verify, {pin, [Hex]}}, {verify, {cacertfile, 1}},
      {verify, {cacertfile, "ca.pem", some_names}},
+     {access, []}, {access, #{refuse => #{}}}, {access, #{deny => []}}, {access, #{allow => #{keys => [<<"key">>]}}},
      {max_accepted, 0}, {max_streams, 1 bsl 32}, {frame_timeout, <<"1">>}
      | [{Key, Most + 1} || {Key, Most} <- largest()]].
 

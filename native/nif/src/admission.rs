@@ -123,6 +123,9 @@ pub(crate) fn access(value: Term<'_>) -> Result<Access, InvalidOption<'_>> {
             key if key == atoms::deny() => &mut access.deny,
             _ => return None,
         };
+        if !value.is_map() {
+            return None;
+        }
         match lists(value) {
             Ok(lists) => *side = lists,
             Err(invalid) => within = Some(invalid),

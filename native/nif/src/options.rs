@@ -45,18 +45,9 @@ impl Reason for InvalidOption<'_> {
 
 /// The engine's settings. Times are in milliseconds, sizes in bytes.
 pub(crate) fn config(options: Term<'_>) -> Result<Config, InvalidOption<'_>> {
-    let (mut config, mut in_access) = (Config::default(), None);
-    each(options, |key, value| match key {
-        key if key == atoms::access() => {
-            match admission::access(value) {
-                Ok(access) => config.access = access,
-                Err(invalid) => in_access = Some(invalid),
-            }
-            Some(())
-        }
-        key => set(&mut config, key, value),
-    })?;
-    in_access.map_or(Ok(config), Err)
+    let mut config = Config::default();
+    each(options, |key, value| set(&mut config, key, value))?;
+    Ok(config)
 }
 
 /// Where and as whom to listen.
@@ -149,6 +140,7 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
         }
         key if key == atoms::known_keys_file() => config.known_keys_file = Some(path(value)?),
         key if key == atoms::verify() => config.verify = verify(value)?,
+        key if key == atoms::access() => config.access = admission::access(value).ok()?,
         key if key == atoms::verify_clients() => config.verify_clients = value.decode().ok()?,
         key if key == atoms::realm_secret() => config.realm_secret = Some(secret(value)?),
         key if key == atoms::node_id() => config.node_id = Some(node_id(value)?),
