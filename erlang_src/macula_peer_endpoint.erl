@@ -79,11 +79,13 @@
 %% for one question) for the same key, IP address, path and node id.
 
 -type relay_opts() :: #{max_registrations => pos_integer(), max_sessions => pos_integer(),
-                        max_sessions_per_node => pos_integer(), bandwidth => pos_integer(),
+                        max_sessions_per_node => pos_integer(), key_share => 1..100, address_share => 1..100,
+                        bandwidth => pos_integer(),
                         packet_queue => pos_integer(), max_packet => pos_integer(), accept_rate => pos_integer(),
                         idle_timeout => pos_integer(), grace => non_neg_integer(), realm_secret => binary(),
                         probe_port => inet:port_number(), probe_ip => inet:ip_address()}.
-%% What a relay gives at most: nodes registered (10,000), circuits in all (100, as in the original) and of one node (20),
+%% What a relay gives at most: nodes registered (10,000), circuits in all (100, as in the original), and of one node those that
+%% it opens and those to it (20 of each); what one key (25) and one address (50) may have of these, in percent;
 %% bytes a second of a circuit (1,000,000), bytes that wait to be sent to a node (64 KiB), bytes of a packet (1,500),
 %% registrations a second (100), milliseconds without a packet before a circuit ends (30 minutes) and for which a node id is
 %% kept for its key after its registration ended (5 minutes). With `realm_secret' only nodes that know it are registered.

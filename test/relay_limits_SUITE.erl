@@ -16,7 +16,7 @@ suite() -> [{timetrap, {seconds, 120}}].
 
 all() ->
     [a_node_id_is_its_first_owners, a_node_id_is_kept_for_its_owner_for_a_while, sessions, sessions_per_node,
-     registrations, accept_rate, a_realm_is_for_those_who_know_its_secret, idle_circuits_end,
+     registrations, accept_rate, shares, a_realm_is_for_those_who_know_its_secret, idle_circuits_end,
      what_is_beyond_the_bandwidth_arrives_later, what_the_queue_has_no_room_for_arrives_later].
 
 %% ---- node ids ----
@@ -69,7 +69,7 @@ sessions_per_node(_Config) ->
     Relay = start_relay(here, #{max_sessions_per_node => 1}),
     [A, B, C, D] = members([a, b, c, d], Relay),
     ?assertEqual(ok, send(A, {a, c}, 1, #{})),
-    %% Both ends of a circuit count.
+    %% What a node opens counts, and what leads to it; each by itself.
     [?assertEqual(refused(sessions_per_node), send(From, Names, 2, #{}))
      || {From, Names} <- [{A, {a, d}}, {B, {b, c}}]],
     ?assertEqual(ok, send(B, {b, d}, 3, #{})),
@@ -103,6 +103,21 @@ accept_rate(_Config) ->
 await_registered_slowly(Node, Name, Relay) ->
     #{registrations := [#{state := State}]} = macula_peer_test:stats(Node),
     State =:= registered orelse await_registration(Node, id(Name), Relay, registered).
+
+%% One key has half of the two names: a name that its node has just given up counts too. The other half is for others.
+shares(_Config) ->
+    Relay = start_relay(here, #{max_registrations => 2, key_share => 50, address_share => 100, grace => 60000}),
+    [First] = members([a], Relay),
+    timer:sleep(500),
+    ?assertEqual(registrations_per_key, registration(First, id(b), Relay)),
+    ?assertEqual(refused(registrations_per_key), send(First, {b, a}, 1, #{relay_endpoint => endpoint(Relay)})),
+    Second = start_member(here, #{}),
+    ?assertEqual(registered, registration(Second, id(b), Relay)),
+    ?assertEqual(registered, registration(First, id(a), Relay)),
+    ?assertMatch(#{registrations := 2, refused := #{registrations_per_key := N}} when N >= 1, relay_stats(Relay)),
+    [?assertMatch({error, {invalid_option, {Option, Wrong}}},
+                  call(First, macula_peer_endpoint, listen, [#{relay => #{Option => Wrong}}]))
+     || Option <- [key_share, address_share], Wrong <- [0, 101, -1, 0.5, half]].
 
 a_realm_is_for_those_who_know_its_secret(_Config) ->
     Relay = start_relay(here, #{realm_secret => ?SECRET}),

@@ -184,7 +184,9 @@ fn relay(value: Term<'_>) -> Result<RelayConfig, InvalidOption<'_>> {
         match key {
             key if key == atoms::max_registrations() => config.max_registrations = up_to(MOST_PEERS, value)?,
             key if key == atoms::max_sessions() => config.max_sessions = up_to(MOST_PEERS, value)?,
-            key if key == atoms::max_sessions_per_node() => config.max_sessions_per_node = positive(value)?,
+            key if key == atoms::max_sessions_per_node() => config.max_sessions_per_node = up_to(MOST_PEERS, value)?,
+            key if key == atoms::key_share() => config.key_share = percent(value)?,
+            key if key == atoms::address_share() => config.address_share = percent(value)?,
             key if key == atoms::bandwidth() => config.bandwidth = positive(value)? as u64,
             key if key == atoms::packet_queue() => config.packet_queue = up_to(MOST_BYTES, value)?,
             key if key == atoms::max_packet() => {
@@ -253,6 +255,10 @@ fn positive(value: Term<'_>) -> Option<usize> {
 
 fn up_to(most: usize, value: Term<'_>) -> Option<usize> {
     positive(value).filter(|&n| n <= most)
+}
+
+fn percent(value: Term<'_>) -> Option<u8> {
+    up_to(100, value)?.try_into().ok()
 }
 
 fn time(value: Term<'_>) -> Option<Duration> {

@@ -371,7 +371,7 @@ mod tests {
 
         fn node(&mut self, n: usize, seen: &str) -> Party {
             let (key, seen) = ([n as u8; 32].into(), address(seen));
-            let node = self.book.register(id(n), key, self.start).unwrap().generation;
+            let node = self.book.register(id(n), key, seen.ip(), self.start).unwrap().generation;
             self.coordinator.join(node, self.start);
             self.coordinator.describe(node, NatProfile::default(), &[]);
             Party { node, id: id(n), key, seen, round_trip: ms(40) }

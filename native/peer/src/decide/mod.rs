@@ -24,7 +24,6 @@ pub(crate) mod requests;
 pub(crate) mod retry;
 pub(crate) mod sending;
 pub(crate) mod session;
-#[allow(dead_code)]
 pub(crate) mod shares;
 pub(crate) mod silence;
 #[cfg(test)]

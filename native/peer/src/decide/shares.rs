@@ -24,7 +24,7 @@ const MAX_REMEMBERED: usize = 16_384;
 
 /// What one address is counted as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Network {
+pub(crate) enum Network {
     V4(Ipv4Addr),
     /// The first 64 bits.
     V6(u64),
@@ -71,6 +71,15 @@ impl Limits {
         };
         Self { total, per_key: share(per_key), per_address: share(per_address) }
     }
+
+    /// A share that is the whole is no share.
+    fn name(&self, exceeded: Exceeded) -> Exceeded {
+        match exceeded {
+            Exceeded::Key if self.per_key >= self.total => Exceeded::Total,
+            Exceeded::Address if self.per_address >= self.total => Exceeded::Total,
+            other => other,
+        }
+    }
 }
 
 /// Which limit does not allow it. The client's own are looked at first: `Total` means that others have the rest.
@@ -114,12 +123,13 @@ impl Counts {
     pub(crate) fn allows(&self, client: &Client, amount: usize) -> Result<(), Exceeded> {
         let Limits { total, per_key, per_address } = self.limits;
         let fits = |taken: usize, limit| taken.saturating_add(amount) <= limit;
-        match client.key {
-            Some(key) if !fits(self.of_key(&key), per_key) => Err(Exceeded::Key),
-            _ if !fits(self.networks.get(&client.network).copied().unwrap_or(0), per_address) => Err(Exceeded::Address),
-            _ if !fits(self.total, total) => Err(Exceeded::Total),
-            _ => Ok(()),
-        }
+        let exceeded = match client.key {
+            Some(key) if !fits(self.of_key(&key), per_key) => Exceeded::Key,
+            _ if !fits(self.networks.get(&client.network).copied().unwrap_or(0), per_address) => Exceeded::Address,
+            _ if !fits(self.total, total) => Exceeded::Total,
+            _ => return Ok(()),
+        };
+        Err(self.limits.name(exceeded))
     }
 
     /// Takes back what the same client was given.
@@ -132,6 +142,7 @@ impl Counts {
     }
 
     /// What all have together.
+    #[cfg(test)]
     pub(crate) fn total(&self) -> usize {
         self.total
     }
@@ -154,6 +165,7 @@ fn subtract<K: Hash + Eq>(counts: &mut HashMap<K, usize>, key: &K, amount: usize
 /// What clients do in a second.
 #[derive(Debug)]
 pub(crate) struct Rates {
+    limits: Limits,
     total: Bucket,
     keys: Buckets<Fingerprint>,
     networks: Buckets<Network>,
@@ -167,18 +179,15 @@ impl Rates {
             let at_once = (rate as u128).saturating_mul(burst.as_millis()) / 1000;
             Bucket::new(rate as u64, u64::try_from(at_once).unwrap_or(u64::MAX).max(1), now)
         };
-        Self { total: bucket(total), keys: Buckets::new(bucket(per_key)), networks: Buckets::new(bucket(per_address)) }
+        let (keys, networks) = (Buckets::new(bucket(per_key)), Buckets::new(bucket(per_address)));
+        Self { limits: per_second, total: bucket(total), keys, networks }
     }
 
     /// Lets the client do it so many times, or not at all. What is refused takes nothing from anybody.
     pub(crate) fn take(&mut self, client: &Client, times: u64, now: Instant) -> Result<(), Exceeded> {
-        let total = self.total.after(times, now).ok_or(Exceeded::Total);
-        let network = self.networks.after(&client.network, times, now).ok_or(Exceeded::Address)?;
-        let key = match client.key {
-            Some(key) => Some((key, self.keys.after(&key, times, now).ok_or(Exceeded::Key)?)),
-            None => None,
-        };
-        self.total = total?;
+        let key = self.key_after(client, times, now)?;
+        let network = self.network_after(client, times, now)?;
+        self.total = self.total.after(times, now).ok_or(Exceeded::Total)?;
         self.networks.set(client.network, network, now);
         if let Some((key, bucket)) = key {
             self.keys.set(key, bucket, now);
@@ -189,17 +198,24 @@ impl Rates {
     /// The same for what a client asks for in vain: it takes from the share of its key alone, or of its address if it has
     /// shown none.
     pub(crate) fn take_own(&mut self, client: &Client, times: u64, now: Instant) -> Result<(), Exceeded> {
-        match client.key {
-            Some(key) => {
-                let bucket = self.keys.after(&key, times, now).ok_or(Exceeded::Key)?;
-                self.keys.set(key, bucket, now);
-            }
+        match self.key_after(client, times, now)? {
+            Some((key, bucket)) => self.keys.set(key, bucket, now),
             None => {
-                let bucket = self.networks.after(&client.network, times, now).ok_or(Exceeded::Address)?;
-                self.networks.set(client.network, bucket, now);
+                let network = self.network_after(client, times, now)?;
+                self.networks.set(client.network, network, now);
             }
         }
         Ok(())
+    }
+
+    fn key_after(&self, client: &Client, times: u64, now: Instant) -> Result<Option<(Fingerprint, Bucket)>, Exceeded> {
+        let Some(key) = client.key else { return Ok(None) };
+        let bucket = self.keys.after(&key, times, now).ok_or(self.limits.name(Exceeded::Key))?;
+        Ok(Some((key, bucket)))
+    }
+
+    fn network_after(&self, client: &Client, times: u64, now: Instant) -> Result<Bucket, Exceeded> {
+        self.networks.after(&client.network, times, now).ok_or(self.limits.name(Exceeded::Address))
     }
 }
 
@@ -374,6 +390,17 @@ mod tests {
         assert_eq!(take(client(3, "10.0.0.1")), Err(Exceeded::Address));
         assert_eq!(take(client(3, "10.0.0.2")), Ok(()));
         assert_eq!(take(client(4, "10.0.0.3")), Err(Exceeded::Total));
+    }
+
+    #[test]
+    fn a_share_that_is_the_whole_has_the_name_of_the_whole() {
+        let (start, _) = clock();
+        let whole = Limits { total: 1, per_key: 1, per_address: 1 };
+        let (mut counts, mut rates) = (Counts::new(whole), Rates::new(whole, Duration::from_secs(1), start));
+        let one = client(1, "10.0.0.1");
+        counts.take(&one, 1).unwrap();
+        rates.take(&one, 1, start).unwrap();
+        assert_eq!([counts.take(&one, 1), rates.take(&one, 1, start)], [Err(Exceeded::Total); 2]);
     }
 
     #[test]

@@ -162,14 +162,26 @@ names! {
         Realm "realm",
         /// As many nodes are registered as may be.
         Registrations "registrations",
+        /// The node's key has its share of the names.
+        RegistrationsPerKey "registrations_per_key",
+        /// The node's address has its share of the names.
+        RegistrationsPerAddress "registrations_per_address",
         /// Too many registrations came at once.
         AcceptRate "accept_rate",
+        /// Too many registrations of the node's key came at once.
+        AcceptRatePerKey "accept_rate_per_key",
+        /// Too many registrations from the node's address came at once.
+        AcceptRatePerAddress "accept_rate_per_address",
         /// There is no such target.
         NotRegistered "not_registered",
         /// As many circuits exist as may.
         Sessions "sessions",
-        /// As many circuits end at one of the two nodes as may.
+        /// The node that asks has opened as many circuits as it may, or as many lead to the target.
         SessionsPerNode "sessions_per_node",
+        /// The key of the node that asks has its share of the circuits, of all or of those to the target.
+        SessionsPerKey "sessions_per_key",
+        /// The address of the node that asks has its share of them.
+        SessionsPerAddress "sessions_per_address",
         /// The target has just registered, and will soon know what NAT it is behind.
         NotReady "not_ready",
         /// The two have been asked to find a direct path already.

@@ -30,8 +30,14 @@ pub struct RelayConfig {
     pub max_registrations: usize,
     /// Circuits. Default 100, as in the original.
     pub max_sessions: usize,
-    /// Circuits that end at one node. Default 20.
+    /// Circuits that one node has opened, and circuits that others have opened to it. Default 20 of each.
     pub max_sessions_per_node: usize,
+    /// What one key may have of the names, the registrations per second, all circuits and the circuits to one node, in
+    /// percent. Default 25.
+    pub key_share: u8,
+    /// What one address may have of them, an IPv4 address or 64 bits of an IPv6 address, in percent. Default 50: many nodes
+    /// may be behind one NAT.
+    pub address_share: u8,
     /// Bytes per second of one circuit, both directions together. Default 1,000,000.
     pub bandwidth: u64,
     /// Bytes that may wait to be sent to one node. Default 64 KiB: 65 ms of `bandwidth`; more would only make
@@ -39,7 +45,8 @@ pub struct RelayConfig {
     pub packet_queue: usize,
     /// The longest packet in bytes. Default 1,500: quinn does not probe for more than 1,452.
     pub max_packet: usize,
-    /// Registrations per second, in bursts of up to a second's worth. Default 100.
+    /// Registrations per second, in bursts of up to a second's worth. Default 100. What is refused because a name is taken or
+    /// there is no room for it counts for its key alone.
     pub accept_rate: u64,
     /// A circuit that carried nothing for this long is ended. Default 30 min.
     pub idle_timeout: Duration,
@@ -62,6 +69,8 @@ impl Default for RelayConfig {
             max_registrations: 10_000,
             max_sessions: 100,
             max_sessions_per_node: 20,
+            key_share: 25,
+            address_share: 50,
             bandwidth: 1_000_000,
             packet_queue: 64 << 10,
             max_packet: 1500,
@@ -83,6 +92,8 @@ impl fmt::Debug for RelayConfig {
             .field("max_registrations", &self.max_registrations)
             .field("max_sessions", &self.max_sessions)
             .field("max_sessions_per_node", &self.max_sessions_per_node)
+            .field("key_share", &self.key_share)
+            .field("address_share", &self.address_share)
             .field("bandwidth", &self.bandwidth)
             .field("packet_queue", &self.packet_queue)
             .field("max_packet", &self.max_packet)

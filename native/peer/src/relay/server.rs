@@ -49,8 +49,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a node may take to make room on its control stream: as long, for both are a matter of a round trip.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Messages that may wait to be written to a node: the end of every circuit that it may have, twice over, and this many
-/// answers at the least.
+/// Messages that may wait to be written to a node: the end of every circuit that it may have, of both directions, twice over,
+/// and this many answers at the least.
 const MIN_NOTES: usize = 64;
 
 /// How often a node's address is looked at. The node waits for it before it finds out what its NAT is like now; of 10,000
@@ -412,7 +412,7 @@ impl Relay {
         // Under the lock: who changes the lists from now on finds the registration.
         let admitted = self.admissions.judge_registration(owner, address, node_id.as_bytes());
         admitted.map_err(|reason| End::Refused(reason.into()))?;
-        let registered = state.book.register(node_id.clone(), owner, now);
+        let registered = state.book.register(node_id.clone(), owner, address.ip(), now);
         let Registered { generation, replaced } = registered.map_err(End::Refused)?;
         if let Some((generation, circuits)) = replaced {
             state.coordinator.end(generation);
@@ -423,7 +423,7 @@ impl Relay {
             }
             state.ended(&circuits, Reason::Gone);
         }
-        let (notes, waiting) = mpsc::channel(max(MIN_NOTES, self.config.max_sessions_per_node.saturating_mul(2)));
+        let (notes, waiting) = mpsc::channel(max(MIN_NOTES, self.config.max_sessions_per_node.saturating_mul(4)));
         let queue = connection.datagram_send_buffer_space();
         let (legs, end) = (Mutex::default(), watch::Sender::new(None));
         let (probes, place) = self.responder.admit(connection.clone()).unzip();

@@ -671,7 +671,7 @@ impl World {
         let (id, key) = (self.nodes[node].id.clone(), self.nodes[node].key);
         let at = &mut self.relays[relay];
         if let ToRelay::Join = said {
-            let generation = at.book.register(id, key, now).unwrap().generation;
+            let generation = at.book.register(id, key, seen.ip(), now).unwrap().generation;
             at.coordinator.join(generation, now);
             at.nodes.insert(generation, node);
             at.registered.insert(node, (generation, seen));

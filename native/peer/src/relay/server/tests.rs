@@ -26,6 +26,11 @@ struct Running {
     tasks: JoinSet<()>,
 }
 
+/// Where the shares of keys and addresses are not what is looked at: all nodes are at one address.
+fn unshared() -> RelayConfig {
+    RelayConfig { key_share: 100, address_share: 100, ..RelayConfig::default() }
+}
+
 fn running(config: RelayConfig) -> Running {
     running_with(config, transport())
 }
@@ -87,7 +92,12 @@ async fn connect(address: SocketAddr, key: &str) -> Connection {
 }
 
 async fn connect_with(address: SocketAddr, key: &str, transport: TransportConfig) -> Connection {
-    let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    connect_from(1, address, key, transport).await
+}
+
+/// From one of the addresses of this host.
+async fn connect_from(host: u8, address: SocketAddr, key: &str, transport: TransportConfig) -> Connection {
+    let endpoint = Endpoint::client(([127, 0, 0, host], 0).into()).unwrap();
     let config = quic::client_config(ALPN, transport).unwrap();
     endpoint.connect_with(config, address, key).unwrap().await.unwrap()
 }
@@ -481,13 +491,8 @@ async fn a_task_that_is_aborted_ends_its_registration() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_limit_of_requests_has_its_name() {
-    let config = RelayConfig {
-        max_registrations: 4,
-        max_sessions: 3,
-        max_sessions_per_node: 2,
-        accept_rate: 6,
-        ..RelayConfig::default()
-    };
+    let config =
+        RelayConfig { max_registrations: 4, max_sessions: 3, max_sessions_per_node: 2, accept_rate: 6, ..unshared() };
     let running = running(config);
     let mut a = Node::registered(&running, "a").await;
     let mut b = Node::registered(&running, "b").await;
@@ -508,7 +513,7 @@ async fn each_limit_of_requests_has_its_name() {
     a.circuit_to("b").await;
     assert_eq!(a.request("c").await, Err(Refusal::SessionsPerNode));
     assert_eq!(c.request("b").await, Err(Refusal::SessionsPerNode));
-    c.circuit_to("d").await;
+    b.circuit_to("d").await;
     assert_eq!(c.request("d").await, Err(Refusal::Sessions));
     assert_eq!(b.request("d").await, Err(Refusal::Sessions));
     let stats = running.relay.stats();
@@ -622,7 +627,7 @@ async fn a_node_that_acknowledges_nothing_does_not_fill_the_relays_memory() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_registrations_leave_the_tables_bounded() {
-    let config = RelayConfig { max_registrations: 100, accept_rate: 1_000_000, ..RelayConfig::default() };
+    let config = RelayConfig { max_registrations: 100, accept_rate: 1_000_000, ..unshared() };
     let running = running(config);
     let mut nodes = Vec::new();
     for n in 0..110 {
@@ -659,8 +664,16 @@ async fn ten_thousand_registrations_leave_the_tables_bounded() {
             for attempt in 0..91 {
                 node.send.finish().unwrap();
                 node.end().await;
-                node = Node::open(&node.connection).await;
-                assert!(matches!(node.register(&format!("{n}+{attempt}")).await, FromRelay::Registered { .. }));
+                // The name that it gives up takes a share for as long as it had it: milliseconds.
+                let until = Instant::now() + PATIENCE;
+                loop {
+                    node = Node::open(&node.connection).await;
+                    match node.register(&format!("{n}+{attempt}")).await {
+                        FromRelay::Registered { .. } => break,
+                        other => assert_eq!(other, refused(Refusal::Registrations)),
+                    }
+                    assert!(Instant::now() < until);
+                }
             }
             node
         });
@@ -673,6 +686,96 @@ async fn ten_thousand_registrations_leave_the_tables_bounded() {
     assert_eq!(running.relay.stats().registrations, 100);
     let state = lock(&running.relay.state);
     assert_eq!((state.registrations.len(), state.served.len()), (100, 100));
+}
+
+/// Four hostile keys at two addresses do anything at random, whose shares are more than half of everything. An honest node
+/// on another address comes and goes, and always gets its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_honest_node_gets_its_share_whatever_hostile_ones_do() {
+    let config = RelayConfig {
+        max_registrations: 20,
+        max_sessions: 20,
+        max_sessions_per_node: 10,
+        accept_rate: 500,
+        key_share: 20,
+        address_share: 30,
+        grace: Duration::from_millis(200),
+        ..RelayConfig::default()
+    };
+    let running = running(config);
+    let mut anchor = Node::open(&connect_from(9, running.address, "anchor", transport()).await).await;
+    assert!(matches!(anchor.register("anchor").await, FromRelay::Registered { .. }));
+    let mut hostile = JoinSet::<()>::new();
+    for n in 0..4u64 {
+        let address = running.address;
+        hostile.spawn(async move {
+            let mut random = fastrand::Rng::with_seed(n);
+            loop {
+                misbehave(address, n, &mut random).await;
+            }
+        });
+    }
+    let relay = &running.relay;
+    let refusals = || relay.stats().refused.iter().map(|(_, n)| n).sum::<u64>();
+    until("they have begun", || refusals() > 100).await;
+    let told = tokio::spawn(async move { while anchor.hear_or_end().await.is_ok() {} });
+    let connection = connect_from(8, running.address, "honest", transport()).await;
+    for round in 0..30 {
+        let begun = Instant::now();
+        let mut node = Node::open(&connection).await;
+        assert!(matches!(node.register("honest").await, FromRelay::Registered { .. }), "round {round}");
+        let circuits = [node.circuit_to("anchor").await, node.circuit_to("anchor").await];
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        node.say(FromNode::Disconnect { circuit: circuits[0], reason: Reason::Closed }).await;
+        let stats = relay.stats();
+        assert!(stats.registrations <= 20 && stats.circuits <= 20, "{stats:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        node.send.finish().unwrap();
+        node.end().await;
+    }
+    assert_eq!(hostile.len(), 4, "they went on");
+    hostile.shutdown().await;
+    connection.close(0u8.into(), b"");
+    until("all are gone but the anchor", || relay.stats().registrations == 1).await;
+    until("and all circuits", || relay.stats().circuits == 0).await;
+    told.abort();
+}
+
+/// Does some of what a node may say, and some of what it may not, as several nodes with one key.
+async fn misbehave(address: SocketAddr, n: u64, random: &mut fastrand::Rng) {
+    let (host, key) = (2 + (n % 2) as u8, format!("hostile-{n}"));
+    let mut nodes: Vec<Node> = Vec::new();
+    for _ in 0..random.usize(1..60) {
+        let name = format!("name {}", random.u8(..30));
+        match random.u8(..8) {
+            0..3 => {
+                let mut node = Node::open(&connect_from(host, address, &key, transport()).await).await;
+                let name = if random.u8(..4) == 0 { "anchor" } else { &name };
+                if let FromRelay::Registered { .. } = node.register(name).await {
+                    nodes.push(node);
+                }
+            }
+            3 if !nodes.is_empty() => {
+                let mut node = nodes.swap_remove(random.usize(..nodes.len()));
+                // Gone is as good, here and below.
+                let _ = node.send.finish();
+            }
+            _ if !nodes.is_empty() => {
+                let at = random.usize(..nodes.len());
+                let node = &mut nodes[at];
+                let said = match random.u8(..10) {
+                    0 => FromNode::Disconnect { circuit: random.u32(..60), reason: Reason::Closed },
+                    1 => connect_as(&name),
+                    2..6 => request("s", "anchor"),
+                    _ => request("s", &name),
+                };
+                let _ = node.send.write_all(&said.encode()).await;
+                let packet = Packet { circuit: random.u32(..30), form: Form::Whole, bytes: Bytes::from_static(b"x") };
+                let _ = node.connection.send_datagram(packet.encode());
+            }
+            _ => {}
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
