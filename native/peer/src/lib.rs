@@ -38,7 +38,6 @@ mod renewal;
 mod request;
 mod runtime;
 mod session;
-#[allow(dead_code)]
 mod shares;
 mod signal;
 mod socket;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
-use macula_peer_wire::{FrameError, MessageType, RawFrame, Reassembler};
+use macula_peer_wire::{FrameError, Header, MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
@@ -472,8 +472,8 @@ impl Serving {
         let id = self.next;
         self.next += 1;
         let route = || send.as_ref().map(|_| Route::Connection(id, self.replies.clone()));
-        match stream.deliver(route) {
-            Delivered::All => {}
+        match stream.deliver(route, || false) {
+            Delivered::All | Delivered::Some => {}
             Delivered::Refused(why) if self.accepted.dialect == Dialect::MaculaPeer1 => return not_taken(send, why),
             // As a 0.14.3 gateway has it.
             Delivered::Refused(_) => {}
@@ -595,6 +595,8 @@ pub(crate) struct Stream {
 enum Delivered {
     /// They were messages.
     All,
+    /// Some were. More wait until answers to them are written.
+    Some,
     /// The first one was the engine's own: the rest is not messages.
     Opened(RawFrame),
     /// One of them was no message, or cannot be taken.
@@ -614,8 +616,11 @@ impl Stream {
         let (node, sender) = (self.node.clone(), self.accepted.sender());
         let mut answer_until = None;
         loop {
-            match self.deliver(|| replies.clone().map(Route::Stream)) {
-                Delivered::All => {}
+            let crowding = |waits: bool| waits && replied.len() >= MAX_WAITING_ANSWERS;
+            let delivered = self.deliver(|| replies.clone().map(Route::Stream), || crowding(replies.is_some()));
+            let paused = matches!(delivered, Delivered::Some);
+            match delivered {
+                Delivered::All | Delivered::Some => {}
                 Delivered::Opened(opening) => {
                     drop((replies, replied));
                     return self.opened(opening, send).await;
@@ -627,18 +632,18 @@ impl Stream {
                 Delivered::ForAnother => return self.not_for_us(send),
                 Delivered::Forgotten => return self.end(send, FORGOTTEN),
             }
-            if !self.reading {
+            if !self.reading && !paused {
                 replies = None;
                 answer_until.get_or_insert_with(|| Instant::now() + REPLY_TIMEOUT);
             }
             if !self.reading && send.is_none() {
                 return;
             }
-            if self.reading {
+            if self.reading && !paused {
                 self.pace().await;
             }
             let crowded = node.is_crowded(sender);
-            let hears = self.reading && !crowded && (send.is_none() || replied.len() < MAX_WAITING_ANSWERS);
+            let hears = self.reading && !paused && !crowded && !crowding(send.is_some());
             tokio::select! {
                 () = node.room(sender), if self.reading && crowded => {}
                 chunk = self.read(), if hears => match chunk {
@@ -683,15 +688,36 @@ impl Stream {
     /// The next whole frame.
     pub(crate) fn next_frame(&mut self) -> Result<Option<RawFrame>, FrameError> {
         let frame = self.frames.next_frame();
-        if let Ok(Some(_)) = frame {
-            (self.growth, self.permit) = (Growth::default(), None);
+        match &frame {
+            Ok(Some(_)) => (self.growth, self.permit) = (Growth::default(), None),
+            // Nobody gathers a question that will not be answered.
+            Ok(None) if !self.frames.is_empty() => self.check_announced()?,
+            _ => {}
         }
         frame
     }
 
-    /// Hands over every whole frame.
-    fn deliver(&mut self, route: impl Fn() -> Option<Route>) -> Delivered {
+    fn check_announced(&self) -> Result<(), FrameError> {
+        let (limits, max) = (answers::LIMITS, answers::LIMITS.max_frame);
+        match self.frames.announced() {
+            Some(Header { type_id, payload_len }) if payload_len > limits.max_frame && self.is_probe(type_id) => {
+                Err(FrameError::TooLarge { len: payload_len, max })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether this node answers such a frame by itself: as a relay it does.
+    fn is_probe(&self, type_id: u8) -> bool {
+        type_id == MessageType::NatProbe.id() && !self.accepted.path.is_relayed() && self.node.relay().is_some()
+    }
+
+    /// Hands over every whole frame, until it is crowded.
+    fn deliver(&mut self, route: impl Fn() -> Option<Route>, is_crowded: impl Fn() -> bool) -> Delivered {
         loop {
+            if is_crowded() {
+                return Delivered::Some;
+            }
             let frame = match self.next_frame() {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Delivered::All,
@@ -855,10 +881,11 @@ impl Stream {
             peer.heard();
         }
         self.accepted.allow_streams(&self.node.config);
-        let probes = frame.type_id() == MessageType::NatProbe.id() && !path.is_relayed();
-        if let (true, Some(token)) = (probes && self.node.relay().is_some(), &reply)
-            && let Some(answer) = answers::nat_probe_reply(frame.payload(), from, self.node.config.limits)
+        if self.is_probe(frame.type_id())
+            && let Some(token) = &reply
         {
+            let answer = answers::nat_probe_reply(frame.payload(), from, self.node.config.limits);
+            let answer = answer.ok_or_else(|| self.node.malformed())?;
             // Who asked may be gone.
             let _ = token.reply(answer);
             return Ok(());

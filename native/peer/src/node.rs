@@ -48,6 +48,7 @@ use crate::relay::responder::{Closed, Responder};
 use crate::relay::server::Relay;
 use crate::runtime::BatchingRuntime;
 use crate::session::Sessions;
+use crate::shares::Unread;
 use crate::signal::{Kind, Unverified};
 use crate::socket::{self, Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
@@ -86,6 +87,7 @@ pub(crate) struct Node {
     pub(crate) sessions: Sessions,
     /// Those that this node was asked.
     pub(crate) requests: Arc<Mutex<Requests<Route>>>,
+    pub(crate) unread: Unread,
     pub(crate) clients: Clients,
     /// Who may connect, while this node listens.
     pub(crate) listening: watch::Sender<Option<Admission>>,
@@ -199,6 +201,7 @@ impl Node {
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
         let admissions = Admissions::new(config.access.clone());
         let gateway = config.gateway.as_ref().map(|gateway| Arc::new(Gateway::new(gateway, &config)));
+        let unread = Unread::new(config.limits.max_frame);
         Arc::new(Self {
             config,
             identity,
@@ -209,6 +212,7 @@ impl Node {
             accepted: Mutex::default(),
             sessions: Sessions::default(),
             requests: Arc::default(),
+            unread,
             clients,
             listening: watch::Sender::new(None),
             expected: Mutex::default(),

@@ -27,10 +27,34 @@ impl Shares {
         lock(&self.0).take(&client, amount)?;
         Ok(Held { counts: self.0.clone(), client, amount })
     }
+}
 
-    /// What all have together.
-    pub(crate) fn total(&self) -> usize {
-        lock(&self.0).total()
+/// Answers in sessions that their askers have not made room for yet: who reads nothing has a share of the memory.
+#[derive(Debug)]
+pub(crate) struct Unread {
+    shares: Shares,
+    per_key: usize,
+}
+
+impl Unread {
+    /// What all askers have together, as a multiple of what one key has.
+    const KEYS: usize = 8;
+
+    /// What one key has at the least.
+    const LEAST: usize = 64 << 20;
+
+    /// What an answer counts as at the least: of the shortest ones 256 wait for one key.
+    const COST: usize = 256 << 10;
+
+    pub(crate) fn new(longest: usize) -> Self {
+        let per_key = longest.max(Self::LEAST);
+        let total = per_key.saturating_mul(Self::KEYS);
+        Self { shares: Shares::new(Limits { total, per_key, per_address: total / 2 }), per_key }
+    }
+
+    /// Room for so many bytes, as long as it is held. `None`: the asker, or all together, have too many.
+    pub(crate) fn begin(&self, asker: Client, bytes: usize) -> Option<Held> {
+        self.shares.take(asker, bytes.clamp(Self::COST, self.per_key)).ok()
     }
 }
 
@@ -44,6 +68,7 @@ impl Drop for Held {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::identity::Fingerprint;
 
     #[test]
     fn what_is_dropped_is_given_back() {
@@ -51,9 +76,23 @@ mod tests {
         let client = Client::new(None, [10, 0, 0, 1].into());
         let held = shares.take(client, 2).unwrap();
         assert_eq!(shares.take(client, 1).unwrap_err(), Exceeded::Address);
-        assert_eq!(shares.total(), 2);
         drop(held);
-        assert_eq!(shares.total(), 0);
         shares.take(client, 2).unwrap();
+    }
+
+    #[test]
+    fn an_asker_who_reads_nothing_leaves_room_for_the_answers_of_others() {
+        let unread = Unread::new(1 << 10);
+        let ask = |key: u8, host: u8, bytes| {
+            let asker = Client::new(Fingerprint::from([key; 32]), [10, 0, 0, host].into());
+            std::iter::from_fn(|| unread.begin(asker, bytes)).take(10_000).collect::<Vec<_>>()
+        };
+        let short = ask(1, 1, 100);
+        assert_eq!((short.len(), ask(1, 2, 100).len()), (256, 0), "the same key elsewhere");
+        let many: Vec<_> = (2..10).map(|key| ask(key, 1, 100)).collect();
+        assert_eq!(many.iter().map(Vec::len).sum::<usize>(), 3 * 256, "half of all for one address");
+        assert_eq!(ask(20, 2, usize::MAX).len(), 1, "a long one");
+        drop(short);
+        assert_eq!(ask(1, 1, 100).len(), 256);
     }
 }

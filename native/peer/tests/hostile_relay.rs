@@ -8,6 +8,7 @@ use std::net::UdpSocket;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use common::raw::{
     self, Bridge, FakeRelay, Manner, Stream, bin, connect_as, dial, dial_with, disconnect, eventually, initials, map,
     packet, registered, stranger,
@@ -18,7 +19,7 @@ use macula_peer::{
     Ways,
 };
 use macula_peer_testkit::quic::{self, tokio_runtime};
-use macula_peer_wire::MessageType::{Publish, RelayRequest, Reply};
+use macula_peer_wire::MessageType::{NatProbe, Publish, RelayRequest, Reply};
 use macula_peer_wire::value::Value;
 use quinn::Connection;
 use ring::hmac;
@@ -31,6 +32,11 @@ fn relay(config: RelayConfig) -> (Engine, String) {
 
 fn generous() -> RelayConfig {
     RelayConfig { bandwidth: 1 << 30, ..RelayConfig::default() }
+}
+
+/// Where the shares of keys and addresses are not what is looked at: all nodes are at one address.
+fn unshared() -> RelayConfig {
+    RelayConfig { key_share: 100, address_share: 100, ..RelayConfig::default() }
 }
 
 fn of(counts: &[(&'static str, u64)], name: &str) -> u64 {
@@ -99,6 +105,82 @@ fn a_flood_of_short_registrations_does_not_take_the_name_of_a_node_that_is_away(
     stop(&[&owner, &relay]);
 }
 
+/// A relay whose names are all taken, mostly by the same few. None of them gets the name of a node that is away for a moment.
+#[test]
+fn those_who_fill_a_relay_do_not_get_the_name_of_a_node_that_is_away() {
+    let (relay, address) = relay(RelayConfig { max_registrations: 50, accept_rate: 10_000, ..RelayConfig::default() });
+    let runtime = tokio_runtime(2).unwrap();
+    let (owner, _) = member("name", &[&address]);
+    sleep(Duration::from_millis(500));
+    let (mut controls, mut refused) = (Vec::new(), Vec::new());
+    let mut fill = async |ip: &str, key: &quic::Key| {
+        for _ in 0..50 {
+            let connection = raw::dial_from(ip, &address, key, raw::transport()).await;
+            let mut control = Stream::control(&connection).await;
+            let name = format!("hostile {}", controls.len());
+            match control.ask(connect_as(&name, &[])).await.text("error") {
+                None => controls.push((control, connection)),
+                Some(error) => return refused.push(error),
+            }
+        }
+    };
+    runtime.block_on(async {
+        let one = quic::key().unwrap();
+        fill("127.0.0.2", &one).await;
+        fill("127.0.0.3", &one).await;
+        for ip in ["127.0.0.2", "127.0.0.2", "127.0.0.3", "127.0.0.3", "127.0.0.4"] {
+            fill(ip, &quic::key().unwrap()).await;
+        }
+    });
+    let [key, address_full, all] = ["registrations_per_key", "registrations_per_address", "registrations"];
+    assert_eq!(refused, [key, key, address_full, address_full, key, all, all]);
+    owner.unregister();
+    until("unregistered", || relay.stats().relay.unwrap().registrations == 49);
+    runtime.block_on(async {
+        let hostile = stranger(&address).await;
+        for name in ["another", "name", "one more", "name"] {
+            let said = Stream::control(&hostile).await.ask(connect_as(name, &[])).await.text("error");
+            assert_eq!(said.as_deref(), Some(if name == "name" { "node_id_taken" } else { "registrations" }));
+        }
+    });
+    let begun = Instant::now();
+    owner.register(node_id("name"), vec![common::endpoint(&address)]);
+    until("its owner is back", || relay.stats().relay.unwrap().registrations == 50);
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    stop(&[&owner, &relay]);
+}
+
+/// A flood from the same address as the honest nodes', of what comes to nothing.
+#[test]
+fn whoever_asks_for_names_of_others_keeps_nobody_from_registering() {
+    let (relay, address) = relay(RelayConfig::default());
+    let (owner, _) = member("taken", &[&address]);
+    let runtime = tokio_runtime(2).unwrap();
+    let flood = runtime.spawn({
+        let address = address.clone();
+        async move {
+            let connection = stranger(&address).await;
+            loop {
+                let said = Stream::control(&connection).await.ask(connect_as("taken", &[])).await;
+                let error = said.text("error").unwrap();
+                assert!(["node_id_taken", "accept_rate_per_key"].contains(&error.as_str()), "{error}");
+            }
+        }
+    });
+    until("the flood has begun", || refusals(&relay, "accept_rate_per_key") > 100);
+    let mut honest = Vec::new();
+    for n in 0..5 {
+        let begun = Instant::now();
+        honest.push(member(&format!("honest {n}"), &[&address]).0);
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    }
+    assert!(!flood.is_finished(), "it went on");
+    flood.abort();
+    assert_eq!(refusals(&relay, "accept_rate"), 0);
+    honest.iter().for_each(Engine::stop);
+    stop(&[&owner, &relay]);
+}
+
 fn proof(connection: &Connection, secret: &[u8], node_id: &str) -> (&'static str, Value) {
     let mut material = [0; 32];
     connection.export_keying_material(&mut material, b"EXPORTER-macula-peer-realm", node_id.as_bytes()).unwrap();
@@ -142,7 +224,7 @@ fn a_proof_is_good_for_its_connection_and_its_name_alone() {
 
 #[test]
 fn circuits_are_limited_in_all_and_for_each_node_and_only_their_ends_close_them() {
-    let (relay, address) = relay(RelayConfig { max_sessions: 5, max_sessions_per_node: 3, ..RelayConfig::default() });
+    let (relay, address) = relay(RelayConfig { max_sessions: 5, max_sessions_per_node: 3, ..unshared() });
     tokio_runtime(2).unwrap().block_on(async {
         let mut nodes = Vec::new();
         for name in ["a", "b", "c", "d"] {
@@ -155,8 +237,8 @@ fn circuits_are_limited_in_all_and_for_each_node_and_only_their_ends_close_them(
             open.push(a.circuit_to("b").await.unwrap());
         }
         let per_node = Err("sessions_per_node".to_owned());
-        assert_eq!(a.circuit_to("c").await, per_node, "from one that has as many as it may");
-        assert_eq!(c.circuit_to("b").await, per_node, "to one that has");
+        assert_eq!(a.circuit_to("c").await, per_node, "from one that has opened as many as it may");
+        assert_eq!(c.circuit_to("b").await, per_node, "to one that as many lead to as may");
         c.circuit_to("d").await.unwrap();
         let last = c.circuit_to("d").await.unwrap();
         assert_eq!(c.circuit_to("d").await, Err("sessions".into()));
@@ -176,6 +258,47 @@ fn circuits_are_limited_in_all_and_for_each_node_and_only_their_ends_close_them(
     let refused = ["sessions", "sessions_per_node", "not_registered"].map(|name| refusals(&relay, name));
     assert_eq!(refused, [2, 2, 1]);
     stop(&[&relay]);
+}
+
+/// One node, and then many names, keys and connections at one address, open as many circuits to a node as they get.
+#[test]
+fn those_who_open_circuits_to_a_node_cut_it_off_from_nobody() {
+    let (relay, address) = relay(generous());
+    let (victim, inbox) = member("victim", &[&address]);
+    let (other, other_inbox) = member("other", &[&address]);
+    let runtime = tokio_runtime(2).unwrap();
+    let mut held = Vec::new();
+    let mut opened = Vec::new();
+    runtime.block_on(async {
+        for key in 0..3 {
+            let shown = quic::key().unwrap();
+            let mut of_key = 0;
+            for n in 0..5 {
+                let connection = raw::dial_from("127.0.0.2", &address, &shown, raw::transport()).await;
+                let mut control = registered(&connection, &format!("hostile {key} {n}")).await;
+                for _ in 0..30 {
+                    match control.circuit_to("victim").await {
+                        Ok(_) => of_key += 1,
+                        Err(error) => {
+                            let named = if opened.len() < 2 { "sessions_per_key" } else { "sessions_per_address" };
+                            assert_eq!(error, named);
+                            break;
+                        }
+                    }
+                }
+                held.push((control, connection));
+            }
+            opened.push(of_key);
+        }
+    });
+    assert_eq!(opened, [5, 5, 0], "a quarter of twenty for each key, half for the address");
+    let begun = Instant::now();
+    let sender = engine(Config::default());
+    send_to_node(&sender, "victim", over(&[&address]), message(Publish, 1, PATIENCE)).unwrap();
+    send_to_node(&victim, "other", over(&[&address]), message(Publish, 2, PATIENCE)).unwrap();
+    until("both arrive", || (inbox.numbers(), other_inbox.numbers()) == (vec![1], vec![2]));
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    stop(&[&sender, &victim, &other, &relay]);
 }
 
 #[test]
@@ -582,6 +705,128 @@ async fn begin_streams(connection: &Connection, n: u8, streams: &mut Vec<Stream>
         let _ = send.write_all(&bytes).await;
         streams.push(Stream::from((send, receive)));
     }
+}
+
+// ---- questions ----
+
+fn probe() -> Bytes {
+    map(NatProbe, &[("node_id", bin("n"))])
+}
+
+/// How long a relay takes to answer a question on a stream of its own.
+async fn round_trip(connection: &Connection) -> Duration {
+    let begun = Instant::now();
+    let mut stream = Stream::open(connection).await;
+    let said = stream.ask(probe()).await;
+    assert!(said.text("reflexive_ip").is_some(), "{said:?}");
+    begun.elapsed()
+}
+
+/// 256 questions on each of 400 sessions, from nodes that allow no stream for an answer.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[test]
+fn those_who_make_no_room_for_answers_cost_a_relay_little() {
+    const MIB: usize = 1 << 20;
+    let mut relay = alone::Alone::start();
+    let address = relay.address.clone();
+    let runtime = tokio_runtime(2).unwrap();
+    let honest = runtime.block_on(async {
+        let honest = stranger(&address).await;
+        round_trip(&honest).await;
+        honest
+    });
+    let before = relay.resident();
+    let questions = [raw::raw_frame(raw::NUMBER, &0u64.to_be_bytes()), probe().repeat(256)].concat();
+    let (mut held, mut connections) = (Vec::new(), Vec::new());
+    let mut slowest = Duration::ZERO;
+    runtime.block_on(async {
+        for _ in 0..4 {
+            let connection = dial_with(&address, &quic::key().unwrap(), quic::transport(0, 0)).await;
+            // A message first: those who have shown that they need them get more streams.
+            Stream::open(&connection).await.say(probe()).await;
+            for n in 0..100 {
+                let mut session = Stream::open(&connection).await;
+                session.say(raw::raw_frame(raw::SESSION, &[&[n; 16][..], &[0]].concat())).await;
+                session.say(&questions).await;
+                held.push(session);
+            }
+            slowest = slowest.max(round_trip(&honest).await);
+            connections.push(connection);
+        }
+    });
+    // Whatever is begun for them is held for long.
+    let most = (0..15).map(|_| {
+        sleep(Duration::from_millis(100));
+        relay.resident()
+    });
+    let after = most.max().unwrap();
+    assert!(after < before + 64 * MIB, "{} MiB, {} before", after / MIB, before / MIB);
+    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+}
+
+/// 16 MB of empty maps each.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[test]
+fn a_relay_does_not_gather_long_questions() {
+    const MIB: usize = 1 << 20;
+    let mut relay = alone::Alone::start();
+    let address = relay.address.clone();
+    let runtime = tokio_runtime(2).unwrap();
+    let honest = runtime.block_on(async {
+        let honest = stranger(&address).await;
+        round_trip(&honest).await;
+        honest
+    });
+    let before = relay.resident();
+    let question = raw::raw_frame(NatProbe.id(), &vec![0x80; 16 * MIB - 8]);
+    let slowest = runtime.block_on(async {
+        let hostile = stranger(&address).await;
+        for in_session in [false, true, false, true] {
+            let mut stream = Stream::open(&hostile).await;
+            if in_session {
+                stream.say(raw::raw_frame(raw::SESSION, &[&[7; 16][..], &[0]].concat())).await;
+                stream.say(raw::raw_frame(raw::NUMBER, &0u64.to_be_bytes())).await;
+            }
+            let written = stream.send.write_all(&question).await;
+            assert!(written.is_err(), "it is stopped before its end");
+            assert_eq!(stream.stopped().await, Some(8u8.into()), "too large");
+        }
+        let mut slowest = Duration::ZERO;
+        for _ in 0..20 {
+            slowest = slowest.max(round_trip(&honest).await);
+        }
+        slowest
+    });
+    let after = relay.resident();
+    assert!(after < before + 32 * MIB, "{} MiB, {} before", after / MIB, before / MIB);
+    assert!(slowest < Duration::from_millis(500), "{slowest:?}");
+}
+
+/// More questions on one stream than answers may wait.
+#[test]
+fn a_relay_answers_every_question_of_a_stream_at_the_pace_of_who_asks() {
+    let (relay, address) = relay(RelayConfig::default());
+    tokio_runtime(2).unwrap().block_on(async {
+        let mut transport = raw::transport();
+        transport.stream_receive_window(1000u32.into());
+        let connection = dial_with(&address, &quic::key().unwrap(), transport).await;
+        let mut stream = Stream::open(&connection).await;
+        let all = probe().repeat(3000);
+        let (mut send, asking) = (stream.send, connection.open_bi().await.unwrap().0);
+        stream.send = asking;
+        let asked = tokio::spawn(async move {
+            send.write_all(&all).await.unwrap();
+            send.finish().unwrap();
+            send
+        });
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        for n in 0..3000 {
+            assert!(stream.hear().await.text("reflexive_ip").is_some(), "{n}");
+        }
+        assert_eq!(stream.frame().await, Err(None), "and no more");
+        asked.await.unwrap();
+    });
+    stop(&[&relay]);
 }
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -54,6 +54,11 @@ impl Reassembler {
         Ok(Some(frame))
     }
 
+    /// The header of the frame that [`next_frame`](Self::next_frame) has just found incomplete, if that much is there.
+    pub fn announced(&self) -> Option<Header> {
+        Header::parse(&self.partial, self.limits).ok()
+    }
+
     /// Whether no bytes are buffered, as it must be at the end of a stream.
     pub fn is_empty(&self) -> bool {
         self.buffered == 0

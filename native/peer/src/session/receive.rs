@@ -1,6 +1,6 @@
 //! The receiver's half of a session.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::{EXPECTED, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, SessionId, WORD_LEN, put_word};
 use crate::backlog::Sender;
 use crate::decide::session::{Arrival, Incoming};
+use crate::decide::shares::Client;
 use crate::error::{Rejection, ReplyError};
 use crate::hello;
 use crate::identity::Fingerprint;
@@ -20,6 +21,7 @@ use crate::link::{Write, lock, now_or_never, write_now};
 use crate::listen::{NOT_A_FRAME, REPLY_TIMEOUT, SLOW_FRAME, Stream};
 use crate::message::{Event, ReplyTo, ReplyToken};
 use crate::node::Node;
+use crate::socket::canonical;
 use crate::transfer;
 
 /// Sessions remembered in all, and of one key: a node has one for each name that it knows us by. The least recently used
@@ -29,9 +31,6 @@ const MAX_SESSIONS_OF_KEY: usize = 64;
 
 /// How long a session without a connection is remembered. A sender gives up what it owes after a minute and less.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
-
-/// Answers of one session that may wait for the asker to make room.
-const MAX_WAITING_ANSWERS: usize = 256;
 
 /// How often a sender that waits for room here is told that this node lives: less than half of the time after which it
 /// would doubt that.
@@ -57,7 +56,6 @@ pub(crate) struct Answers {
     /// The connection that it was made on.
     first: usize,
     restart_told: AtomicBool,
-    waiting: AtomicUsize,
     /// Milliseconds of the node's clock at the last use.
     used: AtomicU64,
 }
@@ -85,7 +83,6 @@ impl Sessions {
                 connections: Mutex::default(),
                 first: id,
                 restart_told: AtomicBool::new(false),
-                waiting: AtomicUsize::new(0),
                 used: AtomicU64::new(now),
             })
         });
@@ -345,10 +342,10 @@ impl Answers {
             match write_now(&mut send, &frame) {
                 Write::All => return Ok(()),
                 Write::Failed => return Err(ReplyError::Gone),
-                Write::Part(rest) => return self.wait(node, write_rest(send, rest)),
+                Write::Part(rest) => return self.wait(node, &connection, rest.len(), write_rest(send, rest)),
             }
         }
-        self.wait(node, async move {
+        self.wait(node, &connection.clone(), frame.len(), async move {
             // Those before it go on, or are given up.
             if let Ok(Ok(send)) = timeout(REPLY_TIMEOUT, connection.open_uni()).await {
                 write_rest(send, frame).await;
@@ -356,19 +353,24 @@ impl Answers {
         })
     }
 
-    fn wait(self: Arc<Self>, node: &Node, write: impl Future<Output = ()> + Send + 'static) -> Result<(), ReplyError> {
-        if self.waiting.fetch_add(1, Ordering::Relaxed) >= MAX_WAITING_ANSWERS {
-            self.waiting.fetch_sub(1, Ordering::Relaxed);
-            return Err(ReplyError::Gone);
-        }
+    /// For the asker to make room.
+    fn wait(
+        &self,
+        node: &Node,
+        connection: &Connection,
+        len: usize,
+        write: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<(), ReplyError> {
+        let asker = Client::new(self.sender, canonical(connection.remote_address()).ip());
+        let waiting = node.unread.begin(asker, len).ok_or(ReplyError::Gone)?;
         let mut stopping = node.stopping();
         node.spawn(async move {
+            let _waiting = waiting;
             tokio::select! {
                 () = write => {}
                 // It may not be for as long that the engine waits for its tasks.
                 _ = stopping.wait_for(|stopping| *stopping) => {}
             }
-            self.waiting.fetch_sub(1, Ordering::Relaxed);
         });
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Nodes and relays made of nothing but quinn: what they say is up to the test.
 
 use std::collections::HashMap;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -41,7 +41,12 @@ pub async fn dial(to: &str, key: &Key) -> Connection {
 }
 
 pub async fn dial_with(to: &str, key: &Key, transport: TransportConfig) -> Connection {
-    let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    dial_from("127.0.0.1", to, key, transport).await
+}
+
+/// From an address of this host: all of 127.0.0.0/8 are.
+pub async fn dial_from(ip: &str, to: &str, key: &Key, transport: TransportConfig) -> Connection {
+    let endpoint = Endpoint::client((ip.parse::<IpAddr>().unwrap(), 0).into()).unwrap();
     let config = quic::client_config_with_key(ALPN, transport, key).unwrap();
     let connecting = endpoint.connect_with(config, to.parse().unwrap(), "node").unwrap();
     timeout(PATIENCE, connecting).await.expect("connected in time").unwrap()
