@@ -112,7 +112,8 @@ registrations({Messages, _Rounds}) ->
     Most = min(?MOST_REGISTRATIONS, Messages div 20),
     Relay = start(),
     Endpoint = call(Relay, listen, [#{relay => #{max_sessions => Most, max_sessions_per_node => Most,
-                                                 key_share => 100, address_share => 100, accept_rate => 1000000, grace => 0}}]),
+                                                 key_share => 100, address_share => 100, accept_rate => 1000000, grace => 0},
+                                      key_share => 100, address_share => 100, handshake_rate => 1000000}]),
     Circuits = Most div 2,
     io:format("~nresident memory of a relay, KiB~n~b at first~n", [resident(Relay)]),
     [begin

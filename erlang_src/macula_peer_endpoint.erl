@@ -9,7 +9,8 @@
 %%   <dd>`count' messages to `peer', an endpoint, `{node, NodeId}' or `{gateway, Endpoint}' (what arrived for macula's gateway on
 %%       this host), for which `ok' had been returned, did not arrive as
 %%       far as can be known. `reason' is `expired' (the timeout passed), `connection_closed' (the link died and `delivery'
-%%       is `at_most_once'), `{rejected, Why}' (the peer does not take it: `too_large',
+%%       is `at_most_once'), `session_lost' (the peer no longer knew the session when there was a link again, so whether they
+%%       have arrived cannot be known), `{rejected, Why}' (the peer does not take it: `too_large',
 %%       `too_deep', `too_many_terms', `malformed', `too_slow' or `unread'), `untrusted_peer' (the node that was reached has another
 %%       key than the `fingerprint' in the call, or than the one that the node id is bound to: see {@link forget/1}) or
 %%       `stopped' (this engine was stopped).</dd>
@@ -64,6 +65,7 @@
 
 -type listen_opts() :: #{port => inet:port_number(), ip => inet:ip_address(), certfile => file:filename(),
                          keyfile => file:filename(), verify => verify(), relay => relay_opts(),
+                         key_share => 1..100, address_share => 1..100, handshake_rate => pos_integer(),
                          admission => {module(), atom(), [term()]}, admission_timeout => pos_integer(),
                          admission_cache => non_neg_integer(), handler => handler()}.
 %% Without `port', or with 0, the port that the one socket has already, or any port where `ip' is another address than the
@@ -71,6 +73,10 @@
 %% engine's own certificate is shown. When the files are replaced, connections that begin two seconds later see the new
 %% certificate. `verify' says who may connect; without it the application's setting does. With `relay' this node is a relay for
 %% others.
+%%
+%% `key_share' (10) and `address_share' (50) are what one key, and one IPv4 address or 64 bits of an IPv6 address, may have of
+%% `max_accepted' connections, in percent. An address may have as much of `handshake_rate' (500), the handshakes that may begin in
+%% a second.
 %%
 %% `admission' is a function that is asked about everybody who connects, before anything of theirs is handled, and about every
 %% registration, where this node is a relay. It is called with an {@link admission_question()} and `Args', and answers `allow',
@@ -133,10 +139,13 @@
 
 -type stats() :: #{peers := [map()], accepted := [map()], pool := map(), verify_none_links := non_neg_integer(),
                    undelivered := non_neg_integer(), unhandled := non_neg_integer(), malformed := non_neg_integer(),
-                   refused := non_neg_integer(), admission := map(), registrations := [map()], relay => map(), gateway => map()}.
+                   refused := #{atom() => non_neg_integer()}, sessions := non_neg_integer(),
+                   admission := map(), registrations := [map()], relay => map(), gateway => map()}.
 %% `peers': `endpoint' or `node_id', `path' (`direct', `hole_punch', `relay' or `none'), `sent', `acknowledged', `received', `failed', `dials',
 %% `unacknowledged_bytes', and while there is a link `dialect', `address' and `round_trip_us'. `accepted': `dialect',
-%% `path', `address', `round_trip_us', `received'. `registrations': `relay', `state', `reason', `address' (what the relay
+%% `path', `address', `round_trip_us', `received'. `sessions': those of senders that are
+%% known here. `refused': connections and sessions that were not let in, by limit: `connections', `connections_per_key',
+%% `connections_per_address', `handshake_rate', `handshake_rate_per_address', `sessions'. `registrations': `relay', `state', `reason', `address' (what the relay
 %% sees this node at), `circuits'. `relay', of a relay: `registrations', `circuits', `forwarded_packets',
 %% `forwarded_bytes', `refused' and `dropped' by limit, `stray' (packets of no circuit of the sender), `unread' (nodes that
 %% did not read), `punches' and `punched' (direct paths looked for, and found). `gateway', unless the setting is `none':

@@ -177,7 +177,7 @@ a_taken_port_is_refused(Config) ->
 invalid_options_are_refused(_Config) ->
     [?assertEqual({error, {invalid_option, Option}}, macula_peer_endpoint:listen(maps:from_list([Option])))
      || Option <- [{port, 65536}, {port, -1}, {port, a}, {ip, "127.0.0.1"}, {ip, {1, 2, 3}}, {certfile, 1},
-                   {no_such_option, 1}, {handler, 1}]],
+                   {no_such_option, 1}, {handler, 1}, {key_share, 0}, {address_share, 101}, {handshake_rate, 0}]],
     ?assertEqual({error, {invalid_option, {keyfile, undefined}}}, macula_peer_endpoint:listen(#{certfile => "c.pem"})),
     ?assertEqual({error, {invalid_option, {certfile, undefined}}}, macula_peer_endpoint:listen(#{keyfile => "k.pem"})).
 

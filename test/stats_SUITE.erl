@@ -37,7 +37,7 @@ a_link_to_a_gateway(_Config) ->
     Gateway = macula_peer_stand_in:start(),
     Endpoint = macula_peer_stand_in:endpoint(Gateway),
     ?assertMatch(#{peers := [], accepted := [], verify_none_links := 0, undelivered := 0, unhandled := 0,
-                   malformed := 0, refused := 0}, macula_peer_endpoint:stats()),
+                   malformed := 0, sessions := 0}, macula_peer_endpoint:stats()),
     [ok = send(Endpoint, #{n => N}) || N <- lists:seq(1, 10)],
     {ok, _} = ping(Endpoint, ?TIMEOUT),
     Stats = acknowledged(Endpoint, 11),
@@ -231,7 +231,7 @@ refused_connections(Config) ->
     end,
     ok = Send("127.0.0.1"),
     ?assertEqual({error, {connect_failed, connection_refused}}, Send("127.0.0.2")),
-    ?assertMatch(#{refused := Refused, accepted := [_]} when Refused >= 1, macula_peer_endpoint:stats()),
+    ?assertMatch(#{refused := #{connections_per_address := N}, accepted := [_]} when N >= 1, macula_peer_endpoint:stats()),
     ok = Send("127.0.0.1").
 
 %% ---- common ----

@@ -25,7 +25,7 @@ rustler::atoms! {
 
     resolve, unlinked, nat_connection_failed, no_relay_available, no_bootstrap_peers, relay_connect_failed,
     relay_setup_failed, node, node_id, endpoints, relays, last_resorts, relay, registration, registrations, state, limit,
-    registered, connecting, lost, session_restarted, relay_limit, circuits, forwarded_packets, forwarded_bytes, dropped,
+    registered, connecting, lost, session_restarted, session_lost, sessions, handshake_rate, relay_limit, circuits, forwarded_packets, forwarded_bytes, dropped,
     stray, unread, punches, punched, max_registrations, max_sessions, max_sessions_per_node, key_share, address_share, bandwidth, packet_queue,
     max_packet, accept_rate, grace, probe_port, probe_ip,
 

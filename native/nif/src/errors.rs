@@ -252,6 +252,7 @@ impl Reason for UndeliveredReason {
             Self::Rejected(why) => return (atoms::rejected(), why.why(env)).encode(env),
             Self::Expired => atoms::expired(),
             Self::LinkLost => atoms::connection_closed(),
+            Self::SessionLost => atoms::session_lost(),
             Self::Untrusted => atoms::untrusted_peer(),
             Self::Stopped => atoms::stopped(),
         }

@@ -62,6 +62,9 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
             name if name == atoms::certfile() => certificate = Some(path(value)?),
             name if name == atoms::keyfile() => key = Some(path(value)?),
             name if name == atoms::verify() => listen.verify = Some(verify(value)?),
+            name if name == atoms::key_share() => listen.shares.key = percent(value)?,
+            name if name == atoms::address_share() => listen.shares.address = percent(value)?,
+            name if name == atoms::handshake_rate() => listen.shares.handshake_rate = up_to(MOST_PEERS, value)?,
             name if name == atoms::relay() => match relay(value) {
                 Ok(relay) => listen.relay = Some(relay),
                 Err(invalid) => in_relay = Some(invalid),

@@ -34,8 +34,9 @@ pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
         (atoms::undelivered(), stats.undelivered.encode(env)),
         (atoms::unhandled(), stats.unhandled.encode(env)),
         (atoms::malformed(), stats.malformed.encode(env)),
-        (atoms::refused(), stats.refused.encode(env)),
+        (atoms::refused(), counted(env, &stats.refused)),
         (atoms::admission(), admission::stats(env, &stats.admission)),
+        (atoms::sessions(), stats.sessions.encode(env)),
         (atoms::registrations(), registrations.encode(env)),
     ];
     if let Some(stats) = &stats.relay {
@@ -44,6 +45,12 @@ pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
     if let Some(stats) = &stats.gateway {
         fields.push((atoms::gateway(), gateway(env, stats)));
     }
+    map(env, &fields)
+}
+
+/// Counters by their names.
+fn counted<'a>(env: Env<'a>, counters: &[(&'static str, u64)]) -> Term<'a> {
+    let fields: Vec<_> = counters.iter().map(|(name, n)| (atoms::named(env, name), n.encode(env))).collect();
     map(env, &fields)
 }
 
@@ -74,17 +81,13 @@ fn registration<'a>(env: Env<'a>, stats: &RegistrationStats) -> Term<'a> {
 }
 
 fn relay<'a>(env: Env<'a>, stats: &RelayStats) -> Term<'a> {
-    let counted = |counters: &[(&'static str, u64)]| {
-        let fields: Vec<_> = counters.iter().map(|(name, n)| (atoms::named(env, name), n.encode(env))).collect();
-        map(env, &fields)
-    };
     let fields = [
         (atoms::registrations(), stats.registrations.encode(env)),
         (atoms::circuits(), stats.circuits.encode(env)),
         (atoms::forwarded_packets(), stats.forwarded_packets.encode(env)),
         (atoms::forwarded_bytes(), stats.forwarded_bytes.encode(env)),
-        (atoms::refused(), counted(&stats.refused)),
-        (atoms::dropped(), counted(&stats.dropped)),
+        (atoms::refused(), counted(env, &stats.refused)),
+        (atoms::dropped(), counted(env, &stats.dropped)),
         (atoms::stray(), stats.stray.encode(env)),
         (atoms::unread(), stats.unread.encode(env)),
         (atoms::punches(), stats.punches.encode(env)),

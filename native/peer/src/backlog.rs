@@ -1,10 +1,10 @@
 //! Messages on their way to a handler that something else has to work on first.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use hashbrown::HashMap;
 use tokio::sync::Notify;
 
 use crate::identity::Fingerprint;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use macula_peer_wire::Limits;
 
 use crate::decide::access::Access;
+use crate::decide::places::PlaceLimits;
 use crate::endpoint::Endpoint;
 use crate::message::NodeId;
 use crate::tls::Verify;
@@ -78,6 +79,32 @@ pub struct Config {
     pub hole_punching: HolePunching,
     /// macula's own gateway on this host, which what arrives is handed over to. Default `None`: to the handler alone.
     pub gateway: Option<LocalGateway>,
+}
+
+/// How much of a listener one stranger may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shares {
+    /// What one key may have of the connections, in percent. Default 10: a node needs one or two.
+    pub key: u8,
+    /// What one address may have of the connections and of the handshakes, an IPv4 address or 64 bits of an IPv6 address, in
+    /// percent. Default 50: many nodes may be behind one NAT.
+    pub address: u8,
+    /// Handshakes begun per second, in bursts of up to two seconds' worth. Default 500: on one processor they take about a
+    /// third of it.
+    pub handshake_rate: usize,
+}
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self { key: 10, address: 50, handshake_rate: 500 }
+    }
+}
+
+impl Shares {
+    pub(crate) fn limits(&self, connections: usize) -> PlaceLimits {
+        let Self { key, address, handshake_rate } = *self;
+        PlaceLimits { connections, handshake_rate, key_share: key, address_share: address }
+    }
 }
 
 /// macula's own gateway on this host.

@@ -25,6 +25,7 @@ use crate::link::{Link, lock};
 use crate::listen::{DIALLED_WINDOW, KNOWN_WAY, STREAM_WINDOW};
 use crate::message::Path;
 use crate::names::Resolver;
+use crate::places::OVER_LIMIT;
 use crate::ports::Ports;
 use crate::relay::client::relay_transport;
 use crate::socket::{ExtraGuard, Refusals, Refused, Socket, Why};
@@ -350,7 +351,9 @@ pub(crate) fn not_connected(error: ConnectionError) -> ConnectError {
             return ConnectError::NotTrusted;
         }
         // It may be let in later.
-        ConnectionError::ApplicationClosed(close) if close.error_code == UNDECIDED.into() => {
+        ConnectionError::ApplicationClosed(close)
+            if [UNDECIDED, OVER_LIMIT].iter().any(|&code| close.error_code == code.into()) =>
+        {
             return ConnectError::Refused;
         }
         other => return ConnectError::Handshake(other.to_string()),

@@ -12,7 +12,7 @@ use tokio::runtime::Runtime;
 use crate::admission::AdmissionCallback;
 use crate::backlog::Backlog;
 use crate::call::{Abandoned, Call};
-use crate::config::Config;
+use crate::config::{Config, Shares};
 use crate::decide::access::Access;
 use crate::decide::admission::Kick;
 use crate::endpoint::{Endpoint, Target};
@@ -64,6 +64,8 @@ pub struct Listen {
     pub relay: Option<RelayConfig>,
     /// Who decides about those whom no list names; `None`: they are let in.
     pub admission: Option<AdmissionCallback>,
+    /// How much of the listener one stranger may have.
+    pub shares: Shares,
 }
 
 /// Where the system gives a process no more threads, tokio panics, or waits for ever for a worker that never runs.
@@ -278,6 +280,7 @@ impl Engine {
             None => self.node.be_no_relay(),
         }
         self.node.admissions.set_callback(listen.admission);
+        self.node.places.limit(&listen.shares.limits(self.node.config.max_accepted));
         self.node.listening.send_replace(Some(admission));
         keep_renewing(&self.node, [certificate, trust.renewed()]);
         self.node.quic.local_addr().map_err(ListenError::Bind)

@@ -314,6 +314,10 @@ pub enum UndeliveredReason {
     /// The link died before it was acknowledged, and it may not be sent twice.
     #[error("link lost")]
     LinkLost,
+    /// It was on its way when its link died, and the peer no longer knew the session when there was a link again: whether it
+    /// has arrived cannot be known, and sent again it might arrive twice.
+    #[error("session lost")]
+    SessionLost,
     /// The peer does not take it.
     #[error("rejected by the peer: {0}")]
     Rejected(Rejection),

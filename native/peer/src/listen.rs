@@ -1,9 +1,9 @@
 //! Accepted connections: what arrives, and the answers to it.
 //!
-//! Each connection is bounded: streams by QUIC's own limit, unread bytes by flow control, large frames by permits, and
-//! a frame that was begun by the time that it may go without growing.
+//! Each connection is bounded: streams by QUIC's own limit, unread bytes by flow control, and a frame that was begun by the
+//! time that it may go without growing. Connections, and memory for large frames, are bounded for each key and address.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,11 +11,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hashbrown::HashMap;
-use macula_peer_wire::{FrameError, Header, MessageType, RawFrame, Reassembler};
+use macula_peer_wire::{FrameError, HEADER_LEN, Header, MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 
@@ -24,14 +23,17 @@ use crate::backlog::Sender;
 use crate::config::Config;
 use crate::decide::growth::Growth;
 use crate::decide::requests::{Asked, Ended, RequestId};
+use crate::decide::shares::Client;
 use crate::dial::{handshake, set_idle_timeout};
 use crate::error::Rejection;
+use crate::frame_memory::Reserved;
 use crate::hello;
 use crate::identity::Fingerprint;
 use crate::link::{Link, Write, is_acknowledged, lock, now_or_never, write_now};
 use crate::message::{Asking, Inbound, Path, ReplyTo, ReplyToken, Route};
 use crate::node::Node;
 use crate::peer::{MAX_ANSWERING, Peer, deadline};
+use crate::places::{Arrived, OVER_LIMIT, Place};
 use crate::relay::{RECEIVE_BUFFER, client};
 use crate::request::Named;
 use crate::session;
@@ -43,16 +45,14 @@ use crate::transfer;
 /// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// From this many handshakes at once on, who has not proven its address must (RFC 9000, section 8.1.2).
-const UNPROVEN_HANDSHAKES: usize = 64;
-
-/// Bytes of a frame that a stream may gather before it needs a permit, and permits per connection. With 256 streams and
-/// frames of 16 MiB at most 128 MiB.
-pub(crate) const LARGE_FRAME: usize = 256 << 10;
-const LARGE_FRAMES: usize = 4;
-
 /// Bytes that may be on their way to one connection unread, over all its streams and on one.
 const CONNECTION_WINDOW: u32 = 8 << 20;
+
+/// So many connections of one address have such a window each, and as many streams as are allowed. Of more each one has less,
+/// down to the least.
+const FULL_CONNECTIONS: u32 = 32;
+const LEAST_WINDOW: u32 = 128 << 10;
+
 pub(crate) const STREAM_WINDOW: u32 = 1 << 20;
 
 /// The same where answers come too: those that wait to be read, because they are large, must not hold up the others.
@@ -122,10 +122,13 @@ pub(crate) struct Accepted {
     dialect: Dialect,
     pub(crate) path: Path,
     key: Option<Fingerprint>,
+    /// `None` if we began the connection.
+    place: Option<Arc<Place>>,
     /// The peer whose link this is, if we began the connection.
     owner: Weak<Peer>,
     received: Counter,
-    large: Arc<Semaphore>,
+    /// Held by the one frame that waits for memory.
+    turn: tokio::sync::Mutex<()>,
     /// Datagrams received when it was last found to be silent.
     silent_at: AtomicU64,
     /// Only [`FIRST_STREAMS`] are allowed so far.
@@ -222,6 +225,8 @@ fn transport_config(two_way: u32, one_way: u8, config: &Config) -> TransportConf
 pub(crate) struct Expected {
     /// Several of one address: who is expected wrote it on his packets, and it may be another's.
     callers: HashMap<SocketAddr, Vec<Caller>>,
+    count: usize,
+    of_key: HashMap<Fingerprint, usize>,
     next_ticket: u64,
 }
 
@@ -244,10 +249,11 @@ impl Expected {
         extra: Option<Arc<ExtraGuard>>,
         connected: Arc<Notify>,
     ) -> Option<u64> {
-        let all = || self.callers.values().flatten();
-        if all().count() >= MAX_EXPECTED || all().filter(|caller| caller.key == key).count() >= MAX_EXPECTED_PER_KEY {
+        if self.count >= MAX_EXPECTED || self.of_key.get(&key).is_some_and(|count| *count >= MAX_EXPECTED_PER_KEY) {
             return None;
         }
+        self.count += 1;
+        *self.of_key.entry(key).or_default() += 1;
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.callers.entry(address).or_default().push(Caller { ticket, key, extra, connected });
@@ -256,7 +262,16 @@ impl Expected {
 
     pub(crate) fn remove(&mut self, address: SocketAddr, ticket: u64) {
         if let Some(callers) = self.callers.get_mut(&address) {
-            callers.retain(|caller| caller.ticket != ticket);
+            let index = callers.iter().position(|caller| caller.ticket == ticket);
+            if let Some(Caller { key, .. }) = index.map(|index| callers.remove(index)) {
+                self.count -= 1;
+                if let Some(count) = self.of_key.get_mut(&key) {
+                    *count -= 1;
+                    if *count == 0 {
+                        self.of_key.remove(&key);
+                    }
+                }
+            }
             if callers.is_empty() {
                 self.callers.remove(&address);
             }
@@ -302,21 +317,20 @@ pub(crate) async fn accept(node: Arc<Node>) {
 }
 
 fn admit(node: &Arc<Node>, admission: &Admission, incoming: Incoming, connections: &mut JoinSet<()>) {
-    let accepted = lock(&node.accepted).len();
-    if connections.len() >= node.max_accepted() {
-        node.counters.refused.add(1);
-        incoming.refuse();
-    } else if connections.len() - accepted.min(connections.len()) >= UNPROVEN_HANDSHAKES && incoming.may_retry() {
-        // Fails only where `may_retry` is false.
-        let _ = incoming.retry();
-    } else {
-        connections.spawn(accept_one(node.clone(), admission.clone(), incoming));
+    let address = canonical(incoming.remote_address()).ip();
+    match node.places.arrive(address, incoming.remote_address_validated()) {
+        Arrived::Placed(place) => {
+            connections.spawn(accept_one(node.clone(), admission.clone(), incoming, place));
+        }
+        // Fails only for an address that has been proven.
+        Arrived::Prove => drop(incoming.retry()),
+        Arrived::Refused => incoming.refuse(),
     }
 }
 
-async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming) {
+async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming, place: Place) {
     let Some(connection) = accept_with(&node, &admission, incoming).await else { return };
-    serve(node, connection, Path::Direct).await;
+    serve(node, connection, Path::Direct, place).await;
 }
 
 /// Accepts with these settings, although it may have come while another listener was there.
@@ -340,19 +354,32 @@ async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incomi
     connected.notify_one();
     // Of several attempts, each has reached its end.
     meant.for_each(|caller| caller.connected.notify_one());
-    serve(node, connection, Path::HolePunch).await;
+    let Some(place) = node.places.enter(canonical(connection.remote_address()).ip()) else {
+        return connection.close(OVER_LIMIT.into(), b"connections");
+    };
+    serve(node, connection, Path::HolePunch, place).await;
 }
 
 /// Serves a connection to its end.
-pub(crate) async fn serve(node: Arc<Node>, connection: Connection, path: Path) {
+pub(crate) async fn serve(node: Arc<Node>, connection: Connection, path: Path, place: Place) {
+    place.connected();
     let Some(dialect) = Dialect::of(&connection) else { return };
     let key = Fingerprint::of_sender(&connection, dialect);
     if dialect == Dialect::MaculaPeer1 && key.is_none() {
         return connection.close(NO_CERTIFICATE.into(), b"no certificate");
     }
-    let Some(_place) = node.admissions.admit_connection(&connection, key, path).await else { return };
+    if key.is_some_and(|key| !place.show(&connection, key)) {
+        return;
+    }
+    let Some(_admitted) = node.admissions.admit_connection(&connection, key, path).await else { return };
     Admission::let_in(&connection, dialect, &node.config);
-    let accepted = Arc::new(Accepted::new(connection, dialect, path, key, Weak::new()));
+    let window = place.share(CONNECTION_WINDOW, FULL_CONNECTIONS);
+    if window < CONNECTION_WINDOW {
+        connection.set_receive_window(window.max(LEAST_WINDOW).into());
+    }
+    let accepted =
+        Accepted { place: Some(Arc::new(place)), ..Accepted::new(connection, dialect, path, key, Weak::new()) };
+    let accepted = Arc::new(accepted);
     let _entry = Entry::new(node.clone(), accepted.clone());
     serve_streams(node, accepted).await;
 }
@@ -450,7 +477,7 @@ impl Serving {
             finished: false,
             request: None,
             growth: Growth::default(),
-            permit: None,
+            reserved: None,
         };
         while stream.frames.buffered() < READ_AT_FIRST
             && let Some(chunk) = now_or_never(stream.receive.read_chunk(READ_AT_ONCE, true))
@@ -533,8 +560,14 @@ impl Serving {
             }
             (Write::All | Write::Failed, _) => {}
             (Write::Part(rest), request) => {
+                let Some(waiting) = self.node.unread.begin(self.accepted.client(), rest.len()) else {
+                    // Already closed is as good.
+                    let _ = send.reset(SLOW_FRAME.into());
+                    return;
+                };
                 let (node, accepted) = (self.node.clone(), self.accepted.clone());
                 self.streams.spawn(async move {
+                    let _waiting = waiting;
                     if !transfer::write(&mut send, rest).await {
                         // Already closed is as good.
                         let _ = send.reset(SLOW_FRAME.into());
@@ -544,6 +577,44 @@ impl Serving {
                 });
             }
         }
+    }
+}
+
+/// The accepted connections that are served.
+#[derive(Default)]
+pub(crate) struct AcceptedTable {
+    all: HashMap<usize, Arc<Accepted>>,
+    of_key: HashMap<Fingerprint, HashMap<usize, Arc<Accepted>>>,
+}
+
+impl AcceptedTable {
+    fn insert(&mut self, id: usize, accepted: Arc<Accepted>) {
+        if let Some(key) = accepted.key {
+            self.of_key.entry(key).or_default().insert(id, accepted.clone());
+        }
+        self.all.insert(id, accepted);
+    }
+
+    fn remove(&mut self, id: usize) -> Option<Arc<Accepted>> {
+        let accepted = self.all.remove(&id)?;
+        if let Some(key) = accepted.key
+            && let Some(of_key) = self.of_key.get_mut(&key)
+        {
+            of_key.remove(&id);
+            if of_key.is_empty() {
+                self.of_key.remove(&key);
+            }
+        }
+        Some(accepted)
+    }
+
+    /// Those that the holder of a key began.
+    pub(crate) fn of_key(&self, key: &Fingerprint) -> Vec<Arc<Accepted>> {
+        self.of_key.get(key).into_iter().flat_map(HashMap::values).cloned().collect()
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Accepted>> {
+        self.all.values().cloned().collect()
     }
 }
 
@@ -567,10 +638,11 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        let accepted = lock(&self.node.accepted).remove(&self.id);
+        let accepted = lock(&self.node.accepted).remove(self.id);
         if let Some(accepted) = accepted {
             // Others hold on to it, who do not serve it.
             accepted.connection.close(0u8.into(), b"");
+            accepted.place.iter().for_each(|place| place.leave());
         }
     }
 }
@@ -586,9 +658,9 @@ pub(crate) struct Stream {
     pub(crate) finished: bool,
     /// The request that its message is, and whether only that is wanted which came of it before.
     request: Option<(RequestId, bool)>,
-    /// Of the present frame, and the permission to gather a large one.
+    /// Of the present frame, and the memory for a large one.
     growth: Growth,
-    permit: Option<OwnedSemaphorePermit>,
+    reserved: Option<Reserved>,
 }
 
 /// What was made of the frames of a stream.
@@ -689,7 +761,7 @@ impl Stream {
     pub(crate) fn next_frame(&mut self) -> Result<Option<RawFrame>, FrameError> {
         let frame = self.frames.next_frame();
         match &frame {
-            Ok(Some(_)) => (self.growth, self.permit) = (Growth::default(), None),
+            Ok(Some(_)) => (self.growth, self.reserved) = (Growth::default(), None),
             // Nobody gathers a question that will not be answered.
             Ok(None) if !self.frames.is_empty() => self.check_announced()?,
             _ => {}
@@ -803,7 +875,7 @@ impl Stream {
         }
         if let (Some(relay), Some(key)) = (self.node.relay(), self.accepted.key) {
             let Self { accepted, receive, frames, .. } = self;
-            return relay.serve(accepted.connection.clone(), key, send, receive, frames).await;
+            return relay.serve(accepted.connection.clone(), key, accepted.place.clone(), send, receive, frames).await;
         }
         // Already closed is as good.
         let _ = self.receive.stop(NOT_A_RELAY.into());
@@ -857,13 +929,21 @@ impl Stream {
         transfer::read(&mut self.receive, READ_AT_ONCE, &mut self.growth, timeout).await
     }
 
-    /// Waits until more may be read of a large frame.
+    /// Waits until there is memory for a large frame that is arriving.
     async fn pace(&mut self) {
-        if self.frames.is_empty() {
-            self.permit = None;
-        } else if self.permit.is_none() && self.frames.buffered() > LARGE_FRAME {
-            self.permit = self.accepted.large.clone().acquire_owned().await.ok();
+        if self.reserved.is_some() {
+            return;
         }
+        let announced = self.frames.announced().map(|header| HEADER_LEN + header.payload_len);
+        let Some(bytes) = announced.filter(|bytes| *bytes > READ_AT_FIRST) else { return };
+        let (memory, client) = (&self.node.arriving, self.accepted.client());
+        self.reserved = match memory.take(client, bytes) {
+            Some(reserved) => Some(reserved),
+            None => {
+                let _turn = self.accepted.turn.lock().await;
+                Some(memory.wait(client, bytes).await)
+            }
+        };
     }
 
     pub(crate) fn too_slow(&mut self) {
@@ -918,9 +998,10 @@ impl Accepted {
             dialect,
             path,
             key,
+            place: None,
             owner,
             received: Counter::default(),
-            large: Arc::new(Semaphore::new(LARGE_FRAMES)),
+            turn: tokio::sync::Mutex::default(),
             silent_at: AtomicU64::new(u64::MAX),
             few_streams: AtomicBool::new(dialect == Dialect::MaculaPeer1),
         }
@@ -966,7 +1047,11 @@ impl Accepted {
     /// Whoever sends messages may send many at once.
     fn allow_streams(&self, config: &Config) {
         if self.few_streams.load(Ordering::Relaxed) && self.few_streams.swap(false, Ordering::Relaxed) {
-            self.connection.set_max_concurrent_bi_streams(config.max_streams.max(LEAST_STREAMS).into());
+            let streams = self
+                .place
+                .as_ref()
+                .map_or(config.max_streams, |place| place.share(config.max_streams, FULL_CONNECTIONS));
+            self.connection.set_max_concurrent_bi_streams(streams.max(first_streams(config)).into());
         }
     }
 
@@ -988,6 +1073,11 @@ impl Accepted {
 
     pub(crate) fn key(&self) -> Option<Fingerprint> {
         self.key
+    }
+
+    /// Whose share it takes from.
+    pub(crate) fn client(&self) -> Client {
+        Client::new(self.key, self.remote().ip())
     }
 
     /// Whose messages it carries.
@@ -1027,6 +1117,7 @@ mod tests {
         assert_eq!(keys(&expected, address), [one]);
         expected.remove(address, tickets[1]);
         assert!(expected.at(address).is_none() && expected.callers.is_empty());
+        assert!(expected.count == 0 && expected.of_key.is_empty());
     }
 
     #[test]

@@ -18,7 +18,7 @@ use tokio::time::{timeout, timeout_at};
 
 use crate::admission::Admissions;
 use crate::backlog::{Backlog, Sender};
-use crate::config::Config;
+use crate::config::{Config, Shares};
 use crate::decide::access::Access;
 use crate::decide::admission::Kick;
 use crate::decide::reports::Reports;
@@ -27,18 +27,20 @@ use crate::decide::trust::{self, Answer, Facts, Mismatch, Verdict};
 use crate::dial::{Dialer, SecondDials, not_connected};
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, UndeliveredReason};
+use crate::frame_memory::FrameMemory;
 use crate::gateway::{Asker, Gateway};
 use crate::hello;
 use crate::identity::{Fingerprint, Identity};
 use crate::known_keys::KnownKeys;
 use crate::link::{Link, lock, now_or_never};
-use crate::listen::{Accepted, Admission, Expected};
+use crate::listen::{Accepted, AcceptedTable, Admission, Expected};
 use crate::message::{
     Event, Fallback, Handler, Inbound, Letter, NodeId, NotTaken, Path, PeerName, Registration, Route, Unhandled,
 };
 use crate::names::Resolver;
 use crate::nat::Nat;
 use crate::peer::{self, Peer};
+use crate::places::Places;
 use crate::ports::Ports;
 use crate::punch::Puncher;
 use crate::relay::RelayConfig;
@@ -83,7 +85,10 @@ pub(crate) struct Node {
     pub(crate) refusals: Refusals,
     pub(crate) counters: NodeCounters,
     pub(crate) admissions: Arc<Admissions>,
-    pub(crate) accepted: Mutex<HashMap<usize, Arc<Accepted>>>,
+    pub(crate) accepted: Mutex<AcceptedTable>,
+    pub(crate) places: Arc<Places>,
+    /// For frames above some kilobytes that are arriving.
+    pub(crate) arriving: Arc<FrameMemory>,
     pub(crate) sessions: Sessions,
     /// Those that this node was asked.
     pub(crate) requests: Arc<Mutex<Requests<Route>>>,
@@ -203,13 +208,15 @@ impl Node {
         let gateway = config.gateway.as_ref().map(|gateway| Arc::new(Gateway::new(gateway, &config)));
         let unread = Unread::new(config.limits.max_frame);
         Arc::new(Self {
-            config,
             identity,
             quic,
             refusals,
             counters: NodeCounters::default(),
             admissions,
             accepted: Mutex::default(),
+            arriving: FrameMemory::new(config.limits.max_frame),
+            places: Places::new(&Shares::default().limits(config.max_accepted)),
+            config,
             sessions: Sessions::default(),
             requests: Arc::default(),
             unread,
@@ -364,9 +371,7 @@ impl Node {
 
     /// Connections that the holder of a key began, direct ones first.
     pub(crate) fn accepted_from(&self, key: Fingerprint) -> Vec<Arc<Accepted>> {
-        let table = lock(&self.accepted);
-        let mut found: Vec<_> = table.values().filter(|accepted| accepted.key() == Some(key)).cloned().collect();
-        drop(table);
+        let mut found = lock(&self.accepted).of_key(&key);
         found.retain(|accepted| accepted.is_live());
         found.sort_by_key(|accepted| accepted.path.is_relayed());
         found
@@ -374,8 +379,11 @@ impl Node {
 
     /// A connection with the holder of a key, whoever began it: a direct one, if there is one.
     pub(crate) fn connection_with(&self, key: Fingerprint) -> Option<Connection> {
-        let accepted =
-            self.accepted_from(key).into_iter().map(|accepted| (accepted.path, accepted.connection().clone()));
+        let accepted: Vec<_> = self.accepted_from(key);
+        if let Some(direct) = accepted.first().filter(|accepted| !accepted.path.is_relayed()) {
+            return Some(direct.connection().clone());
+        }
+        let accepted = accepted.into_iter().map(|accepted| (accepted.path, accepted.connection().clone()));
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
         let linked = peers.pool.values().filter_map(|peer| peer.link_with(key));
         let live = |connection: &Connection| connection.close_reason().is_none();
@@ -629,11 +637,6 @@ impl Node {
         let told = self.relay().map_or_else(HashSet::default, |relay| relay.kick(whom));
         let closed = matches!(whom, Kick::Key(key) if self.admissions.dismiss_key(*key, &told));
         closed || !told.is_empty()
-    }
-
-    /// How many connections may be accepted now. Those of nodes that are registered here have a limit of their own.
-    pub(crate) fn max_accepted(&self) -> usize {
-        self.config.max_accepted + self.relay().map_or(0, |relay| relay.registrations())
     }
 
     pub(crate) fn dialer(&self) -> Dialer {
@@ -1026,7 +1029,7 @@ impl Node {
         let counters = &self.counters;
         // Looked at without the tables' locks: each link has a lock of its own, which its packets may hold.
         let peers: Vec<_> = self.peers.read().unwrap_or_else(PoisonError::into_inner).pool.values().cloned().collect();
-        let accepted: Vec<_> = lock(&self.accepted).values().cloned().collect();
+        let accepted = lock(&self.accepted).all();
         Stats {
             peers: peers.iter().map(|peer| peer.stats()).collect(),
             accepted: accepted.iter().map(|accepted| accepted.stats()).collect(),
@@ -1037,8 +1040,9 @@ impl Node {
             undelivered: counters.undelivered.get(),
             unhandled: counters.unhandled.get(),
             malformed: counters.malformed.get(),
-            refused: counters.refused.get(),
+            refused: self.places.refused().chain([("sessions", self.sessions.refused())]).collect(),
             admission: self.admissions.stats(),
+            sessions: self.sessions.len(),
             registrations: self.clients.stats(),
             relay: self.relay().map(|relay| relay.stats()),
             gateway: self.gateway.as_ref().map(|gateway| gateway.stats()),

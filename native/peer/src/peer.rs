@@ -32,7 +32,7 @@ use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::identity::Fingerprint;
 use crate::link::{Answered, Link, Partial, Swept, Written, lock};
-use crate::listen::{LARGE_FRAME, serve_link};
+use crate::listen::serve_link;
 use crate::message::{Event, Inbound, Letter, Path, PeerName};
 use crate::node::Node;
 use crate::punch::PunchError;
@@ -77,10 +77,11 @@ const REPLACED_FOR: Duration = Duration::from_secs(1);
 /// How long a relay that speaks only `macula` gets the messages for a node, before other ways are tried again.
 const STAND_IN_FOR: Duration = Duration::from_secs(60);
 
-/// Answers, to messages sent without waiting, that the peer may send at once. Of those beyond [`LARGE_FRAME`] only some
+/// Answers, to messages sent without waiting, that the peer may send at once. Of those beyond [`LARGE_ANSWER`] only some
 /// are read at once.
 pub(crate) const MAX_ANSWERING: u32 = 64;
 const LARGE_ANSWERS: usize = 4;
+const LARGE_ANSWER: usize = 256 << 10;
 
 /// How long a message without a deadline is owed after its link died.
 const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
@@ -1536,6 +1537,7 @@ impl Task {
             acknowledged,
             acknowledged_bytes,
             lost,
+            forgotten,
             rejected,
             expired,
             closed,
@@ -1546,6 +1548,7 @@ impl Task {
         self.peer.counters.acknowledged.add(acknowledged);
         self.let_go(acknowledged_bytes);
         self.give_up(lost, UndeliveredReason::LinkLost);
+        self.give_up(forgotten, UndeliveredReason::SessionLost);
         for same in rejected.chunk_by(|(_, why), (_, other)| why == other) {
             let messages = same.iter().map(|(message, _)| message.clone()).collect();
             self.give_up(messages, UndeliveredReason::Rejected(same[0].1));
@@ -1946,7 +1949,7 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
                 }
             }
         }
-        if frames.buffered() <= LARGE_FRAME {
+        if frames.buffered() <= LARGE_ANSWER {
             permit = None;
         } else if permit.is_none() {
             permit = large.acquire().await.ok();

@@ -452,11 +452,11 @@ mod tests {
         }
         let node = engine.node().clone();
         let until = Instant::now() + PATIENCE;
-        while lock(&node.accepted).len() < connections.len() {
+        while lock(&node.accepted).all().len() < connections.len() {
             assert!(Instant::now() < until);
             tokio::task::yield_now().await;
         }
-        let accepted: Vec<_> = lock(&node.accepted).values().cloned().collect();
+        let accepted = lock(&node.accepted).all();
         let mut race = Race::new(node.clone(), PeerName::Node(NodeId::new(b"peer").unwrap()), Instant::now());
         for _ in 0..2 {
             race.adopt(accepted[0].clone(), None);

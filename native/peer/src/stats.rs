@@ -44,7 +44,6 @@ pub(crate) struct NodeCounters {
     pub(crate) undelivered: Counter,
     pub(crate) unhandled: Counter,
     pub(crate) malformed: Counter,
-    pub(crate) refused: Counter,
 }
 
 /// A snapshot of everything that is counted.
@@ -68,10 +67,12 @@ pub struct Stats {
     pub unhandled: u64,
     /// Frames that arrived and could not be read.
     pub malformed: u64,
-    /// Connections that were not accepted because there were too many.
-    pub refused: u64,
+    /// What was refused, by the limit that did not allow it.
+    pub refused: Vec<(&'static str, u64)>,
     /// What became of those who came, by the lists and by whoever is asked.
     pub admission: AdmissionStats,
+    /// Sessions of senders that this node knows.
+    pub sessions: usize,
     /// This node at its relays.
     pub registrations: Vec<RegistrationStats>,
     /// This node as a relay.

@@ -13,7 +13,7 @@ use common::raw::{
     self, Bridge, FakeRelay, Manner, Stream, bin, connect_as, dial, dial_with, disconnect, eventually, initials, map,
     packet, registered, stranger,
 };
-use common::{Inbox, PATIENCE, engine, frame, member, message, node_id, number, over, send_to_node, until};
+use common::{ALL, Inbox, PATIENCE, engine, frame, member, message, node_id, number, over, send_to_node, until};
 use macula_peer::{
     Config, ConnectError, Engine, Event, Listen, Message, Registration, RelayConfig, RouteError, Secret, SendError,
     Ways,
@@ -585,7 +585,7 @@ mod alone {
         }
         let relay = engine(Config { keep_alive: Duration::from_secs(2), max_accepted: 500, ..Config::default() });
         let config = RelayConfig { accept_rate: 10_000, ..generous() };
-        let port = relay.listen(Listen { relay: Some(config), ..Listen::default() }).unwrap().port();
+        let port = relay.listen(Listen { relay: Some(config), shares: ALL, ..Listen::default() }).unwrap().port();
         writeln!(std::io::stdout(), "\nsaid {port}").unwrap();
         for _asked in std::io::stdin().lines() {
             writeln!(std::io::stdout(), "said {}", resident()).unwrap();

@@ -47,7 +47,7 @@ async fn a_session_is_greeted_and_acknowledged() {
     let config = quic::client_config("macula-peer/1", quic::transport(0, 0)).unwrap();
     let connection = endpoint.connect_with(config, sink.address, "localhost").unwrap().await.unwrap();
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
-    let opening = [&[1, 0xF0, 0, 0, 0, 0, 0, 17][..], &[7; 16], &[0]].concat();
+    let opening = [&[1, 0xF0, 0, 0, 0, 0, 0, 25][..], &[7; 16], &[0], &[0; 8]].concat();
     let number = [&[1, 0xF1, 0, 0, 0, 0, 0, 8][..], &40u64.to_be_bytes()].concat();
     let frame = frame::store_of_size(128).unwrap();
     // Byte by byte: what is about the session is cut into pieces as well.
@@ -55,9 +55,9 @@ async fn a_session_is_greeted_and_acknowledged() {
         send.write_all(&[byte]).await.unwrap();
     }
     send.write_all(&frame.repeat(2)).await.unwrap();
-    let mut words = [0; 9];
+    let mut words = [0; 17];
     receive.read_exact(&mut words).await.unwrap();
-    assert_eq!(words, [0; 9]);
+    assert_eq!(words, [0; 17]);
     let mut expected = [0; 8];
     while u64::from_be_bytes(expected) != 42 {
         receive.read_exact(&mut expected).await.unwrap();

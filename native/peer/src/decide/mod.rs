@@ -16,6 +16,7 @@ pub(crate) mod names;
 pub(crate) mod nat;
 #[cfg(test)]
 mod natsim;
+pub(crate) mod places;
 pub(crate) mod punch;
 pub(crate) mod quirks;
 pub(crate) mod relay;
@@ -24,6 +25,7 @@ pub(crate) mod requests;
 pub(crate) mod retry;
 pub(crate) mod sending;
 pub(crate) mod session;
+pub(crate) mod session_table;
 pub(crate) mod shares;
 pub(crate) mod silence;
 #[cfg(test)]

@@ -14,6 +14,8 @@ pub(crate) struct Outgoing<M> {
     written: usize,
     /// The number that the receiver gives to the next message on the present stream, once it was told one.
     announced: Option<u64>,
+    /// The first number that no stream before the present one has carried.
+    fresh: u64,
 }
 
 #[derive(Debug)]
@@ -28,14 +30,15 @@ struct Owed<M> {
 /// What is to be written next.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Next<'a, M> {
-    /// The number, where the receiver would count another.
-    pub(crate) announce: Option<u64>,
+    pub(crate) number: u64,
+    /// The receiver would give it another number.
+    pub(crate) announce: bool,
     pub(crate) message: &'a M,
 }
 
 impl<M> Default for Outgoing<M> {
     fn default() -> Self {
-        Self { next: 0, owed: VecDeque::new(), written: 0, announced: None }
+        Self { next: 0, owed: VecDeque::new(), written: 0, announced: None, fresh: 0 }
     }
 }
 
@@ -51,9 +54,9 @@ impl<M> Outgoing<M> {
         self.written += 1;
         let (number, _) = *owed.written.get_or_insert((self.next, now));
         self.next = self.next.max(number + 1);
-        let announce = (self.announced != Some(number)).then_some(number);
+        let announce = self.announced != Some(number);
         self.announced = Some(number + 1);
-        Some(Next { announce, message: &owed.message })
+        Some(Next { number, announce, message: &owed.message })
     }
 
     /// Everything below `expected` has arrived. Gives back what that lets go of.
@@ -68,6 +71,18 @@ impl<M> Outgoing<M> {
     pub(crate) fn rewind(&mut self) {
         self.written = 0;
         self.announced = None;
+        self.fresh = self.next;
+    }
+
+    /// The receiver has forgotten the session and takes nothing from the present stream. Gives back what was written
+    /// before, and so may have arrived. The rest counts as never written, and numbers start from 0 again.
+    pub(crate) fn forgotten(&mut self) -> Vec<M> {
+        let before = |owed: &Owed<M>| owed.is_below(self.fresh);
+        let arrived = self.owed.iter().take_while(|owed| before(owed)).count();
+        let may_have_arrived = self.owed.drain(..arrived).map(|owed| owed.message).collect();
+        self.owed.iter_mut().for_each(|owed| owed.written = None);
+        (self.next, self.written, self.announced, self.fresh) = (0, 0, None, 0);
+        may_have_arrived
     }
 
     /// Whether the receiver may have something of what is to be written: it should be asked first.
@@ -82,13 +97,13 @@ impl<M> Outgoing<M> {
         self.owed.drain(..arrived).map(|owed| owed.message)
     }
 
-    /// Gives back what `gone` says is not owed any more, and whether it was ever written.
-    pub(crate) fn give_up(&mut self, mut gone: impl FnMut(&M, bool) -> bool) -> Vec<M> {
+    /// Gives back what `gone` says is no longer owed. `gone` gets each message, and when it was first written.
+    pub(crate) fn give_up(&mut self, mut gone: impl FnMut(&M, Option<Instant>) -> bool) -> Vec<M> {
         let mut given_up = Vec::new();
         let mut kept = VecDeque::with_capacity(self.owed.len());
         for (index, owed) in std::mem::take(&mut self.owed).into_iter().enumerate() {
             // What is written to the present stream is on its way, and no longer ours to take back.
-            if index >= self.written && gone(&owed.message, owed.written.is_some()) {
+            if index >= self.written && gone(&owed.message, owed.written.map(|(_, at)| at)) {
                 given_up.push(owed.message);
             } else {
                 kept.push_back(owed);
@@ -131,7 +146,7 @@ impl<M> Outgoing<M> {
 
     /// Numbers from 0 again, for a receiver that knows of nothing. To be called while nothing of what is owed was written.
     pub(crate) fn renumber(&mut self) {
-        self.next = 0;
+        (self.next, self.fresh) = (0, 0);
     }
 
     /// Whether something is written to the present stream and not acknowledged.
@@ -275,8 +290,8 @@ mod tests {
                 60..84 => self.hear(),
                 84..90 => self.reconnect(),
                 90..92 => {
-                    let (random, written_too) = (&mut self.random, false);
-                    let gone = self.outgoing.give_up(|_, written| written == written_too && random.u8(0..10) == 0);
+                    let random = &mut self.random;
+                    let gone = self.outgoing.give_up(|_, written| written.is_none() && random.u8(0..10) == 0);
                     self.given_up.extend(gone);
                 }
                 92..94 => {
@@ -289,8 +304,8 @@ mod tests {
         }
 
         fn write(&mut self) {
-            if let Some(Next { announce, message }) = self.outgoing.write(Instant::now()) {
-                self.streams.last_mut().unwrap().sent.push_back((announce, *message));
+            if let Some(Next { number, announce, message }) = self.outgoing.write(Instant::now()) {
+                self.streams.last_mut().unwrap().sent.push_back((announce.then_some(number), *message));
             }
         }
 
@@ -413,7 +428,25 @@ mod tests {
         outgoing.write(Instant::now());
         assert_eq!(outgoing.give_up(|_, _| true), [2]);
         outgoing.rewind();
-        assert_eq!(outgoing.give_up(|_, written| written), [1]);
+        assert_eq!(outgoing.give_up(|_, written| written.is_some()), [1]);
+    }
+
+    #[test]
+    fn what_a_receiver_that_has_forgotten_may_have_is_given_back_and_the_rest_starts_again() {
+        let mut outgoing = Outgoing::default();
+        ['a', 'b', 'c'].into_iter().for_each(|message| outgoing.push(message));
+        outgoing.write(Instant::now());
+        outgoing.write(Instant::now());
+        outgoing.acknowledge(1).for_each(drop);
+        outgoing.rewind();
+        // Over a new stream: what may have arrived, and what was never written before.
+        outgoing.write(Instant::now());
+        outgoing.write(Instant::now());
+        outgoing.push('d');
+        assert_eq!(outgoing.forgotten(), ['b']);
+        assert!(!outgoing.may_have_arrived());
+        assert_eq!(outgoing.write(Instant::now()), Some(Next { number: 0, announce: true, message: &'c' }));
+        assert_eq!(outgoing.write(Instant::now()), Some(Next { number: 1, announce: false, message: &'d' }));
     }
 
     #[test]
@@ -422,7 +455,7 @@ mod tests {
         outgoing.push('a');
         outgoing.push('b');
         assert_eq!(outgoing.give_up(|&message, _| message == 'a'), ['a']);
-        assert_eq!(outgoing.write(Instant::now()), Some(Next { announce: Some(0), message: &'b' }));
+        assert_eq!(outgoing.write(Instant::now()), Some(Next { number: 0, announce: true, message: &'b' }));
     }
 
     #[test]
@@ -454,7 +487,7 @@ mod tests {
         assert_eq!(outgoing.abandon(|_| true), Some('b'));
         outgoing.rewind();
         outgoing.push('c');
-        assert_eq!(outgoing.write(Instant::now()), Some(Next { announce: Some(2), message: &'c' }));
+        assert_eq!(outgoing.write(Instant::now()), Some(Next { number: 2, announce: true, message: &'c' }));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::identity::Fingerprint;
 const MAX_REMEMBERED: usize = 16_384;
 
 /// What one address is counted as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Network {
     V4(Ipv4Addr),
     /// The first 64 bits.
@@ -50,6 +50,10 @@ impl Client {
     /// `key`: `None` for one that has not shown any, as before a handshake. It is limited by its address alone.
     pub(crate) fn new(key: impl Into<Option<Fingerprint>>, address: IpAddr) -> Self {
         Self { key: key.into(), network: address.into() }
+    }
+
+    pub(crate) fn key(&self) -> Option<Fingerprint> {
+        self.key
     }
 }
 
@@ -108,6 +112,11 @@ impl Counts {
         Self { limits, total: 0, keys: HashMap::new(), networks: HashMap::new() }
     }
 
+    /// From now on these limits hold. What clients have they keep.
+    pub(crate) fn limit(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
     /// Gives the client so much, or nothing.
     pub(crate) fn take(&mut self, client: &Client, amount: usize) -> Result<(), Exceeded> {
         self.allows(client, amount)?;
@@ -125,7 +134,7 @@ impl Counts {
         let fits = |taken: usize, limit| taken.saturating_add(amount) <= limit;
         let exceeded = match client.key {
             Some(key) if !fits(self.of_key(&key), per_key) => Exceeded::Key,
-            _ if !fits(self.networks.get(&client.network).copied().unwrap_or(0), per_address) => Exceeded::Address,
+            _ if !fits(self.of_network(client), per_address) => Exceeded::Address,
             _ if !fits(self.total, total) => Exceeded::Total,
             _ => return Ok(()),
         };
@@ -145,6 +154,16 @@ impl Counts {
     #[cfg(test)]
     pub(crate) fn total(&self) -> usize {
         self.total
+    }
+
+    /// What nobody has.
+    pub(crate) fn left(&self) -> usize {
+        self.limits.total.saturating_sub(self.total)
+    }
+
+    /// What the client's network has.
+    pub(crate) fn of_network(&self, client: &Client) -> usize {
+        self.networks.get(&client.network).copied().unwrap_or(0)
     }
 
     /// What one key has.

@@ -316,15 +316,12 @@ fn serving(node: Weak<Node>, admission: Admission) -> impl Fn(IncomingCircuit) +
     move |incoming| {
         let Some(node) = node.upgrade() else { return };
         let relay = incoming.relay;
-        if lock(&node.accepted).len() >= node.max_accepted() {
-            node.counters.refused.add(1);
-            return;
-        }
+        let Some(place) = node.places.enter(relay.ip()) else { return };
         let (admission, owner) = (admission.clone(), node.clone());
         owner.spawn(async move {
             let config = admission.config_for(&node);
             if let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.accept(&config)).await {
-                listen::serve(node, connection, Path::Relay(relay)).await;
+                listen::serve(node, connection, Path::Relay(relay), place).await;
             }
         });
     }

@@ -38,6 +38,7 @@ use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered,
 use crate::identity::{Fingerprint, realm_proof_is_valid};
 use crate::link::{lock, write_now};
 use crate::message::NodeId;
+use crate::places::Place;
 use crate::signal::Secret;
 use crate::socket::canonical;
 use crate::stats::Counter;
@@ -197,13 +198,14 @@ impl Relay {
         self: Arc<Self>,
         connection: Connection,
         owner: Fingerprint,
+        place: Option<Arc<Place>>,
         mut send: SendStream,
         receive: RecvStream,
         frames: Reassembler,
     ) {
         let remote = connection.remote_address();
         let mut control = Control { receive, frames };
-        let end = self.run(connection.clone(), owner, &mut send, &mut control).await;
+        let end = self.run(connection.clone(), owner, place, &mut send, &mut control).await;
         tracing::debug!(%remote, ?end, "control stream ended");
         if let End::Refused(error) = end {
             self.count(error);
@@ -236,11 +238,6 @@ impl Relay {
     /// Answers probes.
     pub(crate) fn responder(&self) -> &Arc<Responder> {
         &self.responder
-    }
-
-    /// How many nodes are registered, each with a connection of its own.
-    pub(crate) fn registrations(&self) -> usize {
-        lock(&self.state).book.registrations()
     }
 
     /// Nodes from a number on, and the number from which on there may be more.
@@ -329,10 +326,11 @@ impl Relay {
         self: &Arc<Self>,
         connection: Connection,
         owner: Fingerprint,
+        place: Option<Arc<Place>>,
         send: &mut SendStream,
         control: &mut Control,
     ) -> End {
-        let Some(_place) = Place::take(self, &connection) else { return End::Refused(Refusal::Malformed) };
+        let Some(_stream) = OneStream::take(self, &connection) else { return End::Refused(Refusal::Malformed) };
         let (node_id, proof, successions) = match timeout(CONNECT_TIMEOUT, control.next()).await {
             Ok(Ok(FromNode::Connect { node_id, proof, successions })) => (node_id, proof, successions),
             Ok(Ok(_) | Err(NextError::Frame(_) | NextError::Message(_))) => return End::Refused(Refusal::Malformed),
@@ -352,6 +350,8 @@ impl Relay {
             Err(end) => return end,
         };
         let registration = &entry.registration;
+        // Registrations have a limit of their own.
+        let _aside = place.map(|place| place.set_aside(&registration.connection));
         let mut ended = registration.end.subscribe();
         let mut telling = pin!(tell(notes, send));
         let end = tokio::select! {
@@ -841,19 +841,19 @@ enum NotPassed {
 }
 
 /// The one control stream of a connection.
-struct Place {
+struct OneStream {
     relay: Arc<Relay>,
     connection: usize,
 }
 
-impl Place {
+impl OneStream {
     fn take(relay: &Arc<Relay>, connection: &Connection) -> Option<Self> {
         let connection = connection.stable_id();
         lock(&relay.state).served.insert(connection).then(|| Self { relay: relay.clone(), connection })
     }
 }
 
-impl Drop for Place {
+impl Drop for OneStream {
     fn drop(&mut self) {
         lock(&self.relay.state).served.remove(&self.connection);
     }

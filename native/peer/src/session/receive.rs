@@ -1,36 +1,30 @@
 //! The receiver's half of a session.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
-use hashbrown::HashMap;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use macula_peer_wire::{MessageType, RawFrame};
-use quinn::{Connection, SendStream};
+use quinn::{Connection, SendStream, VarInt};
 use tokio::time::timeout;
 
-use super::{EXPECTED, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, SessionId, WORD_LEN, put_word};
+use super::{
+    EXPECTED, FORGOTTEN, GREETING, KEEP_LEN, MAX_OPEN_LEN, NO_RUN, NUMBER, NUMBER_LEN, Run, TOO_MANY, WORD_LEN,
+    new_run, put_word,
+};
 use crate::backlog::Sender;
 use crate::decide::session::{Arrival, Incoming};
+use crate::decide::session_table::{Met, Opened, Refused, SessionId, SessionKey, SessionTable};
 use crate::decide::shares::Client;
 use crate::error::{Rejection, ReplyError};
 use crate::hello;
-use crate::identity::Fingerprint;
 use crate::link::{Write, lock, now_or_never, write_now};
 use crate::listen::{NOT_A_FRAME, REPLY_TIMEOUT, SLOW_FRAME, Stream};
 use crate::message::{Event, ReplyTo, ReplyToken};
 use crate::node::Node;
-use crate::socket::canonical;
+use crate::stats::Counter;
 use crate::transfer;
-
-/// Sessions remembered in all, and of one key: a node has one for each name that it knows us by. The least recently used
-/// gives way; its sender, should it come back, is told that its session is not known.
-const MAX_SESSIONS: usize = 8192;
-const MAX_SESSIONS_OF_KEY: usize = 64;
-
-/// How long a session without a connection is remembered. A sender gives up what it owes after a minute and less.
-const FORGET_AFTER: Duration = Duration::from_secs(600);
 
 /// How often a sender that waits for room here is told that this node lives: less than half of the time after which it
 /// would doubt that.
@@ -39,96 +33,96 @@ const STILL_HERE: Duration = Duration::from_millis(200);
 /// Frames handed over before the stream's task lets others run and says how far it is.
 const BATCH: usize = 128;
 
-/// The sessions of those who send to this node.
-#[derive(Default)]
-pub(crate) struct Sessions(Mutex<HashMap<SessionKey, Arc<Answers>>>);
+/// Connections of a session that answers may go over. Of more, which only a sender on a path that keeps breaking has, the
+/// last ones count.
+const MAX_CONNECTIONS: usize = 4;
 
-type SessionKey = (Fingerprint, SessionId);
+/// The sessions of those who send to this node.
+pub(crate) struct Sessions {
+    table: Mutex<SessionTable<Arc<Answers>>>,
+    run: Run,
+    /// Streams that were refused because there were too many sessions.
+    refused: Counter,
+}
 
 /// One session, and the way back to its sender: over the connection that it was last heard on, or another one with the
 /// sender, which may have let go of that one while it waited for its answer.
 pub(crate) struct Answers {
-    sender: Fingerprint,
+    sender: Client,
     /// `None` until the first stream of the channel.
     channels: [Mutex<Option<Incoming>>; 2],
-    /// The connections of its streams that are open, the last one opened last.
-    connections: Mutex<Vec<Connection>>,
-    /// The connection that it was made on.
-    first: usize,
-    restart_told: AtomicBool,
-    /// Milliseconds of the node's clock at the last use.
-    used: AtomicU64,
+    /// The connections of its open streams, with their number, the last one opened last.
+    connections: Mutex<Vec<(Connection, usize)>>,
+    /// Seconds for which its sender may owe something once it has no connection.
+    keep: AtomicU32,
 }
 
 /// A session, as long as one of its streams is open.
 struct Open {
     node: Arc<Node>,
+    key: SessionKey,
     session: Arc<Answers>,
     connection: usize,
 }
 
+impl Default for Sessions {
+    fn default() -> Self {
+        Self { table: Mutex::default(), run: new_run(), refused: Counter::default() }
+    }
+}
+
 impl Sessions {
-    /// The session of a sender.
-    fn open(&self, node: &Arc<Node>, key: SessionKey, connection: &Connection) -> Open {
+    fn open(
+        &self,
+        node: &Arc<Node>,
+        key: SessionKey,
+        stream: &Stream,
+        run: Run,
+    ) -> Result<(Open, Opened<Arc<Answers>>), Refused> {
+        let connection = stream.accepted.connection();
+        let met = match run {
+            NO_RUN => Met::Nobody,
+            run if run == self.run => Met::ThisRun,
+            _ => Met::AnotherRun,
+        };
+        let network = stream.accepted.remote().ip().into();
         let now = node.clock(Instant::now());
-        let id = connection.stable_id();
-        let mut table = lock(&self.0);
-        if !table.contains_key(&key) {
-            make_room(&mut table, key.0, now.saturating_sub(FORGET_AFTER.as_millis() as u64));
-        }
-        let session = table.entry(key).or_insert_with(|| {
+        let opened = lock(&self.table).open(key, network, met, now, || {
             Arc::new(Answers {
-                sender: key.0,
+                sender: stream.accepted.client(),
                 channels: Default::default(),
                 connections: Mutex::default(),
-                first: id,
-                restart_told: AtomicBool::new(false),
-                used: AtomicU64::new(now),
+                keep: AtomicU32::new(0),
             })
-        });
-        lock(&session.connections).push(connection.clone());
-        Open { node: node.clone(), session: session.clone(), connection: id }
+        })?;
+        let session = opened.session.clone();
+        session.streams_on(connection);
+        Ok((Open { node: node.clone(), key, session, connection: connection.stable_id() }, opened))
     }
 
-    /// Its sender has ended it.
-    fn close(&self, key: &SessionKey) {
-        lock(&self.0).remove(key);
+    /// How many are remembered.
+    pub(crate) fn len(&self) -> usize {
+        lock(&self.table).len()
     }
-}
 
-/// Sessions with a stream are as many as there are streams, and stay.
-fn make_room(table: &mut HashMap<SessionKey, Arc<Answers>>, key: Fingerprint, stale: u64) {
-    table.retain(|_, session| session.is_open() || session.used.load(Ordering::Relaxed) >= stale);
-    let of_key = table.keys().filter(|(other, _)| *other == key).count();
-    if of_key >= MAX_SESSIONS_OF_KEY {
-        forget_oldest(table, |(other, _)| *other == key);
-    } else if table.len() >= MAX_SESSIONS {
-        forget_oldest(table, |_| true);
-    }
-}
-
-fn forget_oldest(table: &mut HashMap<SessionKey, Arc<Answers>>, of: impl Fn(&SessionKey) -> bool) {
-    let closed = table.iter().filter(|(key, session)| of(key) && !session.is_open());
-    let oldest = closed.min_by_key(|(_, session)| session.used.load(Ordering::Relaxed));
-    if let Some(key) = oldest.map(|(key, _)| *key) {
-        table.remove(&key);
+    /// Streams that were refused because there were too many.
+    pub(crate) fn refused(&self) -> u64 {
+        self.refused.get()
     }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.session.used.store(self.node.clock(Instant::now()), Ordering::Relaxed);
-        let mut connections = lock(&self.session.connections);
-        if let Some(index) = connections.iter().position(|connection| connection.stable_id() == self.connection) {
-            connections.remove(index);
-        }
+        self.session.no_stream_on(self.connection);
+        let keep = Duration::from_secs(self.session.keep.load(Ordering::Relaxed).into());
+        lock(&self.node.sessions.table).close(self.key, keep, self.node.clock(Instant::now()));
     }
 }
 
 /// Reads a stream of a session to its end. `opening` is the payload of the frame that began it.
 pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: Bytes) {
     let key = stream.accepted.key();
-    let (Some(key), Some(Opening { id, channel, target })) = (key, parse_opening(&opening)) else {
+    let (Some(key), Some(Opening { id, channel, run, target })) = (key, parse_opening(&opening)) else {
         // Already closed is as good.
         let _ = stream.receive.stop(NOT_A_FRAME.into());
         return;
@@ -137,14 +131,38 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     if !node.serves(target) {
         return hello::refuse(&mut stream.receive, &mut send);
     }
-    let open = node.sessions.open(&node, (key, id), stream.accepted.connection());
-    let (known, mut said) = open.session.begin(channel);
-    if !say(&mut stream, &mut send, word(known.into(), said)).await {
+    let (open, known) = match node.sessions.open(&node, (key, id), &stream, run) {
+        Ok((open, Opened { known, restarted, .. })) => {
+            if restarted {
+                node.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
+            }
+            (open, known)
+        }
+        Err(why) => {
+            if why == Refused::TooMany && node.sessions.refused.add(1) == 0 {
+                tracing::warn!(%key, from = %stream.accepted.remote(), "too many sessions");
+            }
+            let code: VarInt = match why {
+                Refused::Forgotten => FORGOTTEN.into(),
+                Refused::TooMany => TOO_MANY.into(),
+            };
+            // Already closed is as good.
+            let _ = (stream.receive.stop(code), send.reset(code));
+            return;
+        }
+    };
+    let (begun_before, mut said) = open.session.begin(channel);
+    // Its other channel may have made the session, which says nothing of what the run before this one had of this one.
+    let known = known && (begun_before || run != NO_RUN);
+    let mut greeting = BytesMut::with_capacity(GREETING);
+    greeting.put_u8(known.into());
+    greeting.extend_from_slice(&node.sessions.run);
+    greeting.put_u64(said);
+    if !say(&mut stream, &mut send, greeting.freeze()).await {
         return;
     }
     let mut number = None;
     let mut words = BytesMut::new();
-    let mut may_be_restart = !known && open.is_first();
     loop {
         while timeout(STILL_HERE, node.room(sender)).await.is_err() {
             if !say(&mut stream, &mut send, word(EXPECTED, said)).await {
@@ -155,7 +173,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         if !node.serves(target) {
             return hello::refuse(&mut stream.receive, &mut send);
         }
-        let batch = read_batch(&mut stream, &open, channel, &mut number, &mut may_be_restart, &mut words);
+        let batch = read_batch(&mut stream, &open, channel, &mut number, &mut words);
         let expected = open.session.expected(channel, number);
         if expected != said {
             said = expected;
@@ -173,7 +191,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         }
     }
     if stream.finished {
-        node.sessions.close(&(key, id));
+        lock(&node.sessions.table).end(&open.key);
     }
 }
 
@@ -192,11 +210,10 @@ fn read_batch(
     open: &Open,
     channel: usize,
     number: &mut Option<u64>,
-    may_be_restart: &mut bool,
     words: &mut BytesMut,
 ) -> Batch {
     for _ in 0..BATCH {
-        if open.node.is_crowded(Sender::Key(open.session.sender)) {
+        if open.node.is_crowded(Sender::Key(open.key.0)) {
             break;
         }
         let frame = match stream.next_frame() {
@@ -204,16 +221,17 @@ fn read_batch(
             Ok(None) => return Batch::Last,
             Err(error) => return Batch::Refused(Rejection::from(&error)),
         };
-        let begins = number.is_none();
-        let Some(frame) = numbered(frame, number) else {
-            if let (true, Some(first)) = (begins, *number) {
-                open.session.begins(channel, first);
+        if frame.type_id() == NUMBER {
+            let Some((said, keep)) = parse_number(frame.payload()) else {
+                return Batch::Refused(Rejection::Malformed);
+            };
+            if number.is_none() {
+                open.session.begins(channel, said);
             }
-            if std::mem::take(may_be_restart) && number.is_some_and(|number| number > 0) {
-                open.tell_restart(stream);
-            }
+            *number = Some(said);
+            open.session.keep.fetch_max(keep, Ordering::Relaxed);
             continue;
-        };
+        }
         let Some(current) = *number else { return Batch::Refused(Rejection::Malformed) };
         *number = current.checked_add(1);
         if number.is_none() {
@@ -224,20 +242,6 @@ fn read_batch(
         }
     }
     Batch::Full
-}
-
-impl Open {
-    /// Whether the session was made on this connection.
-    fn is_first(&self) -> bool {
-        self.session.first == self.connection
-    }
-
-    fn tell_restart(&self, stream: &Stream) {
-        let Some(key) = stream.accepted.key() else { return };
-        if !self.session.restart_told.swap(true, Ordering::Relaxed) {
-            self.node.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
-        }
-    }
 }
 
 /// Small words on a stream of their own: one that takes none for so long has a sender that reads none of them. What has
@@ -261,27 +265,27 @@ fn word(about: u8, number: u64) -> Bytes {
 struct Opening<'a> {
     id: SessionId,
     channel: usize,
+    /// This node's run, as far as the sender knows.
+    run: Run,
     /// The id of the node that the session is for; empty, whichever this is.
     target: &'a [u8],
 }
 
 fn parse_opening(payload: &[u8]) -> Option<Opening<'_>> {
     let (id, rest) = payload.split_first_chunk()?;
-    match rest {
-        [channel @ (0 | 1), target @ ..] if payload.len() <= MAX_OPEN_LEN => {
-            Some(Opening { id: *id, channel: usize::from(*channel), target })
-        }
-        _ => None,
-    }
+    let (channel, rest) = rest.split_first()?;
+    let (run, target) = rest.split_first_chunk()?;
+    let fits = payload.len() <= MAX_OPEN_LEN && matches!(channel, 0 | 1);
+    fits.then_some(Opening { id: *id, channel: usize::from(*channel), run: *run, target })
 }
 
-/// A message; `None` for a frame that was about its number.
-fn numbered(frame: RawFrame, number: &mut Option<u64>) -> Option<RawFrame> {
-    if frame.type_id() != NUMBER {
-        return Some(frame);
+/// The number of the next message, and the seconds that the session should be kept for.
+fn parse_number(mut payload: &[u8]) -> Option<(u64, u32)> {
+    match payload.len() {
+        NUMBER_LEN => Some((payload.get_u64(), 0)),
+        len if len == NUMBER_LEN + KEEP_LEN => Some((payload.get_u64(), payload.get_u32())),
+        _ => None,
     }
-    *number = <[u8; NUMBER_LEN]>::try_from(frame.payload()).ok().map(u64::from_be_bytes);
-    None
 }
 
 /// Under the channel's lock, because an older stream of the session may still carry the same message.
@@ -313,8 +317,8 @@ impl Answers {
     /// Begins a stream of a channel. Returns whether it is not the first, and the number expected.
     fn begin(&self, channel: usize) -> (bool, u64) {
         let mut incoming = lock(&self.channels[channel]);
-        let known = incoming.is_some();
-        (known, incoming.get_or_insert_default().expected(0))
+        let begun_before = incoming.is_some();
+        (begun_before, incoming.get_or_insert_default().expected(0))
     }
 
     /// A stream of a channel begins with this number.
@@ -327,25 +331,42 @@ impl Answers {
         lock(&self.channels[channel]).get_or_insert_default().expected(next.unwrap_or(0))
     }
 
-    fn is_open(&self) -> bool {
-        !lock(&self.connections).is_empty()
+    fn streams_on(&self, connection: &Connection) {
+        let mut connections = lock(&self.connections);
+        let known = connections.iter().position(|(known, _)| known.stable_id() == connection.stable_id());
+        let streams = known.map_or(0, |index| connections.remove(index).1);
+        if connections.len() >= MAX_CONNECTIONS {
+            connections.remove(0);
+        }
+        connections.push((connection.clone(), streams + 1));
+    }
+
+    fn no_stream_on(&self, connection: usize) {
+        let mut connections = lock(&self.connections);
+        let Some(index) = connections.iter().position(|(known, _)| known.stable_id() == connection) else { return };
+        connections[index].1 -= 1;
+        if connections[index].1 == 0 {
+            connections.remove(index);
+        }
     }
 
     /// Sends an answer on a stream of its own.
     pub(crate) fn answer(self: Arc<Self>, node: &Arc<Node>, frame: Bytes) -> Result<(), ReplyError> {
         let connections = lock(&self.connections);
-        let live = connections.iter().rev().find(|connection| connection.close_reason().is_none()).cloned();
+        let mut latest_first = connections.iter().rev().map(|(connection, _)| connection);
+        let live = latest_first.find(|connection| connection.close_reason().is_none()).cloned();
         drop(connections);
-        let connection = live.or_else(|| node.connection_with(self.sender)).ok_or(ReplyError::Gone)?;
+        let with_sender = || node.connection_with(self.sender.key()?);
+        let connection = live.or_else(with_sender).ok_or(ReplyError::Gone)?;
         if let Some(Ok(mut send)) = now_or_never(connection.open_uni()) {
             // Dropped, the stream is finished.
             match write_now(&mut send, &frame) {
                 Write::All => return Ok(()),
                 Write::Failed => return Err(ReplyError::Gone),
-                Write::Part(rest) => return self.wait(node, &connection, rest.len(), write_rest(send, rest)),
+                Write::Part(rest) => return self.wait(node, rest.len(), write_rest(send, rest)),
             }
         }
-        self.wait(node, &connection.clone(), frame.len(), async move {
+        self.wait(node, frame.len(), async move {
             // Those before it go on, or are given up.
             if let Ok(Ok(send)) = timeout(REPLY_TIMEOUT, connection.open_uni()).await {
                 write_rest(send, frame).await;
@@ -357,12 +378,10 @@ impl Answers {
     fn wait(
         &self,
         node: &Node,
-        connection: &Connection,
         len: usize,
         write: impl Future<Output = ()> + Send + 'static,
     ) -> Result<(), ReplyError> {
-        let asker = Client::new(self.sender, canonical(connection.remote_address()).ip());
-        let waiting = node.unread.begin(asker, len).ok_or(ReplyError::Gone)?;
+        let waiting = node.unread.begin(self.sender, len).ok_or(ReplyError::Gone)?;
         let mut stopping = node.stopping();
         node.spawn(async move {
             let _waiting = waiting;

@@ -13,12 +13,14 @@ use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
 use crate::decide::session::{Next, Outgoing};
+use crate::decide::session_table::{KEEP, SessionId};
 use crate::error::Rejection;
 use crate::link::{Link, now_or_never};
 use crate::listen::WRONG_NODE;
 use crate::message::{Letter, NodeId};
 use crate::session::{
-    EXPECTED, MAX_OPEN_LEN, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, SessionId, WORD_LEN, put_header,
+    EXPECTED, FORGOTTEN, GREETING, KEEP_LEN, MAX_OPEN_LEN, NO_RUN, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, Run,
+    WORD_LEN, put_header,
 };
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
@@ -43,6 +45,8 @@ pub(crate) struct Session {
     /// Messages may not be written again to a receiver that was restarted.
     at_most_once: bool,
     channels: [Channel; 2],
+    /// The receiver's run when it last said something about this session.
+    run: Run,
     /// The receiver has acknowledged something.
     acknowledged: bool,
     /// Since when there is no link.
@@ -69,8 +73,12 @@ struct Stream {
     stopped: Option<Rejection>,
     /// It has said its last words.
     ended: bool,
+    /// It does not know the session any more.
+    forgotten: bool,
     /// An acknowledgement that has come in part.
     word: BytesMut,
+    /// The receiver keeps the session for so long after this stream has ended.
+    kept: Duration,
 }
 
 /// What became of messages since the last look.
@@ -81,6 +89,8 @@ pub(crate) struct Progress {
     pub(crate) acknowledged_bytes: usize,
     /// Written to a receiver that was restarted, and may not be written again.
     pub(crate) lost: Vec<Letter>,
+    /// Written to a receiver that has forgotten the session, and so whether it has them.
+    pub(crate) forgotten: Vec<Letter>,
     /// The receiver cannot take them, or has waited too long for the rest of them.
     pub(crate) rejected: Vec<(Letter, Rejection)>,
     /// Their time was over before they were written completely.
@@ -113,7 +123,15 @@ pub(crate) struct Taken {
 
 impl Session {
     pub(crate) fn new(target: Option<NodeId>, at_most_once: bool) -> Self {
-        Self { id: new_id(), target, at_most_once, channels: Default::default(), acknowledged: false, detached: None }
+        Self {
+            id: new_id(),
+            target,
+            at_most_once,
+            channels: Default::default(),
+            run: NO_RUN,
+            acknowledged: false,
+            detached: None,
+        }
     }
 
     /// Goes on over a link. False if it has no streams to spare.
@@ -132,18 +150,22 @@ impl Session {
 
     /// Opens the streams that are missing. False if the link has none to spare.
     pub(crate) fn reopen(&mut self, link: &Link) -> bool {
+        let now = Instant::now();
         for (number, channel) in (0..).zip(&mut self.channels) {
             if channel.stream.is_some() {
                 continue;
             }
             let Some((send, receive)) = link.open_now() else { return false };
-            // To ask takes a round trip. Little is written at once: who has it drops it.
-            let ask = channel.owed.may_have_arrived() && (self.at_most_once || !channel.owes_little());
+            // To ask takes a round trip. Little is written at once: who has it drops it, and who has met this sender and
+            // has forgotten the session takes nothing.
+            let unsafe_to_repeat = self.at_most_once || (self.run == NO_RUN && channel.may_be_forgotten(now));
+            let ask = channel.owed.may_have_arrived() && (unsafe_to_repeat || !channel.owes_little());
             let target = self.target.as_ref().map_or(&[][..], NodeId::as_bytes);
             let mut rest = BytesMut::with_capacity(HEADER_LEN + OPEN_LEN + target.len());
             put_header(&mut rest, OPEN_SESSION, OPEN_LEN + target.len());
             rest.extend_from_slice(&self.id);
             rest.put_u8(number);
+            rest.extend_from_slice(&self.run);
             rest.extend_from_slice(target);
             channel.stream = Some(Stream {
                 send,
@@ -154,7 +176,9 @@ impl Session {
                 greeted: false,
                 stopped: None,
                 ended: false,
+                forgotten: false,
                 word: BytesMut::new(),
+                kept: KEEP,
             });
         }
         true
@@ -185,9 +209,11 @@ impl Session {
     /// when there is more to do.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<Progress> {
         let mut progress = Progress::default();
+        let mut forgotten = false;
         for channel in &mut self.channels {
             let Some(stream) = &mut channel.stream else { continue };
-            let alive = stream.poll_words(cx, &mut channel.owed, self.at_most_once, &mut progress)
+            let mut greeted = Greeted { run: &mut self.run, at_most_once: self.at_most_once, now };
+            let alive = stream.poll_words(cx, &mut channel.owed, &mut greeted, &mut progress)
                 && stream.poll_write(cx, &mut channel.owed, now, &mut progress);
             if alive {
                 // The receiver cannot have it completely, because a part of it is still here.
@@ -204,6 +230,10 @@ impl Session {
             let rejected = match why {
                 Some(why @ Rejection::TooSlow) => channel.owed.stalled().zip(Some(why)),
                 Some(why) => channel.owed.reject().zip(Some(why)),
+                None if stream.is_forgotten() => {
+                    forgotten = true;
+                    continue;
+                }
                 None => {
                     progress.broken = true;
                     continue;
@@ -213,11 +243,24 @@ impl Session {
             progress.closed = true;
             channel.close();
         }
+        if forgotten {
+            self.forgotten(&mut progress);
+        }
         self.acknowledged |= progress.acknowledged > 0;
         match progress.is_news() {
             true => Poll::Ready(progress),
             false => Poll::Pending,
         }
+    }
+
+    /// The receiver has forgotten the session. What it may have of it is not sent again; the rest goes on in another one.
+    fn forgotten(&mut self, progress: &mut Progress) {
+        for channel in &mut self.channels {
+            progress.forgotten.append(&mut channel.owed.forgotten());
+            channel.close();
+        }
+        self.renew();
+        progress.closed = true;
     }
 
     /// Gives up what is not on its way and whose time is over. Returns it, and when to look again.
@@ -250,7 +293,7 @@ impl Session {
             }
             channel.owed.rewind();
             if self.at_most_once {
-                taken.lost.append(&mut channel.owed.give_up(|_, written| written));
+                taken.lost.append(&mut channel.owed.give_up(|_, written| written.is_some()));
             }
             taken.owed.append(&mut channel.owed.take());
         }
@@ -282,7 +325,7 @@ impl Session {
     }
 
     fn renew(&mut self) {
-        (self.id, self.acknowledged) = (new_id(), false);
+        (self.id, self.run, self.acknowledged) = (new_id(), NO_RUN, false);
         for channel in &mut self.channels {
             channel.owed.renumber();
         }
@@ -305,6 +348,11 @@ impl Channel {
         })
     }
 
+    /// Something was written so long ago that a receiver which has it may know nothing of the session any more.
+    fn may_be_forgotten(&self, now: Instant) -> bool {
+        self.owed.oldest().is_some_and(|written| now.saturating_duration_since(written) >= KEEP)
+    }
+
     /// The session goes on over another stream.
     fn close(&mut self) {
         self.owed.rewind();
@@ -322,14 +370,15 @@ impl Stream {
 
     /// Writes the next message without waiting.
     fn write_one(&mut self, owed: &mut Outgoing<Letter>, now: Instant) -> Sent {
-        let Some(Next { announce, message }) = owed.write(now) else { return Sent::default() };
+        let Some(Next { number, announce, message }) = owed.write(now) else { return Sent::default() };
         let frame = message.frame.clone();
         self.in_flight += frame.len();
-        if self.rest.is_empty() && announce.is_none() {
+        let keep = keep_longer(&mut self.kept, message, now);
+        if self.rest.is_empty() && !announce && keep.is_none() {
             self.rest = frame;
         } else {
             let mut piece = BytesMut::from(std::mem::take(&mut self.rest));
-            put_number(&mut piece, announce);
+            put_number(&mut piece, number, announce, keep);
             piece.extend_from_slice(&frame);
             self.rest = piece.freeze();
         }
@@ -362,6 +411,7 @@ impl Stream {
                 }
                 Poll::Ready(Err(error)) => {
                     progress.wrong_node |= matches!(error, WriteError::Stopped(code) if code == WRONG_NODE.into());
+                    self.forgotten |= matches!(error, WriteError::Stopped(code) if code == FORGOTTEN.into());
                     return false;
                 }
                 Poll::Pending => return true,
@@ -377,6 +427,10 @@ impl Stream {
         why.filter(|_| self.greeted && self.ended)
     }
 
+    fn is_forgotten(&self) -> bool {
+        self.forgotten || matches!(now_or_never(self.send.stopped()), Some(Ok(Some(code))) if code == FORGOTTEN.into())
+    }
+
     /// Puts messages into one piece. A large one that is alone is not copied.
     fn fill(&mut self, owed: &mut Outgoing<Letter>, now: Instant, progress: &mut Progress) {
         if owed.unwritten() == 0 {
@@ -384,10 +438,10 @@ impl Stream {
         }
         let mut piece = BytesMut::from(std::mem::take(&mut self.rest));
         while piece.len() < PIECE {
-            let Some(Next { announce, message }) = owed.write(now) else { break };
+            let Some(Next { number, announce, message }) = owed.write(now) else { break };
             progress.written += 1;
             self.in_flight += message.frame.len();
-            put_number(&mut piece, announce);
+            put_number(&mut piece, number, announce, keep_longer(&mut self.kept, message, now));
             if piece.is_empty() && message.frame.len() >= PIECE {
                 self.rest = message.frame.clone();
                 return;
@@ -410,7 +464,7 @@ impl Stream {
         &mut self,
         cx: &mut Context<'_>,
         owed: &mut Outgoing<Letter>,
-        at_most_once: bool,
+        greeted: &mut Greeted<'_>,
         progress: &mut Progress,
     ) -> bool {
         loop {
@@ -423,14 +477,17 @@ impl Stream {
                 }
                 Poll::Ready(Err(error)) => {
                     progress.wrong_node |= matches!(error, ReadError::Reset(code) if code == WRONG_NODE.into());
+                    self.forgotten |= matches!(error, ReadError::Reset(code) if code == FORGOTTEN.into());
                     return false;
                 }
             }
-            if !self.greeted && self.word.len() >= WORD_LEN {
+            if !self.greeted && self.word.len() >= GREETING {
                 self.greeted = true;
                 let known = self.word.get_u8() != 0;
+                let mut run = NO_RUN;
+                self.word.copy_to_slice(&mut run);
                 let expected = self.word.get_u64();
-                self.greeting(known, expected, owed, at_most_once, progress);
+                self.greeting(known, run, expected, owed, greeted, progress);
             }
             let mut expected = None;
             while self.greeted && self.word.len() >= WORD_LEN {
@@ -461,17 +518,23 @@ impl Stream {
     fn greeting(
         &mut self,
         known: bool,
+        run: Run,
         expected: u64,
         owed: &mut Outgoing<Letter>,
-        at_most_once: bool,
+        Greeted { run: met, at_most_once, now }: &mut Greeted<'_>,
         progress: &mut Progress,
     ) {
         let asked = !std::mem::replace(&mut self.resumed, true);
+        let met = std::mem::replace(*met, run);
         if known {
             let arrived = owed.resume(expected);
             self.arrived(arrived, progress);
-        } else if at_most_once && asked {
-            progress.lost.extend(owed.give_up(|_, written| written));
+        } else if *at_most_once && asked {
+            progress.lost.extend(owed.give_up(|_, written| written.is_some()));
+        } else if met == NO_RUN && asked {
+            // It never had the session, or has forgotten it: only time tells.
+            let may_be_forgotten = |at: Instant| now.saturating_duration_since(at) >= KEEP;
+            progress.forgotten.extend(owed.give_up(|_, written| written.is_some_and(may_be_forgotten)));
         }
     }
 
@@ -485,16 +548,40 @@ impl Stream {
     }
 }
 
+/// What the first word on a stream is about.
+struct Greeted<'a> {
+    /// The session's.
+    run: &'a mut Run,
+    at_most_once: bool,
+    now: Instant,
+}
+
 impl Progress {
     fn is_news(&self) -> bool {
-        let settled = self.acknowledged > 0 || !self.lost.is_empty() || !self.rejected.is_empty();
+        let given_up = [&self.lost, &self.forgotten].iter().any(|messages| !messages.is_empty());
+        let settled = self.acknowledged > 0 || given_up || !self.rejected.is_empty();
         settled || self.written > 0 || self.closed || self.broken
     }
 }
 
-fn put_number(piece: &mut BytesMut, number: Option<u64>) {
-    if let Some(number) = number {
-        put_header(piece, NUMBER, NUMBER_LEN);
-        piece.put_u64(number);
+/// The seconds to announce, where the message is owed for longer than its session is kept.
+fn keep_longer(kept: &mut Duration, message: &Letter, now: Instant) -> Option<u32> {
+    let owed_for = message.deadline?.saturating_duration_since(now);
+    if owed_for <= *kept {
+        return None;
+    }
+    // Twice as long, so that the next messages with the same timeout need not say so again.
+    *kept = owed_for * 2;
+    Some(kept.as_secs().try_into().unwrap_or(u32::MAX))
+}
+
+fn put_number(piece: &mut BytesMut, number: u64, announce: bool, keep: Option<u32>) {
+    if !announce && keep.is_none() {
+        return;
+    }
+    put_header(piece, NUMBER, NUMBER_LEN + if keep.is_some() { KEEP_LEN } else { 0 });
+    piece.put_u64(number);
+    if let Some(keep) = keep {
+        piece.put_u32(keep);
     }
 }

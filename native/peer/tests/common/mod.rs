@@ -13,13 +13,16 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use macula_peer::{
     Config, Endpoint, EndpointRef, Engine, Event, Handler, HolePunching, Inbound, Listen, Message, NodeId,
-    Registration, RelayConfig, SendError, Target, Unhandled, Ways,
+    Registration, RelayConfig, SendError, Shares, Target, Unhandled, Ways,
 };
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, decode_payload};
 
 /// Longer than anything here takes on a busy machine; only a failing test waits for it.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Everybody here has one address, and many have one key.
+pub const ALL: Shares = Shares { key: 100, address: 100, handshake_rate: 100_000 };
 
 /// Gathers what arrives.
 #[derive(Default)]
@@ -312,7 +315,8 @@ pub fn relay(port: u16) -> (Engine, String) {
 pub fn relay_of(config: Config) -> (Engine, String) {
     let engine = engine(config);
     let generous = RelayConfig { bandwidth: 1 << 30, accept_rate: 10_000, ..RelayConfig::default() };
-    let port = engine.listen(Listen { relay: Some(generous), ..Listen::default() }).unwrap().port();
+    let listen = Listen { relay: Some(generous), shares: ALL, ..Listen::default() };
+    let port = engine.listen(listen).unwrap().port();
     (engine, format!("127.0.0.1:{port}"))
 }
 

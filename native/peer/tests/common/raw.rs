@@ -94,6 +94,45 @@ where
     (runtime, address)
 }
 
+/// Opens a session without having met its receiver.
+pub fn opening(id: u64, channel: u8) -> Vec<u8> {
+    opening_to(id, channel, [0; 8])
+}
+
+/// Opens a session with a receiver that was in this run when it was met.
+pub fn opening_to(id: u64, channel: u8, run: [u8; 8]) -> Vec<u8> {
+    let mut payload = [0; 25];
+    payload[..8].copy_from_slice(&id.to_be_bytes());
+    payload[16] = channel;
+    payload[17..].copy_from_slice(&run);
+    raw_frame(SESSION, &payload)
+}
+
+pub fn numbered(number: u64) -> Vec<u8> {
+    raw_frame(NUMBER, &number.to_be_bytes())
+}
+
+/// A stream of a session, and its receiver's first word: whether it is known, and what is expected.
+pub async fn session(connection: &Connection, id: u64) -> (Stream, bool, u64) {
+    let mut stream = Stream::open(connection).await;
+    stream.say(opening(id, 0)).await;
+    let (known, _, expected) = stream.greeting().await.expect("greeted");
+    (stream, known, expected)
+}
+
+pub async fn word(stream: &mut Stream) -> u64 {
+    match words(stream).await {
+        (0, expected) => expected,
+        refused => panic!("{refused:?}"),
+    }
+}
+
+/// An acknowledgement, or the error for which a message is refused and its number.
+pub async fn words(stream: &mut Stream) -> (u8, u64) {
+    let word = stream.bytes(9).await.expect("acknowledged");
+    (word[0], u64::from_be_bytes(word[1..].try_into().unwrap()))
+}
+
 /// One frame, of whatever type.
 pub fn raw_frame(type_id: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![1, type_id, 0, 0];
@@ -363,6 +402,13 @@ impl Stream {
             Err(ReadExactError::ReadError(ReadError::Reset(code))) => Err(Some(code)),
             Err(_) => Err(None),
         }
+    }
+
+    /// The first word on a stream of a session: whether it is known, the receiver's run, and what is expected. `Err`: as for
+    /// a frame.
+    pub async fn greeting(&mut self) -> Result<(bool, [u8; 8], u64), Option<VarInt>> {
+        let word = self.bytes(17).await?;
+        Ok((word[0] == 1, word[1..9].try_into().unwrap(), u64::from_be_bytes(word[9..].try_into().unwrap())))
     }
 
     /// The error that the other side stopped the stream with.

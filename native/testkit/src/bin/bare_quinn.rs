@@ -231,7 +231,7 @@ impl Progress {
 
     /// What a session's sender is to be told, if anything since `said`.
     fn acknowledgement(&self, said: &mut Option<u64>) -> Option<Vec<u8>> {
-        const UNKNOWN_AND_EXPECTS_0: [u8; 9] = [0; 9];
+        const UNKNOWN_AND_EXPECTS_0: [u8; 17] = [0; 17];
         const EXPECTED: u8 = 0;
         if !self.session || *said == Some(self.number) {
             return None;

@@ -77,7 +77,7 @@ async fn serve_all(relay: Arc<Relay>, endpoint: Endpoint) {
             while frames.next_frame().unwrap().is_none() {
                 frames.push(receive.read_chunk(usize::MAX, true).await.unwrap().unwrap().bytes);
             }
-            relay.serve(connection.clone(), Fingerprint::from(owner), send, receive, frames).await;
+            relay.serve(connection.clone(), Fingerprint::from(owner), None, send, receive, frames).await;
             connection.closed().await;
         });
     }

@@ -64,7 +64,7 @@ async fn accept(relay: Arc<Relay>, endpoint: Endpoint) {
                         frames.push(chunk.bytes);
                     };
                     assert_eq!(opener.type_id(), OPENER);
-                    relay.serve(connection.clone(), key_of(&connection), send, receive, frames).await;
+                    relay.serve(connection.clone(), key_of(&connection), None, send, receive, frames).await;
                 });
             }
         });

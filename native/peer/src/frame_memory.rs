@@ -1,0 +1,120 @@
+//! Memory for frames that are arriving: so much in all, and of it a share for one key and for one address.
+//!
+//! A frame gets what it needs before it is read, or waits unread: two that had half of it each would wait for ever.
+
+use std::cmp::max;
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::Notify;
+
+use crate::decide::shares::{Client, Counts, Limits};
+use crate::link::lock;
+
+/// There is room for as many of the largest frames, or of frames of this size.
+const FRAMES: usize = 16;
+const LEAST: usize = 1 << 20;
+
+/// In percent of that.
+const KEY_SHARE: u8 = 25;
+const ADDRESS_SHARE: u8 = 50;
+
+pub(crate) struct FrameMemory {
+    taken: Mutex<Counts>,
+    room: Notify,
+}
+
+/// What one frame takes until this is dropped.
+pub(crate) struct Reserved {
+    memory: Arc<FrameMemory>,
+    client: Client,
+    bytes: usize,
+}
+
+impl FrameMemory {
+    /// `max_frame`: the size of the largest.
+    pub(crate) fn new(max_frame: usize) -> Arc<Self> {
+        let total = max(max_frame, LEAST).saturating_mul(FRAMES);
+        let limits = Limits::percent(total, KEY_SHARE, ADDRESS_SHARE);
+        Arc::new(Self { taken: Mutex::new(Counts::new(limits)), room: Notify::new() })
+    }
+
+    /// Room for a frame, if there is any for this client. An address may have as much as is left for others then, so those
+    /// who hold what they have never leave nothing.
+    pub(crate) fn take(self: &Arc<Self>, client: Client, bytes: usize) -> Option<Reserved> {
+        let mut taken = lock(&self.taken);
+        let of_network = taken.of_network(&client);
+        if of_network > 0 && of_network.saturating_add(bytes) > taken.left() {
+            return None;
+        }
+        taken.take(&client, bytes).ok()?;
+        Some(Reserved { memory: self.clone(), client, bytes })
+    }
+
+    /// The same, when there is. One frame of a connection waits at a time: all that wait are looked at when there is room.
+    pub(crate) async fn wait(self: &Arc<Self>, client: Client, bytes: usize) -> Reserved {
+        loop {
+            let room = self.room.notified();
+            if let Some(reserved) = self.take(client, bytes) {
+                return reserved;
+            }
+            room.await;
+        }
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        lock(&self.memory.taken).give_back(&self.client, self.bytes);
+        self.memory.room.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const FRAME: usize = 1 << 20;
+
+    fn client(key: u8, from: u8) -> Client {
+        Client::new(Some([key; 32].into()), [20, 0, 0, from].into())
+    }
+
+    fn take_all(memory: &Arc<FrameMemory>, from: u8) -> Vec<Reserved> {
+        (0..100).filter_map(|key| memory.take(client(key, from), FRAME)).collect()
+    }
+
+    #[test]
+    fn a_key_and_an_address_have_their_shares_and_others_still_get_theirs() {
+        let memory = FrameMemory::new(FRAME);
+        let of_key: Vec<_> = (0..16).filter_map(|_| memory.take(client(1, 1), FRAME)).collect();
+        assert_eq!(of_key.len(), 4);
+        drop(of_key);
+        let held: Vec<_> = (1..=3).map(|from| take_all(&memory, from)).collect();
+        assert_eq!(held.iter().map(Vec::len).collect::<Vec<_>>(), [8, 4, 2]);
+        assert!(memory.take(client(1, 4), FRAME).is_some());
+        drop(held);
+        assert_eq!(take_all(&memory, 4).len(), 8);
+    }
+
+    #[test]
+    fn the_largest_frame_has_room_when_there_is_nothing_else() {
+        for max_frame in [1, FRAME, 1 << 30] {
+            assert!(FrameMemory::new(max_frame).take(client(1, 1), max_frame).is_some());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_frame_that_waits_gets_what_another_one_gives_back() {
+        let memory = FrameMemory::new(FRAME);
+        let mut held = take_all(&memory, 1);
+        let mut waits = Box::pin(memory.wait(client(101, 1), FRAME));
+        assert!(timeout(Duration::from_millis(20), &mut waits).await.is_err());
+        held.pop();
+        assert!(timeout(Duration::from_secs(10), waits).await.is_ok());
+    }
+}
