@@ -7,7 +7,7 @@
 -include_lib("stdlib/include/assert.hrl").
 
 -import(macula_peer_test, [call/4, until/1, until/2, events/2, closed_port/0]).
--import(macula_peer_relays, [start_relay/2, node_of/1, start_member/2, settings/2, await_registered/2]).
+-import(macula_peer_relays, [start_relay/2, node_of/1, start_member/2, await_registered/2]).
 
 -define(SECOND, {127, 0, 0, 2}).
 
@@ -112,6 +112,10 @@ are_told_apart(Lab, Kinds, Limits) ->
     Expected = [{Kind, policies_of(macula_peer_nat:is(Kind)), macula_peer_natlab:public(Lab, Kind)} || Kind <- Kinds],
     _ = try until(fun() -> Expected =:= found(Members) end, 10000) catch error:{not_in_time, _} -> ok end,
     ?assertEqual(Expected, found(Members)).
+
+%% Who looks for no direct paths does not ask what its NAT is like.
+settings(Name, Relays) ->
+    (macula_peer_relays:settings(Name, Relays))#{hole_punching => on}.
 
 found(Members) ->
     [{Kind, policies(Member), seen(profile(Member))} || {Kind, Member} <- Members].

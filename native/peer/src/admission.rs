@@ -5,7 +5,7 @@
 //! nobody waits for the table.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use crate::addresses::Remote;
 use crate::decide::access::{Access, Rules};
 use crate::decide::admission::{Answers, Kick, Kicked, Subject};
 use crate::decide::shares::{Client, Limits};
@@ -21,7 +22,6 @@ use crate::identity::Fingerprint;
 use crate::link::lock;
 use crate::message::{NodeId, Path};
 use crate::shares::{Held, Shares};
-use crate::socket::canonical;
 use crate::stats::Counter;
 
 /// Questions that wait for their answers: in all, about one key, and about one address. Those that are more are not asked.
@@ -242,8 +242,8 @@ struct Guests {
 #[derive(Clone)]
 struct Guest {
     key: Option<Fingerprint>,
-    /// Whether its packets come straight from its address.
-    is_direct: bool,
+    /// Where it has proved to be, if its packets come straight from there.
+    direct: Option<Arc<Remote>>,
     connection: Connection,
 }
 
@@ -309,14 +309,13 @@ impl Admissions {
         connection: &Connection,
         key: Option<Fingerprint>,
         path: Path,
+        remote: &Arc<Remote>,
     ) -> Option<Place> {
-        let guest = Guest { key, is_direct: !path.is_relayed(), connection: connection.clone() };
+        let direct = (!path.is_relayed()).then(|| remote.clone());
+        let guest = Guest { key, direct, connection: connection.clone() };
         // Before the lists are looked at: who changes them then finds it.
         let place = self.enter(guest.clone());
-        let address = match path {
-            Path::Relay(relay) => relay,
-            Path::Direct | Path::HolePunch => canonical(connection.remote_address()),
-        };
+        let address = remote.address(connection);
         let admitted = match self.lists().judge_guest(&guest) {
             Ok(()) => self.ask(AdmissionQuestion { key, address, path, node_id: None }).await,
             denied => denied,
@@ -333,7 +332,7 @@ impl Admissions {
 
     /// Whether the node at the other end of a link that this one began may send on it too. `None`: no.
     pub(crate) fn admit_link(self: &Arc<Self>, connection: &Connection, key: Option<Fingerprint>) -> Option<Place> {
-        let guest = Guest { key, is_direct: false, connection: connection.clone() };
+        let guest = Guest { key, direct: None, connection: connection.clone() };
         let place = self.enter(guest.clone());
         match self.lists().judge_guest(&guest) {
             Ok(()) => Some(place),
@@ -469,9 +468,9 @@ impl Admissions {
 
 impl Lists {
     fn judge_guest(&self, guest: &Guest) -> Result<(), NotAdmitted> {
-        let ip: IpAddr = guest.connection.remote_address().ip();
+        let ip = guest.direct.as_ref().map(|remote| remote.address(&guest.connection).ip());
         match () {
-            () if guest.is_direct && !self.rules.permit_address(ip) => Err(NotAdmitted::Network),
+            () if ip.is_some_and(|ip| !self.rules.permit_address(ip)) => Err(NotAdmitted::Network),
             () if !self.rules.permit_key(guest.key.as_ref()) => Err(NotAdmitted::Key),
             () => Ok(()),
         }
@@ -487,6 +486,8 @@ impl Guest {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::net::IpAddr;
+
     use tokio::task::{JoinSet, yield_now};
 
     use super::*;

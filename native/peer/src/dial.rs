@@ -15,6 +15,7 @@ use tokio::sync::{broadcast, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout, timeout_at};
 
+use crate::addresses::Proof;
 use crate::admission::{DENIED, UNDECIDED};
 use crate::config::Config;
 use crate::decide::retry::Backoff;
@@ -259,7 +260,11 @@ impl Dialer {
             .receive_window(DIALLED_WINDOW.into())
             .stream_receive_window(STREAM_WINDOW.into())
             .datagram_receive_buffer_size(None)
-            .congestion_controller_factory(Arc::new(Witnessed { witness, initial_window }));
+            .congestion_controller_factory(Arc::new(Witnessed {
+                _proof: self.socket.prove(address),
+                witness,
+                initial_window,
+            }));
         set_idle_timeout(&mut transport, &self.config);
         if let Some(round_trip) = self.initial_round_trip {
             transport.initial_rtt(round_trip);
@@ -301,10 +306,13 @@ fn stood_still(link: &Link) -> bool {
 
 /// A silent peer is noticed by what it does not acknowledge; this is for links that carry nothing. Three keep-alives
 /// may be lost.
+pub(crate) fn idle_timeout(config: &Config) -> Duration {
+    config.keep_alive * 3
+}
+
 pub(crate) fn set_idle_timeout(transport: &mut TransportConfig, config: &Config) {
-    let timeout = config.keep_alive * 3;
     // A time beyond QUIC's 2^62 ms means none.
-    transport.max_idle_timeout(timeout.try_into().ok());
+    transport.max_idle_timeout(idle_timeout(config).try_into().ok());
 }
 
 /// Returns when nothing can be sent to `address`.
@@ -377,6 +385,8 @@ fn is_about_certificate(code: TransportErrorCode) -> bool {
 
 /// quinn's default controller, with a [`Witness`] looking on.
 struct Witnessed {
+    /// As long as the connection lives, its packets may go where it was dialled.
+    _proof: Proof,
     witness: Arc<Mutex<Witness>>,
     /// `None`: RFC 9002's.
     initial_window: Option<u64>,

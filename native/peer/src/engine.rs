@@ -119,7 +119,8 @@ impl Engine {
             let _inside = runtime.enter();
             let refusals = socket::refusals();
             let (signals, heard) = socket::signals();
-            let socket = Socket::bind(config.ip, config.port, reserved, refusals.clone(), signals.clone());
+            let socket =
+                Socket::bind(config.ip, config.port, reserved, refusals.clone(), signals.clone(), Arc::default());
             let socket = socket.map_err(StartError::Bind)?;
             let mut endpoint = identity.endpoint_config();
             // The first bits of a packet tell QUIC from signals on this socket.

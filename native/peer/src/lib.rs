@@ -5,6 +5,7 @@
 //! [`Handler`].
 #![forbid(unsafe_code)]
 
+mod addresses;
 mod admission;
 mod answers;
 mod backlog;

@@ -302,9 +302,11 @@ impl Link {
 
     /// Where its packets go and come from.
     pub(crate) fn remote(&self) -> SocketAddr {
-        match self.path {
-            Path::Direct | Path::HolePunch => canonical(self.connection.remote_address()),
-            Path::Relay(relay) => relay,
+        match (&self.begun_by, self.path) {
+            (_, Path::Relay(relay)) => relay,
+            (BegunBy::Peer(accepted), _) => accepted.remote(),
+            // Who is dialled stays where it is.
+            (BegunBy::Us | BegunBy::HandedOn, _) => canonical(self.connection.remote_address()),
         }
     }
 

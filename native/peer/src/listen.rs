@@ -18,13 +18,14 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 
+use crate::addresses::Remote;
 use crate::answers;
 use crate::backlog::Sender;
 use crate::config::Config;
 use crate::decide::growth::Growth;
 use crate::decide::requests::{Asked, Ended, RequestId};
 use crate::decide::shares::Client;
-use crate::dial::{handshake, set_idle_timeout};
+use crate::dial::{handshake, idle_timeout};
 use crate::error::Rejection;
 use crate::frame_memory::Reserved;
 use crate::hello;
@@ -34,6 +35,7 @@ use crate::message::{Asking, Inbound, Path, ReplyTo, ReplyToken, Route};
 use crate::node::Node;
 use crate::peer::{MAX_ANSWERING, Peer, deadline};
 use crate::places::{Arrived, OVER_LIMIT, Place};
+use crate::relay::server::Opener;
 use crate::relay::{RECEIVE_BUFFER, client};
 use crate::request::Named;
 use crate::session;
@@ -119,6 +121,7 @@ pub(crate) const KNOWN_WAY: Duration = Duration::from_millis(100);
 /// One accepted connection.
 pub(crate) struct Accepted {
     connection: Connection,
+    remote: Arc<Remote>,
     dialect: Dialect,
     pub(crate) path: Path,
     key: Option<Fingerprint>,
@@ -139,8 +142,10 @@ pub(crate) struct Accepted {
 #[derive(Clone)]
 pub(crate) struct Admission {
     pub(crate) config: Arc<ServerConfig>,
+    transport: Transport,
     /// The same where not everybody is let in.
     strict: Arc<ServerConfig>,
+    strict_transport: Transport,
 }
 
 impl Admission {
@@ -148,14 +153,11 @@ impl Admission {
     /// packets of circuits are taken.
     pub(crate) fn new(tls: QuicServerConfig, strict: bool, relay: bool, config: &Config) -> Self {
         Self::with_transport(tls, strict, |strict| {
-            let (two_way, one_way) = streams(strict, config);
-            let mut transport = transport_config(two_way, one_way, config);
-            transport.datagram_receive_buffer_size(relay.then_some(RECEIVE_BUFFER));
+            let mut transport = Transport::new(strict, config);
             if relay {
+                transport.datagrams = Some(RECEIVE_BUFFER);
                 // Nodes probe at their own pace, whatever this one's is for others.
-                let timeout = client::IDLE_TIMEOUT.max(config.keep_alive * 3);
-                // A time beyond QUIC's 2^62 ms means none.
-                transport.max_idle_timeout(timeout.try_into().ok());
+                transport.idle_timeout = client::IDLE_TIMEOUT.max(transport.idle_timeout);
             }
             transport
         })
@@ -163,22 +165,34 @@ impl Admission {
 
     /// For connections over circuits, and on paths that both nodes have made.
     pub(crate) fn over_known_ways(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
-        Self::with_transport(tls, strict, |strict| {
-            let (two_way, one_way) = streams(strict, config);
-            let mut transport = transport_config(two_way, one_way, config);
-            transport.datagram_receive_buffer_size(None).initial_rtt(KNOWN_WAY);
-            transport
+        Self::with_transport(tls, strict, |strict| Transport {
+            initial_round_trip: Some(KNOWN_WAY),
+            ..Transport::new(strict, config)
         })
     }
 
-    fn with_transport(tls: QuicServerConfig, strict: bool, transport: impl Fn(bool) -> TransportConfig) -> Self {
+    fn with_transport(tls: QuicServerConfig, strict: bool, transport: impl Fn(bool) -> Transport) -> Self {
         let tls = Arc::new(tls);
-        let server = |strict| {
+        let server = |transport: &Transport| {
             let mut server = ServerConfig::with_crypto(tls.clone());
-            server.transport_config(Arc::new(transport(strict)));
+            server.transport_config(Arc::new(transport.config()));
             Arc::new(server)
         };
-        Self { config: server(strict), strict: server(true) }
+        let (transport, strict_transport) = (transport(strict), transport(true));
+        Self { config: server(&transport), transport, strict: server(&strict_transport), strict_transport }
+    }
+
+    /// For who connects now and is followed.
+    fn following(&self, node: &Node, remote: &Arc<Remote>) -> Arc<ServerConfig> {
+        let (config, transport) = match node.admissions.select_by_key() {
+            true => (&self.strict, &self.strict_transport),
+            false => (&self.config, &self.transport),
+        };
+        let mut transport = transport.config();
+        transport.congestion_controller_factory(remote.clone());
+        let mut server = ServerConfig::clone(config);
+        server.transport_config(Arc::new(transport));
+        Arc::new(server)
     }
 
     /// For who connects now.
@@ -196,28 +210,49 @@ impl Admission {
     }
 }
 
-fn streams(strict: bool, config: &Config) -> (u32, u8) {
-    if strict { (0, 0) } else { (first_streams(config), ONE_WAY_STREAMS) }
-}
-
 fn first_streams(config: &Config) -> u32 {
     config.max_streams.clamp(LEAST_STREAMS, FIRST_STREAMS)
 }
 
-fn transport_config(two_way: u32, one_way: u8, config: &Config) -> TransportConfig {
-    // The credit of a stream comes back when our half of it is acknowledged as closed. A sender that has run out of
-    // credit has nothing to send its acknowledgements with and would delay them by 25 ms, so it is asked not to.
-    let mut acknowledgements = AckFrequencyConfig::default();
-    acknowledgements.ack_eliciting_threshold(0u8.into());
-    let mut transport = TransportConfig::default();
-    transport
-        .ack_frequency_config(Some(acknowledgements))
-        .max_concurrent_bidi_streams(two_way.into())
-        .max_concurrent_uni_streams(one_way.into())
-        .receive_window(CONNECTION_WINDOW.into())
-        .stream_receive_window(STREAM_WINDOW.into());
-    set_idle_timeout(&mut transport, config);
-    transport
+/// The transport settings of accepted connections.
+#[derive(Debug, Clone, Copy)]
+struct Transport {
+    two_way_streams: u32,
+    one_way_streams: u8,
+    idle_timeout: Duration,
+    /// Until it is measured. `None`: nothing is known.
+    initial_round_trip: Option<Duration>,
+    /// Bytes of datagrams that wait to be read. `None`: none are taken.
+    datagrams: Option<usize>,
+}
+
+impl Transport {
+    fn new(strict: bool, config: &Config) -> Self {
+        let (two_way_streams, one_way_streams) = if strict { (0, 0) } else { (first_streams(config), ONE_WAY_STREAMS) };
+        let idle_timeout = idle_timeout(config);
+        Self { two_way_streams, one_way_streams, idle_timeout, initial_round_trip: None, datagrams: None }
+    }
+
+    fn config(&self) -> TransportConfig {
+        // The credit of a stream comes back when our half of it is acknowledged as closed. A sender that has run out of
+        // credit has nothing to send its acknowledgements with and would delay them by 25 ms, so it is asked not to.
+        let mut acknowledgements = AckFrequencyConfig::default();
+        acknowledgements.ack_eliciting_threshold(0u8.into());
+        let mut transport = TransportConfig::default();
+        transport
+            .ack_frequency_config(Some(acknowledgements))
+            .max_concurrent_bidi_streams(self.two_way_streams.into())
+            .max_concurrent_uni_streams(self.one_way_streams.into())
+            .receive_window(CONNECTION_WINDOW.into())
+            .stream_receive_window(STREAM_WINDOW.into())
+            .datagram_receive_buffer_size(self.datagrams)
+            // A time beyond QUIC's 2^62 ms means none.
+            .max_idle_timeout(self.idle_timeout.try_into().ok());
+        if let Some(round_trip) = self.initial_round_trip {
+            transport.initial_rtt(round_trip);
+        }
+        transport
+    }
 }
 
 /// Addresses that nodes are about to connect from, for as long as they may.
@@ -329,39 +364,42 @@ fn admit(node: &Arc<Node>, admission: &Admission, incoming: Incoming, connection
 }
 
 async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming, place: Place) {
-    let Some(connection) = accept_with(&node, &admission, incoming).await else { return };
-    serve(node, connection, Path::Direct, place).await;
+    let Some((connection, remote)) = accept_with(&node, &admission, incoming).await else { return };
+    serve(node, connection, Path::Direct, remote, place).await;
 }
 
-/// Accepts with these settings, although it may have come while another listener was there.
-async fn accept_with(node: &Node, admission: &Admission, incoming: Incoming) -> Option<Connection> {
-    let connecting = incoming.accept_with(admission.config_for(node)).ok()?;
-    let (socket, remote) = (node.socket(), connecting.remote_address());
-    let connected = timeout(HANDSHAKE_TIMEOUT, handshake(&socket, remote, connecting)).await.ok()?;
-    connected.inspect_err(|error| tracing::debug!(%error, "not accepted")).ok()
+/// Accepts with these settings, although it may have come while another listener was there. Where its other end is, too.
+async fn accept_with(node: &Node, admission: &Admission, incoming: Incoming) -> Option<(Connection, Arc<Remote>)> {
+    let address = incoming.remote_address();
+    let (socket, remote) = (node.socket(), Remote::following(address));
+    let connecting = incoming.accept_with(admission.following(node, &remote)).ok()?;
+    let connected = timeout(HANDSHAKE_TIMEOUT, handshake(&socket, address, connecting)).await.ok()?;
+    let connection = connected.inspect_err(|error| tracing::debug!(%error, "not accepted")).ok()?;
+    remote.is_connected(socket.addresses());
+    Some((connection, remote))
 }
 
 /// A connection on a path that both nodes have made.
 async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incoming) {
     let admission = node.clients.admission().clone();
-    let Some(connection) = accept_with(&node, &admission, incoming).await else { return };
+    let Some((connection, remote)) = accept_with(&node, &admission, incoming).await else { return };
     let shown = Fingerprint::of_connection(&connection);
     let mut meant = callers.into_iter().filter(|caller| Some(caller.key) == shown);
     let Some(Caller { extra: _extra, connected, .. }) = meant.next() else {
-        tracing::warn!(from = %connection.remote_address(), "another node than the expected one");
+        tracing::warn!(from = %remote.address(&connection), "another node than the expected one");
         return connection.close(UNEXPECTED.into(), b"unexpected key");
     };
     connected.notify_one();
     // Of several attempts, each has reached its end.
     meant.for_each(|caller| caller.connected.notify_one());
-    let Some(place) = node.places.enter(canonical(connection.remote_address()).ip()) else {
+    let Some(place) = node.places.enter(remote.address(&connection).ip()) else {
         return connection.close(OVER_LIMIT.into(), b"connections");
     };
-    serve(node, connection, Path::HolePunch, place).await;
+    serve(node, connection, Path::HolePunch, remote, place).await;
 }
 
 /// Serves a connection to its end.
-pub(crate) async fn serve(node: Arc<Node>, connection: Connection, path: Path, place: Place) {
+pub(crate) async fn serve(node: Arc<Node>, connection: Connection, path: Path, remote: Arc<Remote>, place: Place) {
     place.connected();
     let Some(dialect) = Dialect::of(&connection) else { return };
     let key = Fingerprint::of_sender(&connection, dialect);
@@ -371,14 +409,14 @@ pub(crate) async fn serve(node: Arc<Node>, connection: Connection, path: Path, p
     if key.is_some_and(|key| !place.show(&connection, key)) {
         return;
     }
-    let Some(_admitted) = node.admissions.admit_connection(&connection, key, path).await else { return };
+    let Some(_admitted) = node.admissions.admit_connection(&connection, key, path, &remote).await else { return };
     Admission::let_in(&connection, dialect, &node.config);
     let window = place.share(CONNECTION_WINDOW, FULL_CONNECTIONS);
     if window < CONNECTION_WINDOW {
         connection.set_receive_window(window.max(LEAST_WINDOW).into());
     }
     let accepted =
-        Accepted { place: Some(Arc::new(place)), ..Accepted::new(connection, dialect, path, key, Weak::new()) };
+        Accepted { place: Some(Arc::new(place)), ..Accepted::new(connection, remote, dialect, path, key, Weak::new()) };
     let accepted = Arc::new(accepted);
     let _entry = Entry::new(node.clone(), accepted.clone());
     serve_streams(node, accepted).await;
@@ -389,7 +427,8 @@ pub(crate) async fn serve_link(node: Arc<Node>, peer: Weak<Peer>, link: Arc<Link
     let Some(_place) = node.admissions.admit_link(&link.connection, link.shown) else { return };
     link.connection.set_max_concurrent_bi_streams(first_streams(&node.config).into());
     let Link { connection, dialect, path, shown, .. } = &*link;
-    let accepted = Accepted::new(connection.clone(), *dialect, *path, *shown, peer);
+    let remote = Remote::fixed(link.remote());
+    let accepted = Accepted::new(connection.clone(), remote, *dialect, *path, *shown, peer);
     drop(link);
     serve_streams(node, Arc::new(accepted)).await;
 }
@@ -430,6 +469,8 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
                 serving.release_all_stopped();
                 serving.release_arrived();
             }
+            // From now on more than an answer may be sent there, whether anybody asks where it is or not.
+            () = serving.accepted.remote.changed() => { serving.accepted.remote(); }
         }
         // What has come meanwhile costs no turn of the loop each.
         for _ in 0..ACCEPT_BATCH {
@@ -794,7 +835,7 @@ impl Stream {
                 Ok(Some(frame)) => frame,
                 Ok(None) => return Delivered::All,
                 Err(error) => {
-                    tracing::debug!(from = %self.accepted.connection.remote_address(), %error, "not a frame");
+                    tracing::debug!(from = %self.accepted.remote(), %error, "not a frame");
                     self.refuse(Rejection::from(&error));
                     return Delivered::Refused(Rejection::from(&error));
                 }
@@ -875,7 +916,10 @@ impl Stream {
         }
         if let (Some(relay), Some(key)) = (self.node.relay(), self.accepted.key) {
             let Self { accepted, receive, frames, .. } = self;
-            return relay.serve(accepted.connection.clone(), key, accepted.place.clone(), send, receive, frames).await;
+            let (connection, remote, place) =
+                (accepted.connection.clone(), accepted.remote.clone(), accepted.place.clone());
+            let opener = Opener { connection, remote, owner: key, place };
+            return relay.serve(opener, send, receive, frames).await;
         }
         // Already closed is as good.
         let _ = self.receive.stop(NOT_A_RELAY.into());
@@ -992,9 +1036,17 @@ async fn is_stopped(send: &Option<SendStream>) {
 }
 
 impl Accepted {
-    fn new(connection: Connection, dialect: Dialect, path: Path, key: Option<Fingerprint>, owner: Weak<Peer>) -> Self {
+    fn new(
+        connection: Connection,
+        remote: Arc<Remote>,
+        dialect: Dialect,
+        path: Path,
+        key: Option<Fingerprint>,
+        owner: Weak<Peer>,
+    ) -> Self {
         Self {
             connection,
+            remote,
             dialect,
             path,
             key,
@@ -1085,12 +1137,9 @@ impl Accepted {
         self.key.map_or_else(|| Sender::Address(self.remote()), Sender::Key)
     }
 
-    /// Where its packets come from.
+    /// Where its other end has proved to be, or the relay that it goes through.
     pub(crate) fn remote(&self) -> SocketAddr {
-        match self.path {
-            Path::Direct | Path::HolePunch => canonical(self.connection.remote_address()),
-            Path::Relay(relay) => relay,
-        }
+        self.remote.address(&self.connection)
     }
 }
 

@@ -18,9 +18,12 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
+use crate::config::HolePunching;
 use crate::decide::coordinate::is_local;
 use crate::decide::nat::{NatProfile, Observations, Unsolicited};
 use crate::decide::punch::MAX_CANDIDATES;
+use crate::decide::retry::Backoff;
+use crate::decide::shares::Bucket;
 use crate::endpoint::Endpoint;
 use crate::link::lock;
 use crate::message::Event;
@@ -36,9 +39,15 @@ const SETTLE: Duration = Duration::from_millis(500);
 /// Between two looks: registrations that come and go must not cost more than a few packets a second.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// Relays that do not answer at all are asked again after this long: most likely their packets are filtered on the way, and
-/// that rarely changes.
+/// Looks, and times that relays are told again what they know, because a relay says that this node has moved or registers it:
+/// after so many at once, one in so long. A relay may say so all the time.
+const AT_ONCE: u64 = 8;
+const EACH_IN: Duration = Duration::from_secs(15);
+
+/// Relays that do not answer at all are asked again after this long, and ever longer: most likely their packets are filtered on
+/// the way, and that rarely changes.
 const RETRY: Duration = Duration::from_secs(10);
+const LONGEST_RETRY: Duration = Duration::from_secs(600);
 
 /// More relays tell nothing new.
 const MAX_RELAYS: usize = 3;
@@ -81,6 +90,8 @@ pub struct NatStatus {
 #[derive(Default)]
 pub(crate) struct Nat {
     wanted: Notify,
+    /// A relay sees this node elsewhere.
+    moved: Notify,
     found: Mutex<Found>,
     /// Gets what comes to the main socket while somebody asks.
     listening: Mutex<Option<mpsc::Sender<Heard>>>,
@@ -99,6 +110,12 @@ impl Nat {
     /// Something has changed: it is to be found out anew.
     pub(crate) fn look(&self) {
         self.wanted.notify_one();
+    }
+
+    /// A relay sees this node at another address: it is to be found out anew, and the other relays are to see it too.
+    pub(crate) fn moved(&self) {
+        self.moved.notify_one();
+        self.look();
     }
 
     /// An answer of a relay, perhaps, has come to the main socket.
@@ -135,20 +152,53 @@ impl Nat {
 pub(crate) async fn run(node: Arc<Node>) {
     let mut stopping = node.stopping();
     let look = async {
-        let mut answered = true;
+        let (mut answered, mut pace, mut retry) = (true, Pace::new(), Backoff::new(RETRY, LONGEST_RETRY));
         loop {
             tokio::select! {
-                () = node.nat.wanted.notified() => settle(&node).await,
-                () = sleep(RETRY), if !answered => {}
+                () = node.nat.wanted.notified() => {
+                    settle(&node).await;
+                    pace.wait().await;
+                }
+                () = sleep(retry.pause(1.0)), if !answered => {}
             }
             answered = look(&node).await;
+            if answered {
+                retry.reset();
+            }
             sleep(PAUSE).await;
+        }
+    };
+    // Other relays see a new address with the next packet: told again what they know, they get one now and not with the next
+    // keep-alive. And a direct path that was not to be had may be there now.
+    let tell = async {
+        let mut pace = Pace::new();
+        loop {
+            node.nat.moved.notified().await;
+            pace.wait().await;
+            node.description.send_modify(|_| ());
         }
     };
     tokio::select! {
         never = look => never,
+        never = tell => never,
         // Also if it was said before this task first ran.
         _ = stopping.wait_for(|stopping| *stopping) => {}
+    }
+}
+
+/// How often something may happen that others cause.
+struct Pace(Bucket);
+
+impl Pace {
+    fn new() -> Self {
+        // A token is a second.
+        Self(Bucket::new(1, AT_ONCE * EACH_IN.as_secs(), Instant::now()))
+    }
+
+    async fn wait(&mut self) {
+        while !self.0.take(EACH_IN.as_secs(), Instant::now()) {
+            sleep(PAUSE).await;
+        }
     }
 }
 
@@ -178,6 +228,15 @@ async fn look(node: &Node) -> bool {
     try_usual_port(node, elsewhere).await;
     // The others do not see the main socket's mapping, and what it sends them does not arrive.
     let relays = chosen(usual, &node.socket());
+    if node.config.hole_punching == HolePunching::Off {
+        // What the NAT is like is for direct paths alone.
+        node.description.send_if_modified(|known| known.replace(Description::default()).is_none());
+        if let Some(probed) = relays.first() {
+            let profile = NatProfile::default();
+            found(node, Found { profile, observed: Some(probed.seen_at), since: Some(SystemTime::now()) });
+        }
+        return true;
+    }
     if relays.is_empty() {
         // Relays that answer no probes: nobody is to wait for what they tell.
         if node.description.borrow().is_none() {
@@ -185,9 +244,14 @@ async fn look(node: &Node) -> bool {
         }
         return true;
     }
-    let found = find_out(node, relays).await;
-    describe(node, found.as_ref().map_or_else(NatProfile::default, |found| found.profile));
-    let Some(found) = found else { return false };
+    let new = find_out(node, relays).await;
+    describe(node, new.as_ref().map_or_else(NatProfile::default, |found| found.profile));
+    let Some(new) = new else { return false };
+    found(node, new);
+    true
+}
+
+fn found(node: &Node, found: Found) {
     let news = {
         let mut known = lock(&node.nat.found);
         let news = (known.profile, known.observed) != (found.profile, found.observed);
@@ -197,7 +261,6 @@ async fn look(node: &Node) -> bool {
     if news {
         node.event(Event::Nat(node.nat.status(node)));
     }
-    true
 }
 
 /// Checks whether relays that answered only packets from another port of this node now answer the usual one. If so,
@@ -481,7 +544,19 @@ impl<'a> Asking<'a> {
         answers
     }
 
+    /// Whether it may be sent. A relay is where it is registered at; what else it names may be somebody else's, until it answers.
+    fn may_send(&self, probe: &Probe) -> bool {
+        let addresses = self.socket.addresses();
+        match probe.at {
+            At::Relay | At::OtherPort => addresses.may_signal(probe.to),
+            At::OtherAddress => addresses.may_signal_unheard(probe.to),
+        }
+    }
+
     async fn send(&self, probe: &Probe) {
+        if !self.may_send(probe) {
+            return;
+        }
         let signal = probe.signal.encode(&self.keys[probe.relay]);
         match (probe.by.checked_sub(1).and_then(|at| self.new.get(at)), self.socket.reachable(probe.to)) {
             // What cannot be sent is not answered.
@@ -500,6 +575,8 @@ impl<'a> Asking<'a> {
         if signal.id != probe.signal.id || (heard.by, heard.from) != probe.answer {
             return None;
         }
+        // Whoever answers has the question.
+        self.socket.addresses().heard(probe.to);
         Some((at, Answer { seen: observed, after: probe.sent?.elapsed() }))
     }
 }
@@ -610,7 +687,7 @@ mod tests {
     #[tokio::test]
     async fn addresses_that_the_system_does_not_tell_are_missed_once() {
         let (signals, _) = crate::socket::signals();
-        let socket = Socket::bind(None, 0, None, crate::socket::refusals(), signals).unwrap();
+        let socket = Socket::bind(None, 0, None, crate::socket::refusals(), signals, Arc::default()).unwrap();
         let nat = Nat::default();
         let told = || Ok(vec![[192, 0, 2, 7].into()]);
         let at = SocketAddr::new([192, 0, 2, 7].into(), socket.local().port());
@@ -628,7 +705,7 @@ mod tests {
     async fn a_socket_is_reached_at_what_it_is_bound_to() {
         let local = |ip: Option<IpAddr>| {
             let (signals, _) = crate::socket::signals();
-            let socket = Socket::bind(ip, 0, None, crate::socket::refusals(), signals).unwrap();
+            let socket = Socket::bind(ip, 0, None, crate::socket::refusals(), signals, Arc::default()).unwrap();
             (local_addresses(interfaces().unwrap(), &socket), socket.local().port())
         };
         let (all, port) = local(None);

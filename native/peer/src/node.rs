@@ -665,7 +665,7 @@ impl Node {
             // It gets no signals.
             let (signals, _) = socket::signals();
             let reserved = self.config.reserved_port(Some(ip));
-            let socket = Socket::bind(Some(ip), 0, reserved, self.refusals.clone(), signals)?;
+            let socket = Socket::bind(Some(ip), 0, reserved, self.refusals.clone(), signals, Arc::default())?;
             let mut config = self.identity.endpoint_config();
             // As on the main socket: the first bits of a packet tell QUIC from signals.
             config.grease_quic_bit(false);
@@ -721,7 +721,9 @@ impl Node {
     pub(crate) fn rebind(&self, ip: Option<IpAddr>, port: u16) -> std::io::Result<()> {
         let _inside = self.runtime.enter();
         let reserved = self.config.reserved_port(ip);
-        let socket = Socket::bind(ip, port, reserved, self.refusals.clone(), self.signals.clone())?;
+        let (refusals, signals) = (self.refusals.clone(), self.signals.clone());
+        let addresses = self.socket().addresses().clone();
+        let socket = Socket::bind(ip, port, reserved, refusals, signals, addresses)?;
         self.quic.rebind_abstract(socket.clone())?;
         let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
         let old = std::mem::replace(&mut *lock(&self.socket), BoundSocket { socket, errors });

@@ -202,7 +202,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_dial_from_before_a_rebind_does_not_cost_a_later_one_its_port() {
-        let bind = || Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0).unwrap();
+        let bind = || {
+            Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0, Arc::default()).unwrap()
+        };
         let (ports, old, new) = (Arc::new(Ports::default()), bind(), bind());
         let to = (Ipv4Addr::LOCALHOST, 1).into();
         let mut before = dial_by_another(&ports, &old, to);

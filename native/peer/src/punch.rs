@@ -1,7 +1,7 @@
 //! Direct paths through NATs: the attempts that this node takes part in.
 //!
 //! What is sent when is decided in `decide/punch.rs`; here are the sockets, the relay's word and the connection. Nothing is
-//! sent to an address that a registered relay did not name, but for answers to what the other node has signed.
+//! sent to an address that a relay of this node's did not name, but for answers to what the other node has signed.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -19,7 +19,8 @@ use crate::config::HolePunching;
 use crate::decide;
 use crate::decide::coordinate::{DESCRIBED_WITHIN, is_local};
 use crate::decide::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
-use crate::decide::targets::Targets;
+use crate::decide::shares::{Client, Limits};
+use crate::decide::targets::network;
 use crate::descriptors;
 use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
@@ -31,14 +32,24 @@ use crate::nat;
 use crate::node::{Node, Said};
 use crate::relay::control::{GivenUp, Refusal};
 use crate::relay::registration::{CircuitError, Description, PunchSession};
+use crate::shares::{Held, Shares};
 use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
 use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via, canonical};
 
-/// Attempts that this node takes part in at once, whoever began them: each is some hundred packets in three seconds.
+/// Attempts that this node has begun and takes part in at once, and as many that others have begun: each is some hundred
+/// packets in three seconds.
 const MAX_SESSIONS: usize = 64;
 
-/// Attempts with hundreds of sockets or packets at once. Many systems allow a process 1,024 open files.
+/// Those that others have begun: names and keys cost nothing, so what one has begun must not keep others from it.
+const ASKED: Limits = Limits { total: MAX_SESSIONS, per_key: 2, per_address: 8 };
+
+/// Attempts with hundreds of sockets or packets at once, that this node has begun, and that others have. Many systems allow a
+/// process 1,024 open files.
 const MAX_HARD_SESSIONS: usize = 1;
+
+/// After one of these that others have begun, how long the same network has to wait for the next one: attempts take 3 s at most,
+/// so others have half of the time.
+const HARD_AGAIN: Duration = Duration::from_secs(6);
 
 /// Signals of one session that wait to be looked at.
 const MAX_HEARD: usize = 64;
@@ -152,11 +163,16 @@ impl From<CircuitError> for PunchError {
 
 /// The attempts that are being made.
 pub(crate) struct Puncher {
-    /// By the id in their signals. At most `MAX_SESSIONS`.
+    /// By the id in their signals. At most `MAX_SESSIONS` of each role.
     sessions: Mutex<HashMap<u64, Session>>,
+    /// Of those that others have begun.
+    asked: Shares,
+    /// For those that this node has begun.
     hard: Arc<Semaphore>,
-    /// What all of them together may send.
-    targets: Mutex<Targets>,
+    /// For those that others have.
+    hard_asked: Arc<Semaphore>,
+    /// Networks that have had one of these a short time ago: no more than there may be in that time.
+    hard_had: Mutex<Vec<(IpAddr, Instant)>>,
 }
 
 #[derive(Clone)]
@@ -182,12 +198,28 @@ enum HeardBy {
 
 impl Default for Puncher {
     fn default() -> Self {
-        let targets = Mutex::new(Targets::new(Instant::now()));
-        Self { sessions: Mutex::default(), hard: Arc::new(Semaphore::new(MAX_HARD_SESSIONS)), targets }
+        let hard = || Arc::new(Semaphore::new(MAX_HARD_SESSIONS));
+        let (sessions, asked) = (Mutex::default(), Shares::new(ASKED));
+        Self { sessions, asked, hard: hard(), hard_asked: hard(), hard_had: Mutex::default() }
     }
 }
 
 impl Puncher {
+    /// A place among the attempts with hundreds of sockets or packets.
+    fn hard(&self, role: Role, network: IpAddr) -> Option<OwnedSemaphorePermit> {
+        if role == Role::Initiator {
+            return self.hard.clone().try_acquire_owned().ok();
+        }
+        let mut had = lock(&self.hard_had);
+        had.retain(|(_, at)| at.elapsed() < HARD_AGAIN);
+        if had.iter().any(|(known, _)| *known == network) {
+            return None;
+        }
+        let permit = self.hard_asked.clone().try_acquire_owned().ok()?;
+        had.push((network, Instant::now()));
+        Some(permit)
+    }
+
     /// A signal came by a socket that QUIC uses too. What is not of a session is nothing.
     pub(crate) fn received(&self, via: Via, received: &Received) {
         let Some(unverified) = Unverified::parse(received.bytes()) else { return };
@@ -218,18 +250,32 @@ struct Entry {
     node: Arc<Node>,
     id: u64,
     session: Session,
+    /// If the other node has begun it.
+    _share: Option<Held>,
 }
 
 impl Entry {
-    fn new(node: &Arc<Node>, id: u64, key: Key, peer: Role) -> Result<(Self, mpsc::Receiver<Heard>), PunchError> {
+    fn new(
+        node: &Arc<Node>,
+        id: u64,
+        key: Key,
+        peer: Role,
+        who: Client,
+    ) -> Result<(Self, mpsc::Receiver<Heard>), PunchError> {
         let (heard, waiting) = mpsc::channel(MAX_HEARD);
         let session = Session { key, peer, heard };
+        let share = match peer {
+            Role::Initiator => Some(node.puncher.asked.take(who, 1).map_err(|_| PunchError::Busy)?),
+            Role::Responder => None,
+        };
         let mut sessions = lock(&node.puncher.sessions);
-        if sessions.len() >= MAX_SESSIONS || sessions.contains_key(&id) {
+        let begun = sessions.values().filter(|session| session.peer == Role::Responder).count();
+        if sessions.contains_key(&id) || share.is_none() && begun >= MAX_SESSIONS {
             return Err(PunchError::Busy);
         }
         sessions.insert(id, session.clone());
-        Ok((Self { node: node.clone(), id, session }, waiting))
+        drop(sessions);
+        Ok((Self { node: node.clone(), id, session, _share: share }, waiting))
     }
 }
 
@@ -387,13 +433,14 @@ impl Attempt {
         let (role, theirs) = (coordinate.role, coordinate.profile);
         let id = signal_id(coordinate.session_id.as_bytes());
         let key = Key::from(&Secret::from(coordinate.secret));
-        let (entry, heard) = Entry::new(node, id, key, other(role))?;
+        let ip = coordinate.address.ip();
+        let (entry, heard) = Entry::new(node, id, key, other(role), Client::new(coordinate.key, ip))?;
         let Description { profile: ours, candidates: own } = node.description.borrow().clone().unwrap_or_default();
         let allowed = node.config.hole_punching == HolePunching::On;
         let strategy = Strategy::choose(&ours, &theirs, allowed);
         let hard = match strategy {
             Strategy::BirthdayOpen | Strategy::BirthdayProbe => {
-                Some(node.puncher.hard.clone().try_acquire_owned().map_err(|_| PunchError::Busy)?)
+                Some(node.puncher.hard(role, network(ip)).ok_or(PunchError::Busy)?)
             }
             _ => None,
         };
@@ -489,7 +536,7 @@ impl Attempt {
         if self.role == Role::Responder && matches!(signal, punch::Signal::Pong { .. }) {
             self.expect(via, to);
         }
-        if !lock(&self.node.puncher.targets).take(to, Instant::now()) {
+        if !self.socket.addresses().may_signal(to) {
             return tracing::trace!(%to, "too much is sent there");
         }
         let (nonce, body) = match signal {

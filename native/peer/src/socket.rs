@@ -24,6 +24,7 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::broadcast;
 
+use crate::addresses::{Addresses, Proof};
 use crate::decide::sending::Fault;
 use crate::link::lock;
 
@@ -84,6 +85,7 @@ pub(crate) struct Socket {
     full: AtomicBool,
     refusals: Refusals,
     signals: Signals,
+    addresses: Arc<Addresses>,
     extras: Extras,
     /// A port that is left alone.
     reserved: Option<u16>,
@@ -99,6 +101,7 @@ impl Socket {
         reserved: Option<u16>,
         refusals: Refusals,
         signals: Signals,
+        addresses: Arc<Addresses>,
     ) -> io::Result<Arc<Self>> {
         let socket = match ip {
             Some(ip) => open((ip, port).into(), reserved)?,
@@ -122,6 +125,7 @@ impl Socket {
             full: AtomicBool::new(false),
             refusals,
             signals,
+            addresses,
             extras: Extras::default(),
             reserved,
             this: this.clone(),
@@ -177,6 +181,16 @@ impl Socket {
         self.extras.route(address, id);
     }
 
+    /// From now on QUIC may send to an address what it likes, until this is dropped.
+    pub(crate) fn prove(&self, address: SocketAddr) -> Proof {
+        self.addresses.prove(address)
+    }
+
+    /// What is known of the addresses that QUIC sends to.
+    pub(crate) fn addresses(&self) -> &Arc<Addresses> {
+        &self.addresses
+    }
+
     /// Packets to an address go without an ECN mark for a moment, because marked ones are not answered.
     pub(crate) fn try_unmarked(&self, to: SocketAddr) {
         self.sender.change(|quirks, now| quirks.try_unmarked(to, now));
@@ -218,6 +232,23 @@ impl Socket {
     /// Where it is bound.
     pub(crate) fn local(&self) -> SocketAddr {
         self.local
+    }
+
+    fn poll_recv_any(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        if self.extras.are_first()
+            && let Poll::Ready(received) = self.extras.poll_recv(cx, bufs, meta, &self.signals)
+        {
+            return Poll::Ready(Ok(received));
+        }
+        match self.poll_recv_main(cx, bufs, meta) {
+            Poll::Ready(received) => Poll::Ready(received),
+            Poll::Pending => self.extras.poll_recv(cx, bufs, meta, &self.signals).map(Ok),
+        }
     }
 
     fn poll_recv_main(
@@ -457,6 +488,11 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        if !self.addresses.may_send(transmit.destination, transmit.contents.len()) {
+            tracing::trace!(to = %transmit.destination, "too much for an address that nobody has proved");
+            // Lost, as if by the network.
+            return Ok(());
+        }
         let sent = match self.extras.towards(transmit.destination) {
             Some(extra) => {
                 self.extras.send(&extra, &self.sender, transmit).map(|sent| self.note(transmit.destination, sent))
@@ -476,16 +512,13 @@ impl AsyncUdpSocket for Socket {
         if self.replaced.load(Ordering::Relaxed) {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         }
-        if self.extras.are_first()
-            && let Poll::Ready(received) = self.extras.poll_recv(cx, bufs, meta, &self.signals)
-        {
-            return Poll::Ready(Ok(received));
+        let received = ready!(self.poll_recv_any(cx, bufs, meta))?;
+        for meta in &meta[..received] {
+            self.addresses.received(meta.addr, meta.len);
         }
-        match self.poll_recv_main(cx, bufs, meta) {
-            Poll::Ready(received) => Poll::Ready(received),
-            Poll::Pending => self.extras.poll_recv(cx, bufs, meta, &self.signals).map(Ok),
-        }
+        Poll::Ready(Ok(received))
     }
+
     fn local_addr(&self) -> io::Result<SocketAddr> {
         Ok(self.local)
     }

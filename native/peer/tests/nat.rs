@@ -13,7 +13,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::raw::{Stream, connect_as, eventually, stranger};
-use common::{Forwarder, PATIENCE, endpoint, engine, member, message, node_id, over, send_to_node, until};
+use common::{
+    Forwarder, Inbox, PATIENCE, endpoint, engine, member, member_of, message, node_id, over, send_to_node, until,
+};
 use macula_peer::{Allocation, Config, Engine, Event, Filtering, Listen, Mapping, NatProfile, RelayConfig};
 use macula_peer_testkit::quic::tokio_runtime;
 use macula_peer_wire::MessageType::Publish;
@@ -31,6 +33,11 @@ fn relay() -> (Engine, String) {
     relay_at(Ipv4Addr::LOCALHOST, RelayConfig::default())
 }
 
+/// A node that looks for direct paths, and so finds out what its NAT is like.
+fn finder(name: &str, relays: &[&str]) -> (Engine, Arc<Inbox>) {
+    member_of(Config::default(), name, relays)
+}
+
 fn no_nat() -> NatProfile {
     NatProfile {
         mapping: Some(Mapping::EndpointIndependent),
@@ -43,7 +50,7 @@ fn no_nat() -> NatProfile {
 fn a_node_behind_no_nat_finds_that_out_within_a_second() {
     let ((one, first), (other, second)) = (relay(), relay_at(SECOND, RelayConfig::default()));
     let begun = (Instant::now(), SystemTime::now());
-    let (node, inbox) = member("node", &[&first, &second]);
+    let (node, inbox) = finder("node", &[&first, &second]);
     until("found out", || node.nat_profile().profile == no_nat());
     assert!(begun.0.elapsed() < Duration::from_secs(1), "{:?}", begun.0.elapsed());
     let status = node.nat_profile();
@@ -63,8 +70,23 @@ fn a_node_behind_no_nat_finds_that_out_within_a_second() {
 fn a_relay_with_a_second_address_tells_as_much_as_two_relays() {
     let (relay, address) =
         relay_at(Ipv4Addr::LOCALHOST, RelayConfig { probe_ip: Some(SECOND.into()), ..RelayConfig::default() });
-    let (node, _) = member("node", &[&address]);
+    let (node, _) = finder("node", &[&address]);
     until("found out", || node.nat_profile().profile == no_nat());
+    for engine in [node, relay] {
+        engine.stop();
+    }
+}
+
+/// Nothing needs it.
+#[test]
+fn a_node_that_looks_for_no_direct_paths_asks_nothing_and_knows_where_it_is_seen() {
+    let (relay, address) =
+        relay_at(Ipv4Addr::LOCALHOST, RelayConfig { probe_ip: Some(SECOND.into()), ..RelayConfig::default() });
+    let (node, _) = member("node", &[&address]);
+    until("known", || node.nat_profile().since.is_some());
+    let status = node.nat_profile();
+    assert_eq!(status.profile, NatProfile::default());
+    assert_eq!(status.observed, node.stats().registrations[0].address);
     for engine in [node, relay] {
         engine.stop();
     }
@@ -73,7 +95,7 @@ fn a_relay_with_a_second_address_tells_as_much_as_two_relays() {
 #[test]
 fn one_relay_at_one_address_cannot_tell_everything() {
     let (relay, address) = relay();
-    let (node, _) = member("node", &[&address]);
+    let (node, _) = finder("node", &[&address]);
     until("found out", || node.nat_profile().since.is_some());
     let expected = NatProfile { mapping: None, filtering: Some(Filtering::HostDependent), ..no_nat() };
     assert_eq!(node.nat_profile().profile, expected);
@@ -85,7 +107,7 @@ fn one_relay_at_one_address_cannot_tell_everything() {
 #[test]
 fn a_node_looks_again_when_it_registers_elsewhere() {
     let ((one, first), (other, second)) = (relay(), relay_at(SECOND, RelayConfig::default()));
-    let (node, _) = member("node", &[&first]);
+    let (node, _) = finder("node", &[&first]);
     until("found out in part", || node.nat_profile().since.is_some());
     let before = node.nat_profile();
     assert_eq!(before.profile.mapping, None);
@@ -100,7 +122,7 @@ fn a_node_looks_again_when_it_registers_elsewhere() {
 #[test]
 fn a_node_that_moves_is_told_where_it_is_seen_and_looks_again() {
     let (relay, address) = relay();
-    let (node, inbox) = member("node", &[&address]);
+    let (node, inbox) = finder("node", &[&address]);
     until("found out", || node.nat_profile().since.is_some());
     // Its socket moves, and the connection to the relay with it.
     let port = node.listen(Listen { port: Some(free_port()), ..Listen::default() }).unwrap().port();
@@ -154,7 +176,7 @@ fn free_port() -> u16 {
 fn what_is_lost_is_asked_again() {
     let (relay, address) = relay();
     let forgetful = Forgetful::new(address.parse().unwrap());
-    let (node, _) = member("node", &[&forgetful.address.to_string()]);
+    let (node, _) = finder("node", &[&forgetful.address.to_string()]);
     // To a node that knows the forwarder for the relay, the other port is at the same address.
     until("found out", || node.nat_profile().profile.mapping == Some(Mapping::PortDependent));
     assert!(forgetful.forgotten.load(Ordering::Relaxed) > 1);
@@ -453,7 +475,7 @@ fn a_relay_that_listens_again_has_its_ports_again() {
         relay.listen(Listen { relay: Some(config), ..Listen::default() }).unwrap().port()
     };
     let address = format!("127.0.0.1:{}", listen());
-    let (node, _) = member("node", &[&address]);
+    let (node, _) = finder("node", &[&address]);
     for _ in 0..20 {
         assert!(relay.close());
         listen();

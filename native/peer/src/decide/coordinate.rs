@@ -9,15 +9,24 @@ use thiserror::Error;
 use super::nat::NatProfile;
 use super::punch::{LONGEST, LOWEST_PORT, MAX_CANDIDATES, MAX_PORTS, Role, Strategy};
 use super::relay::Generation;
-use super::shares::Bucket;
+use super::shares::{Bucket, Client, Counts, Limits};
 use crate::identity::Fingerprint;
 use crate::relay::control::Id;
 
 /// Sessions in all: at a few seconds each a relay so begins some hundreds a second.
 const MAX_SESSIONS: usize = 2048;
 
-/// Sessions that a node takes part in, whoever asked. A node has one for each peer, and retries them after pauses.
+/// Sessions that a node has asked for, and as many that others have asked for with it. A node has one for each peer, and
+/// retries them after pauses.
 const MAX_SESSIONS_PER_NODE: usize = 16;
+
+/// Those that others have asked for with one node: what one key may have, whatever its names, and one address, whatever its
+/// keys.
+const WITH_ONE_NODE: Limits =
+    Limits { total: MAX_SESSIONS_PER_NODE, per_key: 2, per_address: MAX_SESSIONS_PER_NODE / 2 };
+
+/// All sessions, by who has asked for them.
+const ALL: Limits = Limits { total: MAX_SESSIONS, per_key: MAX_SESSIONS / 32, per_address: MAX_SESSIONS / 4 };
 
 /// Sessions that a node asks for, per second, after a burst of as many as it may have.
 const REQUESTS_PER_SECOND: u64 = 4;
@@ -49,9 +58,11 @@ pub(crate) enum Refused {
     IdInUse,
     #[error("one has an IPv4 address, the other an IPv6 address")]
     Family,
-    #[error("as many sessions exist as may")]
+    #[error("as many sessions exist as may, or of this key or network")]
     Sessions,
-    #[error("one of the two takes part in as many sessions as may be")]
+    #[error(
+        "the node has asked for as many sessions as it may, or others with the target, or the asking one's key or network"
+    )]
     SessionsPerNode,
     #[error("the node asked too often")]
     Rate,
@@ -95,7 +106,7 @@ pub(crate) struct Execute {
 }
 
 /// The nodes and their sessions.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Coordinator {
     /// As many as are registered.
     nodes: HashMap<Generation, Node>,
@@ -103,6 +114,8 @@ pub(crate) struct Coordinator {
     sessions: HashMap<u64, Session>,
     /// When each ends.
     expiring: BTreeSet<(Instant, u64)>,
+    /// Who has asked for them.
+    asked: Counts,
     next_session: u64,
 }
 
@@ -114,8 +127,10 @@ struct Node {
     profile: NatProfile,
     /// At most `MAX_CANDIDATES`.
     candidates: Vec<SocketAddr>,
-    /// At most `MAX_SESSIONS_PER_NODE`.
+    /// At most `MAX_SESSIONS_PER_NODE` that it asked for, and as many that others did.
     sessions: HashMap<Id, u64>,
+    /// Those that others did.
+    asked: Counts,
 }
 
 #[derive(Debug)]
@@ -124,8 +139,21 @@ struct Session {
     until: Instant,
     /// The one that asked is the first.
     ends: [Generation; 2],
+    asking: Client,
     /// How many more ports each may name.
     ports_left: [usize; 2],
+}
+
+impl Default for Coordinator {
+    fn default() -> Self {
+        Self {
+            nodes: HashMap::new(),
+            sessions: HashMap::new(),
+            expiring: BTreeSet::new(),
+            asked: Counts::new(ALL),
+            next_session: 0,
+        }
+    }
 }
 
 impl Coordinator {
@@ -134,7 +162,8 @@ impl Coordinator {
         let requests = Bucket::new(REQUESTS_PER_SECOND, MAX_SESSIONS_PER_NODE as u64, now);
         let (profile, candidates) = (NatProfile::default(), Vec::new());
         let ready_at = Some(now + DESCRIBED_WITHIN);
-        self.nodes.insert(node, Node { requests, ready_at, profile, candidates, sessions: HashMap::new() });
+        let (sessions, asked) = (HashMap::new(), Counts::new(WITH_ONE_NODE));
+        self.nodes.insert(node, Node { requests, ready_at, profile, candidates, sessions, asked });
     }
 
     /// A registration has ended.
@@ -152,9 +181,10 @@ impl Coordinator {
             node.profile = profile;
             node.candidates.clear();
             for &candidate in candidates {
+                // A node has one socket: who names several ports of a host means another's.
                 if node.candidates.len() < MAX_CANDIDATES
                     && is_local(candidate)
-                    && !node.candidates.contains(&candidate)
+                    && node.candidates.iter().all(|known| known.ip() != candidate.ip())
                 {
                     node.candidates.push(candidate);
                 }
@@ -184,7 +214,8 @@ impl Coordinator {
         if ready_at.is_some_and(|ready_at| now < ready_at) {
             return Err(Refused::NotReady);
         }
-        self.allow([from, target], &session)?;
+        let asking = Client::new(from.key, from.seen.ip());
+        self.allow([from, target], &asking, &session)?;
         let number = self.next_session;
         self.next_session += 1;
         let ends = [from.node, target.node];
@@ -193,8 +224,9 @@ impl Coordinator {
                 node.sessions.insert(session.clone(), number);
             }
         }
-        self.sessions
-            .insert(number, Session { id: session.clone(), until: now + LIFE, ends, ports_left: [MAX_PORTS; 2] });
+        let ports_left = [MAX_PORTS; 2];
+        let kept = Session { id: session.clone(), until: now + LIFE, ends, asking, ports_left };
+        self.sessions.insert(number, kept);
         self.expiring.insert((now + LIFE, number));
 
         let profiles = ends.map(|end| self.nodes.get(&end).map(|node| node.profile).unwrap_or_default());
@@ -256,7 +288,8 @@ impl Coordinator {
         self.sessions.len()
     }
 
-    fn allow(&self, parties: [&Party; 2], id: &Id) -> Result<(), Refused> {
+    /// From here on it counts.
+    fn allow(&mut self, parties: [&Party; 2], asking: &Client, id: &Id) -> Result<(), Refused> {
         let nodes = parties.map(|party| self.nodes.get(&party.node));
         let [Some(from), Some(target)] = nodes else { return Err(Refused::NotRegistered) };
         let pair = parties.map(|party| party.node);
@@ -270,13 +303,13 @@ impl Coordinator {
         if parties[0].seen.is_ipv4() != parties[1].seen.is_ipv4() {
             return Err(Refused::Family);
         }
-        if self.sessions.len() >= MAX_SESSIONS {
-            return Err(Refused::Sessions);
-        }
-        if [from, target].iter().any(|node| node.sessions.len() >= MAX_SESSIONS_PER_NODE) {
+        self.asked.allows(asking, 1).map_err(|_| Refused::Sessions)?;
+        if from.sessions.len() - from.asked.total() >= MAX_SESSIONS_PER_NODE {
             return Err(Refused::SessionsPerNode);
         }
-        Ok(())
+        let target = self.nodes.get_mut(&pair[1]).ok_or(Refused::NotRegistered)?;
+        target.asked.take(asking, 1).map_err(|_| Refused::SessionsPerNode)?;
+        self.asked.take(asking, 1).map_err(|_| Refused::Sessions)
     }
 
     fn expire(&mut self, now: Instant) {
@@ -289,8 +322,12 @@ impl Coordinator {
     }
 
     fn end_session(&mut self, number: u64) {
-        let Some(Session { id, until, ends, .. }) = self.sessions.remove(&number) else { return };
+        let Some(Session { id, until, ends, asking, .. }) = self.sessions.remove(&number) else { return };
         self.expiring.remove(&(until, number));
+        self.asked.give_back(&asking, 1);
+        if let Some(target) = self.nodes.get_mut(&ends[1]) {
+            target.asked.give_back(&asking, 1);
+        }
         for end in ends {
             if let Some(node) = self.nodes.get_mut(&end) {
                 node.sessions.remove(&id);
@@ -354,6 +391,13 @@ mod tests {
 
     fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
+    }
+
+    /// A key that none of `Relay::node` has.
+    fn another_key() -> Fingerprint {
+        let mut key = [9; 32];
+        key[0] = 0;
+        key.into()
     }
 
     struct Relay {
@@ -594,7 +638,12 @@ mod tests {
             relay.request(asking, target, &n.to_string()).unwrap();
         }
         assert_eq!(relay.refused(&all[30], target, "x"), Some(Refused::SessionsPerNode));
-        assert_eq!(relay.refused(target, &all[30], "x"), Some(Refused::SessionsPerNode));
+        for (n, other) in all[18..18 + MAX_SESSIONS_PER_NODE - 1].iter().enumerate() {
+            relay.request(target, other, &format!("own {n}")).unwrap();
+        }
+        relay.start += ms(1000);
+        relay.request(target, &all[38], "own last").unwrap();
+        assert_eq!(relay.refused(target, &all[39], "x"), Some(Refused::SessionsPerNode));
 
         let asking = &all[31];
         for n in 0..MAX_SESSIONS_PER_NODE {
@@ -623,10 +672,55 @@ mod tests {
         assert_eq!(relay.refused(&c, &b, "s"), Some(Refused::NotReady), "others may");
     }
 
+    /// Names and keys cost nothing.
+    #[test]
+    fn neither_one_key_with_many_names_nor_one_address_with_many_keys_takes_a_node_from_others() {
+        let mut relay = Relay::new();
+        let target = relay.node(0, "20.0.0.1:7000");
+        let names: Vec<Party> =
+            (1..20).map(|n| Party { key: another_key(), ..relay.node(n, "20.0.1.1:7000") }).collect();
+        let got = names.iter().filter(|name| relay.refused(name, &target, &format!("{:?}", name.id)).is_none()).count();
+        assert_eq!(got, WITH_ONE_NODE.per_key);
+        let keys: Vec<Party> = (20..60).map(|n| relay.node(n, &format!("20.0.1.2:{}", 7000 + n))).collect();
+        let got = keys.iter().filter(|one| relay.refused(one, &target, &format!("{:?}", one.id)).is_none()).count();
+        assert_eq!(got, WITH_ONE_NODE.per_address);
+        let honest = relay.node(60, "20.0.1.3:7000");
+        assert_eq!(relay.refused(&honest, &target, "honest"), None);
+        assert_eq!(relay.refused(&target, &keys[39], "its own"), None);
+    }
+
+    #[test]
+    fn one_key_and_one_network_have_a_share_of_all_sessions() {
+        let mut relay = Relay::new();
+        let (key, many) = (another_key(), ALL.per_key + 1);
+        let one_key: Vec<Party> =
+            (0..many).map(|n| Party { key, ..relay.node(n, &format!("20.0.{}.{}:7000", n / 200, n % 200)) }).collect();
+        let mut target = many;
+        let mut refused = |relay: &mut Relay, asking: &Party| {
+            target += 1;
+            let to = relay.node(target, "20.0.9.9:7000");
+            relay.refused(asking, &to, "s")
+        };
+        let (last, first) = one_key.split_last().unwrap();
+        assert!(first.iter().all(|asking| refused(&mut relay, asking).is_none()));
+        assert_eq!(refused(&mut relay, last), Some(Refused::Sessions));
+        let network: Vec<Party> = (0..=ALL.per_address).map(|n| relay.node(10_000 + n, "20.1.0.1:7000")).collect();
+        let (last, first) = network.split_last().unwrap();
+        assert!(first.iter().all(|asking| refused(&mut relay, asking).is_none()));
+        assert_eq!(refused(&mut relay, last), Some(Refused::Sessions));
+        let other = relay.node(20_000, "20.2.0.1:7000");
+        assert_eq!(refused(&mut relay, &other), None);
+        for asking in first.iter().chain(&one_key) {
+            relay.coordinator.end(asking.node);
+        }
+        assert_eq!(relay.coordinator.asked.total(), 1);
+    }
+
     #[test]
     fn sessions_are_limited_in_all() {
         let mut relay = Relay::new();
-        let parties: Vec<Party> = (0..2 * (MAX_SESSIONS + 1)).map(|n| relay.node(n, "20.0.0.1:7000")).collect();
+        let at = |n: usize| format!("20.0.{}.{}:7000", n / 200, n % 200);
+        let parties: Vec<Party> = (0..2 * (MAX_SESSIONS + 1)).map(|n| relay.node(n, &at(n))).collect();
         let mut pairs = parties.chunks(2);
         for pair in pairs.by_ref().take(MAX_SESSIONS) {
             relay.request(&pair[0], &pair[1], "s").unwrap();
@@ -695,6 +789,8 @@ mod tests {
                 prop_assert_eq!(coordinator.expiring.len(), coordinator.sessions.len());
                 let at_nodes: usize = coordinator.nodes.values().map(|node| node.sessions.len()).sum();
                 prop_assert_eq!(at_nodes, 2 * coordinator.sessions.len());
+                let asked: usize = coordinator.nodes.values().map(|node| node.asked.total()).sum();
+                prop_assert_eq!((asked, coordinator.asked.total()), (coordinator.sessions.len(), asked));
             }
             relay.coordinator.result(parties[0].node, &id("none"), false, now + LIFE);
             prop_assert_eq!(relay.coordinator.sessions(), 0);

@@ -67,6 +67,11 @@ pub(super) const MAX_STRANGERS: usize = 2;
 /// Packets to one address and port from one socket: pings for as long as it takes, and as many pongs.
 pub(super) const MAX_PER_WAY: u32 = 80;
 
+/// As `MAX_PER_WAY`, to a local address that the peer has named: no one but the peer knows who is there. It answers at once, or
+/// not; each ping that comes from there is worth two more packets, the answer and a ping.
+pub(super) const MAX_PER_LOCAL: u32 = FAST_PINGS;
+const PER_LOCAL_PING: u32 = 2;
+
 /// As `MAX_PER_WAY`, to a stranger.
 pub(super) const MAX_PER_STRANGER: u32 = 8;
 
@@ -248,6 +253,7 @@ struct Way {
     origin: Origin,
     next: Instant,
     pings: u32,
+    pings_heard: u32,
     packets_left: u32,
     proven: bool,
 }
@@ -255,6 +261,8 @@ struct Way {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Origin {
     Named,
+    /// A local address that the peer has named.
+    Local,
     /// A ping came from there.
     Learned,
     Stranger,
@@ -281,6 +289,9 @@ struct Birthday {
 
 impl Punch {
     pub(crate) fn new(mut setup: Setup, now: Instant) -> Self {
+        // A node has one socket: several ports of a host are not all the peer's.
+        let mut hosts = HashSet::new();
+        setup.candidates.retain(|candidate| hosts.insert(candidate.ip()));
         setup.candidates.truncate(MAX_CANDIDATES);
         let strategy = Strategy::choose(&setup.ours, &setup.theirs, setup.hard);
         let birthday = matches!(strategy, Strategy::BirthdayOpen | Strategy::BirthdayProbe).then(|| Birthday {
@@ -316,13 +327,13 @@ impl Punch {
             Strategy::BirthdayProbe => {}
             // Nobody is at the port that the relay sees.
             Strategy::Predicted if self.setup.theirs.is_hard() => {}
-            Strategy::Plain | Strategy::Predicted => self.name(self.setup.peer, now),
+            Strategy::Plain | Strategy::Predicted => self.name(self.setup.peer, Origin::Named, now),
         }
         let ports = std::mem::take(&mut self.setup.ports);
         self.learn_ports(&ports, now);
         // After the others: no NAT is on the way to these, but if it is, it gives them a port.
         for n in 0..self.setup.candidates.len() {
-            self.name(self.setup.candidates[n], now);
+            self.name(self.setup.candidates[n], Origin::Local, now);
         }
     }
 
@@ -395,7 +406,7 @@ impl Punch {
             peer.set_port(port);
             let told = |way: &&Way| way.to.ip() == peer.ip() && way.origin == Origin::Named;
             if port >= LOWEST_PORT && self.ways.iter().filter(told).count() < MAX_PORTS {
-                self.name(peer, now);
+                self.name(peer, Origin::Named, now);
             }
         }
     }
@@ -429,6 +440,10 @@ impl Punch {
         self.setup.begin = self.setup.begin.min(now);
         self.learn_source(via, from, now);
         let Some(way) = self.ways.iter_mut().find(|way| (way.via, way.to) == (via, from)) else { return };
+        if way.origin == Origin::Local && way.pings_heard < MAX_PER_WAY {
+            way.pings_heard += 1;
+            way.packets_left += PER_LOCAL_PING;
+        }
         if way.packets_left > 0 && self.packets_left > 0 {
             self.answered.insert(nonce);
             way.packets_left -= 1;
@@ -491,16 +506,20 @@ impl Punch {
         }
     }
 
-    fn name(&mut self, to: SocketAddr, now: Instant) {
+    fn name(&mut self, to: SocketAddr, origin: Origin, now: Instant) {
         if self.ways.iter().all(|way| (way.via, way.to) != (Via::Main, to)) {
-            self.way(Via::Main, to, Origin::Named, now);
+            self.way(Via::Main, to, origin, now);
         }
     }
 
     fn way(&mut self, via: Via, to: SocketAddr, origin: Origin, now: Instant) {
-        let packets_left = if origin == Origin::Stranger { MAX_PER_STRANGER } else { MAX_PER_WAY };
+        let packets_left = match origin {
+            Origin::Named | Origin::Learned => MAX_PER_WAY,
+            Origin::Local => MAX_PER_LOCAL,
+            Origin::Stranger => MAX_PER_STRANGER,
+        };
         let next = now.max(self.setup.begin);
-        self.ways.push(Way { via, to, origin, next, pings: 0, packets_left, proven: false });
+        self.ways.push(Way { via, to, origin, next, pings: 0, pings_heard: 0, packets_left, proven: false });
     }
 
     fn ping(&mut self, now: Instant) -> Option<Action> {
@@ -911,7 +930,8 @@ mod tests {
         let mut side = Side::new(RANDOM, RANDOM, |setup| setup.candidates = vec![local()]);
         side.punch.learn_ports(&[7001], side.now());
         side.run(10_000);
-        assert!(side.pinged().iter().all(|to| *to == local()) && side.pinged().len() > 10);
+        assert!(side.pinged().iter().all(|to| *to == local()));
+        assert_eq!(side.pinged().len() as u32, MAX_PER_LOCAL);
         assert_eq!(side.last(), (1000, Action::Over(Failure::BothHard)));
     }
 

@@ -151,7 +151,6 @@ impl Counts {
     }
 
     /// What all have together.
-    #[cfg(test)]
     pub(crate) fn total(&self) -> usize {
         self.total
     }

@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 /// caller to wait.
 pub(crate) const SILENCE: Duration = Duration::from_millis(500);
 
+/// How much later than after a round trip an answer may come: acknowledgements are put off by 25 ms.
+const LATE: Duration = Duration::from_millis(50);
+
 /// What a connection has counted so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counted {
@@ -48,6 +51,11 @@ impl Silence {
     /// Since when something has been unanswered.
     pub(crate) fn unanswered_since(&self) -> Option<Instant> {
         self.unanswered_since
+    }
+
+    /// Something has been unanswered for longer than an answer takes.
+    pub(crate) fn is_late(&self, now: Instant, round_trip: Duration) -> bool {
+        self.unanswered_since.is_some_and(|since| now >= since + LATE + round_trip)
     }
 }
 

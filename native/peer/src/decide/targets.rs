@@ -1,9 +1,9 @@
-//! How many packets leave for where paths are looked for, over all sessions: one session after the other must not come to a
-//! flood.
+//! How many signals leave for addresses that others have named: to one address and to all, over all sessions, because one
+//! session after the other must not come to a flood; and to those of which nothing was ever heard.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::punch::MAX_BIRTHDAY_PACKETS;
 use super::shares::Bucket;
@@ -25,23 +25,42 @@ const RATE: u64 = 512;
 /// that one may have.
 const MAX_TARGETS: usize = 1024;
 
+/// What an address gets of which nothing was heard, and for how long it then gets nothing: enough for two looks, of which
+/// packets may be lost.
+const UNHEARD_PACKETS: u32 = 6;
+const UNHEARD_FOR: Duration = Duration::from_secs(600);
+
+/// Such addresses at once. Whoever names more of them names them in vain.
+const MAX_UNHEARD: usize = 64;
+
 /// What may still be sent, and to whom.
 #[derive(Debug)]
 pub(crate) struct Targets {
     all: Bucket,
     /// At most `MAX_TARGETS`: those whose buckets are not full again.
     each: HashMap<IpAddr, Bucket>,
+    /// At most `MAX_UNHEARD`.
+    unheard: HashMap<SocketAddr, Unheard>,
+}
+
+/// An address that somebody has named who is elsewhere.
+#[derive(Debug)]
+struct Unheard {
+    since: Instant,
+    sent: u32,
+    /// It has answered, so somebody is there who wants to be asked.
+    heard: bool,
 }
 
 impl Targets {
     pub(crate) fn new(now: Instant) -> Self {
-        Self { all: Bucket::new(RATE, BURST, now), each: HashMap::new() }
+        Self { all: Bucket::new(RATE, BURST, now), each: HashMap::new(), unheard: HashMap::new() }
     }
 
     /// Whether a packet may be sent to that address. Ports do not count: those of one address are of one host, or share
     /// one line.
     pub(crate) fn take(&mut self, to: SocketAddr, now: Instant) -> bool {
-        let target = target(to.ip());
+        let target = network(to.ip());
         if !self.each.contains_key(&target) {
             if self.each.len() >= MAX_TARGETS {
                 self.each.retain(|_, bucket| !bucket.is_full(now));
@@ -54,10 +73,31 @@ impl Targets {
         // One that gets too much takes nothing from the others.
         bucket.take(1, now) && self.all.take(1, now)
     }
+
+    /// The same, where it was named by somebody who is elsewhere: until it has answered it gets a few packets.
+    pub(crate) fn take_unheard(&mut self, to: SocketAddr, now: Instant) -> bool {
+        self.unheard.retain(|_, known| now < known.since + UNHEARD_FOR);
+        if !self.unheard.contains_key(&to) && self.unheard.len() >= MAX_UNHEARD {
+            return false;
+        }
+        let known = self.unheard.entry(to).or_insert(Unheard { since: now, sent: 0, heard: false });
+        if !known.heard && known.sent >= UNHEARD_PACKETS {
+            return false;
+        }
+        known.sent += 1;
+        self.take(to, now)
+    }
+
+    /// It has answered what was sent there, and nowhere else.
+    pub(crate) fn heard(&mut self, from: SocketAddr) {
+        if let Some(known) = self.unheard.get_mut(&from) {
+            known.heard = true;
+        }
+    }
 }
 
 /// Who has one IPv6 address has all of its /64.
-fn target(ip: IpAddr) -> IpAddr {
+pub(crate) fn network(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
         v4 => v4,
@@ -110,6 +150,32 @@ mod tests {
         assert_eq!(all, BURST);
         let later = now + Duration::from_secs(1);
         assert_eq!((20..40).map(|n| taken(&mut targets, to(n), later)).sum::<u64>(), RATE);
+    }
+
+    #[test]
+    fn an_address_that_does_not_answer_gets_a_few_packets_and_then_nothing_for_long() {
+        let now = Instant::now();
+        let mut targets = Targets::new(now);
+        let (silent, answers) = (address("20.0.0.1:7000"), address("20.0.0.2:7000"));
+        let mut taken = |to, now| (0..100).take_while(|_| targets.take_unheard(to, now)).count() as u32;
+        assert_eq!((taken(silent, now), taken(answers, now)), (UNHEARD_PACKETS, UNHEARD_PACKETS));
+        targets.heard(answers);
+        let mut taken = |to, now| (0..100).take_while(|_| targets.take_unheard(to, now)).count() as u32;
+        assert_eq!((taken(silent, now), taken(answers, now)), (0, 100));
+        let later = now + UNHEARD_FOR - Duration::from_millis(1);
+        assert_eq!(taken(silent, later), 0);
+        assert_eq!(taken(silent, now + UNHEARD_FOR), UNHEARD_PACKETS);
+    }
+
+    #[test]
+    fn who_names_ever_more_addresses_reaches_so_many() {
+        let now = Instant::now();
+        let mut targets = Targets::new(now);
+        let to = |n: u32| SocketAddr::new(Ipv4Addr::from_bits(0x1400_0000 + n).into(), 7000);
+        let reached = (0..1000).filter(|n| targets.take_unheard(to(*n), now)).count();
+        assert_eq!(reached, MAX_UNHEARD);
+        assert!(targets.take_unheard(to(1000), now + UNHEARD_FOR));
+        assert!(targets.unheard.len() <= MAX_UNHEARD);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::client::{Probed, RegistrationState, RelayClient, RelayEvent, Settings};
 use super::control::{Id, MAX_SUCCESSIONS_LEN};
 use super::registration::{CircuitError, IncomingCircuit, PunchSession};
+use crate::addresses::Remote;
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
 use crate::endpoint::Endpoint;
@@ -268,13 +269,10 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
     move |event| {
         let Some(node) = node.upgrade() else { return };
         let relay = relay.clone();
-        if let RelayEvent::Moved { .. } = event {
-            // Other relays see the new address with the next packet: told anew what they know, they get one now and not
-            // with the next keep-alive. And a direct path that was not to be had may be there now.
-            node.description.send_modify(|_| ());
-        }
-        if matches!(event, RelayEvent::Registered { .. } | RelayEvent::Moved { .. }) {
-            node.nat.look();
+        match event {
+            RelayEvent::Moved { .. } => node.nat.moved(),
+            RelayEvent::Registered { .. } => node.nat.look(),
+            _ => {}
         }
         node.event(match event {
             RelayEvent::Moved { .. } => return,
@@ -321,7 +319,7 @@ fn serving(node: Weak<Node>, admission: Admission) -> impl Fn(IncomingCircuit) +
         owner.spawn(async move {
             let config = admission.config_for(&node);
             if let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.accept(&config)).await {
-                listen::serve(node, connection, Path::Relay(relay), place).await;
+                listen::serve(node, connection, Path::Relay(relay), Remote::fixed(relay), place).await;
             }
         });
     }

@@ -48,6 +48,24 @@ pub(crate) struct Packet {
     pub(crate) bytes: Bytes,
 }
 
+/// As long as a challenge of the other side's address may be that is the answer to it: QUIC makes that 1,200 bytes long, and
+/// an address that is not proven gets three times what came from it.
+const PADDING_LEN: usize = 500;
+
+/// The form of a datagram that carries nothing.
+const PADDING: u8 = 5;
+
+/// A datagram that carries nothing.
+pub(crate) fn padding() -> Bytes {
+    let mut datagram = BytesMut::zeroed(PADDING_LEN);
+    datagram[WHOLE_HEADER - 1] = PADDING;
+    datagram.freeze()
+}
+
+pub(crate) fn is_padding(datagram: &[u8]) -> bool {
+    datagram.get(WHOLE_HEADER - 1) == Some(&PADDING)
+}
+
 #[cfg(test)]
 impl Packet {
     pub(crate) fn encode(&self) -> Bytes {

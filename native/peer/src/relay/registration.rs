@@ -21,6 +21,7 @@ use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
 use super::control::{Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal};
+use super::packet::padding;
 use crate::decide::liveness::{Liveness, Seen};
 use crate::decide::nat::NatProfile;
 use crate::decide::punch::Role;
@@ -40,7 +41,8 @@ const MAX_REQUESTS: usize = 64;
 /// heard tries again a second later.
 const MAX_ARRIVING: usize = 64;
 
-/// Direct paths that are looked for at once with the help of one relay. As many as a relay of ours allows.
+/// Direct paths that this node looks for at once with the help of one relay, and as many that others look for. As many as a
+/// relay of ours allows.
 const MAX_PUNCHES: usize = 16;
 
 /// Times that the other node may tell ports before they are looked at: it does so once.
@@ -279,7 +281,7 @@ pub(crate) struct Serving {
     requests: HashMap<Id, Request>,
     /// At most `MAX_REQUESTS`.
     punch_requests: HashMap<Id, PunchRequest>,
-    /// At most `MAX_PUNCHES`.
+    /// At most `MAX_PUNCHES` of each role.
     punches: HashMap<Id, Told>,
     description: watch::Receiver<Option<Description>>,
     open: HashMap<u32, Open>,
@@ -303,6 +305,8 @@ impl Drop for Serving {
 
 /// What the relay passes on of the other node of a punch.
 struct Told {
+    /// This node's.
+    role: Role,
     ports: mpsc::Sender<Vec<u16>>,
     over: mpsc::Sender<Result<(), GivenUp>>,
 }
@@ -446,7 +450,8 @@ impl Serving {
             tokio::select! {
                 Some(command) = self.commands.recv() => self.obey(command),
                 // The sender is the node's.
-                Ok(()) = self.description.changed() => self.describe(),
+                // Once the relay has read what it was told before: only the latest matters.
+                Ok(()) = self.description.changed(), if self.unsent.is_empty() => self.describe(),
                 more = read_more(&mut self.receive, &mut self.frames) => if let Err(error) = more {
                     return error;
                 },
@@ -485,7 +490,9 @@ impl Serving {
                 FromRelay::Disconnect { circuit, reason } => self.circuit_ended(circuit, reason),
                 FromRelay::Dropped { circuit, limit } => self.dropped(circuit, limit),
                 FromRelay::Refused { error } => return Err(CircuitError::Refused(error)),
-                FromRelay::Registered { address, .. } => drop(self.seen_at.send_replace(address)),
+                FromRelay::Registered { address, .. } => {
+                    self.seen_at.send_if_modified(|known| mem::replace(known, address) != address);
+                }
                 FromRelay::PunchCoordinate(coordinate) => self.coordinated(*coordinate),
                 FromRelay::PunchExecute { session_id, ports } => {
                     if let Some(session) = self.punches.get(&session_id) {
@@ -517,18 +524,23 @@ impl Serving {
         }
     }
 
-    fn coordinated(&mut self, coordinate: Coordinate) {
+    fn coordinated(&mut self, mut coordinate: Coordinate) {
         self.punches.retain(|_, session| !session.ports.is_closed());
+        // At another address a local one is somebody else's.
+        if coordinate.address.ip() != self.seen_at.borrow().ip() {
+            coordinate.candidates.clear();
+        }
         let asked = self.punch_requests.remove(&coordinate.session_id);
         let session_id = coordinate.session_id.clone();
         if self.punches.contains_key(&session_id) {
             return;
         }
-        if self.punches.len() >= MAX_PUNCHES {
+        let role = coordinate.role;
+        if self.punches.values().filter(|told| told.role == role).count() >= MAX_PUNCHES {
             return self.say_if_read(FromNode::PunchResult { session_id, result: Err(GivenUp::Busy) });
         }
         let ((tell_ports, ports), (tell_over, over)) = (mpsc::channel(MAX_TOLD), mpsc::channel(1));
-        let told = Told { ports: tell_ports, over: tell_over };
+        let told = Told { role, ports: tell_ports, over: tell_over };
         let commands = self.handle.clone();
         let mut session = PunchSession { told: Instant::now(), ports, over, commands, open: true, coordinate };
         match (session.coordinate.role, asked) {
@@ -668,6 +680,13 @@ impl Serving {
         let soon = self.silence.look(counted, now);
         if !soon {
             self.circuits.tell_again();
+        }
+        // A NAT may have given this node another address, to which the relay answers no more than three times what came.
+        if self.silence.is_late(now, self.connection.0.rtt())
+            && self.connection.0.datagram_send_buffer_space() >= padding().len()
+        {
+            // Lost, it comes again.
+            let _ = self.connection.0.send_datagram(padding());
         }
         self.look_at = now + if soon { LOOK_EVERY } else { LOOK_QUIET_EVERY };
         let mut liveness = lock(&self.terms.liveness);

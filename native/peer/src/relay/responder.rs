@@ -1,8 +1,8 @@
 //! A relay's side of probes: nodes ask at which address it sees a socket of theirs, and whether they hear of an address
 //! that they have sent nothing to.
 //!
-//! Who asks must be registered. Answers are as long as requests, and go to the IP address that the node is registered
-//! from, nowhere else: nobody can have a relay send to a third.
+//! Who asks must be registered. Answers are as long as requests, and go to the IP address that the node has proved
+//! to be at, nowhere else: nobody can have a relay send to a third.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -21,11 +21,12 @@ use tokio::net::UdpSocket;
 use tokio::time::sleep;
 
 use super::control::Probes;
+use crate::addresses::Remote;
 use crate::decide::shares::Bucket;
 use crate::link::lock;
 use crate::node::Node;
 use crate::signal::{AnswerFrom, Body, Encoded, Key, MAX_LEN, Secret, Signal, Unverified};
-use crate::socket::{AFTER_ERROR, Received, canonical, open, reachable_from};
+use crate::socket::{AFTER_ERROR, Received, open, reachable_from};
 
 /// What one node may ask per second, and at once. It asks some twenty times, and again what is lost, when it looks what its
 /// NAT is like, and a few times for each peer that it looks for a way to.
@@ -73,6 +74,7 @@ enum At {
 /// A node that is registered.
 struct Asking {
     connection: Connection,
+    remote: Arc<Remote>,
     key: Key,
     rate: Bucket,
 }
@@ -121,12 +123,12 @@ impl Responder {
 
     /// Lets the node at the other end of a connection ask until the place is dropped. `None`: the system has no random
     /// numbers.
-    pub(crate) fn admit(self: &Arc<Self>, connection: Connection) -> Option<(Probes, Place)> {
+    pub(crate) fn admit(self: &Arc<Self>, connection: Connection, remote: Arc<Remote>) -> Option<(Probes, Place)> {
         let secret = Secret::generate()?;
         let rate = Bucket::new(PROBES_PER_SECOND, PROBES_AT_ONCE, Instant::now());
         let mut asking = lock(&self.asking);
         let id = std::iter::repeat_with(|| fastrand::u64(..)).find(|id| !asking.contains_key(id))?;
-        asking.insert(id, Asking { connection, key: Key::from(&secret), rate });
+        asking.insert(id, Asking { connection, remote, key: Key::from(&secret), rate });
         let place = Place { responder: Arc::downgrade(self), id };
         Some((Probes { id, secret, port: self.second.local.port(), ip: self.other_ip }, place))
     }
@@ -185,11 +187,11 @@ impl Responder {
     fn make(&self, received: &Received) -> Option<Answer> {
         let unverified = Unverified::parse(received.bytes())?;
         let mut asking = lock(&self.asking);
-        let Asking { connection, key, rate } = asking.get_mut(&unverified.id())?;
+        let Asking { connection, remote, key, rate } = asking.get_mut(&unverified.id())?;
         let Signal { id, nonce, body: Body::ProbeRequest { from, to_port } } = unverified.verify(key)? else {
             return None;
         };
-        let registered = canonical(connection.remote_address()).ip();
+        let registered = remote.address(connection).ip();
         if received.from.ip() != registered || !rate.take(1, Instant::now()) {
             return None;
         }

@@ -11,6 +11,7 @@ use std::cmp::{max, min};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::convert::Infallible;
 use std::future::pending;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::slice;
 use std::sync::{Arc, Mutex, Weak};
@@ -28,9 +29,10 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::control::{
     ControlError, Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal,
 };
-use super::packet::{Fit, Form, SplitBy, Splitter, parse};
+use super::packet::{Fit, Form, SplitBy, Splitter, is_padding, parse};
 use super::responder::{self, Responder};
 use super::{Passed, RelayConfig, RelayNode, RelayStats};
+use crate::addresses::Remote;
 use crate::admission::{Admissions, DENIED, NotAdmitted};
 use crate::decide::admission::Kick;
 use crate::decide::coordinate::{self, Coordinator, Execute, Party, Refused};
@@ -40,7 +42,6 @@ use crate::link::{lock, write_now};
 use crate::message::NodeId;
 use crate::places::Place;
 use crate::signal::Secret;
-use crate::socket::canonical;
 use crate::stats::Counter;
 use crate::succession;
 
@@ -57,6 +58,9 @@ const MIN_NOTES: usize = 64;
 /// How often a node's address is looked at. The node waits for it before it finds out what its NAT is like now; of 10,000
 /// nodes it takes some hundredths of a processor.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// The same while it claims to be at an address that it has not proved.
+const LOOK_SOON: Duration = Duration::from_millis(100);
 
 /// How often a packet without room lets others run, among them the task that sends what fills the queue.
 const YIELDS: usize = 3;
@@ -108,6 +112,15 @@ struct Counters {
     punched: Counter,
 }
 
+/// Who opens a control stream.
+pub(crate) struct Opener {
+    pub(crate) connection: Connection,
+    pub(crate) remote: Arc<Remote>,
+    pub(crate) owner: Fingerprint,
+    /// Among the accepted connections.
+    pub(crate) place: Option<Arc<Place>>,
+}
+
 /// One registered node.
 struct Registration {
     generation: Generation,
@@ -115,6 +128,8 @@ struct Registration {
     owner: Fingerprint,
     connection: Connection,
     since: Instant,
+    /// Where it has proved to be: others are told of no other address.
+    remote: Arc<Remote>,
     /// Its circuits.
     legs: Mutex<HashMap<u32, Leg>>,
     sent: PassedOn,
@@ -196,17 +211,16 @@ impl Relay {
     /// ends. Dropped, it ends the registration too.
     pub(crate) async fn serve(
         self: Arc<Self>,
-        connection: Connection,
-        owner: Fingerprint,
-        place: Option<Arc<Place>>,
+        opener: Opener,
         mut send: SendStream,
         receive: RecvStream,
         frames: Reassembler,
     ) {
-        let remote = connection.remote_address();
+        let connection = opener.connection.clone();
+        let address = opener.remote.address(&connection);
         let mut control = Control { receive, frames };
-        let end = self.run(connection.clone(), owner, place, &mut send, &mut control).await;
-        tracing::debug!(%remote, ?end, "control stream ended");
+        let end = self.run(opener, &mut send, &mut control).await;
+        tracing::debug!(%address, ?end, "control stream ended");
         if let End::Refused(error) = end {
             self.count(error);
             // Without waiting: it is the first that is written on this stream.
@@ -265,8 +279,8 @@ impl Relay {
     /// Makes those leave whom the lists deny. Returns their connections, which end when they have heard why.
     pub(crate) fn enforce_access(&self) -> HashSet<usize> {
         self.dismiss(|registration| {
-            let Registration { owner, connection, node_id, .. } = registration;
-            self.admissions.judge_registration(*owner, connection.remote_address(), node_id.as_bytes()).err()
+            let Registration { owner, node_id, .. } = registration;
+            self.admissions.judge_registration(*owner, registration.address(), node_id.as_bytes()).err()
         })
     }
 
@@ -322,14 +336,8 @@ impl Relay {
         }
     }
 
-    async fn run(
-        self: &Arc<Self>,
-        connection: Connection,
-        owner: Fingerprint,
-        place: Option<Arc<Place>>,
-        send: &mut SendStream,
-        control: &mut Control,
-    ) -> End {
+    async fn run(self: &Arc<Self>, opener: Opener, send: &mut SendStream, control: &mut Control) -> End {
+        let Opener { connection, remote, owner, place } = opener;
         let Some(_stream) = OneStream::take(self, &connection) else { return End::Refused(Refusal::Malformed) };
         let (node_id, proof, successions) = match timeout(CONNECT_TIMEOUT, control.next()).await {
             Ok(Ok(FromNode::Connect { node_id, proof, successions })) => (node_id, proof, successions),
@@ -340,12 +348,12 @@ impl Relay {
         if !self.admits(&connection, &node_id, proof) {
             return End::Refused(Refusal::Realm);
         }
-        let address = canonical(connection.remote_address());
+        let address = remote.address(&connection);
         if let Err(reason) = self.admissions.admit_registration(owner, address, node_id.as_bytes()).await {
             return End::Refused(reason.into());
         }
         self.hand_on(&node_id, owner, &successions);
-        let (entry, notes) = match self.register(connection, node_id, owner) {
+        let (entry, notes) = match self.register(connection, remote, node_id, owner) {
             Ok(registered) => registered,
             Err(end) => return end,
         };
@@ -400,6 +408,7 @@ impl Relay {
     fn register(
         self: &Arc<Self>,
         connection: Connection,
+        remote: Arc<Remote>,
         node_id: Id,
         owner: Fingerprint,
     ) -> Result<(Entry, mpsc::Receiver<FromRelay>), End> {
@@ -408,7 +417,7 @@ impl Relay {
             return Err(End::Closed);
         }
         let now = Instant::now();
-        let address = canonical(connection.remote_address());
+        let address = remote.address(&connection);
         // Under the lock: who changes the lists from now on finds the registration.
         let admitted = self.admissions.judge_registration(owner, address, node_id.as_bytes());
         admitted.map_err(|reason| End::Refused(reason.into()))?;
@@ -426,13 +435,14 @@ impl Relay {
         let (notes, waiting) = mpsc::channel(max(MIN_NOTES, self.config.max_sessions_per_node.saturating_mul(4)));
         let queue = connection.datagram_send_buffer_space();
         let (legs, end) = (Mutex::default(), watch::Sender::new(None));
-        let (probes, place) = self.responder.admit(connection.clone()).unzip();
+        let (probes, place) = self.responder.admit(connection.clone(), remote.clone()).unzip();
         let (sent, received) = Default::default();
         let registration = Registration {
             generation,
             node_id,
             owner,
             connection,
+            remote,
             since: now,
             legs,
             sent,
@@ -585,6 +595,11 @@ impl Relay {
     async fn forward(&self, registration: &Registration) {
         let mut splitter = Splitter::default();
         while let Ok(datagram) = registration.connection.read_datagram().await {
+            // Under a flood others get their turn too; quinn alone would not see to that. The same in `hear`.
+            consume_budget().await;
+            if is_padding(&datagram) {
+                continue;
+            }
             match self.pass(registration, &mut splitter, datagram).await {
                 Ok(()) => {}
                 Err(NotPassed::Stray) => drop(self.counters.stray.add(1)),
@@ -593,8 +608,6 @@ impl Relay {
                     registration.notice(circuit, limit);
                 }
             }
-            // Under a flood others get their turn too; quinn alone would not see to that. The same in `hear`.
-            consume_budget().await;
         }
     }
 
@@ -680,10 +693,10 @@ impl Relay {
 
 /// Tells the node when it is seen at another address.
 async fn watch_address(registration: &Registration) -> Infallible {
-    let mut told = canonical(registration.connection.remote_address());
+    let mut told = registration.address();
     loop {
-        sleep(LOOK_EVERY).await;
-        let address = canonical(registration.connection.remote_address());
+        sleep(if registration.asks_for_proof() { LOOK_SOON } else { LOOK_EVERY }).await;
+        let address = registration.address();
         // A node that has no room for it now is told later.
         if address != told && registration.notes.try_send(FromRelay::Registered { address, probes: None }).is_ok() {
             told = address;
@@ -733,7 +746,7 @@ impl Registration {
             node: self.generation,
             id: self.node_id.clone(),
             key: self.owner,
-            seen: canonical(self.connection.remote_address()),
+            seen: self.address(),
             round_trip: self.connection.rtt(),
         }
     }
@@ -747,13 +760,30 @@ impl Registration {
         Some(RelayNode {
             node_id: NodeId::new(self.node_id.as_bytes())?,
             key: self.owner,
-            address: canonical(self.connection.remote_address()),
+            address: self.address(),
             since: self.since,
             circuits,
             peers: others.iter().filter_map(|other| NodeId::new(other.node_id.as_bytes())).collect(),
             sent: self.sent.get(),
             received: self.received.get(),
         })
+    }
+
+    /// Where the node has proved to be.
+    fn address(&self) -> SocketAddr {
+        self.remote.address(&self.connection)
+    }
+
+    /// Has the node prove the address that its packets come from now, if it has not. A path is known to be validated when
+    /// something that was sent on it is acknowledged, and it may be long until there is anything to send: an empty datagram
+    /// says nothing and is acknowledged.
+    fn asks_for_proof(&self) -> bool {
+        let is_claimed = self.remote.is_claimed(&self.connection);
+        if is_claimed && self.connection.datagram_send_buffer_space() == self.queue {
+            // A node that takes no datagrams proves it with what it is told next.
+            let _ = self.connection.send_datagram(Bytes::new());
+        }
+        is_claimed
     }
 
     /// The other end of a circuit, and what passes.

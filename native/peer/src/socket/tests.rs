@@ -24,7 +24,7 @@ struct Side {
 
 fn side(server: bool) -> Side {
     let (signals, received) = signals();
-    let socket = Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals).unwrap();
+    let socket = Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals, Arc::default()).unwrap();
     let server = server.then(|| server_config(TransportConfig::default()));
     let mut config = EndpointConfig::default();
     config.grease_quic_bit(false);
@@ -35,7 +35,11 @@ fn side(server: bool) -> Side {
 async fn connected(from: &Side, to: &Side, at: SocketAddr) -> (Connection, Connection) {
     let connecting = from.quic.connect_with(client_config(TransportConfig::default()), at, "node").unwrap();
     let accepting = async { to.quic.accept().await.unwrap().await.unwrap() };
-    timeout(PATIENCE, async { tokio::join!(async { connecting.await.unwrap() }, accepting) }).await.unwrap()
+    let connections = async { tokio::join!(async { connecting.await.unwrap() }, accepting) };
+    let (dialled, accepted) = timeout(PATIENCE, connections).await.unwrap();
+    // For the rest of the test, as for the rest of a connection.
+    std::mem::forget((from.socket.prove(at), to.socket.prove(accepted.remote_address())));
+    (dialled, accepted)
 }
 
 /// Moves so many bytes from one side to the other, and looks whether they are the same.
@@ -223,7 +227,8 @@ async fn a_dial_hears_of_a_closed_port_after_another_by_the_same_extra_socket_en
 
 #[tokio::test]
 async fn an_extra_socket_does_not_keep_a_main_socket_that_was_replaced() {
-    let socket = Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0).unwrap();
+    let socket =
+        Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0, Arc::default()).unwrap();
     let guard = socket.share(socket.open_beside().unwrap(), (Ipv4Addr::LOCALHOST, 1).into()).unwrap();
     let address = socket.local;
     drop(socket);
@@ -428,7 +433,7 @@ async fn emptied(outbox: &mut Outbox) {
 /// A socket that no endpoint uses. It is not known to be writable until the runtime has waited once.
 #[cfg(target_os = "linux")]
 fn lone_socket() -> Arc<Socket> {
-    Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0).unwrap()
+    Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0, Arc::default()).unwrap()
 }
 
 /// Packets that an outbox keeps.

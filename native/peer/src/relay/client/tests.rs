@@ -13,9 +13,10 @@ use tokio::time::timeout;
 
 use super::super::RelayConfig;
 use super::super::control::LIMITS;
-use super::super::server::Relay;
+use super::super::server::{Opener, Relay};
 use super::super::testing::{Forwarder, PATIENCE, client_config, echo, endpoint, responder, server_config, transport};
 use super::*;
+use crate::addresses::Remote;
 use crate::config::Secret;
 use crate::dial::not_connected;
 use crate::identity::Fingerprint;
@@ -77,7 +78,10 @@ async fn serve_all(relay: Arc<Relay>, endpoint: Endpoint) {
             while frames.next_frame().unwrap().is_none() {
                 frames.push(receive.read_chunk(usize::MAX, true).await.unwrap().unwrap().bytes);
             }
-            relay.serve(connection.clone(), Fingerprint::from(owner), None, send, receive, frames).await;
+            let remote = Remote::fixed(connection.remote_address());
+            let owner = Fingerprint::from(owner);
+            let opener = Opener { connection: connection.clone(), remote, owner, place: None };
+            relay.serve(opener, send, receive, frames).await;
             connection.closed().await;
         });
     }

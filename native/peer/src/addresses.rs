@@ -1,0 +1,370 @@
+//! Addresses are earned: who has proved to be reached where.
+//!
+//! A connection's other end proves its address in the handshake, and proves another one by answering a challenge that
+//! was sent there (RFC 9000, section 8.2). Until then it is a claim: quinn sends to a new address, and names it, from the
+//! first packet on that came from there, and anybody who has a connection can write somebody else's address on a packet.
+//! So nothing but quinn looks at `Connection::remote_address`, everything else at [`Remote`]; and what quinn sends to an
+//! address that is only claimed is limited here.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Instant;
+
+use quinn::Connection;
+use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
+use quinn_proto::RttEstimator;
+use tokio::sync::Notify;
+
+use crate::decide::targets::Targets;
+use crate::decide::unproven::Unproven;
+use crate::link::lock;
+use crate::socket::canonical;
+
+/// What may be sent to addresses of which a node knows nothing but what others say, by QUIC and as signals.
+#[derive(Debug)]
+pub(crate) struct Addresses {
+    /// Those that somebody has proved, or that this node dials, and how many connections have each.
+    proven: RwLock<HashMap<SocketAddr, usize>>,
+    unproven: Mutex<Unproven>,
+    /// Whether there are unproven ones: as a rule there are none, and nothing is looked up.
+    any_unproven: AtomicBool,
+    /// What signals may be sent.
+    targets: Mutex<Targets>,
+}
+
+impl Default for Addresses {
+    fn default() -> Self {
+        let targets = Mutex::new(Targets::new(Instant::now()));
+        Self { proven: RwLock::default(), unproven: Mutex::default(), any_unproven: AtomicBool::default(), targets }
+    }
+}
+
+/// An address is proven until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Proof {
+    addresses: Arc<Addresses>,
+    address: SocketAddr,
+}
+
+impl Addresses {
+    pub(crate) fn prove(self: &Arc<Self>, address: SocketAddr) -> Proof {
+        let address = canonical(address);
+        *self.proven.write().unwrap_or_else(PoisonError::into_inner).entry(address).or_default() += 1;
+        if self.any_unproven.load(Ordering::Relaxed) {
+            self.change(|unproven| unproven.forget(address));
+        }
+        Proof { addresses: self.clone(), address }
+    }
+
+    /// So many bytes came from an address.
+    pub(crate) fn received(&self, from: SocketAddr, bytes: usize) {
+        let from = canonical(from);
+        if bytes > 0 && !self.is_proven(from) {
+            self.change(|unproven| unproven.received(from, bytes, Instant::now()));
+        }
+    }
+
+    /// Whether so many bytes may be sent to an address.
+    pub(crate) fn may_send(&self, to: SocketAddr, bytes: usize) -> bool {
+        if !self.any_unproven.load(Ordering::Relaxed) {
+            return true;
+        }
+        let to = canonical(to);
+        self.is_proven(to) || self.change(|unproven| unproven.take(to, bytes, Instant::now()))
+    }
+
+    /// Whether a signal may be sent to an address that a relay sees somebody at, or to a relay.
+    pub(crate) fn may_signal(&self, to: SocketAddr) -> bool {
+        lock(&self.targets).take(to, Instant::now())
+    }
+
+    /// Whether a signal may be sent to an address that somebody else has named.
+    pub(crate) fn may_signal_unheard(&self, to: SocketAddr) -> bool {
+        lock(&self.targets).take_unheard(to, Instant::now())
+    }
+
+    /// An answer has come from there that only who got the question can make.
+    pub(crate) fn heard(&self, from: SocketAddr) {
+        lock(&self.targets).heard(from);
+    }
+
+    fn is_proven(&self, address: SocketAddr) -> bool {
+        self.proven.read().unwrap_or_else(PoisonError::into_inner).contains_key(&address)
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Unproven) -> T) -> T {
+        let mut unproven = lock(&self.unproven);
+        let changed = change(&mut unproven);
+        self.any_unproven.store(!unproven.is_empty(), Ordering::Relaxed);
+        changed
+    }
+}
+
+impl Drop for Proof {
+    fn drop(&mut self) {
+        let mut proven = self.addresses.proven.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = proven.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                proven.remove(&self.address);
+            }
+        }
+    }
+}
+
+/// Where the other end of a connection has proved to be.
+///
+/// quinn does not tell when it has validated a path, but it tells a path's congestion controller of acknowledgements only
+/// from then on. Each path has a controller of its own, so the first acknowledgement that the newest of them hears of says
+/// that the connection's present address is proven.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    known: Mutex<Known>,
+    /// The number of the newest path.
+    newest: AtomicU64,
+    /// The number of the path that was last found to be validated.
+    validated: AtomicU64,
+    /// Told when another path is validated.
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Known {
+    /// The number of the path that has this address.
+    path: u64,
+    address: SocketAddr,
+    /// `None`: the address is not this node's sockets' business.
+    proof: Option<Proof>,
+}
+
+/// The path of the handshake, during which quinn takes packets from nowhere else.
+const FIRST: u64 = 0;
+
+/// No path: the handshake's gets the next number.
+const NONE: u64 = FIRST.wrapping_sub(1);
+
+impl Remote {
+    /// The other end stays where it is, because this side has dialled it or the connection cannot move.
+    pub(crate) fn fixed(address: SocketAddr) -> Arc<Self> {
+        Arc::new(Self::new(address, FIRST))
+    }
+
+    /// Somebody begins a connection from there. To be made the controller factory of the connection, and of no other.
+    pub(crate) fn following(address: SocketAddr) -> Arc<Self> {
+        Arc::new(Self::new(address, NONE))
+    }
+
+    fn new(address: SocketAddr, newest: u64) -> Self {
+        Self {
+            known: Mutex::new(Known { path: FIRST, address: canonical(address), proof: None }),
+            newest: AtomicU64::new(newest),
+            validated: AtomicU64::new(FIRST),
+            changed: Notify::new(),
+        }
+    }
+
+    /// The handshake has succeeded: whoever sees the server's first packets is where they were sent.
+    pub(crate) fn is_connected(&self, addresses: &Arc<Addresses>) {
+        let mut known = lock(&self.known);
+        known.proof = Some(addresses.prove(known.address));
+    }
+
+    /// The address that was proved last.
+    pub(crate) fn address(&self, connection: &Connection) -> SocketAddr {
+        let newest = self.newest.load(Ordering::SeqCst);
+        let mut known = lock(&self.known);
+        if known.path == newest || self.validated.load(Ordering::SeqCst) != newest {
+            return known.address;
+        }
+        let address = canonical(connection.remote_address());
+        // A newer path may have that address. One that is validated is left only for a newer one.
+        if self.newest.load(Ordering::SeqCst) == newest {
+            let proof = known.proof.take().map(|proof| proof.addresses.prove(address));
+            *known = Known { path: newest, address, proof };
+        }
+        known.address
+    }
+
+    /// Whether the other end claims to be somewhere else by now.
+    pub(crate) fn is_claimed(&self, connection: &Connection) -> bool {
+        canonical(connection.remote_address()) != self.address(connection)
+    }
+
+    /// Waits until another address may be proven. For one task.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    fn next_path(&self) -> u64 {
+        self.newest.fetch_add(1, Ordering::SeqCst).wrapping_add(1)
+    }
+
+    fn is_validated(&self, path: u64) {
+        self.validated.store(path, Ordering::SeqCst);
+        self.changed.notify_one();
+    }
+}
+
+impl ControllerFactory for Remote {
+    fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
+        let inner = Arc::new(CubicConfig::default()).build(now, mtu);
+        let path = self.next_path();
+        Box::new(Following { inner, remote: self, path, validated: path == FIRST })
+    }
+}
+
+/// quinn's default controller, of one path.
+struct Following {
+    inner: Box<dyn Controller>,
+    remote: Arc<Remote>,
+    path: u64,
+    validated: bool,
+}
+
+impl Controller for Following {
+    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+        self.inner.on_sent(now, bytes, last_packet_number);
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        if !self.validated {
+            self.validated = true;
+            self.remote.is_validated(self.path);
+        }
+        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest: Option<u64>) {
+        self.inner.on_end_acks(now, in_flight, app_limited, largest);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
+        self.inner.on_congestion_event(now, sent, persistent, lost_bytes);
+    }
+
+    fn on_mtu_update(&mut self, mtu: u16) {
+        self.inner.on_mtu_update(mtu);
+    }
+
+    fn window(&self) -> u64 {
+        self.inner.window()
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        self.inner.metrics()
+    }
+
+    /// For a new path to the same host.
+    fn clone_box(&self) -> Box<dyn Controller> {
+        let (inner, remote) = (self.inner.clone_box(), self.remote.clone());
+        let path = remote.next_path();
+        Box::new(Self { inner, remote, path, validated: false })
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.inner.initial_window()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::net::{Ipv4Addr, UdpSocket};
+    use std::time::Duration;
+
+    use quinn::{Endpoint, EndpointConfig};
+    use tokio::time::{sleep, timeout};
+
+    use super::*;
+    use crate::relay::testing::{PATIENCE, client_config, endpoint, server_config, transport};
+    use crate::runtime::BatchingRuntime;
+    use crate::socket::{self, Socket};
+
+    const LOCALHOST: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+    /// A connection that `client` begins, as the server sees it, and where the server sees the client.
+    async fn accepted(client: &Endpoint, addresses: &Arc<Addresses>) -> (Connection, Connection, Arc<Remote>) {
+        let signals = socket::signals().0;
+        let socket = Socket::bind(Some(LOCALHOST), 0, None, socket::refusals(), signals, addresses.clone()).unwrap();
+        let to = socket.local();
+        let config = Some(server_config(transport()));
+        let runtime = Arc::new(BatchingRuntime);
+        let server = Endpoint::new_with_abstract_socket(EndpointConfig::default(), config, socket, runtime).unwrap();
+        let connecting = client.connect_with(client_config(transport()), to, "server").unwrap();
+        let accepting = async {
+            let incoming = server.accept().await.unwrap();
+            let remote = Remote::following(incoming.remote_address());
+            let mut transport = transport();
+            transport.congestion_controller_factory(remote.clone());
+            let config = Arc::new(server_config(transport));
+            let connection = incoming.accept_with(config).unwrap().await.unwrap();
+            remote.is_connected(addresses);
+            (connection, remote)
+        };
+        let (dialled, (accepted, remote)) = tokio::join!(connecting, accepting);
+        (dialled.unwrap(), accepted, remote)
+    }
+
+    #[tokio::test]
+    async fn who_moves_is_followed_and_gets_everything_at_the_new_address() {
+        let (client, addresses) = (endpoint(None), Arc::new(Addresses::default()));
+        let (dialled, accepted, remote) = accepted(&client, &addresses).await;
+        let before = client.local_addr().unwrap();
+        assert_eq!(remote.address(&accepted), before);
+        client.rebind(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).unwrap();
+        let after = client.local_addr().unwrap();
+        let (mut up, mut down) = (dialled.open_uni().await.unwrap(), accepted.open_uni().await.unwrap());
+        let follow = async {
+            while remote.address(&accepted) != after {
+                // Enough for a challenge, and something that is acknowledged.
+                up.write_all(&[0; 1000]).await.unwrap();
+                down.write_all(&[0; 1]).await.unwrap();
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, follow).await.unwrap();
+        assert!(addresses.is_proven(after) && !addresses.is_proven(before));
+        let read = async {
+            let mut stream = dialled.accept_uni().await.unwrap();
+            let mut read = 0;
+            while let Some(chunk) = stream.read_chunk(usize::MAX, true).await.unwrap() {
+                read += chunk.bytes.len();
+            }
+            read
+        };
+        let write = async {
+            down.write_all(&vec![0; 4 << 20]).await.unwrap();
+            down.finish().unwrap();
+        };
+        let (read, ()) = timeout(PATIENCE, async { tokio::join!(read, write) }).await.unwrap();
+        assert!(read >= 4 << 20);
+        drop((accepted, remote));
+        client.close(0u8.into(), b"");
+    }
+
+    #[test]
+    fn an_address_is_proven_as_long_as_one_connection_has_it() {
+        let addresses = Arc::new(Addresses::default());
+        let address: SocketAddr = "20.0.0.1:7000".parse().unwrap();
+        let mapped = "[::ffff:20.0.0.1]:7000".parse().unwrap();
+        addresses.received(mapped, 10);
+        assert!(addresses.may_send(address, 30) && !addresses.may_send(mapped, 1));
+        let proofs = [mapped, address].map(|address| addresses.prove(address));
+        assert!(addresses.may_send(mapped, 1 << 30));
+        addresses.received(address, 10);
+        assert!(!addresses.any_unproven.load(Ordering::Relaxed), "nothing is looked up");
+        let [one, other] = proofs;
+        drop(one);
+        assert!(addresses.is_proven(address));
+        drop(other);
+        addresses.received(address, 10);
+        assert!(!addresses.may_send(address, 31));
+    }
+}
