@@ -773,7 +773,9 @@ impl Stream {
                     };
                     if !written {
                         send = None;
-                    } else if let (Some((request, _)), Some(send)) = (self.request, send.take()) {
+                    } else if let Some((request, _)) = self.request
+                        && let Some(send) = send.take()
+                    {
                         // It has one answer.
                         return self.accepted.arrives(&node, request, send).await;
                     }
