@@ -694,8 +694,8 @@ async fn begin_streams(connection: &Connection, n: u8, streams: &mut Vec<Stream>
         0 => return,
         1 => raw::raw_frame(raw::CONTROL, &[]),
         2 => [&[1, 0x10, 0, 0, 0, 1, 0, 0][..], &[0; 20_000]].concat(),
-        3 => raw::raw_frame(raw::SESSION, &[&[n; 16][..], &[0]].concat()),
-        4 => raw::raw_frame(raw::SESSION, &[n; 17])[..20].to_vec(),
+        3 => raw::opening(n.into(), 0),
+        4 => raw::opening(n.into(), 0)[..20].to_vec(),
         _ => frame(Publish, 1, 100)[..50].to_vec(),
     };
     for _ in 0..6 {
@@ -736,7 +736,7 @@ fn those_who_make_no_room_for_answers_cost_a_relay_little() {
         honest
     });
     let before = relay.resident();
-    let questions = [raw::raw_frame(raw::NUMBER, &0u64.to_be_bytes()), probe().repeat(256)].concat();
+    let questions = [raw::numbered(0), probe().repeat(256)].concat();
     let (mut held, mut connections) = (Vec::new(), Vec::new());
     let mut slowest = Duration::ZERO;
     runtime.block_on(async {
@@ -746,7 +746,7 @@ fn those_who_make_no_room_for_answers_cost_a_relay_little() {
             Stream::open(&connection).await.say(probe()).await;
             for n in 0..100 {
                 let mut session = Stream::open(&connection).await;
-                session.say(raw::raw_frame(raw::SESSION, &[&[n; 16][..], &[0]].concat())).await;
+                session.say(raw::opening(n, 0)).await;
                 session.say(&questions).await;
                 held.push(session);
             }
@@ -784,8 +784,8 @@ fn a_relay_does_not_gather_long_questions() {
         for in_session in [false, true, false, true] {
             let mut stream = Stream::open(&hostile).await;
             if in_session {
-                stream.say(raw::raw_frame(raw::SESSION, &[&[7; 16][..], &[0]].concat())).await;
-                stream.say(raw::raw_frame(raw::NUMBER, &0u64.to_be_bytes())).await;
+                stream.say(raw::opening(7, 0)).await;
+                stream.say(raw::numbered(0)).await;
             }
             let written = stream.send.write_all(&question).await;
             assert!(written.is_err(), "it is stopped before its end");
