@@ -4,7 +4,7 @@
 -include_lib("stdlib/include/assert.hrl").
 
 -export([suite/0, all/0, end_per_testcase/2]).
--export([every_snippet_runs/1]).
+-export([every_snippet_runs/1, every_attack_has_its_test/1]).
 
 %% A snippet more or less is to be noticed here.
 -define(SNIPPETS, [{"README.md", 6}, {"docs/relays.md", 3}, {"docs/drop-in.md", 1}]).
@@ -13,7 +13,7 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [every_snippet_runs].
+    [every_snippet_runs, every_attack_has_its_test].
 
 end_per_testcase(_Case, _Config) ->
     macula_peer_endpoint:stop().
@@ -22,6 +22,23 @@ every_snippet_runs(_Config) ->
     Pages = [{File, snippets(File)} || {File, _} <- ?SNIPPETS],
     ?assertEqual(?SNIPPETS, [{File, length(Snippets)} || {File, Snippets} <- Pages]),
     [lists:foreach(fun run/1, Snippets) || {_, Snippets} <- Pages].
+
+%% Each row of the table of attacks ends with the name of a test that exists.
+every_attack_has_its_test(_Config) ->
+    {ok, Page} = file:read_file(filename:join(root(), "docs/attacks.md")),
+    {match, Rows} = re:run(Page, "^\\| [^-].*\\| (.*) \\|$", [global, multiline, {capture, [1], binary}]),
+    Tests = [Test || [Test] <- Rows, Test =/= <<"test">>],
+    ?assert(length(Tests) >= 40),
+    Sources = [begin {ok, Source} = file:read_file(File), Source end || File <- tests()],
+    ?assertEqual([], [Test || Test <- Tests, not is_in(Test, Sources)]).
+
+is_in(Test, Sources) ->
+    Name = string:trim(Test, both, "`"),
+    lists:any(fun(Source) -> re:run(Source, ["^(\\s*(async )?fn )?", Name, "\\("], [multiline]) =/= nomatch end, Sources).
+
+tests() ->
+    Patterns = ["native/*/tests/*.rs", "native/*/src/**/*.rs", "test/*_SUITE.erl"],
+    [filename:join(root(), File) || Pattern <- Patterns, File <- filelib:wildcard(Pattern, root())].
 
 snippets(File) ->
     {ok, Page} = file:read_file(filename:join(root(), File)),
