@@ -40,6 +40,9 @@ end_per_group(network, _Config) ->
     macula_peer_net:stop().
 
 init_per_testcase(_Case, Config) ->
+    %% It may have messages of another suite.
+    _ = macula_peer_test:collector(),
+    ok = macula_peer_test:asked(forget),
     ok = macula_peer_test:engine(#{gateway => none}),
     Config.
 
