@@ -592,6 +592,7 @@ fn what_a_receiver_may_have_that_has_forgotten_the_session_is_reported_and_the_r
         assert_eq!(next(&mut stream).await.payload(), 0u64.to_be_bytes());
         assert_eq!(number(next(&mut stream).await.payload()), Some(0));
         stream.say(said(0, 1)).await;
+        eventually("it is acknowledged", || client.stats().peers[0].acknowledged == 1).await;
         send(&client, &receiver.address, message(Publish, 1, PATIENCE)).unwrap();
         assert_eq!(number(next(&mut stream).await.payload()), Some(1));
         connection.close(0u8.into(), b"an outage");

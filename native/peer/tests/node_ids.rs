@@ -406,7 +406,7 @@ fn what_is_for_another_node_is_refused_whatever_its_sender_asked_before() {
             stream.send.finish().unwrap();
             stream.bytes(len).await
         };
-        let session = |name: &[u8]| raw_frame(SESSION, &[&[9; 16], &[0][..], name].concat());
+        let session = |name: &[u8]| raw_frame(SESSION, &[&[9; 16], &[0; 9][..], name].concat());
         let mut messages = frame(Publish, 1, 8).to_vec();
         messages.splice(0..0, raw_frame(NUMBER, &[0; 8]));
         for name in [&b"you"[..], b"m", b"mee", &[7; 32], &[b'm'; 255]] {
@@ -417,7 +417,7 @@ fn what_is_for_another_node_is_refused_whatever_its_sender_asked_before() {
         assert_eq!(inbox.len(), 0);
         for name in [&b"me"[..], own.as_bytes()] {
             assert_eq!(answered(raw_frame(ASK_NODE, name), 1).await, Ok(vec![1]));
-            assert_eq!(answered(session(name), 9).await.map(|word| word[1..].to_vec()), Ok(vec![0; 8]));
+            assert_eq!(answered(session(name), 17).await.map(|word| word[9..].to_vec()), Ok(vec![0; 8]));
         }
         let mut stream = Stream::open(&connection).await;
         stream.say([raw_frame(FOR_NODE, b"me"), frame(Ping, 2, 8).to_vec()].concat()).await;
