@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::Notify;
 
+use crate::decoding::MANY_TERMS;
 use crate::identity::Fingerprint;
 use crate::link::lock;
 use crate::message::Inbound;
@@ -51,6 +52,8 @@ pub struct Backlog {
 #[derive(Debug, Default)]
 struct Held {
     bytes: usize,
+    /// Messages that may be much work.
+    heavy: usize,
     senders: HashMap<Sender, Share>,
 }
 
@@ -73,6 +76,7 @@ impl Backlog {
     pub fn enter(self: &Arc<Self>, sender: Sender, bytes: usize) -> Ticket {
         let mut held = lock(&self.held);
         held.bytes += bytes;
+        held.heavy += usize::from(bytes > MANY_TERMS);
         let share = held.senders.entry(sender).or_default();
         share.messages += 1;
         share.bytes += bytes;
@@ -97,9 +101,18 @@ impl Backlog {
 
     /// Waits until more may be read from this sender.
     pub(crate) async fn room(&self, sender: Sender) {
+        self.until(|backlog| !backlog.is_full(sender)).await;
+    }
+
+    /// Waits until nothing in here is much work.
+    pub(crate) async fn light(&self) {
+        self.until(|backlog| backlog.messages.load(Ordering::Relaxed) == 0 || lock(&backlog.held).heavy == 0).await;
+    }
+
+    async fn until(&self, holds: impl Fn(&Self) -> bool) {
         loop {
             let freed = self.freed.notified();
-            if !self.is_full(sender) {
+            if holds(self) {
                 return;
             }
             freed.await;
@@ -111,6 +124,7 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         let mut held = lock(&self.backlog.held);
         held.bytes -= self.bytes;
+        held.heavy -= usize::from(self.bytes > MANY_TERMS);
         if let Some(share) = held.senders.get_mut(&self.sender) {
             share.messages -= 1;
             share.bytes -= self.bytes;

@@ -16,6 +16,7 @@ use crate::answers;
 use crate::call::Call;
 use crate::config::{Config, HandOver, LocalGateway};
 use crate::decide::handover::{self, Presence};
+use crate::decoding::is_heavy;
 use crate::endpoint::Endpoint;
 use crate::error::{Rejection, SendError};
 use crate::link::{LARGE_FRAME, Link, lock};
@@ -241,7 +242,13 @@ impl Gateway {
     }
 
     /// A message that had to wait was taken, or not.
-    fn settled(&self, node: &Node, mut inbound: Inbound, asker: Option<&Asker>, sent: Result<(), SendError>) {
+    fn settled(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        mut inbound: Inbound,
+        asker: Option<&Asker>,
+        sent: Result<(), SendError>,
+    ) {
         if self.waiting.fetch_sub(1, Ordering::Relaxed) == MAX_AHEAD {
             self.room.notify_waiters();
         }
@@ -253,12 +260,23 @@ impl Gateway {
                 tracing::debug!(%error, gateway = %self.endpoint, "no gateway");
                 lock(&self.presence).missed(Instant::now());
                 inbound.reply = asker.and_then(|asker| asker.token.hand_on());
-                // Its sender has been told that it was taken; it is counted.
-                let _ = self.fall_back(node, inbound);
+                self.fall_back_later(node, inbound);
             }
             Err(SendError::Stopped) => node.not_handled(&Unhandled::NoHandler),
             Err(_) => node.not_handled(&Unhandled::TooMany),
         }
+    }
+
+    /// Its sender has been told that it was taken. If it cannot be, it is counted.
+    fn fall_back_later(self: &Arc<Self>, node: &Arc<Node>, inbound: Inbound) {
+        if !is_heavy(&inbound.payload) {
+            return drop(self.fall_back(node, inbound));
+        }
+        let (gateway, owner, sender) = (self.clone(), node.clone(), inbound.sender());
+        let decoding = node.decoding.clone();
+        node.spawn(async move {
+            decoding.run(sender, move || drop(gateway.fall_back(&owner, inbound))).await;
+        });
     }
 
     fn fall_back(&self, node: &Node, inbound: Inbound) -> Result<(), PayloadError> {

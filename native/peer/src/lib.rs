@@ -12,6 +12,7 @@ mod backlog;
 mod call;
 mod config;
 mod decide;
+mod decoding;
 mod descriptors;
 mod dial;
 mod endpoint;

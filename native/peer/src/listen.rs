@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::decide::growth::Growth;
 use crate::decide::requests::{Asked, Ended, RequestId};
 use crate::decide::shares::Client;
+use crate::decoding::is_heavy;
 use crate::dial::{handshake, idle_timeout};
 use crate::error::Rejection;
 use crate::frame_memory::Reserved;
@@ -519,6 +520,7 @@ impl Serving {
             request: None,
             growth: Growth::default(),
             reserved: None,
+            gathered: false,
         };
         while stream.frames.buffered() < READ_AT_FIRST
             && let Some(chunk) = now_or_never(stream.receive.read_chunk(READ_AT_ONCE, true))
@@ -530,7 +532,7 @@ impl Serving {
         // That no answer is read is said in the same packet as the message, as a rule.
         let send = send.filter(|send| now_or_never(send.stopped()).is_none());
         if stream.reading {
-            self.streams.spawn(stream.serve(send));
+            self.streams.spawn(stream.serve(send, None));
             return;
         }
         if stream.finished && stream.frames.is_empty() {
@@ -542,6 +544,10 @@ impl Serving {
         let route = || send.as_ref().map(|_| Route::Connection(id, self.replies.clone()));
         match stream.deliver(route, || false) {
             Delivered::All | Delivered::Some => {}
+            Delivered::Heavy(frame) => {
+                self.streams.spawn(stream.serve(send, Some(frame)));
+                return;
+            }
             Delivered::Refused(why) if self.accepted.dialect == Dialect::MaculaPeer1 => return not_taken(send, why),
             // As a 0.14.3 gateway has it.
             Delivered::Refused(_) => {}
@@ -702,6 +708,8 @@ pub(crate) struct Stream {
     /// Of the present frame, and the memory for a large one.
     growth: Growth,
     reserved: Option<Reserved>,
+    /// It was for a frame that is complete.
+    gathered: bool,
 }
 
 /// What was made of the frames of a stream.
@@ -710,6 +718,8 @@ enum Delivered {
     All,
     /// Some were. More wait until answers to them are written.
     Some,
+    /// They were messages up to this one, which is much work.
+    Heavy(RawFrame),
     /// The first one was the engine's own: the rest is not messages.
     Opened(RawFrame),
     /// One of them was no message, or cannot be taken.
@@ -721,8 +731,9 @@ enum Delivered {
 }
 
 impl Stream {
-    /// Reads the stream to its end, and writes the answers to what it carried.
-    async fn serve(mut self, mut send: Option<SendStream>) {
+    /// Reads the stream to its end, and writes the answers to what it carried. `heavy`: its first frame, if that is much
+    /// work.
+    async fn serve(mut self, mut send: Option<SendStream>, mut heavy: Option<RawFrame>) {
         let (replies, mut replied) = mpsc::unbounded_channel();
         // The end of this channel that lives here: gone when no further token is to be made.
         let mut replies = send.is_some().then_some(replies);
@@ -730,10 +741,17 @@ impl Stream {
         let mut answer_until = None;
         loop {
             let crowding = |waits: bool| waits && replied.len() >= MAX_WAITING_ANSWERS;
-            let delivered = self.deliver(|| replies.clone().map(Route::Stream), || crowding(replies.is_some()));
+            let delivered = match heavy.take() {
+                Some(frame) => self.deliver_heavy(frame, replies.clone().map(Route::Stream)).await,
+                None => self.deliver(|| replies.clone().map(Route::Stream), || crowding(replies.is_some())),
+            };
             let paused = matches!(delivered, Delivered::Some);
             match delivered {
                 Delivered::All | Delivered::Some => {}
+                Delivered::Heavy(frame) => {
+                    heavy = Some(frame);
+                    continue;
+                }
                 Delivered::Opened(opening) => {
                     drop((replies, replied));
                     return self.opened(opening, send).await;
@@ -802,9 +820,12 @@ impl Stream {
 
     /// The next whole frame.
     pub(crate) fn next_frame(&mut self) -> Result<Option<RawFrame>, FrameError> {
+        if std::mem::take(&mut self.gathered) {
+            self.reserved = None;
+        }
         let frame = self.frames.next_frame();
         match &frame {
-            Ok(Some(_)) => (self.growth, self.reserved) = (Growth::default(), None),
+            Ok(Some(_)) => (self.growth, self.gathered) = (Growth::default(), true),
             // Nobody gathers a question that will not be answered.
             Ok(None) if !self.frames.is_empty() => self.check_announced()?,
             _ => {}
@@ -815,19 +836,16 @@ impl Stream {
     fn check_announced(&self) -> Result<(), FrameError> {
         let (limits, max) = (answers::LIMITS, answers::LIMITS.max_frame);
         match self.frames.announced() {
-            Some(Header { type_id, payload_len }) if payload_len > limits.max_frame && self.is_probe(type_id) => {
+            Some(Header { type_id, payload_len })
+                if payload_len > limits.max_frame && self.accepted.is_probe(&self.node, type_id) =>
+            {
                 Err(FrameError::TooLarge { len: payload_len, max })
             }
             _ => Ok(()),
         }
     }
 
-    /// Whether this node answers such a frame by itself: as a relay it does.
-    fn is_probe(&self, type_id: u8) -> bool {
-        type_id == MessageType::NatProbe.id() && !self.accepted.path.is_relayed() && self.node.relay().is_some()
-    }
-
-    /// Hands over every whole frame, until it is crowded.
+    /// Hands over every whole frame that is little work, until it is crowded.
     fn deliver(&mut self, route: impl Fn() -> Option<Route>, is_crowded: impl Fn() -> bool) -> Delivered {
         loop {
             if is_crowded() {
@@ -862,44 +880,39 @@ impl Stream {
                     _ => {}
                 }
             }
-            let taken = match (self.request, route()) {
-                (None, route) => self.hand_over(frame, route.map(|route| ReplyToken::new(ReplyTo::Stream(route)))),
-                (Some((id, again)), Some(route)) => match self.asked(id, again, frame, route) {
-                    Some(taken) => taken,
-                    None => return Delivered::Forgotten,
-                },
-                // Who asked has given up, or asks again on another link.
-                (Some(_), None) => Ok(()),
-            };
-            // In `macula` nobody would understand why the rest is not read.
-            if let (Err(why), Dialect::MaculaPeer1) = (taken, self.accepted.dialect) {
-                return Delivered::Refused(why);
+            if is_heavy(frame.payload()) {
+                return Delivered::Heavy(frame);
+            }
+            match self.accepted.take(&self.node, self.request, frame, route()) {
+                Some(taken) => {
+                    if let Some(refused) = self.refused(taken) {
+                        return refused;
+                    }
+                }
+                None => return Delivered::Forgotten,
             }
         }
     }
 
-    /// Hands a request over, unless it was before. `None`: it should have been and is not known.
-    fn asked(&self, id: RequestId, again: bool, frame: RawFrame, route: Route) -> Option<Result<(), Rejection>> {
-        let key = self.accepted.key?;
-        let requests = &self.node.requests;
-        let asked = lock(requests).ask(key, id, again, route.clone(), Instant::now());
-        match asked {
-            Asked::New => {
-                let asking = Asking { requests: requests.clone(), key, id };
-                let taken = self.hand_over(frame, Some(ReplyToken::new(ReplyTo::Request(asking, route))));
-                if taken.is_err() {
-                    // It was not handed over, and is not the next time either.
-                    lock(requests).forget(key, id);
-                }
-                return Some(taken);
-            }
-            Asked::Waits => {}
-            // The stream's task is this one.
-            Asked::Answered(answer) => drop(route.send(Some(answer))),
-            Asked::Over(Ended::Unanswered) => drop(route.send(None)),
-            Asked::Over(Ended::Forgotten) => return None,
+    /// Hands over a frame that is much work.
+    async fn deliver_heavy(&mut self, frame: RawFrame, route: Option<Route>) -> Delivered {
+        let (node, accepted, request) = (self.node.clone(), self.accepted.clone(), self.request);
+        let take = move || accepted.take(&node, request, frame, route);
+        let taken = self.node.decoding.run(self.accepted.sender(), take).await;
+        self.reserved = None;
+        match taken {
+            Some(Some(taken)) => self.refused(taken).unwrap_or(Delivered::All),
+            Some(None) => Delivered::Forgotten,
+            None => Delivered::All,
         }
-        Some(Ok(()))
+    }
+
+    /// In `macula` nobody would understand why the rest is not read.
+    fn refused(&self, taken: Result<(), Rejection>) -> Option<Delivered> {
+        match self.accepted.dialect {
+            Dialect::Macula => None,
+            Dialect::MaculaPeer1 => taken.err().map(Delivered::Refused),
+        }
     }
 
     /// Reads a stream of the engine's own to its end.
@@ -997,27 +1010,6 @@ impl Stream {
         // Already closed is as good.
         let _ = self.receive.stop(SLOW_FRAME.into());
     }
-
-    /// Hands a frame to the handler.
-    pub(crate) fn hand_over(&self, frame: RawFrame, reply: Option<ReplyToken>) -> Result<(), Rejection> {
-        let Accepted { dialect, key, path, .. } = *self.accepted;
-        let from = self.accepted.remote();
-        self.accepted.received.add(1);
-        if let Some(peer) = self.accepted.owner.upgrade() {
-            peer.heard();
-        }
-        self.accepted.allow_streams(&self.node.config);
-        if self.is_probe(frame.type_id())
-            && let Some(token) = &reply
-        {
-            let answer = answers::nat_probe_reply(frame.payload(), from, self.node.config.limits);
-            let answer = answer.ok_or_else(|| self.node.malformed())?;
-            // Who asked may be gone.
-            let _ = token.reply(answer);
-            return Ok(());
-        }
-        self.node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply })
-    }
 }
 
 /// Tells who waits for an answer on a stream that there will be none.
@@ -1059,6 +1051,85 @@ impl Accepted {
             silent_at: AtomicU64::new(u64::MAX),
             few_streams: AtomicBool::new(dialect == Dialect::MaculaPeer1),
         }
+    }
+
+    /// Hands over a message, or a request unless it was handed over before. `None`: it should have been and is not known.
+    fn take(
+        &self,
+        node: &Arc<Node>,
+        request: Option<(RequestId, bool)>,
+        frame: RawFrame,
+        route: Option<Route>,
+    ) -> Option<Result<(), Rejection>> {
+        match (request, route) {
+            (None, route) => {
+                Some(self.hand_over(node, frame, route.map(|route| ReplyToken::new(ReplyTo::Stream(route)))))
+            }
+            (Some(request), Some(route)) => self.asked(node, request, frame, route),
+            // Who asked has given up, or asks again on another link.
+            (Some(_), None) => Some(Ok(())),
+        }
+    }
+
+    /// Hands a request over, unless it was before. `None`: it should have been and is not known.
+    fn asked(
+        &self,
+        node: &Arc<Node>,
+        (id, again): (RequestId, bool),
+        frame: RawFrame,
+        route: Route,
+    ) -> Option<Result<(), Rejection>> {
+        let key = self.key?;
+        let requests = &node.requests;
+        let asked = lock(requests).ask(key, id, again, route.clone(), Instant::now());
+        match asked {
+            Asked::New => {
+                let asking = Asking { requests: requests.clone(), key, id };
+                let taken = self.hand_over(node, frame, Some(ReplyToken::new(ReplyTo::Request(asking, route))));
+                if taken.is_err() {
+                    // It was not handed over, and is not the next time either.
+                    lock(requests).forget(key, id);
+                }
+                return Some(taken);
+            }
+            Asked::Waits => {}
+            // The stream's task is this one.
+            Asked::Answered(answer) => drop(route.send(Some(answer))),
+            Asked::Over(Ended::Unanswered) => drop(route.send(None)),
+            Asked::Over(Ended::Forgotten) => return None,
+        }
+        Some(Ok(()))
+    }
+
+    /// Whether this node answers such a frame by itself: as a relay it does.
+    fn is_probe(&self, node: &Node, type_id: u8) -> bool {
+        type_id == MessageType::NatProbe.id() && !self.path.is_relayed() && node.relay().is_some()
+    }
+
+    /// Hands a frame to the handler.
+    pub(crate) fn hand_over(
+        &self,
+        node: &Arc<Node>,
+        frame: RawFrame,
+        reply: Option<ReplyToken>,
+    ) -> Result<(), Rejection> {
+        let Self { dialect, key, path, .. } = *self;
+        let from = self.remote();
+        self.received.add(1);
+        if let Some(peer) = self.owner.upgrade() {
+            peer.heard();
+        }
+        self.allow_streams(&node.config);
+        if self.is_probe(node, frame.type_id())
+            && let Some(token) = &reply
+        {
+            let answer = answers::nat_probe_reply(frame.payload(), from, node.config.limits);
+            let answer = answer.ok_or_else(|| node.malformed())?;
+            // Who asked may be gone.
+            let _ = token.reply(answer);
+            return Ok(());
+        }
+        node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply })
     }
 
     fn is_ours(&self) -> bool {

@@ -24,6 +24,7 @@ use crate::decide::admission::Kick;
 use crate::decide::reports::Reports;
 use crate::decide::requests::Requests;
 use crate::decide::trust::{self, Answer, Facts, Mismatch, Verdict};
+use crate::decoding::Decoding;
 use crate::dial::{Dialer, SecondDials, not_connected};
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, UndeliveredReason};
@@ -56,10 +57,6 @@ use crate::socket::{self, Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
 use crate::succession;
 use crate::tls::{Dialect, Verify};
-
-/// While payloads from this size on are handed over, another thread takes the other tasks: decoding 256 KiB of the
-/// smallest terms takes some milliseconds, in which no connection would be driven.
-pub(crate) const LARGE_PAYLOAD: usize = 256 << 10;
 
 /// How long events wait for the first handler: the one of the settings is set once the engine has started.
 const EARLY: Duration = Duration::from_secs(1);
@@ -115,6 +112,7 @@ pub(crate) struct Node {
     gateway_tls: Arc<QuicClientConfig>,
     gateway: Option<Arc<Gateway>>,
     pub(crate) backlog: Arc<Backlog>,
+    pub(crate) decoding: Arc<Decoding>,
     fallback: RwLock<Option<Arc<dyn Fallback>>>,
     socket: Mutex<BoundSocket>,
     /// For the local gateway, where the main socket is bound to an address that cannot reach it.
@@ -205,6 +203,7 @@ impl Node {
         let mut tasks = JoinSet::new();
         let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
         let admissions = Admissions::new(config.access.clone());
+        let backlog = Arc::<Backlog>::default();
         let gateway = config.gateway.as_ref().map(|gateway| Arc::new(Gateway::new(gateway, &config)));
         let unread = Unread::new(config.limits.max_frame);
         Arc::new(Self {
@@ -235,7 +234,8 @@ impl Node {
             tls: Arc::new(tls),
             gateway_tls: Arc::new(gateway_tls),
             gateway,
-            backlog: Arc::default(),
+            decoding: Decoding::new(backlog.clone()),
+            backlog,
             fallback: RwLock::default(),
             socket: Mutex::new(BoundSocket { socket, errors }),
             loopback: Mutex::default(),
@@ -873,7 +873,7 @@ impl Node {
     /// Hands a message to the handler. What is not taken is counted.
     pub(crate) fn to_handler(&self, message: Inbound) -> Result<(), Unhandled> {
         let handled = match self.handler() {
-            Some(handler) => handled(message.payload.len(), || handler.message(message)),
+            Some(handler) => handler.message(message),
             None => Err(Unhandled::NoHandler),
         };
         handled.inspect_err(|why| self.not_handled(why))
@@ -883,7 +883,7 @@ impl Node {
     pub(crate) fn to_fallback(&self, message: Inbound) -> Result<(), NotTaken> {
         let fallback = self.fallback.read().unwrap_or_else(PoisonError::into_inner).clone();
         match fallback {
-            Some(fallback) => handled(message.payload.len(), || fallback.message(message)),
+            Some(fallback) => fallback.message(message),
             None => Err(NotTaken::Absent(Box::new(message))),
         }
     }
@@ -1093,11 +1093,6 @@ impl Report {
             }
         }
     }
-}
-
-/// Lets somebody handle a payload of this length.
-fn handled<T>(len: usize, handle: impl FnOnce() -> T) -> T {
-    if len < LARGE_PAYLOAD { handle() } else { tokio::task::block_in_place(handle) }
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ use crate::decide::lookup::Lookup;
 use crate::decide::punch::Failure;
 use crate::decide::retry::Backoff;
 use crate::decide::upgrade::{Upgrade, Worth};
+use crate::decoding::is_heavy;
 use crate::dial::refused;
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
@@ -729,6 +730,8 @@ struct Task {
     requests: JoinSet<RequestOutcome>,
     /// Tasks that read answers, and that end links which have been replaced.
     helpers: JoinSet<()>,
+    /// Answers that are much work to hand over.
+    heavy_answers: JoinSet<()>,
     refusals: broadcast::Receiver<Refused>,
     drain_until: Option<Instant>,
 }
@@ -786,6 +789,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
         accepted_writes: 0,
         requests: JoinSet::new(),
         helpers: JoinSet::new(),
+        heavy_answers: JoinSet::new(),
         refusals,
         drain_until: None,
     };
@@ -812,7 +816,8 @@ impl Task {
                 progress = raced(&mut self.race) => self.race_progressed(progress),
                 _ = closed(link.as_deref()) => self.link_died(),
                 stream = credit(link.as_deref(), self.out_of_credit) => self.credit_came(stream),
-                frames = answers(link.as_deref()) => self.answers_came(frames),
+                frames = answers(link.as_deref()), if self.heavy_answers.len() < LARGE_ANSWERS => self.answers_came(frames),
+                Some(_) = self.heavy_answers.join_next() => {}
                 Some(Ok(outcome)) = self.writers.join_next() => self.write_ended(outcome),
                 Some(Ok(outcome)) = self.requests.join_next() => self.request_ended(outcome),
                 Some(_) = self.helpers.join_next() => {}
@@ -1022,7 +1027,8 @@ impl Task {
                     }
                     Dialect::Macula => None,
                 };
-                let exchange = request::run(link.clone(), target, named, call.clone(), message.clone());
+                let decoding = self.node().decoding.clone();
+                let exchange = request::run(link.clone(), target, named, call.clone(), message.clone(), decoding);
                 job.message = Some(message);
                 self.peer.counters.sent.add(1);
                 self.peer.asked.fetch_add(1, Ordering::Relaxed);
@@ -1683,6 +1689,9 @@ impl Task {
             self.peer.counters.received.add(1);
             match asker {
                 Some(asker) => self.node().gateway_answered(&asker, frame),
+                None if is_heavy(frame.payload()) => {
+                    self.heavy_answers.spawn(hand_over_heavy(self.peer.clone(), link.clone(), frame));
+                }
                 // It is counted.
                 None => drop(hand_over(&self.peer, link, frame)),
             }
@@ -1939,6 +1948,10 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
                 Ok(Some(frame)) => {
                     growth = Growth::default();
                     peer.counters.received.add(1);
+                    if is_heavy(frame.payload()) {
+                        hand_over_heavy(peer.clone(), link.clone(), frame).await;
+                        continue;
+                    }
                     // It is counted.
                     let _ = hand_over(&peer, &link, frame);
                 }
@@ -1970,6 +1983,12 @@ fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) -> Result<(), Rejection>
         name if peer.node.is_gateway(name, link) => peer.node.deliver_here(frame, inbound),
         _ => peer.node.deliver(frame, inbound),
     }
+}
+
+async fn hand_over_heavy(peer: Arc<Peer>, link: Arc<Link>, frame: RawFrame) {
+    let decoding = peer.node.decoding.clone();
+    let sender = Sender::new(link.key(), link.remote());
+    decoding.run(sender, move || drop(hand_over(&peer, &link, frame))).await;
 }
 
 /// A request found that the link has been silent for this long.

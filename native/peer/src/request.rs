@@ -12,14 +12,15 @@ use bytes::{BufMut, Bytes, BytesMut};
 use macula_peer_wire::{FrameError, HEADER_LEN, RawFrame};
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 
+use crate::backlog::Sender;
 use crate::call::Call;
 use crate::decide::requests::RequestId;
+use crate::decoding::{Decoding, is_heavy};
 use crate::error::{Rejection, RequestError};
 use crate::hello;
 use crate::link::{Link, is_acknowledged};
 use crate::listen::{FORGOTTEN, WRONG_NODE};
 use crate::message::{Letter, NodeId};
-use crate::node::LARGE_PAYLOAD;
 use crate::peer::deadline;
 use crate::session::{REQUEST, put_header};
 use crate::tls::Dialect;
@@ -95,11 +96,20 @@ pub(crate) async fn run(
     named: Option<Named>,
     call: Arc<Call<Result<RawFrame, RequestError>>>,
     message: Letter,
+    decoding: Arc<Decoding>,
 ) -> End {
     let until = message.deadline;
     let _asked = Asked::new(&link);
+    let answered = async {
+        let frame = exchange(&link, target, named, message).await?;
+        let turn = match is_heavy(frame.payload()) {
+            true => decoding.turn(Sender::new(link.key(), link.remote())).await,
+            false => None,
+        };
+        Ok((frame, turn))
+    };
     let outcome = tokio::select! {
-        outcome = exchange(&link, target, named, message) => outcome,
+        outcome = answered => outcome,
         () = deadline(until) => {
             call.answer(Err(RequestError::Timeout));
             return End::Failed;
@@ -107,12 +117,15 @@ pub(crate) async fn run(
         () = call.cancelled() => return End::Cancelled,
     };
     let error = match outcome {
-        Ok(frame) => {
-            if frame.payload().len() < LARGE_PAYLOAD {
+        Ok((frame, None)) => {
+            call.answer(Ok(frame));
+            return End::Answered;
+        }
+        Ok((frame, Some(turn))) => {
+            tokio::task::spawn_blocking(move || {
                 call.answer(Ok(frame));
-            } else {
-                tokio::task::spawn_blocking(move || call.answer(Ok(frame)));
-            }
+                drop(turn);
+            });
             return End::Answered;
         }
         Err(Failure::Unsent) => return End::Unsent,

@@ -33,6 +33,7 @@ mod simulation;
 pub(crate) mod source_port;
 pub(crate) mod targets;
 pub(crate) mod trust;
+pub(crate) mod turns;
 pub(crate) mod unproven;
 pub(crate) mod upgrade;
 pub(crate) mod witness;

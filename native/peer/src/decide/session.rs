@@ -204,19 +204,23 @@ pub(crate) enum Arrival {
 }
 
 impl Incoming {
-    /// A message of this number has come.
-    pub(crate) fn accept(&mut self, number: u64) -> Arrival {
-        // None comes after the highest number, which is therefore nobody's.
-        match number.checked_add(1) {
-            Some(next) if number >= self.expected => {
-                self.expected = next;
-                Arrival::New
-            }
-            _ if self.refused.is_some_and(|(lowest, highest)| (lowest..=highest).contains(&number)) => {
-                Arrival::Doubtful
-            }
+    /// What a message of this number would be.
+    pub(crate) fn arrival(&self, number: u64) -> Arrival {
+        match self.refused {
+            // None comes after the highest number, which is therefore nobody's.
+            _ if number >= self.expected && number < u64::MAX => Arrival::New,
+            Some((lowest, highest)) if (lowest..=highest).contains(&number) => Arrival::Doubtful,
             _ => Arrival::Repeated,
         }
+    }
+
+    /// A message of this number has come.
+    pub(crate) fn accept(&mut self, number: u64) -> Arrival {
+        let arrival = self.arrival(number);
+        if arrival == Arrival::New {
+            self.expected = number + 1;
+        }
+        arrival
     }
 
     /// The message of this number, the last one that was new, cannot be taken.

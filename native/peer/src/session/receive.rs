@@ -1,22 +1,23 @@
 //! The receiver's half of a session.
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use macula_peer_wire::{MessageType, RawFrame};
 use quinn::{Connection, SendStream, VarInt};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::{
-    EXPECTED, FORGOTTEN, GREETING, KEEP_LEN, MAX_OPEN_LEN, NO_RUN, NUMBER, NUMBER_LEN, Run, TOO_MANY, WORD_LEN,
-    new_run, put_word,
-};
+use super::format::{NO_RUN, NUMBER, Opening, Run, Word, parse_number};
+use super::{FORGOTTEN, TOO_MANY};
 use crate::backlog::Sender;
 use crate::decide::session::{Arrival, Incoming};
 use crate::decide::session_table::{Met, Opened, Refused, SessionId, SessionKey, SessionTable};
 use crate::decide::shares::Client;
+use crate::decoding::is_heavy;
 use crate::error::{Rejection, ReplyError};
 use crate::hello;
 use crate::link::{Write, lock, now_or_never, write_now};
@@ -51,6 +52,8 @@ pub(crate) struct Answers {
     sender: Client,
     /// `None` until the first stream of the channel.
     channels: [Mutex<Option<Incoming>>; 2],
+    /// One stream of a channel hands over at a time: an older one may still carry the same messages.
+    turns: [Semaphore; 2],
     /// The connections of its open streams, with their number, the last one opened last.
     connections: Mutex<Vec<(Connection, usize)>>,
     /// Seconds for which its sender may owe something once it has no connection.
@@ -69,6 +72,10 @@ impl Default for Sessions {
     fn default() -> Self {
         Self { table: Mutex::default(), run: new_run(), refused: Counter::default() }
     }
+}
+
+fn new_run() -> Run {
+    fastrand::u64(1..).to_be_bytes()
 }
 
 impl Sessions {
@@ -91,6 +98,7 @@ impl Sessions {
             Arc::new(Answers {
                 sender: stream.accepted.client(),
                 channels: Default::default(),
+                turns: [Semaphore::new(1), Semaphore::new(1)],
                 connections: Mutex::default(),
                 keep: AtomicU32::new(0),
             })
@@ -122,7 +130,7 @@ impl Drop for Open {
 /// Reads a stream of a session to its end. `opening` is the payload of the frame that began it.
 pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: Bytes) {
     let key = stream.accepted.key();
-    let (Some(key), Some(Opening { id, channel, run, target })) = (key, parse_opening(&opening)) else {
+    let (Some(key), Some(Opening { id, channel, run, target })) = (key, Opening::parse(&opening)) else {
         // Already closed is as good.
         let _ = stream.receive.stop(NOT_A_FRAME.into());
         return;
@@ -154,30 +162,35 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     let (begun_before, mut said) = open.session.begin(channel);
     // Its other channel may have made the session, which says nothing of what the run before this one had of this one.
     let known = known && (begun_before || run != NO_RUN);
-    let mut greeting = BytesMut::with_capacity(GREETING);
-    greeting.put_u8(known.into());
-    greeting.extend_from_slice(&node.sessions.run);
-    greeting.put_u64(said);
-    if !say(&mut stream, &mut send, greeting.freeze()).await {
+    let greeting = Word::Greeting { known, run: node.sessions.run, expected: said };
+    if !say(&mut stream, &mut send, greeting.bytes()).await {
         return;
     }
     let mut number = None;
     let mut words = BytesMut::new();
     loop {
-        while timeout(STILL_HERE, node.room(sender)).await.is_err() {
-            if !say(&mut stream, &mut send, word(EXPECTED, said)).await {
+        let mut ready = pin!(async {
+            node.room(sender).await;
+            open.session.turn(channel).await
+        });
+        let turn = loop {
+            if let Ok(turn) = timeout(STILL_HERE, &mut ready).await {
+                break turn;
+            }
+            if !say(&mut stream, &mut send, Word::Expected(said).bytes()).await {
                 return;
             }
-        }
+        };
         // Its id may be another one by now, and this one another node's.
         if !node.serves(target) {
             return hello::refuse(&mut stream.receive, &mut send);
         }
         let batch = read_batch(&mut stream, &open, channel, &mut number, &mut words);
-        let expected = open.session.expected(channel, number);
+        let next = if let Batch::Heavy(heavy, _) = &batch { Some(*heavy) } else { number };
+        let expected = open.session.expected(channel, next);
         if expected != said {
             said = expected;
-            put_word(&mut words, EXPECTED, said);
+            Word::Expected(said).put(&mut words);
         }
         if !words.is_empty() && !say(&mut stream, &mut send, words.split().freeze()).await {
             return;
@@ -185,9 +198,32 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         match batch {
             // The sender learns which one it was: the one that is expected next.
             Batch::Refused(why) => return stream.refuse(why),
-            Batch::Full => tokio::task::yield_now().await,
-            Batch::Last if stream.more().await => {}
-            Batch::Last => break,
+            Batch::Full => {
+                drop(turn);
+                tokio::task::yield_now().await;
+            }
+            Batch::Last => {
+                drop(turn);
+                if !stream.more().await {
+                    break;
+                }
+            }
+            Batch::Heavy(heavy, frame) => {
+                let mut taken = pin!(take_heavy(&stream, turn, heavy, frame));
+                let taken = loop {
+                    match timeout(STILL_HERE, &mut taken).await {
+                        Ok(taken) => break taken,
+                        Err(_) if say(&mut stream, &mut send, Word::Expected(said).bytes()).await => {}
+                        Err(_) => return,
+                    }
+                };
+                match taken {
+                    Some(Ok(())) => {}
+                    Some(Err(why)) => Word::Refused(why.code(), heavy).put(&mut words),
+                    // What follows it must not be handed over before.
+                    None => return,
+                }
+            }
         }
     }
     if stream.finished {
@@ -200,6 +236,8 @@ enum Batch {
     Full,
     /// There is no more until bytes come.
     Last,
+    /// The message of this number comes next, and is much work.
+    Heavy(u64, RawFrame),
     /// What comes next cannot be read.
     Refused(Rejection),
 }
@@ -237,8 +275,11 @@ fn read_batch(
         if number.is_none() {
             return Batch::Refused(Rejection::Malformed);
         }
+        if is_heavy(frame.payload()) {
+            return Batch::Heavy(current, frame);
+        }
         if let Err(why) = hand_over(stream, &open.session, channel, current, frame) {
-            put_word(words, why.code(), current);
+            Word::Refused(why.code(), current).put(words);
         }
     }
     Batch::Full
@@ -253,38 +294,6 @@ async fn say(stream: &mut Stream, send: &mut SendStream, word: Bytes) -> bool {
             stream.too_slow();
             false
         }
-    }
-}
-
-fn word(about: u8, number: u64) -> Bytes {
-    let mut word = BytesMut::with_capacity(WORD_LEN);
-    put_word(&mut word, about, number);
-    word.freeze()
-}
-
-struct Opening<'a> {
-    id: SessionId,
-    channel: usize,
-    /// This node's run, as far as the sender knows.
-    run: Run,
-    /// The id of the node that the session is for; empty, whichever this is.
-    target: &'a [u8],
-}
-
-fn parse_opening(payload: &[u8]) -> Option<Opening<'_>> {
-    let (id, rest) = payload.split_first_chunk()?;
-    let (channel, rest) = rest.split_first()?;
-    let (run, target) = rest.split_first_chunk()?;
-    let fits = payload.len() <= MAX_OPEN_LEN && matches!(channel, 0 | 1);
-    fits.then_some(Opening { id: *id, channel: usize::from(*channel), run: *run, target })
-}
-
-/// The number of the next message, and the seconds that the session should be kept for.
-fn parse_number(mut payload: &[u8]) -> Option<(u64, u32)> {
-    match payload.len() {
-        NUMBER_LEN => Some((payload.get_u64(), 0)),
-        len if len == NUMBER_LEN + KEEP_LEN => Some((payload.get_u64(), payload.get_u32())),
-        _ => None,
     }
 }
 
@@ -303,17 +312,71 @@ fn hand_over(
         Arrival::Repeated => return Ok(()),
         Arrival::Doubtful => return stream.node.can_take(&frame),
     }
-    let answered = MessageType::from_id(frame.type_id()).is_some_and(MessageType::is_answered);
-    let reply =
-        answered.then(|| ReplyToken::new(ReplyTo::Session(Arc::downgrade(session), Arc::downgrade(&stream.node))));
-    let taken = stream.hand_over(frame, reply);
+    let reply = session.reply_to(&stream.node, &frame);
+    let taken = stream.accepted.hand_over(&stream.node, frame, reply);
     if taken.is_err() {
         incoming.refuse(number);
     }
     taken
 }
 
+/// Hands over a message that is much work. It counts as arrived when that is done, and until then no other stream of the
+/// channel goes on, whatever becomes of this one. `None`: it was not done.
+fn take_heavy(
+    stream: &Stream,
+    turn: Turn,
+    number: u64,
+    frame: RawFrame,
+) -> impl Future<Output = Option<Result<(), Rejection>>> + use<> {
+    let (node, accepted) = (stream.node.clone(), stream.accepted.clone());
+    let decoding = node.decoding.clone();
+    let sender = accepted.sender();
+    let hand_over = move || {
+        let Turn { session, channel } = &turn;
+        let arrival = lock(&session.channels[*channel]).get_or_insert_default().arrival(number);
+        match arrival {
+            Arrival::New => {}
+            Arrival::Repeated => return Ok(()),
+            Arrival::Doubtful => return node.can_take(&frame),
+        }
+        let reply = session.reply_to(&node, &frame);
+        let taken = accepted.hand_over(&node, frame, reply);
+        let mut incoming = lock(&session.channels[*channel]);
+        let incoming = incoming.get_or_insert_default();
+        incoming.accept(number);
+        if taken.is_err() {
+            incoming.refuse(number);
+        }
+        taken
+    };
+    async move { decoding.run(sender, hand_over).await }
+}
+
+/// The permission to hand over messages of a channel.
+struct Turn {
+    session: Arc<Answers>,
+    channel: usize,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.session.turns[self.channel].add_permits(1);
+    }
+}
+
 impl Answers {
+    async fn turn(self: &Arc<Self>, channel: usize) -> Turn {
+        if let Ok(permit) = self.turns[channel].acquire().await {
+            permit.forget();
+        }
+        Turn { session: self.clone(), channel }
+    }
+
+    fn reply_to(self: &Arc<Self>, node: &Arc<Node>, frame: &RawFrame) -> Option<ReplyToken> {
+        let answered = MessageType::from_id(frame.type_id()).is_some_and(MessageType::is_answered);
+        answered.then(|| ReplyToken::new(ReplyTo::Session(Arc::downgrade(self), Arc::downgrade(node))))
+    }
+
     /// Begins a stream of a channel. Returns whether it is not the first, and the number expected.
     fn begin(&self, channel: usize) -> (bool, u64) {
         let mut incoming = lock(&self.channels[channel]);

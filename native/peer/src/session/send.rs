@@ -8,7 +8,7 @@ use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
@@ -18,10 +18,8 @@ use crate::error::Rejection;
 use crate::link::{Link, now_or_never};
 use crate::listen::WRONG_NODE;
 use crate::message::{Letter, NodeId};
-use crate::session::{
-    EXPECTED, FORGOTTEN, GREETING, KEEP_LEN, MAX_OPEN_LEN, NO_RUN, NUMBER, NUMBER_LEN, OPEN_LEN, OPEN_SESSION, Run,
-    WORD_LEN, put_header,
-};
+use crate::session::FORGOTTEN;
+use crate::session::format::{MAX_OPEN_LEN, NO_RUN, Opening, Run, Word, Words, put_number};
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -68,15 +66,13 @@ struct Stream {
     in_flight: usize,
     /// The receiver has said where to go on, or need not be asked.
     resumed: bool,
-    greeted: bool,
     /// Why the receiver reads no further. Its last acknowledgement says what it has.
     stopped: Option<Rejection>,
     /// It has said its last words.
     ended: bool,
     /// It does not know the session any more.
     forgotten: bool,
-    /// An acknowledgement that has come in part.
-    word: BytesMut,
+    words: Words,
     /// The receiver keeps the session for so long after this stream has ended.
     kept: Duration,
 }
@@ -151,7 +147,7 @@ impl Session {
     /// Opens the streams that are missing. False if the link has none to spare.
     pub(crate) fn reopen(&mut self, link: &Link) -> bool {
         let now = Instant::now();
-        for (number, channel) in (0..).zip(&mut self.channels) {
+        for (number, channel) in self.channels.iter_mut().enumerate() {
             if channel.stream.is_some() {
                 continue;
             }
@@ -161,23 +157,16 @@ impl Session {
             let unsafe_to_repeat = self.at_most_once || (self.run == NO_RUN && channel.may_be_forgotten(now));
             let ask = channel.owed.may_have_arrived() && (unsafe_to_repeat || !channel.owes_little());
             let target = self.target.as_ref().map_or(&[][..], NodeId::as_bytes);
-            let mut rest = BytesMut::with_capacity(HEADER_LEN + OPEN_LEN + target.len());
-            put_header(&mut rest, OPEN_SESSION, OPEN_LEN + target.len());
-            rest.extend_from_slice(&self.id);
-            rest.put_u8(number);
-            rest.extend_from_slice(&self.run);
-            rest.extend_from_slice(target);
             channel.stream = Some(Stream {
                 send,
                 receive,
-                rest: rest.freeze(),
+                rest: Opening { id: self.id, channel: number, run: self.run, target }.frame(),
                 in_flight: 0,
                 resumed: !ask,
-                greeted: false,
                 stopped: None,
                 ended: false,
                 forgotten: false,
-                word: BytesMut::new(),
+                words: Words::default(),
                 kept: KEEP,
             });
         }
@@ -378,7 +367,7 @@ impl Stream {
             self.rest = frame;
         } else {
             let mut piece = BytesMut::from(std::mem::take(&mut self.rest));
-            put_number(&mut piece, number, announce, keep);
+            say_number(&mut piece, number, announce, keep);
             piece.extend_from_slice(&frame);
             self.rest = piece.freeze();
         }
@@ -424,7 +413,7 @@ impl Stream {
     fn ended_because(&self) -> Option<Rejection> {
         let stopped = || now_or_never(self.send.stopped())?.ok()?.and_then(Rejection::of);
         let why = self.stopped.or_else(stopped);
-        why.filter(|_| self.greeted && self.ended)
+        why.filter(|_| self.words.greeted() && self.ended)
     }
 
     fn is_forgotten(&self) -> bool {
@@ -441,7 +430,7 @@ impl Stream {
             let Some(Next { number, announce, message }) = owed.write(now) else { break };
             progress.written += 1;
             self.in_flight += message.frame.len();
-            put_number(&mut piece, number, announce, keep_longer(&mut self.kept, message, now));
+            say_number(&mut piece, number, announce, keep_longer(&mut self.kept, message, now));
             if piece.is_empty() && message.frame.len() >= PIECE {
                 self.rest = message.frame.clone();
                 return;
@@ -470,7 +459,7 @@ impl Stream {
         loop {
             match pin!(self.receive.read_chunk(usize::MAX, true)).poll(cx) {
                 Poll::Pending => return true,
-                Poll::Ready(Ok(Some(chunk))) => self.word.extend_from_slice(&chunk.bytes),
+                Poll::Ready(Ok(Some(chunk))) => self.words.push(&chunk.bytes),
                 Poll::Ready(Ok(None)) => {
                     self.ended = true;
                     return false;
@@ -481,20 +470,15 @@ impl Stream {
                     return false;
                 }
             }
-            if !self.greeted && self.word.len() >= GREETING {
-                self.greeted = true;
-                let known = self.word.get_u8() != 0;
-                let mut run = NO_RUN;
-                self.word.copy_to_slice(&mut run);
-                let expected = self.word.get_u64();
-                self.greeting(known, run, expected, owed, greeted, progress);
-            }
             let mut expected = None;
-            while self.greeted && self.word.len() >= WORD_LEN {
-                match (self.word.get_u8(), self.word.get_u64()) {
+            while let Some(word) = self.words.next() {
+                match word {
+                    Word::Greeting { known, run, expected } => {
+                        self.greeting(known, run, expected, owed, greeted, progress);
+                    }
                     // The last one says it all.
-                    (EXPECTED, number) => expected = Some(number),
-                    (error, number) => {
+                    Word::Expected(number) => expected = Some(number),
+                    Word::Refused(error, number) => {
                         let why = Rejection::of(error.into()).unwrap_or(Rejection::Unread);
                         self.refused(number, why, owed, progress);
                     }
@@ -575,13 +559,8 @@ fn keep_longer(kept: &mut Duration, message: &Letter, now: Instant) -> Option<u3
     Some(kept.as_secs().try_into().unwrap_or(u32::MAX))
 }
 
-fn put_number(piece: &mut BytesMut, number: u64, announce: bool, keep: Option<u32>) {
-    if !announce && keep.is_none() {
-        return;
-    }
-    put_header(piece, NUMBER, NUMBER_LEN + if keep.is_some() { KEEP_LEN } else { 0 });
-    piece.put_u64(number);
-    if let Some(keep) = keep {
-        piece.put_u32(keep);
+fn say_number(piece: &mut BytesMut, number: u64, announce: bool, keep: Option<u32>) {
+    if announce || keep.is_some() {
+        put_number(piece, number, keep);
     }
 }

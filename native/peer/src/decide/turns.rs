@@ -1,0 +1,103 @@
+//! Whose turn it is where one works at a time.
+
+use std::collections::VecDeque;
+use std::hash::Hash;
+
+use hashbrown::HashMap;
+
+/// Those who wait, by sender: senders take turns, and of one sender the first to come is the first. So one that has much
+/// to do holds up the others by one piece of work each.
+#[derive(Debug)]
+pub(crate) struct Turns<S, W> {
+    busy: bool,
+    /// Senders that wait, in the order of their turns.
+    senders: VecDeque<S>,
+    waiting: HashMap<S, VecDeque<W>>,
+}
+
+impl<S, W> Default for Turns<S, W> {
+    fn default() -> Self {
+        Self { busy: false, senders: VecDeque::new(), waiting: HashMap::new() }
+    }
+}
+
+impl<S: Copy + Eq + Hash, W> Turns<S, W> {
+    /// Begins at once, if nobody works.
+    pub(crate) fn begin(&mut self) -> bool {
+        !std::mem::replace(&mut self.busy, true)
+    }
+
+    /// Waits for a turn.
+    pub(crate) fn wait(&mut self, sender: S, waiter: W) {
+        let of_sender = self.waiting.entry(sender).or_default();
+        if of_sender.is_empty() {
+            self.senders.push_back(sender);
+        }
+        of_sender.push_back(waiter);
+    }
+
+    /// A turn is over. Returns who is next.
+    pub(crate) fn end(&mut self) -> Option<W> {
+        let next = self.next();
+        self.busy = next.is_some();
+        next
+    }
+
+    fn next(&mut self) -> Option<W> {
+        let sender = self.senders.pop_front()?;
+        let of_sender = self.waiting.get_mut(&sender)?;
+        let next = of_sender.pop_front();
+        if of_sender.is_empty() {
+            self.waiting.remove(&sender);
+        } else {
+            self.senders.push_back(sender);
+        }
+        next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn one_works_at_a_time_and_senders_take_turns() {
+        let mut turns = Turns::default();
+        assert!(turns.begin());
+        assert!(!turns.begin());
+        for waiter in ["a1", "a2", "a3", "b1", "c1", "c2"] {
+            turns.wait(waiter.as_bytes()[0], waiter);
+        }
+        let order: Vec<_> = std::iter::from_fn(|| turns.end()).collect();
+        assert_eq!(order, ["a1", "b1", "c1", "a2", "c2", "a3"]);
+        assert!(turns.begin() && turns.waiting.is_empty() && turns.senders.is_empty());
+        assert_eq!(turns.end(), None);
+        assert!(turns.begin());
+    }
+
+    #[test]
+    fn whoever_comes_waits_for_one_turn_of_each_other_sender() {
+        for seed in 0..200 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let (mut turns, mut due) = (Turns::default(), Vec::new());
+            assert!(turns.begin());
+            for n in 0..300 {
+                if random.bool() {
+                    // One sender asks for nine turns of ten.
+                    let sender = if random.u8(0..10) == 0 { random.u8(1..5) } else { 0 };
+                    turns.wait(sender, (sender, n));
+                    due.push((sender, n));
+                } else if let Some((sender, n)) = turns.end() {
+                    let first = due.iter().position(|&(other, _)| other == sender).unwrap();
+                    assert_eq!(due.remove(first), (sender, n), "SEED={seed}: of one sender the first is the first");
+                } else {
+                    assert!(due.is_empty() && turns.begin(), "SEED={seed}");
+                }
+            }
+            turns.wait(9, (9, 1000));
+            let before = std::iter::from_fn(|| turns.end()).take_while(|&(sender, _)| sender != 9).count();
+            assert!(before <= 5, "SEED={seed}: {before} turns of {} waiting", due.len());
+        }
+    }
+}
