@@ -9,7 +9,8 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 EBIN := _build/default/lib/macula_peer_connector/ebin
 
 # Seconds per fuzz target, and messages per row of the benchmark.
-FUZZ_SECONDS ?= 10
+FUZZ_SECONDS ?= 5
+FUZZ_TARGETS ?= decode reassembly session control circuit signal certificate endpoint probe
 BENCH_MESSAGES ?= 200000
 BENCH_ROUNDS ?= 5
 
@@ -83,12 +84,12 @@ test-original: compile
 # libFuzzer by rustc's own coverage instrumentation, on the stable toolchain. A new finding is left in
 # native/fuzz/artifacts.
 fuzz: setup
-	@cd native/fuzz; for target in decode reassembly control circuit signal; do \
+	@cd native/fuzz; for target in $(FUZZ_TARGETS); do \
 	  mkdir -p corpus/$$target artifacts; \
 	  RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 	    -Cllvm-args=-sanitizer-coverage-trace-compares" \
-	  $(CARGO) run --release --locked --target $$(rustc --print host-tuple) --bin $$target -- corpus/$$target \
+	  $(CARGO) run --release --locked --target $$(rustc --print host-tuple) --bin $$target -- corpus/$$target seeds/$$target \
 	    -artifact_prefix=artifacts/ -max_len=4096 -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 2>&1 | tail -n 8; \
 	done
 

@@ -1,0 +1,27 @@
+//! Any payload as that of a `ping` or a `nat_probe`: nothing panics, and who asked can read the answer.
+#![no_main]
+
+use std::net::SocketAddr;
+
+use libfuzzer_sys::fuzz_target;
+use macula_peer_wire::{Limits, MessageType, value};
+
+#[allow(dead_code, unreachable_pub)]
+#[path = "../../peer/src/answers.rs"]
+mod answers;
+
+fuzz_target!(|payload: &[u8]| {
+    let limits = Limits { max_terms: 64, max_depth: 8, ..Limits::default() };
+    let from = SocketAddr::from(([192, 0, 2, 1], 7));
+    let answers = [
+        (answers::pong(payload, limits), MessageType::Pong),
+        (answers::nat_probe_reply(payload, from, limits), MessageType::NatProbeReply),
+    ];
+    for (answer, kind) in answers {
+        let Some(frame) = answer else { continue };
+        // A float of 32 bits becomes one of 64.
+        assert!(frame.len() <= 2 * payload.len() + 256);
+        let (read, _) = value::decode(&frame, Limits::default()).expect("it was written under closer limits");
+        assert_eq!(read, kind);
+    }
+});

@@ -1,0 +1,75 @@
+//! Any bytes as the opening of a session and as what its receiver says, in any pieces: nothing panics, what is read can be
+//! said again, and a sender gives back each message once, in order, and none that was not written.
+#![no_main]
+
+use std::time::Instant;
+
+use bytes::BytesMut;
+use libfuzzer_sys::fuzz_target;
+use macula_peer_wire::HEADER_LEN;
+
+#[allow(dead_code, unreachable_pub)]
+#[path = "../../peer/src/session/format.rs"]
+mod format;
+
+#[allow(dead_code, unreachable_pub)]
+#[path = "../../peer/src/decide/session.rs"]
+mod session;
+
+/// Without what else a message has.
+mod message {
+    pub(crate) struct NodeId;
+
+    impl NodeId {
+        pub(crate) const MAX_LEN: usize = 255;
+    }
+}
+
+use format::{Opening, Word, Words};
+use session::Outgoing;
+
+fuzz_target!(|input: &[u8]| {
+    if let Some(opening) = Opening::parse(input) {
+        let frame = opening.frame();
+        assert_eq!(&frame[HEADER_LEN..], input);
+    }
+    let whole = read([input]);
+    let mut said = BytesMut::new();
+    for word in &whole {
+        word.put(&mut said);
+    }
+    // Whether the receiver knew the session is more than one bit on the wire.
+    assert_eq!(said.len(), input.len() / 9 * 9);
+    let cut = input.first().map_or(0, |&byte| usize::from(byte) % input.len());
+    assert_eq!(read([&input[..cut], &input[cut..]]), whole);
+
+    let (mut outgoing, now) = (Outgoing::default(), Instant::now());
+    let (mut pushed, mut written, mut let_go) = (0, 0, Vec::new());
+    for word in whole {
+        outgoing.push(pushed);
+        outgoing.push(pushed + 1);
+        outgoing.write(now);
+        (pushed, written) = (pushed + 2, written + 1);
+        match word {
+            Word::Greeting { expected, .. } => let_go.extend(outgoing.resume(expected)),
+            Word::Expected(expected) => let_go.extend(outgoing.acknowledge(expected)),
+            Word::Refused(_, number) => {
+                let_go.extend(outgoing.acknowledge(number));
+                let_go.extend(outgoing.refused(number));
+            }
+        }
+        assert!(let_go.len() <= written, "the rest has not left");
+    }
+    let_go.extend(outgoing.take());
+    assert_eq!(let_go, (0..pushed).collect::<Vec<_>>());
+});
+
+fn read<const N: usize>(pieces: [&[u8]; N]) -> Vec<Word> {
+    let mut words = Words::default();
+    let mut all = Vec::new();
+    for piece in pieces {
+        words.push(piece);
+        all.extend(std::iter::from_fn(|| words.next()));
+    }
+    all
+}
