@@ -17,6 +17,9 @@ use quinn::{Connection, Endpoint, EndpointConfig, RecvStream, SendStream, TokioR
 /// How long to wait for an answer.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// How long it may take until all of what is sent has arrived.
+const ARRIVES: Duration = Duration::from_secs(10);
+
 type Answer = Arc<Mutex<Option<Bytes>>>;
 
 fn main() -> Result<(), Error> {
@@ -54,6 +57,8 @@ async fn send(endpoint: &Endpoint, to: SocketAddr, file: &Path) -> Result<usize,
     let (mut send, mut receive) = connection.open_bi().await?;
     send.write_all(&std::fs::read(file)?).await?;
     send.finish()?;
+    // Large ones take longer than the answer is waited for.
+    let _ = tokio::time::timeout(ARRIVES, send.stopped()).await;
     let answer = tokio::time::timeout(PATIENCE, receive.read_to_end(usize::MAX)).await;
     Ok(answer.map_or(Ok(Vec::new()), |read| read)?.len())
 }
