@@ -39,7 +39,8 @@ impl Decoding {
         Arc::new(Self { turns: Mutex::default(), backlog })
     }
 
-    /// Waits for a turn. Those who wait are as many as there are streams to read frames from.
+    /// Waits for a turn. Whoever waits reads nothing more meanwhile from where the frame came, so those who wait are as
+    /// many as there are streams and callers.
     pub(crate) async fn turn(self: &Arc<Self>, sender: Sender) -> Option<Turn> {
         let told = {
             let mut turns = lock(&self.turns);

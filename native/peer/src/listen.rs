@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::future::pending;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -47,6 +47,10 @@ use crate::transfer;
 
 /// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Frames that are much work and wait for their turn, from which on a connection may begin no more streams: one that is
+/// read to its end gives its credit back, whether its frame was handed over or not.
+const WAITING_FRAMES: usize = 16;
 
 /// Bytes that may be on their way to one connection unread, over all its streams and on one.
 const CONNECTION_WINDOW: u32 = 8 << 20;
@@ -133,6 +137,10 @@ pub(crate) struct Accepted {
     received: Counter,
     /// Held by the one frame that waits for memory.
     turn: tokio::sync::Mutex<()>,
+    /// Frames that are much work and wait for their turn.
+    heavy: AtomicUsize,
+    /// One of them waits no more.
+    heavy_done: Notify,
     /// Datagrams received when it was last found to be silent.
     silent_at: AtomicU64,
     /// Only [`FIRST_STREAMS`] are allowed so far.
@@ -452,13 +460,14 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
     loop {
         let expiry = serving.answerable.front().map(|oldest| oldest.until);
         let crowded = node.is_crowded(sender);
+        let waits = serving.accepted.has_many_waiting();
         tokio::select! {
-            stream = connection.accept_bi(), if !crowded => match stream {
+            stream = connection.accept_bi(), if !crowded && !waits => match stream {
                 Ok((send, receive)) => serving.begin(Some(send), receive),
                 Err(_) => return,
             },
             // On a link of ours these are answers, which its peer reads.
-            stream = connection.accept_uni(), if !is_ours && !crowded => match stream {
+            stream = connection.accept_uni(), if !is_ours && !crowded && !waits => match stream {
                 Ok(receive) => serving.begin(None, receive),
                 Err(_) => return,
             },
@@ -466,6 +475,7 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
             Some(_) = serving.streams.join_next() => {}
             () = deadline(expiry) => { serving.answerable.pop_front(); }
             () = node.room(sender), if crowded => continue,
+            () = serving.accepted.heavy_done.notified(), if waits => continue,
             _ = release.tick(), if !serving.answerable.is_empty() || !serving.answered.is_empty() => {
                 serving.release_all_stopped();
                 serving.release_arrived();
@@ -475,7 +485,7 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
         }
         // What has come meanwhile costs no turn of the loop each.
         for _ in 0..ACCEPT_BATCH {
-            if node.is_crowded(sender) {
+            if node.is_crowded(sender) || serving.accepted.has_many_waiting() {
                 break;
             }
             let Some(Ok((send, receive))) = now_or_never(connection.accept_bi()) else { break };
@@ -896,6 +906,7 @@ impl Stream {
 
     /// Hands over a frame that is much work.
     async fn deliver_heavy(&mut self, frame: RawFrame, route: Option<Route>) -> Delivered {
+        let _waiting = WaitingFrame::new(&self.accepted);
         let (node, accepted, request) = (self.node.clone(), self.accepted.clone(), self.request);
         let take = move || accepted.take(&node, request, frame, route);
         let taken = self.node.decoding.run(self.accepted.sender(), take).await;
@@ -1012,6 +1023,23 @@ impl Stream {
     }
 }
 
+/// Counts a frame that is much work as long as it waits for its turn.
+struct WaitingFrame<'a>(&'a Accepted);
+
+impl<'a> WaitingFrame<'a> {
+    fn new(accepted: &'a Accepted) -> Self {
+        accepted.heavy.fetch_add(1, Ordering::Relaxed);
+        Self(accepted)
+    }
+}
+
+impl Drop for WaitingFrame<'_> {
+    fn drop(&mut self) {
+        self.0.heavy.fetch_sub(1, Ordering::Relaxed);
+        self.0.heavy_done.notify_one();
+    }
+}
+
 /// Tells who waits for an answer on a stream that there will be none.
 fn not_taken(send: Option<SendStream>, why: Rejection) {
     if let Some(mut send) = send {
@@ -1048,6 +1076,8 @@ impl Accepted {
             owner,
             received: Counter::default(),
             turn: tokio::sync::Mutex::default(),
+            heavy: AtomicUsize::new(0),
+            heavy_done: Notify::new(),
             silent_at: AtomicU64::new(u64::MAX),
             few_streams: AtomicBool::new(dialect == Dialect::MaculaPeer1),
         }
@@ -1130,6 +1160,10 @@ impl Accepted {
             return Ok(());
         }
         node.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply })
+    }
+
+    fn has_many_waiting(&self) -> bool {
+        self.heavy.load(Ordering::Relaxed) >= WAITING_FRAMES
     }
 
     fn is_ours(&self) -> bool {
