@@ -1988,7 +1988,8 @@ fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) -> Result<(), Rejection>
 async fn hand_over_heavy(peer: Arc<Peer>, link: Arc<Link>, frame: RawFrame) {
     let decoding = peer.node.decoding.clone();
     let sender = Sender::new(link.key(), link.remote());
-    decoding.run(sender, move || drop(hand_over(&peer, &link, frame))).await;
+    // It is counted.
+    let _ = decoding.run(sender, move || hand_over(&peer, &link, frame)).await;
 }
 
 /// A request found that the link has been silent for this long.

@@ -1,0 +1,148 @@
+//! What the frames of some cost the others: those that are much work are handed over one at a time, off the threads that
+//! move packets, and their senders take turns.
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::{Inbox, PATIENCE, engine, listener, message, number, request, send, until, wide};
+use macula_peer::{Config, Engine, Event, Fingerprint, Handler, Inbound, Listen, Message, Unhandled};
+use macula_peer_wire::MessageType::{Ping, Pong, Publish};
+
+/// More terms than are handed over at once, and less than 64 KiB.
+const MANY: usize = 12_000;
+
+/// Takes its time for what is much work, as decoding does, and answers pings.
+#[derive(Default)]
+struct Slow {
+    took: Duration,
+    working: AtomicUsize,
+    most: AtomicUsize,
+    handled: Mutex<Vec<(Option<Fingerprint>, u64)>>,
+}
+
+impl Handler for Slow {
+    fn message(&self, message: Inbound) -> Result<(), Unhandled> {
+        if message.kind == Ping {
+            let _ = message.reply.expect("it is asked for").reply(common::frame(Pong, 0, 8));
+            return Ok(());
+        }
+        if message.payload.len() > MANY {
+            self.most.fetch_max(self.working.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+            std::thread::sleep(self.took);
+            self.working.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.handled.lock().unwrap().push((message.key, number(&message.payload).unwrap()));
+        Ok(())
+    }
+
+    fn event(&self, _: Event) -> bool {
+        true
+    }
+}
+
+/// With one thread that moves packets.
+fn slow(took: Duration) -> (Engine, Arc<Slow>, String) {
+    let engine = engine(Config { workers: 1, ..Config::default() });
+    let handler = Arc::new(Slow { took, ..Slow::default() });
+    engine.set_handler(Some(handler.clone()));
+    let port = engine.listen(Listen::default()).unwrap().port();
+    (engine, handler, format!("127.0.0.1:{port}"))
+}
+
+#[test]
+fn a_frame_that_is_much_work_holds_up_no_packets() {
+    let (server, handler, address) = slow(Duration::from_millis(1500));
+    let [sender, other] = [(); 2].map(|()| engine(Config::default()));
+    let ping = || request(&other, &address, message(Ping, 0, PATIENCE)).map(drop);
+    ping().unwrap();
+    send(&sender, &address, wide(1, MANY)).unwrap();
+    until("it is worked on", || handler.working.load(Ordering::Relaxed) == 1);
+    let begun = Instant::now();
+    for n in 0..20 {
+        ping().unwrap();
+        send(&other, &address, message(Publish, 100 + n, PATIENCE)).unwrap();
+    }
+    let took = begun.elapsed();
+    assert_eq!(handler.working.load(Ordering::Relaxed), 1, "still, after {took:?}");
+    until("all is handled", || handler.handled.lock().unwrap().len() == 21);
+    let last = *handler.handled.lock().unwrap().last().unwrap();
+    assert_eq!(last, (Some(sender.fingerprint()), 1), "small messages of others do not wait");
+    until("it is acknowledged", || common::owes_nothing(&sender));
+    for engine in [sender, other, server] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn frames_that_are_much_work_are_handed_over_one_at_a_time_and_their_senders_take_turns() {
+    let (server, handler, address) = slow(Duration::from_millis(50));
+    let [greedy, modest] = [(); 2].map(|()| engine(Config::default()));
+    // As requests, so that each has a stream of its own and waits by itself.
+    let ask = |engine: &Engine, n| {
+        let target = macula_peer::Target::Endpoint(macula_peer::EndpointRef::parse(&address).unwrap());
+        let asked = Message { deadline: Some(Instant::now() + PATIENCE), ..wide(n, MANY) };
+        engine.request(&target, asked, |_| {});
+    };
+    (0..30).for_each(|n| ask(&greedy, n));
+    until("some are handled", || handler.handled.lock().unwrap().len() >= 3);
+    let before = handler.handled.lock().unwrap().len();
+    ask(&modest, 1000);
+    let place = || handler.handled.lock().unwrap().iter().position(|&(_, n)| n == 1000);
+    until("it is handled", || place().is_some());
+    // The connection, the one that is worked on, and one more of each sender.
+    assert!(place().unwrap() <= before + 8, "{:?} after {before}", place());
+    until("all are", || handler.handled.lock().unwrap().len() == 31);
+    assert_eq!(handler.most.load(Ordering::Relaxed), 1);
+    for engine in [greedy, modest, server] {
+        engine.stop();
+    }
+}
+
+#[test]
+fn messages_of_one_sender_stay_in_order_whatever_work_they_are() {
+    let (server, inbox, address) = listener(Config::default());
+    let client = engine(Config::default());
+    for n in 0..300 {
+        let message = if n % 7 == 3 { wide(n, MANY) } else { message(Publish, n, PATIENCE) };
+        send(&client, &address, message).unwrap();
+    }
+    until("all arrive", || inbox.len() == 300);
+    assert_eq!(inbox.disorder(), None);
+    until("all are acknowledged", || common::owes_nothing(&client));
+    assert_eq!(client.stats().undelivered, 0);
+    client.stop();
+    server.stop();
+}
+
+/// An answer is decoded where it is waited for.
+#[test]
+fn a_large_answer_waits_for_its_turn_within_the_callers_timeout() {
+    let (server, _, address) = listener(Config::default());
+    let client = engine(Config::default());
+    let answers = Arc::new(Answers(wide(7, MANY)));
+    server.set_handler(Some(answers));
+    let answer = request(&client, &address, message(Ping, 0, PATIENCE)).unwrap();
+    assert_eq!(number(answer.payload()), Some(7));
+    client.set_handler(Some(Arc::<Inbox>::default()));
+    client.stop();
+    server.stop();
+}
+
+struct Answers(Message);
+
+impl Handler for Answers {
+    fn message(&self, message: Inbound) -> Result<(), Unhandled> {
+        if let Some(reply) = message.reply {
+            let _ = reply.reply(self.0.frame.clone());
+        }
+        Ok(())
+    }
+
+    fn event(&self, _: Event) -> bool {
+        true
+    }
+}
