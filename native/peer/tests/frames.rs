@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Inbox, PATIENCE, engine, listener, message, number, request, send, until, wide};
-use macula_peer::{Config, Engine, Event, Fingerprint, Handler, Inbound, Listen, Message, Unhandled};
+use common::{PATIENCE, engine, listener, message, number, request, send, until, wide};
+use macula_peer::{Config, Engine, Event, Fingerprint, Handler, Inbound, Listen, Message, RequestError, Unhandled};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
 
 /// More terms than are handed over at once, and less than 64 KiB.
@@ -118,27 +118,35 @@ fn messages_of_one_sender_stay_in_order_whatever_work_they_are() {
     server.stop();
 }
 
-/// An answer is decoded where it is waited for.
+/// Answers become terms too. Who asked keeps its timeout, and small answers do not wait.
 #[test]
 fn a_large_answer_waits_for_its_turn_within_the_callers_timeout() {
+    let (client, handler, its_address) = slow(Duration::from_millis(1500));
     let (server, _, address) = listener(Config::default());
-    let client = engine(Config::default());
-    let answers = Arc::new(Answers(wide(7, MANY)));
-    server.set_handler(Some(answers));
-    let answer = request(&client, &address, message(Ping, 0, PATIENCE)).unwrap();
-    assert_eq!(number(answer.payload()), Some(7));
-    client.set_handler(Some(Arc::<Inbox>::default()));
-    client.stop();
-    server.stop();
+    server.set_handler(Some(Arc::new(Answers)));
+    let ask = |n, within| request(&client, &address, message(Ping, n, within)).map(|answer| number(answer.payload()));
+    assert!(matches!(ask(1, PATIENCE), Ok(Some(1))));
+    let sender = engine(Config::default());
+    send(&sender, &its_address, wide(2, MANY)).unwrap();
+    until("it is worked on", || handler.working.load(Ordering::Relaxed) == 1);
+    assert!(matches!(ask(1, Duration::from_millis(200)), Err(RequestError::Timeout)), "a large one");
+    assert!(matches!(ask(0, PATIENCE), Ok(Some(0))), "a small one");
+    assert_eq!(handler.working.load(Ordering::Relaxed), 1, "still");
+    assert!(matches!(ask(1, PATIENCE), Ok(Some(1))));
+    assert_eq!(handler.working.load(Ordering::Relaxed), 0);
+    for engine in [sender, client, server] {
+        engine.stop();
+    }
 }
 
-struct Answers(Message);
+/// Answers 1 with many terms.
+struct Answers;
 
 impl Handler for Answers {
     fn message(&self, message: Inbound) -> Result<(), Unhandled> {
-        if let Some(reply) = message.reply {
-            let _ = reply.reply(self.0.frame.clone());
-        }
+        let asked = number(&message.payload).unwrap();
+        let answer = if asked == 1 { wide(1, MANY).frame } else { common::frame(Pong, asked, 8) };
+        let _ = message.reply.expect("it is asked for").reply(answer);
         Ok(())
     }
 
