@@ -15,7 +15,7 @@ use super::format::{NO_RUN, NUMBER, Opening, Run, Word, parse_number};
 use super::{FORGOTTEN, TOO_MANY};
 use crate::backlog::Sender;
 use crate::decide::session::{Arrival, Incoming};
-use crate::decide::session_table::{Met, Opened, Refused, SessionId, SessionKey, SessionTable};
+use crate::decide::session_table::{Met, Opened, Refused, SessionKey, SessionTable};
 use crate::decide::shares::Client;
 use crate::decoding::is_heavy;
 use crate::error::{Rejection, ReplyError};

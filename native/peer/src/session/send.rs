@@ -8,7 +8,7 @@ use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
