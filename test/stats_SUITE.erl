@@ -231,7 +231,7 @@ refused_connections(Config) ->
     end,
     ok = Send("127.0.0.1"),
     ?assertEqual({error, {connect_failed, connection_refused}}, Send("127.0.0.2")),
-    ?assertMatch(#{refused := #{connections_per_address := N}, accepted := [_]} when N >= 1, macula_peer_endpoint:stats()),
+    ?assertMatch(#{refused := #{connections := N}, accepted := [_]} when N >= 1, macula_peer_endpoint:stats()),
     ok = Send("127.0.0.1").
 
 %% ---- common ----
