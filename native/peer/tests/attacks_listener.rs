@@ -1,5 +1,5 @@
 //! What strangers try to use up at a listener, and that others do not notice it.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 mod common;
 
