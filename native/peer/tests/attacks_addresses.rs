@@ -2,7 +2,7 @@
 //!
 //! Bystanders are sockets of the test at addresses of their own: what comes there was sent to somebody who has nothing to
 //! do with it. Here they also are who seems to have sent what is forged.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stderr, clippy::expect_used)]
 
 mod common;
 
