@@ -59,7 +59,7 @@ limits! {
 /// What is to be done with who wants to connect.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Arrival {
-    /// It has a place, in the handshake: [`Places::connected`] ends that, [`Places::leave`] all.
+    /// It has a place, in the handshake: [`Places::handshake_over`] ends that, [`Places::leave`] all.
     Placed,
     /// It is to prove its address.
     Prove,
