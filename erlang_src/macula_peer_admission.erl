@@ -2,7 +2,7 @@
 %% waits for the answers. Each is asked by a process of its own, which is killed when its time is over.
 %%
 %% With the application this process is supervised. Without it a listener with such a callback starts it, and the end of the engine
-%% ends it. While it is not there, a listener with a callback lets nobody in.
+%% ends it. While it is not there, a listener with a callback admits no one.
 -module(macula_peer_admission).
 
 -behaviour(gen_server).

@@ -142,7 +142,7 @@ nat_profile() ->
     Tag = make_ref(),
     told(macula_peer_nif:nat_profile(Tag), Tag).
 
-%% @doc Who may come to this node; as {@link stats/0}.
+%% @doc Which nodes may connect to this one; as {@link stats/0}.
 -spec access() -> map() | not_started | {error, term()}.
 access() ->
     Tag = make_ref(),

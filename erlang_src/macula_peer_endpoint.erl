@@ -80,7 +80,7 @@
 %%
 %% `admission' is a function that is asked about everybody who connects, before anything of theirs is handled, and about every
 %% registration, where this node is a relay. It is called with an {@link admission_question()} and `Args', and answers `allow',
-%% `deny' or `{deny, Reason}', within `admission_timeout' milliseconds (1,000, at most 60,000). Who is not allowed is refused; so is
+%% `deny' or `{deny, Reason}', within `admission_timeout' milliseconds (1,000, at most 60,000). A node that is not allowed is refused; so is
 %% everybody whom it does not answer about in time, or fails for. Its answers hold for `admission_cache' milliseconds (60,000; 0:
 %% for one question) for the same key, IP address, path and node id.
 
@@ -109,7 +109,7 @@
 %% Keys of nodes, node ids of those that register here, and networks such as `"192.0.2.0/24"', `"2001:db8::/32"' or one address.
 
 -type access() :: #{allow => access_list(), deny => access_list()}.
-%% Who may come to this node. What is denied may not; where `allow' has a list of a kind, nothing else of that kind may.
+%% Which nodes may connect to this one. What is denied may not; where `allow' has a list of a kind, only its entries may.
 
 -type relay_node() :: #{node_id := binary(), key := fingerprint(), address := {inet:ip_address(), inet:port_number()},
                         since := non_neg_integer(), circuits := non_neg_integer(), peers := [binary()],
@@ -363,7 +363,7 @@ access() ->
 
 %% @doc Makes a node leave: ends its registrations at this relay, or the one under a node id, and its connections. The node is told
 %% `kicked', and is not registered again for 30 seconds; it may connect again at once. The callback is asked about everybody
-%% anew. To keep a node away use {@link set_access/1}.
+%% again. To keep a node away use {@link set_access/1}.
 %%
 %% Errors: `not_found', `not_started', `{invalid_kick, Term}'.
 -spec kick({key, fingerprint()} | {node_id, binary()}) -> ok | {error, term()}.

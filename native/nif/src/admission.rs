@@ -1,4 +1,4 @@
-//! Who may come: lists, the callback that is asked, and whom to make leave.
+//! Access control: the lists, the callback, and `kick`.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

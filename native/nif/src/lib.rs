@@ -565,7 +565,7 @@ fn invalidate<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
 
 // ---- admission ----
 
-/// Who may come to this node from now on. Those who are here and may not are gone when this returns.
+/// Sets the lists of access control. Connections that they deny have ended when this returns.
 #[rustler::nif(schedule = "DirtyIo")]
 fn set_access<'a>(env: Env<'a>, access: Term<'a>) -> Term<'a> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };

@@ -6,7 +6,6 @@
 //! So nothing but quinn looks at `Connection::remote_address`, everything else at [`Remote`]; and what quinn sends to an
 //! address that is only claimed is limited here.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,10 +13,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use quinn::Connection;
-use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
-use quinn_proto::RttEstimator;
+use quinn::congestion::{Controller, ControllerFactory};
 use tokio::sync::Notify;
 
+use crate::congestion::{Observer, observed};
 use crate::decide::targets::Targets;
 use crate::decide::unproven::Unproven;
 use crate::link::lock;
@@ -89,6 +88,13 @@ impl Addresses {
     /// An answer has come from there that only who got the question can make.
     pub(crate) fn heard(&self, from: SocketAddr) {
         lock(&self.targets).heard(from);
+    }
+
+    /// Forgets in time what came from unproven addresses, also where nothing more comes.
+    pub(crate) fn expire(&self) {
+        if self.any_unproven.load(Ordering::Relaxed) {
+            self.change(|unproven| unproven.expire(Instant::now()));
+        }
     }
 
     fn is_proven(&self, address: SocketAddr) -> bool {
@@ -210,66 +216,30 @@ impl Remote {
 
 impl ControllerFactory for Remote {
     fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
-        let inner = Arc::new(CubicConfig::default()).build(now, mtu);
         let path = self.next_path();
-        Box::new(Following { inner, remote: self, path, validated: path == FIRST })
+        observed(Following { remote: self, path, validated: path == FIRST }, None, now, mtu)
     }
 }
 
-/// quinn's default controller, of one path.
+/// Learns from the first acknowledgement that a path is validated.
 struct Following {
-    inner: Box<dyn Controller>,
     remote: Arc<Remote>,
     path: u64,
     validated: bool,
 }
 
-impl Controller for Following {
-    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
-        self.inner.on_sent(now, bytes, last_packet_number);
-    }
-
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+impl Observer for Following {
+    fn acknowledged(&mut self, _sent: Instant) {
         if !self.validated {
             self.validated = true;
             self.remote.is_validated(self.path);
         }
-        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
     }
 
-    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest: Option<u64>) {
-        self.inner.on_end_acks(now, in_flight, app_limited, largest);
-    }
-
-    fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
-        self.inner.on_congestion_event(now, sent, persistent, lost_bytes);
-    }
-
-    fn on_mtu_update(&mut self, mtu: u16) {
-        self.inner.on_mtu_update(mtu);
-    }
-
-    fn window(&self) -> u64 {
-        self.inner.window()
-    }
-
-    fn metrics(&self) -> ControllerMetrics {
-        self.inner.metrics()
-    }
-
-    /// For a new path to the same host.
-    fn clone_box(&self) -> Box<dyn Controller> {
-        let (inner, remote) = (self.inner.clone_box(), self.remote.clone());
+    fn next_path(&self) -> Self {
+        let remote = self.remote.clone();
         let path = remote.next_path();
-        Box::new(Self { inner, remote, path, validated: false })
-    }
-
-    fn initial_window(&self) -> u64 {
-        self.inner.initial_window()
-    }
-
-    fn into_any(self: Box<Self>) -> Box<dyn Any> {
-        self
+        Self { remote, path, validated: false }
     }
 }
 

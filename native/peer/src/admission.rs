@@ -383,7 +383,7 @@ impl Admissions {
         self.dismiss(but, |guest| lists.judge_guest(guest).err());
     }
 
-    /// From now on whoever is kicked is not registered for a while, and asked about anew.
+    /// From now on a kicked node is not registered for a while, and the callback is asked about it again.
     pub(crate) fn kick(&self, whom: &Kick) {
         lock(&self.kicked).add(whom.clone(), Instant::now());
         if let Some(asked) = self.asked() {

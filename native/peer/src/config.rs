@@ -63,7 +63,7 @@ pub struct Config {
     pub known_keys_file: Option<PathBuf>,
     /// Whose certificates are good enough. Default [`Verify::FirstSeen`].
     pub verify: Verify,
-    /// Who may come to this node, until [`Engine::set_access`](crate::Engine::set_access) says otherwise. Default: anybody.
+    /// Which nodes may connect to this one, until [`Engine::set_access`](crate::Engine::set_access) says otherwise. Default: anybody.
     pub access: Access,
     /// Whether those who connect directly must meet `verify` too, unless [`Listen::verify`](crate::Listen::verify) says
     /// whom to let in. Default true. False: anybody may connect.

@@ -1,16 +1,14 @@
 //! From an endpoint to a connection: lookup, both address families, retries.
 
-use std::any::Any;
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
+use quinn::congestion::{Controller, ControllerFactory};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, ConnectError as Refusal, Connection, ConnectionError, TransportConfig, TransportErrorCode};
-use quinn_proto::RttEstimator;
 use tokio::sync::{broadcast, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout, timeout_at};
@@ -18,6 +16,7 @@ use tokio::time::{sleep_until, timeout, timeout_at};
 use crate::addresses::Proof;
 use crate::admission::{DENIED, UNDECIDED};
 use crate::config::Config;
+use crate::congestion::{Observer, observed};
 use crate::decide::retry::Backoff;
 use crate::decide::witness::Witness;
 use crate::endpoint::Endpoint;
@@ -394,70 +393,42 @@ struct Witnessed {
 
 impl ControllerFactory for Witnessed {
     fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
-        let mut config = CubicConfig::default();
-        if let Some(window) = self.initial_window {
-            config.initial_window(window);
-        }
-        let inner = Arc::new(config).build(now, mtu);
-        Box::new(WitnessedController { inner, witness: self.witness.clone(), odd: false })
+        let observer = Witnessing { witness: self.witness.clone(), odd: false };
+        observed(observer, self.initial_window, now, mtu)
     }
 }
 
-struct WitnessedController {
-    inner: Box<dyn Controller>,
+struct Witnessing {
     witness: Arc<Mutex<Witness>>,
     /// Changes with each acknowledgement. quinn's pacer looks at the round trip only when the window changes, and would
     /// otherwise cut a burst, and a frame in it, at what the round trip was guessed to be before the handshake.
     odd: bool,
 }
 
-impl Controller for WitnessedController {
-    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+impl Observer for Witnessing {
+    fn sent(&mut self, now: Instant) {
         lock(&self.witness).sent(now);
-        self.inner.on_sent(now, bytes, last_packet_number);
     }
 
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+    fn acknowledged(&mut self, sent: Instant) {
         lock(&self.witness).acknowledged(sent);
-        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
     }
 
-    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest: Option<u64>) {
+    fn acknowledgements_end(&mut self, now: Instant, in_flight: u64) {
         lock(&self.witness).acknowledgements_end(now, in_flight);
         self.odd = !self.odd;
-        self.inner.on_end_acks(now, in_flight, app_limited, largest);
     }
 
-    fn on_congestion_event(&mut self, now: Instant, sent: Instant, persistent: bool, lost_bytes: u64) {
-        // Without lost bytes it is the network's mark of congestion: nothing was lost.
-        if lost_bytes > 0 {
-            lock(&self.witness).lost(now);
-        }
-        self.inner.on_congestion_event(now, sent, persistent, lost_bytes);
+    fn lost(&mut self, now: Instant) {
+        lock(&self.witness).lost(now);
     }
 
-    fn on_mtu_update(&mut self, mtu: u16) {
-        self.inner.on_mtu_update(mtu);
+    fn extra_window(&self) -> u64 {
+        self.odd.into()
     }
 
-    fn window(&self) -> u64 {
-        self.inner.window() + u64::from(self.odd)
-    }
-
-    fn metrics(&self) -> ControllerMetrics {
-        self.inner.metrics()
-    }
-
-    fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(Self { inner: self.inner.clone_box(), witness: self.witness.clone(), odd: self.odd })
-    }
-
-    fn initial_window(&self) -> u64 {
-        self.inner.initial_window()
-    }
-
-    fn into_any(self: Box<Self>) -> Box<dyn Any> {
-        self
+    fn next_path(&self) -> Self {
+        Self { witness: self.witness.clone(), odd: self.odd }
     }
 }
 

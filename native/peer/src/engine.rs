@@ -145,7 +145,7 @@ impl Engine {
             node.spawn(node.clone().mend_socket());
             node.spawn(ports::run(node.clone()));
             node.spawn(node.clone().end_early());
-            node.spawn(node.clone().expire_requests());
+            node.spawn(node.clone().expire());
             node
         };
         node.spawn(listen::accept(node.clone()));
@@ -295,13 +295,13 @@ impl Engine {
         self.node.listening.send_replace(None).is_some()
     }
 
-    /// Who may come to this node from now on. Those who are here already and may not are gone when this returns: their
+    /// Sets which nodes may connect to this one. Those that are connected and may not be are gone when this returns: their
     /// connections are closed. It may take some milliseconds.
     pub fn set_access(&self, access: Access) {
         self.node.set_access(access);
     }
 
-    /// Who may come to this node.
+    /// Which nodes may connect to this one.
     pub fn access(&self) -> Access {
         self.node.admissions.access()
     }

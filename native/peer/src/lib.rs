@@ -11,6 +11,7 @@ mod answers;
 mod backlog;
 mod call;
 mod config;
+mod congestion;
 mod decide;
 mod decoding;
 mod descriptors;

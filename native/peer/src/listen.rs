@@ -24,7 +24,7 @@ use crate::backlog::Sender;
 use crate::config::Config;
 use crate::decide::growth::Growth;
 use crate::decide::requests::{Asked, Ended, RequestId};
-use crate::decide::shares::Client;
+use crate::decide::shares::{Client, Counts, Limits};
 use crate::decoding::is_heavy;
 use crate::dial::{handshake, idle_timeout};
 use crate::error::Rejection;
@@ -265,13 +265,18 @@ impl Transport {
 }
 
 /// Addresses that nodes are about to connect from, for as long as they may.
-#[derive(Default)]
 pub(crate) struct Expected {
     /// Several of one address: who is expected wrote it on his packets, and it may be another's.
     callers: HashMap<SocketAddr, Vec<Caller>>,
-    count: usize,
-    of_key: HashMap<Fingerprint, usize>,
+    taken: Counts,
     next_ticket: u64,
+}
+
+impl Default for Expected {
+    fn default() -> Self {
+        let limits = Limits { total: MAX_EXPECTED, per_key: MAX_EXPECTED_PER_KEY, per_address: MAX_EXPECTED };
+        Self { callers: HashMap::new(), taken: Counts::new(limits), next_ticket: 0 }
+    }
 }
 
 #[derive(Clone)]
@@ -293,11 +298,7 @@ impl Expected {
         extra: Option<Arc<ExtraGuard>>,
         connected: Arc<Notify>,
     ) -> Option<u64> {
-        if self.count >= MAX_EXPECTED || self.of_key.get(&key).is_some_and(|count| *count >= MAX_EXPECTED_PER_KEY) {
-            return None;
-        }
-        self.count += 1;
-        *self.of_key.entry(key).or_default() += 1;
+        self.taken.take(&Client::new(key, address.ip()), 1).ok()?;
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.callers.entry(address).or_default().push(Caller { ticket, key, extra, connected });
@@ -308,13 +309,7 @@ impl Expected {
         if let Some(callers) = self.callers.get_mut(&address) {
             let index = callers.iter().position(|caller| caller.ticket == ticket);
             if let Some(Caller { key, .. }) = index.map(|index| callers.remove(index)) {
-                self.count -= 1;
-                if let Some(count) = self.of_key.get_mut(&key) {
-                    *count -= 1;
-                    if *count == 0 {
-                        self.of_key.remove(&key);
-                    }
-                }
+                self.taken.give_back(&Client::new(key, address.ip()), 1);
             }
             if callers.is_empty() {
                 self.callers.remove(&address);
@@ -565,7 +560,7 @@ impl Serving {
                 self.streams.spawn(stream.opened(opening, send));
                 return;
             }
-            Delivered::ForAnother => return stream.not_for_us(send),
+            Delivered::ForAnother => return stream.end(send, WRONG_NODE),
             Delivered::Forgotten => return stream.end(send, FORGOTTEN),
         }
         if let Some(send) = send {
@@ -770,7 +765,7 @@ impl Stream {
                     return not_taken(send, why);
                 }
                 Delivered::Refused(_) => return,
-                Delivered::ForAnother => return self.not_for_us(send),
+                Delivered::ForAnother => return self.end(send, WRONG_NODE),
                 Delivered::Forgotten => return self.end(send, FORGOTTEN),
             }
             if !self.reading && !paused {
@@ -836,7 +831,7 @@ impl Stream {
         let frame = self.frames.next_frame();
         match &frame {
             Ok(Some(_)) => (self.growth, self.gathered) = (Growth::default(), true),
-            // Nobody gathers a question that will not be answered.
+            // A question that is too long to be answered is not gathered.
             Ok(None) if !self.frames.is_empty() => self.check_announced()?,
             _ => {}
         }
@@ -950,11 +945,6 @@ impl Stream {
         // Already closed is as good.
         let _ = self.receive.stop(NOT_A_RELAY.into());
         let _ = send.reset(NOT_A_RELAY.into());
-    }
-
-    /// What the stream carries is for a node with another id.
-    fn not_for_us(self, send: Option<SendStream>) {
-        self.end(send, WRONG_NODE);
     }
 
     /// Ends both halves with an error.
@@ -1273,7 +1263,7 @@ mod tests {
         assert_eq!(keys(&expected, address), [one]);
         expected.remove(address, tickets[1]);
         assert!(expected.at(address).is_none() && expected.callers.is_empty());
-        assert!(expected.count == 0 && expected.of_key.is_empty());
+        assert_eq!(expected.taken.total(), 0);
     }
 
     #[test]

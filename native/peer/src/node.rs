@@ -62,7 +62,7 @@ use crate::tls::{Dialect, Verify};
 const EARLY: Duration = Duration::from_secs(1);
 const MAX_EARLY: usize = 64;
 
-/// How often requests that are too old are looked for.
+/// How often the tables are looked through for what is too old.
 const EXPIRE_EVERY: Duration = Duration::from_secs(30);
 
 /// How long a node that shows another key than its name's may take to show the word of that key: then it is refused, and
@@ -623,7 +623,7 @@ impl Node {
         }
     }
 
-    /// Who may come to this node from now on. Those who are here already and may not have to go.
+    /// Sets which nodes may connect to this one. Those that are connected and may not be have to go.
     pub(crate) fn set_access(&self, access: Access) {
         self.admissions.set_access(access);
         // Nodes that are registered here are told why they have to go, and their connections end with that.
@@ -786,11 +786,12 @@ impl Node {
         }
     }
 
-    /// Forgets requests in time also where no more come.
-    pub(crate) async fn expire_requests(self: Arc<Self>) {
+    /// Forgets in time what is kept of strangers, also where no more come.
+    pub(crate) async fn expire(self: Arc<Self>) {
         let mut stopping = self.stopping();
         while timeout(EXPIRE_EVERY, stopping.wait_for(|stopping| *stopping)).await.is_err() {
             lock(&self.requests).expire(Instant::now());
+            self.socket().addresses().expire();
         }
     }
 

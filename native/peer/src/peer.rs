@@ -576,6 +576,7 @@ impl State {
     }
 
     fn first_waiting(&self) -> usize {
+        // As a rule nothing waits, and the search would cost each message that is queued.
         match self.queue.back() {
             Some(last) if !last.is_accepted() => self.queue.partition_point(Job::is_accepted),
             _ => self.queue.len(),

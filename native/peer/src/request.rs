@@ -272,12 +272,14 @@ async fn answer(link: &Link, send: &SendStream, receive: &mut RecvStream) -> Res
     loop {
         match receive.read_chunk(usize::MAX, true).await {
             Ok(Some(chunk)) => frames.push(chunk.bytes),
-            Err(ReadError::Reset(code)) if refused(link, code).is_some() => {
-                return Err(refused(link, code).unwrap_or(Failure::LinkLost));
-            }
-            // Nobody will answer. The original waits for its timeout all the same, and callers may rely on the pause
-            // before they try again.
-            Ok(None) | Err(ReadError::Reset(_)) => {
+            ended @ (Ok(None) | Err(ReadError::Reset(_))) => {
+                if let Err(ReadError::Reset(code)) = ended
+                    && let Some(failure) = refused(link, code)
+                {
+                    return Err(failure);
+                }
+                // There will be no answer. The original waits for its timeout all the same, and callers may rely on the
+                // pause before they try again.
                 link.connection.closed().await;
                 return Err(Failure::LinkLost);
             }

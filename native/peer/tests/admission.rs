@@ -1,4 +1,4 @@
-//! Who may come: lists that change while the node runs, and whoever is asked.
+//! Access control: lists that change while the node runs, and the callback.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;

@@ -722,20 +722,40 @@ async fn round_trip(connection: &Connection) -> Duration {
     begun.elapsed()
 }
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const MIB: usize = 1 << 20;
+
+/// A relay in a process of its own, and a node that asks it now and then.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+struct Beside {
+    relay: alone::Alone,
+    runtime: tokio::runtime::Runtime,
+    honest: Connection,
+    /// The relay's memory.
+    before: usize,
+}
+
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+impl Beside {
+    fn start() -> Self {
+        let mut relay = alone::Alone::start();
+        let runtime = tokio_runtime(2).unwrap();
+        let honest = runtime.block_on(async {
+            let honest = stranger(&relay.address).await;
+            round_trip(&honest).await;
+            honest
+        });
+        let before = relay.resident();
+        Self { relay, runtime, honest, before }
+    }
+}
+
 /// 256 questions on each of 400 sessions, from nodes that allow no stream for an answer.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
 fn those_who_make_no_room_for_answers_cost_a_relay_little() {
-    const MIB: usize = 1 << 20;
-    let mut relay = alone::Alone::start();
+    let Beside { mut relay, runtime, honest, before } = Beside::start();
     let address = relay.address.clone();
-    let runtime = tokio_runtime(2).unwrap();
-    let honest = runtime.block_on(async {
-        let honest = stranger(&address).await;
-        round_trip(&honest).await;
-        honest
-    });
-    let before = relay.resident();
     let questions = [raw::numbered(0), probe().repeat(256)].concat();
     let (mut held, mut connections) = (Vec::new(), Vec::new());
     let mut slowest = Duration::ZERO;
@@ -768,16 +788,8 @@ fn those_who_make_no_room_for_answers_cost_a_relay_little() {
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
 fn a_relay_does_not_gather_long_questions() {
-    const MIB: usize = 1 << 20;
-    let mut relay = alone::Alone::start();
+    let Beside { mut relay, runtime, honest, before } = Beside::start();
     let address = relay.address.clone();
-    let runtime = tokio_runtime(2).unwrap();
-    let honest = runtime.block_on(async {
-        let honest = stranger(&address).await;
-        round_trip(&honest).await;
-        honest
-    });
-    let before = relay.resident();
     let question = raw::raw_frame(NatProbe.id(), &vec![0x80; 16 * MIB - 8]);
     let slowest = runtime.block_on(async {
         let hostile = stranger(&address).await;
@@ -832,7 +844,6 @@ fn a_relay_answers_every_question_of_a_stream_at_the_pace_of_who_asks() {
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
 fn ten_thousand_attempts_leave_a_relay_serving_and_as_small_as_before() {
-    const MIB: usize = 1 << 20;
     let mut relay = alone::Alone::start();
     let address = relay.address.clone();
     let (target, inbox) = member("target", &[&address]);

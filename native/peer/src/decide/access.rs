@@ -1,4 +1,4 @@
-//! Who may come to this node: lists of keys, node ids and networks that it allows or denies.
+//! Access control: lists of keys, node ids and networks that it allows or denies.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -86,7 +86,7 @@ pub struct AccessList {
     pub networks: Option<Vec<Network>>,
 }
 
-/// Who may come to this node. What one is denied for counts more than what it is allowed for; where a list of a kind is
+/// Which nodes may connect to this one. What one is denied for counts more than what it is allowed for; where a list of a kind is
 /// allowed, nothing else of that kind is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Access {

@@ -4,11 +4,10 @@
 //! A request is kept until the answer has arrived, or for [`KEPT_FOR`]. Beyond the bounds the oldest are forgotten, those
 //! of the same key first; one that is forgotten and asked again fails if the asker knows that it had arrived.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hashbrown::HashMap;
 
 use crate::identity::Fingerprint;
 

@@ -1,9 +1,7 @@
 //! Whose turn it is where one works at a time.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
-
-use hashbrown::HashMap;
 
 /// Those who wait, by sender: senders take turns, and of one sender the first to come is the first. So one that has much
 /// to do holds up the others by one piece of work each.

@@ -69,7 +69,8 @@ impl Unproven {
         self.addresses.is_empty()
     }
 
-    fn expire(&mut self, now: Instant) {
+    /// Forgets what came too long ago.
+    pub(crate) fn expire(&mut self, now: Instant) {
         while self.order.front().is_some_and(|(since, _)| now.saturating_duration_since(*since) >= LIFE) {
             self.forget_oldest();
         }
