@@ -48,19 +48,21 @@ async fn a_session_is_greeted_and_acknowledged() {
     let connection = endpoint.connect_with(config, sink.address, "localhost").unwrap().await.unwrap();
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
     let opening = [&[1, 0xF0, 0, 0, 0, 0, 0, 25][..], &[7; 16], &[0], &[0; 8]].concat();
-    let number = [&[1, 0xF1, 0, 0, 0, 0, 0, 8][..], &40u64.to_be_bytes()].concat();
+    let keep_for = 600u32.to_be_bytes();
+    let number = [&[1, 0xF1, 0, 0, 0, 0, 0, 12][..], &40u64.to_be_bytes(), &keep_for].concat();
     let frame = frame::store_of_size(128).unwrap();
     // Byte by byte: what is about the session is cut into pieces as well.
     for byte in [opening, number].concat() {
         send.write_all(&[byte]).await.unwrap();
     }
     send.write_all(&frame.repeat(2)).await.unwrap();
-    let mut words = [0; 17];
-    receive.read_exact(&mut words).await.unwrap();
-    assert_eq!(words, [0; 17]);
-    let mut expected = [0; 8];
-    while u64::from_be_bytes(expected) != 42 {
+    let mut greeting = [1; 17];
+    receive.read_exact(&mut greeting).await.unwrap();
+    assert_eq!(greeting, [0; 17]);
+    let mut expected = [1; 9];
+    while expected != [0, 0, 0, 0, 0, 0, 0, 0, 42] {
         receive.read_exact(&mut expected).await.unwrap();
+        assert_eq!(expected[0], 0, "{expected:?}");
     }
     assert_eq!((sink.count("frames"), sink.count("streams")), (2, 1));
 }

@@ -213,7 +213,10 @@ impl Progress {
             let taken = bytes.len().min(self.missing);
             let kind = self.header[1];
             if kind == SESSION_NUMBER {
-                self.number = bytes[..taken].iter().fold(self.number, |number, &byte| number << 8 | u64::from(byte));
+                // How long to keep the session may follow the number.
+                let read = frame::payload_length(&self.header) - self.missing;
+                let of_number = bytes[..taken].iter().take(NUMBER_LEN.saturating_sub(read));
+                self.number = of_number.fold(self.number, |number, &byte| number << 8 | u64::from(byte));
             }
             self.missing -= taken;
             bytes = &bytes[taken..];
@@ -245,6 +248,7 @@ impl Progress {
 /// Type ids of the frames that are about a session.
 const SESSION: u8 = 0xF0;
 const SESSION_NUMBER: u8 = 0xF1;
+const NUMBER_LEN: usize = 8;
 
 struct Counters {
     start: Instant,
