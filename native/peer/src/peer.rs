@@ -1,7 +1,7 @@
 //! A peer: its queue, its link, and the task that keeps the one moving over the other.
 //!
-//! Callers hand messages over under a short lock: straight to the link when nothing is queued before them, else to the
-//! queue. The task looks for paths, empties the queue, notices silence and sends again what a dead link left
+//! Callers hand messages over under a short lock: straight to the link when it is not busy and nothing is queued before
+//! them, else to the queue. The task looks for paths, empties the queue, notices silence and sends again what a dead link left
 //! unacknowledged.
 
 use std::collections::VecDeque;
@@ -32,7 +32,7 @@ use crate::dial::refused;
 use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::identity::Fingerprint;
-use crate::link::{Answered, Link, Partial, Swept, Written, lock};
+use crate::link::{Answered, DIRECT_WRITES, Link, Partial, Swept, Written, lock};
 use crate::listen::serve_link;
 use crate::message::{Event, Inbound, Letter, Path, PeerName};
 use crate::node::Node;
@@ -47,7 +47,8 @@ use crate::stats::{PathStatus, PeerCounters, PeerStats};
 use crate::tls::Dialect;
 use crate::transfer;
 
-/// Messages that are accepted for a live link while it has no stream to spare: some milliseconds of a fast sender.
+/// Messages that are accepted for a live link while it is busy or has no stream to spare: some milliseconds of a fast
+/// sender.
 const MAX_ACCEPTED: usize = 1024;
 
 /// Calls that may wait for one peer at once, for a link or for an answer.
@@ -239,7 +240,8 @@ impl Peer {
             if !self.has_room(&state, size) || !message.is_for(link.shown) {
                 return Err(message);
             }
-            if !state.queue.is_empty() {
+            let busy = link.dialect == Dialect::Macula && self.held.load(Ordering::Relaxed) >= DIRECT_WRITES;
+            if busy || !state.queue.is_empty() {
                 return self.accept(&mut state, message);
             }
             if link.dialect == Dialect::MaculaPeer1 {
@@ -493,7 +495,7 @@ impl Peer {
         sent.wake
     }
 
-    /// Takes a message for a live link that has no stream to spare just now.
+    /// Takes a message for a live link that is busy or has no stream to spare just now.
     fn accept(&self, state: &mut State, message: Letter) -> Result<(), Letter> {
         // It would take the room that somebody waits for.
         let waited_for = state.queue.back().is_some_and(|job| !job.is_accepted());

@@ -1,8 +1,8 @@
 //! The sender's half of a session of `macula-peer/1` (docs/protocol.md): messages are numbered, kept until the receiver
 //! has them, and written again to the next link when one dies.
 //!
-//! Callers write from their own threads, without waiting, as long as the stream takes what it gets. What it does not take
-//! is left to the peer's task, which writes many small messages at once.
+//! Callers write from their own threads, without waiting, as long as little is unacknowledged and the stream takes what it
+//! gets. The rest is left to the peer's task, which writes many small messages at once.
 
 use std::pin::pin;
 use std::task::{Context, Poll};
@@ -15,7 +15,7 @@ use quinn::{ReadError, RecvStream, SendStream, WriteError};
 use crate::decide::session::{Next, Outgoing};
 use crate::decide::session_table::{KEEP, SessionId};
 use crate::error::Rejection;
-use crate::link::{Link, now_or_never};
+use crate::link::{DIRECT_WRITES, Link, now_or_never};
 use crate::listen::WRONG_NODE;
 use crate::message::{Letter, NodeId};
 use crate::session::FORGOTTEN;
@@ -25,9 +25,8 @@ use crate::session::format::{MAX_OPEN_LEN, NO_RUN, Opening, Run, Word, Words, pu
 /// 0.14.3 gateway can read at all.
 const LARGE_MESSAGE: usize = 64 << 10;
 
-/// What callers may have on the stream unacknowledged. quinn looks through the pieces of a stream one by one, which many
-/// small ones make slow; beyond this the task writes them in pieces of [`PIECE`].
-const DIRECT_WRITES: usize = 64 << 10;
+/// The task writes pieces of this size. quinn looks through the pieces of a stream one by one, which many small ones make
+/// slow.
 const PIECE: usize = 32 << 10;
 
 /// As much may be written twice rather than wait: what two or three packets carry.
