@@ -378,7 +378,7 @@ settled() ->
     lists:foldl(fun least/2, hd(Readings), tl(Readings)).
 
 least(Reading, Other) ->
-    maps:merge_with(fun(_, A, B) -> min(A, B) end, Reading, Other).
+    maps:intersect_with(fun(_, A, B) -> min(A, B) end, Reading, Other).
 
 reading() ->
     Memory = #{total => erlang:memory(total), binary => erlang:memory(binary)},
@@ -404,10 +404,16 @@ of_system() ->
                 list_to_integer(Number)
             end || Key <- ["VmRSS", "Threads"]],
             {ok, Files} = file:list_dir("/proc/self/fd"),
-            #{rss => Kilobytes bsl 10, threads => Threads, files => length(Files)};
+            maps:merge(threads_by_name(), #{rss => Kilobytes bsl 10, threads => Threads, files => length(Files)});
         {error, enoent} ->
             #{}
     end.
+
+%% Schedulers have their number in front.
+threads_by_name() ->
+    Names = [Name || File <- filelib:wildcard("/proc/self/task/*/comm"), {ok, Name} <- [file:read_file(File)]],
+    Kinds = [re:replace(Name, "^[0-9]+_|\\s+$", "", [global, {return, binary}]) || Name <- Names],
+    lists:foldl(fun(Kind, Counts) -> maps:update_with({thread, Kind}, fun(N) -> N + 1 end, 1, Counts) end, #{}, Kinds).
 
 %% ---- here: judging ----
 
@@ -421,13 +427,14 @@ grown(Before, After) ->
 
 %% A running engine keeps a socket beside its own, for minutes, for a destination that did not answer the usual port.
 bound(running, files) -> 4;
+bound(_State, {thread, _Name}) -> maps:get(threads, ?BOUNDS);
 bound(_State, Key) -> maps:get(Key, ?BOUNDS).
 
 rows(Before, After) ->
-    [{Name, State, Key, Was, maps:get(Key, Late)}
+    [{Name, State, Key, maps:get(Key, Early, 0), maps:get(Key, Late, 0)}
      || {{Name, Earlier}, {Name, Later}} <- lists:zip(Before, After),
         {{State, Early}, {State, Late}} <- lists:zip(Earlier, Later),
-        {Key, Was} <- lists:sort(maps:to_list(Early))].
+        Key <- lists:sort(maps:keys(maps:merge(Early, Late)))].
 
 %% Nothing was shown of what never happened.
 missing(Counts) ->
@@ -441,16 +448,19 @@ report(Counts, Before, After) ->
     io:format("~ncalls~n"),
     _ = [io:format("  ~-16s ~-60s ~9b~n", [Kind, io_lib:format("~w", [Outcome]), Count])
          || {{Kind, Outcome}, Count} <- lists:sort(maps:to_list(Counts))],
-    io:format("~n~-8s ~-8s ~-10s ~12s ~12s ~12s~n", [node, engine, what, before, 'after', 'may grow by']),
-    _ = [io:format("~-8s ~-8s ~-10s ~12b ~12b ~12b~n", [Name, State, Key, Was, Is, bound(State, Key)])
+    io:format("~n~-8s ~-8s ~-22s ~12s ~12s ~12s~n", [node, engine, what, before, 'after', 'may grow by']),
+    _ = [io:format("~-8s ~-8s ~-22s ~12b ~12b ~12b~n", [Name, State, name(Key), Was, Is, bound(State, Key)])
          || {Name, State, Key, Was, Is} <- rows(Before, After)],
     ok.
+
+name({thread, Name}) -> [Name, " threads"];
+name(Key) -> atom_to_list(Key).
 
 %% Under load, to see where it goes.
 sample(Nodes, Second) ->
     _ = [begin
              Reading = lists:sort(maps:to_list(call(Node, ?MODULE, reading, []))),
-             Shown = [io_lib:format(" ~s ~s", [Key, shown(Key, Value)]) || {Key, Value} <- Reading],
+             Shown = [io_lib:format(" ~s ~s", [Key, shown(Key, Value)]) || {Key, Value} <- Reading, is_atom(Key)],
              io:format("~5b s ~-8s~s~n", [Second, Name, Shown])
          end || {Name, Node} <- Nodes],
     ok.
