@@ -93,8 +93,10 @@
 %% @doc All settings, or what is wrong with the first that is.
 -spec read() -> {ok, settings()} | {error, reason() | term()}.
 read() ->
-    %% Nothing need be started or loaded.
+    %% Nothing need be started or loaded. macula's environment is empty until macula is loaded, and this application starts
+    %% before it.
     _ = application:load(?APP),
+    _ = is_list(code:lib_dir(macula)) andalso application:load(macula),
     Env = maps:without([included_applications], maps:from_list(application:get_all_env(?APP))),
     case first_error([fun check_variables/0, fun() -> check_known(Env) end, fun() -> check_own(Env) end]) of
         ok -> with_native(Env, native(Env));
@@ -219,11 +221,9 @@ explained(Name, Value) ->
         nomatch -> {Name, Value}
     end.
 
-%% The first of these that macula's application environment has. That is empty until macula is loaded, and this application
-%% starts before it.
+%% The first of these that macula's application environment has.
 -spec macula_env([Key]) -> {Key, term()} | undefined.
 macula_env(Keys) ->
-    _ = application:load(macula),
     case [{Key, Value} || Key <- Keys, {ok, Value} <- [application:get_env(macula, Key)]] of
         [Found | _] -> Found;
         [] -> undefined
