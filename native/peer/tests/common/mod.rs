@@ -15,8 +15,10 @@ use macula_peer::{
     Config, Endpoint, EndpointRef, Engine, Event, Handler, HolePunching, Inbound, Listen, Message, NodeId,
     Registration, RelayConfig, SendError, Shares, Target, Unhandled, Ways,
 };
+use macula_peer_testkit::quic::tokio_runtime;
 use macula_peer_wire::value::{Value, ValueBuilder, encode};
 use macula_peer_wire::{Limits, MessageType, RawFrame, decode_payload};
+use tokio::runtime::Runtime;
 
 /// Longer than anything here takes on a busy machine; only a failing test waits for it.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -319,6 +321,26 @@ pub fn relay_of(config: Config) -> (Engine, String) {
     let port = engine.listen(listen).unwrap().port();
     (engine, format!("127.0.0.1:{port}"))
 }
+
+/// A runtime for attackers, on a processor that this thread, and what it starts from now on, keeps off: attackers come from
+/// other hosts, so what their own work costs must not count. Everywhere but on Linux, and on one processor, it does.
+pub fn attackers() -> Runtime {
+    keep_to(1);
+    let runtime = tokio_runtime(2).unwrap();
+    keep_to(0);
+    runtime
+}
+
+#[cfg(target_os = "linux")]
+fn keep_to(processor: usize) {
+    let mut set = nix::sched::CpuSet::new();
+    set.set(processor).unwrap();
+    // It fails where there is no such processor.
+    let _ = nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn keep_to(_processor: usize) {}
 
 pub fn node_id(name: &str) -> NodeId {
     NodeId::new(name.as_bytes()).unwrap()
