@@ -1245,7 +1245,11 @@ impl Task {
                     continue;
                 }
                 match self.node().adopt_now(&self.peer.name, &accepted, named) {
-                    Some(link) => self.race_progressed(race::Progress::Link(Arc::new(link))),
+                    Some(link) => {
+                        self.race_progressed(race::Progress::Link(Arc::new(link)));
+                        // Nothing else may wake this task before a call that waits has expired.
+                        self.flush();
+                    }
                     None => {
                         let (node, name) = (self.node().clone(), self.peer.name.clone());
                         self.race.get_or_insert_with(|| Race::new(node, name, now)).adopt(accepted, named);

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use common::{Inbox, PATIENCE, endpoint, engine, listener, member, message, node_id, over, send, send_to_node, until};
 use macula_peer::{
     Access, AccessList, AdmissionAnswer, AdmissionCallback, AdmissionQuestion, Admit, Config, ConnectError, Engine,
-    Event, Fingerprint, Kick, Listen, NotAdmitted, Refusal, Registration, RelayConfig, SendError, Ways,
+    Event, Fingerprint, HolePunching, Kick, Listen, NotAdmitted, Refusal, Registration, RelayConfig, SendError, Target,
+    Ways,
 };
 use macula_peer_wire::MessageType;
 
@@ -161,6 +162,31 @@ fn a_node_that_may_not_come_gets_messages_and_sends_none_back_over_the_link() {
     until("it arrived", || inbox.numbers() == [1, 3]);
     assert!(send_to_node(&b, "a", back(), quick(4)).is_err());
     assert_eq!(from_b.numbers(), [2]);
+    // The next link of one that may come again is used at once.
+    a.set_access(Access::default());
+    a.invalidate(&Target::Node(&node_id("b")));
+    until("the link is gone", || nothing_is_linked(&b) && b.stats().accepted.is_empty());
+    assert_eq!(send_to_node(&a, "b", there(), store(5)), Ok(()));
+    until("it arrived", || inbox.numbers() == [1, 3, 5]);
+    assert_eq!(send_to_node(&b, "a", back(), store(6)), Ok(()));
+    until("it came back", || from_b.numbers() == [2, 6]);
+}
+
+/// The address is the relay's.
+#[test]
+fn of_who_comes_over_a_relay_the_key_counts_and_no_network() {
+    let (_relay, at) = relay(None);
+    let (target, inbox) = member("target", &[&at]);
+    let sender = engine(Config { hole_punching: HolePunching::Off, ..Config::default() });
+    let quick = |n| message(MessageType::Store, n, Duration::from_millis(500));
+    target.set_access(denies_network("127.0.0.0/8"));
+    assert_eq!(send_to_node(&sender, "target", over(&[&at]), store(1)), Ok(()));
+    until("it arrived", || inbox.numbers() == [1]);
+    target.set_access(denies_key(&sender));
+    until("the link is gone", || nothing_is_linked(&sender));
+    assert!(send_to_node(&sender, "target", over(&[&at]), quick(2)).is_err());
+    assert_eq!(inbox.numbers(), [1]);
+    assert!(refused(&target, "key") >= 2);
 }
 
 // ---- whoever is asked ----
