@@ -92,7 +92,9 @@ mod tests {
         let many: Vec<_> = (2..10).map(|key| ask(key, 1, 100)).collect();
         assert_eq!(many.iter().map(Vec::len).sum::<usize>(), 3 * 256, "half of all for one address");
         assert_eq!(ask(20, 2, usize::MAX).len(), 1, "a long one");
-        drop(short);
+        let others: Vec<_> = (30..80).map(|n| ask(n, n, 100)).collect();
+        assert_eq!(others.iter().map(Vec::len).sum::<usize>(), 4 * 256, "what is left of all");
+        drop((short, others));
         assert_eq!(ask(1, 1, 100).len(), 256);
     }
 }

@@ -193,6 +193,12 @@ impl<S> SessionTable<S> {
     pub(crate) fn len(&self) -> usize {
         self.sessions.len()
     }
+
+    /// When the closed ones are forgotten.
+    #[cfg(test)]
+    pub(crate) fn forgotten_at(&self) -> Vec<u64> {
+        self.closed.order.iter().map(|(forget_at, _)| *forget_at).collect()
+    }
 }
 
 /// The closed sessions.

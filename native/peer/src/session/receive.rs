@@ -465,3 +465,46 @@ async fn write_rest(mut send: SendStream, rest: Bytes) {
         let _ = send.reset(SLOW_FRAME.into());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use tokio::task::spawn_blocking;
+    use tokio::time::sleep;
+
+    use super::super::format::put_number;
+    use super::*;
+    use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
+    use crate::{Config, Engine, Listen};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_session_is_kept_for_as_long_as_its_sender_asks() {
+        let keep: u32 = 7200;
+        let engine = Engine::start(Config::default()).unwrap();
+        let port = engine.listen(Listen::default()).unwrap().port();
+        let connecting = endpoint(None).connect_with(client_config(transport()), ([127, 0, 0, 1], port).into(), "node");
+        let connection = connecting.unwrap().await.unwrap();
+        let (mut send, mut receive) = connection.open_bi().await.unwrap();
+        let opening = Opening { id: [1; 16], channel: 0, run: NO_RUN, target: &[] };
+        let mut piece = BytesMut::from(opening.frame());
+        put_number(&mut piece, 0, Some(keep));
+        piece.extend_from_slice(&[1, MessageType::Publish.id(), 0, 0, 0, 0, 0, 1, 0x80]);
+        send.write_all(&piece).await.unwrap();
+        // The first word, and that the message has arrived.
+        timeout(PATIENCE, receive.read_exact(&mut [0; 17 + 9])).await.unwrap().unwrap();
+        let node = engine.node().clone();
+        let closed_after = node.clock(Instant::now());
+        connection.close(0u8.into(), b"");
+        let until = Instant::now() + PATIENCE;
+        let forgotten_at = loop {
+            if let [forgotten_at] = lock(&node.sessions.table).forgotten_at()[..] {
+                break forgotten_at;
+            }
+            assert!(Instant::now() < until, "it is still open");
+            sleep(Duration::from_millis(2)).await;
+        };
+        assert!(forgotten_at >= closed_after + u64::from(keep) * 1000, "{forgotten_at} after {closed_after}");
+        drop(node);
+        spawn_blocking(move || engine.stop()).await.unwrap();
+    }
+}

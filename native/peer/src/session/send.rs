@@ -563,3 +563,72 @@ fn say_number(piece: &mut BytesMut, number: u64, announce: bool, keep: Option<u3
         put_number(piece, number, keep);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::future::poll_fn;
+    use std::sync::Arc;
+
+    use macula_peer_wire::{Limits, MessageType};
+    use quinn::Connection;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::message::{Message, Path};
+    use crate::relay::testing::{PATIENCE, pair, transport};
+    use crate::tls::Dialect;
+
+    fn letter(byte: u8) -> Letter {
+        let frame = vec![1, MessageType::Publish.id(), 0, 0, 0, 0, 0, 1, byte].into();
+        Message { frame, kind: MessageType::Publish, deadline: None, key: None }.into()
+    }
+
+    async fn progress(session: &mut Session) -> Progress {
+        let news = poll_fn(|cx| session.poll(cx, Instant::now()));
+        timeout(PATIENCE, news).await.expect("there is news in time")
+    }
+
+    /// The next stream that is not reset, and what opens the session on it.
+    async fn opened(connection: &Connection, session: &mut Session) -> (SendStream, RecvStream, Vec<u8>) {
+        let accept = async {
+            loop {
+                let (send, mut receive) = connection.accept_bi().await.unwrap();
+                let mut opening = vec![0; HEADER_LEN + 25];
+                if receive.read_exact(&mut opening).await.is_ok() {
+                    return (send, receive, opening);
+                }
+            }
+        };
+        tokio::select! {
+            opened = timeout(PATIENCE, accept) => opened.expect("opened in time"),
+            // Writes what there is.
+            _ = poll_fn(|cx| session.poll(cx, Instant::now())) => panic!("it does not wait for what is said"),
+        }
+    }
+
+    /// Its first word was lost with the link, so the sender cannot ask for the run that it met. Only time tells whether a
+    /// receiver that does not know the session never had it or has forgotten it.
+    #[tokio::test]
+    async fn what_was_written_too_long_ago_to_a_receiver_that_was_never_heard_is_not_written_again() {
+        let [dialled, accepted] = pair(&transport).await;
+        let (path, limits) = (Path::Direct, Limits::default());
+        let link = Link::new(dialled, Dialect::MaculaPeer1, path, Arc::default(), limits, PATIENCE);
+        let mut session = Session::new(None, false);
+        assert!(session.attach(&link));
+        let now = Instant::now();
+        assert!(session.send(letter(0), now - KEEP).written);
+        assert!(session.send(letter(1), now).written);
+        // The next link is another pair of streams.
+        assert!(session.attach(&link));
+        let (mut send, mut receive, opening) = opened(&accepted, &mut session).await;
+        assert_eq!(opening[HEADER_LEN + 17..], NO_RUN);
+        send.write_all(&[vec![0], vec![7; 8], vec![0; 8]].concat()).await.unwrap();
+        let Progress { forgotten, .. } = progress(&mut session).await;
+        assert_eq!(forgotten.iter().map(|letter| letter.frame[8]).collect::<Vec<_>>(), [0]);
+        // The number, and the message.
+        let mut written = [0; 16 + 9];
+        timeout(PATIENCE, receive.read_exact(&mut written)).await.unwrap().unwrap();
+        assert_eq!(written[24], 1, "{written:?}");
+    }
+}
