@@ -14,9 +14,8 @@ use crate::link::lock;
 const FRAMES: usize = 16;
 const LEAST: usize = 1 << 20;
 
-/// In percent of that.
+/// In percent of that. What an address may have depends on what the others have.
 const KEY_SHARE: u8 = 25;
-const ADDRESS_SHARE: u8 = 50;
 
 pub(crate) struct FrameMemory {
     taken: Mutex<Counts>,
@@ -34,7 +33,7 @@ impl FrameMemory {
     /// `max_frame`: the size of the largest.
     pub(crate) fn new(max_frame: usize) -> Arc<Self> {
         let total = max(max_frame, LEAST).saturating_mul(FRAMES);
-        let limits = Limits::percent(total, KEY_SHARE, ADDRESS_SHARE);
+        let limits = Limits::percent(total, KEY_SHARE, 100);
         Arc::new(Self { taken: Mutex::new(Counts::new(limits)), room: Notify::new() })
     }
 
