@@ -36,4 +36,5 @@ pub(crate) mod trust;
 pub(crate) mod turns;
 pub(crate) mod unproven;
 pub(crate) mod upgrade;
+pub(crate) mod weights;
 pub(crate) mod witness;

@@ -5,10 +5,10 @@
 //! sessions, and of its keys the one with the most. So what one stranger opens costs nobody a session who has fewer.
 
 use std::collections::{BTreeSet, HashMap};
-use std::hash::Hash;
 use std::time::Duration;
 
 use crate::decide::shares::Network;
+use crate::decide::weights::{Owner, Queues, Weights};
 use crate::identity::Fingerprint;
 
 /// Sessions in all.
@@ -125,8 +125,8 @@ impl<S> SessionTable<S> {
                 return Err(Refused::TooMany);
             }
             self.open += 1;
-            self.open_of_key.add(key.0);
-            self.open_of_network.add(network);
+            self.open_of_key.add(key.0, 1);
+            self.open_of_network.add(network, 1);
         }
         if let Some(entry) = self.sessions.get_mut(&key) {
             if entry.streams == 0 {
@@ -137,7 +137,7 @@ impl<S> SessionTable<S> {
             return Ok(Opened { session: entry.session.clone(), known: met != Met::AnotherRun, restarted: false });
         }
         if self.sessions.len() >= self.most
-            && let Some(heaviest) = self.closed.take_from_heaviest()
+            && let Some(heaviest) = self.closed.take_from_heaviest(Owner { key: key.0, network })
         {
             self.sessions.remove(&heaviest);
         }
@@ -167,8 +167,8 @@ impl<S> SessionTable<S> {
             return;
         }
         self.open -= 1;
-        self.open_of_key.remove(key.0);
-        self.open_of_network.remove(entry.network);
+        self.open_of_key.remove(key.0, 1);
+        self.open_of_network.remove(entry.network, 1);
         if entry.ended {
             self.sessions.remove(&key);
         } else {
@@ -206,92 +206,25 @@ impl<S> SessionTable<S> {
 struct Closed {
     /// By when they are forgotten.
     order: BTreeSet<(u64, SessionKey)>,
-    networks: HashMap<Network, OfNetwork>,
-    by_weight: Weights<Network>,
-}
-
-#[derive(Debug, Default)]
-struct OfNetwork {
-    keys: HashMap<Fingerprint, BTreeSet<(u64, SessionId)>>,
-    by_weight: Weights<Fingerprint>,
+    queues: Queues<(u64, SessionId)>,
 }
 
 impl Closed {
-    fn insert(&mut self, key: SessionKey, network: Network, forget_at: u64) {
-        self.order.insert((forget_at, key));
-        self.by_weight.add(network);
-        let of_network = self.networks.entry(network).or_default();
-        of_network.by_weight.add(key.0);
-        of_network.keys.entry(key.0).or_default().insert((forget_at, key.1));
+    fn insert(&mut self, (key, id): SessionKey, network: Network, forget_at: u64) {
+        self.order.insert((forget_at, (key, id)));
+        self.queues.insert(Owner { key, network }, (forget_at, id), 1);
     }
 
-    fn remove(&mut self, key: SessionKey, network: Network, forget_at: u64) {
-        self.order.remove(&(forget_at, key));
-        self.by_weight.remove(network);
-        let Some(of_network) = self.networks.get_mut(&network) else { return };
-        of_network.by_weight.remove(key.0);
-        if let Some(of_key) = of_network.keys.get_mut(&key.0) {
-            of_key.remove(&(forget_at, key.1));
-            if of_key.is_empty() {
-                of_network.keys.remove(&key.0);
-            }
-        }
-        if of_network.keys.is_empty() {
-            self.networks.remove(&network);
-        }
+    fn remove(&mut self, (key, id): SessionKey, network: Network, forget_at: u64) {
+        self.order.remove(&(forget_at, (key, id)));
+        self.queues.remove(Owner { key, network }, (forget_at, id), 1);
     }
 
     /// The one that would be forgotten first of whoever has most.
-    fn take_from_heaviest(&mut self) -> Option<SessionKey> {
-        let network = self.by_weight.heaviest()?;
-        let of_network = self.networks.get(&network)?;
-        let key = of_network.by_weight.heaviest()?;
-        let &(forget_at, id) = of_network.keys.get(&key)?.first()?;
+    fn take_from_heaviest(&mut self, needs_room: Owner) -> Option<SessionKey> {
+        let (Owner { key, network }, (forget_at, id)) = self.queues.first_of_heaviest(needs_room)?;
         self.remove((key, id), network, forget_at);
         Some((key, id))
-    }
-}
-
-/// How many of each there are, and which one has most.
-#[derive(Debug)]
-struct Weights<K> {
-    weights: HashMap<K, usize>,
-    order: BTreeSet<(usize, K)>,
-}
-
-impl<K> Default for Weights<K> {
-    fn default() -> Self {
-        Self { weights: HashMap::new(), order: BTreeSet::new() }
-    }
-}
-
-impl<K: Copy + Eq + Hash + Ord> Weights<K> {
-    fn of(&self, key: &K) -> usize {
-        self.weights.get(key).copied().unwrap_or_default()
-    }
-
-    fn add(&mut self, key: K) {
-        self.change(key, |count| count + 1);
-    }
-
-    fn remove(&mut self, key: K) {
-        self.change(key, |count| count.saturating_sub(1));
-    }
-
-    fn change(&mut self, key: K, change: impl FnOnce(usize) -> usize) {
-        let before = self.of(&key);
-        let after = change(before);
-        self.order.remove(&(before, key));
-        if after == 0 {
-            self.weights.remove(&key);
-        } else {
-            self.weights.insert(key, after);
-            self.order.insert((after, key));
-        }
-    }
-
-    fn heaviest(&self) -> Option<K> {
-        self.order.last().map(|(_, key)| *key)
     }
 }
 
@@ -444,15 +377,9 @@ mod tests {
                 }
                 let open = table.sessions.values().filter(|entry| entry.streams > 0).count();
                 assert_eq!((table.open, table.len() - open), (open, table.closed.order.len()), "SEED={seed}");
-                assert_eq!(table.open_of_key.weights.values().sum::<usize>(), open, "SEED={seed}");
-                assert_eq!(table.open_of_network.weights.values().sum::<usize>(), open, "SEED={seed}");
-                let closed = |(network, of): (&Network, &OfNetwork)| {
-                    let count: usize = of.keys.values().map(BTreeSet::len).sum();
-                    assert_eq!(count, of.by_weight.weights.values().sum::<usize>(), "SEED={seed}");
-                    assert_eq!(count, table.closed.by_weight.of(network), "SEED={seed}");
-                    count
-                };
-                assert_eq!(table.closed.networks.iter().map(closed).sum::<usize>(), table.len() - open, "SEED={seed}");
+                assert_eq!(table.open_of_key.total(), open, "SEED={seed}");
+                assert_eq!(table.open_of_network.total(), open, "SEED={seed}");
+                assert_eq!(table.closed.queues.total(), table.len() - open, "SEED={seed}");
             }
         }
     }
