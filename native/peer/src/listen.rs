@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::decide::growth::Growth;
 use crate::decide::requests::{Asked, Ended, RequestId};
 use crate::decide::shares::{Client, Counts, Limits};
+use crate::decide::weights::Owner;
 use crate::decoding::is_heavy;
 use crate::dial::{handshake, idle_timeout};
 use crate::error::Rejection;
@@ -1101,7 +1102,8 @@ impl Accepted {
     ) -> Option<Result<(), Rejection>> {
         let key = self.key?;
         let requests = &node.requests;
-        let asked = lock(requests).ask(key, id, again, route.clone(), Instant::now());
+        let asker = Owner { key, network: self.remote().ip().into() };
+        let asked = lock(requests).ask(asker, id, again, route.clone(), Instant::now());
         match asked {
             Asked::New => {
                 let asking = Asking { requests: requests.clone(), key, id };

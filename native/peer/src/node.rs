@@ -790,7 +790,10 @@ impl Node {
     pub(crate) async fn expire(self: Arc<Self>) {
         let mut stopping = self.stopping();
         while timeout(EXPIRE_EVERY, stopping.wait_for(|stopping| *stopping)).await.is_err() {
-            lock(&self.requests).expire(Instant::now());
+            // Unlocked in between, for those who wait.
+            while lock(&self.requests).expire(Instant::now()) {
+                tokio::task::yield_now().await;
+            }
             self.socket().addresses().expire();
         }
     }
@@ -1033,6 +1036,12 @@ impl Node {
         // Looked at without the tables' locks: each link has a lock of its own, which its packets may hold.
         let peers: Vec<_> = self.peers.read().unwrap_or_else(PoisonError::into_inner).pool.values().cloned().collect();
         let accepted = lock(&self.accepted).all();
+        let made_room = lock(&self.requests).made_room();
+        let records = [
+            ("sessions", self.sessions.refused()),
+            ("requests", made_room.requests),
+            ("kept_answers", made_room.answers),
+        ];
         Stats {
             peers: peers.iter().map(|peer| peer.stats()).collect(),
             accepted: accepted.iter().map(|accepted| accepted.stats()).collect(),
@@ -1043,7 +1052,7 @@ impl Node {
             undelivered: counters.undelivered.get(),
             unhandled: counters.unhandled.get(),
             malformed: counters.malformed.get(),
-            refused: self.places.refused().chain([("sessions", self.sessions.refused())]).collect(),
+            refused: self.places.refused().chain(records).collect(),
             admission: self.admissions.stats(),
             sessions: self.sessions.len(),
             registrations: self.clients.stats(),
