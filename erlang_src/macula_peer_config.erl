@@ -67,6 +67,9 @@
                   realm_secret => "a binary that is not empty",
                   max_accepted => "a number from 1 to 1000000",
                   max_streams => "a number from 1 to 4096",
+                  max_known_sessions => "a number from 1024 to 1000000",
+                  max_known_requests => "a number from 1024 to 1000000",
+                  frame_memory => "a number of bytes from four times max_frame_size to 17179869184",
                   frame_timeout => "milliseconds, from 1 to a day"}).
 
 %% What is ours.

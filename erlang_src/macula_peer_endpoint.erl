@@ -144,8 +144,10 @@
 %% `peers': `endpoint' or `node_id', `path' (`direct', `hole_punch', `relay' or `none'), `sent', `acknowledged', `received', `failed', `dials',
 %% `unacknowledged_bytes', and while there is a link `dialect', `address' and `round_trip_us'. `accepted': `dialect',
 %% `path', `address', `round_trip_us', `received'. `sessions': those of senders that are
-%% known here. `refused': connections and sessions that were not let in, by limit: `connections', `connections_per_key',
-%% `connections_per_address', `handshake_rate', `handshake_rate_per_address', `sessions'. `registrations': `relay', `state', `reason', `address' (what the relay
+%% known here. `refused': what a limit did not allow, by its name: connections that were not let in, `connections', `connections_per_key',
+%% `connections_per_address', `handshake_rate' and `handshake_rate_per_address'; sessions that were not let in or were forgotten for others,
+%% `sessions'; requests, and answers kept for them, that were forgotten for others, `requests' and `kept_answers'; and frames that
+%% had to wait for memory, `frame_memory'. `registrations': `relay', `state', `reason', `address' (what the relay
 %% sees this node at), `circuits'. `relay', of a relay: `registrations', `circuits', `forwarded_packets',
 %% `forwarded_bytes', `refused' and `dropped' by limit, `stray' (packets of no circuit of the sender), `unread' (nodes that
 %% did not read), `punches' and `punched' (direct paths looked for, and found). `gateway', unless the setting is `none':

@@ -17,7 +17,7 @@ suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
     [a_wrong_value_stops_the_start_and_is_named, every_setting_has_wrong_values, an_unknown_setting_is_named,
-     a_wrong_secret_is_not_shown, the_sentence_in_the_log_names_setting_and_value, right_values_start,
+     a_wrong_secret_is_not_shown, there_is_memory_for_the_largest_frame, the_sentence_in_the_log_names_setting_and_value, right_values_start,
      an_application_file_is_enough, a_wrong_variable_stops_the_start_and_is_named, hole_punching_is_turned_off,
      a_node_that_listens_is_a_relay, the_settings_win_over_variables, what_is_listened_with_is_checked,
      bootstrap_peers, the_gateway_is_where_macula_puts_it, what_macula_does_not_read_is_not_checked,
@@ -69,12 +69,17 @@ wrong_settings() ->
      {verify, {cacertfile, "ca.pem", some_names}},
      {access, []}, {access, #{refuse => #{}}}, {access, #{deny => []}}, {access, #{allow => #{keys => [<<"key">>]}}},
      {max_accepted, 0}, {max_streams, 1 bsl 32}, {frame_timeout, <<"1">>}
-     | [{Key, Most + 1} || {Key, Most} <- largest()]].
+     | [{Key, Most + 1} || {Key, Most} <- largest()] ++ [{Key, Least - 1} || {Key, Least} <- smallest()]].
 
 %% Beyond these a setting could not be safe.
 largest() ->
     [{max_frame_size, 1 bsl 30}, {max_nesting, 512}, {max_terms, 10000000}, {pool_size, 1000000}, {workers, 256}, {max_accepted, 1000000},
-     {max_streams, 4096}, {keep_alive, 86400000}].
+     {max_streams, 4096}, {max_known_sessions, 1000000}, {max_known_requests, 1000000}, {frame_memory, 16 bsl 30},
+     {keep_alive, 86400000}].
+
+%% Below these one key's share would be too small.
+smallest() ->
+    [{max_known_sessions, 1024}, {max_known_requests, 1024}, {frame_memory, 64 bsl 20}].
 
 an_unknown_setting_is_named(_Config) ->
     [is_refused({unknown_option, Key}, [{Key, Value}, {port, 0}])
@@ -100,7 +105,14 @@ right_values_start(_Config) ->
          ok = application:stop(?APP)
      end || Setting <- [{handler, self()}, {handler, {erlang, display, []}}, {handler, undefined}, {resolver, none},
                         {resolver, macula_peer_resolver_macula}, {relays, Relays}, {hole_punching, plain},
-                        {verify, {pin, [<<0:256>>]}}, {verify, first_seen}, {ip, {127, 0, 0, 1}} | largest()]].
+                        {verify, {pin, [<<0:256>>]}}, {verify, first_seen}, {ip, {127, 0, 0, 1}} | largest() ++ smallest()]].
+
+%% In whichever order the two are set.
+there_is_memory_for_the_largest_frame(_Config) ->
+    [begin
+         ?assertEqual(ok, start([{max_frame_size, Largest}, {frame_memory, 4 * Largest}])),
+         is_refused({invalid_option, {frame_memory, 4 * Largest - 1}}, [{max_frame_size, Largest}, {frame_memory, 4 * Largest - 1}])
+     end || Largest <- [1, 1000, 1 bsl 30]].
 
 %% Without the application, or its file, having been loaded, as at the first call of an escript.
 an_application_file_is_enough(_Config) ->

@@ -53,7 +53,8 @@ rustler::atoms! {
     packets, bytes,
 
     max_frame_size, max_nesting, max_terms, ip, idle_timeout, keep_alive, connect_timeout, delivery, at_least_once, at_most_once,
-    max_unacknowledged, answer_timeout, workers, max_accepted, max_streams, frame_timeout, certfile, keyfile,
+    max_unacknowledged, answer_timeout, workers, max_accepted, max_streams, max_known_sessions, max_known_requests,
+    frame_memory, frame_timeout, certfile, keyfile,
 }
 
 /// The atom of one of the engine's own names: of a limit, for example.

@@ -25,6 +25,12 @@ const MOST_PEERS: usize = 1_000_000;
 const MOST_STREAMS: usize = 4096;
 const MOST_WORKERS: usize = 256;
 
+/// As much as without the setting, with the largest frames that can be set.
+const MOST_FRAME_MEMORY: usize = MOST_BYTES.saturating_mul(16);
+
+/// With fewer, the share of one key would be too small for one that sends and asks honestly.
+const LEAST_KNOWN: usize = 1024;
+
 /// Who waits to be let in gives up after this long.
 const LONGEST_ADMISSION: Duration = Duration::from_secs(60);
 
@@ -47,7 +53,13 @@ impl Reason for InvalidOption<'_> {
 pub(crate) fn config(options: Term<'_>) -> Result<Config, InvalidOption<'_>> {
     let mut config = Config::default();
     each(options, |key, value| set(&mut config, key, value))?;
-    Ok(config)
+    match config.frame_memory {
+        Some(bytes) if bytes < config.least_frame_memory() => {
+            let env = options.get_env();
+            Err(InvalidOption { key: atoms::frame_memory().encode(env), value: bytes.encode(env) })
+        }
+        _ => Ok(config),
+    }
 }
 
 /// Where and as whom to listen.
@@ -129,6 +141,9 @@ fn set(config: &mut Config, key: Atom, value: Term<'_>) -> Option<()> {
         key if key == atoms::workers() => config.workers = up_to(MOST_WORKERS, value)?,
         key if key == atoms::max_accepted() => config.max_accepted = up_to(MOST_PEERS, value)?,
         key if key == atoms::max_streams() => config.max_streams = u32::try_from(up_to(MOST_STREAMS, value)?).ok()?,
+        key if key == atoms::max_known_sessions() => config.max_known_sessions = known(value)?,
+        key if key == atoms::max_known_requests() => config.max_known_requests = known(value)?,
+        key if key == atoms::frame_memory() => config.frame_memory = Some(up_to(MOST_FRAME_MEMORY, value)?),
         key if key == atoms::delivery() => {
             config.delivery = match Atom::from_term(value).ok()? {
                 value if value == atoms::at_least_once() => Delivery::AtLeastOnce,
@@ -258,6 +273,10 @@ fn positive(value: Term<'_>) -> Option<usize> {
 
 fn up_to(most: usize, value: Term<'_>) -> Option<usize> {
     positive(value).filter(|&n| n <= most)
+}
+
+fn known(value: Term<'_>) -> Option<usize> {
+    up_to(MOST_PEERS, value).filter(|&n| n >= LEAST_KNOWN)
 }
 
 fn percent(value: Term<'_>) -> Option<u8> {

@@ -10,6 +10,7 @@ use macula_peer_wire::Limits;
 use crate::decide::access::Access;
 use crate::decide::places::PlaceLimits;
 use crate::endpoint::Endpoint;
+use crate::frame_memory;
 use crate::message::NodeId;
 use crate::tls::Verify;
 
@@ -50,6 +51,14 @@ pub struct Config {
     /// Streams that one accepted connection may have open. Default 256: quinn's memory for an idle connection follows
     /// this limit (37 KB at 100, 163 KB at 1,024).
     pub max_streams: u32,
+    /// Sessions of senders that this node knows at once; one key may have a 64th of them open. Default 16,384.
+    pub max_known_sessions: usize,
+    /// Requests that this node was asked and remembers until their answers have arrived, of one key a 16th of them. Default
+    /// 65,536: more than one node has streams for at once.
+    pub max_known_requests: usize,
+    /// Memory for frames above 32 KiB that are arriving, in bytes; one key may have a quarter of it. Less than four of the
+    /// largest frames counts as four. Default `None`: 16 of the largest, or of 1 MiB where that is more.
+    pub frame_memory: Option<usize>,
     /// How long a frame that has begun to arrive may go without growing by 16 KiB or being complete. Default 30 s: 550
     /// bytes a second. The total time has no limit: a large frame takes as long as its path needs.
     pub frame_timeout: Duration,
@@ -168,6 +177,11 @@ impl fmt::Debug for Secret {
 }
 
 impl Config {
+    /// The least that [`frame_memory`](Self::frame_memory) may be: one key's share has room for the largest frame then.
+    pub fn least_frame_memory(&self) -> usize {
+        frame_memory::least(self.limits.max_frame)
+    }
+
     /// The port that no socket of the engine at this address takes.
     pub(crate) fn reserved_port(&self, ip: Option<IpAddr>) -> Option<u16> {
         self.gateway.as_ref()?.reserved(ip)
@@ -199,6 +213,9 @@ impl Default for Config {
             workers: 2,
             max_accepted: 1024,
             max_streams: 256,
+            max_known_sessions: 16_384,
+            max_known_requests: 65_536,
+            frame_memory: None,
             frame_timeout: Duration::from_secs(30),
             identity_file: None,
             previous_identity_files: Vec::new(),

@@ -7,19 +7,29 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::Notify;
 
+use crate::config::Config;
 use crate::decide::shares::{Client, Counts, Limits};
 use crate::link::lock;
+use crate::stats::Counter;
 
-/// There is room for as many of the largest frames, or of frames of this size.
+/// If nothing else is configured, there is room for as many of the largest frames, or of frames of this size.
 const FRAMES: usize = 16;
-const LEAST: usize = 1 << 20;
+const LEAST_FRAME: usize = 1 << 20;
 
-/// In percent of that. What an address may have depends on what the others have.
+/// In percent of all: room for the largest frame, or who sends one would wait for ever. What an address may have depends on
+/// what the others have.
 const KEY_SHARE: u8 = 25;
+
+/// How much there must be. `max_frame`: the size of the largest.
+pub(crate) fn least(max_frame: usize) -> usize {
+    max_frame.saturating_mul(100 / usize::from(KEY_SHARE))
+}
 
 pub(crate) struct FrameMemory {
     taken: Mutex<Counts>,
     room: Notify,
+    /// Frames that had to wait for it.
+    waited: Counter,
 }
 
 /// What one frame takes until this is dropped.
@@ -30,11 +40,11 @@ pub(crate) struct Reserved {
 }
 
 impl FrameMemory {
-    /// `max_frame`: the size of the largest.
-    pub(crate) fn new(max_frame: usize) -> Arc<Self> {
-        let total = max(max_frame, LEAST).saturating_mul(FRAMES);
-        let limits = Limits::percent(total, KEY_SHARE, 100);
-        Arc::new(Self { taken: Mutex::new(Counts::new(limits)), room: Notify::new() })
+    pub(crate) fn new(config: &Config) -> Arc<Self> {
+        let max_frame = config.limits.max_frame;
+        let total = config.frame_memory.unwrap_or(max(max_frame, LEAST_FRAME).saturating_mul(FRAMES));
+        let limits = Limits::percent(total.max(least(max_frame)), KEY_SHARE, 100);
+        Arc::new(Self { taken: Mutex::new(Counts::new(limits)), room: Notify::new(), waited: Counter::default() })
     }
 
     /// Room for a frame, if there is any for this client. An address may have as much as is left for others then, so those
@@ -51,6 +61,7 @@ impl FrameMemory {
 
     /// The same, when there is. One frame of a connection waits at a time: all that wait are looked at when there is room.
     pub(crate) async fn wait(self: &Arc<Self>, client: Client, bytes: usize) -> Reserved {
+        self.waited.add(1);
         loop {
             let room = self.room.notified();
             if let Some(reserved) = self.take(client, bytes) {
@@ -58,6 +69,11 @@ impl FrameMemory {
             }
             room.await;
         }
+    }
+
+    /// Frames that had to wait.
+    pub(crate) fn waited(&self) -> u64 {
+        self.waited.get()
     }
 }
 
@@ -83,13 +99,18 @@ mod tests {
         Client::new(Some([key; 32].into()), [20, 0, 0, from].into())
     }
 
+    fn memory(max_frame: usize, frame_memory: Option<usize>) -> Arc<FrameMemory> {
+        let limits = macula_peer_wire::Limits { max_frame, ..Default::default() };
+        FrameMemory::new(&Config { limits, frame_memory, ..Config::default() })
+    }
+
     fn take_all(memory: &Arc<FrameMemory>, from: u8) -> Vec<Reserved> {
         (0..100).filter_map(|key| memory.take(client(key, from), FRAME)).collect()
     }
 
     #[test]
     fn a_key_and_an_address_have_their_shares_and_others_still_get_theirs() {
-        let memory = FrameMemory::new(FRAME);
+        let memory = memory(FRAME, None);
         let of_key: Vec<_> = (0..16).filter_map(|_| memory.take(client(1, 1), FRAME)).collect();
         assert_eq!(of_key.len(), 4);
         drop(of_key);
@@ -102,18 +123,29 @@ mod tests {
 
     #[test]
     fn the_largest_frame_has_room_when_there_is_nothing_else() {
-        for max_frame in [1, FRAME, 1 << 30] {
-            assert!(FrameMemory::new(max_frame).take(client(1, 1), max_frame).is_some());
+        for max_frame in [1, FRAME, FRAME + 1, 1 << 30] {
+            for configured in [None, Some(1), Some(least(max_frame)), Some(usize::MAX)] {
+                assert!(memory(max_frame, configured).take(client(1, 1), max_frame).is_some());
+            }
         }
+    }
+
+    #[test]
+    fn there_is_as_much_as_is_configured() {
+        let memory = memory(FRAME, Some(40 * FRAME));
+        let of_address = take_all(&memory, 1);
+        let of_key: Vec<_> = (0..100).filter_map(|_| memory.take(client(200, 2), FRAME)).collect();
+        assert_eq!((of_address.len(), of_key.len()), (20, 10));
     }
 
     #[tokio::test]
     async fn a_frame_that_waits_gets_what_another_one_gives_back() {
-        let memory = FrameMemory::new(FRAME);
+        let memory = memory(FRAME, None);
         let mut held = take_all(&memory, 1);
         let mut waits = Box::pin(memory.wait(client(101, 1), FRAME));
         assert!(timeout(Duration::from_millis(20), &mut waits).await.is_err());
         held.pop();
         assert!(timeout(Duration::from_secs(10), waits).await.is_ok());
+        assert_eq!(memory.waited(), 1);
     }
 }

@@ -213,11 +213,11 @@ impl Node {
             counters: NodeCounters::default(),
             admissions,
             accepted: Mutex::default(),
-            arriving: FrameMemory::new(config.limits.max_frame),
+            arriving: FrameMemory::new(&config),
             places: Places::new(&Shares::default().limits(config.max_accepted)),
+            sessions: Sessions::new(config.max_known_sessions),
+            requests: Arc::new(Mutex::new(Requests::new(config.max_known_requests))),
             config,
-            sessions: Sessions::default(),
-            requests: Arc::default(),
             unread,
             clients,
             listening: watch::Sender::new(None),
@@ -1038,9 +1038,10 @@ impl Node {
         let accepted = lock(&self.accepted).all();
         let made_room = lock(&self.requests).made_room();
         let records = [
-            ("sessions", self.sessions.refused()),
+            ("sessions", self.sessions.over()),
             ("requests", made_room.requests),
             ("kept_answers", made_room.answers),
+            ("frame_memory", self.arriving.waited()),
         ];
         Stats {
             peers: peers.iter().map(|peer| peer.stats()).collect(),

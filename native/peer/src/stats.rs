@@ -67,7 +67,7 @@ pub struct Stats {
     pub unhandled: u64,
     /// Frames that arrived and could not be read.
     pub malformed: u64,
-    /// What was refused, by the limit that did not allow it.
+    /// What was refused, had to wait or was forgotten, by the limit that did not allow it.
     pub refused: Vec<(&'static str, u64)>,
     /// What became of those who came, by the lists and by whoever is asked.
     pub admission: AdmissionStats,

@@ -20,10 +20,7 @@ pub(crate) type RequestId = [u8; 16];
 /// As long as a message may be answered.
 const KEPT_FOR: Duration = Duration::from_secs(300);
 
-/// Requests in all: more than one node has streams for at once.
-const MAX_REQUESTS: usize = 65_536;
-
-/// One key may have this part of them.
+/// One key may have this part of all requests.
 const KEYS: usize = 16;
 
 /// Bytes of answers that have not arrived, in all and to one key.
@@ -94,14 +91,9 @@ pub(crate) struct MadeRoom {
     pub(crate) answers: u64,
 }
 
-impl<R> Default for Requests<R> {
-    fn default() -> Self {
-        Self::with_room_for(MAX_REQUESTS)
-    }
-}
-
 impl<R> Requests<R> {
-    fn with_room_for(most: usize) -> Self {
+    /// With room for so many.
+    pub(crate) fn new(most: usize) -> Self {
         Self {
             most,
             requests: HashMap::new(),
@@ -299,6 +291,8 @@ mod tests {
 
     use super::*;
 
+    const MOST: usize = 1600;
+
     fn key(n: u16) -> Fingerprint {
         let mut key = [0; 32];
         key[..2].copy_from_slice(&n.to_be_bytes());
@@ -325,7 +319,7 @@ mod tests {
 
     #[test]
     fn one_that_is_asked_again_is_handed_over_once_and_answered_where_it_was_asked_last() {
-        let (mut requests, now) = (Requests::default(), Instant::now());
+        let (mut requests, now) = (Requests::new(MOST), Instant::now());
         assert_eq!(requests.ask(owner(1, 1), id(1), false, "first", now), Asked::New);
         assert_eq!(requests.ask(owner(1, 2), id(1), true, "second", now), Asked::Waits, "from elsewhere");
         assert_eq!(requests.ask(owner(2, 1), id(1), false, "another's", now), Asked::New, "ids are each key's own");
@@ -340,15 +334,15 @@ mod tests {
 
     #[test]
     fn what_a_restarted_node_does_not_know_is_not_done_twice() {
-        let mut requests = Requests::default();
+        let mut requests = Requests::new(MOST);
         assert_eq!(requests.ask(owner(1, 1), id(1), true, (), Instant::now()), Asked::Over(Ended::Forgotten));
         assert!(is_empty(&requests));
     }
 
     #[test]
     fn one_key_uses_up_its_own_room() {
-        let (mut requests, now) = (Requests::default(), Instant::now());
-        let share = (MAX_REQUESTS / KEYS) as u32;
+        let (mut requests, now) = (Requests::new(MOST), Instant::now());
+        let share = (MOST / KEYS) as u32;
         requests.ask(owner(1, 1), id(0), false, (), now);
         for n in 0..2 * share {
             requests.ask(owner(2, 1 + (n % 2) as u8), id(n), false, (), now);
@@ -363,7 +357,7 @@ mod tests {
     /// Keys cost nothing.
     #[test]
     fn many_keys_at_one_address_forget_their_own_requests_and_nobody_elses() {
-        let (mut requests, now) = (Requests::with_room_for(1000), Instant::now());
+        let (mut requests, now) = (Requests::new(1000), Instant::now());
         let honest = |requests: &mut Requests<()>, again| -> Vec<_> {
             let all = (0..20).map(|n| (owner(1 + n % 4, 1 + (n % 4) as u8), id(n.into())));
             all.map(|(owner, id)| requests.ask(owner, id, again, (), now)).collect()
@@ -386,7 +380,7 @@ mod tests {
 
     #[test]
     fn many_keys_at_one_address_have_their_own_answers_forgotten_and_nobody_elses() {
-        let (mut requests, now) = (Requests::default(), Instant::now());
+        let (mut requests, now) = (Requests::new(MOST), Instant::now());
         let ask = |requests: &mut Requests<()>, owner: Owner, n, len| {
             requests.ask(owner, id(n), false, (), now);
             requests.answered(owner.key, id(n), &answer(len)).unwrap();
@@ -415,7 +409,7 @@ mod tests {
 
     #[test]
     fn large_answers_push_out_those_of_the_same_key() {
-        let (mut requests, now) = (Requests::default(), Instant::now());
+        let (mut requests, now) = (Requests::new(MOST), Instant::now());
         let mut ask = |k, n, len| {
             requests.ask(owner(k, 1), id(n), false, (), now);
             requests.answered(key(k), id(n), &answer(len)).unwrap();
@@ -437,7 +431,7 @@ mod tests {
 
     #[test]
     fn few_are_forgotten_at_once_because_they_are_too_old() {
-        let (mut requests, now) = (Requests::default(), Instant::now());
+        let (mut requests, now) = (Requests::new(MOST), Instant::now());
         (0..40).for_each(|n| assert_eq!(requests.ask(owner(1, 1), id(n), false, (), now), Asked::New));
         assert!(!requests.expire(now + KEPT_FOR - Duration::from_millis(1)));
         let left = [(); 3].map(|()| (requests.expire(now + KEPT_FOR), requests.requests.len()));
@@ -449,7 +443,7 @@ mod tests {
     fn books_agree_and_nothing_is_handed_over_twice() {
         for seed in 0..300 {
             let mut random = fastrand::Rng::with_seed(seed);
-            let (mut requests, start, mut now) = (Requests::default(), Instant::now(), 0);
+            let (mut requests, start, mut now) = (Requests::new(MOST), Instant::now(), 0);
             let mut handed_over = HashSet::new();
             for step in 0..400_u32 {
                 now += random.u64(0..20);
@@ -491,11 +485,10 @@ mod tests {
     /// Whatever one address does with any number of keys, others keep their requests and answers.
     #[test]
     fn nothing_of_who_has_less_is_forgotten_after_any_sequence() {
-        const MOST: usize = 48;
         let (large, small) = (answer(MAX_BYTES_OF_KEY), answer(10));
         for seed in 0..300 {
             let mut random = fastrand::Rng::with_seed(seed);
-            let (mut requests, now) = (Requests::with_room_for(MOST), Instant::now());
+            let (mut requests, now) = (Requests::new(48), Instant::now());
             let mut asked = HashSet::new();
             for n in 0..600 {
                 if random.u8(0..4) > 0 {
@@ -517,7 +510,7 @@ mod tests {
                     );
                     requests.answered(key(k), id(n), &small);
                 }
-                assert!(requests.requests.len() <= MOST && requests.answers.weight <= MAX_BYTES, "SEED={seed}");
+                assert!(requests.requests.len() <= 48 && requests.answers.weight <= MAX_BYTES, "SEED={seed}");
                 agree(&requests);
             }
         }

@@ -11,11 +11,8 @@ use crate::decide::shares::Network;
 use crate::decide::weights::{Owner, Queues, Weights};
 use crate::identity::Fingerprint;
 
-/// Sessions in all.
-const MAX_SESSIONS: usize = 16_384;
-
-/// Sessions that one key may have open at once. A sender has one for each name that it knows the receiver by.
-const MAX_OPEN_OF_KEY: usize = 256;
+/// One key may have this part of all sessions open at once. A sender has one for each name that it knows the receiver by.
+const KEYS: usize = 64;
 
 /// How long a session is kept after its last stream has ended, unless its sender asks for longer. Most messages are given
 /// up sooner.
@@ -51,6 +48,8 @@ pub(crate) struct Opened<S> {
     pub(crate) known: bool,
     /// The sender goes on with a session that it had with the run before this one.
     pub(crate) restarted: bool,
+    /// Another one was forgotten for it.
+    pub(crate) took_room: bool,
 }
 
 /// Why a session was not opened.
@@ -66,6 +65,7 @@ pub(crate) enum Refused {
 #[derive(Debug)]
 pub(crate) struct SessionTable<S> {
     most: usize,
+    most_open_of_key: usize,
     sessions: HashMap<SessionKey, Entry<S>>,
     open: usize,
     open_of_key: Weights<Fingerprint>,
@@ -85,16 +85,12 @@ struct Entry<S> {
     ended: bool,
 }
 
-impl<S> Default for SessionTable<S> {
-    fn default() -> Self {
-        Self::with_room_for(MAX_SESSIONS)
-    }
-}
-
 impl<S> SessionTable<S> {
-    fn with_room_for(most: usize) -> Self {
+    /// With room for so many.
+    pub(crate) fn new(most: usize) -> Self {
         Self {
             most,
+            most_open_of_key: (most / KEYS).max(1),
             sessions: HashMap::new(),
             open: 0,
             open_of_key: Weights::default(),
@@ -134,22 +130,25 @@ impl<S> SessionTable<S> {
                 entry.network = network;
             }
             entry.streams += 1;
-            return Ok(Opened { session: entry.session.clone(), known: met != Met::AnotherRun, restarted: false });
+            let known = met != Met::AnotherRun;
+            return Ok(Opened { session: entry.session.clone(), known, restarted: false, took_room: false });
         }
-        if self.sessions.len() >= self.most
-            && let Some(heaviest) = self.closed.take_from_heaviest(Owner { key: key.0, network })
-        {
-            self.sessions.remove(&heaviest);
+        let makes_room = match self.sessions.len() >= self.most {
+            true => self.closed.take_from_heaviest(Owner { key: key.0, network }),
+            false => None,
+        };
+        if let Some(heaviest) = &makes_room {
+            self.sessions.remove(heaviest);
         }
         let session = make();
         let entry = Entry { session: session.clone(), streams: 1, network, forget_at: 0, ended: false };
         self.sessions.insert(key, entry);
-        Ok(Opened { session, known: false, restarted: met == Met::AnotherRun })
+        Ok(Opened { session, known: false, restarted: met == Met::AnotherRun, took_room: makes_room.is_some() })
     }
 
     /// A network may have as many open as there would still be room for: so many can never leave no room for others.
     fn has_room_for(&self, key: Fingerprint, network: Network) -> bool {
-        self.open_of_key.of(&key) < MAX_OPEN_OF_KEY && self.open_of_network.of(&network) < self.most - self.open
+        self.open_of_key.of(&key) < self.most_open_of_key && self.open_of_network.of(&network) < self.most - self.open
     }
 
     /// Its sender has ended it: it is forgotten with its last stream.
@@ -259,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_session_is_known_for_ten_minutes_and_then_said_to_be_forgotten() {
-        let (mut table, key) = (SessionTable::default(), session(1, 1));
+        let (mut table, key) = (SessionTable::new(1000), session(1, 1));
         assert_eq!(open(&mut table, key, 1, Met::Nobody, 0), Ok(false));
         assert_eq!(open(&mut table, key, 1, Met::Nobody, 0), Ok(true), "its other channel");
         table.close(key, KEEP, MINUTE);
@@ -272,7 +271,7 @@ mod tests {
 
     #[test]
     fn a_session_is_kept_as_long_as_its_sender_may_owe_something_and_a_day_at_most() {
-        let (mut table, [long, short]) = (SessionTable::default(), [session(1, 1), session(1, 2)]);
+        let (mut table, [long, short]) = (SessionTable::new(1000), [session(1, 1), session(1, 2)]);
         for key in [long, short] {
             open(&mut table, key, 1, Met::Nobody, 0).unwrap();
         }
@@ -287,7 +286,7 @@ mod tests {
 
     #[test]
     fn only_what_is_opened_for_another_run_was_restarted() {
-        let mut table = SessionTable::default();
+        let mut table = SessionTable::new(1000);
         let mut opened = |key, met| table.open(key, network(1), met, 0, || ()).unwrap();
         let (one, other) = (session(1, 1), session(1, 2));
         let state = |opened: Opened<()>| (opened.known, opened.restarted);
@@ -300,7 +299,7 @@ mod tests {
 
     #[test]
     fn an_ended_session_is_forgotten_with_its_last_stream() {
-        let (mut table, key) = (SessionTable::default(), session(1, 1));
+        let (mut table, key) = (SessionTable::new(1000), session(1, 1));
         for _ in 0..2 {
             open(&mut table, key, 1, Met::Nobody, 0).unwrap();
         }
@@ -313,9 +312,9 @@ mod tests {
 
     #[test]
     fn one_key_and_one_address_have_only_so_many_open_and_others_still_open_theirs() {
-        let mut table = SessionTable::with_room_for(2000);
+        let mut table = SessionTable::new(2000);
         let of_one_key = (0..3000).filter(|&id| open(&mut table, session(0, id), 1, Met::Nobody, 0).is_ok()).count();
-        assert_eq!(of_one_key, MAX_OPEN_OF_KEY);
+        assert_eq!(of_one_key, 2000 / KEYS);
         let more = (1..3000).filter(|&key| open(&mut table, session(key, 0), 1, Met::Nobody, 0).is_ok()).count();
         assert_eq!(of_one_key + more, 1000, "an address has half");
         for from in 2..=5 {
@@ -330,7 +329,7 @@ mod tests {
 
     #[test]
     fn whoever_has_most_makes_room() {
-        let mut table = SessionTable::with_room_for(100);
+        let mut table = SessionTable::new(100);
         let honest = [session(1, 1), session(2, 1)];
         open_and_close(&mut table, honest[0], 1, 0);
         // At the same address as the flood.
@@ -339,6 +338,7 @@ mod tests {
             open_and_close(&mut table, session(100 + (id % 20) as u16, id), 9, 1);
         }
         assert_eq!(table.len(), 100);
+        assert!(table.open(session(3, 1), network(3), Met::Nobody, 1, || 0).unwrap().took_room);
         for (key, from) in honest.into_iter().zip([1, 9]) {
             assert_eq!(open(&mut table, key, from, Met::ThisRun, 2), Ok(true));
         }
@@ -350,7 +350,7 @@ mod tests {
     fn what_is_counted_is_what_is_there_after_any_sequence() {
         for seed in 0..200 {
             let mut random = fastrand::Rng::with_seed(seed);
-            let mut table = SessionTable::with_room_for(30);
+            let mut table = SessionTable { most_open_of_key: 8, ..SessionTable::new(30) };
             let mut streams = Vec::new();
             let mut now = 0;
             for _ in 0..400 {

@@ -42,8 +42,8 @@ const MAX_CONNECTIONS: usize = 4;
 pub(crate) struct Sessions {
     table: Mutex<SessionTable<Arc<Answers>>>,
     run: Run,
-    /// Streams that were refused because there were too many sessions.
-    refused: Counter,
+    /// How often there were too many: streams that were refused, and sessions that were forgotten.
+    over: Counter,
 }
 
 /// One session, and the way back to its sender: over the connection that it was last heard on, or another one with the
@@ -68,21 +68,20 @@ struct Open {
     connection: usize,
 }
 
-impl Default for Sessions {
-    fn default() -> Self {
-        Self { table: Mutex::default(), run: new_run(), refused: Counter::default() }
-    }
-}
-
 fn new_run() -> Run {
     fastrand::u64(1..).to_be_bytes()
 }
 
 impl Sessions {
+    /// With room for so many.
+    pub(crate) fn new(most: usize) -> Self {
+        Self { table: Mutex::new(SessionTable::new(most)), run: new_run(), over: Counter::default() }
+    }
+
     fn open(
         &self,
         node: &Arc<Node>,
-        key: SessionKey,
+        (key, id): SessionKey,
         stream: &Stream,
         run: Run,
     ) -> Result<(Open, Opened<Arc<Answers>>), Refused> {
@@ -94,7 +93,7 @@ impl Sessions {
         };
         let network = stream.accepted.remote().ip().into();
         let now = node.clock(Instant::now());
-        let opened = lock(&self.table).open(key, network, met, now, || {
+        let opened = lock(&self.table).open((key, id), network, met, now, || {
             Arc::new(Answers {
                 sender: stream.accepted.client(),
                 channels: Default::default(),
@@ -102,10 +101,18 @@ impl Sessions {
                 connections: Mutex::default(),
                 keep: AtomicU32::new(0),
             })
-        })?;
+        });
+        let too_many = match &opened {
+            Ok(opened) => opened.took_room,
+            Err(why) => *why == Refused::TooMany,
+        };
+        if too_many && self.over.add(1) == 0 {
+            tracing::warn!(%key, from = %stream.accepted.remote(), "too many sessions");
+        }
+        let opened = opened?;
         let session = opened.session.clone();
         session.streams_on(connection);
-        Ok((Open { node: node.clone(), key, session, connection: connection.stable_id() }, opened))
+        Ok((Open { node: node.clone(), key: (key, id), session, connection: connection.stable_id() }, opened))
     }
 
     /// How many are remembered.
@@ -113,9 +120,9 @@ impl Sessions {
         lock(&self.table).len()
     }
 
-    /// Streams that were refused because there were too many.
-    pub(crate) fn refused(&self) -> u64 {
-        self.refused.get()
+    /// How often there were too many.
+    pub(crate) fn over(&self) -> u64 {
+        self.over.get()
     }
 }
 
@@ -147,9 +154,6 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
             (open, known)
         }
         Err(why) => {
-            if why == Refused::TooMany && node.sessions.refused.add(1) == 0 {
-                tracing::warn!(%key, from = %stream.accepted.remote(), "too many sessions");
-            }
             let code: VarInt = match why {
                 Refused::Forgotten => FORGOTTEN.into(),
                 Refused::TooMany => TOO_MANY.into(),
