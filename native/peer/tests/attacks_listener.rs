@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::raw::{self, Stream, dial, eventually, numbered, opening, opening_to, session, stranger, word};
+use common::raw::{
+    self, Stream, dial, dial_from, eventually, numbered, opening, opening_to, question, session, stranger, word,
+};
 use common::{Forwarder, PATIENCE, attackers, engine, frame, listener, message, number, request, send, until};
 use macula_peer::{Config, Engine, Event, Handler, Inbound, Listen, Message, Shares, Unhandled};
 use macula_peer_testkit::quic::{self, tokio_runtime};
@@ -217,6 +219,41 @@ fn sessions_of_one_key_cost_no_other_sender_its_own() {
     assert!(!inbox.events.lock().unwrap().iter().any(restarted));
     assert_eq!(inbox.numbers(), (0..20).chain([1000]).collect::<Vec<_>>());
     client.stop();
+    server.stop();
+}
+
+/// Keys cost nothing. What is known of a request decides whether its answer can still come when its link has died.
+#[test]
+fn requests_of_many_keys_at_one_address_cost_nobody_else_an_answer() {
+    let (server, inbox, address) = listener(Config { max_known_requests: 64, ..Config::default() });
+    tokio_runtime(2).unwrap().block_on(async {
+        let ask = async |connection: &Connection, asked: Vec<u8>| {
+            let mut stream = Stream::open(connection).await;
+            stream.say(asked).await;
+            stream.send.finish().unwrap();
+            stream
+        };
+        let honest = quic::key().unwrap();
+        let connection = dial(&address, &honest).await;
+        let mut unanswered = vec![ask(&connection, question(1, false, Ping, 7)).await];
+        eventually("it is asked", || inbox.len() == 1).await;
+        for _ in 0..32 {
+            let flood = dial_from("127.0.0.2", &address, &quic::key().unwrap(), raw::transport()).await;
+            for id in 0..4 {
+                unanswered.push(ask(&flood, question(id, false, Ping, 1000)).await);
+            }
+        }
+        eventually("so are the others", || inbox.len() == 129).await;
+        assert_eq!(refused_by(&server, "requests"), 129 - 64);
+        connection.close(0u8.into(), b"");
+        let token = inbox.messages.lock().unwrap().remove(0).reply.unwrap();
+        // The connection may be gone, and the answer is kept.
+        let _ = token.reply(frame(Pong, 7, 8));
+        let mut again = ask(&dial(&address, &honest).await, question(1, true, Ping, 7)).await;
+        let answer = again.frame().await.unwrap();
+        assert_eq!((answer.type_id(), number(answer.payload())), (Pong.id(), Some(7)));
+        assert_eq!(inbox.len(), 128, "it is not handed over again");
+    });
     server.stop();
 }
 

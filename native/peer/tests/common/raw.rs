@@ -18,7 +18,7 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::PATIENCE;
+use super::{PATIENCE, frame};
 
 pub const ALPN: &str = "macula-peer/1";
 
@@ -27,12 +27,19 @@ pub const NUMBER: u8 = 0xF1;
 pub const CONTROL: u8 = 0xF2;
 pub const ASK_NODE: u8 = 0xF3;
 pub const FOR_NODE: u8 = 0xF4;
+pub const REQUEST: u8 = 0xF5;
 
 pub fn transport() -> TransportConfig {
     let mut transport = quic::transport(256, 256);
     // Datagrams of the longest packets fit.
     transport.initial_mtu(1452);
     transport
+}
+
+/// A request with an id. `again`: the asker knows that it came before.
+pub fn question(id: u64, again: bool, kind: MessageType, n: u64) -> Vec<u8> {
+    let name = [&u128::from(id).to_be_bytes()[..], &[again.into()]].concat();
+    [raw_frame(REQUEST, &name), frame(kind, n, 8).to_vec()].concat()
 }
 
 /// A connection that shows a key of its own.
