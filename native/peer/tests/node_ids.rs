@@ -216,7 +216,8 @@ fn a_node_without_an_id_serves_any_and_is_not_learnt() {
 fn messages_to_a_node_that_comes_back_with_another_key_end_as_untrusted_until_it_is_forgotten() {
     let (target, inbox, address) = named("target");
     let forwarder = Forwarder::new(address.parse().unwrap(), 0, 0.0, Duration::ZERO);
-    let sender = engine(Config::default());
+    // The swallowed way is tried again each time.
+    let sender = engine(Config { connect_timeout: SECOND, ..Config::default() });
     let events = Arc::new(Inbox::default());
     sender.set_handler(Some(events.clone()));
     let before = at(&[&forwarder.address.to_string()]);
