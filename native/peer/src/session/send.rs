@@ -566,7 +566,7 @@ fn say_number(piece: &mut BytesMut, number: u64, announce: bool, keep: Option<u3
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
     use std::future::poll_fn;
     use std::sync::Arc;
 
