@@ -96,8 +96,8 @@
 %% @doc All settings, or what is wrong with the first that is.
 -spec read() -> {ok, settings()} | {error, reason() | term()}.
 read() ->
-    %% Nothing need be started or loaded. macula's environment is empty until macula is loaded, and this application starts
-    %% before it.
+    %% A first call may come before either application is started or loaded, and neither has an environment until then. Loading
+    %% one that is not there would search all of the code path, which takes milliseconds; this looks it up by name.
     _ = application:load(?APP),
     _ = is_list(code:lib_dir(macula)) andalso application:load(macula),
     Env = maps:without([included_applications], maps:from_list(application:get_all_env(?APP))),

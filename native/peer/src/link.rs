@@ -31,8 +31,8 @@ use crate::tls::Dialect;
 
 /// Callers write themselves while fewer bytes than this, about two packets, are unacknowledged: a lone message leaves at
 /// once. Beyond that the peer's task writes for all of them. The connection's lock is then taken by one thread beside the
-/// driver, which holds it while it encrypts. Callers who take it too spend more time on waking each other than on their
-/// messages: with 64 KiB here, one process sent half as many messages a second.
+/// driver, which holds it while it encrypts. Callers that took it too spent more time on waking each other than on their
+/// messages: with 64 KiB here for `macula-peer/1`, and no limit for `macula`, one process sent half as many a second.
 pub(crate) const DIRECT_WRITES: usize = 2 << 10;
 
 /// Receive halves that wait for an answer to a message sent without waiting, lanes not counted. A 0.14.3 gateway allows

@@ -174,7 +174,7 @@ fn a_node_that_may_not_come_gets_messages_and_sends_none_back_over_the_link() {
 
 /// The address is the relay's.
 #[test]
-fn of_who_comes_over_a_relay_the_key_counts_and_no_network() {
+fn a_node_behind_a_relay_is_checked_by_its_key_and_not_by_its_network() {
     let (_relay, at) = relay(None);
     let (target, inbox) = member("target", &[&at]);
     let sender = engine(Config { hole_punching: HolePunching::Off, ..Config::default() });

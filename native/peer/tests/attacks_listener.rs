@@ -224,7 +224,7 @@ fn sessions_of_one_key_cost_no_other_sender_its_own() {
 
 /// Keys cost nothing. What is known of a request decides whether its answer can still come when its link has died.
 #[test]
-fn requests_of_many_keys_at_one_address_cost_nobody_else_an_answer() {
+fn requests_of_many_keys_at_one_address_cost_no_other_client_an_answer() {
     let (server, inbox, address) = listener(Config { max_known_requests: 64, ..Config::default() });
     tokio_runtime(2).unwrap().block_on(async {
         let ask = async |connection: &Connection, asked: Vec<u8>| {

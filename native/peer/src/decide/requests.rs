@@ -1,10 +1,10 @@
 //! The requests that this node was asked. One that is asked again, because its link died, is not handed over again: its
 //! answer goes to where it was asked last, also if there was one by then.
 //!
-//! A request is kept until the answer has arrived, or for [`KEPT_FOR`]. A key that has its share forgets its own oldest.
-//! When there is no room left for anybody, whoever has most makes room (`decide/weights.rs`): for a request who has most
-//! requests, for an answer who has most bytes of answers. One that is forgotten and asked again fails if the asker knows
-//! that it had arrived.
+//! A request is kept until the answer has arrived, or for [`KEPT_FOR`]. A key that has its share loses its own oldest. When
+//! the table is full, the client with the most makes room (`decide/weights.rs`): for a request the one with the most
+//! requests, for an answer the one with the most bytes of answers. A request that is forgotten and asked again fails if the
+//! asker knows that it had arrived.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -187,7 +187,7 @@ impl<R> Requests<R> {
         }
     }
 
-    /// Nobody will answer a request. Returns who is to know.
+    /// A request will not be answered. Returns where to say so.
     pub(crate) fn unanswered(&mut self, key: Fingerprint, id: RequestId) -> Option<R> {
         let request = self.requests.get_mut(&(key, id))?;
         match std::mem::replace(&mut request.state, State::Over(Ended::Unanswered)) {
@@ -356,7 +356,7 @@ mod tests {
 
     /// Keys cost nothing.
     #[test]
-    fn many_keys_at_one_address_forget_their_own_requests_and_nobody_elses() {
+    fn many_keys_at_one_address_evict_only_their_own_requests() {
         let (mut requests, now) = (Requests::new(1000), Instant::now());
         let honest = |requests: &mut Requests<()>, again| -> Vec<_> {
             let all = (0..20).map(|n| (owner(1 + n % 4, 1 + (n % 4) as u8), id(n.into())));
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn many_keys_at_one_address_have_their_own_answers_forgotten_and_nobody_elses() {
+    fn many_keys_at_one_address_evict_only_their_own_answers() {
         let (mut requests, now) = (Requests::new(MOST), Instant::now());
         let ask = |requests: &mut Requests<()>, owner: Owner, n, len| {
             requests.ask(owner, id(n), false, (), now);
@@ -484,7 +484,7 @@ mod tests {
 
     /// Whatever one address does with any number of keys, others keep their requests and answers.
     #[test]
-    fn nothing_of_who_has_less_is_forgotten_after_any_sequence() {
+    fn no_sequence_evicts_an_entry_of_a_client_that_has_less() {
         let (large, small) = (answer(MAX_BYTES_OF_KEY), answer(10));
         for seed in 0..300 {
             let mut random = fastrand::Rng::with_seed(seed);

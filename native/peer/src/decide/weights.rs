@@ -1,7 +1,7 @@
-//! Who has most of something, and which entry makes room for another.
+//! Which client has the most of something, and which entry is evicted to make room for another.
 //!
-//! Keys are free, so an entry counts for the network that it came from as well as for its key. Room is made by the network
-//! that has most, and of its keys by the one that has most. So what one stranger brings costs nobody anything who has less.
+//! Keys are free, so an entry counts for the network that it came from as well as for its key. The network with the most
+//! makes room, and within it the key with the most. So a client never loses an entry to one that has more.
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
@@ -16,7 +16,7 @@ pub(crate) struct Owner {
     pub(crate) network: Network,
 }
 
-/// How much of something each has, and who has most.
+/// How much of something each holder has, and which one has the most.
 #[derive(Debug)]
 pub(crate) struct Weights<K> {
     /// Only those that have something.
@@ -58,14 +58,14 @@ impl<K: Copy + Eq + Hash + Ord> Weights<K> {
         self.order.iter().map(|(weight, holder)| self.of(holder).min(*weight)).sum()
     }
 
-    /// Who has most; of several that have as much, `rather`.
+    /// The holder with the most. In a tie it is `rather`, if that is one of them.
     fn heaviest(&self, rather: K) -> Option<K> {
         let &(most, heaviest) = self.order.last()?;
         Some(if self.of(&rather) == most { rather } else { heaviest })
     }
 }
 
-/// Entries of each key at each network, in the order in which they make room.
+/// Entries of each key at each network, in the order in which they are evicted.
 #[derive(Debug)]
 pub(crate) struct Queues<T> {
     networks: HashMap<Network, OfNetwork<T>>,
@@ -115,7 +115,7 @@ impl<T: Copy + Ord> Queues<T> {
         }
     }
 
-    /// The entry that makes room: the first one of who has most; of several that have as much, rather of this one's.
+    /// The entry to evict: the first one of the client with the most. In a tie it is `rather`'s, if that is one of them.
     pub(crate) fn first_of_heaviest(&self, rather: Owner) -> Option<(Owner, T)> {
         let network = self.weights.heaviest(rather.network)?;
         let of_network = self.networks.get(&network)?;
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn of_several_that_have_as_much_it_is_who_needs_the_room() {
+    fn in_a_tie_the_client_that_needs_the_room_makes_it() {
         let mut queues = Queues::default();
         for (key, network) in [(1, 1), (2, 1), (1, 2), (2, 2)] {
             queues.insert(owner(key, network), 0, 1);
@@ -182,7 +182,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nobody_has_more_than_who_makes_room(
+        fn no_client_has_more_than_the_one_whose_entry_is_evicted(
             steps in vec((0..4_u8, 0..4_u8, 1..9_usize), 1..80), rather in (0..4_u8, 0..4_u8),
         ) {
             let (mut queues, mut model, rather) = (Queues::default(), BTreeMap::new(), owner(rather.0, rather.1));
