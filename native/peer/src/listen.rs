@@ -4,6 +4,7 @@
 //! time that it may go without growing. Connections, and memory for large frames, are bounded for each key and address.
 
 use std::collections::{HashMap, VecDeque};
+use std::convert::Infallible;
 use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -14,7 +15,7 @@ use bytes::Bytes;
 use macula_peer_wire::{FrameError, HEADER_LEN, Header, MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, timeout};
 
@@ -323,16 +324,44 @@ impl Expected {
     }
 }
 
+/// The listener, and the connections that it has accepted.
+struct Listener {
+    admission: watch::Receiver<Option<Admission>>,
+    connections: JoinSet<()>,
+}
+
+impl Listener {
+    /// Whom the listener admits now. Connections of an earlier listener end first.
+    fn admission(&mut self) -> Option<Admission> {
+        let admission = self.admission.borrow_and_update();
+        if admission.has_changed() {
+            self.connections.abort_all();
+        }
+        admission.clone()
+    }
+
+    /// Ends the connections of a listener with it.
+    async fn keep(&mut self) -> Infallible {
+        loop {
+            tokio::select! {
+                // The sender is the node's.
+                Ok(()) = self.admission.changed() => self.connections.abort_all(),
+                Some(_) = self.connections.join_next() => {}
+            }
+        }
+    }
+}
+
 /// Accepts connections as long as the engine runs. Those of a listener end with it.
 pub(crate) async fn accept(node: Arc<Node>) {
-    let mut listening = node.listening.subscribe();
-    let (mut connections, mut expected) = (JoinSet::new(), JoinSet::new());
+    let mut listener = Listener { admission: node.listening.subscribe(), connections: JoinSet::new() };
+    let mut expected = JoinSet::new();
     let mut stopping = node.stopping();
     loop {
         tokio::select! {
             incoming = node.quic.accept() => match incoming {
                 Some(incoming) => {
-                    let admission = listening.borrow().clone();
+                    let admission = listener.admission();
                     let callers = lock(&node.expected).at(canonical(incoming.remote_address()));
                     match (callers, admission) {
                         (None, None) => incoming.ignore(),
@@ -340,15 +369,13 @@ pub(crate) async fn accept(node: Arc<Node>) {
                         (Some(callers), _) if expected.len() < node.config.max_accepted => {
                             expected.spawn(accept_expected(node.clone(), callers, incoming));
                         }
-                        (_, Some(admission)) => admit(&node, &admission, incoming, &mut connections),
+                        (_, Some(admission)) => admit(&node, &admission, incoming, &mut listener.connections),
                         (_, None) => incoming.ignore(),
                     }
                 }
                 None => return,
             },
-            // The sender is the node's.
-            Ok(()) = listening.changed() => connections.abort_all(),
-            Some(_) = connections.join_next() => {}
+            never = listener.keep() => match never {},
             Some(_) = expected.join_next() => {}
             // Also if it was said before this task first ran.
             _ = stopping.wait_for(|stopping| *stopping) => return,
@@ -1247,9 +1274,39 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::identity::Identity;
+    use crate::tls::{Trust, Verify, circuit_server};
 
     fn keys(expected: &Expected, address: SocketAddr) -> Vec<Fingerprint> {
         expected.at(address).into_iter().flatten().map(|caller| caller.key).collect()
+    }
+
+    /// The task used to notice a new listener only after it had accepted for it, and then ended what it had accepted.
+    #[tokio::test]
+    async fn a_connection_that_comes_while_the_listener_begins_is_kept_and_ends_with_it() {
+        let identity = Identity::generate().unwrap();
+        let tls = circuit_server(&identity, &Trust::new(&Verify::FirstSeen).unwrap()).unwrap();
+        let admission = Admission::new(tls, false, false, &Config::default());
+        let listening = watch::Sender::new(None);
+        let mut listener = Listener { admission: listening.subscribe(), connections: JoinSet::new() };
+        assert!(listener.admission().is_none());
+        for _ in 0..2 {
+            listening.send_replace(Some(admission.clone()));
+            assert!(listener.admission().is_some());
+            let alive = Arc::new(());
+            let held = alive.clone();
+            listener.connections.spawn(async move {
+                pending::<()>().await;
+                drop(held);
+            });
+            assert!(now_or_never(listener.keep()).is_none());
+            tokio::task::yield_now().await;
+            assert_eq!(Arc::strong_count(&alive), 2, "its listener is there");
+            listening.send_replace(None);
+            assert!(listener.admission().is_none());
+            while listener.connections.join_next().await.is_some() {}
+            assert_eq!(Arc::strong_count(&alive), 1);
+        }
     }
 
     #[test]
