@@ -293,6 +293,10 @@ set_handler(Other) ->
 
 -spec replace_handler(handler() | undefined) -> ok | {error, term()}.
 replace_handler(Handler) ->
+    macula_peer_engine:to_the_end(fun() -> put_in_force(Handler) end).
+
+-spec put_in_force(handler() | undefined) -> ok | {error, term()}.
+put_in_force(Handler) ->
     New = macula_peer_handler:start(Handler),
     case macula_peer_engine:running(fun() -> macula_peer_nif:set_handler(New) end) of
         {released, Old, Supervisor} ->

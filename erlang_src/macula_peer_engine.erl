@@ -12,6 +12,7 @@
 -export([running/1]).
 -export([figures/1]).
 -export([contained/1]).
+-export([to_the_end/1]).
 -export([stop/0]).
 -export([retire/0]).
 
@@ -29,7 +30,7 @@ start_link() ->
 -spec ensure_started() -> ok | {error, term()}.
 ensure_started() ->
     case macula_peer_config:read() of
-        {ok, Settings} -> start(Settings);
+        {ok, Settings} -> to_the_end(fun() -> start(Settings) end);
         {error, _} = Error -> Error
     end.
 
@@ -82,16 +83,35 @@ contained(Call) ->
         error:nif_panicked -> {error, {internal, nif_panicked}}
     end.
 
+%% @doc Calls a function that starts or takes over processes, in a process of its own. If the caller is killed the function
+%% still returns, so no process is left that only the caller knew.
+-spec to_the_end(fun(() -> Result)) -> Result.
+to_the_end(Fun) ->
+    {Pid, Monitor} = spawn_monitor(fun() -> exit({?MODULE, outcome(Fun)}) end),
+    receive
+        {'DOWN', Monitor, process, Pid, {?MODULE, {returned, Result}}} -> Result;
+        {'DOWN', Monitor, process, Pid, {?MODULE, {raised, Class, Reason, Stack}}} -> erlang:raise(Class, Reason, Stack);
+        {'DOWN', Monitor, process, Pid, Reason} -> exit(Reason)
+    end.
+
+-spec outcome(fun(() -> Result)) -> {returned, Result} | {raised, error | exit | throw, term(), erlang:stacktrace()}.
+outcome(Fun) ->
+    try
+        {returned, Fun()}
+    catch
+        Class:Reason:Stack -> {raised, Class, Reason, Stack}
+    end.
+
 %% @doc Stops the engine, if it runs; what is on its way has a second to arrive.
 -spec stop() -> ok.
 stop() ->
-    stopped(contained(fun macula_peer_nif:stop/0)).
+    to_the_end(fun() -> stopped(contained(fun macula_peer_nif:stop/0)) end).
 
 %% @doc Stops the engine for an upgrade: no call starts it again before the module macula_peer_nif is loaded again, from the
 %% same library or another one. Meanwhile calls answer `{error, {start_failed, upgrading}}'.
 -spec retire() -> ok.
 retire() ->
-    stopped(contained(fun macula_peer_nif:retire/0)).
+    to_the_end(fun() -> stopped(contained(fun macula_peer_nif:retire/0)) end).
 
 -spec stopped(macula_peer_nif:released() | not_started | {error, term()}) -> ok.
 stopped(Stopped) ->

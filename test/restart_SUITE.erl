@@ -17,7 +17,8 @@ all() ->
     [calls_work_without_the_application, the_application_starts_and_stops_the_engine,
      the_application_stops_and_starts_under_its_callers, a_stop_answers_every_call_that_waits,
      a_start_that_fails_fails_for_every_caller, the_engine_outlives_the_application_that_called_first,
-     functions_that_look_start_no_engine, handlers_that_are_set_at_once_replace_one_another,
+     killed_callers_leave_no_process_behind, functions_that_look_start_no_engine,
+     handlers_that_are_set_at_once_replace_one_another,
      a_missing_library_is_an_error_of_every_function, a_library_of_another_version_is_refused,
      calls_go_on_after_the_module_is_loaded_again, calls_go_on_after_the_module_was_deleted_and_purged].
 
@@ -192,6 +193,25 @@ the_engine_outlives_the_application_that_called_first(_Config) ->
     [Finisher] = macula_peer_test:finishers(),
     ?assertEqual([], [Pid || Pid <- [Handler, Finisher], {group_leader, Leader} =:= process_info(Pid, group_leader)]),
     true = exit(Leader, kill).
+
+%% Whichever step of a start, of a stop or of setting a handler the caller has come to.
+killed_callers_leave_no_process_behind(_Config) ->
+    Function = {erlang, is_tuple, []},
+    ok = application:set_env(?APP, handler, Function),
+    ok = macula_peer_endpoint:stop(),
+    Calls = [fun macula_peer_endpoint:start/0, fun() -> macula_peer_endpoint:set_handler(Function) end,
+             fun macula_peer_endpoint:start/0, fun macula_peer_endpoint:stop/0],
+    [begin
+        Callers = [spawn(Call) || _ <- lists:seq(1, 5), Call <- Calls],
+        timer:sleep(Round rem 8),
+        [exit(Caller, kill) || Caller <- Callers],
+        ok = macula_peer_endpoint:stop()
+     end || Round <- lists:seq(1, 40)],
+    %% A call whose caller was killed may still start the engine.
+    until(fun() ->
+        ok = macula_peer_endpoint:stop(),
+        macula_peer_test:handlers() =:= [] andalso macula_peer_test:finishers() =:= []
+    end).
 
 functions_that_look_start_no_engine(_Config) ->
     ok = macula_peer_endpoint:stop(),
