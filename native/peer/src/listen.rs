@@ -34,7 +34,7 @@ use crate::frame_memory::Reserved;
 use crate::hello;
 use crate::identity::Fingerprint;
 use crate::link::{Link, Write, is_acknowledged, lock, now_or_never, write_now};
-use crate::message::{Asking, Inbound, Path, ReplyTo, ReplyToken, Route};
+use crate::message::{AnswerQueue, Asking, Inbound, Path, ReplyTo, ReplyToken, Route};
 use crate::node::Node;
 use crate::peer::{MAX_ANSWERING, Peer, deadline};
 use crate::places::{Arrived, OVER_LIMIT, Place};
@@ -767,7 +767,7 @@ impl Stream {
     /// Reads the stream to its end, and writes the answers to what it carried. `heavy`: its first frame, if that is much
     /// work.
     async fn serve(mut self, mut send: Option<SendStream>, mut heavy: Option<RawFrame>) {
-        let (replies, mut replied) = mpsc::unbounded_channel();
+        let (replies, mut replied) = AnswerQueue::new(self.node.unread.clone(), self.accepted.client());
         // The end of this channel that lives here: gone when no further token is to be made.
         let mut replies = send.is_some().then_some(replies);
         let (node, sender) = (self.node.clone(), self.accepted.sender());
@@ -819,7 +819,7 @@ impl Stream {
                 reply = replied.recv(), if send.is_some() => {
                     // None: every token is used or dropped, and no message comes any more.
                     let written = match (reply, &mut send) {
-                        (Some(frame), Some(send)) => transfer::write(send, frame).await,
+                        (Some((frame, _held)), Some(send)) => transfer::write(send, frame).await,
                         _ => false,
                     };
                     if !written {
@@ -837,6 +837,7 @@ impl Stream {
             if send.is_none() {
                 replies = None;
                 replied.close();
+                while replied.try_recv().is_ok() {}
             }
         }
     }

@@ -13,6 +13,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use crate::decide::requests::{RequestId, Requests};
+use crate::decide::shares::Client;
 use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
 use crate::gateway::Asker;
@@ -23,6 +24,7 @@ use crate::node::Node;
 use crate::race::Failures;
 use crate::relay::control::{Limit, Refusal};
 use crate::session::Answers;
+use crate::shares::{Held, Unread};
 use crate::tls::Dialect;
 
 /// A message to be sent: one encoded frame.
@@ -229,21 +231,41 @@ pub(crate) enum ReplyTo {
 #[derive(Debug, Clone)]
 pub(crate) enum Route {
     /// Of a stream that may carry more messages.
-    Stream(mpsc::UnboundedSender<Bytes>),
+    Stream(AnswerQueue),
     /// Of a connection, which keeps the sending halves of streams that carried their one message. `None`: there will be no
     /// answer.
     Connection(u64, mpsc::UnboundedSender<(u64, Option<Bytes>)>),
 }
 
 impl Route {
-    /// Sends the answer. `None`: there will be none. False if the stream's task has ended.
+    /// Sends the answer. `None`: there will be none. False if the stream's task has ended, or the asker reads no answers.
     pub(crate) fn send(self, frame: Option<Bytes>) -> bool {
         match (self, frame) {
-            (Self::Stream(task), Some(frame)) => task.send(frame).is_ok(),
+            (Self::Stream(queue), Some(frame)) => queue.push(frame),
             // It waits for those who could answer.
             (Self::Stream(_), None) => true,
             (Self::Connection(stream, task), frame) => task.send((stream, frame)).is_ok(),
         }
+    }
+}
+
+/// The answers that a stream's task has yet to write. The asker's share of the memory bounds them.
+#[derive(Debug, Clone)]
+pub(crate) struct AnswerQueue {
+    task: mpsc::UnboundedSender<(Bytes, Held)>,
+    unread: Unread,
+    asker: Client,
+}
+
+impl AnswerQueue {
+    pub(crate) fn new(unread: Unread, asker: Client) -> (Self, mpsc::UnboundedReceiver<(Bytes, Held)>) {
+        let (task, queued) = mpsc::unbounded_channel();
+        (Self { task, unread, asker }, queued)
+    }
+
+    fn push(&self, frame: Bytes) -> bool {
+        let held = self.unread.queue(self.asker, frame.len());
+        held.is_some_and(|held| self.task.send((frame, held)).is_ok())
     }
 }
 

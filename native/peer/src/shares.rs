@@ -29,8 +29,8 @@ impl Shares {
     }
 }
 
-/// Answers in sessions that their askers have not made room for yet: who reads nothing has a share of the memory.
-#[derive(Debug)]
+/// Answers that their askers have not made room for yet: an asker that reads nothing has a share of the memory.
+#[derive(Debug, Clone)]
 pub(crate) struct Unread {
     shares: Shares,
     per_key: usize,
@@ -43,8 +43,11 @@ impl Unread {
     /// What one key has at the least.
     const LEAST: usize = 64 << 20;
 
-    /// What an answer counts as at the least: of the shortest ones 256 wait for one key.
+    /// What an answer with a task of its own counts as at the least: of the shortest ones 256 wait for one key.
     const COST: usize = 256 << 10;
+
+    /// What an answer in a queue counts as at the least.
+    const COST_QUEUED: usize = 1 << 10;
 
     pub(crate) fn new(longest: usize) -> Self {
         let per_key = longest.max(Self::LEAST);
@@ -54,7 +57,16 @@ impl Unread {
 
     /// Room for so many bytes, as long as it is held. `None`: the asker, or all together, have too many.
     pub(crate) fn begin(&self, asker: Client, bytes: usize) -> Option<Held> {
-        self.shares.take(asker, bytes.clamp(Self::COST, self.per_key)).ok()
+        self.hold(asker, bytes.max(Self::COST))
+    }
+
+    /// The same for an answer that waits in a queue, behind others.
+    pub(crate) fn queue(&self, asker: Client, bytes: usize) -> Option<Held> {
+        self.hold(asker, bytes.max(Self::COST_QUEUED))
+    }
+
+    fn hold(&self, asker: Client, bytes: usize) -> Option<Held> {
+        self.shares.take(asker, bytes.min(self.per_key)).ok()
     }
 }
 

@@ -264,12 +264,16 @@ fn who_reads_no_answers_is_not_heard_without_end() {
 }
 
 /// Answers each ping with a little less than a megabyte.
-struct Long;
+#[derive(Default)]
+struct Long {
+    refused: AtomicUsize,
+}
 
 impl Handler for Long {
     fn message(&self, message: Inbound) -> Result<(), Unhandled> {
         if let Some(token) = message.reply {
-            let _ = token.reply(frame(Pong, 1, (1 << 20) - 64));
+            let refused = token.reply(frame(Pong, 1, (1 << 20) - 64)).is_err();
+            self.refused.fetch_add(refused.into(), Ordering::Relaxed);
         }
         Ok(())
     }
@@ -285,7 +289,7 @@ fn long_answers_that_are_not_read_take_the_share_of_their_asker() {
     const ASKED: usize = 100;
     const KEPT: usize = 64;
     let server = engine(Config::default());
-    server.set_handler(Some(Arc::new(Long)));
+    server.set_handler(Some(Arc::new(Long::default())));
     let address = format!("127.0.0.1:{}", server.listen(Listen::default()).unwrap().port());
     tokio_runtime(2).unwrap().block_on(async {
         // Each on a stream of its own.
@@ -323,6 +327,45 @@ fn long_answers_that_are_not_read_take_the_share_of_their_asker() {
         assert_eq!(answers, KEPT);
         assert_eq!(dropped.load(Ordering::Relaxed), ASKED - KEPT, "the others still wait");
     });
+    server.stop();
+}
+
+/// A stream that carries several messages has a queue of answers. Each of them used to be as long as its count allowed.
+#[test]
+fn long_answers_in_the_queues_of_streams_take_the_share_of_their_asker() {
+    const STREAMS: usize = 10;
+    const EACH: usize = 10;
+    const KEPT: usize = 64;
+    let (server, long) = (engine(Config::default()), Arc::new(Long::default()));
+    server.set_handler(Some(long.clone()));
+    let address = format!("127.0.0.1:{}", server.listen(Listen::default()).unwrap().port());
+    let refused = || long.refused.load(Ordering::Relaxed);
+    tokio_runtime(2).unwrap().block_on(async {
+        let mut transport = raw::transport();
+        transport.stream_receive_window(0u32.into());
+        let key = quic::key().unwrap();
+        let connection = dial_with(&address, &key, transport).await;
+        let mut streams = Vec::new();
+        for n in 0..STREAMS as u64 {
+            let mut stream = Stream::open(&connection).await;
+            // Only a message that is not whole at once is read by a task of its stream.
+            let asked = frame(Ping, n, 0).repeat(EACH);
+            stream.say(&asked[..10]).await;
+            stream.say(&asked[10..]).await;
+            streams.push(stream);
+        }
+        eventually("what is beyond its share is refused", || refused() >= STREAMS * EACH - KEPT).await;
+        drop(streams);
+        connection.close(0u8.into(), b"");
+        // What is dropped is given back.
+        let connection = dial_with(&address, &key, raw::transport()).await;
+        let mut stream = Stream::open(&connection).await;
+        stream.say(frame(Ping, 0, 0).repeat(EACH)).await;
+        for _ in 0..EACH {
+            stream.frame().await.expect("answered");
+        }
+    });
+    assert_eq!(refused(), STREAMS * EACH - KEPT);
     server.stop();
 }
 
