@@ -28,7 +28,7 @@ use crate::names::Resolver;
 use crate::places::OVER_LIMIT;
 use crate::ports::Ports;
 use crate::relay::client::relay_transport;
-use crate::socket::{ExtraGuard, Refusals, Refused, Socket, Why};
+use crate::socket::{Current, ExtraGuard, Refusals, Refused, Why};
 use crate::tls::Dialect;
 
 /// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.
@@ -64,7 +64,7 @@ const SECOND_DIAL: Duration = Duration::from_secs(1);
 /// What a dial needs of its surroundings.
 pub(crate) struct Dialer {
     pub(crate) quic: quinn::Endpoint,
-    pub(crate) socket: Arc<Socket>,
+    pub(crate) socket: Current,
     pub(crate) refusals: Refusals,
     pub(crate) ports: Arc<Ports>,
     pub(crate) second_dials: Arc<SecondDials>,
@@ -143,9 +143,9 @@ impl Dialer {
             }
             None => self.resolver.resolve(endpoint.host(), port).await.map_err(|_| ConnectError::Unresolved)?,
         };
-        let is_known = !found.is_empty();
+        let (socket, is_known) = (self.socket.get(), !found.is_empty());
         let (v6, v4): (Vec<_>, Vec<_>) =
-            found.into_iter().filter_map(|a| self.socket.reachable(a)).partition(|a| is_v6(a.ip()));
+            found.into_iter().filter_map(|a| socket.reachable(a)).partition(|a| is_v6(a.ip()));
         let mut addresses = Vec::with_capacity(v6.len() + v4.len());
         let (mut v6, mut v4) = (v6.into_iter(), v4.into_iter());
         loop {
@@ -164,7 +164,7 @@ impl Dialer {
 
     /// A link on a path that was found.
     pub(crate) async fn dial_punched(mut self, address: SocketAddr) -> Result<Link, ConnectError> {
-        let address = self.socket.reachable(address).ok_or(ConnectError::OtherFamily)?;
+        let address = self.socket.get().reachable(address).ok_or(ConnectError::OtherFamily)?;
         self.initial_round_trip = Some(KNOWN_WAY);
         let mut link = self.connect(address, NO_NAME, &mut || ()).await?;
         link.path = Path::HolePunch;
@@ -174,7 +174,7 @@ impl Dialer {
     async fn attempt(self: Arc<Self>, address: SocketAddr, name: String) -> Result<Link, ConnectError> {
         let mut backoff = Backoff::new(REFUSED_FIRST_PAUSE, REFUSED_LONGEST_PAUSE);
         let give_up = Instant::now() + self.config.connect_timeout;
-        let mut dial = self.ports.dial(&self.socket, address, self.config.connect_timeout);
+        let mut dial = self.ports.dial(&self.socket.get(), address, self.config.connect_timeout);
         let another = dial.another();
         loop {
             let mut heard = || dial.heard();
@@ -260,7 +260,7 @@ impl Dialer {
             .stream_receive_window(STREAM_WINDOW.into())
             .datagram_receive_buffer_size(None)
             .congestion_controller_factory(Arc::new(Witnessed {
-                _proof: self.socket.prove(address),
+                _proof: self.socket.get().prove(address),
                 witness,
                 initial_window,
             }));
@@ -280,7 +280,7 @@ impl Dialer {
 /// Waits for a handshake, which either side may have begun, and continues it without ECN where that may be the
 /// obstacle. quinn itself stops marking when the first acknowledgement tells it that no mark has arrived.
 pub(crate) async fn handshake(
-    socket: &Socket,
+    socket: &Current,
     remote: SocketAddr,
     connecting: impl Future<Output = Result<Connection, ConnectionError>>,
 ) -> Result<Connection, ConnectionError> {
@@ -289,10 +289,10 @@ pub(crate) async fn handshake(
         return done;
     }
     tracing::debug!(%remote, "not answered yet: going on without ECN");
-    socket.try_unmarked(remote);
+    socket.get().try_unmarked(remote);
     let done = connecting.await;
     if done.is_ok() {
-        socket.stay_unmarked(remote);
+        socket.get().stay_unmarked(remote);
     }
     done
 }
@@ -435,6 +435,19 @@ impl Observer for Witnessing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::socket::{Socket, refusals, signals};
+
+    #[tokio::test]
+    async fn a_handshake_keeps_no_socket_that_was_replaced() {
+        let bind = || Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0, Arc::default());
+        let (first, second) = (bind().unwrap(), bind().unwrap());
+        let (old, remote, current) = (Arc::downgrade(&first), second.local(), Current::new(first));
+        let mut waiting = pin!(handshake(&current, remote, std::future::pending()));
+        // It has changed what the first one sends by then.
+        assert!(timeout(2 * ECN_PATIENCE, &mut waiting).await.is_err());
+        current.set(second);
+        assert!(old.upgrade().is_none());
+    }
 
     #[tokio::test]
     async fn a_second_dial_ends_with_its_owner_or_by_itself() {

@@ -403,11 +403,11 @@ async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming, p
 /// Accepts with these settings, although it may have come while another listener was there. Where its other end is, too.
 async fn accept_with(node: &Node, admission: &Admission, incoming: Incoming) -> Option<(Connection, Arc<Remote>)> {
     let address = incoming.remote_address();
-    let (socket, remote) = (node.socket(), Remote::following(address));
+    let (socket, remote) = (node.current_socket(), Remote::following(address));
     let connecting = incoming.accept_with(admission.following(node, &remote)).ok()?;
     let connected = timeout(HANDSHAKE_TIMEOUT, handshake(&socket, address, connecting)).await.ok()?;
     let connection = connected.inspect_err(|error| tracing::debug!(%error, "not accepted")).ok()?;
-    remote.is_connected(socket.addresses());
+    remote.is_connected(socket.get().addresses());
     Some((connection, remote))
 }
 

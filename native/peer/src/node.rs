@@ -53,7 +53,7 @@ use crate::runtime::BatchingRuntime;
 use crate::session::Sessions;
 use crate::shares::Unread;
 use crate::signal::{Kind, Unverified};
-use crate::socket::{self, Received, Refusals, Signals, Socket, Via};
+use crate::socket::{self, Current, Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
 use crate::succession;
 use crate::tls::{Dialect, Verify};
@@ -184,7 +184,7 @@ struct ServingRelay {
 }
 
 struct BoundSocket {
-    socket: Arc<Socket>,
+    socket: Current,
     errors: AbortHandle,
 }
 
@@ -237,7 +237,7 @@ impl Node {
             decoding: Decoding::new(backlog.clone()),
             backlog,
             fallback: RwLock::default(),
-            socket: Mutex::new(BoundSocket { socket, errors }),
+            socket: Mutex::new(BoundSocket { socket: Current::new(socket), errors }),
             loopback: Mutex::default(),
             moves: watch::Sender::new(()),
             signals,
@@ -338,7 +338,7 @@ impl Node {
             // Whoever may bind a port of this host could as well read this process's memory.
             dialer.tls = self.gateway_tls.clone();
             let loopback = endpoint.ip().unwrap_or(Ipv4Addr::LOCALHOST.into());
-            if dialer.socket.reachable((loopback, endpoint.port()).into()).is_none() {
+            if dialer.socket.get().reachable((loopback, endpoint.port()).into()).is_none() {
                 (dialer.quic, dialer.socket) = self.loopback(loopback)?;
             }
         }
@@ -644,7 +644,7 @@ impl Node {
             to_relay: false,
             initial_round_trip: None,
             quic: self.quic.clone(),
-            socket: self.socket(),
+            socket: self.current_socket(),
             refusals: self.refusals.clone(),
             ports: self.ports.clone(),
             second_dials: self.second_dials.clone(),
@@ -655,7 +655,7 @@ impl Node {
     }
 
     /// QUIC on a socket at this address of the host, for a gateway that the main socket cannot reach.
-    fn loopback(&self, ip: IpAddr) -> Result<(quinn::Endpoint, Arc<Socket>), ConnectError> {
+    fn loopback(&self, ip: IpAddr) -> Result<(quinn::Endpoint, Current), ConnectError> {
         let mut loopback = lock(&self.loopback);
         if let Some((quic, bound)) = &*loopback {
             return Ok((quic.clone(), bound.socket.clone()));
@@ -678,12 +678,18 @@ impl Node {
             ConnectError::OtherFamily
         })?;
         let errors = self.spawn(socket.clone().watch_errors());
+        let socket = Current::new(socket);
         *loopback = Some((quic.clone(), BoundSocket { socket: socket.clone(), errors }));
         Ok((quic, socket))
     }
 
     /// The one socket.
     pub(crate) fn socket(&self) -> Arc<Socket> {
+        self.current_socket().get()
+    }
+
+    /// The same for whoever may hold it for long.
+    pub(crate) fn current_socket(&self) -> Current {
         lock(&self.socket).socket.clone()
     }
 
@@ -726,8 +732,10 @@ impl Node {
         let socket = Socket::bind(ip, port, reserved, refusals, signals, addresses)?;
         self.quic.rebind_abstract(socket.clone())?;
         let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
-        let old = std::mem::replace(&mut *lock(&self.socket), BoundSocket { socket, errors });
-        old.errors.abort();
+        let mut bound = lock(&self.socket);
+        bound.socket.set(socket);
+        std::mem::replace(&mut bound.errors, errors).abort();
+        drop(bound);
         self.ports.clear();
         self.moves.send_replace(());
         self.nat.look();
@@ -1112,6 +1120,7 @@ mod tests {
     use std::thread::{self, ThreadId};
 
     use super::*;
+    use crate::endpoint::EndpointRef;
     use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
     use crate::{Engine, Listen};
 
@@ -1155,14 +1164,22 @@ mod tests {
         engine.stop();
     }
 
+    /// Also while handshakes wait for an answer, which takes longer than the test if none comes.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_socket_that_fails_is_replaced_at_its_port() {
-        let engine = Engine::start(Config::default()).unwrap();
+        let config = Config { connect_timeout: 10 * PATIENCE, ..Config::default() };
+        let engine = Engine::start(config).unwrap();
         let port = engine.listen(Listen::default()).unwrap().port();
         let to = ([127, 0, 0, 1], port).into();
         let (dialler, config) = (endpoint(None), client_config(transport()));
         let before = dialler.connect_with(config.clone(), to, "node").unwrap().await.unwrap();
         let node = engine.node().clone();
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let endpoint = EndpointRef::parse(&silent.local_addr().unwrap().to_string()).unwrap().to_owned();
+        let dial = node.dialer().dial(endpoint, Instant::now() + 10 * PATIENCE);
+        let dialling = node.spawn(async move { drop(dial.await) });
+        silent.set_read_timeout(Some(PATIENCE)).unwrap();
+        silent.recv(&mut [0; 2048]).unwrap();
         node.socket().break_it();
         let old = Arc::downgrade(&node.socket());
         let until = Instant::now() + PATIENCE;
@@ -1173,7 +1190,8 @@ mod tests {
             }
             assert!(Instant::now() < until, "{:?}", node.socket());
         };
-        assert!(old.upgrade().is_none());
+        assert!(old.upgrade().is_none() && !dialling.is_finished());
+        dialling.abort();
         assert_eq!(engine.local_address().unwrap().port(), port);
         assert_eq!(before.close_reason(), None);
         drop((node, before, connected));

@@ -13,7 +13,7 @@ use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -292,6 +292,26 @@ impl Socket {
             // No receiver means that nobody dials.
             let _ = self.refusals.send(Refused { destination, why: Why::NoRoute });
         }
+    }
+}
+
+/// The socket that is in use, which is another one after a move. Whoever waits for something holds this: a socket that
+/// was replaced keeps its port bound as long as somebody holds it.
+#[derive(Clone)]
+pub(crate) struct Current(Arc<Mutex<Arc<Socket>>>);
+
+impl Current {
+    pub(crate) fn new(socket: Arc<Socket>) -> Self {
+        Self(Arc::new(Mutex::new(socket)))
+    }
+
+    pub(crate) fn get(&self) -> Arc<Socket> {
+        lock(&self.0).clone()
+    }
+
+    pub(crate) fn set(&self, socket: Arc<Socket>) {
+        // The old one is dropped when this is unlocked.
+        let _old = std::mem::replace(&mut *lock(&self.0), socket);
     }
 }
 
