@@ -434,6 +434,8 @@ impl Observer for Witnessing {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
     use crate::socket::{Socket, refusals, signals};
 
