@@ -1,0 +1,15 @@
+%% A hook of Common Test: each suite begins without an engine, and without settings that the one before it has left.
+-module(macula_peer_suites).
+
+-export([init/2, pre_init_per_suite/3]).
+
+-define(APP, macula_peer_connector).
+
+init(_Id, _Opts) ->
+    {ok, no_state}.
+
+pre_init_per_suite(_Suite, Config, State) ->
+    _ = application:stop(?APP),
+    ok = macula_peer_endpoint:stop(),
+    [ok = application:unset_env(?APP, Key) || {Key, _} <- application:get_all_env(?APP)],
+    {Config, State}.
