@@ -9,8 +9,8 @@
 
 -import(macula_peer_test, [call/4, until/1, await/2, ids/1]).
 
-%% What scheduling may add on a busy machine, in milliseconds.
--define(LATE, 150).
+%% What a deadline may be late by on a busy machine, in milliseconds. A dial that is not answered takes longer.
+-define(LATE, 2000).
 
 suite() -> [{timetrap, {seconds, 60}}].
 
@@ -81,14 +81,13 @@ a_forwarder_takes_its_time_in_both_directions(Config) ->
     Forwarder = macula_peer_forwarder:start(Middle, macula_peer_net:endpoint(Server, 4000), #{delay => 25}),
     Socket = macula_peer_net:socket(Client, 0),
     To = address(macula_peer_forwarder:endpoint(Forwarder)),
-    {First, _} = round_trip(Socket, To, Echo),
-    {Second, From} = round_trip(Socket, To, Echo),
-    ct:pal("round trips: ~p and ~p us", [First, Second]),
-    [?assert(Us >= 50000 andalso Us < 50000 + ?LATE * 1000) || Us <- [First, Second]],
+    {Delayed, From} = fastest(Socket, To, Echo),
+    ct:pal("round trip: ~p us", [Delayed]),
+    ?assert(Delayed >= 50000 andalso Delayed < 100000),
     %% The server sees the forwarder.
     ?assertEqual(macula_peer_net:address(Middle), element(1, From)),
     ok = macula_peer_forwarder:delay(Forwarder, 0),
-    {Undelayed, _} = round_trip(Socket, To, Echo),
+    {Undelayed, _} = fastest(Socket, To, Echo),
     ?assert(Undelayed < 50000),
     ok = macula_peer_forwarder:swallow(Forwarder),
     ok = gen_udp:send(Socket, To, <<"swallowed">>),
@@ -100,6 +99,10 @@ a_forwarder_takes_its_time_in_both_directions(Config) ->
     until(fun() -> maps:get(lost, macula_peer_forwarder:stats(Forwarder)) =:= 1 end),
     ok = macula_peer_forwarder:stop(Forwarder),
     ?assertEqual({error, timeout}, gen_udp:recv(Echo, 0, 0)).
+
+%% On a busy machine some take longer.
+fastest(Socket, To, Echo) ->
+    lists:min([round_trip(Socket, To, Echo) || _ <- lists:seq(1, 10)]).
 
 round_trip(Socket, To, Echo) ->
     Sent = erlang:monotonic_time(microsecond),

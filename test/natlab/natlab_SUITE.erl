@@ -9,9 +9,6 @@
 
 -import(macula_peer_test, [call/4]).
 
-%% What scheduling may add on a busy machine to a way there and back over two cables, in milliseconds.
--define(LATE, 150).
-
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
@@ -143,15 +140,14 @@ a_packet_takes_its_time_over_every_cable(Config) ->
     Delayed = [round_trip(Lab, From, To) || {From, To} <- Ways],
     ct:pal("microseconds there and back: ~p, then ~p", [Undelayed, Delayed]),
     ?assert(lists:max(Undelayed) < 40000),
-    [?assert(Us >= 80000 andalso Us < 80000 + ?LATE * 1000) || Us <- Delayed].
+    [?assert(Us >= 80000 andalso Us < 120000) || Us <- Delayed].
 
-%% The second: for the first one the hosts look for each other.
+%% The fastest: for the first one the hosts look for each other, and on a busy machine others take longer too.
 round_trip(Lab, From, To) ->
     [Here, There] = Sockets = [socket(Lab, Where, From) || Where <- [From, To]],
-    _ = there_and_back(Here, There),
-    {Us, ok} = timer:tc(fun() -> there_and_back(Here, There) end),
+    Times = [element(1, timer:tc(fun() -> there_and_back(Here, There) end)) || _ <- lists:seq(1, 10)],
     lists:foreach(fun gen_udp:close/1, Sockets),
-    Us.
+    lists:min(Times).
 
 there_and_back(Here, There) ->
     {ok, Address} = inet:sockname(There),
