@@ -400,7 +400,10 @@ fn source(load: Load) -> Result<(), Error> {
         "framed-sync" => framed_sync(&load, &connection, runtime.handle()),
         other => Err(format!("no such shape: {other}").into()),
     }?;
-    load.report(start.elapsed(), calls)
+    load.report(start.elapsed(), calls)?;
+    // It ends without a goodbye: whoever is told that a connection is closed drops what has arrived and was not read.
+    std::mem::forget(connection);
+    Ok(())
 }
 
 async fn a_stream_each(connection: Connection, frame: Bytes, share: usize) -> Result<Vec<u64>, Error> {
