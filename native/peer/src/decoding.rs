@@ -2,15 +2,13 @@
 //!
 //! What is little work is done where it arrives, and never waits for this.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use macula_peer_wire::count_terms;
-use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 
 use crate::backlog::{Backlog, Sender};
-use crate::decide::turns::Turns;
-use crate::link::lock;
+use crate::turns::{Queue, Turn};
 
 /// A payload of more terms is much work: it takes about a millisecond, in which a thread moves no packets. So is one of
 /// more bytes.
@@ -26,32 +24,19 @@ pub(crate) fn is_heavy(payload: &[u8]) -> bool {
 /// The one place for such work.
 #[derive(Debug)]
 pub(crate) struct Decoding {
-    turns: Mutex<Turns<Sender, oneshot::Sender<Turn>>>,
+    turns: Arc<Queue<Sender>>,
     backlog: Arc<Backlog>,
 }
 
-/// The permission to work, until it is dropped.
-#[derive(Debug)]
-pub(crate) struct Turn(Option<Arc<Decoding>>);
-
 impl Decoding {
     pub(crate) fn new(backlog: Arc<Backlog>) -> Arc<Self> {
-        Arc::new(Self { turns: Mutex::default(), backlog })
+        Arc::new(Self { turns: Queue::new(1), backlog })
     }
 
     /// Waits for a turn. Whoever waits reads nothing more meanwhile from where the frame came, so those who wait are as
     /// many as there are streams and callers.
-    pub(crate) async fn turn(self: &Arc<Self>, sender: Sender) -> Option<Turn> {
-        let told = {
-            let mut turns = lock(&self.turns);
-            if turns.begin() {
-                return Some(Turn(Some(self.clone())));
-            }
-            let (tell, told) = oneshot::channel();
-            turns.wait(sender, tell);
-            told
-        };
-        told.await.ok()
+    pub(crate) async fn turn(&self, sender: Sender) -> Option<Turn<Sender>> {
+        self.turns.turn(sender).await
     }
 
     /// Does a sender's work when it has a turn. It goes on also if nobody waits for it any more. `None`: the engine is
@@ -67,19 +52,6 @@ impl Decoding {
         self.backlog.light().await;
         drop(turn);
         Some(done)
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let Some(decoding) = self.0.take() else { return };
-        while let Some(next) = { lock(&decoding.turns).end() } {
-            match next.send(Self(Some(decoding.clone()))) {
-                Ok(()) => return,
-                // It does not wait any more. Dropped like this, it does not ask who is next.
-                Err(mut unwanted) => drop(unwanted.0.take()),
-            }
-        }
     }
 }
 

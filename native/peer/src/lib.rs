@@ -50,6 +50,7 @@ mod stats;
 mod succession;
 mod tls;
 mod transfer;
+mod turns;
 mod x509;
 
 pub use admission::{AdmissionAnswer, AdmissionCallback, AdmissionQuestion, AdmissionStats, Admit, NotAdmitted};

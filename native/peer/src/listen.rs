@@ -16,7 +16,7 @@ use macula_peer_wire::{FrameError, HEADER_LEN, Header, MessageType, RawFrame, Re
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::addresses::Remote;
@@ -46,6 +46,7 @@ use crate::socket::{ExtraGuard, canonical};
 use crate::stats::{AcceptedStats, Counter, LinkStats};
 use crate::tls::Dialect;
 use crate::transfer;
+use crate::turns::QUANTUM;
 
 /// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -87,8 +88,8 @@ const READ_AT_FIRST: usize = 32 << 10;
 /// More than a sender of this library listens on: some of them must be given up.
 const MANY_ANSWERABLE: usize = 128;
 
-/// Streams begun in one turn of a connection's loop.
-const ACCEPT_BATCH: usize = 64;
+/// Streams begun in one turn of a connection's loop. What they are for may be the work of tasks, which no turn bounds.
+const ACCEPT_BATCH: usize = 16;
 
 /// Streams that a new connection may open before it is known what it speaks and needs them for. quinn keeps memory for
 /// each, and a registration at a relay needs no more.
@@ -124,6 +125,10 @@ const MAX_EXPECTED_PER_KEY: usize = 32;
 /// The round trip of a way on which packets have just gone, as long as it is not measured: most are shorter. quinn's 333 ms
 /// are for ways of which nothing is known, and make a handshake's lost packet cost a second.
 pub(crate) const KNOWN_WAY: Duration = Duration::from_millis(100);
+
+/// How often others go first before a handshake begins. A message and its answer take about as many tasks, one after the
+/// other, and no more than one or two handshakes are to begin meanwhile.
+const STEPS: usize = 8;
 
 /// One accepted connection.
 pub(crate) struct Accepted {
@@ -357,10 +362,16 @@ pub(crate) async fn accept(node: Arc<Node>) {
     let mut listener = Listener { admission: node.listening.subscribe(), connections: JoinSet::new() };
     let mut expected = JoinSet::new();
     let mut stopping = node.stopping();
+    let mut spent = Duration::ZERO;
     loop {
+        if spent >= QUANTUM {
+            spent = Duration::ZERO;
+            yield_now().await;
+        }
         tokio::select! {
             incoming = node.quic.accept() => match incoming {
                 Some(incoming) => {
+                    let begun = Instant::now();
                     let admission = listener.admission();
                     let callers = lock(&node.expected).at(canonical(incoming.remote_address()));
                     match (callers, admission) {
@@ -372,6 +383,7 @@ pub(crate) async fn accept(node: Arc<Node>) {
                         (_, Some(admission)) => admit(&node, &admission, incoming, &mut listener.connections),
                         (_, None) => incoming.ignore(),
                     }
+                    spent += begun.elapsed();
                 }
                 None => return,
             },
@@ -404,7 +416,11 @@ async fn accept_one(node: Arc<Node>, admission: Admission, incoming: Incoming, p
 async fn accept_with(node: &Node, admission: &Admission, incoming: Incoming) -> Option<(Connection, Arc<Remote>)> {
     let address = incoming.remote_address();
     let (socket, remote) = (node.current_socket(), Remote::following(address));
+    // The keys are made here, which takes as long as some twenty messages, and no packet comes in meanwhile.
+    let turn =
+        timeout(HANDSHAKE_TIMEOUT, node.handshakes.late_turn(canonical(address).ip().into(), STEPS)).await.ok()?;
     let connecting = incoming.accept_with(admission.following(node, &remote)).ok()?;
+    drop(turn);
     let connected = timeout(HANDSHAKE_TIMEOUT, handshake(&socket, address, connecting)).await.ok()?;
     let connection = connected.inspect_err(|error| tracing::debug!(%error, "not accepted")).ok()?;
     remote.is_connected(socket.get().addresses());
@@ -480,6 +496,7 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
         next: 0,
         replies,
     };
+    let mut behind = false;
     loop {
         let expiry = serving.answerable.front().map(|oldest| oldest.until);
         let crowded = node.is_crowded(sender);
@@ -506,14 +523,8 @@ async fn serve_streams(node: Arc<Node>, accepted: Arc<Accepted>) {
             // From now on more than an answer may be sent there, whether anybody asks where it is or not.
             () = serving.accepted.remote.changed() => { serving.accepted.remote(); }
         }
-        // What has come meanwhile costs no turn of the loop each.
-        for _ in 0..ACCEPT_BATCH {
-            if node.is_crowded(sender) || serving.accepted.has_many_waiting() {
-                break;
-            }
-            let Some(Ok((send, receive))) = now_or_never(connection.accept_bi()) else { break };
-            serving.begin(Some(send), receive);
-        }
+        let _turn = if behind { node.busy.late_turn(sender, 1).await } else { None };
+        behind = serving.begin_some(&connection);
     }
 }
 
@@ -539,6 +550,22 @@ struct Answerable {
 }
 
 impl Serving {
+    /// What has come meanwhile costs no turn of the loop each. Returns whether there may be more.
+    fn begin_some(&mut self, connection: &Connection) -> bool {
+        let (begun, sender) = (Instant::now(), self.accepted.sender());
+        for _ in 0..ACCEPT_BATCH {
+            if self.node.is_crowded(sender) || self.accepted.has_many_waiting() {
+                return false;
+            }
+            let Some(Ok((send, receive))) = now_or_never(connection.accept_bi()) else { return false };
+            self.begin(Some(send), receive);
+            if begun.elapsed() >= QUANTUM {
+                break;
+            }
+        }
+        true
+    }
+
     /// Reads a new stream as far as it goes without waiting: a whole message needs no task of its own.
     fn begin(&mut self, send: Option<SendStream>, receive: RecvStream) {
         self.release_stopped();
@@ -772,12 +799,24 @@ impl Stream {
         let mut replies = send.is_some().then_some(replies);
         let (node, sender) = (self.node.clone(), self.accepted.sender());
         let mut answer_until = None;
+        let mut spent = Duration::ZERO;
         loop {
+            let mut turn = None;
+            if spent >= QUANTUM && heavy.is_none() {
+                spent = Duration::ZERO;
+                turn = node.busy.late_turn(sender, 1).await;
+            }
             let crowding = |waits: bool| waits && replied.len() >= MAX_WAITING_ANSWERS;
             let delivered = match heavy.take() {
                 Some(frame) => self.deliver_heavy(frame, replies.clone().map(Route::Stream)).await,
-                None => self.deliver(|| replies.clone().map(Route::Stream), || crowding(replies.is_some())),
+                None => {
+                    let begun = Instant::now();
+                    let delivered = self.deliver(|| replies.clone().map(Route::Stream), || crowding(replies.is_some()));
+                    spent += begun.elapsed();
+                    delivered
+                }
             };
+            drop(turn);
             let paused = matches!(delivered, Delivered::Some);
             match delivered {
                 Delivered::All | Delivered::Some => {}

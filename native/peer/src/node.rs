@@ -23,6 +23,7 @@ use crate::decide::access::Access;
 use crate::decide::admission::Kick;
 use crate::decide::reports::Reports;
 use crate::decide::requests::Requests;
+use crate::decide::shares;
 use crate::decide::trust::{self, Answer, Facts, Mismatch, Verdict};
 use crate::decoding::Decoding;
 use crate::dial::{Dialer, SecondDials, not_connected};
@@ -57,6 +58,7 @@ use crate::socket::{self, Current, Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
 use crate::succession;
 use crate::tls::{Dialect, Verify};
+use crate::turns::Queue;
 
 /// How long events wait for the first handler: the one of the settings is set once the engine has started.
 const EARLY: Duration = Duration::from_secs(1);
@@ -113,6 +115,10 @@ pub(crate) struct Node {
     gateway: Option<Arc<Gateway>>,
     pub(crate) backlog: Arc<Backlog>,
     pub(crate) decoding: Arc<Decoding>,
+    /// For handshakes to begin.
+    pub(crate) handshakes: Arc<Queue<shares::Network>>,
+    /// For those who have used up their time.
+    pub(crate) busy: Arc<Queue<Sender>>,
     fallback: RwLock<Option<Arc<dyn Fallback>>>,
     socket: Mutex<BoundSocket>,
     /// For the local gateway, where the main socket is bound to an address that cannot reach it.
@@ -206,6 +212,7 @@ impl Node {
         let backlog = Arc::<Backlog>::default();
         let gateway = config.gateway.as_ref().map(|gateway| Arc::new(Gateway::new(gateway, &config)));
         let unread = Unread::new(config.limits.max_frame);
+        let busy = Queue::new(config.workers.max(1));
         Arc::new(Self {
             identity,
             quic,
@@ -235,6 +242,8 @@ impl Node {
             gateway_tls: Arc::new(gateway_tls),
             gateway,
             decoding: Decoding::new(backlog.clone()),
+            handshakes: Queue::new(1),
+            busy,
             backlog,
             fallback: RwLock::default(),
             socket: Mutex::new(BoundSocket { socket: Current::new(socket), errors }),

@@ -1,4 +1,4 @@
-//! Whose turn it is where one works at a time.
+//! Whose turn it is where only so many work at a time.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -7,22 +7,24 @@ use std::hash::Hash;
 /// to do holds up the others by one piece of work each.
 #[derive(Debug)]
 pub(crate) struct Turns<S, W> {
-    busy: bool,
+    /// Who may work at a time.
+    most: usize,
+    working: usize,
     /// Senders that wait, in the order of their turns.
     senders: VecDeque<S>,
     waiting: HashMap<S, VecDeque<W>>,
 }
 
-impl<S, W> Default for Turns<S, W> {
-    fn default() -> Self {
-        Self { busy: false, senders: VecDeque::new(), waiting: HashMap::new() }
-    }
-}
-
 impl<S: Copy + Eq + Hash, W> Turns<S, W> {
-    /// Begins at once, if nobody works.
+    pub(crate) fn new(most: usize) -> Self {
+        Self { most, working: 0, senders: VecDeque::new(), waiting: HashMap::new() }
+    }
+
+    /// Begins at once, if fewer work than may.
     pub(crate) fn begin(&mut self) -> bool {
-        !std::mem::replace(&mut self.busy, true)
+        let begins = self.working < self.most;
+        self.working += usize::from(begins);
+        begins
     }
 
     /// Waits for a turn.
@@ -37,7 +39,9 @@ impl<S: Copy + Eq + Hash, W> Turns<S, W> {
     /// A turn is over. Returns who is next.
     pub(crate) fn end(&mut self) -> Option<W> {
         let next = self.next();
-        self.busy = next.is_some();
+        if next.is_none() {
+            self.working = self.working.saturating_sub(1);
+        }
         next
     }
 
@@ -61,7 +65,7 @@ mod tests {
 
     #[test]
     fn one_works_at_a_time_and_senders_take_turns() {
-        let mut turns = Turns::default();
+        let mut turns = Turns::new(1);
         assert!(turns.begin());
         assert!(!turns.begin());
         for waiter in ["a1", "a2", "a3", "b1", "c1", "c2"] {
@@ -75,10 +79,21 @@ mod tests {
     }
 
     #[test]
+    fn as_many_work_at_a_time_as_may() {
+        let mut turns = Turns::new(2);
+        assert!(turns.begin() && turns.begin() && !turns.begin());
+        turns.wait(1, "a");
+        assert_eq!((turns.end(), turns.begin()), (Some("a"), false), "its place is taken over");
+        assert_eq!((turns.end(), turns.begin(), turns.begin()), (None, true, false));
+        assert_eq!((turns.end(), turns.end()), (None, None));
+        assert!(turns.begin() && turns.begin() && !turns.begin());
+    }
+
+    #[test]
     fn whoever_comes_waits_for_one_turn_of_each_other_sender() {
         for seed in 0..200 {
             let mut random = fastrand::Rng::with_seed(seed);
-            let (mut turns, mut due) = (Turns::default(), Vec::new());
+            let (mut turns, mut due) = (Turns::new(1), Vec::new());
             assert!(turns.begin());
             for n in 0..300 {
                 if random.bool() {

@@ -1,5 +1,6 @@
 //! The receiver's half of a session.
 
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -26,6 +27,7 @@ use crate::message::{Event, ReplyTo, ReplyToken};
 use crate::node::Node;
 use crate::stats::Counter;
 use crate::transfer;
+use crate::turns::QUANTUM;
 
 /// How often a sender that waits for room here is told that this node lives: less than half of the time after which it
 /// would doubt that.
@@ -33,6 +35,10 @@ const STILL_HERE: Duration = Duration::from_millis(200);
 
 /// Frames handed over before the stream's task lets others run and says how far it is.
 const BATCH: usize = 128;
+
+/// The clock is looked at after so many, or after one with so many bytes for each of them.
+const TIMED: usize = 8;
+const TIMED_BYTES: usize = 256;
 
 /// Connections of a session that answers may go over. Of more, which only a sender on a path that keeps breaking has, the
 /// last ones count.
@@ -146,6 +152,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     if !node.serves(target) {
         return hello::refuse(&mut stream.receive, &mut send);
     }
+    let busy = node.busy.late_turn(sender, 1).await;
     let (open, known) = match node.sessions.open(&node, (key, id), &stream, run) {
         Ok((open, Opened { known, restarted, .. })) => {
             if restarted {
@@ -163,6 +170,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
             return;
         }
     };
+    drop(busy);
     let (begun_before, mut said) = open.session.begin(channel);
     // Its other channel may have made the session, which says nothing of what the run before this one had of this one.
     let known = known && (begun_before || run != NO_RUN);
@@ -172,7 +180,12 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     }
     let mut number = None;
     let mut words = BytesMut::new();
+    let mut spent = Duration::ZERO;
     loop {
+        let behind = spent >= QUANTUM;
+        if behind {
+            spent = Duration::ZERO;
+        }
         let mut ready = pin!(async {
             node.room(sender).await;
             open.session.turn(channel).await
@@ -185,11 +198,16 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                 return;
             }
         };
+        // Waited for by itself: whoever has it must go on, and a word may take long to be written.
+        let busy = if behind { node.busy.late_turn(sender, 1).await } else { None };
         // Its id may be another one by now, and this one another node's.
         if !node.serves(target) {
             return hello::refuse(&mut stream.receive, &mut send);
         }
+        let begun = Instant::now();
         let batch = read_batch(&mut stream, &open, channel, &mut number, &mut words);
+        spent += begun.elapsed();
+        drop(busy);
         let next = if let Batch::Heavy(heavy, _) = &batch { Some(*heavy) } else { number };
         let expected = open.session.expected(channel, next);
         if expected != said {
@@ -202,13 +220,19 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         match batch {
             // The sender learns which one it was: the one that is expected next.
             Batch::Refused(why) => return stream.refuse(why),
-            Batch::Full => {
-                drop(turn);
-                tokio::task::yield_now().await;
-            }
+            Batch::Full => drop(turn),
             Batch::Last => {
                 drop(turn);
-                if !stream.more().await {
+                let mut more = pin!(stream.more());
+                let more = poll_fn(|cx| {
+                    let polled = more.as_mut().poll(cx);
+                    if polled.is_pending() {
+                        // Others go on meanwhile.
+                        spent = Duration::ZERO;
+                    }
+                    polled
+                });
+                if !more.await {
                     break;
                 }
             }
@@ -254,7 +278,14 @@ fn read_batch(
     number: &mut Option<u64>,
     words: &mut BytesMut,
 ) -> Batch {
+    let (begun, mut untimed) = (Instant::now(), 0);
     for _ in 0..BATCH {
+        if untimed >= TIMED {
+            untimed = 0;
+            if begun.elapsed() >= QUANTUM {
+                break;
+            }
+        }
         if open.node.is_crowded(Sender::Key(open.key.0)) {
             break;
         }
@@ -263,6 +294,7 @@ fn read_batch(
             Ok(None) => return Batch::Last,
             Err(error) => return Batch::Refused(Rejection::from(&error)),
         };
+        untimed += 1 + frame.payload().len() / TIMED_BYTES;
         if frame.type_id() == NUMBER {
             let Some((said, keep)) = parse_number(frame.payload()) else {
                 return Batch::Refused(Rejection::Malformed);
