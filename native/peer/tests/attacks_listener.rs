@@ -76,6 +76,12 @@ impl Honest {
 
     /// Every message has arrived once and in order. Returns how long 99 of 100 requests took at the most.
     fn finish(self, server: &Server) -> Duration {
+        let times = self.times(server);
+        times[times.len() * 99 / 100]
+    }
+
+    /// The same. Returns how long each request took, the shortest first.
+    fn times(self, server: &Server) -> Vec<Duration> {
         self.stop.store(true, Ordering::Relaxed);
         let (client, sent, mut times) = self.thread.join().unwrap();
         until("all arrive", || server.numbers.lock().unwrap().len() >= sent as usize);
@@ -83,7 +89,7 @@ impl Honest {
         client.stop();
         server.numbers.lock().unwrap().clear();
         times.sort_unstable();
-        times[times.len() * 99 / 100]
+        times
     }
 }
 
@@ -168,6 +174,81 @@ fn one_key_has_only_so_many_open_sessions_and_costs_others_no_time() {
     report("open sessions", before, meanwhile);
     assert!(meanwhile < Duration::from_millis(250), "{meanwhile:?}");
     engine.stop();
+}
+
+/// Sends messages in a session each over so many connections, as many as are taken.
+async fn flood_messages(address: String, connections: u64) {
+    let key = quic::key().unwrap();
+    let messages = raw::map(Publish, &[("text", raw::bin("a flood"))]).repeat(1000);
+    let mut floods = JoinSet::new();
+    for id in 0..connections {
+        let (connection, messages) = (dial(&address, &key).await, messages.clone());
+        floods.spawn(async move {
+            let (mut stream, ..) = session(&connection, id).await;
+            stream.say(numbered(0)).await;
+            // It ends with the server.
+            while stream.send.write_all(&messages).await.is_ok() {}
+        });
+    }
+    floods.join_all().await;
+}
+
+/// Opens sessions in so many connections and resets them, without end.
+async fn flood_sessions(address: String, connections: u64) {
+    let key = quic::key().unwrap();
+    let mut floods = JoinSet::new();
+    for n in 0..connections {
+        let connection = dial(&address, &key).await;
+        // Few streams are allowed before a message has come.
+        Stream::open(&connection).await.ask(frame(Ping, 0, 8)).await;
+        floods.spawn(async move {
+            for round in 0.. {
+                let from = (n << 40) + 1000 * round;
+                open_and_reset(&connection, from..from + 1000).await;
+            }
+        });
+    }
+    floods.join_all().await;
+}
+
+/// How long half of the requests take at the most, quiet and beside a flood. Of three times the one in which the flood cost
+/// least: what else the machine does may cost more.
+fn beside<F>(flood: impl Fn(String) -> F) -> (Duration, Duration)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let attackers = attackers();
+    let rounds = (0..3).map(|_| {
+        let (engine, server, address) = server(Config::default());
+        let half = |times: Vec<Duration>| times[times.len() / 2];
+        let honest = Honest::start(&address);
+        std::thread::sleep(Duration::from_millis(500));
+        let quiet = half(honest.times(&server));
+        let flooding = attackers.spawn(flood(address.clone()));
+        std::thread::sleep(Duration::from_millis(200));
+        let honest = Honest::start(&address);
+        std::thread::sleep(Duration::from_secs(1));
+        let flooded = half(honest.times(&server));
+        assert!(!flooding.is_finished());
+        flooding.abort();
+        engine.stop();
+        eprintln!("half of the requests within {quiet:?} before, {flooded:?} meanwhile");
+        (quiet, flooded)
+    });
+    rounds.min_by_key(|(_, flooded)| *flooded).unwrap()
+}
+
+/// Those with much to do used to have it done all at once.
+#[test]
+fn one_key_that_sends_without_end_costs_others_little_time() {
+    let (quiet, flooded) = beside(|address| flood_messages(address, 8));
+    assert!(flooded < 8 * quiet + Duration::from_millis(3), "{quiet:?}, {flooded:?}");
+}
+
+#[test]
+fn one_key_that_opens_sessions_without_end_costs_others_little_time() {
+    let (quiet, flooded) = beside(|address| flood_sessions(address, 8));
+    assert!(flooded < 4 * quiet + Duration::from_millis(2), "{quiet:?}, {flooded:?}");
 }
 
 /// Of a session that is no longer known everything that is owed arrives again.
