@@ -52,7 +52,7 @@ can_build() {
 # In a read-only directory, as in an image, the earlier build is used.
 is_current() {
   [ -f "$installed" ] && [ -z "$(find Cargo.toml Cargo.lock native/nif native/peer/Cargo.toml native/peer/src \
-    native/wire/Cargo.toml native/wire/src -type f -newer "$installed")" ]
+    native/core/Cargo.toml native/core/src native/wire/Cargo.toml native/wire/src -type f -newer "$installed")" ]
 }
 
 # Leaves the path of the library in $built.

@@ -247,7 +247,7 @@ version() ->
 build(Version) ->
     Dir = filename:join(root(), "_build/upgrade"),
     [] = shell(["rm -rf ", Dir, "/native && mkdir -p ", Dir, "/native && cd ", root(), " && cp -p Cargo.toml Cargo.lock ", Dir, " && cp -Rp native/nif ",
-                "native/nif.sh native/peer native/wire native/testkit ", Dir, "/native"]),
+                "native/nif.sh native/peer native/core native/wire native/testkit ", Dir, "/native"]),
     substitute(filename:join(Dir, "Cargo.toml"), ["^version = \"(", version(), ")\""], Version),
     substitute(filename:join(Dir, "Cargo.lock"), ["name = \"macula-peer[^\"]*\"\nversion = \"(", version(), ")\""], Version),
     Target = filename:join(Dir, "target"),

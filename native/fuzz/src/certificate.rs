@@ -2,12 +2,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use macula_peer_core::x509;
 use rustls::pki_types::CertificateDer;
 use rustls::server::ParsedCertificate;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/x509.rs"]
-mod x509;
 
 fuzz_target!(|bytes: &[u8]| {
     let certificate = CertificateDer::from(bytes);

@@ -6,12 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/relay/packet.rs"]
-mod packet;
-
-use packet::{Fit, Joiner, SplitBy, Splitter, parse};
+use macula_peer_core::proto::packet::{Fit, Joiner, SplitBy, Splitter, parse};
 
 fuzz_target!(|input: &[u8]| {
     let (now, mut joiner) = (Instant::now(), Joiner::default());

@@ -3,48 +3,8 @@
 
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
+use macula_peer_core::proto::control::{FromNode, FromRelay};
 use macula_peer_wire::{Limits, RawFrame, Reassembler, VERSION};
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/relay/control.rs"]
-mod control;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/decide/nat.rs"]
-mod nat;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/decide/punch.rs"]
-mod punch;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/signal.rs"]
-mod signal;
-
-/// Where the engine has them.
-mod decide {
-    pub(crate) use crate::{nat, punch};
-}
-
-/// Without what makes keys and certificates.
-mod identity {
-    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-    pub(crate) struct Fingerprint([u8; 32]);
-
-    impl From<[u8; 32]> for Fingerprint {
-        fn from(hash: [u8; 32]) -> Self {
-            Self(hash)
-        }
-    }
-
-    impl Fingerprint {
-        pub(crate) fn as_bytes(&self) -> &[u8; 32] {
-            &self.0
-        }
-    }
-}
-
-use control::{FromNode, FromRelay};
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((&type_id, payload)) = bytes.split_first() else { return };

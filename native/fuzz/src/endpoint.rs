@@ -2,31 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/endpoint.rs"]
-mod endpoint;
-
-/// Names, without what else a message has.
-mod message {
-    use crate::endpoint::Endpoint;
-
-    #[derive(Clone, PartialEq)]
-    pub(crate) struct NodeId(Vec<u8>);
-
-    impl NodeId {
-        pub(crate) fn as_bytes(&self) -> &[u8] {
-            &self.0
-        }
-    }
-
-    pub(crate) enum PeerName {
-        Endpoint(Endpoint),
-        Node(NodeId),
-    }
-}
-
-use endpoint::EndpointRef;
+use macula_peer_core::types::EndpointRef;
 
 fuzz_target!(|text: &str| {
     let Ok(read) = EndpointRef::parse(text) else { return };

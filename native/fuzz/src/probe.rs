@@ -2,20 +2,19 @@
 #![no_main]
 
 use std::net::SocketAddr;
+use std::time::SystemTime;
 
 use libfuzzer_sys::fuzz_target;
+use macula_peer_core::proto::answers;
 use macula_peer_wire::{Limits, MessageType, value};
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/answers.rs"]
-mod answers;
 
 fuzz_target!(|payload: &[u8]| {
     let limits = Limits { max_terms: 64, max_depth: 8, ..Limits::default() };
+    let now = SystemTime::UNIX_EPOCH;
     let from = SocketAddr::from(([192, 0, 2, 1], 7));
     let answers = [
-        (answers::pong(payload, limits), MessageType::Pong),
-        (answers::nat_probe_reply(payload, from, limits), MessageType::NatProbeReply),
+        (answers::pong(payload, now, limits), MessageType::Pong),
+        (answers::nat_probe_reply(payload, from, now, limits), MessageType::NatProbeReply),
     ];
     for (answer, kind) in answers {
         let Some(frame) = answer else { continue };

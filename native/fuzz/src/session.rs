@@ -6,34 +6,9 @@ use std::time::Instant;
 
 use bytes::BytesMut;
 use libfuzzer_sys::fuzz_target;
+use macula_peer_core::proto::session::{Opening, Word, Words, parse_number, put_number};
+use macula_peer_core::session::Outgoing;
 use macula_peer_wire::HEADER_LEN;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/session/format.rs"]
-mod format;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/decide/session.rs"]
-mod session;
-
-/// Where the engine has it, without the table.
-mod decide {
-    pub(crate) mod session_table {
-        pub(crate) type SessionId = [u8; 16];
-    }
-}
-
-/// Without what else a message has.
-mod message {
-    pub(crate) struct NodeId;
-
-    impl NodeId {
-        pub(crate) const MAX_LEN: usize = 255;
-    }
-}
-
-use format::{Opening, Word, Words, parse_number, put_number};
-use session::Outgoing;
 
 fuzz_target!(|input: &[u8]| {
     if let Some(opening) = Opening::parse(input) {
@@ -81,7 +56,7 @@ fn read<const N: usize>(pieces: [&[u8]; N]) -> Vec<Word> {
     let mut all = Vec::new();
     for piece in pieces {
         words.push(piece);
-        all.extend(std::iter::from_fn(|| words.next()));
+        all.extend(std::iter::from_fn(|| words.next_word()));
     }
     all
 }

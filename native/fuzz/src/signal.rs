@@ -3,26 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/decide/nat.rs"]
-mod nat;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/decide/punch.rs"]
-mod punch;
-
-#[allow(dead_code, unreachable_pub)]
-#[path = "../../peer/src/signal.rs"]
-mod signal;
-
-/// Where the engine has them.
-mod decide {
-    pub(crate) use crate::punch;
-}
-
+use macula_peer_core::proto::signal::{Key, SECRET_LEN, Secret, Unverified};
 use ring::hmac;
-use signal::{Key, SECRET_LEN, Secret, Unverified};
 
 fuzz_target!(|bytes: &[u8]| {
     let secret = Secret::from([7; SECRET_LEN]);

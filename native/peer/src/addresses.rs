@@ -12,13 +12,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
+use macula_peer_core::targets::Targets;
+use macula_peer_core::unproven::Unproven;
 use quinn::Connection;
 use quinn::congestion::{Controller, ControllerFactory};
 use tokio::sync::Notify;
 
 use crate::congestion::{Observer, observed};
-use crate::decide::targets::Targets;
-use crate::decide::unproven::Unproven;
 use crate::link::lock;
 use crate::socket::canonical;
 

@@ -9,18 +9,17 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::access::{Access, Rules};
+use macula_peer_core::admission::{Answers, Kick, Kicked, Subject};
+use macula_peer_core::shares::{Client, Limits};
+use macula_peer_core::types::{Fingerprint, NodeId, Path};
 use quinn::Connection;
 use thiserror::Error;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::addresses::Remote;
-use crate::decide::access::{Access, Rules};
-use crate::decide::admission::{Answers, Kick, Kicked, Subject};
-use crate::decide::shares::{Client, Limits};
-use crate::identity::Fingerprint;
 use crate::link::lock;
-use crate::message::{NodeId, Path};
 use crate::shares::{Held, Shares};
 use crate::stats::Counter;
 

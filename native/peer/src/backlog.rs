@@ -5,10 +5,10 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use macula_peer_core::types::Fingerprint;
 use tokio::sync::Notify;
 
 use crate::decoding::MANY_TERMS;
-use crate::identity::Fingerprint;
 use crate::link::lock;
 use crate::message::Inbound;
 

@@ -1,17 +1,15 @@
 //! What an engine can be told, with the defaults and their reasons.
 
-use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use macula_peer_core::access::Access;
+use macula_peer_core::places::PlaceLimits;
+use macula_peer_core::types::{Endpoint, NodeId, Secret};
 use macula_peer_wire::Limits;
 
-use crate::decide::access::Access;
-use crate::decide::places::PlaceLimits;
-use crate::endpoint::Endpoint;
 use crate::frame_memory;
-use crate::message::NodeId;
 use crate::tls::Verify;
 
 /// The settings of an [`Engine`](crate::Engine). Every field has a default; `Config::default()` is what macula 0.14.3
@@ -152,28 +150,6 @@ pub enum HolePunching {
     Plain,
     /// Not at all.
     Off,
-}
-
-/// Bytes that are not to be seen in logs.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(Vec<u8>);
-
-impl Secret {
-    /// Keeps `bytes`.
-    pub fn new(bytes: Vec<u8>) -> Self {
-        Self(bytes)
-    }
-
-    /// The bytes.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(..)")
-    }
 }
 
 impl Config {

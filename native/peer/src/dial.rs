@@ -6,6 +6,9 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::retry::Backoff;
+use macula_peer_core::types::{Dialect, Endpoint, Path};
+use macula_peer_core::witness::Witness;
 use quinn::congestion::{Controller, ControllerFactory};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, ConnectError as Refusal, Connection, ConnectionError, TransportConfig, TransportErrorCode};
@@ -17,19 +20,15 @@ use crate::addresses::Proof;
 use crate::admission::{DENIED, UNDECIDED};
 use crate::config::Config;
 use crate::congestion::{Observer, observed};
-use crate::decide::retry::Backoff;
-use crate::decide::witness::Witness;
-use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
 use crate::link::{Link, lock};
 use crate::listen::{DIALLED_WINDOW, KNOWN_WAY, STREAM_WINDOW};
-use crate::message::Path;
 use crate::names::Resolver;
 use crate::places::OVER_LIMIT;
 use crate::ports::Ports;
 use crate::relay::client::relay_transport;
 use crate::socket::{Current, ExtraGuard, Refusals, Refused, Why};
-use crate::tls::Dialect;
+use crate::tls::dialect_of;
 
 /// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
@@ -237,7 +236,7 @@ impl Dialer {
                 Why::NoRoute => ConnectError::NoRoute,
             }),
         };
-        let dialect = Dialect::of(&connection).ok_or(ConnectError::NoProtocol)?;
+        let dialect = dialect_of(&connection).ok_or(ConnectError::NoProtocol)?;
         let Config { limits, answer_timeout, .. } = *self.config;
         let link = Link::new(connection, dialect, Path::Direct, witness, limits, answer_timeout);
         if dialect == Dialect::MaculaPeer1 {

@@ -3,11 +3,11 @@
 use std::io;
 use std::path::PathBuf;
 
+use macula_peer_core::proto::control::Refusal;
 use macula_peer_wire::FrameError;
 use thiserror::Error;
 
 use crate::private::NotPrivate;
-use crate::relay::control::Refusal;
 
 /// Why no link to a peer could be made.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

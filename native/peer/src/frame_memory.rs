@@ -5,10 +5,10 @@
 use std::cmp::max;
 use std::sync::{Arc, Mutex};
 
+use macula_peer_core::shares::{Client, Counts, Limits};
 use tokio::sync::Notify;
 
 use crate::config::Config;
-use crate::decide::shares::{Client, Counts, Limits};
 use crate::link::lock;
 use crate::stats::Counter;
 

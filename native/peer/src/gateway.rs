@@ -6,21 +6,21 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use macula_peer_core::handover::{self, Presence};
+use macula_peer_core::proto::answers;
+use macula_peer_core::types::{Endpoint, PeerName};
 use macula_peer_wire::{MessageType, PayloadError, RawFrame, check_payload};
 use tokio::sync::Notify;
 
-use crate::answers;
 use crate::call::Call;
 use crate::config::{Config, HandOver, LocalGateway};
-use crate::decide::handover::{self, Presence};
 use crate::decoding::is_heavy;
-use crate::endpoint::Endpoint;
 use crate::error::{Rejection, SendError};
 use crate::link::{LARGE_FRAME, Link, lock};
-use crate::message::{Inbound, Letter, Message, NotTaken, PeerName, ReplyToken, Unhandled};
+use crate::message::{Inbound, Letter, Message, NotTaken, ReplyToken, Unhandled};
 use crate::node::Node;
 use crate::peer::Peer;
 use crate::stats::{Counter, GatewayStats};
@@ -325,8 +325,8 @@ fn answer(node: &Node, inbound: &Inbound) -> Result<(), Rejection> {
             tracing::debug!("a nat_probe came through a relay");
             return Ok(());
         }
-        MessageType::NatProbe => answers::nat_probe_reply(&inbound.payload, inbound.from, limits),
-        _ => answers::pong(&inbound.payload, limits),
+        MessageType::NatProbe => answers::nat_probe_reply(&inbound.payload, inbound.from, SystemTime::now(), limits),
+        _ => answers::pong(&inbound.payload, SystemTime::now(), limits),
     };
     match frame {
         // Who asked may be gone.

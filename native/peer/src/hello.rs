@@ -1,15 +1,14 @@
 //! Whether the node at the other end of a connection has a node id, or had another key before (docs/protocol.md).
 
 use bytes::{Bytes, BytesMut};
+use macula_peer_core::trust::Answer;
+use macula_peer_core::types::{Fingerprint, NodeId};
 use macula_peer_wire::HEADER_LEN;
 use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 
-use crate::decide::trust::Answer;
 use crate::dial::not_connected;
 use crate::error::ConnectError;
-use crate::identity::Fingerprint;
 use crate::listen::WRONG_NODE;
-use crate::message::NodeId;
 use crate::session::{ASK_NODE, FOR_NODE, put_header};
 use crate::succession;
 

@@ -4,25 +4,24 @@ use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use macula_peer_core::types::{Dialect, Fingerprint};
+use macula_peer_core::x509;
 use quinn::{Connection, EndpointConfig};
 use quinn_proto::HashedConnectionIdGenerator;
 use rcgen::{CertificateParams, KeyPair};
-use ring::{digest, hmac};
+use ring::hmac;
 use rustls::crypto::ring::default_provider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{SigningKey, SingleCertAndKey};
-use thiserror::Error;
 
 use crate::error::{IdentityError, PemError};
 use crate::link::lock;
 use crate::succession;
-use crate::tls::Dialect;
-use crate::{pem, private, x509};
+use crate::{pem, private};
 
 /// The name in a certificate that we sign ourselves; macula's own have it too. Nothing checks it.
 const OWN_NAME: &str = "macula";
@@ -38,78 +37,23 @@ const PLACING_PAUSE: Duration = Duration::from_millis(10);
 /// RFC 8446, section 7.5: keying material that only the two ends of one connection have.
 const REALM_EXPORTER: &[u8] = b"EXPORTER-macula-peer-realm";
 
-/// What a node is known by: the SHA-256 of its public key's SubjectPublicKeyInfo in DER.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Fingerprint([u8; 32]);
+/// The key that the other side of a connection has shown, and holds. `None`: it has shown none.
+pub fn shown_key(connection: &Connection) -> Option<Fingerprint> {
+    let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    certified_key(chain.first()?)
+}
 
-/// A text is not 64 hexadecimal digits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("not 64 hexadecimal digits")]
-pub struct NotAFingerprint;
-
-impl Fingerprint {
-    /// The 32 bytes.
-    pub fn as_bytes(&self) -> &[u8; 32] {
-        &self.0
-    }
-
-    /// Of the key that the other side of a connection has shown, and holds. `None`: it has shown none.
-    pub fn of_connection(connection: &Connection) -> Option<Self> {
-        let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
-        Self::of_certificate(chain.first()?)
-    }
-
-    /// Of the sender of what comes over a connection. Only `macula-peer/1` binds messages to keys.
-    pub(crate) fn of_sender(connection: &Connection, dialect: Dialect) -> Option<Self> {
-        match dialect {
-            Dialect::MaculaPeer1 => Self::of_connection(connection),
-            Dialect::Macula => None,
-        }
-    }
-
-    pub(crate) fn of_certificate(certificate: &CertificateDer<'_>) -> Option<Self> {
-        Some(Self::of_public_key(&x509::public_key(certificate)?))
-    }
-
-    pub(crate) fn of_public_key(public_key_info: &[u8]) -> Self {
-        let mut fingerprint = [0; 32];
-        fingerprint.copy_from_slice(digest::digest(&digest::SHA256, public_key_info).as_ref());
-        Self(fingerprint)
+/// The key of the sender of what comes over a connection. Only `macula-peer/1` binds messages to keys.
+pub(crate) fn sender_key(connection: &Connection, dialect: Dialect) -> Option<Fingerprint> {
+    match dialect {
+        Dialect::MaculaPeer1 => shown_key(connection),
+        Dialect::Macula => None,
     }
 }
 
-impl From<[u8; 32]> for Fingerprint {
-    fn from(bytes: [u8; 32]) -> Self {
-        Self(bytes)
-    }
-}
-
-impl FromStr for Fingerprint {
-    type Err = NotAFingerprint;
-
-    fn from_str(text: &str) -> Result<Self, NotAFingerprint> {
-        // `from_str_radix` would take a sign.
-        if text.len() != 64 || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-            return Err(NotAFingerprint);
-        }
-        let mut fingerprint = [0; 32];
-        for (byte, at) in fingerprint.iter_mut().zip((0..).step_by(2)) {
-            *byte = u8::from_str_radix(&text[at..at + 2], 16).map_err(|_| NotAFingerprint)?;
-        }
-        Ok(Self(fingerprint))
-    }
-}
-
-impl fmt::Display for Fingerprint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for Fingerprint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
+/// The key that a certificate is for. `None`: it cannot be read.
+pub(crate) fn certified_key(certificate: &CertificateDer<'_>) -> Option<Fingerprint> {
+    Some(Fingerprint::of_public_key(&x509::public_key(certificate)?))
 }
 
 /// A node's key with the certificate chain that shows it.
@@ -226,7 +170,7 @@ impl Identity {
         if chain.is_empty() {
             chain.push(self_signed(&key)?);
         }
-        let fingerprint = Fingerprint::of_certificate(&chain[0]);
+        let fingerprint = certified_key(&chain[0]);
         let shown = pem::certified(chain, key)?;
         // Certified, it has a key.
         let fingerprint = fingerprint.ok_or(PemError::OtherKey)?;

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use crate::decide::known_keys::{self as format, Contents, Unreadable};
-use crate::decide::trust::{Changes, TofuStore};
+use macula_peer_core::known_keys::{self as format, Contents, Unreadable};
+use macula_peer_core::trust::{Changes, TofuStore};
+use macula_peer_core::types::{Fingerprint, NodeId};
+
 use crate::error::KnownKeysError;
-use crate::identity::Fingerprint;
 use crate::link::lock;
-use crate::message::NodeId;
 use crate::private;
 
 /// Beyond twice what it was when it was last written whole, and this, the file is written whole again.

@@ -7,16 +7,13 @@
 
 mod addresses;
 mod admission;
-mod answers;
 mod backlog;
 mod call;
 mod config;
 mod congestion;
-mod decide;
 mod decoding;
 mod descriptors;
 mod dial;
-mod endpoint;
 mod engine;
 mod error;
 mod frame_memory;
@@ -44,37 +41,36 @@ mod request;
 mod runtime;
 mod session;
 mod shares;
-mod signal;
 mod socket;
 mod stats;
 mod succession;
 mod tls;
 mod transfer;
 mod turns;
-mod x509;
 
 pub use admission::{AdmissionAnswer, AdmissionCallback, AdmissionQuestion, AdmissionStats, Admit, NotAdmitted};
 pub use backlog::{Backlog, Sender, Ticket};
-pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Secret, Shares};
-pub use decide::access::{Access, AccessList, Network, NotANetwork};
-pub use decide::admission::Kick;
-pub use decide::nat::{Allocation, Filtering, Mapping, NatProfile};
-pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
+pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Shares};
 pub use engine::{Engine, Listen};
 pub use error::{
     ConnectError, IdentityError, KnownKeysError, ListenError, PemError, Rejection, ReplyError, RequestError,
     RouteError, SendError, StartError, TlsError, UndeliveredReason,
 };
-pub use identity::{Fingerprint, Identity, NotAFingerprint};
-pub use message::{
-    Event, Fallback, Handler, Inbound, Message, NodeId, NotTaken, Path, PeerName, Registration, ReplyToken, Unhandled,
+pub use identity::{Identity, shown_key};
+pub use macula_peer_core::access::{Access, AccessList, Network, NotANetwork};
+pub use macula_peer_core::admission::Kick;
+pub use macula_peer_core::nat::{Allocation, Filtering, Mapping, NatProfile};
+pub use macula_peer_core::proto::control::{Limit, Refusal};
+pub use macula_peer_core::types::{
+    Dialect, Endpoint, EndpointError, EndpointRef, Fingerprint, NodeId, NotAFingerprint, Path, PeerName, RelayConfig,
+    Secret, Target, Ways,
 };
+pub use message::{Event, Fallback, Handler, Inbound, Message, NotTaken, Registration, ReplyToken, Unhandled};
 pub use nat::NatStatus;
 pub use peer::Waiting;
 pub use punch::PunchError;
-pub use race::{Failures, Ways};
+pub use race::Failures;
 pub use relay::clients::MAX_RELAYS;
-pub use relay::control::{Limit, Refusal};
-pub use relay::{Passed, RelayConfig, RelayNode, RelayStats};
+pub use relay::{Passed, RelayNode, RelayStats};
 pub use stats::{AcceptedStats, GatewayStats, LinkStats, PathStatus, PeerStats, RegistrationStats, Stats};
-pub use tls::{Certificate, Dialect, Verify};
+pub use tls::{Certificate, Verify};

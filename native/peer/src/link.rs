@@ -13,21 +13,21 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use macula_peer_core::lanes::{Choice, Lanes};
+use macula_peer_core::types::{Dialect, Fingerprint, Path};
+use macula_peer_core::witness::{Mark, Witness};
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, ConnectionStats, RecvStream, SendStream, StreamId};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::decide::lanes::{Choice, Lanes};
-use crate::decide::witness::{Mark, Witness};
 use crate::gateway::Asker;
 use crate::hello;
-use crate::identity::Fingerprint;
+use crate::identity::shown_key;
 use crate::listen::Accepted;
-use crate::message::{Letter, Path};
+use crate::message::Letter;
 use crate::socket::{ExtraGuard, canonical};
 use crate::stats::LinkStats;
-use crate::tls::Dialect;
 
 /// Callers write themselves while fewer bytes than this, about two packets, are unacknowledged: a lone message leaves at
 /// once. Beyond that the peer's task writes for all of them. The connection's lock is then taken by one thread beside the
@@ -205,7 +205,7 @@ impl Link {
         limits: Limits,
         answer_timeout: Duration,
     ) -> Self {
-        let shown = Fingerprint::of_connection(&connection);
+        let shown = shown_key(&connection);
         Self {
             connection,
             dialect,

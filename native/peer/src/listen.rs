@@ -9,9 +9,15 @@ use std::future::pending;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use macula_peer_core::growth::Growth;
+use macula_peer_core::proto::answers;
+use macula_peer_core::requests::{Asked, Ended, RequestId};
+use macula_peer_core::shares::{Client, Counts, Limits};
+use macula_peer_core::types::{Dialect, Fingerprint, Path};
+use macula_peer_core::weights::Owner;
 use macula_peer_wire::{FrameError, HEADER_LEN, Header, MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, Connection, Incoming, RecvStream, SendStream, ServerConfig, TransportConfig};
@@ -20,21 +26,16 @@ use tokio::task::{JoinSet, yield_now};
 use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::addresses::Remote;
-use crate::answers;
 use crate::backlog::Sender;
 use crate::config::Config;
-use crate::decide::growth::Growth;
-use crate::decide::requests::{Asked, Ended, RequestId};
-use crate::decide::shares::{Client, Counts, Limits};
-use crate::decide::weights::Owner;
 use crate::decoding::is_heavy;
 use crate::dial::{handshake, idle_timeout};
 use crate::error::Rejection;
 use crate::frame_memory::Reserved;
 use crate::hello;
-use crate::identity::Fingerprint;
+use crate::identity::{sender_key, shown_key};
 use crate::link::{Link, Write, is_acknowledged, lock, now_or_never, write_now};
-use crate::message::{AnswerQueue, Asking, Inbound, Path, ReplyTo, ReplyToken, Route};
+use crate::message::{AnswerQueue, Asking, Inbound, ReplyTo, ReplyToken, Route};
 use crate::node::Node;
 use crate::peer::{MAX_ANSWERING, Peer, deadline};
 use crate::places::{Arrived, OVER_LIMIT, Place};
@@ -44,7 +45,7 @@ use crate::request::Named;
 use crate::session;
 use crate::socket::{ExtraGuard, canonical};
 use crate::stats::{AcceptedStats, Counter, LinkStats};
-use crate::tls::Dialect;
+use crate::tls::dialect_of;
 use crate::transfer;
 use crate::turns::QUANTUM;
 
@@ -431,7 +432,7 @@ async fn accept_with(node: &Node, admission: &Admission, incoming: Incoming) -> 
 async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incoming) {
     let admission = node.clients.admission().clone();
     let Some((connection, remote)) = accept_with(&node, &admission, incoming).await else { return };
-    let shown = Fingerprint::of_connection(&connection);
+    let shown = shown_key(&connection);
     let mut meant = callers.into_iter().filter(|caller| Some(caller.key) == shown);
     let Some(Caller { extra: _extra, connected, .. }) = meant.next() else {
         tracing::warn!(from = %remote.address(&connection), "another node than the expected one");
@@ -449,8 +450,8 @@ async fn accept_expected(node: Arc<Node>, callers: Vec<Caller>, incoming: Incomi
 /// Serves a connection to its end.
 pub(crate) async fn serve(node: Arc<Node>, connection: Connection, path: Path, remote: Arc<Remote>, place: Place) {
     place.connected();
-    let Some(dialect) = Dialect::of(&connection) else { return };
-    let key = Fingerprint::of_sender(&connection, dialect);
+    let Some(dialect) = dialect_of(&connection) else { return };
+    let key = sender_key(&connection, dialect);
     if dialect == Dialect::MaculaPeer1 && key.is_none() {
         return connection.close(NO_CERTIFICATE.into(), b"no certificate");
     }
@@ -1212,7 +1213,7 @@ impl Accepted {
         if self.is_probe(node, frame.type_id())
             && let Some(token) = &reply
         {
-            let answer = answers::nat_probe_reply(frame.payload(), from, node.config.limits);
+            let answer = answers::nat_probe_reply(frame.payload(), from, SystemTime::now(), node.config.limits);
             let answer = answer.ok_or_else(|| node.malformed())?;
             // Who asked may be gone.
             let _ = token.reply(answer);

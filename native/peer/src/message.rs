@@ -1,31 +1,28 @@
 //! Messages on their way out and in.
 
 use std::fmt;
-use std::hash::{Hash, Hasher};
 use std::net::SocketAddr;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use macula_peer_core::proto::control::{Limit, Refusal};
+use macula_peer_core::requests::{RequestId, Requests};
+use macula_peer_core::shares::Client;
+use macula_peer_core::types::{Dialect, Endpoint, Fingerprint, Path, PeerName};
 use macula_peer_wire::{MessageType, PayloadError};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use crate::decide::requests::{RequestId, Requests};
-use crate::decide::shares::Client;
-use crate::endpoint::Endpoint;
 use crate::error::{ReplyError, UndeliveredReason};
 use crate::gateway::Asker;
-use crate::identity::Fingerprint;
 use crate::link::lock;
 use crate::nat::NatStatus;
 use crate::node::Node;
 use crate::race::Failures;
-use crate::relay::control::{Limit, Refusal};
 use crate::session::Answers;
 use crate::shares::{Held, Unread};
-use crate::tls::Dialect;
 
 /// A message to be sent: one encoded frame.
 #[derive(Debug, Clone)]
@@ -104,93 +101,6 @@ impl Deref for Letter {
 
     fn deref(&self) -> &Message {
         &self.message
-    }
-}
-
-/// The name of a node: at most 255 bytes.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct NodeId(Bytes);
-
-impl NodeId {
-    /// The longest name.
-    pub const MAX_LEN: usize = 255;
-
-    /// `None` if the name is empty or too long.
-    pub fn new(name: &[u8]) -> Option<Self> {
-        (1..=Self::MAX_LEN).contains(&name.len()).then(|| Self(Bytes::copy_from_slice(name)))
-    }
-
-    /// The name.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.0
-    }
-
-    pub(crate) fn to_bytes(&self) -> Bytes {
-        self.0.clone()
-    }
-}
-
-impl fmt::Debug for NodeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// Whom we send to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PeerName {
-    /// Whoever is at an address.
-    Endpoint(Endpoint),
-    /// A node, wherever it is.
-    Node(NodeId),
-    /// The local gateway, which gets what arrives here.
-    Gateway(Endpoint),
-}
-
-impl PeerName {
-    /// The node, if that is what it names.
-    pub(crate) fn node(&self) -> Option<&NodeId> {
-        match self {
-            Self::Node(node) => Some(node),
-            Self::Endpoint(_) | Self::Gateway(_) => None,
-        }
-    }
-}
-
-impl Hash for PeerName {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        match self {
-            Self::Endpoint(endpoint) | Self::Gateway(endpoint) => endpoint.hash(state),
-            Self::Node(node) => node.as_bytes().hash(state),
-        }
-    }
-}
-
-impl fmt::Display for PeerName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Endpoint(endpoint) => endpoint.fmt(f),
-            Self::Gateway(endpoint) => write!(f, "gateway {endpoint}"),
-            Self::Node(node) => write!(f, "{node:?}"),
-        }
-    }
-}
-
-/// How packets travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Path {
-    /// Straight to the peer's address.
-    Direct,
-    /// Straight to the address at which the peer's NAT lets this node in, after both have sent there.
-    HolePunch,
-    /// In a circuit of the relay at this address.
-    Relay(SocketAddr),
-}
-
-impl Path {
-    /// Whether packets go through a relay.
-    pub(crate) fn is_relayed(self) -> bool {
-        matches!(self, Self::Relay(_))
     }
 }
 

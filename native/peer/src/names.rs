@@ -10,11 +10,11 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use macula_peer_core::descriptors;
+use macula_peer_core::names::{Ask, Names};
 use thiserror::Error;
 use tokio::sync::watch;
 
-use crate::decide::descriptors;
-use crate::decide::names::{Ask, Names};
 use crate::link::lock;
 
 /// The default of macOS for all threads but the first: enough for its resolver, and for glibc's, which needs less.

@@ -13,24 +13,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use macula_peer_core::coordinate::is_local;
+use macula_peer_core::nat::{NatProfile, Observations, Unsolicited};
+use macula_peer_core::proto::signal::{AnswerFrom, Body, Key, MAX_LEN, Signal, Unverified};
+use macula_peer_core::punch::MAX_CANDIDATES;
+use macula_peer_core::retry::Backoff;
+use macula_peer_core::shares::Bucket;
+use macula_peer_core::types::Endpoint;
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
-use crate::decide::coordinate::is_local;
-use crate::decide::nat::{NatProfile, Observations, Unsolicited};
-use crate::decide::punch::MAX_CANDIDATES;
-use crate::decide::retry::Backoff;
-use crate::decide::shares::Bucket;
-use crate::endpoint::Endpoint;
 use crate::link::lock;
 use crate::message::Event;
 use crate::node::Node;
 use crate::relay::client::Probed;
 use crate::relay::registration::Description;
-use crate::signal::{AnswerFrom, Body, Key, MAX_LEN, Signal, Unverified};
 use crate::socket::{AFTER_ERROR, Received, Socket, canonical};
 
 /// A node registers at all its relays at once, and they answer within a round trip of each other, or a lost packet later.

@@ -8,6 +8,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
+use macula_peer_core::access::Access;
+use macula_peer_core::admission::Kick;
+use macula_peer_core::proto::signal::{Kind, Unverified};
+use macula_peer_core::reports::Reports;
+use macula_peer_core::requests::Requests;
+use macula_peer_core::shares;
+use macula_peer_core::trust::{self, Answer, Facts, Mismatch, Verdict};
+use macula_peer_core::types::{Dialect, Endpoint, Fingerprint, NodeId, Path, PeerName, RelayConfig, Target};
 use macula_peer_wire::{MessageType, RawFrame, check_payload};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Connection, RecvStream, SendStream};
@@ -19,33 +27,23 @@ use tokio::time::{timeout, timeout_at};
 use crate::admission::Admissions;
 use crate::backlog::{Backlog, Sender};
 use crate::config::{Config, Shares};
-use crate::decide::access::Access;
-use crate::decide::admission::Kick;
-use crate::decide::reports::Reports;
-use crate::decide::requests::Requests;
-use crate::decide::shares;
-use crate::decide::trust::{self, Answer, Facts, Mismatch, Verdict};
 use crate::decoding::Decoding;
 use crate::dial::{Dialer, SecondDials, not_connected};
-use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, UndeliveredReason};
 use crate::frame_memory::FrameMemory;
 use crate::gateway::{Asker, Gateway};
 use crate::hello;
-use crate::identity::{Fingerprint, Identity};
+use crate::identity::Identity;
 use crate::known_keys::KnownKeys;
 use crate::link::{Link, lock, now_or_never};
 use crate::listen::{Accepted, AcceptedTable, Admission, Expected};
-use crate::message::{
-    Event, Fallback, Handler, Inbound, Letter, NodeId, NotTaken, Path, PeerName, Registration, Route, Unhandled,
-};
+use crate::message::{Event, Fallback, Handler, Inbound, Letter, NotTaken, Registration, Route, Unhandled};
 use crate::names::Resolver;
 use crate::nat::Nat;
 use crate::peer::{self, Peer};
 use crate::places::Places;
 use crate::ports::Ports;
 use crate::punch::Puncher;
-use crate::relay::RelayConfig;
 use crate::relay::clients::Clients;
 use crate::relay::registration::{CircuitError, Description};
 use crate::relay::responder::{Closed, Responder};
@@ -53,11 +51,10 @@ use crate::relay::server::Relay;
 use crate::runtime::BatchingRuntime;
 use crate::session::Sessions;
 use crate::shares::Unread;
-use crate::signal::{Kind, Unverified};
 use crate::socket::{self, Current, Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
 use crate::succession;
-use crate::tls::{Dialect, Verify};
+use crate::tls::Verify;
 use crate::turns::Queue;
 
 /// How long events wait for the first handler: the one of the settings is set once the engine has started.
@@ -1128,8 +1125,9 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use std::thread::{self, ThreadId};
 
+    use macula_peer_core::types::EndpointRef;
+
     use super::*;
-    use crate::endpoint::EndpointRef;
     use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
     use crate::{Engine, Listen};
 

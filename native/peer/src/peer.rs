@@ -12,6 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use macula_peer_core::growth::Growth;
+use macula_peer_core::liveness::{Liveness, Seen};
+use macula_peer_core::lookup::Lookup;
+use macula_peer_core::proto::control::Refusal;
+use macula_peer_core::punch::Failure;
+use macula_peer_core::retry::Backoff;
+use macula_peer_core::types::{Dialect, Endpoint, Fingerprint, Path, PeerName, Target, Ways};
+use macula_peer_core::upgrade::{Upgrade, Worth};
 use macula_peer_wire::RawFrame;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
@@ -21,30 +29,20 @@ use tokio::time::sleep_until;
 use crate::backlog::Sender;
 use crate::call::{Call, Cancel};
 use crate::config::Delivery;
-use crate::decide::growth::Growth;
-use crate::decide::liveness::{Liveness, Seen};
-use crate::decide::lookup::Lookup;
-use crate::decide::punch::Failure;
-use crate::decide::retry::Backoff;
-use crate::decide::upgrade::{Upgrade, Worth};
 use crate::decoding::is_heavy;
 use crate::dial::refused;
-use crate::endpoint::{Endpoint, Target};
 use crate::error::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
-use crate::identity::Fingerprint;
 use crate::link::{Answered, DIRECT_WRITES, Link, Partial, Swept, Written, lock};
 use crate::listen::serve_link;
-use crate::message::{Event, Inbound, Letter, Path, PeerName};
+use crate::message::{Event, Inbound, Letter};
 use crate::node::Node;
 use crate::punch::PunchError;
-use crate::race::{self, Failures, Race, Ways};
-use crate::relay::control::Refusal;
+use crate::race::{self, Failures, Race};
 use crate::relay::registration::Description;
 use crate::request;
 use crate::session::{Progress, Session, Taken};
 use crate::socket::{Refused, Why};
 use crate::stats::{PathStatus, PeerCounters, PeerStats};
-use crate::tls::Dialect;
 use crate::transfer;
 
 /// Messages that are accepted for a live link while it is busy or has no stream to spare: some milliseconds of a fast
@@ -2090,11 +2088,11 @@ mod tests {
     use std::sync::mpsc;
     use std::thread::sleep;
 
+    use macula_peer_core::types::EndpointRef;
     use macula_peer_wire::value::{Value, encode};
     use macula_peer_wire::{Limits, MessageType};
 
     use super::*;
-    use crate::endpoint::EndpointRef;
     use crate::relay::testing::PATIENCE;
     use crate::{Config, Engine, Listen, Message, NodeId};
 

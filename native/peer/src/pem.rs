@@ -13,7 +13,7 @@ use rustls::server::ParsedCertificate;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 
 use crate::error::PemError;
-use crate::{private, x509};
+use crate::private;
 
 /// The largest file that is read. The authorities that a system trusts take a quarter of a megabyte.
 const MAX_FILE: u64 = 4 << 20;
@@ -87,3 +87,4 @@ pub(crate) fn certified(
         None => Err(PemError::OtherKey),
     }
 }
+use macula_peer_core::x509;

@@ -4,10 +4,10 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use macula_peer_core::places::{self, Arrival, Over, PlaceLimits};
+use macula_peer_core::types::Fingerprint;
 use quinn::Connection;
 
-use crate::decide::places::{self, Arrival, Over, PlaceLimits};
-use crate::identity::Fingerprint;
 use crate::link::lock;
 use crate::stats::Counter;
 

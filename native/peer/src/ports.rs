@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::source_port::{Failed, Kept, SourcePorts, silence};
 use tokio::time::sleep;
 
-use crate::decide::source_port::{Failed, Kept, SourcePorts, silence};
 use crate::link::lock;
 use crate::node::Node;
 use crate::socket::{ExtraGuard, Socket, canonical};

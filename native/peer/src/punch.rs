@@ -8,6 +8,13 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::coordinate::{DESCRIBED_WITHIN, is_local};
+use macula_peer_core::proto::control::{GivenUp, Refusal};
+use macula_peer_core::proto::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
+use macula_peer_core::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
+use macula_peer_core::shares::{Client, Limits};
+use macula_peer_core::targets::network;
+use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName};
 use socket2::SockRef;
 use thiserror::Error;
 use tokio::net::UdpSocket;
@@ -16,24 +23,14 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
-use crate::decide;
-use crate::decide::coordinate::{DESCRIBED_WITHIN, is_local};
-use crate::decide::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
-use crate::decide::shares::{Client, Limits};
-use crate::decide::targets::network;
 use crate::descriptors;
-use crate::endpoint::Endpoint;
 use crate::error::ConnectError;
-use crate::identity::Fingerprint;
 use crate::link::{Link, lock};
 use crate::listen::EXPECTED_FOR;
-use crate::message::{NodeId, PeerName};
 use crate::nat;
 use crate::node::{Node, Said};
-use crate::relay::control::{GivenUp, Refusal};
 use crate::relay::registration::{CircuitError, Description, PunchSession};
 use crate::shares::{Held, Shares};
-use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
 use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via, canonical};
 
 /// Attempts that this node has begun and takes part in at once, and as many that others have begun: each is some hundred
@@ -508,7 +505,7 @@ impl Attempt {
 
     fn open(&mut self, count: u16) {
         let (limit, open) = (descriptors::limit(), descriptors::open());
-        let allowed = decide::descriptors::punching(count, limit, open);
+        let allowed = macula_peer_core::descriptors::punching(count, limit, open);
         if allowed < count {
             tracing::debug!(count, allowed, limit, open, "fewer sockets than wanted: descriptors are short");
         }

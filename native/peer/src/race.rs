@@ -4,19 +4,17 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use macula_peer_core::proto::control::Refusal;
+use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName, Ways};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout_at;
 
-use crate::endpoint::Endpoint;
 use crate::error::{ConnectError, RouteError, SendError};
-use crate::identity::Fingerprint;
 use crate::link::Link;
 use crate::listen::Accepted;
-use crate::message::{NodeId, PeerName};
 use crate::node::Node;
 use crate::peer::deadline;
 use crate::punch::{self, PunchError};
-use crate::relay::control::Refusal;
 use crate::relay::registration::CircuitError;
 
 /// What a direct dial has before relays are asked too. On most paths it is up by then, and relays have no work.
@@ -28,26 +26,8 @@ const RELAY_STAGGER: Duration = Duration::from_millis(200);
 /// What lookups have before who may only pass messages on gets them. That is worse than any way that may be found.
 const STAND_IN_AFTER: Duration = Duration::from_millis(200);
 
-/// Endpoints and relays remembered for a peer, from callers and from each looking up; the oldest give way.
-const MAX_WAYS: usize = 16;
-
 /// Connections that the peer began and that are waited for. One that begins many wants none.
 const MAX_ADOPTING: usize = 8;
-
-/// How a peer can be reached.
-#[derive(Debug, Clone, Default)]
-pub struct Ways {
-    /// Where it may be itself.
-    pub endpoints: Vec<Endpoint>,
-    /// Relays that may know it, the most likely first.
-    pub relays: Vec<Endpoint>,
-    /// Relays to ask when the others have been, all at once.
-    pub last_resorts: Vec<Endpoint>,
-    /// The key that it has, where somebody knows.
-    pub key: Option<Fingerprint>,
-    /// Whether a direct path through NATs is to be looked for, where somebody has said so.
-    pub hole_punch: Option<bool>,
-}
 
 /// Why paths could not be had, as far as they were tried and failed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -66,45 +46,6 @@ impl Failures {
         self.hole_punch = newer.hole_punch.or(self.hole_punch.take());
         self.relay = newer.relay.or(self.relay.take());
     }
-}
-
-impl Ways {
-    /// Puts what is known now before what was known. Returns whether direct paths may be had that could not before:
-    /// there are new endpoints, or NATs may be passed now.
-    pub(crate) fn learn(&mut self, new: Ways) -> bool {
-        let endpoints = new.endpoints.iter().any(|endpoint| !self.endpoints.contains(endpoint));
-        let news = endpoints || (new.hole_punch == Some(true) && self.hole_punch == Some(false));
-        merge(&mut self.endpoints, new.endpoints);
-        merge(&mut self.relays, new.relays);
-        merge(&mut self.last_resorts, new.last_resorts);
-        self.key = new.key.or(self.key);
-        self.hole_punch = new.hole_punch.or(self.hole_punch);
-        news
-    }
-
-    /// These and others, which come behind.
-    pub(crate) fn and(&self, others: &Self) -> Self {
-        let mut all = self.clone();
-        all.endpoints.extend(others.endpoints.iter().filter(|endpoint| !self.endpoints.contains(endpoint)).cloned());
-        all.relays.extend(others.relays.iter().filter(|relay| !self.relays.contains(relay)).cloned());
-        all.last_resorts.extend(others.last_resorts.iter().filter(|relay| !self.last_resorts.contains(relay)).cloned());
-        all.key = self.key.or(others.key);
-        all.hole_punch = self.hole_punch.or(others.hole_punch);
-        all
-    }
-
-    /// Whether nothing is known.
-    pub fn is_empty(&self) -> bool {
-        let Self { endpoints, relays, last_resorts, key, hole_punch: _ } = self;
-        endpoints.is_empty() && relays.is_empty() && last_resorts.is_empty() && key.is_none()
-    }
-}
-
-fn merge(known: &mut Vec<Endpoint>, mut new: Vec<Endpoint>) {
-    known.retain(|endpoint| !new.contains(endpoint));
-    new.append(known);
-    new.truncate(MAX_WAYS);
-    *known = new;
 }
 
 /// How a race goes on.

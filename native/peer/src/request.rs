@@ -9,21 +9,21 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use macula_peer_core::requests::RequestId;
+use macula_peer_core::types::{Dialect, NodeId};
 use macula_peer_wire::{FrameError, HEADER_LEN, RawFrame};
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 
 use crate::backlog::Sender;
 use crate::call::Call;
-use crate::decide::requests::RequestId;
 use crate::decoding::{Decoding, is_heavy};
 use crate::error::{Rejection, RequestError};
 use crate::hello;
 use crate::link::{Link, is_acknowledged};
 use crate::listen::{FORGOTTEN, WRONG_NODE};
-use crate::message::{Letter, NodeId};
+use crate::message::Letter;
 use crate::peer::deadline;
 use crate::session::{REQUEST, put_header};
-use crate::tls::Dialect;
 
 /// A peer that takes this long to answer, and says nothing else, is asked for a sign of life: nothing would show otherwise
 /// that answers do not come through any more.

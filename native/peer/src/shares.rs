@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::decide::shares::{Client, Counts, Exceeded, Limits};
+use macula_peer_core::shares::{Client, Counts, Exceeded, Limits};
+
 use crate::link::lock;
 
 /// What clients may have at the same time, of one kind.
@@ -79,8 +80,9 @@ impl Drop for Held {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use macula_peer_core::types::Fingerprint;
+
     use super::*;
-    use crate::identity::Fingerprint;
 
     #[test]
     fn what_is_dropped_is_given_back() {

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use macula_peer_core::sending::Fault;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use socket2::{Domain, Protocol, Type};
@@ -25,7 +26,6 @@ use tokio::net::UdpSocket;
 use tokio::sync::broadcast;
 
 use crate::addresses::{Addresses, Proof};
-use crate::decide::sending::Fault;
 use crate::link::lock;
 
 pub(crate) use self::extras::ExtraId;

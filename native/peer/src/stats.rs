@@ -4,12 +4,12 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::types::{Dialect, Endpoint, Path, PeerName};
+
 use crate::admission::AdmissionStats;
-use crate::endpoint::Endpoint;
-use crate::message::{Path, PeerName, Registration};
+use crate::message::Registration;
 use crate::race::Failures;
 use crate::relay::RelayStats;
-use crate::tls::Dialect;
 
 /// A counter that threads share and nothing is ordered by.
 #[derive(Debug, Default)]

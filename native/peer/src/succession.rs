@@ -4,13 +4,12 @@
 use std::time::{Duration, SystemTime};
 
 use bytes::{Buf, BufMut, Bytes};
+use macula_peer_core::types::Fingerprint;
 use rustls::SignatureScheme;
 use rustls::crypto::ring;
 use rustls::pki_types::SubjectPublicKeyInfoDer;
 use rustls::sign::SigningKey;
 use webpki::RawPublicKeyEntity;
-
-use crate::identity::Fingerprint;
 
 /// What is signed begins with this. Nothing else that a node's key signs does: neither handshakes, which begin with spaces
 /// (RFC 8446, section 4.4.3), nor certificates, which are DER.

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use macula_peer_core::types::{Dialect, Fingerprint};
+use macula_peer_core::x509;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -22,33 +24,16 @@ use rustls::{
 };
 
 use crate::error::{ListenError, PemError, TlsError};
-use crate::identity::{Fingerprint, Identity};
+use crate::identity::Identity;
+use crate::identity::certified_key;
+use crate::pem;
 use crate::renewal::{FromFiles, Renew};
-use crate::{pem, x509};
 
-/// What a link speaks, chosen by ALPN.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dialect {
-    /// macula 0.14.3.
-    Macula,
-    /// Between nodes that run this library.
-    MaculaPeer1,
-}
-
-impl Dialect {
-    /// The ALPN protocol id.
-    pub fn alpn(self) -> &'static str {
-        match self {
-            Self::Macula => "macula",
-            Self::MaculaPeer1 => "macula-peer/1",
-        }
-    }
-
-    pub(crate) fn of(connection: &quinn::Connection) -> Option<Self> {
-        let data = connection.handshake_data()?.downcast::<quinn::crypto::rustls::HandshakeData>().ok()?;
-        let chosen = data.protocol?;
-        [Self::Macula, Self::MaculaPeer1].into_iter().find(|dialect| dialect.alpn().as_bytes() == chosen)
-    }
+/// What a connection speaks.
+pub(crate) fn dialect_of(connection: &quinn::Connection) -> Option<Dialect> {
+    let data = connection.handshake_data()?.downcast::<quinn::crypto::rustls::HandshakeData>().ok()?;
+    let chosen = data.protocol?;
+    [Dialect::Macula, Dialect::MaculaPeer1].into_iter().find(|dialect| dialect.alpn().as_bytes() == chosen)
 }
 
 /// Where a listener's certificate comes from.
@@ -296,7 +281,7 @@ impl Verifier {
     }
 
     fn is_pinned(keys: &[Fingerprint], certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
-        match Fingerprint::of_certificate(certificate) {
+        match certified_key(certificate) {
             Some(key) if keys.contains(&key) => Ok(()),
             Some(_) => Err(CertificateError::ApplicationVerificationFailure.into()),
             None => Err(CertificateError::BadEncoding.into()),
@@ -411,6 +396,7 @@ mod tests {
     use rustls::pki_types::PrivateKeyDer;
 
     use super::*;
+    use crate::identity::shown_key;
     use crate::identity::{realm_proof, realm_proof_is_valid};
 
     /// Both ends of one connection.
@@ -449,9 +435,9 @@ mod tests {
         for verify in [Verify::FirstSeen, Verify::None, pin(&b)] {
             let client = circuit(&a, &verify);
             let connected = connect(client, at_circuit(&b, &pin(&a))).await.unwrap();
-            assert_eq!(Dialect::of(&connected.client), Some(Dialect::MaculaPeer1));
-            assert_eq!(Fingerprint::of_connection(&connected.client), Some(b.fingerprint()));
-            assert_eq!(Fingerprint::of_connection(&connected.server), Some(a.fingerprint()));
+            assert_eq!(dialect_of(&connected.client), Some(Dialect::MaculaPeer1));
+            assert_eq!(shown_key(&connected.client), Some(b.fingerprint()));
+            assert_eq!(shown_key(&connected.server), Some(a.fingerprint()));
         }
         let client = circuit(&a, &pin(&c));
         assert!(connect(client, at_circuit(&b, &Verify::None)).await.is_err());

@@ -7,10 +7,10 @@ use std::hash::Hash;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use macula_peer_core::turns::Turns;
 use tokio::sync::oneshot;
 use tokio::task::yield_now;
 
-use crate::decide::turns::Turns;
 use crate::link::lock;
 
 /// How long a task works before it waits for a turn, which lasts about as long.

@@ -14,6 +14,7 @@ use common::{Forwarder, Inbox, PATIENCE, engine, frame, listener, message, reque
 use macula_peer::{
     Certificate, Config, ConnectError, Dialect, Engine, Event, Fingerprint, Identity, IdentityError, Listen,
     ListenError, NotAFingerprint, PemError, RequestError, SendError, StartError, TlsError, UndeliveredReason, Verify,
+    shown_key,
 };
 use macula_peer_testkit::quic::{client_config, server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Ping, Publish};
@@ -539,7 +540,7 @@ fn a_renewed_certificate_is_shown_to_new_connections() {
             let address = endpoint.parse().unwrap();
             let connection = again.connect_with(config.clone(), address, "any").unwrap().await.unwrap();
             say(&connection).await;
-            let shown = Fingerprint::of_connection(&connection);
+            let shown = shown_key(&connection);
             tokio::time::sleep(SECOND / 10).await;
             connection.close(0u8.into(), b"");
             shown
@@ -802,7 +803,7 @@ impl Gateway {
     fn fingerprint(&self) -> Fingerprint {
         tokio_runtime(1).unwrap().block_on(async {
             let (_client, connection) = connect(self.endpoint.parse().unwrap(), "macula").await;
-            Fingerprint::of_connection(&connection).unwrap()
+            shown_key(&connection).unwrap()
         })
     }
 }

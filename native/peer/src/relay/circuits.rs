@@ -17,11 +17,11 @@ use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use bytes::Bytes;
+use macula_peer_core::proto::packet::{Fit, Joiner, SplitBy, Splitter, parse};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Connection, Endpoint, EndpointConfig, SendDatagramError, ServerConfig, UdpPoller, VarInt};
 use tokio::sync::Notify;
 
-use super::packet::{Fit, Joiner, SplitBy, Splitter, parse};
 use crate::link::{lock, now_or_never};
 use crate::runtime::BatchingRuntime;
 

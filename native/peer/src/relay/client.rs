@@ -8,17 +8,17 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use macula_peer_core::liveness::Liveness;
+use macula_peer_core::proto::control::{Id, Limit, Probes, Refusal};
+use macula_peer_core::retry::{Backoff, Registering};
 use quinn::{ClientConfig, Connection, ServerConfig, TransportConfig};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::RECEIVE_BUFFER;
-use super::control::{Id, Limit, Probes, Refusal};
 use super::registration::{
     CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms,
 };
-use crate::decide::liveness::Liveness;
-use crate::decide::retry::{Backoff, Registering};
 use crate::error::ConnectError;
 use crate::link::lock;
 

@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
+use macula_peer_core::proto::control::{Id, MAX_SUCCESSIONS_LEN};
+use macula_peer_core::types::{Endpoint, NodeId, Path};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, TransportConfig};
 use tokio::time::timeout;
 
 use super::client::{Probed, RegistrationState, RelayClient, RelayEvent, Settings};
-use super::control::{Id, MAX_SUCCESSIONS_LEN};
 use super::registration::{CircuitError, IncomingCircuit, PunchSession};
 use crate::addresses::Remote;
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
-use crate::endpoint::Endpoint;
 use crate::link::lock;
 use crate::listen::{self, Admission, DIALLED_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_WAY, STREAM_WINDOW};
-use crate::message::{Event, NodeId, Path, Registration};
+use crate::message::{Event, Registration};
 use crate::node::Node;
 use crate::punch;
 use crate::stats::RegistrationStats;

@@ -9,6 +9,16 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use macula_peer_core::liveness::{Liveness, Seen};
+use macula_peer_core::nat::NatProfile;
+use macula_peer_core::proto::control::{
+    Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal,
+};
+use macula_peer_core::proto::packet::padding;
+use macula_peer_core::punch::Role;
+use macula_peer_core::relay::Notices;
+use macula_peer_core::silence::{Counted, SILENCE, Silence};
+use macula_peer_core::types::Dialect;
 use macula_peer_wire::{Reassembler, VERSION};
 use quinn::{
     ClientConfig, ConnectError, Connection, ConnectionError, Incoming, ReadError, RecvStream, SendStream, VarInt,
@@ -20,19 +30,12 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
-use super::control::{Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal};
-use super::packet::padding;
-use crate::decide::liveness::{Liveness, Seen};
-use crate::decide::nat::NatProfile;
-use crate::decide::punch::Role;
-use crate::decide::relay::Notices;
-use crate::decide::silence::{Counted, SILENCE, Silence};
 use crate::dial::{not_begun, not_connected};
 use crate::error;
 use crate::identity::realm_proof;
 use crate::link::lock;
 use crate::socket::canonical;
-use crate::tls::Dialect;
+use crate::tls::dialect_of;
 
 /// Requests for circuits that one relay is asked at once; the others wait for an answer to one of these.
 const MAX_REQUESTS: usize = 64;
@@ -206,7 +209,7 @@ impl Registration {
         successions: Vec<Bytes>,
     ) -> Result<Self, CircuitError> {
         let connection = Closing(connection);
-        if Dialect::of(&connection.0) != Some(Dialect::MaculaPeer1) || connection.0.max_datagram_size().is_none() {
+        if dialect_of(&connection.0) != Some(Dialect::MaculaPeer1) || connection.0.max_datagram_size().is_none() {
             return Err(CircuitError::NotARelay);
         }
         let proof = realm_secret.and_then(|secret| realm_proof(&connection.0, secret, node_id.as_bytes()));

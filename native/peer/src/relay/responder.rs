@@ -14,18 +14,19 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::proto::control::Probes;
+use macula_peer_core::proto::signal::{AnswerFrom, Body, Encoded, Key, MAX_LEN, Secret, Signal, Unverified};
+use macula_peer_core::shares::Bucket;
 use quinn::Connection;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use ring::rand::SystemRandom;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::time::sleep;
 
-use super::control::Probes;
 use crate::addresses::Remote;
-use crate::decide::shares::Bucket;
 use crate::link::lock;
 use crate::node::Node;
-use crate::signal::{AnswerFrom, Body, Encoded, Key, MAX_LEN, Secret, Signal, Unverified};
 use crate::socket::{AFTER_ERROR, Received, open, reachable_from};
 
 /// What one node may ask per second, and at once. It asks some twenty times, and again what is lost, when it looks what its
@@ -124,7 +125,7 @@ impl Responder {
     /// Lets the node at the other end of a connection ask until the place is dropped. `None`: the system has no random
     /// numbers.
     pub(crate) fn admit(self: &Arc<Self>, connection: Connection, remote: Arc<Remote>) -> Option<(Probes, Place)> {
-        let secret = Secret::generate()?;
+        let secret = Secret::generate(&SystemRandom::new())?;
         let rate = Bucket::new(PROBES_PER_SECOND, PROBES_AT_ONCE, Instant::now());
         let mut asking = lock(&self.asking);
         let id = std::iter::repeat_with(|| fastrand::u64(..)).find(|id| !asking.contains_key(id))?;

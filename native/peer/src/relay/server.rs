@@ -18,30 +18,31 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use macula_peer_core::admission::Kick;
+use macula_peer_core::coordinate::{Coordinator, Execute, Party, Refused};
+use macula_peer_core::proto::control::{
+    ControlError, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal,
+};
+use macula_peer_core::proto::packet::{Fit, Form, SplitBy, Splitter, is_padding, parse};
+use macula_peer_core::proto::signal::Secret;
+use macula_peer_core::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
+use macula_peer_core::types::{Fingerprint, NodeId, RelayConfig};
 use macula_peer_wire::{FrameError, Reassembler};
 use quinn::{Connection, RecvStream, SendDatagramError, SendStream};
+use ring::rand::SystemRandom;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until, timeout};
 
-use super::control::{
-    ControlError, Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal,
-};
-use super::packet::{Fit, Form, SplitBy, Splitter, is_padding, parse};
 use super::responder::{self, Responder};
-use super::{Passed, RelayConfig, RelayNode, RelayStats};
+use super::{Passed, RelayNode, RelayStats};
 use crate::addresses::Remote;
 use crate::admission::{Admissions, DENIED, NotAdmitted};
-use crate::decide::admission::Kick;
-use crate::decide::coordinate::{self, Coordinator, Execute, Party, Refused};
-use crate::decide::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
-use crate::identity::{Fingerprint, realm_proof_is_valid};
+use crate::identity::realm_proof_is_valid;
 use crate::link::{lock, write_now};
-use crate::message::NodeId;
 use crate::places::Place;
-use crate::signal::Secret;
 use crate::stats::Counter;
 use crate::succession;
 
@@ -533,7 +534,7 @@ impl Relay {
         let target = target.ok_or(Refused::NotRegistered);
         let told = target.and_then(|target| {
             let room = target.room_for_other_nodes().ok_or(Refused::SessionsPerNode)?;
-            let secret = Secret::generate().ok_or(Refused::Sessions)?;
+            let secret = Secret::generate(&SystemRandom::new()).ok_or(Refused::Sessions)?;
             let parties = [registration.party(), target.party()];
             let [from, to] = &parties;
             let told = state.coordinator.request(from, to, session_id.clone(), *secret.as_bytes(), Instant::now())?;
@@ -831,34 +832,12 @@ impl Registration {
     }
 }
 
-impl From<coordinate::Coordinate> for Coordinate {
-    fn from(told: coordinate::Coordinate) -> Self {
-        let coordinate::Coordinate { session, role, peer, key, seen, profile, candidates, secret, delay, .. } = told;
-        Self { session_id: session, role, peer_id: peer, key, address: seen, profile, candidates, secret, delay }
-    }
-}
-
 impl From<NotAdmitted> for Refusal {
     fn from(reason: NotAdmitted) -> Self {
         match reason {
             NotAdmitted::Kicked => Self::Kicked,
             reason if reason.is_undecided() => Self::Undecided,
             _ => Self::Denied,
-        }
-    }
-}
-
-impl From<Refused> for Refusal {
-    fn from(refused: Refused) -> Self {
-        match refused {
-            Refused::NotRegistered => Self::NotRegistered,
-            Refused::NotReady => Self::NotReady,
-            Refused::InProgress => Self::InProgress,
-            Refused::IdInUse => Self::Malformed,
-            Refused::Family => Self::AddressFamily,
-            Refused::Sessions => Self::Sessions,
-            Refused::SessionsPerNode => Self::SessionsPerNode,
-            Refused::Rate => Self::RequestRate,
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Sessions of `macula-peer/1` (docs/protocol.md): delivery in order and exactly once across links.
 
-mod format;
 mod receive;
 mod send;
 
-pub(crate) use format::{ASK_NODE, FOR_NODE, OPEN_CONTROL, OPEN_SESSION, REQUEST, put_header};
+pub(crate) use macula_peer_core::proto::session::{
+    ASK_NODE, FOR_NODE, OPEN_CONTROL, OPEN_SESSION, REQUEST, put_header,
+};
 pub(crate) use receive::{Answers, Sessions, receive};
 pub(crate) use send::{Progress, Session, Taken};
 

@@ -7,17 +7,17 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use macula_peer_core::proto::session::{NO_RUN, NUMBER, Opening, Run, Word, parse_number};
+use macula_peer_core::session::{Arrival, Incoming};
+use macula_peer_core::session_table::{Met, Opened, Refused, SessionKey, SessionTable};
+use macula_peer_core::shares::Client;
 use macula_peer_wire::{MessageType, RawFrame};
 use quinn::{Connection, SendStream, VarInt};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::format::{NO_RUN, NUMBER, Opening, Run, Word, parse_number};
 use super::{FORGOTTEN, TOO_MANY};
 use crate::backlog::Sender;
-use crate::decide::session::{Arrival, Incoming};
-use crate::decide::session_table::{Met, Opened, Refused, SessionKey, SessionTable};
-use crate::decide::shares::Client;
 use crate::decoding::is_heavy;
 use crate::error::{Rejection, ReplyError};
 use crate::hello;
@@ -123,7 +123,7 @@ impl Sessions {
 
     /// How many are remembered.
     pub(crate) fn len(&self) -> usize {
-        lock(&self.table).len()
+        lock(&self.table).count()
     }
 
     /// How often there were too many.
@@ -508,7 +508,8 @@ mod tests {
     use tokio::task::spawn_blocking;
     use tokio::time::sleep;
 
-    use super::super::format::put_number;
+    use macula_peer_core::proto::session::put_number;
+
     use super::*;
     use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
     use crate::{Config, Engine, Listen};

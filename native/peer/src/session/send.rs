@@ -9,17 +9,18 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use macula_peer_core::proto::session::{MAX_OPEN_LEN, NO_RUN, Opening, Run, Word, Words, put_number};
+use macula_peer_core::session::{Next, Outgoing};
+use macula_peer_core::session_table::{KEEP, SessionId};
+use macula_peer_core::types::NodeId;
 use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
-use crate::decide::session::{Next, Outgoing};
-use crate::decide::session_table::{KEEP, SessionId};
 use crate::error::Rejection;
 use crate::link::{DIRECT_WRITES, Link, now_or_never};
 use crate::listen::WRONG_NODE;
-use crate::message::{Letter, NodeId};
+use crate::message::Letter;
 use crate::session::FORGOTTEN;
-use crate::session::format::{MAX_OPEN_LEN, NO_RUN, Opening, Run, Word, Words, put_number};
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -470,7 +471,7 @@ impl Stream {
                 }
             }
             let mut expected = None;
-            while let Some(word) = self.words.next() {
+            while let Some(word) = self.words.next_word() {
                 match word {
                     Word::Greeting { known, run, expected } => {
                         self.greeting(known, run, expected, owed, greeted, progress);
@@ -570,14 +571,14 @@ mod tests {
     use std::future::poll_fn;
     use std::sync::Arc;
 
+    use macula_peer_core::types::{Dialect, Path};
     use macula_peer_wire::{Limits, MessageType};
     use quinn::Connection;
     use tokio::time::timeout;
 
     use super::*;
-    use crate::message::{Message, Path};
+    use crate::message::Message;
     use crate::relay::testing::{PATIENCE, pair, transport};
-    use crate::tls::Dialect;
 
     fn letter(byte: u8) -> Letter {
         let frame = vec![1, MessageType::Publish.id(), 0, 0, 0, 0, 0, 1, byte].into();

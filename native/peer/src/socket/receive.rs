@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
+use macula_peer_core::faults::{Faults, Verdict};
 use quinn::udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::Notify;
 use tokio::time::{Sleep, sleep};
 
-use crate::decide::faults::{Faults, Verdict};
 use crate::link::lock;
 
 /// Receives from one socket. An error would end quinn's endpoint with all its connections, so none is returned while

@@ -11,11 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
 use std::time::Instant;
 
+use macula_peer_core::quirks::Quirks;
+use macula_peer_core::sending::{Asks, Attempt, Fault, Next};
 use quinn::udp::{Transmit, UdpSocketState};
 use tokio::net::UdpSocket;
-
-use crate::decide::quirks::Quirks;
-use crate::decide::sending::{Asks, Attempt, Fault, Next};
 
 /// What became of a packet that the socket had room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,16 +5,16 @@ use std::collections::HashSet;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
+use macula_peer_core::proto::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
+use macula_peer_core::punch::Role;
 use quinn::{Connection, Endpoint, EndpointConfig, TransportConfig};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::*;
-use crate::decide::punch::Role;
 use crate::relay::testing::{PATIENCE, client_config, server_config};
 use crate::runtime::BatchingRuntime;
-use crate::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
 
 struct Side {
     socket: Arc<Socket>,

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use macula_peer_core::proto::control::LIMITS;
+use macula_peer_core::types::{Fingerprint, RelayConfig, Secret};
 use macula_peer_testkit::quic;
 use macula_peer_wire::Reassembler;
 use quinn::crypto::rustls::HandshakeData;
@@ -11,15 +13,11 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::super::RelayConfig;
-use super::super::control::LIMITS;
 use super::super::server::{Opener, Relay};
 use super::super::testing::{Forwarder, PATIENCE, client_config, echo, endpoint, responder, server_config, transport};
 use super::*;
 use crate::addresses::Remote;
-use crate::config::Secret;
 use crate::dial::not_connected;
-use crate::identity::Fingerprint;
 
 /// Within this, silence must have been noticed: about a second, on a machine that has other things to do. An idle timeout
 /// would notice after 45 s.

@@ -2,18 +2,18 @@
 
 use std::net::SocketAddr;
 
+use macula_peer_core::nat::NatProfile;
+use macula_peer_core::proto::control::OPENER;
+use macula_peer_core::proto::packet::{Half, Joiner, Packet};
+use macula_peer_core::punch::Role;
+use macula_peer_core::types::Secret;
 use macula_peer_testkit::quic;
 use macula_peer_wire::{Limits, VERSION};
 use quinn::{Endpoint, TransportConfig, VarInt};
 use tokio::task::JoinSet;
 
-use super::super::control::OPENER;
-use super::super::packet::{Half, Joiner, Packet};
 use super::super::testing::responder;
 use super::*;
-use crate::config::Secret;
-use crate::decide::nat::NatProfile;
-use crate::decide::punch::Role;
 use crate::identity::realm_proof;
 
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,0 +1,48 @@
+//! What the engine of `macula_peer_connector` decides: plain state, driven by events. Time and random draws come in as
+//! arguments, so that all of it can be tested in virtual time. There are no sockets and no tasks here; the crate
+//! `macula-peer` carries out.
+//!
+//! Its users are the crates of this workspace, which change together with it.
+#![forbid(unsafe_code)]
+#![allow(missing_docs)]
+#![cfg_attr(test, allow(clippy::disallowed_methods))]
+
+pub mod access;
+pub mod admission;
+pub mod coordinate;
+pub mod descriptors;
+pub mod faults;
+pub mod growth;
+pub mod handover;
+pub mod known_keys;
+pub mod lanes;
+pub mod liveness;
+pub mod lookup;
+pub mod names;
+pub mod nat;
+pub mod places;
+pub mod proto;
+pub mod punch;
+pub mod quirks;
+pub mod relay;
+pub mod reports;
+pub mod requests;
+pub mod retry;
+pub mod sending;
+pub mod session;
+pub mod session_table;
+pub mod shares;
+pub mod silence;
+pub mod source_port;
+pub mod targets;
+pub mod trust;
+pub mod turns;
+pub mod types;
+pub mod unproven;
+pub mod upgrade;
+pub mod weights;
+pub mod witness;
+pub mod x509;
+
+#[cfg(test)]
+mod sim;

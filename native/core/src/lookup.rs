@@ -1,0 +1,164 @@
+//! When the ways to a node are looked up, and how long what was found holds.
+
+use std::time::{Duration, Instant};
+
+use crate::types::{Fingerprint, Ways};
+
+/// How long more ways are waited for once somebody has begun to look them up.
+const AT_IT_FOR: Duration = Duration::from_secs(5);
+
+/// How long an answer is good for, also that there is nothing: a node may have moved, but one that is nowhere to be found
+/// costs a question a minute and not one for each message.
+const ANSWERED_FOR: Duration = Duration::from_secs(60);
+
+/// What looking up a node has come to.
+#[derive(Debug, Default)]
+pub struct Lookup {
+    phase: Phase,
+    /// The last answer, and what has come of the next.
+    found: Ways,
+    finding: Ways,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+enum Phase {
+    #[default]
+    Unasked,
+    AtIt {
+        since: Instant,
+    },
+    Answered {
+        at: Instant,
+    },
+}
+
+impl Lookup {
+    /// Whether the node is to be looked up now. Whoever is told so begins.
+    pub fn begin(&mut self, now: Instant) -> bool {
+        let wanted = match self.phase {
+            Phase::Unasked => true,
+            Phase::AtIt { since } => since + AT_IT_FOR <= now,
+            Phase::Answered { at } => at + ANSWERED_FOR <= now,
+        };
+        if wanted {
+            (self.phase, self.finding) = (Phase::AtIt { since: now }, Ways::default());
+        }
+        wanted
+    }
+
+    /// Something was found; more may come.
+    pub fn found(&mut self, ways: Ways) {
+        self.finding.learn(ways);
+    }
+
+    /// No more will come. What was found takes the place of the last answer; if nobody could be asked, that stays, and the
+    /// next one who wants to know may begin again.
+    pub fn ended(&mut self, answered: bool, now: Instant) {
+        let finding = std::mem::take(&mut self.finding);
+        if answered {
+            (self.phase, self.found) = (Phase::Answered { at: now }, finding);
+        } else {
+            self.phase = Phase::Unasked;
+        }
+    }
+
+    /// Until when more may come.
+    pub fn until(&self, now: Instant) -> Option<Instant> {
+        match self.phase {
+            Phase::AtIt { since } => Some(since + AT_IT_FOR).filter(|&until| until > now),
+            _ => None,
+        }
+    }
+
+    /// The newest first. Until there is an answer the last one holds: who is asked may be slow.
+    pub fn ways(&self) -> Ways {
+        self.finding.and(&self.found)
+    }
+
+    /// The key that the node has, if somebody said so.
+    pub fn key(&self) -> Option<Fingerprint> {
+        self.finding.key.or(self.found.key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::types::EndpointRef;
+
+    fn ways(endpoints: &[&str]) -> Ways {
+        let endpoints = endpoints.iter().map(|text| EndpointRef::parse(text).unwrap().to_owned()).collect();
+        Ways { endpoints, ..Ways::default() }
+    }
+
+    fn known(lookup: &Lookup) -> Vec<String> {
+        lookup.ways().endpoints.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn one_looks_up_at_a_time_and_an_answer_holds_for_a_minute() {
+        let start = Instant::now();
+        let mut lookup = Lookup::default();
+        assert_eq!(lookup.until(start), None);
+        assert!(lookup.begin(start));
+        assert!(!lookup.begin(start + AT_IT_FOR / 2));
+        assert_eq!(lookup.until(start + AT_IT_FOR / 2), Some(start + AT_IT_FOR));
+        // Nothing.
+        let answered = start + AT_IT_FOR / 2;
+        lookup.ended(true, answered);
+        assert_eq!(lookup.until(answered), None);
+        assert!(!lookup.begin(answered + ANSWERED_FOR - Duration::from_millis(1)));
+        assert!(lookup.begin(answered + ANSWERED_FOR));
+    }
+
+    #[test]
+    fn who_does_not_end_is_not_waited_for() {
+        let start = Instant::now();
+        let mut lookup = Lookup::default();
+        assert!(lookup.begin(start));
+        lookup.found(ways(&["half:1"]));
+        let later = start + AT_IT_FOR;
+        assert_eq!(lookup.until(later), None);
+        assert!(lookup.begin(later));
+        assert_eq!(known(&lookup), [""; 0], "half an answer is none");
+    }
+
+    #[test]
+    fn what_is_found_holds_at_once_and_until_the_next_answer() {
+        let start = Instant::now();
+        let mut lookup = Lookup::default();
+        assert!(lookup.begin(start));
+        lookup.found(ways(&["old:1"]));
+        lookup.found(ways(&["both:1"]));
+        assert_eq!(known(&lookup), ["both:1", "old:1"]);
+        lookup.ended(true, start);
+        assert_eq!(known(&lookup), ["both:1", "old:1"]);
+        let later = start + ANSWERED_FOR;
+        assert!(lookup.begin(later));
+        assert_eq!(known(&lookup), ["both:1", "old:1"], "who is asked may be slow");
+        lookup.found(ways(&["new:1", "both:1"]));
+        assert_eq!(known(&lookup), ["new:1", "both:1", "old:1"]);
+        lookup.ended(true, later);
+        assert_eq!(known(&lookup), ["new:1", "both:1"]);
+        assert!(lookup.begin(later + ANSWERED_FOR));
+        lookup.ended(true, later + ANSWERED_FOR);
+        assert_eq!(known(&lookup), [""; 0]);
+    }
+
+    #[test]
+    fn where_nobody_could_be_asked_the_last_answer_stays_and_the_next_caller_tries() {
+        let start = Instant::now();
+        let mut lookup = Lookup::default();
+        assert!(lookup.begin(start));
+        lookup.found(ways(&["a:1"]));
+        lookup.ended(true, start);
+        let later = start + ANSWERED_FOR;
+        assert!(lookup.begin(later));
+        lookup.ended(false, later);
+        assert_eq!(known(&lookup), ["a:1"]);
+        assert_eq!(lookup.until(later), None);
+        assert!(lookup.begin(later));
+    }
+}

@@ -1,0 +1,4 @@
+//! Decisions played through in virtual time, with seeds.
+
+mod link;
+mod nat;

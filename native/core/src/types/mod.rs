@@ -1,0 +1,17 @@
+//! What every part speaks of.
+
+mod dialect;
+mod endpoint;
+mod fingerprint;
+mod peer;
+mod relay_config;
+mod secret;
+mod ways;
+
+pub use dialect::Dialect;
+pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
+pub use fingerprint::{Fingerprint, NotAFingerprint};
+pub use peer::{NodeId, Path, PeerName};
+pub use relay_config::RelayConfig;
+pub use secret::Secret;
+pub use ways::Ways;
