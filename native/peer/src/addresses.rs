@@ -19,8 +19,8 @@ use quinn::congestion::{Controller, ControllerFactory};
 use tokio::sync::Notify;
 
 use crate::congestion::{Observer, observed};
-use crate::link::lock;
 use crate::socket::canonical;
+use crate::sync::lock;
 
 /// What may be sent to addresses of which a node knows nothing but what others say, by QUIC and as signals.
 #[derive(Debug)]

@@ -19,9 +19,9 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::addresses::Remote;
-use crate::link::lock;
 use crate::shares::{Held, Shares};
 use crate::stats::Counter;
+use crate::sync::lock;
 
 /// Questions that wait for their answers: in all, about one key, and about one address. Those that are more are not asked.
 const MAX_ASKED: Limits = Limits { total: 256, per_key: 32, per_address: 64 };

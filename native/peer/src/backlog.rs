@@ -9,8 +9,8 @@ use macula_peer_core::types::Fingerprint;
 use tokio::sync::Notify;
 
 use crate::decoding::MANY_TERMS;
-use crate::link::lock;
 use crate::message::Inbound;
+use crate::sync::lock;
 
 /// Payload bytes in the backlog from which on reading stops: for one sender, and for all together.
 const SHARE: usize = 1 << 20;

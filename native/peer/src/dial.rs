@@ -21,13 +21,14 @@ use crate::admission::{DENIED, UNDECIDED};
 use crate::config::Config;
 use crate::congestion::{Observer, observed};
 use crate::error::ConnectError;
-use crate::link::{Link, lock};
+use crate::link::Link;
 use crate::listen::{DIALLED_WINDOW, KNOWN_WAY, STREAM_WINDOW};
 use crate::names::Resolver;
 use crate::places::OVER_LIMIT;
 use crate::ports::Ports;
 use crate::relay::client::relay_transport;
 use crate::socket::{Current, ExtraGuard, Refusals, Refused, Why};
+use crate::sync::lock;
 use crate::tls::dialect_of;
 
 /// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.

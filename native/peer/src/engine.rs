@@ -19,7 +19,6 @@ use crate::config::{Config, Shares};
 use crate::error::{ListenError, RequestError, SendError, StartError};
 use crate::identity::{Identity, PreviousKey};
 use crate::known_keys::KnownKeys;
-use crate::link::lock;
 use crate::listen::{self, Admission};
 use crate::message::{Fallback, Handler, Letter, Message, Unhandled};
 use crate::nat::{self, NatStatus};
@@ -32,6 +31,7 @@ use crate::renewal::{self, Renew};
 use crate::runtime::BatchingRuntime;
 use crate::socket::{self, Socket};
 use crate::stats::{PathStatus, Stats};
+use crate::sync::lock;
 use crate::tls::{self, Certificate, Trust, Verify};
 
 /// Threads that work on large payloads; when all are busy, others wait. Idle ones end after ten seconds.

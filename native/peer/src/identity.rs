@@ -19,8 +19,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{SigningKey, SingleCertAndKey};
 
 use crate::error::{IdentityError, PemError};
-use crate::link::lock;
 use crate::succession;
+use crate::sync::lock;
 use crate::{pem, private};
 
 /// The name in a certificate that we sign ourselves; macula's own have it too. Nothing checks it.

@@ -14,8 +14,8 @@ use macula_peer_core::trust::{Changes, TofuStore};
 use macula_peer_core::types::{Fingerprint, NodeId};
 
 use crate::error::KnownKeysError;
-use crate::link::lock;
 use crate::private;
+use crate::sync::lock;
 
 /// Beyond twice what it was when it was last written whole, and this, the file is written whole again.
 const SPARE: u64 = 1 << 20;

@@ -44,6 +44,7 @@ mod shares;
 mod socket;
 mod stats;
 mod succession;
+mod sync;
 mod tls;
 mod transfer;
 mod turns;

@@ -8,8 +8,8 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -28,6 +28,7 @@ use crate::listen::Accepted;
 use crate::message::Letter;
 use crate::socket::{ExtraGuard, canonical};
 use crate::stats::LinkStats;
+use crate::sync::{lock, now_or_never};
 
 /// Callers write themselves while fewer bytes than this, about two packets, are unacknowledged: a lone message leaves at
 /// once. Beyond that the peer's task writes for all of them. The connection's lock is then taken by one thread beside the
@@ -684,17 +685,4 @@ fn is_stopped(proof: &Proof) -> bool {
 async fn raised(flag: &watch::Sender<bool>) {
     // The sender is the link's own.
     let _ = flag.subscribe().wait_for(|raised| *raised).await;
-}
-
-pub(crate) fn now_or_never<F: Future>(future: F) -> Option<F::Output> {
-    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(output) => Some(output),
-        Poll::Pending => None,
-    }
-}
-
-/// A poisoned lock is taken all the same: no state here is left half changed by a panic that could matter more than
-/// every later caller's failure.
-pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

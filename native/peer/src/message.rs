@@ -17,12 +17,12 @@ use tokio::sync::mpsc;
 
 use crate::error::{ReplyError, UndeliveredReason};
 use crate::gateway::Asker;
-use crate::link::lock;
 use crate::nat::NatStatus;
 use crate::node::Node;
 use crate::race::Failures;
 use crate::session::Answers;
 use crate::shares::{Held, Unread};
+use crate::sync::lock;
 
 /// A message to be sent: one encoded frame.
 #[derive(Debug, Clone)]

@@ -15,7 +15,7 @@ use macula_peer_core::names::{Ask, Names};
 use thiserror::Error;
 use tokio::sync::watch;
 
-use crate::link::lock;
+use crate::sync::lock;
 
 /// The default of macOS for all threads but the first: enough for its resolver, and for glibc's, which needs less.
 const STACK: usize = 512 << 10;

@@ -26,12 +26,12 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
-use crate::link::lock;
 use crate::message::Event;
 use crate::node::Node;
 use crate::relay::client::Probed;
 use crate::relay::registration::Description;
 use crate::socket::{AFTER_ERROR, Received, Socket, canonical};
+use crate::sync::lock;
 
 /// A node registers at all its relays at once, and they answer within a round trip of each other, or a lost packet later.
 const SETTLE: Duration = Duration::from_millis(500);

@@ -35,7 +35,7 @@ use crate::gateway::{Asker, Gateway};
 use crate::hello;
 use crate::identity::Identity;
 use crate::known_keys::KnownKeys;
-use crate::link::{Link, lock, now_or_never};
+use crate::link::Link;
 use crate::listen::{Accepted, AcceptedTable, Admission, Expected};
 use crate::message::{Event, Fallback, Handler, Inbound, Letter, NotTaken, Registration, Route, Unhandled};
 use crate::names::Resolver;
@@ -54,6 +54,7 @@ use crate::shares::Unread;
 use crate::socket::{self, Current, Received, Refusals, Signals, Socket, Via};
 use crate::stats::{NodeCounters, Stats};
 use crate::succession;
+use crate::sync::{lock, now_or_never};
 use crate::tls::Verify;
 use crate::turns::Queue;
 

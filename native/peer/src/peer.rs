@@ -32,7 +32,7 @@ use crate::config::Delivery;
 use crate::decoding::is_heavy;
 use crate::dial::refused;
 use crate::error::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
-use crate::link::{Answered, DIRECT_WRITES, Link, Partial, Swept, Written, lock};
+use crate::link::{Answered, DIRECT_WRITES, Link, Partial, Swept, Written};
 use crate::listen::serve_link;
 use crate::message::{Event, Inbound, Letter};
 use crate::node::Node;
@@ -43,6 +43,7 @@ use crate::request;
 use crate::session::{Progress, Session, Taken};
 use crate::socket::{Refused, Why};
 use crate::stats::{PathStatus, PeerCounters, PeerStats};
+use crate::sync::lock;
 use crate::transfer;
 
 /// Messages that are accepted for a live link while it is busy or has no stream to spare: some milliseconds of a fast

@@ -8,8 +8,8 @@ use macula_peer_core::places::{self, Arrival, Over, PlaceLimits};
 use macula_peer_core::types::Fingerprint;
 use quinn::Connection;
 
-use crate::link::lock;
 use crate::stats::Counter;
+use crate::sync::lock;
 
 /// Application error code of connections: a limit does not allow it, which the reason names.
 pub(crate) const OVER_LIMIT: u8 = 13;

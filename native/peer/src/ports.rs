@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use macula_peer_core::source_port::{Failed, Kept, SourcePorts, silence};
 use tokio::time::sleep;
 
-use crate::link::lock;
 use crate::node::Node;
 use crate::socket::{ExtraGuard, Socket, canonical};
+use crate::sync::lock;
 
 /// How many destinations may have their own port at once. Each is an open file, and is read whenever something arrives.
 const MAX_PORTS: usize = 32;

@@ -25,13 +25,14 @@ use tokio::time::{sleep, sleep_until, timeout};
 use crate::config::HolePunching;
 use crate::descriptors;
 use crate::error::ConnectError;
-use crate::link::{Link, lock};
+use crate::link::Link;
 use crate::listen::EXPECTED_FOR;
 use crate::nat;
 use crate::node::{Node, Said};
 use crate::relay::registration::{CircuitError, Description, PunchSession};
 use crate::shares::{Held, Shares};
 use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via, canonical};
+use crate::sync::lock;
 
 /// Attempts that this node has begun and takes part in at once, and as many that others have begun: each is some hundred
 /// packets in three seconds.

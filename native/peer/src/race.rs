@@ -376,8 +376,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::link::lock;
     use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
+    use crate::sync::lock;
     use crate::{Config, Engine, Listen};
 
     /// Whoever knows it may begin as many connections as he likes, and each makes the peer's task look at all of them.

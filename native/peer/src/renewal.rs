@@ -9,8 +9,8 @@ use ring::digest::{Context, Digest, SHA256};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::link::lock;
 use crate::pem;
+use crate::sync::lock;
 
 /// How often files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);

@@ -26,7 +26,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::broadcast;
 
 use crate::addresses::{Addresses, Proof};
-use crate::link::lock;
+use crate::sync::lock;
 
 pub(crate) use self::extras::ExtraId;
 use self::extras::{AddExtraError, Extra, Extras};

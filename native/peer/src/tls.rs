@@ -392,7 +392,6 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, ServerConfig};
-
     use rustls::pki_types::PrivateKeyDer;
 
     use super::*;

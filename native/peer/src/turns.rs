@@ -11,7 +11,7 @@ use macula_peer_core::turns::Turns;
 use tokio::sync::oneshot;
 use tokio::task::yield_now;
 
-use crate::link::lock;
+use crate::sync::lock;
 
 /// How long a task works before it waits for a turn, which lasts about as long.
 pub(crate) const QUANTUM: Duration = Duration::from_micros(100);

@@ -22,8 +22,8 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Connection, Endpoint, EndpointConfig, SendDatagramError, ServerConfig, UdpPoller, VarInt};
 use tokio::sync::Notify;
 
-use crate::link::{lock, now_or_never};
 use crate::runtime::BatchingRuntime;
+use crate::sync::{lock, now_or_never};
 
 /// Where circuits seem to be: the first 64 bits of a local address (RFC 4193) that is never on any wire.
 const PREFIX: [u16; 4] = [0xfd6d, 0x6163, 0x756c, 0x6100];

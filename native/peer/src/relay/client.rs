@@ -20,7 +20,7 @@ use super::registration::{
     CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms,
 };
 use crate::error::ConnectError;
-use crate::link::lock;
+use crate::sync::lock;
 
 /// Between dials while the relay is silent.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);

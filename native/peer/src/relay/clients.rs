@@ -17,12 +17,12 @@ use super::registration::{CircuitError, IncomingCircuit, PunchSession};
 use crate::addresses::Remote;
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
-use crate::link::lock;
 use crate::listen::{self, Admission, DIALLED_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_WAY, STREAM_WINDOW};
 use crate::message::{Event, Registration};
 use crate::node::Node;
 use crate::punch;
 use crate::stats::RegistrationStats;
+use crate::sync::lock;
 
 /// Relays used at once, standing ones included. Each is a connection of some 40 KB. Those that callers name and that are
 /// not used go by themselves.

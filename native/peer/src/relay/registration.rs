@@ -33,8 +33,8 @@ use super::circuits::Circuits;
 use crate::dial::{not_begun, not_connected};
 use crate::error;
 use crate::identity::realm_proof;
-use crate::link::lock;
 use crate::socket::canonical;
+use crate::sync::lock;
 use crate::tls::dialect_of;
 
 /// Requests for circuits that one relay is asked at once; the others wait for an answer to one of these.

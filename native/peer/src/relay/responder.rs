@@ -25,9 +25,9 @@ use tokio::net::UdpSocket;
 use tokio::time::sleep;
 
 use crate::addresses::Remote;
-use crate::link::lock;
 use crate::node::Node;
 use crate::socket::{AFTER_ERROR, Received, open, reachable_from};
+use crate::sync::lock;
 
 /// What one node may ask per second, and at once. It asks some twenty times, and again what is lost, when it looks what its
 /// NAT is like, and a few times for each peer that it looks for a way to.

@@ -41,10 +41,11 @@ use super::{Passed, RelayNode, RelayStats};
 use crate::addresses::Remote;
 use crate::admission::{Admissions, DENIED, NotAdmitted};
 use crate::identity::realm_proof_is_valid;
-use crate::link::{lock, write_now};
+use crate::link::write_now;
 use crate::places::Place;
 use crate::stats::Counter;
 use crate::succession;
+use crate::sync::lock;
 
 /// Who opens a control stream and does not say `connect` is let go after this long. It can come in the same packet.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

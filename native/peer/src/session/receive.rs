@@ -21,11 +21,12 @@ use crate::backlog::Sender;
 use crate::decoding::is_heavy;
 use crate::error::{Rejection, ReplyError};
 use crate::hello;
-use crate::link::{Write, lock, now_or_never, write_now};
+use crate::link::{Write, write_now};
 use crate::listen::{NOT_A_FRAME, REPLY_TIMEOUT, SLOW_FRAME, Stream};
 use crate::message::{Event, ReplyTo, ReplyToken};
 use crate::node::Node;
 use crate::stats::Counter;
+use crate::sync::{lock, now_or_never};
 use crate::transfer;
 use crate::turns::QUANTUM;
 
@@ -505,10 +506,9 @@ async fn write_rest(mut send: SendStream, rest: Bytes) {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use macula_peer_core::proto::session::put_number;
     use tokio::task::spawn_blocking;
     use tokio::time::sleep;
-
-    use macula_peer_core::proto::session::put_number;
 
     use super::*;
     use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};

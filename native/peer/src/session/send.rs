@@ -17,10 +17,11 @@ use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
 use crate::error::Rejection;
-use crate::link::{DIRECT_WRITES, Link, now_or_never};
+use crate::link::{DIRECT_WRITES, Link};
 use crate::listen::WRONG_NODE;
 use crate::message::Letter;
 use crate::session::FORGOTTEN;
+use crate::sync::now_or_never;
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.

@@ -19,7 +19,7 @@ use super::receive::Receiver;
 use super::send::{Outcome, Sender};
 use super::sift::{Signals, Via, sift};
 use super::{canonical, enlarge_buffers};
-use crate::link::lock;
+use crate::sync::lock;
 
 /// How many there may be: every one is looked at whenever something has come.
 const MAX_EXTRAS: usize = 64;

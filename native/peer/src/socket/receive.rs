@@ -15,7 +15,7 @@ use tokio::net::UdpSocket;
 use tokio::sync::Notify;
 use tokio::time::{Sleep, sleep};
 
-use crate::link::lock;
+use crate::sync::lock;
 
 /// Receives from one socket. An error would end quinn's endpoint with all its connections, so none is returned while
 /// the runtime runs: most are about one destination. Errors that last are waited out, or reported so that the socket is
