@@ -4,16 +4,16 @@
 -include_lib("stdlib/include/assert.hrl").
 
 -export([suite/0, all/0, end_per_testcase/2]).
--export([every_snippet_runs/1, every_attack_has_its_test/1]).
+-export([every_snippet_runs/1, every_link_leads_somewhere/1, every_attack_has_its_test/1]).
 
 %% A snippet more or less is to be noticed here.
--define(SNIPPETS, [{"README.md", 6}, {"docs/relays.md", 3}, {"docs/drop-in.md", 1}]).
+-define(SNIPPETS, [{"README.md", 3}, {"docs/sending.md", 1}, {"docs/nat.md", 1}, {"docs/inbound.md", 1}, {"docs/relays.md", 3}, {"docs/drop-in.md", 1}]).
 
 %% A snippet that waits for what does not come.
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [every_snippet_runs, every_attack_has_its_test].
+    [every_snippet_runs, every_link_leads_somewhere, every_attack_has_its_test].
 
 end_per_testcase(_Case, _Config) ->
     macula_peer_endpoint:stop().
@@ -22,6 +22,40 @@ every_snippet_runs(_Config) ->
     Pages = [{File, snippets(File)} || {File, _} <- ?SNIPPETS],
     ?assertEqual(?SNIPPETS, [{File, length(Snippets)} || {File, Snippets} <- Pages]),
     [lists:foreach(fun run/1, Snippets) || {_, Snippets} <- Pages].
+
+%% Links between the pages: the file is there, and so is the heading.
+every_link_leads_somewhere(_Config) ->
+    Pages = [Page || Pattern <- ["*.md", "docs/**/*.md"], Page <- filelib:wildcard(Pattern, root())],
+    Links = [{Page, Link} || Page <- Pages, Link <- links(Page)],
+    ?assert(length(Links) > 50),
+    ?assertEqual([], [Dead || {Page, Link} = Dead <- Links, not leads_somewhere(Page, Link)]).
+
+links(Page) ->
+    {match, Links} = re:run(["[]()", text(Page)], "\\]\\(([^)\\s]*)\\)", [global, {capture, [1], list}]),
+    [Link || [Link] <- Links, Link =/= "", string:prefix(Link, "https://") =:= nomatch].
+
+leads_somewhere(Page, Link) ->
+    {File, Heading} = case string:split(Link, "#") of
+        ["", Anchor] -> {Page, Anchor};
+        [To] -> {filename:join(filename:dirname(Page), To), ""};
+        [To, Anchor] -> {filename:join(filename:dirname(Page), To), Anchor}
+    end,
+    filelib:is_file(filename:join(root(), File)) andalso (Heading =:= "" orelse lists:member(Heading, anchors(File))).
+
+%% As GitHub makes them.
+anchors(Page) ->
+    case re:run(text(Page), "^#+ (.*)$", [global, multiline, {capture, [1], list}]) of
+        {match, Headings} -> [anchor(string:lowercase(Heading)) || [Heading] <- Headings];
+        nomatch -> []
+    end.
+
+anchor(Heading) ->
+    Kept = re:replace(Heading, "[^a-z0-9 _-]", "", [global, {return, list}]),
+    lists:flatten(string:replace(Kept, " ", "-", all)).
+
+text(Page) ->
+    {ok, Text} = file:read_file(filename:join(root(), Page)),
+    Text.
 
 %% Each row of the table of attacks ends with the name of a test that exists.
 every_attack_has_its_test(_Config) ->
