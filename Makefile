@@ -55,6 +55,7 @@ check: setup nif
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	@.ci/rust-version
+	@.ci/versions
 	@.ci/structure
 	$(REBAR) as strict compile
 	$(REBAR) xref
