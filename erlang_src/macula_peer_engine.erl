@@ -13,6 +13,7 @@
 -export([figures/1]).
 -export([contained/1]).
 -export([to_the_end/1]).
+-export([return/1]).
 -export([stop/0]).
 -export([retire/0]).
 
@@ -87,20 +88,22 @@ contained(Call) ->
 %% still returns, so no process is left that only the caller knew.
 -spec to_the_end(fun(() -> Result)) -> Result.
 to_the_end(Fun) ->
-    {Pid, Monitor} = spawn_monitor(fun() -> exit({?MODULE, outcome(Fun)}) end),
+    {Pid, Monitor} = spawn_monitor(?MODULE, return, [Fun]),
     receive
         {'DOWN', Monitor, process, Pid, {?MODULE, {returned, Result}}} -> Result;
         {'DOWN', Monitor, process, Pid, {?MODULE, {raised, Class, Reason, Stack}}} -> erlang:raise(Class, Reason, Stack);
         {'DOWN', Monitor, process, Pid, Reason} -> exit(Reason)
     end.
 
--spec outcome(fun(() -> Result)) -> {returned, Result} | {raised, error | exit | throw, term(), erlang:stacktrace()}.
-outcome(Fun) ->
-    try
+%% @private What the process of {@link to_the_end/1} does.
+-spec return(fun(() -> term())) -> no_return().
+return(Fun) ->
+    Outcome = try
         {returned, Fun()}
     catch
         Class:Reason:Stack -> {raised, Class, Reason, Stack}
-    end.
+    end,
+    exit({?MODULE, Outcome}).
 
 %% @doc Stops the engine, if it runs; what is on its way has a second to arrive.
 -spec stop() -> ok.

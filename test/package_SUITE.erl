@@ -324,7 +324,7 @@ the_package_has_what_belongs_in_it(Config) ->
     {0, Committed} = run(root(), [], "git ls-tree -r --name-only HEAD"),
     ?assertEqual([], Files -- ["src/macula_peer_connector.app.src" | string:lexemes(Committed, "\n")]),
     Sources = [File || File <- string:lexemes(Committed, "\n"),
-                       re:run(File, "^(erlang_src|docs)/|^native/(nif|peer|wire)/src/|^native/[^/]*/Cargo.toml$") =/= nomatch,
+                       re:run(File, "^(erlang_src|docs)/|^native/(nif|peer|core|wire)/src/|^native/[^/]*/Cargo.toml$") =/= nomatch,
                        not lists:prefix("native/fuzz/", File)],
     ?assertEqual([], Sources -- Files),
     ?assertEqual([], [File || File <- Files, re:run(File, "^test|^native/fuzz|/tests/|[.](so|beam)$") =/= nomatch]).

@@ -2,7 +2,7 @@
 //! answer goes to where it was asked last, also if there was one by then.
 //!
 //! A request is kept until the answer has arrived, or for [`KEPT_FOR`]. A key that has its share loses its own oldest. When
-//! the table is full, the client with the most makes room (`decide/weights.rs`): for a request the one with the most
+//! the table is full, the client with the most makes room (`weights.rs`): for a request the one with the most
 //! requests, for an answer the one with the most bytes of answers. A request that is forgotten and asked again fails if the
 //! asker knows that it had arrived.
 

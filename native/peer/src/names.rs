@@ -2,7 +2,7 @@
 //!
 //! This asks the system's resolver rather than a DNS server: it knows `/etc/hosts`, `nsswitch.conf`, search domains,
 //! mDNS and what a VPN has set up, so a name that works for everything else on this host works here. It blocks, so it
-//! has its own threads; `decide/names.rs` shares them out. An asynchronous resolver would need no threads, but it is
+//! has its own threads; `macula_peer_core::names` shares them out. An asynchronous resolver would need no threads, but it is
 //! some twenty crates, and knows only a part of this.
 
 use std::collections::HashMap;

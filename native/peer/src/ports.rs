@@ -1,4 +1,4 @@
-//! Local ports beside the usual one, for destinations that do not answer packets from it. `decide/source_port.rs` says when.
+//! Local ports beside the usual one, for destinations that do not answer packets from it. `macula_peer_core::source_port` says when.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

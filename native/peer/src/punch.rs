@@ -1,6 +1,6 @@
 //! Direct paths through NATs: the attempts that this node takes part in.
 //!
-//! What is sent when is decided in `decide/punch.rs`; here are the sockets, the relay's word and the connection. Nothing is
+//! What is sent when is decided in `macula_peer_core::punch`; here are the sockets, the relay's word and the connection. Nothing is
 //! sent to an address that a relay of this node's did not name, but for answers to what the other node has signed.
 
 use std::collections::HashMap;

@@ -1,7 +1,7 @@
 //! A request: a message on a stream of its own, and the one frame that answers it.
 //!
 //! In `macula-peer/1` a request has an id. When its link dies it is asked again over the next one, and the peer, if it has
-//! had it, sends the answer there (`decide/requests.rs`).
+//! had it, sends the answer there (`macula_peer_core::requests`).
 
 use std::pin::pin;
 use std::sync::Arc;

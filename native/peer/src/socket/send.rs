@@ -3,7 +3,7 @@
 //! quinn-udp would answer the first `EINVAL` by giving up segmentation offload, and ECN for IPv4, for as long as the
 //! socket lives. But Linux also returns `EINVAL` for a blackhole route, a source address that has been removed, and
 //! port 0, which any stranger can send from. So on Linux its state never sees an error: this module makes the system
-//! call, and judges an error for the one packet that it was about (`decide/sending.rs`).
+//! call, and judges an error for the one packet that it was about (`macula_peer_core::sending`).
 
 use std::io;
 use std::net::SocketAddr;
