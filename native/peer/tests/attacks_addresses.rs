@@ -431,8 +431,9 @@ fn a_node_keeps_places_for_other_keys_and_addresses() {
     until("the other one is pinged", || honest.recv(&mut buffer.clone()).is_ok_and(|len| len == SIGNAL_LEN));
     assert!(begun.elapsed() < Duration::from_secs(2));
     let pinged: Vec<bool> = hostile.iter().map(|at| at.recv(&mut buffer).is_ok()).collect();
-    assert_eq!(pinged[..4], [true, true, false, false], "of one key");
-    assert_eq!(pinged.iter().filter(|pinged| **pinged).count(), 8, "of one address");
+    // Each attempt has a task of its own, so it may be any of them.
+    let count = |pinged: &[bool]| pinged.iter().filter(|pinged| **pinged).count();
+    assert_eq!((count(&pinged[..4]), count(&pinged)), (2, 8), "of one key, and of one address");
     stop(&[&node]);
     drop(fake);
     runtime.shutdown_background();
