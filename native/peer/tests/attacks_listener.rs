@@ -193,24 +193,6 @@ async fn flood_messages(address: String, connections: u64) {
     floods.join_all().await;
 }
 
-/// Opens sessions in so many connections and resets them, without end.
-async fn flood_sessions(address: String, connections: u64) {
-    let key = quic::key().unwrap();
-    let mut floods = JoinSet::new();
-    for n in 0..connections {
-        let connection = dial(&address, &key).await;
-        // Few streams are allowed before a message has come.
-        Stream::open(&connection).await.ask(frame(Ping, 0, 8)).await;
-        floods.spawn(async move {
-            for round in 0.. {
-                let from = (n << 40) + 1000 * round;
-                open_and_reset(&connection, from..from + 1000).await;
-            }
-        });
-    }
-    floods.join_all().await;
-}
-
 /// How long half of the requests take at the most, quiet and beside a flood. Of three times the one in which the flood cost
 /// least: what else the machine does may cost more.
 fn beside<F>(flood: impl Fn(String) -> F) -> (Duration, Duration)
@@ -238,17 +220,11 @@ where
     rounds.min_by_key(|(_, flooded)| *flooded).unwrap()
 }
 
-/// Those with much to do used to have it done all at once.
+/// Those with much to do used to have it done all at once, and half of the requests beside them took more than 16 ms.
 #[test]
 fn one_key_that_sends_without_end_costs_others_little_time() {
     let (quiet, flooded) = beside(|address| flood_messages(address, 8));
-    assert!(flooded < 8 * quiet + Duration::from_millis(3), "{quiet:?}, {flooded:?}");
-}
-
-#[test]
-fn one_key_that_opens_sessions_without_end_costs_others_little_time() {
-    let (quiet, flooded) = beside(|address| flood_sessions(address, 8));
-    assert!(flooded < 4 * quiet + Duration::from_millis(2), "{quiet:?}, {flooded:?}");
+    assert!(flooded < 8 * quiet + Duration::from_millis(10), "{quiet:?}, {flooded:?}");
 }
 
 /// Of a session that is no longer known everything that is owed arrives again.
