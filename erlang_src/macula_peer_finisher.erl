@@ -10,6 +10,7 @@
 -export([start_link/1]).
 -export([stop/1]).
 -export([forward/3]).
+-export([pass_on/3]).
 -export([finish/1]).
 
 -export([init/1]).
@@ -38,9 +39,19 @@ stop(Supervisor) ->
 forward(Supervisor, To, Message) ->
     _ = case macula_peer_finisher_sup:finisher(Supervisor) of
         none -> To ! Message;
-        Finisher -> Finisher ! {?MODULE, forward, To, Message}
+        %% The finisher may have long to do before it comes to this.
+        Finisher -> spawn(?MODULE, pass_on, [Finisher, To, Message])
     end,
     ok.
+
+%% @private Sends the message by way of the finisher, or directly if that ends first: it may have been told to stop.
+-spec pass_on(pid(), pid(), term()) -> term().
+pass_on(Finisher, To, Message) ->
+    try
+        gen_server:call(Finisher, {forward, To, Message}, infinity)
+    catch
+        exit:_ -> To ! Message
+    end.
 
 %% @doc The term that an unfinished one stands for. Of equal keys the last one counts, as in the original.
 -spec finish(macula_peer_nif:unfinished()) -> term().
@@ -54,9 +65,12 @@ init(Place) ->
     ok = macula_peer_nif:set_finisher(Place, self()),
     {ok, []}.
 
--spec handle_call(term(), gen_server:from(), []) -> {reply, {error, unknown_call}, []}.
+-spec handle_call(term(), gen_server:from(), []) -> {reply, ok | {error, unknown_call}, [], hibernate}.
+handle_call({forward, To, Message}, _From, State) ->
+    To ! Message,
+    {reply, ok, State, hibernate};
 handle_call(_Request, _From, State) ->
-    {reply, {error, unknown_call}, State}.
+    {reply, {error, unknown_call}, State, hibernate}.
 
 -spec handle_cast(term(), []) -> {noreply, []}.
 handle_cast(_Request, State) ->
@@ -72,9 +86,6 @@ handle_info({macula_peer_finish, Receipt, To, Around, Unfinished}, State) ->
         false -> ok
     end,
     %% Gives back the memory, which may be a hundred times that of the next message.
-    {noreply, State, hibernate};
-handle_info({?MODULE, forward, To, Message}, State) ->
-    To ! Message,
     {noreply, State, hibernate};
 handle_info({?MODULE, stop}, State) ->
     {stop, normal, State};

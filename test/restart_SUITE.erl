@@ -18,7 +18,7 @@ all() ->
      the_application_stops_and_starts_under_its_callers, a_stop_answers_every_call_that_waits,
      a_start_that_fails_fails_for_every_caller, the_engine_outlives_the_application_that_called_first,
      killed_callers_leave_no_process_behind, functions_that_look_start_no_engine,
-     handlers_that_are_set_at_once_replace_one_another,
+     handlers_that_are_set_at_once_replace_one_another, a_handler_ends_whatever_becomes_of_the_finisher,
      a_missing_library_is_an_error_of_every_function, a_library_of_another_version_is_refused,
      calls_go_on_after_the_module_is_loaded_again, calls_go_on_after_the_module_was_deleted_and_purged].
 
@@ -235,6 +235,18 @@ handlers_that_are_set_at_once_replace_one_another(_Config) ->
     until(fun() -> length(macula_peer_test:handlers()) =:= 1 end),
     ok = macula_peer_endpoint:stop(),
     until(fun() -> macula_peer_test:handlers() =:= [] end).
+
+%% The finisher that was to send the handler its end could be told to stop before, and the handler stayed.
+a_handler_ends_whatever_becomes_of_the_finisher(_Config) ->
+    {Supervisor, _} = macula_peer_finisher_sup:start(),
+    Finisher = macula_peer_finisher_sup:finisher(Supervisor),
+    Function = {function, Handler} = macula_peer_handler:start({erlang, is_tuple, []}),
+    Monitor = monitor(process, Handler),
+    true = erlang:suspend_process(Finisher),
+    ok = macula_peer_finisher:stop(Supervisor),
+    ok = macula_peer_handler:stop(Handler, Supervisor),
+    true = erlang:resume_process(Finisher),
+    receive {'DOWN', Monitor, process, Handler, normal} -> ok after 10000 -> error({still_there, Function}) end.
 
 is_error({error, _}) -> true;
 is_error(_) -> false.
