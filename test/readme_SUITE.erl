@@ -6,7 +6,7 @@
 -export([suite/0, all/0, end_per_testcase/2]).
 -export([every_snippet_runs/1, every_link_leads_somewhere/1, every_attack_has_its_test/1]).
 
-%% A snippet more or less is to be noticed here. Sending goes first: no relay is known then.
+%% A snippet that is added or lost fails here. Sending goes first, while no relay is known.
 -define(SNIPPETS, [{"docs/sending.md", 1}, {"README.md", 3}, {"docs/nat.md", 1}, {"docs/inbound.md", 1}, {"docs/relays.md", 3}, {"docs/drop-in.md", 1}]).
 
 %% A snippet that waits for what does not come.

@@ -65,7 +65,7 @@ enum State<R> {
 /// What becomes of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {
-    /// It is to be handed over.
+    /// It is new: hand it over.
     New,
     /// It was handed over before, and is not answered yet.
     Waits,

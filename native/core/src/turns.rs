@@ -7,7 +7,7 @@ use std::hash::Hash;
 /// to do holds up the others by one piece of work each.
 #[derive(Debug)]
 pub struct Turns<S, W> {
-    /// Who may work at a time.
+    /// How many may work at a time.
     most: usize,
     working: usize,
     /// Senders that wait, in the order of their turns.

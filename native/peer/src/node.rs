@@ -695,7 +695,7 @@ impl Node {
         self.current_socket().get()
     }
 
-    /// The same for whoever may hold it for long.
+    /// The same, for tasks that may hold it for long.
     pub(crate) fn current_socket(&self) -> Current {
         lock(&self.socket).socket.clone()
     }

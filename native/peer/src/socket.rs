@@ -295,8 +295,8 @@ impl Socket {
     }
 }
 
-/// The socket that is in use, which is another one after a move. Whoever waits for something holds this: a socket that
-/// was replaced keeps its port bound as long as somebody holds it.
+/// The socket in use, which a move replaces. A task that waits holds this instead of the socket, because a replaced socket
+/// keeps its port bound until the last reference to it is gone.
 #[derive(Clone)]
 pub(crate) struct Current(Arc<Mutex<Arc<Socket>>>);
 

@@ -193,8 +193,8 @@ async fn flood_messages(address: String, connections: u64) {
     floods.join_all().await;
 }
 
-/// How long half of the requests take at the most, quiet and beside a flood. Of three times the one in which the flood cost
-/// least: what else the machine does may cost more.
+/// The median time of a request, quiet and beside a flood: of three rounds the one in which the flood cost least, because
+/// other work of the machine may add to it.
 fn beside<F>(flood: impl Fn(String) -> F) -> (Duration, Duration)
 where
     F: Future<Output = ()> + Send + 'static,

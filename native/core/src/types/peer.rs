@@ -40,7 +40,7 @@ impl fmt::Debug for NodeId {
 /// Whom we send to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeerName {
-    /// Whoever is at an address.
+    /// The node at an address.
     Endpoint(Endpoint),
     /// A node, wherever it is.
     Node(NodeId),

@@ -16,7 +16,7 @@ pub struct Ways {
     pub last_resorts: Vec<Endpoint>,
     /// The key that it has, where somebody knows.
     pub key: Option<Fingerprint>,
-    /// Whether a direct path through NATs is to be looked for, where somebody has said so.
+    /// Whether to look for a direct path through NATs, if a call or a lookup has said so.
     pub hole_punch: Option<bool>,
 }
 
