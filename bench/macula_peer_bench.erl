@@ -81,7 +81,7 @@ ours(Alpn, Senders, Messages) ->
         Times = each(Send, Senders, Messages div Senders),
         ok = until(fun() -> frames(Ask) > Senders * (Messages div Senders) end),
         Elapsed = erlang:monotonic_time(microsecond) - Start,
-        ok = macula_peer_endpoint:stop(),
+        ok = macula_peer_node:stop(),
         result(Messages, Elapsed, Times)
     end).
 

@@ -20,7 +20,7 @@ circuits({Messages, Rounds}) ->
     [Relay, Target] = Nodes = [start() || _ <- [relay, target]],
     RelayEndpoint = call(Relay, listen, [#{relay => #{bandwidth => 1 bsl 30, accept_rate => 10000}}]),
     TargetEndpoint = call(Target, listen, [#{}]),
-    ok = peer:call(Target, macula_peer_endpoint, register, [?REGISTERED, [RelayEndpoint]]),
+    ok = peer:call(Target, macula_peer_node, register, [?REGISTERED, [RelayEndpoint]]),
     Ways = [{direct, TargetEndpoint, at_endpoint},
             {circuit, ?REGISTERED, #{relay_endpoint => RelayEndpoint, skip_hole_punch => true}}],
     ok = linked(Ways, Target),
@@ -31,7 +31,7 @@ circuits({Messages, Rounds}) ->
     [times(io_lib:format("~s of a request's round trip", [Key]), spreads(Key, Requests)) || Key <- [p50, p99]],
     times("first message of an engine", spreads(Measure(?COLD_STARTS, fun(To) -> cold_start(To, Target) end))),
     ok = dropped(Relay),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [ok = peer:stop(Node) || Node <- Nodes],
     ok.
 
@@ -78,7 +78,7 @@ round_trips(To) ->
 
 %% In microseconds, from the call to the delivery.
 cold_start(To, Target) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     Start = os:system_time(microsecond),
     ok = send(To),
     1 = call(Target, counted, [1]),
@@ -96,7 +96,7 @@ ask({direct, Endpoint, at_endpoint}) ->
     {ok, {pong, _}} = macula_peer_connector:send_message_and_wait(Endpoint, ping, #{timestamp => 1}, 5000),
     ok;
 ask({_Way, NodeId, Opts}) ->
-    {ok, {pong, _}} = macula_peer_endpoint:request(NodeId, ping, #{timestamp => 1}, 5000, Opts),
+    {ok, {pong, _}} = macula_peer_node:request(NodeId, ping, #{timestamp => 1}, 5000, Opts),
     ok.
 
 %% What the relay did not pass on had to be sent again.
@@ -141,7 +141,7 @@ resident(Node) ->
     binary_to_integer(KiB).
 
 relay_stats(Relay, Key) ->
-    #{relay := #{Key := Value}} = peer:call(Relay, macula_peer_endpoint, stats, []),
+    #{relay := #{Key := Value}} = peer:call(Relay, macula_peer_node, stats, []),
     Value.
 
 until(Condition) ->
@@ -161,12 +161,12 @@ call(Node, Function, Args) ->
 
 %% These run in the nodes.
 
--spec listen(macula_peer_endpoint:listen_opts()) -> binary().
+-spec listen(macula_peer_node:listen_opts()) -> binary().
 listen(Opts) ->
     ok = logger:set_primary_config(level, warning),
     %% Behind a fast sender messages wait; on the heap, collecting garbage would copy them again and again.
     true = register(?MODULE, Counter = spawn_opt(fun() -> counter(0, 0) end, [{message_queue_data, off_heap}])),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(Opts#{handler => Counter}),
+    {ok, {_, Port}} = macula_peer_node:listen(Opts#{handler => Counter}),
     iolist_to_binary(["127.0.0.1:", integer_to_list(Port)]).
 
 %% Waits until so many messages have come since the last call.
@@ -194,7 +194,7 @@ counter(N, _At, Expected, From) ->
 
 %% How many it counts for.
 message({macula_peer_message, #{type := ping, message := #{<<"timestamp">> := Time}, reply_to := Token}}) ->
-    ok = macula_peer_endpoint:reply(Token, pong, #{timestamp => Time, server_time => Time}),
+    ok = macula_peer_node:reply(Token, pong, #{timestamp => Time, server_time => Time}),
     0;
 message({macula_peer_message, #{}}) -> 1;
 message({macula_peer_event, _}) -> 0.

@@ -97,7 +97,7 @@ direct(Listener, Endpoint) ->
 relayed(Registered, RelayEndpoint) ->
     Sent = send_to_node(?NODE_ID, #{relay_endpoint => RelayEndpoint, skip_hole_punch => true}),
     {Arrived, #{path := relay}} = peer:call(Registered, ?MODULE, ask, [first, subscribe]),
-    Ask = fun() -> macula_peer_endpoint:request(?NODE_ID, ping, #{timestamp => 1}, 1000) end,
+    Ask = fun() -> macula_peer_node:request(?NODE_ID, ping, #{timestamp => 1}, 1000) end,
     row("through a relay, no NATs", Arrived - Sent, ["a request takes " | us(median(Ask))]).
 
 send_to_node(NodeId, Opts) ->
@@ -137,13 +137,13 @@ row(Title, First, Then) ->
     io:format("  ~-34s ~-15s ~s~n", [Title, us(First), Then]).
 
 stats(Name) ->
-    #{undelivered := 0} = macula_peer_endpoint:stats(),
+    #{undelivered := 0} = macula_peer_node:stats(),
     Shown = maps:with([path, dialect, sent, acknowledged, received, failed], peer_stats(Name)),
     io:format("  stats         ~0p~n", [Shown]),
     ok.
 
 peer_stats(Name) ->
-    #{peers := Peers} = macula_peer_endpoint:stats(),
+    #{peers := Peers} = macula_peer_node:stats(),
     [Peer] = [Peer || Peer <- Peers, maps:with(maps:keys(Name), Peer) =:= Name],
     Peer.
 
@@ -157,14 +157,14 @@ us(Time) -> io_lib:format("~.1f ms", [Time / 1000]).
 
 -spec listen(map()) -> binary().
 listen(Opts) ->
-    {ok, {_, Port}} = macula_peer_endpoint:listen(Opts#{handler => server()}),
+    {ok, {_, Port}} = macula_peer_node:listen(Opts#{handler => server()}),
     iolist_to_binary(io_lib:format("127.0.0.1:~b", [Port])).
 
 %% Returns when the relay has said that this node is registered.
 -spec register_at(binary()) -> ok.
 register_at(Relay) ->
-    ok = macula_peer_endpoint:set_handler(server()),
-    ok = macula_peer_endpoint:register(?NODE_ID, [Relay]),
+    ok = macula_peer_node:set_handler(server()),
+    ok = macula_peer_node:register(?NODE_ID, [Relay]),
     ask(registered, Relay).
 
 -spec ask(first | count | registered, term()) -> term().
@@ -216,4 +216,4 @@ see(What, First, Seen) ->
     maps:update_with(What, fun({N, Before}) -> {N + 1, Before} end, {1, First}, Seen).
 
 pong(Token, #{<<"timestamp">> := Time}) ->
-    ok = macula_peer_endpoint:reply(Token, pong, #{timestamp => Time, server_time => erlang:system_time(millisecond)}).
+    ok = macula_peer_node:reply(Token, pong, #{timestamp => Time, server_time => erlang:system_time(millisecond)}).

@@ -20,7 +20,7 @@
 %% A callback that fails is logged at once, and then once in so many milliseconds, with the number of failures since.
 -define(LOG_EVERY, 60000).
 
--type question() :: macula_peer_endpoint:admission_question().
+-type question() :: macula_peer_node:admission_question().
 -type callback() :: {module(), atom(), [term()]}.
 -type answer() :: allow | deny | timeout | crash.
 -type asked() :: {pid(), macula_peer_nif:admission_token(), Timer :: reference(), callback(), question()}.
@@ -37,7 +37,7 @@ start_link() ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, supervised, []).
 
 %% @doc Starts the process unless it runs, if these options of a listener need it.
--spec prepare(macula_peer_endpoint:listen_opts() | undefined) -> ok.
+-spec prepare(macula_peer_node:listen_opts() | undefined) -> ok.
 prepare(#{admission := _}) ->
     _ = whereis(?MODULE) =:= undefined andalso gen_server:start({local, ?MODULE}, ?MODULE, alone, []),
     ok;

@@ -13,8 +13,8 @@
 
 -define(APP, macula_peer_connector).
 
--type settings() :: #{native := map(), handler := macula_peer_endpoint:handler() | undefined,
-                      listen := macula_peer_endpoint:listen_opts() | undefined, resolver := module() | none}.
+-type settings() :: #{native := map(), handler := macula_peer_node:handler() | undefined,
+                      listen := macula_peer_node:listen_opts() | undefined, resolver := module() | none}.
 %% `native' is for the native library.
 
 -type reason() :: {invalid_option, {Key :: term(), Value :: term()}} | {unknown_option, Key :: atom()}
@@ -74,7 +74,7 @@
 
 %% What is ours.
 -define(OWN, #{gateway => "auto, an endpoint \"host:port\" or none",
-               listen => "a map of options of macula_peer_endpoint:listen/1, but for the handler",
+               listen => "a map of options of macula_peer_node:listen/1, but for the handler",
                handler => "a process of this node or {Module, Function, Args}",
                resolver => "a module with callbacks of macula_peer_resolver, or none",
                takeover => "true or false",
@@ -360,7 +360,7 @@ first_error([]) ->
 %% ---- listening ----
 
 %% The variables make a node that listens by its settings a relay, or say what the relay gives, where the options do not.
--spec listen(map()) -> macula_peer_endpoint:listen_opts() | undefined.
+-spec listen(map()) -> macula_peer_node:listen_opts() | undefined.
 listen(#{listen := Opts}) -> with_relay(Opts);
 listen(#{}) -> undefined.
 

@@ -6,7 +6,7 @@
 %% `connect_timeout' of the settings (5 s): a call to a silent peer fails then at the latest. The caller gets its result as
 %% the return value and never a message.
 %%
-%% `ok' means accepted: the message arrives, or is counted in {@link macula_peer_endpoint:stats/0} and reported to the
+%% `ok' means accepted: the message arrives, or is counted in {@link macula_peer_node:stats/0} and reported to the
 %% handler as undelivered.
 -module(macula_peer_connector).
 
@@ -72,7 +72,7 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 %% `{nat_connection_failed, {connect_failed, wrong_node}}', unless another path leads to the node.
 %%
 %% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node must
-%% have the key that it was first seen with; {@link macula_peer_endpoint:forget/1} allows another one.
+%% have the key that it was first seen with; {@link macula_peer_node:forget/1} allows another one.
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) -> ok | {error, term()}.
 send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
     Send = fun(To, Timeout) -> macula_peer_call:send(To, Type, Msg, Timeout, LocalNodeId) end,

@@ -18,7 +18,7 @@
 -type mfargs() :: {module(), atom(), [term()]}.
 
 %% @doc The handler as the native library knows it, with a process for a function.
--spec start(macula_peer_endpoint:handler() | undefined) -> macula_peer_nif:handler().
+-spec start(macula_peer_node:handler() | undefined) -> macula_peer_nif:handler().
 start({_Module, _Function, _Args} = MFA) ->
     {ok, Pid} = gen_server:start(?MODULE, MFA, []),
     {function, Pid};

@@ -106,16 +106,16 @@ prepare(Settings, Port) ->
     listen(Port).
 
 listen(Port) ->
-    {ok, _} = macula_peer_endpoint:listen(#{port => Port}),
+    {ok, _} = macula_peer_node:listen(#{port => Port}),
     ok.
 
 %% The handler of all: keeps nothing.
 answering({macula_peer_message, #{type := ping, message := #{<<"timestamp">> := Time}, reply_to := Token}}) ->
-    _ = macula_peer_endpoint:reply(Token, pong, #{timestamp => Time, server_time => Time}),
+    _ = macula_peer_node:reply(Token, pong, #{timestamp => Time, server_time => Time}),
     ok;
 answering({macula_peer_message, #{type := rpc_request, message := #{<<"args">> := Ms}, reply_to := Token}})
   when is_integer(Ms), Ms >= 0 ->
-    Reply = fun() -> macula_peer_endpoint:reply(Token, rpc_reply, #{request_id => <<"r">>, from_node => <<"n">>}) end,
+    Reply = fun() -> macula_peer_node:reply(Token, rpc_reply, #{request_id => <<"r">>, from_node => <<"n">>}) end,
     _ = erlang:send_after(Ms, spawn(fun() -> receive go -> Reply() end end), go),
     ok;
 answering(_Other) ->
@@ -173,23 +173,23 @@ event({silence, Which}, _N, Lab) ->
     Lab;
 event(restart_engine, N, #{nodes := Nodes, endpoints := Endpoints} = Lab) ->
     {{_, Node}, Endpoint} = lists:nth(1 + N div 10 rem 2, lists:zip(Nodes, Endpoints)),
-    ok = call(Node, macula_peer_endpoint, stop, []),
-    {ok, _} = call(Node, macula_peer_endpoint, listen, [#{port => port(Endpoint)}]),
+    ok = call(Node, macula_peer_node, stop, []),
+    {ok, _} = call(Node, macula_peer_node, listen, [#{port => port(Endpoint)}]),
     Lab;
 event(kill_victim, _N, #{victim := {Node, Port}} = Lab) ->
     ok = macula_peer_test:kill_node(Node),
     Lab#{victim := node_with(?SETTINGS, Port)};
 event(listen_again, _N, #{nodes := [{_, Subject} | _], endpoints := [Endpoint | _]} = Lab) ->
-    ok = call(Subject, macula_peer_endpoint, close, []),
-    {ok, _} = call(Subject, macula_peer_endpoint, listen, [#{port => port(Endpoint)}]),
+    ok = call(Subject, macula_peer_node, close, []),
+    {ok, _} = call(Subject, macula_peer_node, listen, [#{port => port(Endpoint)}]),
     Lab;
 event(change_handler, N, #{nodes := [{_, Subject} | _]} = Lab) ->
     Dead = call(Subject, erlang, spawn, [erlang, is_atom, [dead]]),
     Handlers = [undefined, Dead, {?MODULE, no_such_function, []}],
     Handler = lists:nth(1 + N rem length(Handlers), Handlers),
-    ok = call(Subject, macula_peer_endpoint, set_handler, [Handler]),
+    ok = call(Subject, macula_peer_node, set_handler, [Handler]),
     receive after 100 -> ok end,
-    ok = call(Subject, macula_peer_endpoint, set_handler, [{?MODULE, answering, []}]),
+    ok = call(Subject, macula_peer_node, set_handler, [{?MODULE, answering, []}]),
     Lab.
 
 port(Endpoint) ->
@@ -343,10 +343,10 @@ act({undecodable, Endpoint}) ->
     %% The peer's limit of nesting is lower.
     macula_peer_connector:send_message(Endpoint, cast, #{k => [[[[[[[[[[[[[[[[[[[[a]]]]]]]]]]]]]]]]]]]]}, 2000);
 act(insight) ->
-    _ = macula_peer_endpoint:path(<<"target">>),
-    _ = macula_peer_endpoint:nat_profile(),
-    _ = macula_peer_endpoint:identity(),
-    case macula_peer_endpoint:stats() of
+    _ = macula_peer_node:path(<<"target">>),
+    _ = macula_peer_node:nat_profile(),
+    _ = macula_peer_node:identity(),
+    case macula_peer_node:stats() of
         #{peers := _} -> ok;
         Other -> Other
     end.
@@ -366,7 +366,7 @@ rpc(Ms) ->
 measure(Port) ->
     ok = until(fun() -> #{peers := Peers, accepted := Accepted} = idle(), Peers + Accepted =:= 0 end, ?REST),
     Running = settled(),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     Stopped = settled(),
     ok = listen(Port),
     [{running, Running}, {stopped, Stopped}].

@@ -29,7 +29,7 @@ end_per_testcase(_Case, _Config) ->
     _ = persistent_term:erase(?MODULE),
     _ = application:stop(?APP),
     ok = engine(#{}),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 %% ---- the callback ----
 
@@ -47,7 +47,7 @@ the_callback_is_asked_about_connections_and_registrations(_Config) ->
     answer(fun(#{kind := connection}) -> allow; (#{kind := registration}) -> {deny, "not this one"} end),
     Other = start_member(here, settings(b, [Relay])),
     until(fun() -> [denied] =:= [R || #{state := refused, reason := R} <- macula_peer_test:events(Other, registration)] end),
-    ?assertMatch(#{registrations := 1, refused := #{denied := N}} when N >= 1, maps:get(relay, macula_peer_endpoint:stats())),
+    ?assertMatch(#{registrations := 1, refused := #{denied := N}} when N >= 1, maps:get(relay, macula_peer_node:stats())),
     %% And the third is not even let in.
     answer(deny),
     Third = start_member(here, #{}),
@@ -64,7 +64,7 @@ its_answers_are_remembered_for_their_time(_Config) ->
     until(fun() -> send(Client, Here) =:= ok end),
     ?assertMatch(#{asked := 2}, admission()),
     %% For no time at all.
-    ok = macula_peer_endpoint:close(),
+    ok = macula_peer_node:close(),
     Again = listen(#{admission => callback(deny), admission_cache => 0}),
     [?assertEqual(?REJECTED, send(Client, Again)) || _ <- [1, 2]],
     ?assertMatch(#{asked := 2, remembered := 0}, admission()).
@@ -119,7 +119,7 @@ a_callback_that_fails_lets_nobody_in_and_is_logged_once(_Config) ->
     ?assertEqual(ok, send(Failing, Here)).
 
 a_callback_s_process_that_is_killed_comes_back(_Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     {ok, _} = application:ensure_all_started(?APP),
     Here = listen(#{admission => callback(allow)}),
     Killed = whereis(macula_peer_admission),
@@ -137,10 +137,10 @@ it_works_by_settings_and_without_the_application(_Config) ->
     true = exit(whereis(macula_peer_admission), kill),
     Other = client(#{connect_timeout => 500}),
     ?assertEqual(?REFUSED, send(Other, endpoint(Port))),
-    ok = macula_peer_endpoint:close(),
-    {ok, _} = macula_peer_endpoint:listen(#{port => Port, admission => callback(allow)}),
+    ok = macula_peer_node:close(),
+    {ok, _} = macula_peer_node:listen(#{port => Port, admission => callback(allow)}),
     ?assertEqual(ok, send(Other, endpoint(Port))),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ?assertEqual(undefined, whereis(macula_peer_admission)),
     %% The application takes the place of one without it.
     ok = engine(Settings),
@@ -151,18 +151,18 @@ it_works_by_settings_and_without_the_application(_Config) ->
 
 wrong_values_are_named(_Config) ->
     ok = engine(#{}),
-    [?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_endpoint:listen(#{Key => Value}))
+    [?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_node:listen(#{Key => Value}))
      || {Key, Value} <- [{admission, fun erlang:is_map/1}, {admission, {m, f}}, {admission, {m, f, a}}, {admission, {"m", f, []}},
                          {admission_timeout, 0}, {admission_timeout, 60001}, {admission_cache, -1}]],
-    [?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_endpoint:set_access(#{deny => #{Key => Value}}))
+    [?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_node:set_access(#{deny => #{Key => Value}}))
      || {Key, Value} <- [{keys, none}, {keys, [<<0:248>>]}, {node_ids, [<<>>]}, {node_ids, [a]}, {networks, ["10.0.0.0/33"]},
                          {networks, ["10.0.0.1/8"]}, {networks, [{1, 2, 3}]}, {networks, "10.0.0.0/8"}, {addresses, []}]],
-    ?assertEqual({error, {invalid_option, {refuse, #{}}}}, macula_peer_endpoint:set_access(#{refuse => #{}})),
-    ?assertEqual({error, {invalid_option, {deny, []}}}, macula_peer_endpoint:set_access(#{deny => []})),
-    ?assertEqual({error, {invalid_option, {access, []}}}, macula_peer_endpoint:set_access([])),
-    [?assertEqual({error, {invalid_kick, Whom}}, macula_peer_endpoint:kick(Whom))
+    ?assertEqual({error, {invalid_option, {refuse, #{}}}}, macula_peer_node:set_access(#{refuse => #{}})),
+    ?assertEqual({error, {invalid_option, {deny, []}}}, macula_peer_node:set_access(#{deny => []})),
+    ?assertEqual({error, {invalid_option, {access, []}}}, macula_peer_node:set_access([])),
+    [?assertEqual({error, {invalid_kick, Whom}}, macula_peer_node:kick(Whom))
      || Whom <- [<<"a">>, {key, <<"a">>}, {node_id, <<>>}, {address, {127, 0, 0, 1}}]],
-    ?assertEqual(#{allow => #{}, deny => #{}}, macula_peer_endpoint:access()).
+    ?assertEqual(#{allow => #{}, deny => #{}}, macula_peer_node:access()).
 
 %% ---- lists ----
 
@@ -173,12 +173,12 @@ lists_hold_at_once(_Config) ->
     Key = key(Other),
     Hex = string:lowercase(binary:encode_hex(Key)),
     [begin
-         ok = macula_peer_endpoint:set_access(Access),
+         ok = macula_peer_node:set_access(Access),
          Gone = [Node || Node <- [Honest, Other], links(Node) =:= []],
          until(fun() -> links(Other) =:= [] end),
          ct:pal("~p: ~p", [Access, Gone]),
          ?assertEqual(Expected, send(Other, Here)),
-         ok = macula_peer_endpoint:set_access(#{}),
+         ok = macula_peer_node:set_access(#{}),
          [?assertEqual(ok, send(Node, Here)) || Node <- [Honest, Other]]
      end
      || {Access, Expected} <- [{#{deny => #{keys => [Key]}}, ?REJECTED},
@@ -187,8 +187,8 @@ lists_hold_at_once(_Config) ->
                                {#{deny => #{networks => ["127.0.0.0/8"]}}, ?REFUSED},
                                {#{deny => #{networks => [{127, 0, 0, 1}]}}, ?REFUSED},
                                {#{allow => #{networks => [<<"2001:db8::/32">>]}}, ?REFUSED}]],
-    ok = macula_peer_endpoint:set_access(#{deny => #{keys => [Key], networks => ["10.0.0.0/8"]}}),
-    ?assertEqual(#{allow => #{}, deny => #{keys => [Key], networks => [<<"10.0.0.0/8">>]}}, macula_peer_endpoint:access()),
+    ok = macula_peer_node:set_access(#{deny => #{keys => [Key], networks => ["10.0.0.0/8"]}}),
+    ?assertEqual(#{allow => #{}, deny => #{keys => [Key], networks => [<<"10.0.0.0/8">>]}}, macula_peer_node:access()),
     ?assertEqual(ok, send(Honest, Here)),
     ?assertEqual([honest], [honest || _ <- links(Honest)]),
     ?assertMatch(#{key := K, network := N} when K >= 3 andalso N >= 3, refused()).
@@ -196,18 +196,18 @@ lists_hold_at_once(_Config) ->
 lists_are_a_setting(_Config) ->
     Access = #{deny => #{networks => ["127.0.0.0/8"]}},
     ok = engine(#{access => Access}),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{}),
     Client = client(#{connect_timeout => 500}),
     ?assertEqual(?REFUSED, send(Client, endpoint(Port))),
-    ok = macula_peer_endpoint:set_access(#{}),
+    ok = macula_peer_node:set_access(#{}),
     ?assertEqual(ok, send(Client, endpoint(Port))),
-    ok = macula_peer_endpoint:stop(),
-    ok = macula_peer_endpoint:start(),
-    ?assertEqual(#{allow => #{}, deny => #{networks => [<<"127.0.0.0/8">>]}}, macula_peer_endpoint:access()),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
+    ok = macula_peer_node:start(),
+    ?assertEqual(#{allow => #{}, deny => #{networks => [<<"127.0.0.0/8">>]}}, macula_peer_node:access()),
+    ok = macula_peer_node:stop(),
     Wrong = #{deny => #{networks => [1]}},
     ok = application:set_env(?APP, access, Wrong),
-    ?assertEqual({error, {invalid_option, {access, Wrong}}}, macula_peer_endpoint:start()).
+    ?assertEqual({error, {invalid_option, {access, Wrong}}}, macula_peer_node:start()).
 
 %% ---- a relay's nodes ----
 
@@ -215,10 +215,10 @@ whoever_is_kicked_leaves_and_waits(_Config) ->
     Relay = listen(#{relay => #{}}),
     [A, B] = [start_member(here, settings(Name, [Relay])) || Name <- [a, b]],
     [await_registered(Member, [Relay]) || Member <- [A, B]],
-    ?assertEqual({error, not_found}, macula_peer_endpoint:kick({node_id, id(c)})),
-    ?assertEqual(ok, macula_peer_endpoint:kick({node_id, id(a)})),
-    ?assertEqual(ok, macula_peer_endpoint:kick({key, key(B)})),
-    ?assertMatch(#{nodes := []}, macula_peer_endpoint:relay_nodes()),
+    ?assertEqual({error, not_found}, macula_peer_node:kick({node_id, id(c)})),
+    ?assertEqual(ok, macula_peer_node:kick({node_id, id(a)})),
+    ?assertEqual(ok, macula_peer_node:kick({key, key(B)})),
+    ?assertMatch(#{nodes := []}, macula_peer_node:relay_nodes()),
     [until(fun() -> [kicked] =:= [R || #{state := refused, reason := R} <- macula_peer_test:events(Member, registration)] end)
      || Member <- [A, B]],
     %% Other names of the key wait too.
@@ -235,21 +235,21 @@ a_relay_lists_its_nodes(_Config) ->
     [await_registered(Member, [Relay]) || Member <- [A, B]],
     ok = macula_peer_relays:send(A, {a, b}, 1, #{}),
     _ = macula_peer_relays:delivered(B, 1),
-    #{nodes := Nodes, next := none} = macula_peer_endpoint:relay_nodes(),
+    #{nodes := Nodes, next := none} = macula_peer_node:relay_nodes(),
     [#{key := KeyA, since := Since, peers := [IdB], circuits := 1, sent := #{packets := Packets, bytes := Bytes}}] =
         [Node || #{node_id := Id} = Node <- Nodes, Id =:= id(a)],
     ?assertEqual({key(A), id(b), 2}, {KeyA, IdB, length(Nodes)}),
     ?assert(Since >= Before - 1000 andalso Since =< erlang:system_time(millisecond) + 1000),
     ?assert(Packets > 0 andalso Bytes > Packets),
     ?assertMatch([#{address := {{127, 0, 0, 1}, _}, received := #{packets := N}} | _] when N > 0, Nodes),
-    ?assertEqual({error, not_a_relay}, call(A, macula_peer_endpoint, relay_nodes, [])),
-    ?assertMatch(#{nodes := [], next := none}, macula_peer_endpoint:relay_nodes(1 bsl 40)).
+    ?assertEqual({error, not_a_relay}, call(A, macula_peer_node, relay_nodes, [])),
+    ?assertMatch(#{nodes := [], next := none}, macula_peer_node:relay_nodes(1 bsl 40)).
 
 looking_starts_nothing(_Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [?assertEqual({error, not_started}, Look())
-     || Look <- [fun macula_peer_endpoint:access/0, fun macula_peer_endpoint:relay_nodes/0,
-                 fun() -> macula_peer_endpoint:kick({node_id, <<"a">>}) end]],
+     || Look <- [fun macula_peer_node:access/0, fun macula_peer_node:relay_nodes/0,
+                 fun() -> macula_peer_node:kick({node_id, <<"a">>}) end]],
     ?assertEqual(undefined, whereis(macula_peer_admission)).
 
 %% ---- helpers ----
@@ -267,7 +267,7 @@ send(Node, Endpoint) ->
     call(Node, macula_peer_connector, send_message, [Endpoint, store, #{key => <<"k">>, value => <<"v">>}, ?TIMEOUT]).
 
 key(Node) ->
-    #{fingerprint := Key} = call(Node, macula_peer_endpoint, identity, []),
+    #{fingerprint := Key} = call(Node, macula_peer_node, identity, []),
     Key.
 
 links(Node) ->
@@ -275,7 +275,7 @@ links(Node) ->
     [Peer || #{path := direct} = Peer <- Peers].
 
 admission() ->
-    maps:get(admission, macula_peer_endpoint:stats()).
+    maps:get(admission, macula_peer_node:stats()).
 
 refused() ->
     maps:get(refused, admission()).

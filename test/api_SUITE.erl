@@ -42,7 +42,7 @@ init_per_suite(Config) ->
 
 end_per_suite(Config) ->
     macula_peer_test:stop_node(?config(node, Config)),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 init_per_testcase(_Case, Config) ->
     true = os:unsetenv(?BOOTSTRAP),
@@ -299,49 +299,49 @@ nat_send(Message, Opts) ->
 %% ---- listening ----
 
 listen_tells_the_address(_Config) ->
-    {ok, {_, Port}} = macula_peer_endpoint:local_address(),
-    ?assertMatch({ok, {_, Port}}, macula_peer_endpoint:listen(#{})),
-    ok = macula_peer_endpoint:close(),
+    {ok, {_, Port}} = macula_peer_node:local_address(),
+    ?assertMatch({ok, {_, Port}}, macula_peer_node:listen(#{})),
+    ok = macula_peer_node:close(),
     Other = closed_port(),
-    ?assertEqual({ok, {{127, 0, 0, 1}, Other}}, macula_peer_endpoint:listen(#{ip => {127, 0, 0, 1}, port => Other})),
-    ?assertEqual({ok, {{127, 0, 0, 1}, Other}}, macula_peer_endpoint:local_address()).
+    ?assertEqual({ok, {{127, 0, 0, 1}, Other}}, macula_peer_node:listen(#{ip => {127, 0, 0, 1}, port => Other})),
+    ?assertEqual({ok, {{127, 0, 0, 1}, Other}}, macula_peer_node:local_address()).
 
 a_second_listen_is_refused(_Config) ->
-    {ok, Address} = macula_peer_endpoint:listen(#{}),
-    ?assertEqual({error, already_listening}, macula_peer_endpoint:listen(#{})),
-    ok = macula_peer_endpoint:close(),
-    ?assertEqual({ok, Address}, macula_peer_endpoint:listen(#{})).
+    {ok, Address} = macula_peer_node:listen(#{}),
+    ?assertEqual({error, already_listening}, macula_peer_node:listen(#{})),
+    ok = macula_peer_node:close(),
+    ?assertEqual({ok, Address}, macula_peer_node:listen(#{})).
 
 listen_options_are_checked(_Config) ->
-    [?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_endpoint:listen(#{Key => Value}))
+    [?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_node:listen(#{Key => Value}))
      || {Key, Value} <- [{port, -1}, {port, 65536}, {port, "9443"}, {ip, "127.0.0.1"}, {ip, {1, 2, 3}},
                          {ip, {256, 0, 0, 1}}, {certfile, 1}, {keyfile, {}}, {handler, 1}, {no_option, 1},
                          {<<"port">>, 1}]],
-    ?assertEqual({error, {invalid_option, {keyfile, undefined}}}, macula_peer_endpoint:listen(#{certfile => "c"})),
-    ?assertEqual({error, {invalid_option, {certfile, undefined}}}, macula_peer_endpoint:listen(#{keyfile => "k"})).
+    ?assertEqual({error, {invalid_option, {keyfile, undefined}}}, macula_peer_node:listen(#{certfile => "c"})),
+    ?assertEqual({error, {invalid_option, {certfile, undefined}}}, macula_peer_node:listen(#{keyfile => "k"})).
 
 a_taken_port_is_named(_Config) ->
     {Socket, Port} = silent_port(),
     ?assertEqual({error, {listen_failed, eaddrinuse}},
-                 macula_peer_endpoint:listen(#{ip => {127, 0, 0, 1}, port => Port})),
-    ?assertEqual({error, {listen_failed, eaddrnotavail}}, macula_peer_endpoint:listen(#{ip => {192, 0, 2, 1}})),
+                 macula_peer_node:listen(#{ip => {127, 0, 0, 1}, port => Port})),
+    ?assertEqual({error, {listen_failed, eaddrnotavail}}, macula_peer_node:listen(#{ip => {192, 0, 2, 1}})),
     gen_udp:close(Socket),
     %% A failure leaves nothing behind.
-    ?assertMatch({ok, _}, macula_peer_endpoint:listen(#{ip => {127, 0, 0, 1}, port => Port})).
+    ?assertMatch({ok, _}, macula_peer_node:listen(#{ip => {127, 0, 0, 1}, port => Port})).
 
 a_bad_certificate_is_named(Config) ->
     File = filename:join(?config(priv_dir, Config), "empty.pem"),
     ok = file:write_file(File, <<>>),
     [?assertMatch({error, {bad_certificate, Text}} when is_binary(Text),
-                  macula_peer_endpoint:listen(#{certfile => Certificate, keyfile => File}))
+                  macula_peer_node:listen(#{certfile => Certificate, keyfile => File}))
      || Certificate <- [File, File ++ ".absent", list_to_binary(File)]].
 
 close_stops_accepting(Config) ->
     Node = macula_peer_test:start_node(),
     {ok, {_, Port}} = macula_peer_test:call(Node, macula_peer_test, listen, [#{}]),
     ok = send_message(endpoint(Port), store, #{}),
-    ok = macula_peer_test:call(Node, macula_peer_endpoint, close, []),
-    ok = macula_peer_test:call(Node, macula_peer_endpoint, close, []),
+    ok = macula_peer_test:call(Node, macula_peer_node, close, []),
+    ok = macula_peer_test:call(Node, macula_peer_node, close, []),
     until(fun() -> maps:get(accepted, macula_peer_test:stats(Node)) =:= [] end),
     until(fun() -> is_refused(send_message(endpoint(Port), store, #{}, 300)) end),
     macula_peer_test:stop_node(Node),
@@ -351,16 +351,16 @@ is_refused({error, {connect_failed, _}}) -> true;
 is_refused(Other) -> Other.
 
 the_handler_is_a_process_or_a_function(_Config) ->
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => self()}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{handler => self()}),
     ok = send_message(endpoint(Port), store, #{n => 1}),
     ?assertMatch(#{type := store, message := #{<<"n">> := 1}, dialect := 'macula-peer/1',
                    from := {{127, 0, 0, 1}, Port}}, next_message()),
-    ok = macula_peer_endpoint:set_handler({?MODULE, forward, [self()]}),
+    ok = macula_peer_node:set_handler({?MODULE, forward, [self()]}),
     ok = send_message(endpoint(Port), store, #{n => 2}),
     ?assertMatch(#{message := #{<<"n">> := 2}}, next_message()),
-    ok = macula_peer_endpoint:set_handler(undefined),
+    ok = macula_peer_node:set_handler(undefined),
     ok = send_message(endpoint(Port), store, #{n => 3}),
-    until(fun() -> maps:get(unhandled, macula_peer_endpoint:stats()) =:= 1 end).
+    until(fun() -> maps:get(unhandled, macula_peer_node:stats()) =:= 1 end).
 
 forward(Message, To) -> To ! Message.
 
@@ -368,39 +368,39 @@ next_message() ->
     receive {macula_peer_message, Inbound} -> Inbound after 5000 -> error(no_message) end.
 
 a_handler_of_another_kind_is_refused(_Config) ->
-    [?assertEqual({error, {invalid_option, {handler, Handler}}}, macula_peer_endpoint:set_handler(Handler))
+    [?assertEqual({error, {invalid_option, {handler, Handler}}}, macula_peer_node:set_handler(Handler))
      || Handler <- [none, 1, fun(_) -> ok end, {m, f}, {m, f, a}, {"m", f, []}, registered_name]].
 
 a_message_is_answered_once(_Config) ->
     {Token, Asked} = ask(5000),
-    ?assertEqual(ok, macula_peer_endpoint:reply(Token, pong, #{timestamp => 1, server_time => 2})),
+    ?assertEqual(ok, macula_peer_node:reply(Token, pong, #{timestamp => 1, server_time => 2})),
     ?assertEqual({error, already_replied},
-                 macula_peer_endpoint:reply(Token, pong, #{timestamp => 1, server_time => 3})),
+                 macula_peer_node:reply(Token, pong, #{timestamp => 1, server_time => 3})),
     ?assertMatch({ok, {pong, #{<<"server_time">> := 2}}}, answer(Asked)).
 
 a_refused_answer_leaves_the_token_good(_Config) ->
     {Token, Asked} = ask(5000),
-    [?assertEqual({error, Reason}, macula_peer_endpoint:reply(Token, Type, Message))
+    [?assertEqual({error, Reason}, macula_peer_node:reply(Token, Type, Message))
      || {Type, Message, Reason} <- [{no_type, #{}, {invalid_message_type, no_type}},
                                     {pong, #{timestamp => 1}, {invalid_message, {missing_field, server_time}}},
                                     {reply, 1, {invalid_message, not_a_map}}]],
-    ?assertEqual(ok, macula_peer_endpoint:reply(Token, reply, #{})),
+    ?assertEqual(ok, macula_peer_node:reply(Token, reply, #{})),
     ?assertMatch({ok, {reply, _}}, answer(Asked)).
 
 a_token_is_a_token(_Config) ->
-    [?assertEqual({error, invalid_token}, macula_peer_endpoint:reply(Token, reply, #{}))
+    [?assertEqual({error, invalid_token}, macula_peer_node:reply(Token, reply, #{}))
      || Token <- [none, undefined, make_ref(), self(), <<>>]].
 
 who_asked_may_be_gone(_Config) ->
     {Token, Asked} = ask(5000),
-    ok = macula_peer_endpoint:close(),
-    until(fun() -> maps:get(accepted, macula_peer_endpoint:stats()) =:= [] end),
-    ?assertEqual({error, gone}, macula_peer_endpoint:reply(Token, reply, #{})),
+    ok = macula_peer_node:close(),
+    until(fun() -> maps:get(accepted, macula_peer_node:stats()) =:= [] end),
+    ?assertEqual({error, gone}, macula_peer_node:reply(Token, reply, #{})),
     ?assertMatch({error, _}, answer(Asked)).
 
 %% A request that this node makes to itself.
 ask(Timeout) ->
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => self()}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{handler => self()}),
     Asked = spawn_monitor(fun() ->
         exit({answer, send_message_and_wait(endpoint(Port), ping, #{timestamp => 1}, Timeout)})
     end),

@@ -25,7 +25,7 @@ all() ->
      a_setting_wins_over_production, variables_that_mean_nothing_here_are_named].
 
 init_per_testcase(_Case, Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [true = os:unsetenv(Name) || Name <- ?VARIABLES],
     [ok = application:unset_env(macula, Key) || Key <- ?MACULA_KEYS],
     ok = settings([]),
@@ -117,7 +117,7 @@ an_application_file_is_enough(_Config) ->
     Call = fun(M, F, A) -> macula_peer_test:call(Node, M, F, A) end,
     ?assertEqual(undefined, Call(application, get_key, [?APP, vsn])),
     ok = Call(application, set_env, [?APP, port, wrong]),
-    ?assertEqual({error, {invalid_option, {port, wrong}}}, Call(macula_peer_endpoint, start, [])),
+    ?assertEqual({error, {invalid_option, {port, wrong}}}, Call(macula_peer_node, start, [])),
     macula_peer_test:stop_node(Node).
 
 %% ---- variables ----
@@ -152,8 +152,8 @@ a_node_that_listens_is_a_relay(_Config) ->
     true = os:putenv("MACULA_NAT_RELAY_BANDWIDTH", "1000"),
     ?assertEqual(#{max_sessions => 7, bandwidth => 1000}, Relay()),
     ok = settings([{listen, #{}}]),
-    ok = macula_peer_endpoint:start(),
-    ?assertMatch(#{relay := #{circuits := 0}}, macula_peer_endpoint:stats()),
+    ok = macula_peer_node:start(),
+    ?assertMatch(#{relay := #{circuits := 0}}, macula_peer_node:stats()),
     %% One of them says no.
     true = os:putenv("MACULA_NAT_RELAY_ENABLED", "false"),
     ?assertEqual(none, Relay()).
@@ -210,7 +210,7 @@ what_macula_does_not_read_is_not_checked(_Config) ->
 
 a_service_link_is_explained(_Config) ->
     [with_variable(Name, Value, fun() ->
-         {error, {invalid_variable, {Name, Value, Hint}}} = macula_peer_endpoint:start(),
+         {error, {invalid_variable, {Name, Value, Hint}}} = macula_peer_node:start(),
          ?assertMatch({match, _}, re:run(Hint, "Kubernetes.*enableServiceLinks: false")),
          is_refused({invalid_variable, {Name, Value, Hint}}, []),
          [Sentence] = logged(fun() -> start([]) end),
@@ -291,7 +291,7 @@ is_refused(Reason, Settings) ->
     ?assertEqual({Settings, {error, Reason}}, {Settings, start(Settings)}),
     ?assertEqual(not_started, macula_peer_call:stats()),
     [?assertEqual({error, Reason}, Result)
-     || Result <- [macula_peer_endpoint:start(), macula_peer_connector:send_message("127.0.0.1:9", cast, #{})]],
+     || Result <- [macula_peer_node:start(), macula_peer_connector:send_message("127.0.0.1:9", cast, #{})]],
     ?assertEqual(not_started, macula_peer_call:stats()).
 
 %% Starts the application, and stops it if it did.

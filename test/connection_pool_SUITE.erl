@@ -33,7 +33,7 @@ init_per_testcase(_Case, Config) ->
     Config.
 
 end_per_testcase(_Case, _Config) ->
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 it_has_the_functions_of_macula(_Config) ->
     Wanted = [{start_link, 0}, {start_link, 1}, {get_connection, 1}, {return_connection, 2}, {invalidate, 1}, {stats, 0},
@@ -53,7 +53,7 @@ it_is_a_supervisors_child(_Config) ->
 init(Children) -> {ok, {#{}, Children}}.
 
 without_an_engine_there_is_nothing(Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ?assertEqual(?ZEROS, ?POOL:stats()),
     ?assertEqual([], ?POOL:get_connected_peers()),
     ?assertEqual(ok, ?POOL:invalidate(?config(endpoint, Config))),
@@ -89,7 +89,7 @@ an_invalidated_link_is_closed_and_loses_nothing(Config) ->
     #{dials := Dials} = macula_peer_test:peer_stats(Endpoint),
     ok = send_message(Endpoint, store, #{}, 5000),
     ?assertMatch(#{dials := Again} when Again =:= Dials + 1, macula_peer_test:peer_stats(Endpoint)),
-    ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
 
 a_gateway_gets_what_was_on_its_way_once(_Config) ->
     Gateway = macula_peer_stand_in:start(),
@@ -101,7 +101,7 @@ a_gateway_gets_what_was_on_its_way_once(_Config) ->
     until(fun() -> maps:get(received, macula_peer_stand_in:stats(Gateway)) >= 200 end),
     until(fun() -> maps:get(unacknowledged_bytes, macula_peer_test:peer_stats(Endpoint)) =:= 0 end),
     ?assertMatch(#{received := 200, distinct := 200}, macula_peer_stand_in:stats(Gateway)),
-    ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()),
+    ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()),
     macula_peer_stand_in:stop(Gateway).
 
 nonsense_is_not_invalidated(_Config) ->

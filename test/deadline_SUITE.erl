@@ -28,7 +28,7 @@ init_per_suite(Config) ->
 
 end_per_suite(Config) ->
     macula_peer_test:stop_node(?config(node, Config)),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 init_per_testcase(_Case, Config) ->
     macula_peer_test:engine([]),
@@ -65,7 +65,7 @@ infinity_waits_for_a_peer_that_comes_late(Config) ->
     until(fun() -> is_map(macula_peer_test:peer_stats(Endpoint)) end),
     %% Next to no time in which the port is closed, which would be an answer.
     Node = macula_peer_test:start_node(),
-    ok = macula_peer_test:call(Node, macula_peer_endpoint, start, []),
+    ok = macula_peer_test:call(Node, macula_peer_node, start, []),
     ok = gen_udp:close(?config(socket, Config)),
     {ok, _} = macula_peer_test:call(Node, macula_peer_test, listen, [#{port => ?config(silent_port, Config)}]),
     [receive {'DOWN', Monitor, process, Pid, Reason} -> ?assertEqual({result, ok}, Reason) end

@@ -25,7 +25,7 @@ init_per_testcase(_Case, Config) ->
     [{port, Port}, {endpoint, endpoint(Port)} | Config].
 
 end_per_testcase(_Case, _Config) ->
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 a_restarted_peer_gets_every_message(Config) ->
     Endpoint = ?config(endpoint, Config),
@@ -34,25 +34,25 @@ a_restarted_peer_gets_every_message(Config) ->
     Ids = lists:seq(1, 100),
     [?assertEqual({Id, ok}, {Id, send(Endpoint, Id, 5000)}) || Id <- Ids],
     until(fun() -> ids(Node) =:= Ids end),
-    ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()),
+    ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()),
     settled(Endpoint),
     macula_peer_test:stop_node(Node).
 
 what_a_dead_peer_was_owed_arrives_when_it_is_back(Config) ->
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     macula_peer_test:kill_node(linked_listener(Config)),
     Accepted = accepted(Config, 20000),
     %% Long after the link is given up.
     receive after 2000 -> ok end,
     Node = listener(Config),
     until(fun() -> ids(Node) =:= Accepted end),
-    ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()),
+    ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()),
     ?assertEqual([], events()),
     settled(?config(endpoint, Config)),
     macula_peer_test:stop_node(Node).
 
 a_peer_that_stays_away_is_reported(Config) ->
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     macula_peer_test:kill_node(linked_listener(Config)),
     Accepted = accepted(Config, 1500),
     reported(Config, length(Accepted), expired),
@@ -60,7 +60,7 @@ a_peer_that_stays_away_is_reported(Config) ->
 
 at_most_once_sends_nothing_twice_and_reports_it(Config) ->
     macula_peer_test:engine([{delivery, at_most_once}]),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     macula_peer_test:kill_node(linked_listener(Config)),
     Accepted = accepted(Config, 20000),
     Node = listener(Config),
@@ -91,22 +91,22 @@ a_burst_survives_a_graceful_stop(Config) ->
     Node = linked_listener(Config),
     Ids = lists:seq(1, 1000),
     [ok = send(?config(endpoint, Config), Id, 5000) || Id <- Ids],
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     until(fun() -> ids(Node) -- [0] =:= Ids end),
     macula_peer_test:stop_node(Node).
 
 a_stop_reports_what_it_leaves_behind(Config) ->
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     stops_owing(Config).
 
 a_function_is_told_of_the_stop_too(Config) ->
-    ok = macula_peer_endpoint:set_handler({?MODULE, forward, [self()]}),
+    ok = macula_peer_node:set_handler({?MODULE, forward, [self()]}),
     stops_owing(Config).
 
 stops_owing(Config) ->
     macula_peer_test:kill_node(linked_listener(Config)),
     Accepted = accepted(Config, 20000),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     Endpoint = ?config(endpoint, Config),
     receive
         {macula_peer_event, Event} ->
@@ -143,7 +143,7 @@ send(Endpoint, Id, Timeout) ->
     send_message(Endpoint, store, #{id => Id}, Timeout).
 
 reported(Config, Count, Reason) ->
-    until(fun() -> maps:get(undelivered, macula_peer_endpoint:stats()) =:= Count end),
+    until(fun() -> maps:get(undelivered, macula_peer_node:stats()) =:= Count end),
     Events = events(),
     Endpoint = ?config(endpoint, Config),
     [?assertMatch(#{event := undelivered, peer := Endpoint, reason := Reason}, Event) || Event <- Events],

@@ -16,11 +16,11 @@
 %% message that it sends to itself arrives.
 -define(QUESTION,
         "begin"
-        " {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => self()}),"
+        " {ok, {_, Port}} = macula_peer_node:listen(#{handler => self()}),"
         " Sent = macula_peer_connector:send_message(\"127.0.0.1:\" ++ integer_to_list(Port), dht_store, #{key => 1}, 5000),"
         " Type = receive {macula_peer_message, #{type := T}} -> T after 5000 -> none end,"
-        " ok = macula_peer_endpoint:close(),"
-        " Whose = fun(M) -> maps:get(module, maps:get(M, macula_peer_endpoint:which())) end,"
+        " ok = macula_peer_node:close(),"
+        " Whose = fun(M) -> maps:get(module, maps:get(M, macula_peer_node:which())) end,"
         " {says, Whose(macula_peer_connector), Whose(macula_peer_connection_pool),"
         "  is_pid(whereis(macula_peer_connection_pool)), macula_peer_connection_pool:get_connection(<<\"x:1\">>), Sent, Type}"
         " end").

@@ -42,7 +42,7 @@ end_per_testcase(_Case, Config) ->
 
 %% Runs in a node.
 handle() ->
-    macula_peer_endpoint:set_handler(macula_peer_test:collector()).
+    macula_peer_node:set_handler(macula_peer_test:collector()).
 
 send(Config, From, What) ->
     send(Config, From, What, ?config(endpoint, Config)).
@@ -118,9 +118,9 @@ what_is_not_taken_is_told_to_its_sender(Config) ->
 
 what_is_not_taken_over_a_relay_is_told_to_its_sender(Config) ->
     {Relay, Port} = {macula_peer_test:start_node(), macula_peer_test:free_port()},
-    {ok, _} = call(Relay, macula_peer_endpoint, listen, [#{port => Port, relay => #{bandwidth => 100000000}}]),
+    {ok, _} = call(Relay, macula_peer_node, listen, [#{port => Port, relay => #{bandwidth => 100000000}}]),
     Registered = ?config(node, Config),
-    ok = call(Registered, macula_peer_endpoint, register, [<<"frames">>, [endpoint(Port)]]),
+    ok = call(Registered, macula_peer_node, register, [<<"frames">>, [endpoint(Port)]]),
     macula_peer_relays:await_registered(Registered, [endpoint(Port)]),
     Opts = #{relay_endpoint => endpoint(Port), timeout => ?TIMEOUT, skip_hole_punch => true},
     told(Config, fun(What) ->
@@ -128,7 +128,7 @@ what_is_not_taken_over_a_relay_is_told_to_its_sender(Config) ->
             macula_peer_connector:send_message_nat_aware(<<"generous">>, <<"frames">>, store, Message, Opts)
         end])
     end),
-    ok = call(Registered, macula_peer_endpoint, unregister, []),
+    ok = call(Registered, macula_peer_node, unregister, []),
     macula_peer_test:stop_node(Relay).
 
 %% The session goes on, and everything is either there or reported.
@@ -165,25 +165,25 @@ an_answer_of_too_many_terms_is_an_error(Config) ->
     {ok, {_, Port}} = call(Generous, ?MODULE, listen_and_answer, [{wide, 1000001}]),
     Answer = call(?config(sender, Config), macula_peer_connector, send_message_and_wait, [endpoint(Port), call, #{}, ?TIMEOUT]),
     ?assertEqual({error, {msgpack_decode_error, {too_many_terms, 1000000}}}, Answer),
-    ok = call(Generous, macula_peer_endpoint, close, []),
+    ok = call(Generous, macula_peer_node, close, []),
     ok = call(Generous, ?MODULE, handle, []).
 
 listen_and_answer(What) ->
     Answer = message(What),
     Handler = spawn(fun Loop() ->
         receive
-            {macula_peer_message, #{reply_to := Token}} -> ok = macula_peer_endpoint:reply(Token, reply, Answer), Loop();
+            {macula_peer_message, #{reply_to := Token}} -> ok = macula_peer_node:reply(Token, reply, Answer), Loop();
             _ -> Loop()
         end
     end),
-    macula_peer_endpoint:listen(#{handler => Handler}).
+    macula_peer_node:listen(#{handler => Handler}).
 
 %% Nothing of it is decoded before it is handed over, and the gateway would build it.
 a_gateway_gets_nothing_that_is_too_much(Config) ->
     Node = macula_peer_test:start_node(),
     Gateway = macula_peer_program:start("gateway_stand_in", []),
     ok = call(Node, macula_peer_test, engine, [#{gateway => endpoint(macula_peer_program:port(Gateway))}]),
-    {ok, {_, Port}} = call(Node, macula_peer_endpoint, listen, [#{}]),
+    {ok, {_, Port}} = call(Node, macula_peer_node, listen, [#{}]),
     HandedOver = fun() -> maps:get(handed_over, maps:get(gateway, macula_peer_test:stats(Node))) end,
     [?assertEqual(ok, send(Config, generous, What, endpoint(Port)))
      || What <- [{id, 1}, {deep, 65}, {wide, 1000001}, {id, 2}]],

@@ -28,7 +28,7 @@ init_per_testcase(_Case, Config) ->
     Config.
 
 end_per_testcase(_Case, _Config) ->
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 %% ---- arriving ----
 
@@ -99,7 +99,7 @@ many_peers_are_dialled_at_once(_Config) ->
 
 requests_are_answered(_Config) ->
     Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "500"]),
-    {ok, {_, Port}} = macula_peer_endpoint:local_address(),
+    {ok, {_, Port}} = macula_peer_node:local_address(),
     Ask = fun(Type, Msg) ->
         macula_peer_connector:send_message_and_wait(macula_peer_stand_in:endpoint(Gateway), Type, Msg, ?TIMEOUT)
     end,
@@ -116,7 +116,7 @@ requests_are_answered(_Config) ->
 
 late_answers_reach_the_handler(_Config) ->
     Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "2000"]),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     ok = send(Gateway, rpc_request, rpc_request(<<"late">>)),
     %% Others do not take its stream.
     [ok = send(Gateway, cast, #{n => N}) || N <- lists:seq(1, 500)],
@@ -125,7 +125,7 @@ late_answers_reach_the_handler(_Config) ->
 
 answers_reach_the_handler(_Config) ->
     Gateway = macula_peer_stand_in:start(),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     [begin
          ok = send(Gateway, ping, #{timestamp => N}),
          ?assertMatch(#{message := #{<<"timestamp">> := N}}, answer(Gateway, pong)),
@@ -148,7 +148,7 @@ answer(Gateway, Type) ->
 silence_loses_nothing_unreported(_Config) ->
     Gateway = macula_peer_stand_in:start(),
     Endpoint = macula_peer_stand_in:endpoint(Gateway),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     {ok, {pong, _}} = ping(Gateway, ?TIMEOUT),
     ok = macula_peer_stand_in:silence(Gateway, on),
     Sent = [{N, macula_peer_connector:send_message(Endpoint, cast, #{n => N}, 10000)} || N <- lists:seq(1, 50)],
@@ -159,7 +159,7 @@ silence_loses_nothing_unreported(_Config) ->
     ok = macula_peer_stand_in:silence(Gateway, off),
     _ = macula_peer_test:await(fun() -> macula_peer_test:peer_stats(Endpoint) end,
                                fun(Stats) -> maps:get(unacknowledged_bytes, Stats) =:= 0 end),
-    #{undelivered := Undelivered} = macula_peer_endpoint:stats(),
+    #{undelivered := Undelivered} = macula_peer_node:stats(),
     ?assertEqual(Undelivered, undelivered()),
     %% What is acknowledged is read a moment later.
     _ = macula_peer_test:await(fun() -> macula_peer_stand_in:stats(Gateway) end,
@@ -196,7 +196,7 @@ a_restarted_gateway_gets_all(_Config) ->
     Again = macula_peer_stand_in:start(Bind),
     [ok = send(Again, cast, #{n => N}) || N <- lists:seq(1, 100)],
     ?assertMatch(#{incomplete := 0, invalid := 0, extra_bytes := 0}, arrived(Again, 100)),
-    ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
 
 %% It acknowledges everything at once when it goes on, reads it some time later, and drops what it has not read of a connection
 %% that is closed.
@@ -213,7 +213,7 @@ a_paused_gateway_reads_what_it_acknowledged(_Config) ->
     Sender ! {stop, self()},
     Sent = receive {sent, N} -> N after 20000 -> ct:fail(sender_hangs) end,
     _ = arrived(Gateway, Sent),
-    ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
 
 send_until_told(Gateway, N) ->
     ok = send(Gateway, cast, #{n => N}),
@@ -225,7 +225,7 @@ send_until_told(Gateway, N) ->
 a_gateway_reads_what_was_sent_before_a_stop(_Config) ->
     Gateway = macula_peer_stand_in:start(["--first-look-ms", "20"]),
     [ok = send(Gateway, cast, #{n => N}) || N <- lists:seq(1, 50)],
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ?assertMatch(#{unread := 0}, arrived(Gateway, 50)).
 
 %% ---- common ----

@@ -44,10 +44,10 @@ init_per_testcase(_Case, Config) ->
 end_per_testcase(_Case, Config) ->
     [true = os:unsetenv(Name) || Name <- ["MACULA_TLS_MODE", "MACULA_TLS_CACERTFILE", "MACULA_TLS_VERIFY_HOSTNAME"]],
     _ = application:stop(?APP),
-    ok = on(Config, macula_peer_endpoint, stop, []),
+    ok = on(Config, macula_peer_node, stop, []),
     %% Without the settings of the case.
     ok = macula_peer_test:engine(#{}),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 %% ---- the key ----
 
@@ -55,7 +55,7 @@ a_key_is_new_at_every_start(_Config) ->
     First = key(),
     ?assertEqual(32, byte_size(First)),
     ?assertEqual(First, key()),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ?assertNotEqual(First, key()).
 
 a_key_in_a_file_stays(Config) ->
@@ -93,7 +93,7 @@ a_bad_file_is_named(Config) ->
          {error, {start_failed, {identity_file, Said}}} = Refused = start(#{identity_file => File}),
          ?assertEqual({Name, Reason}, {Name, without_text(Said)}),
          %% Every call says so.
-         ?assertEqual(Refused, macula_peer_endpoint:listen(#{})),
+         ?assertEqual(Refused, macula_peer_node:listen(#{})),
          ?assertEqual(Refused, macula_peer_connector:send_message("127.0.0.1:9", cast, #{}))
      end
      || {Name, Content, Mode, Reason} <-
@@ -133,7 +133,7 @@ secret_is_read(Dir) ->
     ok = file:write_file(filename:join(Dir, "tls.key"), Key),
     Start = "application:load(macula_peer_connector), [File] = init:get_plain_arguments(), "
             "application:set_env(macula_peer_connector, identity_file, File), "
-            "io:format(\"~0p.\", [macula_peer_endpoint:start()]), halt().",
+            "io:format(\"~0p.\", [macula_peer_node:start()]), halt().",
     Said = fun(Owner, Mode, User, File) ->
         Script = ["cd ", Dir, " && mount -t tmpfs none secret && mkdir secret/..2026 && cp tls.key secret/..2026 && "
                   "ln -s ..2026 secret/..data && ln -s ..data/tls.key secret/tls.key && chown ", Owner, " secret/..2026/* && "
@@ -171,7 +171,7 @@ a_key_is_made_where_there_are_no_links(Config) ->
             Node = macula_peer_test:start_node(macula_peer_test:node_paths(), #{env => [{"LD_PRELOAD", Shim}]}),
             ?assertEqual({error, eperm}, macula_peer_test:call(Node, file, make_link, [Source, Source ++ "2"])),
             ok = macula_peer_test:call(Node, macula_peer_test, engine, [#{identity_file => File}]),
-            #{fingerprint := Key} = macula_peer_test:call(Node, macula_peer_endpoint, identity, []),
+            #{fingerprint := Key} = macula_peer_test:call(Node, macula_peer_node, identity, []),
             macula_peer_test:stop_node(Node),
             {ok, #file_info{mode = Mode}} = file:read_file_info(File),
             ?assertEqual(8#600, Mode band 8#777),
@@ -186,14 +186,14 @@ wrong_values_are_named(_Config) ->
     Digits = lists:duplicate(63, $0),
     [begin
          ?assertEqual({error, {invalid_option, {Key, Value}}}, start(#{Key => Value})),
-         ?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_endpoint:listen(#{}))
+         ?assertEqual({error, {invalid_option, {Key, Value}}}, macula_peer_node:listen(#{}))
      end
      || {Key, Value} <- [{identity_file, 1}, {identity_file, none}, {verify, always}, {verify, true}, {verify, {pin, none}},
                          {verify, {pin, Digits ++ "0"}}, {verify, {pin, [Digits]}}, {verify, {pin, [Digits ++ "g"]}},
                          {verify, {pin, [<<0:248>>]}}, {verify, {pin, [1]}}, {verify, {pin, [<<0:256>> | 1]}},
                          {verify, {cacertfile, 1}}, {verify, {cacertfile, "a", "b"}}]],
     ok = start(#{}),
-    [?assertEqual({error, {invalid_option, {verify, Value}}}, macula_peer_endpoint:listen(#{verify => Value}))
+    [?assertEqual({error, {invalid_option, {verify, Value}}}, macula_peer_node:listen(#{verify => Value}))
      || Value <- [always, {pin, none}, {cacertfile, 1}]].
 
 a_wrong_secret_is_not_shown(_Config) ->
@@ -214,7 +214,7 @@ a_message_says_whose_it_is(Config) ->
 
 an_answer_of_a_gateway_is_nobodys(_Config) ->
     Gateway = macula_peer_stand_in:start(),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     ok = macula_peer_connector:send_message(macula_peer_stand_in:endpoint(Gateway), ping, #{timestamp => 1}),
     receive
         {macula_peer_message, Answer} -> ?assertMatch(#{type := pong, dialect := macula, key := undefined}, Answer)
@@ -249,18 +249,18 @@ who_is_pinned_is_let_in_and_no_other(Config) ->
     ok = on(Config, macula_peer_test, engine, [#{}]),
     ?assertEqual(?REJECTED, send_from_other(Config, Endpoint)),
     ?assertEqual(?REJECTED, ask_from_other(Config, Endpoint)),
-    ?assertMatch(#{undelivered := 0}, on(Config, macula_peer_endpoint, stats, [])).
+    ?assertMatch(#{undelivered := 0}, on(Config, macula_peer_node, stats, [])).
 
 a_listener_may_trust_others_than_its_node(Config) ->
     ok = macula_peer_test:engine(#{verify => {pin, []}}),
     Endpoint = listen(#{verify => none}),
     ok = send_from_other(Config, Endpoint),
     _ = sender(),
-    ok = macula_peer_endpoint:close(),
+    ok = macula_peer_node:close(),
     Endpoint = listen(#{verify => {pin, [hex(key_of_other(Config))]}}),
     _ = macula_peer_test:await(fun() -> send_from_other(Config, Endpoint) end, fun(Sent) -> Sent =:= ok end),
     _ = sender(),
-    ok = macula_peer_endpoint:close(),
+    ok = macula_peer_node:close(),
     Endpoint = listen(#{}),
     ?REJECTED = macula_peer_test:await(fun() -> send_from_other(Config, Endpoint) end, fun(Sent) -> Sent =/= ok end).
 
@@ -324,7 +324,7 @@ in_production_mode(Config, CA, CADer) ->
     ?assertEqual(?UNTRUSTED, Send(macula_peer_stand_in:endpoint(Gateway))),
     ?assertEqual(ok, Send(macula_peer_test:endpoint("127.0.0.1", Port))),
     ?assertEqual(?UNTRUSTED, Send(macula_peer_test:endpoint("localhost", Port))),
-    ?assertMatch(#{verify_none_links := 0}, macula_peer_endpoint:stats()),
+    ?assertMatch(#{verify_none_links := 0}, macula_peer_node:stats()),
     %% A peer that connects shows a certificate without an authority.
     Endpoint = listen(#{}),
     ok = on(Config, macula_peer_test, engine, [#{}]),
@@ -347,7 +347,7 @@ bad_authorities_are_named(Config) ->
          Verify = {cacertfile, File},
          ?assertEqual({error, {start_failed, {cacertfile, Reason}}}, start(#{verify => Verify})),
          ok = start(#{}),
-         ?assertEqual({error, {listen_failed, {cacertfile, Reason}}}, macula_peer_endpoint:listen(#{verify => Verify}))
+         ?assertEqual({error, {listen_failed, {cacertfile, Reason}}}, macula_peer_node:listen(#{verify => Verify}))
      end || {File, Reason} <- [{Garbage, not_a_certificate}, {Missing, enoent}]].
 
 %% ---- what is logged ----
@@ -361,7 +361,7 @@ the_mode_is_logged(_Config) ->
 
 an_unverified_link_is_warned_of_once(_Config) ->
     Gateways = [macula_peer_stand_in:start() || _ <- [1, 2]],
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     {ok, _} = application:ensure_all_started(?APP),
     Send = fun(Gateway) ->
         {ok, _} = macula_peer_connector:send_message_and_wait(macula_peer_stand_in:endpoint(Gateway), ping,
@@ -374,11 +374,11 @@ an_unverified_link_is_warned_of_once(_Config) ->
     end, "the end"),
     ?assertMatch([_, _], Lines),
     ?assertNotEqual(nomatch, string:find(hd(Lines), "not verified")),
-    ?assertMatch(#{verify_none_links := 2}, macula_peer_endpoint:stats()),
+    ?assertMatch(#{verify_none_links := 2}, macula_peer_node:stats()),
     lists:foreach(fun macula_peer_stand_in:stop/1, Gateways).
 
 a_certificate_that_is_half_renewed_is_warned_of(Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     {ok, _} = application:ensure_all_started(?APP),
     Pair = fun() -> {CA, _} = authority(), {Cert, Key} = node_of(CA), {pem(Cert), pem(Key)} end,
     [CertFile, KeyFile] = [in_priv_dir(Config, Name) || Name <- ["cert.pem", "key.pem"]],
@@ -468,16 +468,16 @@ start(Env) ->
     end.
 
 listen(Opts) ->
-    {ok, {_, Port}} = macula_peer_endpoint:listen(Opts#{handler => self()}),
+    {ok, {_, Port}} = macula_peer_node:listen(Opts#{handler => self()}),
     macula_peer_test:endpoint("127.0.0.1", Port).
 
 key() ->
-    ok = macula_peer_endpoint:start(),
-    #{fingerprint := Key} = macula_peer_endpoint:identity(),
+    ok = macula_peer_node:start(),
+    #{fingerprint := Key} = macula_peer_node:identity(),
     Key.
 
 key_of_other(Config) ->
-    #{fingerprint := Key} = on(Config, macula_peer_endpoint, identity, []),
+    #{fingerprint := Key} = on(Config, macula_peer_node, identity, []),
     Key.
 
 send_from_other(Config, Endpoint) ->

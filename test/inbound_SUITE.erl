@@ -51,7 +51,7 @@ end_per_testcase(_Case, _Config) ->
     [ok = application:unset_env(macula, Key) || Key <- [quic_port, gateway_port]],
     [ok = application:unset_env(macula_peer_connector, Key) || Key <- [gateway, listen, port]],
     [unregister(macula_gateway) || whereis(macula_gateway) =/= undefined],
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 %% ---- handing over ----
 
@@ -82,14 +82,14 @@ a_node_behind_a_relay_answers_who_asks(_Config) ->
     ok = macula_peer_relays:await_registered(Target, [Relay]),
     Opts = #{relay_endpoint => macula_peer_relays:endpoint(Relay)},
     Ask = fun(Type, Msg) ->
-        macula_peer_endpoint:request(macula_peer_relays:id(target), Type, Msg, ?TIMEOUT, Opts)
+        macula_peer_node:request(macula_peer_relays:id(target), Type, Msg, ?TIMEOUT, Opts)
     end,
     ?assertMatch({ok, {find_value_reply, #{<<"value">> := <<"value">>}}}, Ask(find_value, #{key => <<"k">>})),
     ?assertMatch({ok, {rpc_reply, #{<<"request_id">> := <<"r">>}}}, Ask(rpc_request, rpc_request(<<"r">>))),
-    ?assertMatch({ok, #{path := relay}}, macula_peer_endpoint:path({node, macula_peer_relays:id(target)})),
+    ?assertMatch({ok, #{path := relay}}, macula_peer_node:path({node, macula_peer_relays:id(target)})),
     %% Nobody knows the address that a probe through a relay came from.
     ?assertEqual({error, timeout},
-                 macula_peer_endpoint:request(macula_peer_relays:id(target), nat_probe, nat_probe(), 500, Opts)),
+                 macula_peer_node:request(macula_peer_relays:id(target), nat_probe, nat_probe(), 500, Opts)),
     ?assertMatch({ok, {pong, #{<<"timestamp">> := 7}}}, Ask(ping, #{timestamp => 7})),
     ?assertMatch(#{types := Types} when map_size(Types) =:= 2, macula_peer_stand_in:stats(Gateway)).
 
@@ -101,7 +101,7 @@ an_answer_to_the_gateway_reaches_it(_Config) ->
     ok = macula_peer_test:engine(#{gateway => endpoint_of(Gateway)}),
     ok = macula_peer_connector:send_message(Endpoint, rpc_request, rpc_request(<<"r">>)),
     _ = await(fun() -> macula_peer_stand_in:stats(Gateway) end, fun(#{types := Types}) -> Types =:= #{rpc_reply => 1} end),
-    ?assertMatch(#{gateway := #{handed_over := 1, answered := 0}}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{gateway := #{handed_over := 1, answered := 0}}, macula_peer_node:stats()).
 
 every_message_of_a_burst_is_handed_over(_Config) ->
     Gateway = macula_peer_stand_in:start(),
@@ -166,7 +166,7 @@ slow_answers_wait_for_nobody(_Config) ->
 ping_and_nat_probe_are_answered_by_the_node(_Config) ->
     Gateway = macula_peer_stand_in:start(),
     {_Node, Endpoint} = start_node(Gateway),
-    {ok, {_, Port}} = macula_peer_endpoint:local_address(),
+    {ok, {_, Port}} = macula_peer_node:local_address(),
     ?assertMatch({ok, {pong, #{<<"timestamp">> := 42, <<"server_time">> := _}}},
                  macula_peer_connector:send_message_and_wait(Endpoint, ping, #{timestamp => 42}, ?TIMEOUT)),
     ?assertMatch({ok, {nat_probe_reply, #{<<"node_id">> := <<"me">>, <<"reflexive_ip">> := <<"127.0.0.1">>,
@@ -191,8 +191,8 @@ macula_gateway_gets_what_no_gateway_takes(_Config) ->
     %% The handler is not asked.
     Endpoint = listen(#{gateway => endpoint(macula_peer_test:closed_port()), handler => macula_peer_test:collector()}),
     Sender = macula_peer_test:start_node(),
-    ok = call(Sender, macula_peer_endpoint, start, []),
-    {ok, {_, Port}} = call(Sender, macula_peer_endpoint, local_address, []),
+    ok = call(Sender, macula_peer_node, start, []),
+    {ok, {_, Port}} = call(Sender, macula_peer_node, local_address, []),
     ok = call(Sender, macula_peer_connector, send_message, [Endpoint, store, #{key => <<"k">>, ttl => 60}]),
     receive
         {'$gen_cast', {route_message, Type, Msg, Stream, From}} ->
@@ -211,7 +211,7 @@ the_handler_gets_what_nobody_takes(_Config) ->
     receive
         {macula_peer_message, #{type := call, message := #{<<"n">> := 1}, reply_to := Token}} ->
             %% It can answer: the gateway did not.
-            ok = macula_peer_endpoint:reply(Token, reply, #{n => 2})
+            ok = macula_peer_node:reply(Token, reply, #{n => 2})
     after ?TIMEOUT -> ct:fail(no_message)
     end,
     {Pid, Monitor} = Request,
@@ -219,16 +219,16 @@ the_handler_gets_what_nobody_takes(_Config) ->
 
 what_nobody_takes_is_counted_and_logged_once(_Config) ->
     ok = application:ensure_started(crypto),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [ok = application:set_env(macula_peer_connector, Key, Value)
      || {Key, Value} <- [{gateway, endpoint(macula_peer_test:closed_port())}, {listen, #{}}]],
     ok = logger:add_handler(?MODULE, ?MODULE, #{config => self(), level => warning}),
     try
         {ok, _} = application:ensure_all_started(macula_peer_connector),
-        {ok, {_, Port}} = macula_peer_endpoint:local_address(),
+        {ok, {_, Port}} = macula_peer_node:local_address(),
         Sender = macula_peer_test:start_node(),
         [ok = call(Sender, macula_peer_connector, send_message, [endpoint(Port), cast, #{}]) || _ <- lists:seq(1, 20)],
-        _ = await(fun macula_peer_endpoint:stats/0, fun(#{unhandled := N}) -> N =:= 20 end),
+        _ = await(fun macula_peer_node:stats/0, fun(#{unhandled := N}) -> N =:= 20 end),
         receive {logged, Text} -> ?assertMatch({match, _}, re:run(Text, "nobody handles them")) after ?TIMEOUT -> ct:fail(not_logged) end,
         receive {logged, Again} -> ct:fail({logged_again, Again}) after 0 -> ok end
     after
@@ -307,7 +307,7 @@ a_handler_takes_the_place_of_the_gateway(_Config) ->
     ok = call(Sender, macula_peer_connector, send_message, [Endpoint, ping, #{timestamp => 1}]),
     receive {macula_peer_message, #{type := ping}} -> ok after ?TIMEOUT -> ct:fail(no_message) end,
     %% Without one, it is the gateway's turn.
-    ok = macula_peer_endpoint:set_handler(undefined),
+    ok = macula_peer_node:set_handler(undefined),
     ok = call(Sender, macula_peer_connector, send_message, [Endpoint, cast, #{n => 1}]),
     ?assertMatch(#{types := #{cast := 1}}, arrived(Gateway, 1)).
 
@@ -320,7 +320,7 @@ an_endpoint_comes_before_the_handler(_Config) ->
     ?assertEqual(0, macula_peer_test:asked(count)),
     %% Events are the handler's all the same.
     Relay = macula_peer_relays:start_relay(here),
-    ok = macula_peer_endpoint:register(<<"me">>, [macula_peer_relays:endpoint(Relay)]),
+    ok = macula_peer_node:register(<<"me">>, [macula_peer_relays:endpoint(Relay)]),
     until(fun() -> [E || #{event := registration, state := registered} = E <- macula_peer_test:asked(events)] =/= [] end).
 
 none_is_none(_Config) ->
@@ -330,8 +330,8 @@ none_is_none(_Config) ->
     Endpoint = listen(#{gateway => none}),
     Sender = macula_peer_test:start_node(),
     ok = call(Sender, macula_peer_connector, send_message, [Endpoint, cast, #{n => 1}]),
-    _ = await(fun macula_peer_endpoint:stats/0, fun(#{unhandled := N}) -> N =:= 1 end),
-    ?assertNot(maps:is_key(gateway, macula_peer_endpoint:stats())),
+    _ = await(fun macula_peer_node:stats/0, fun(#{unhandled := N}) -> N =:= 1 end),
+    ?assertNot(maps:is_key(gateway, macula_peer_node:stats())),
     ?assertMatch(#{received := 0}, macula_peer_stand_in:stats(Gateway)),
     ?assertEqual([], macula_peer_test:mailbox()).
 
@@ -342,8 +342,8 @@ the_gateway_is_not_told_what_it_said(_Config) ->
     Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "100"]),
     ok = macula_peer_test:engine(#{gateway => endpoint_of(Gateway)}),
     ok = macula_peer_connector:send_message(endpoint_of(Gateway), rpc_request, rpc_request(<<"r">>)),
-    _ = await(fun macula_peer_endpoint:stats/0, fun(#{unhandled := N}) -> N =:= 1 end),
-    ok = macula_peer_endpoint:set_handler(self()),
+    _ = await(fun macula_peer_node:stats/0, fun(#{unhandled := N}) -> N =:= 1 end),
+    ok = macula_peer_node:set_handler(self()),
     ok = macula_peer_connector:send_message(endpoint_of(Gateway), rpc_request, rpc_request(<<"r">>)),
     receive {macula_peer_message, #{type := rpc_reply}} -> ok after ?TIMEOUT -> ct:fail(no_message) end,
     ?assertMatch(#{received := 2, types := #{rpc_request := 2}}, macula_peer_stand_in:stats(Gateway)).
@@ -363,24 +363,24 @@ the_gateways_port_is_left_to_it(_Config) ->
     Port = macula_peer_test:closed_port(),
     ok = macula_peer_test:engine(#{gateway => endpoint(Port)}),
     Refused = {error, {listen_failed, {gateway_port, Port}}},
-    ?assertEqual(Refused, macula_peer_endpoint:listen(#{port => Port})),
-    ?assertEqual(Refused, macula_peer_endpoint:listen(#{port => Port, ip => {127, 0, 0, 1}})),
-    ?assertEqual(Refused, macula_peer_endpoint:listen(#{relay => #{probe_port => Port}})),
-    ?assertMatch({ok, _}, macula_peer_endpoint:listen(#{})),
-    ok = macula_peer_endpoint:stop(),
+    ?assertEqual(Refused, macula_peer_node:listen(#{port => Port})),
+    ?assertEqual(Refused, macula_peer_node:listen(#{port => Port, ip => {127, 0, 0, 1}})),
+    ?assertEqual(Refused, macula_peer_node:listen(#{relay => #{probe_port => Port}})),
+    ?assertMatch({ok, _}, macula_peer_node:listen(#{})),
+    ok = macula_peer_node:stop(),
     Start = {error, {start_failed, {gateway_port, Port}}},
     ok = application:set_env(macula_peer_connector, port, Port),
-    ?assertEqual(Start, macula_peer_endpoint:start()),
+    ?assertEqual(Start, macula_peer_node:start()),
     ok = application:unset_env(macula_peer_connector, gateway),
     [begin
          true = os:putenv(Name, integer_to_list(Port)),
-         ?assertEqual({Name, Start}, {Name, macula_peer_endpoint:start()}),
+         ?assertEqual({Name, Start}, {Name, macula_peer_node:start()}),
          true = os:unsetenv(Name)
      end || Name <- ["MACULA_QUIC_PORT", "GATEWAY_PORT"]],
     ok = application:set_env(macula, quic_port, Port),
-    ?assertEqual(Start, macula_peer_endpoint:start()),
+    ?assertEqual(Start, macula_peer_node:start()),
     ok = application:set_env(macula_peer_connector, gateway, none),
-    ?assertEqual(ok, macula_peer_endpoint:start()).
+    ?assertEqual(ok, macula_peer_node:start()).
 
 %% Where the system has but two ports to give.
 any_port_is_not_the_gateways(Config) ->
@@ -389,24 +389,24 @@ any_port_is_not_the_gateways(Config) ->
     ok = macula_peer_net:kernel(Host, "ipv4/ip_local_port_range", "40000 40001"),
     [begin
          ok = call(Node, macula_peer_test, engine, [#{gateway => endpoint(40000)}]),
-         ?assertMatch({ok, {_, 40001}}, call(Node, macula_peer_endpoint, local_address, []))
+         ?assertMatch({ok, {_, 40001}}, call(Node, macula_peer_node, local_address, []))
      end || _ <- lists:seq(1, 10)],
     macula_peer_test:stop_node(Node).
 
 a_wrong_gateway_stops_the_start(_Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [begin
          ok = application:set_env(macula_peer_connector, gateway, Wrong),
-         ?assertEqual({error, {invalid_option, {gateway, Wrong}}}, macula_peer_endpoint:start())
+         ?assertEqual({error, {invalid_option, {gateway, Wrong}}}, macula_peer_node:start())
      end || Wrong <- [9443, <<"127.0.0.1">>, "127.0.0.1:0", on, {auto, <<"127.0.0.1:9443">>}, {127, 0, 0, 1}]],
     ok = application:unset_env(macula_peer_connector, gateway),
     [begin
          true = os:putenv("MACULA_QUIC_PORT", Wrong),
-         ?assertEqual({error, {invalid_variable, {"MACULA_QUIC_PORT", Wrong}}}, macula_peer_endpoint:start())
+         ?assertEqual({error, {invalid_variable, {"MACULA_QUIC_PORT", Wrong}}}, macula_peer_node:start())
      end || Wrong <- ["0", "65536", "quic", "9443 x", "-1"]],
     true = os:putenv("MACULA_QUIC_PORT", ""),
-    ?assertEqual(ok, macula_peer_endpoint:start()),
-    ?assertMatch(#{gateway := #{endpoint := <<"127.0.0.1:9443">>}}, macula_peer_endpoint:stats()).
+    ?assertEqual(ok, macula_peer_node:start()),
+    ?assertMatch(#{gateway := #{endpoint := <<"127.0.0.1:9443">>}}, macula_peer_node:stats()).
 
 %% ---- listening at the start ----
 
@@ -415,17 +415,17 @@ a_node_listens_as_it_starts(_Config) ->
     Port = macula_peer_test:free_port(),
     Settings = #{gateway => none, listen => #{port => Port, relay => #{max_sessions => 7}}},
     ok = call(Node, macula_peer_test, engine, [Settings#{handler => call(Node, macula_peer_test, collector, [])}]),
-    ?assertMatch({ok, {_, Port}}, call(Node, macula_peer_endpoint, local_address, [])),
+    ?assertMatch({ok, {_, Port}}, call(Node, macula_peer_node, local_address, [])),
     ok = macula_peer_connector:send_message(endpoint(Port), cast, #{n => 1}),
     until(fun() -> macula_peer_test:count(Node) =:= 1 end),
     ?assertMatch(#{relay := _}, macula_peer_test:stats(Node)),
-    ?assertEqual({error, already_listening}, call(Node, macula_peer_endpoint, listen, [#{}])).
+    ?assertEqual({error, already_listening}, call(Node, macula_peer_node, listen, [#{}])).
 
 a_wrong_listen_stops_the_start(_Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [begin
          ok = application:set_env(macula_peer_connector, listen, Wrong),
-         ?assertEqual({error, {invalid_option, {listen, Named}}}, macula_peer_endpoint:start()),
+         ?assertEqual({error, {invalid_option, {listen, Named}}}, macula_peer_node:start()),
          %% Nothing is left running.
          ?assertEqual(not_started, macula_peer_nif:local_address())
      end || {Wrong, Named} <- [{4433, 4433}, {[{port, 4433}], [{port, 4433}]}, {#{port => 70000}, {port, 70000}},
@@ -433,9 +433,9 @@ a_wrong_listen_stops_the_start(_Config) ->
     {ok, Socket} = gen_udp:open(0, [inet6, {ipv6_v6only, false}]),
     {ok, Port} = inet:port(Socket),
     ok = application:set_env(macula_peer_connector, listen, #{port => Port}),
-    ?assertEqual({error, {listen_failed, eaddrinuse}}, macula_peer_endpoint:start()),
+    ?assertEqual({error, {listen_failed, eaddrinuse}}, macula_peer_node:start()),
     ok = gen_udp:close(Socket),
-    ?assertEqual(ok, macula_peer_endpoint:start()).
+    ?assertEqual(ok, macula_peer_node:start()).
 
 %% ---- common ----
 
@@ -443,13 +443,13 @@ a_wrong_listen_stops_the_start(_Config) ->
 start_node(Gateway) ->
     Node = macula_peer_test:start_node(),
     ok = call(Node, macula_peer_test, engine, [#{gateway => endpoint_of(Gateway)}]),
-    {ok, {_, Port}} = call(Node, macula_peer_endpoint, listen, [#{}]),
+    {ok, {_, Port}} = call(Node, macula_peer_node, listen, [#{}]),
     {Node, endpoint(Port)}.
 
 %% This node listens with these settings.
 listen(Settings) ->
     ok = macula_peer_test:engine(Settings),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{}),
     endpoint(Port).
 
 endpoint_of(Gateway) ->
@@ -464,7 +464,7 @@ arrived(Gateway, Distinct) ->
 
 %% So many were for others than the gateway, and none for nobody.
 fallen_back(Count) ->
-    Stats = await(fun macula_peer_endpoint:stats/0, fun(#{gateway := #{fallen_back := N}}) -> N =:= Count end),
+    Stats = await(fun macula_peer_node:stats/0, fun(#{gateway := #{fallen_back := N}}) -> N =:= Count end),
     ?assertMatch(#{unhandled := 0, gateway := #{handed_over := 0}}, Stats).
 
 rpc_request(Id) ->

@@ -30,7 +30,7 @@ init_per_suite(Config) ->
 
 end_per_suite(Config) ->
     macula_peer_test:stop_node(?config(node, Config)),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 init_per_testcase(_Case, Config) ->
     macula_peer_test:engine([]),
@@ -42,7 +42,7 @@ every_spelling_is_one_peer(Config) ->
      || Host <- Hosts, Binary <- [endpoint(Host, ?config(port, Config))], Endpoint <- [Binary, binary_to_list(Binary)]],
     Known = endpoint("[::1]", ?config(port, Config)),
     ?assertMatch(#{peers := [#{endpoint := Known, dials := 1, address := {?LOOPBACK, _}}]},
-                 macula_peer_endpoint:stats()),
+                 macula_peer_node:stats()),
     until(fun() -> maps:get(acknowledged, macula_peer_test:peer_stats(Known)) =:= 2 * length(Hosts) end).
 
 a_closed_port_is_down(_Config) ->
@@ -57,7 +57,7 @@ a_bad_bracket_is_refused(_Config) ->
      || Endpoint <- [<<"[::1:9443">>, <<"::1]:9443">>, <<"[]:9443">>, <<"[host]:9443">>, <<"[::1]">>, <<"[::1]:">>]].
 
 the_sender_is_seen_with_its_address(Config) ->
-    {ok, {_, Own}} = macula_peer_endpoint:local_address(),
+    {ok, {_, Own}} = macula_peer_node:local_address(),
     [begin
          Id = erlang:unique_integer([positive]),
          ok = send_message(endpoint(Host, ?config(port, Config)), store, #{id => Id}),
@@ -70,8 +70,8 @@ from(Config, Id) ->
     [From || #{from := From, message := #{<<"id">> := I}} <- Received, I =:= Id].
 
 a_listener_of_one_address_is_told_as_it_is(_Config) ->
-    ?assertMatch({ok, {?LOOPBACK, _}}, macula_peer_endpoint:listen(#{ip => ?LOOPBACK, handler => self()})),
-    {ok, {?LOOPBACK, Port}} = macula_peer_endpoint:local_address(),
+    ?assertMatch({ok, {?LOOPBACK, _}}, macula_peer_node:listen(#{ip => ?LOOPBACK, handler => self()})),
+    {ok, {?LOOPBACK, Port}} = macula_peer_node:local_address(),
     ok = send_message(endpoint("::1", Port), store, #{}),
     receive {macula_peer_message, #{from := From}} -> ?assertEqual({?LOOPBACK, Port}, From) end.
 
@@ -107,9 +107,9 @@ a_node_at_one_address_reaches_the_gateway(Config) ->
          At = endpoint(Bind, macula_peer_stand_in:port(Gateway)),
          [begin
               macula_peer_test:engine(#{ip => Ip, gateway => To}),
-              {ok, {_, Bound}} = macula_peer_endpoint:listen(#{}),
+              {ok, {_, Bound}} = macula_peer_node:listen(#{}),
               ?assertMatch({Ip, To, {ok, {find_value_reply, _}}}, {Ip, To, Ask(Host, Bound)}),
-              ?assertMatch(#{gateway := #{handed_over := 1, answered := 1}}, macula_peer_endpoint:stats())
+              ?assertMatch(#{gateway := #{handed_over := 1, answered := 1}}, macula_peer_node:stats())
           end || {Ip, Host} <- [{?LOOPBACK, "[::1]"}, {{127, 0, 0, 1}, "127.0.0.1"}], To <- [At | Names(Gateway)]],
          macula_peer_stand_in:stop(Gateway)
      end || {Bind, Names} <- [{"127.0.0.1", fun(G) -> [endpoint("localhost", macula_peer_stand_in:port(G))] end},

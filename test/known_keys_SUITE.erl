@@ -26,7 +26,7 @@ init_per_testcase(Case, Config) ->
 end_per_testcase(_Case, _Config) ->
     %% Without the settings of the case.
     ok = macula_peer_test:engine(#{}),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 a_name_is_its_keys_after_a_restart_until_it_is_forgotten(Config) ->
     [{Right, At}, {Wrong, WrongAt}] = [listener(settings(target, [])) || _ <- [right, wrong]],
@@ -39,8 +39,8 @@ a_name_is_its_keys_after_a_restart_until_it_is_forgotten(Config) ->
     ?assertEqual(ok, send(3, #{endpoint => At})),
     _ = delivered(Right, 3),
     %% Also where no engine runs.
-    ok = macula_peer_endpoint:stop(),
-    ?assertEqual(ok, macula_peer_endpoint:forget(id(target))),
+    ok = macula_peer_node:stop(),
+    ?assertEqual(ok, macula_peer_node:forget(id(target))),
     ok = macula_peer_test:engine(Settings),
     ?assertEqual(ok, send(4, #{endpoint => WrongAt})),
     _ = delivered(Wrong, 4),
@@ -60,9 +60,9 @@ a_node_changes_its_key(Config) ->
     ok = macula_peer_test:engine(#{}),
     ?assertEqual(ok, send(1, #{endpoint => At})),
     _ = delivered(Before, 1),
-    ok = call(Before, macula_peer_endpoint, stop, []),
+    ok = call(Before, macula_peer_node, stop, []),
     macula_peer_test:until(fun() ->
-        {ok, #{path := Path}} = macula_peer_endpoint:path({node, id(target)}),
+        {ok, #{path := Path}} = macula_peer_node:path({node, id(target)}),
         Path =:= none
     end),
     {Alone, AloneAt} = listener(Target#{identity_file := New}),
@@ -76,7 +76,7 @@ a_node_changes_its_key(Config) ->
 
 a_name_moves_to_the_key_that_a_call_names(_Config) ->
     [{Right, At}, {Wrong, WrongAt}] = [listener(settings(target, [])) || _ <- [right, wrong]],
-    #{fingerprint := Key} = call(Right, macula_peer_endpoint, identity, []),
+    #{fingerprint := Key} = call(Right, macula_peer_node, identity, []),
     ok = macula_peer_test:engine(#{}),
     ?assertEqual(ok, send(1, #{endpoint => WrongAt})),
     _ = delivered(Wrong, 1),
@@ -94,9 +94,9 @@ what_is_wrong_with_a_file_is_named(Config) ->
     ok = macula_peer_test:engine(Settings),
     Other = macula_peer_test:start_node(macula_peer_test:node_paths(), #{}),
     ?assertEqual(?REFUSED(in_use), start(Other, Settings)),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ?assertEqual(ok, start(Other, Settings)),
-    ok = call(Other, macula_peer_endpoint, stop, []),
+    ok = call(Other, macula_peer_node, stop, []),
     Key = binary:copy(<<"0">>, 64),
     [begin
          ok = file:write_file(File, Text),
@@ -123,7 +123,7 @@ what_is_wrong_with_a_file_is_named(Config) ->
 
 listener(Settings) ->
     Node = start_member(here, Settings),
-    {ok, {_, Port}} = call(Node, macula_peer_endpoint, listen, [#{}]),
+    {ok, {_, Port}} = call(Node, macula_peer_node, listen, [#{}]),
     {Node, endpoint(Port)}.
 
 send(Id, Opts) ->
@@ -134,11 +134,11 @@ start(Node, Settings) ->
 
 %% Runs in the node.
 start(Settings) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     _ = application:load(?APP),
     [ok = application:unset_env(?APP, Setting) || {Setting, _} <- application:get_all_env(?APP)],
     [ok = application:set_env(?APP, Setting, Value) || {Setting, Value} <- maps:to_list(Settings)],
-    macula_peer_endpoint:start().
+    macula_peer_node:start().
 
 file(Config, Name) ->
     filename:join(proplists:get_value(dir, Config), Name).

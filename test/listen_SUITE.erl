@@ -36,8 +36,8 @@ init_per_testcase(_Case, Config) ->
     Config.
 
 end_per_testcase(_Case, Config) ->
-    ok = on(Config, macula_peer_endpoint, stop, []),
-    macula_peer_endpoint:stop().
+    ok = on(Config, macula_peer_node, stop, []),
+    macula_peer_node:stop().
 
 %% ---- handlers ----
 
@@ -45,8 +45,8 @@ a_process_gets_messages(Config) ->
     Endpoint = listen(#{handler => self()}),
     ok = send(Config, Endpoint, cast, #{text => <<"hello">>, number => 1}),
     Inbound = message(cast),
-    {ok, {_, Port}} = on(Config, macula_peer_endpoint, local_address, []),
-    #{fingerprint := Key} = on(Config, macula_peer_endpoint, identity, []),
+    {ok, {_, Port}} = on(Config, macula_peer_node, local_address, []),
+    #{fingerprint := Key} = on(Config, macula_peer_node, identity, []),
     ?assertEqual(#{type => cast, message => #{<<"text">> => <<"hello">>, <<"number">> => 1},
                    from => {{127, 0, 0, 1}, Port}, path => direct, dialect => 'macula-peer/1', key => Key, reply_to => none}, Inbound).
 
@@ -86,14 +86,14 @@ a_handler_is_replaced(Config) ->
     Endpoint = listen(#{handler => {?MODULE, forward, [self()]}}),
     ok = send(Config, Endpoint, cast, #{n => 1}),
     ?assertEqual(1, n(message(cast))),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     ok = send(Config, Endpoint, cast, #{n => 2}),
     ?assertEqual(2, n(message(cast))),
-    ok = macula_peer_endpoint:set_handler(undefined),
+    ok = macula_peer_node:set_handler(undefined),
     ok = send(Config, Endpoint, cast, #{n => 3}),
-    _ = macula_peer_test:await(fun macula_peer_endpoint:stats/0, fun(#{unhandled := N}) -> N =:= 1 end),
+    _ = macula_peer_test:await(fun macula_peer_node:stats/0, fun(#{unhandled := N}) -> N =:= 1 end),
     ?assertEqual(none, receive {macula_peer_message, Message} -> Message after 0 -> none end),
-    ?assertEqual({error, {invalid_option, {handler, 7}}}, macula_peer_endpoint:set_handler(7)).
+    ?assertEqual({error, {invalid_option, {handler, 7}}}, macula_peer_node:set_handler(7)).
 
 %% ---- answers ----
 
@@ -102,17 +102,17 @@ a_request_is_answered(Config) ->
     [begin
          Asked = ask(Config, Endpoint, N),
          #{reply_to := Token} = message(call),
-         ok = macula_peer_endpoint:reply(Token, reply, #{n => N, payload => <<0:Bits>>}),
+         ok = macula_peer_node:reply(Token, reply, #{n => N, payload => <<0:Bits>>}),
          ?assertEqual({ok, {reply, #{<<"n">> => N, <<"payload">> => <<0:Bits>>}}}, answer(Asked))
      end || {N, Bits} <- [{1, 0}, {2, 80000}, {3, 8000000}]].
 
 a_request_is_answered_once(Config) ->
     Asked = ask(Config, listen(#{handler => self()}), 1),
     #{reply_to := Token} = message(call),
-    ok = macula_peer_endpoint:reply(Token, reply, #{n => 1}),
-    ?assertEqual({error, already_replied}, macula_peer_endpoint:reply(Token, reply, #{n => 2})),
+    ok = macula_peer_node:reply(Token, reply, #{n => 1}),
+    ?assertEqual({error, already_replied}, macula_peer_node:reply(Token, reply, #{n => 2})),
     ?assertMatch({ok, {reply, #{<<"n">> := 1}}}, answer(Asked)),
-    ?assertEqual({error, already_replied}, macula_peer_endpoint:reply(Token, reply, #{n => 3})).
+    ?assertEqual({error, already_replied}, macula_peer_node:reply(Token, reply, #{n => 3})).
 
 an_answer_may_come_too_late(Config) ->
     Endpoint = listen(#{handler => self()}),
@@ -120,35 +120,35 @@ an_answer_may_come_too_late(Config) ->
     Impatient = ask(Config, Endpoint, 1, 100),
     #{reply_to := Late} = message(call),
     ?assertEqual({error, timeout}, answer(Impatient)),
-    ?assert(lists:member(macula_peer_endpoint:reply(Late, reply, #{}), [ok, {error, gone}])),
+    ?assert(lists:member(macula_peer_node:reply(Late, reply, #{}), [ok, {error, gone}])),
     %% Who asked has left.
     Gone = ask(Config, Endpoint, 2),
     #{reply_to := TooLate} = message(call),
-    ok = on(Config, macula_peer_endpoint, stop, []),
+    ok = on(Config, macula_peer_node, stop, []),
     ?assertMatch({error, _}, answer(Gone)),
-    _ = macula_peer_test:await(fun macula_peer_endpoint:stats/0, fun(#{accepted := Accepted}) -> Accepted =:= [] end),
-    ?assertEqual({error, gone}, macula_peer_endpoint:reply(TooLate, reply, #{})),
+    _ = macula_peer_test:await(fun macula_peer_node:stats/0, fun(#{accepted := Accepted}) -> Accepted =:= [] end),
+    ?assertEqual({error, gone}, macula_peer_node:reply(TooLate, reply, #{})),
     %% And comes back.
     answers(Config, Endpoint).
 
 an_invalid_token_is_refused(_Config) ->
-    [?assertEqual({error, invalid_token}, macula_peer_endpoint:reply(Token, reply, #{}))
+    [?assertEqual({error, invalid_token}, macula_peer_node:reply(Token, reply, #{}))
      || Token <- [none, make_ref(), self(), <<>>]].
 
 a_token_survives_an_invalid_answer(Config) ->
     Asked = ask(Config, listen(#{handler => self()}), 1),
     #{reply_to := Token} = message(call),
-    Reply = fun(Type, Msg) -> macula_peer_endpoint:reply(Token, Type, Msg) end,
+    Reply = fun(Type, Msg) -> macula_peer_node:reply(Token, Type, Msg) end,
     ?assertEqual({error, {invalid_message, {not_encodable, n, pid}}}, Reply(reply, #{n => self()})),
     ?assertEqual({error, {invalid_message, {missing_field, timestamp}}}, Reply(pong, #{})),
     ?assertEqual({error, {invalid_message_type, no_type}}, Reply(no_type, #{})),
-    ok = macula_peer_endpoint:reply(Token, reply, #{n => 1}),
+    ok = macula_peer_node:reply(Token, reply, #{n => 1}),
     ?assertMatch({ok, {reply, #{<<"n">> := 1}}}, answer(Asked)).
 
 any_process_may_answer(Config) ->
     Asked = ask(Config, listen(#{handler => self()}), 1),
     #{reply_to := Token} = message(call),
-    _ = spawn_link(fun() -> ok = macula_peer_endpoint:reply(Token, reply, #{n => 1}) end),
+    _ = spawn_link(fun() -> ok = macula_peer_node:reply(Token, reply, #{n => 1}) end),
     ?assertMatch({ok, {reply, #{<<"n">> := 1}}}, answer(Asked)).
 
 answers_come_in_any_order(Config) ->
@@ -157,39 +157,39 @@ answers_come_in_any_order(Config) ->
     Asked = [{N, ask(Config, Endpoint, N)} || N <- Numbers],
     Requests = [message(call) || _ <- Numbers],
     ByChance = [Request || {_, Request} <- lists:sort([{rand:uniform(), Request} || Request <- Requests])],
-    [ok = macula_peer_endpoint:reply(Token, reply, #{n => n(Request)}) || #{reply_to := Token} = Request <- ByChance],
+    [ok = macula_peer_node:reply(Token, reply, #{n => n(Request)}) || #{reply_to := Token} = Request <- ByChance],
     [?assertMatch({ok, {reply, #{<<"n">> := N}}}, answer(Ask)) || {N, Ask} <- Asked].
 
 %% ---- listening and not ----
 
 listening_twice_is_refused(Config) ->
     Endpoint = listen(#{handler => self()}),
-    ?assertEqual({error, already_listening}, macula_peer_endpoint:listen(#{})),
+    ?assertEqual({error, already_listening}, macula_peer_node:listen(#{})),
     answers(Config, Endpoint).
 
 a_taken_port_is_refused(Config) ->
     {ok, Taker} = gen_udp:open(0),
     {ok, Taken} = inet:port(Taker),
-    ?assertEqual({error, {listen_failed, eaddrinuse}}, macula_peer_endpoint:listen(#{port => Taken})),
+    ?assertEqual({error, {listen_failed, eaddrinuse}}, macula_peer_node:listen(#{port => Taken})),
     answers(Config, listen(#{handler => self()})),
     gen_udp:close(Taker).
 
 invalid_options_are_refused(_Config) ->
-    [?assertEqual({error, {invalid_option, Option}}, macula_peer_endpoint:listen(maps:from_list([Option])))
+    [?assertEqual({error, {invalid_option, Option}}, macula_peer_node:listen(maps:from_list([Option])))
      || Option <- [{port, 65536}, {port, -1}, {port, a}, {ip, "127.0.0.1"}, {ip, {1, 2, 3}}, {certfile, 1},
                    {no_such_option, 1}, {handler, 1}, {key_share, 0}, {address_share, 101}, {handshake_rate, 0}]],
-    ?assertEqual({error, {invalid_option, {keyfile, undefined}}}, macula_peer_endpoint:listen(#{certfile => "c.pem"})),
-    ?assertEqual({error, {invalid_option, {certfile, undefined}}}, macula_peer_endpoint:listen(#{keyfile => "k.pem"})).
+    ?assertEqual({error, {invalid_option, {keyfile, undefined}}}, macula_peer_node:listen(#{certfile => "c.pem"})),
+    ?assertEqual({error, {invalid_option, {certfile, undefined}}}, macula_peer_node:listen(#{keyfile => "k.pem"})).
 
 a_closed_listener_accepts_nobody(Config) ->
     Endpoint = listen(#{handler => self()}),
     answers(Config, Endpoint),
-    ok = macula_peer_endpoint:close(),
-    ok = macula_peer_endpoint:close(),
+    ok = macula_peer_node:close(),
+    ok = macula_peer_node:close(),
     %% The other side may take a moment to know.
     Send = fun() -> on(Config, macula_peer_connector, send_message, [Endpoint, cast, #{}, 500]) end,
     {error, _} = macula_peer_test:await(Send, fun(Sent) -> Sent =/= ok end),
-    ?assertMatch(#{accepted := []}, macula_peer_endpoint:stats()),
+    ?assertMatch(#{accepted := []}, macula_peer_node:stats()),
     %% The same socket listens again.
     ?assertEqual(Endpoint, listen(#{})),
     answers(Config, Endpoint).
@@ -199,13 +199,13 @@ links_follow_the_socket(Config) ->
     ToGateway = macula_peer_stand_in:endpoint(Gateway),
     Ping = fun() -> macula_peer_connector:send_message_and_wait(ToGateway, ping, #{timestamp => 1}, ?TIMEOUT) end,
     {ok, {pong, _}} = Ping(),
-    {ok, {_, Before}} = macula_peer_endpoint:local_address(),
+    {ok, {_, Before}} = macula_peer_node:local_address(),
     Port = macula_peer_test:free_port(),
     Endpoint = listen(#{port => Port, handler => self()}),
     ?assertEqual(macula_peer_test:endpoint("127.0.0.1", Port), Endpoint),
     ?assertNotEqual(Before, Port),
     [?assertMatch({ok, {pong, _}}, Ping()) || _ <- lists:seq(1, 10)],
-    ?assertMatch({ok, {_, Port}}, macula_peer_endpoint:local_address()),
+    ?assertMatch({ok, {_, Port}}, macula_peer_node:local_address()),
     ?assertMatch(#{connections := 1}, macula_peer_stand_in:stats(Gateway)),
     ?assertMatch(#{dials := 1}, macula_peer_test:peer_stats(ToGateway)),
     answers(Config, Endpoint).
@@ -215,7 +215,7 @@ links_follow_the_socket(Config) ->
 certificates_come_from_files(Config) ->
     {CertFile, KeyFile} = certificate(Config, "own"),
     answers(Config, listen(#{certfile => CertFile, keyfile => KeyFile, handler => self()})),
-    ok = macula_peer_endpoint:close(),
+    ok = macula_peer_node:close(),
     answers(Config, listen(#{certfile => list_to_binary(CertFile), keyfile => list_to_binary(KeyFile)})).
 
 bad_certificates_are_refused(Config) ->
@@ -225,7 +225,7 @@ bad_certificates_are_refused(Config) ->
     Garbage = in_priv_dir(Config, "garbage.pem"),
     ok = file:write_file(Garbage, "-----BEGIN CERTIFICATE-----\nnot base64!\n-----END CERTIFICATE-----\n"),
     [?assertMatch({error, {bad_certificate, Text}} when is_binary(Text),
-                  macula_peer_endpoint:listen(#{certfile => Cert, keyfile => Key}))
+                  macula_peer_node:listen(#{certfile => Cert, keyfile => Key}))
      || {Cert, Key} <- [{Missing, KeyFile}, {CertFile, Missing}, {Garbage, KeyFile}, {CertFile, Garbage},
                         {KeyFile, CertFile}, {OtherCertFile, KeyFile}]],
     answers(Config, listen(#{certfile => CertFile, keyfile => KeyFile, handler => self()})).
@@ -243,7 +243,7 @@ an_old_certificate_is_explained(Config) ->
                                     public_key:pem_entry_decode(Entry)),
     ok = file:write_file(Old, public_key:pem_encode([{'Certificate', Version1, not_encrypted}])),
     {ok, _} = file:copy(KeyFile, Key),
-    {error, {bad_certificate, Text}} = macula_peer_endpoint:listen(#{certfile => Old, keyfile => Key}),
+    {error, {bad_certificate, Text}} = macula_peer_node:listen(#{certfile => Old, keyfile => Key}),
     [?assertMatch({_, _, [_ | _]}, {Word, Text, string:find(binary_to_list(Text), Word)})
      || Word <- [Old, "version 1", "openssl req -x509", "docs/security.md"]].
 
@@ -262,12 +262,12 @@ in_priv_dir(Config, Name) ->
 garbage_hurts_nobody(Config) ->
     Endpoint = listen(#{handler => self()}),
     answers(Config, Endpoint),
-    {ok, {_, Port}} = macula_peer_endpoint:local_address(),
+    {ok, {_, Port}} = macula_peer_node:local_address(),
     {ok, Socket} = gen_udp:open(0),
     [ok = gen_udp:send(Socket, {127, 0, 0, 1}, Port, garbage()) || _ <- lists:seq(1, 10000)],
     answers(Config, Endpoint),
     %% Nor somebody who comes new.
-    ok = on(Config, macula_peer_endpoint, stop, []),
+    ok = on(Config, macula_peer_node, stop, []),
     answers(Config, Endpoint),
     gen_udp:close(Socket).
 
@@ -283,8 +283,8 @@ garbage() ->
 
 %% The endpoint of this node, which listens now.
 listen(Opts) ->
-    {ok, {_, Port} = Address} = macula_peer_endpoint:listen(Opts),
-    ?assertEqual({ok, Address}, macula_peer_endpoint:local_address()),
+    {ok, {_, Port} = Address} = macula_peer_node:listen(Opts),
+    ?assertEqual({ok, Address}, macula_peer_node:local_address()),
     macula_peer_test:endpoint("127.0.0.1", Port).
 
 other(Config) ->
@@ -328,5 +328,5 @@ answer(Monitor) ->
 answers(Config, Endpoint) ->
     Asked = ask(Config, Endpoint, 0),
     #{reply_to := Token} = message(call),
-    ok = macula_peer_endpoint:reply(Token, reply, #{n => 0}),
+    ok = macula_peer_node:reply(Token, reply, #{n => 0}),
     ?assertMatch({ok, {reply, #{<<"n">> := 0}}}, answer(Asked)).

@@ -36,7 +36,7 @@ init_per_suite(Config) ->
     Ebin = macula_peer_macula:build(),
     RelayNode = macula_peer_test:start_node(),
     %% The nodes come again with other keys.
-    {ok, {_, RelayPort}} = call(RelayNode, macula_peer_endpoint, listen, [#{relay => #{grace => 0}}]),
+    {ok, {_, RelayPort}} = call(RelayNode, macula_peer_node, listen, [#{relay => #{grace => 0}}]),
     Relay = macula_peer_test:endpoint(RelayPort),
     Names = [<<"one">>, <<"two">>, <<"three">>],
     Started = macula_peer_test:in_parallel(3, fun(N) -> start_node(Ebin, lists:nth(N, Names), Relay) end),
@@ -125,7 +125,7 @@ observers_are_probed(Config) ->
     ?assertEqual([], call(One, macula_nat_detector, detect, [])),
     _ = [add_node(One, Endpoint) || Endpoint <- Others],
     [ok, ok] = store(One, <<"key">>, <<"value">>),
-    {ok, {_, Port}} = call(One, macula_peer_endpoint, local_address, []),
+    {ok, {_, Port}} = call(One, macula_peer_node, local_address, []),
     ?assertEqual([{Endpoint, {{127, 0, 0, 1}, Port}} || Endpoint <- lists:sort(Others)],
                  lists:sort(call(One, macula_nat_detector, detect, []))).
 
@@ -178,7 +178,7 @@ a_slow_procedure_answers_over_another_path(Config) ->
     ok = call(Two, application, set_env, [macula, rpc_reply, stream]),
     ok = call(Two, macula_gateway, handle, [<<"slow">>, fun ?MODULE:slow/1]),
     ?assertEqual({ok, 42}, call(One, ?MODULE, rpc, [<<"two">>, <<"slow">>, 21])),
-    ?assertMatch({ok, #{path := hole_punch}}, call(One, macula_peer_endpoint, path, [{node, <<"two">>}])).
+    ?assertMatch({ok, #{path := hole_punch}}, call(One, macula_peer_node, path, [{node, <<"two">>}])).
 
 known(Config, Node, Name) ->
     [Host, Port] = binary:split(endpoint(Config, Name), <<":">>),
@@ -219,9 +219,9 @@ an_unknown_node_has_the_original_term(Config) ->
 
 %% Runs in the node: the engine begins anew, with these relays.
 engine(Relays) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ok = application:set_env(macula_peer_connector, relays, Relays),
-    macula_peer_endpoint:start().
+    macula_peer_node:start().
 
 an_endpoint_is_sent_to_at_once(Config) ->
     One = node(Config, <<"one">>),

@@ -44,7 +44,7 @@ start(Ebin, Macula, Ours) ->
     ok = set(macula_peer_connector, Ours#{takeover => true, takeover_pool => true}),
     {ok, _} = application:ensure_all_started(macula_peer_connector),
     #{macula_peer_connector := #{module := ours}, macula_peer_connection_pool := #{module := ours}} =
-        macula_peer_endpoint:which(),
+        macula_peer_node:which(),
     {ok, _} = application:ensure_all_started(macula),
     ok.
 

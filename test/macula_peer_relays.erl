@@ -88,9 +88,9 @@ await_registered(Node, Relays) ->
 
 %% What a relay says to a registration: `registered', or why not.
 registration(Node, Id, Relay) ->
-    ok = call(Node, macula_peer_endpoint, unregister, []),
+    ok = call(Node, macula_peer_node, unregister, []),
     Before = length(answers(Node, Relay)),
-    ok = call(Node, macula_peer_endpoint, register, [Id, [endpoint(Relay)]]),
+    ok = call(Node, macula_peer_node, register, [Id, [endpoint(Relay)]]),
     Answers = await(fun() -> answers(Node, Relay) end, fun(All) -> length(All) > Before end, ?PATIENCE),
     lists:nth(Before + 1, Answers).
 
@@ -133,7 +133,7 @@ send(Node, {From, To}, Type, Message, Opts) ->
          [id(From), id(To), Type, Message, maps:merge(#{timeout => ?SEND_TIMEOUT}, Opts)]).
 
 request(Node, To, Type, Message) ->
-    call(Node, macula_peer_endpoint, request, [id(To), Type, Message, ?SEND_TIMEOUT]).
+    call(Node, macula_peer_node, request, [id(To), Type, Message, ?SEND_TIMEOUT]).
 
 %% The first message of a node, without options; how many microseconds later the target had it.
 cold_send(Node, Names, Target, Id) ->

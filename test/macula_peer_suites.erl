@@ -10,6 +10,6 @@ init(_Id, _Opts) ->
 
 pre_init_per_suite(_Suite, Config, State) ->
     _ = application:stop(?APP),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [ok = application:unset_env(?APP, Key) || {Key, _} <- application:get_all_env(?APP)],
     {Config, State}.

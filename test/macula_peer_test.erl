@@ -23,14 +23,14 @@
 engine(Env) when is_map(Env) ->
     engine(maps:to_list(Env));
 engine(Env) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     _ = application:load(?APP),
     [ok = application:unset_env(?APP, Key) || {Key, _} <- application:get_all_env(?APP)],
     [ok = application:set_env(?APP, Key, Value) || {Key, Value} <- Env],
-    ok = macula_peer_endpoint:start().
+    ok = macula_peer_node:start().
 
 peer_stats(Endpoint) ->
-    #{peers := Peers} = macula_peer_endpoint:stats(),
+    #{peers := Peers} = macula_peer_node:stats(),
     case [Peer || #{endpoint := E} = Peer <- Peers, E =:= Endpoint] of
         [Peer] -> Peer;
         [] -> none
@@ -107,7 +107,7 @@ start_listener(Port) ->
 
 %% Runs in the listener's node.
 listen(Opts) ->
-    macula_peer_endpoint:listen(Opts#{handler => collector()}).
+    macula_peer_node:listen(Opts#{handler => collector()}).
 
 %% The handler of this node that keeps what it gets.
 collector() ->
@@ -151,7 +151,7 @@ ids(Node) ->
     lists:usort([Id || #{message := #{<<"id">> := Id}} <- received(Node)]).
 
 stats(Node) ->
-    call(Node, macula_peer_endpoint, stats, []).
+    call(Node, macula_peer_node, stats, []).
 
 %% Every token is kept: an application need not let go of what it does not answer.
 collect(Messages, Events) ->
@@ -180,7 +180,7 @@ hashed(Map) when is_map(Map) -> maps:map(fun(_, Value) -> hashed(Value) end, Map
 hashed(Other) -> Other.
 
 answer(ping, #{<<"timestamp">> := Time}, Token) ->
-    macula_peer_endpoint:reply(Token, pong, #{timestamp => Time, server_time => Time});
+    macula_peer_node:reply(Token, pong, #{timestamp => Time, server_time => Time});
 answer(rpc_request, #{<<"procedure">> := <<"bytes">>, <<"args">> := Size}, Token) ->
     reply(Token, binary:copy(<<"b">>, Size));
 answer(rpc_request, #{<<"procedure">> := <<"late">>, <<"args">> := Ms}, Token) ->
@@ -190,7 +190,7 @@ answer(_Type, _Message, _Token) ->
 
 reply(Token, Result) ->
     Reply = #{request_id => <<"r">>, from_node => <<"n">>, result => Result},
-    macula_peer_endpoint:reply(Token, rpc_reply, Reply).
+    macula_peer_node:reply(Token, rpc_reply, Reply).
 
 %% A request for the listener: `bytes' is answered with so many, `late' after so many milliseconds, others never.
 rpc(Procedure, Args) ->

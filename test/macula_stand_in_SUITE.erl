@@ -31,14 +31,14 @@ init_per_testcase(_Case, Config) ->
 
 end_per_testcase(_Case, Config) ->
     ok = macula_peer_test:stop_node(?config(node, Config)),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 %% ---- the gateway ----
 
 the_gateway_answers_on_the_stream(Config) ->
     Node = ?config(node, Config),
     ok = call(Node, macula_gateway, handle, [<<"double">>, fun ?MODULE:double/1]),
-    {ok, {_, Port}} = macula_peer_endpoint:local_address(),
+    {ok, {_, Port}} = macula_peer_node:local_address(),
     ?assertMatch({ok, {pong, #{<<"timestamp">> := 7, <<"server_time">> := _}}}, ask(Config, ping, #{timestamp => 7})),
     ?assertMatch({ok, {nat_probe_reply, #{<<"reflexive_ip">> := <<"127.0.0.1">>, <<"reflexive_port">> := Port}}},
                  ask(Config, nat_probe, #{node_id => <<"me">>, local_port => 1})),

@@ -24,7 +24,7 @@ init_per_suite(Config) ->
 
 end_per_suite(Config) ->
     macula_peer_test:stop_node(?config(node, Config)),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 init_per_testcase(_Case, Config) ->
     macula_peer_test:engine([]),

@@ -31,16 +31,16 @@ end_per_group(real, _Config) ->
 
 without_a_relay_little_is_known(_Config) ->
     ok = macula_peer_test:engine(#{}),
-    Profile = macula_peer_endpoint:nat_profile(),
+    Profile = macula_peer_node:nat_profile(),
     ?assertMatch(#{mapping_policy := unknown, filtering_policy := unknown, allocation_policy := unknown,
                    reflexive_address := undefined, detected_at := undefined}, Profile),
-    {ok, {_, Port}} = macula_peer_endpoint:local_address(),
+    {ok, {_, Port}} = macula_peer_node:local_address(),
     {ok, Interfaces} = inet:getifaddrs(),
     Own = [Ip || {_, Opts} <- Interfaces, {addr, Ip} <- Opts],
     #{local_addresses := Local} = Profile,
     [?assert(P =:= Port andalso lists:member(Ip, Own) andalso not is_own(Ip)) || {Ip, P} <- Local],
     ?assert([] =/= Local orelse lists:all(fun is_own/1, Own)),
-    ok = macula_peer_endpoint:stop().
+    ok = macula_peer_node:stop().
 
 no_nat(_Config) ->
     Before = erlang:system_time(millisecond),
@@ -48,7 +48,7 @@ no_nat(_Config) ->
     Member = start_member(here, settings(name, [Relay])),
     await_registered(Member, [Relay]),
     until(fun() -> policies(Member) =:= {ei, ei, pp} end),
-    {ok, {_, Port}} = call(Member, macula_peer_endpoint, local_address, []),
+    {ok, {_, Port}} = call(Member, macula_peer_node, local_address, []),
     #{reflexive_address := Seen, detected_at := At} = Profile = profile(Member),
     ?assertEqual({{127, 0, 0, 1}, Port}, Seen),
     ?assert(At >= Before andalso At =< erlang:system_time(millisecond)),
@@ -66,15 +66,15 @@ who_moves_looks_again(_Config) ->
     Member = start_member(here, settings(name, [Relay])),
     until(fun() -> policies(Member) =/= {unknown, unknown, unknown} end),
     Port = closed_port(),
-    {ok, {_, Port}} = call(Member, macula_peer_endpoint, listen, [#{port => Port}]),
+    {ok, {_, Port}} = call(Member, macula_peer_node, listen, [#{port => Port}]),
     until(fun() -> maps:get(reflexive_address, profile(Member)) =:= {{127, 0, 0, 1}, Port} end),
     until(fun() -> [Port] =:= [P || #{reflexive_address := {_, P}} <- [lists:last(events(Member, nat_profile))]] end).
 
 options_are_checked(_Config) ->
     Relay = start_relay(here, #{}),
     Node = node_of(Relay),
-    ok = call(Node, macula_peer_endpoint, close, []),
-    Listen = fun(Opts) -> call(Node, macula_peer_endpoint, listen, [#{relay => Opts}]) end,
+    ok = call(Node, macula_peer_node, close, []),
+    Listen = fun(Opts) -> call(Node, macula_peer_node, listen, [#{relay => Opts}]) end,
     [?assertEqual({error, {invalid_option, {Key, Value}}}, Listen(#{Key => Value}))
      || {Key, Value} <- [{probe_port, 65536}, {probe_port, any}, {probe_ip, "127.0.0.1"}, {probe_ip, {1, 2, 3}}]],
     ?assertEqual({error, {listen_failed, eaddrnotavail}}, Listen(#{probe_ip => {192, 0, 2, 1}})),
@@ -137,7 +137,7 @@ zip(Hosts, Relays) -> lists:zip(lists:sublist(Hosts, length(Relays)), Relays).
 port({relay, _Node, _Where, _Limits, Port}) -> Port.
 
 profile(Node) ->
-    call(Node, macula_peer_endpoint, nat_profile, []).
+    call(Node, macula_peer_node, nat_profile, []).
 
 policies(Node) ->
     #{mapping_policy := Mapping, filtering_policy := Filtering, allocation_policy := Allocation} = profile(Node),

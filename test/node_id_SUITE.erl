@@ -22,16 +22,16 @@ end_per_testcase(_Case, _Config) ->
     _ = application:stop(?APP),
     %% Without the settings of the case.
     ok = macula_peer_test:engine(#{}),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 %% The right node is found by the relay afterwards, although the endpoint is still known.
 an_endpoint_that_leads_back_here_is_not_the_node(_Config) ->
     ok = macula_peer_test:engine(#{node_id => id(sender)}),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => self()}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{handler => self()}),
     ?assertEqual(?ERROR(wrong_node), send(target, 1, #{endpoint => endpoint(Port)})),
     ?assertEqual(?ERROR(wrong_node), ask(target, #{endpoint => endpoint(Port)})),
     ?assertMatch({ok, #{path := none, failed := #{direct := wrong_node}}},
-                 macula_peer_endpoint:path({node, id(target)})),
+                 macula_peer_node:path({node, id(target)})),
     Relay = start_relay(here),
     Target = start_member(here, settings(target, [Relay])),
     await_registered(Target, [Relay]),
@@ -49,17 +49,17 @@ a_node_with_another_id_gets_nothing(_Config) ->
     ?assertEqual(ok, send(target, 2, #{endpoint => Right})),
     _ = delivered(Target, 2),
     %% It is renamed, and the next message goes to the node that has the name now.
-    ok = call(Target, macula_peer_endpoint, register, [id(spare), []]),
-    ok = call(Other, macula_peer_endpoint, register, [id(target), []]),
+    ok = call(Target, macula_peer_node, register, [id(spare), []]),
+    ok = call(Other, macula_peer_node, register, [id(target), []]),
     ?assertEqual(ok, send(target, 3, #{endpoint => Wrong})),
     _ = delivered(Other, 3),
     ?assertEqual({[3], [2]}, {macula_peer_test:ids(Other), macula_peer_test:ids(Target)}).
 
 a_node_with_another_key_is_reported_and_let_in_when_it_is_forgotten(_Config) ->
     ok = macula_peer_test:engine(#{}),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     {ok, _} = application:ensure_all_started(?APP),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     {Before, Old} = listener(target),
     ?assertEqual(ok, send(target, 1, #{endpoint => Old})),
     _ = delivered(Before, 1),
@@ -77,34 +77,34 @@ a_node_with_another_key_is_reported_and_let_in_when_it_is_forgotten(_Config) ->
         ?assertEqual(?ERROR(untrusted_peer), ask(target, #{}))
     end),
     ?assertMatch([_], Lines),
-    [?assertNotEqual(nomatch, string:find(Lines, Word)) || Word <- ["identity_file", "macula_peer_endpoint:forget"]],
+    [?assertNotEqual(nomatch, string:find(Lines, Word)) || Word <- ["identity_file", "macula_peer_node:forget"]],
     ?assertEqual([], macula_peer_test:ids(After)),
-    ?assertEqual(ok, macula_peer_endpoint:forget(id(target))),
+    ?assertEqual(ok, macula_peer_node:forget(id(target))),
     ?assertEqual(ok, send(target, 5, #{endpoint => New})),
     _ = delivered(After, 5),
     ?assertEqual([5], macula_peer_test:ids(After)).
 
 only_a_node_id_is_forgotten(_Config) ->
-    ok = macula_peer_endpoint:stop(),
-    ?assertEqual(ok, macula_peer_endpoint:forget(id(target))),
+    ok = macula_peer_node:stop(),
+    ?assertEqual(ok, macula_peer_node:forget(id(target))),
     ?assertEqual(not_started, macula_peer_call:stats()),
-    [?assertEqual({error, {invalid_node_id, Term}}, macula_peer_endpoint:forget(Term))
+    [?assertEqual({error, {invalid_node_id, Term}}, macula_peer_node:forget(Term))
      || Term <- [target, <<>>, "target", <<0:(256 * 8)>>]],
     ok = macula_peer_test:engine(#{}),
-    ?assertEqual(ok, macula_peer_endpoint:forget(id(target))).
+    ?assertEqual(ok, macula_peer_node:forget(id(target))).
 
 %% ---- common ----
 
 listener(Name) ->
     Node = start_member(here, settings(Name, [])),
-    {ok, {_, Port}} = call(Node, macula_peer_endpoint, listen, [#{}]),
+    {ok, {_, Port}} = call(Node, macula_peer_node, listen, [#{}]),
     {Node, endpoint(Port)}.
 
 send(To, Id, Opts) ->
     macula_peer_connector:send_message_nat_aware(id(sender), id(To), store, #{id => Id}, Opts).
 
 ask(To, Opts) ->
-    macula_peer_endpoint:request(id(To), ping, #{timestamp => 1}, 5000, Opts).
+    macula_peer_node:request(id(To), ping, #{timestamp => 1}, 5000, Opts).
 
 %% The warnings about keys meanwhile.
 logged(Fun) ->

@@ -67,7 +67,7 @@ an_answer_outlives_the_address_that_was_asked(Config) ->
     [_, Port] = string:split(Endpoint, ":"),
     OtherEndpoint = macula_peer_net:endpoint(Other, binary_to_integer(Port)),
     Asked = spawn_monitor(fun() ->
-        exit(call(Sender, macula_peer_endpoint, request,
+        exit(call(Sender, macula_peer_node, request,
                   [<<"b">>, rpc_request, macula_peer_test:rpc(<<"late">>, 1500), ?TIMEOUT, #{endpoint => Endpoint}]))
     end),
     until(fun() -> count(Listener) =:= 2 end),

@@ -23,7 +23,7 @@ init_per_suite(Config) ->
 
 end_per_suite(Config) ->
     macula_peer_test:stop_node(?config(node, Config)),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 the_least_recently_used_peer_gives_way(Config) ->
     macula_peer_test:engine([{pool_size, 3}]),
@@ -47,7 +47,7 @@ an_evicted_peer_loses_no_message(Config) ->
     [ok = send_message(lists:nth(1 + Id rem 5, peers(Config)), store, #{id => Id}, 5000) || Id <- Ids],
     until(fun() -> Ids -- macula_peer_test:ids(?config(node, Config)) =:= [] end),
     ?assertMatch(#{undelivered := 0, pool := #{evictions := Evictions}} when Evictions >= 400,
-                 macula_peer_endpoint:stats()).
+                 macula_peer_node:stats()).
 
 a_caller_of_an_evicted_peer_is_answered(Config) ->
     macula_peer_test:engine([{pool_size, 1}]),
@@ -104,6 +104,6 @@ use(Peer) ->
     Now = erlang:monotonic_time(millisecond),
     until(fun() -> erlang:monotonic_time(millisecond) > Now + 1 end).
 
-known() -> lists:sort([Endpoint || #{endpoint := Endpoint} <- maps:get(peers, macula_peer_endpoint:stats())]).
+known() -> lists:sort([Endpoint || #{endpoint := Endpoint} <- maps:get(peers, macula_peer_node:stats())]).
 
-pool() -> maps:get(pool, macula_peer_endpoint:stats()).
+pool() -> maps:get(pool, macula_peer_node:stats()).

@@ -16,7 +16,7 @@ all() ->
     [every_snippet_runs, every_link_leads_somewhere, every_attack_has_its_test].
 
 end_per_testcase(_Case, _Config) ->
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 every_snippet_runs(_Config) ->
     Pages = [{File, snippets(File)} || {File, _} <- ?SNIPPETS],
@@ -85,7 +85,7 @@ run([Snippet]) ->
     {ok, Expressions} = erl_parse:parse_exprs(Tokens),
     {value, _, _} = erl_eval:exprs(Expressions, #{}),
     %% One listener at a time.
-    ok = macula_peer_endpoint:close().
+    ok = macula_peer_node:close().
 
 root() ->
     filename:dirname(filename:dirname(proplists:get_value(source, ?MODULE:module_info(compile)))).

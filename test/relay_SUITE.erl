@@ -68,7 +68,7 @@ a_firewalled_node_is_reached_through_a_bootstrap_peer(Config) ->
     Sender = start_cold(SenderHost, bootstrap_peers([Relay])),
     is_reached_soon(Sender, Target, Relay),
     %% There was no other way.
-    {ok, {_, Port}} = call(Target, macula_peer_endpoint, listen, [#{}]),
+    {ok, {_, Port}} = call(Target, macula_peer_node, listen, [#{}]),
     ?assertEqual({error, {connect_failed, transport_down}},
                  call(Sender, macula_peer_connector, send_message,
                       [macula_peer_net:endpoint(TargetHost, Port), store, #{}, 500])),
@@ -86,7 +86,7 @@ is_reached_soon(Sender, Target, Relay) ->
     Us = cold_send(Sender, ?NAMES, Target, 1),
     ct:pal("delivered after ~p us", [Us]),
     ?assert(Us < ?SOON * 1000),
-    #{fingerprint := <<Key:32/binary>>} = call(Sender, macula_peer_endpoint, identity, []),
+    #{fingerprint := <<Key:32/binary>>} = call(Sender, macula_peer_node, identity, []),
     ?assertMatch([#{type := store, path := relay, dialect := 'macula-peer/1', key := Key}], received(Target)),
     Id = id(target),
     ?assertMatch([#{path := relay}], [Peer || #{node_id := I} = Peer <- peers(Sender), I =:= Id]),
@@ -124,7 +124,7 @@ costs_four_round_trips(Senders, Target, Delay) ->
     ?assert(Delivered < 4 * RoundTrip + ?LATE * 1000).
 
 round_trip(Sender) ->
-    {Us, {ok, {pong, _}}} = call(Sender, timer, tc, [macula_peer_endpoint, request,
+    {Us, {ok, {pong, _}}} = call(Sender, timer, tc, [macula_peer_node, request,
                                                      [id(target), ping, #{timestamp => 1}, 5000]]),
     Us.
 
@@ -153,7 +153,7 @@ all_arrive_once_and_in_order_whatever_happens_to_relay_and_path(Config) ->
     ok = macula_peer_net:firewall(TargetHost),
     First = start_relay(RelayHost, ?WIDE),
     Target = target(TargetHost, [First]),
-    {ok, {_, Port}} = call(Target, macula_peer_endpoint, listen, [#{}]),
+    {ok, {_, Port}} = call(Target, macula_peer_node, listen, [#{}]),
     Sender = start_member(SenderHost, paced(settings(sender, [First]))),
     ok = start_stream(Sender, ?NAMES, ?STREAM, #{timeout => 60000}),
     amid_the_stream(Sender, Target, 10000),
@@ -270,7 +270,7 @@ a_relay_sees_no_plaintext(Config) ->
     Payload = binary:copy(<<?MARKER>>, 20),
     [ok = send(Sender, ?NAMES, store, #{id => Id, payload => Payload}, #{}) || Id <- lists:seq(1, 50)],
     _ = delivered(Target, 50),
-    ok = call(Target, macula_peer_endpoint, set_handler, [{?MODULE, answer, []}]),
+    ok = call(Target, macula_peer_node, set_handler, [{?MODULE, answer, []}]),
     ?assertMatch({ok, {rpc_reply, #{<<"result">> := Payload}}},
                  request(Sender, target, rpc_request, macula_peer_test:rpc(Payload, Payload))),
     #{forwarded_bytes := Forwarded} = macula_peer_relays:relay_stats(Relay),
@@ -288,7 +288,7 @@ a_relay_sees_no_plaintext(Config) ->
 
 %% Runs in the target; the answer has the marker as well.
 answer({macula_peer_message, #{type := rpc_request, message := #{<<"args">> := Args}, reply_to := Token}}) ->
-    macula_peer_endpoint:reply(Token, rpc_reply, #{request_id => <<"r">>, from_node => <<"n">>, result => Args});
+    macula_peer_node:reply(Token, rpc_reply, #{request_id => <<"r">>, from_node => <<"n">>, result => Args});
 answer(_) ->
     ok.
 
@@ -382,8 +382,8 @@ a_request_refuses_another_key_than_the_pinned_one(_Config) ->
     Target = target(here, [Relay]),
     Sender = start_member(here, settings(sender, [Relay])),
     Ask = fun(Fingerprint) ->
-        call(Sender, macula_peer_endpoint, request, [id(target), ping, #{timestamp => 1}, 5000,
-                                                     #{fingerprint => Fingerprint}])
+        call(Sender, macula_peer_node, request, [id(target), ping, #{timestamp => 1}, 5000,
+                                                 #{fingerprint => Fingerprint}])
     end,
     ?assertEqual(untrusted(), Ask(wrong(fingerprint(Target)))),
     ?assertEqual([], received(Target)),
@@ -397,7 +397,7 @@ a_key_seen_first_is_the_only_one_accepted(_Config) ->
     ?assertEqual(ok, send(Sender, ?NAMES, 1, #{})),
     _ = delivered(Target, 1),
     Seen = fingerprint(Target),
-    ok = call(Target, macula_peer_endpoint, stop, []),
+    ok = call(Target, macula_peer_node, stop, []),
     until(fun() -> circuits(Sender) =:= [0] end),
     Usurper = start_member(here, #{}),
     macula_peer_relays:await_registration(Usurper, id(target), Relay, registered),
@@ -410,7 +410,7 @@ untrusted() ->
     {error, {nat_connection_failed, {connect_failed, untrusted_peer}}}.
 
 fingerprint(Node) ->
-    #{fingerprint := <<Fingerprint:32/binary>>} = call(Node, macula_peer_endpoint, identity, []),
+    #{fingerprint := <<Fingerprint:32/binary>>} = call(Node, macula_peer_node, identity, []),
     Fingerprint.
 
 wrong(<<First, Rest/binary>>) ->
@@ -425,9 +425,9 @@ a_node_that_starts_its_engine_again_registers_again(Config) ->
     Target = start_member(here, (settings(target, [Relay]))#{identity_file => File}),
     await_registered(Target, [Relay]),
     Before = fingerprint(Target),
-    ok = call(Target, macula_peer_endpoint, stop, []),
+    ok = call(Target, macula_peer_node, stop, []),
     until(fun() -> maps:get(registrations, macula_peer_relays:relay_stats(Relay)) =:= 0 end),
-    ok = call(Target, macula_peer_endpoint, start, []),
+    ok = call(Target, macula_peer_node, start, []),
     await_registered(Target, [Relay]),
     ?assertEqual(Before, fingerprint(Target)),
     Sender = start_member(here, settings(sender, [Relay])),
@@ -437,12 +437,12 @@ a_node_that_starts_its_engine_again_registers_again(Config) ->
 a_node_that_listens_is_reached_through_relays_too(_Config) ->
     Relay = start_relay(here),
     Target = start_member(here, #{}),
-    {ok, _} = call(Target, macula_peer_endpoint, listen, [#{}]),
-    ok = call(Target, macula_peer_endpoint, register, [id(target), [endpoint(Relay)]]),
+    {ok, _} = call(Target, macula_peer_node, listen, [#{}]),
+    ok = call(Target, macula_peer_node, register, [id(target), [endpoint(Relay)]]),
     await_registered(Target, [Relay]),
     Endpoint = endpoint(Relay),
     until(fun() -> [At || #{relay := At, state := registered} <- events(Target, registration)] =:= [Endpoint] end),
-    {ok, {_, Port}} = call(Target, macula_peer_endpoint, local_address, []),
+    {ok, {_, Port}} = call(Target, macula_peer_node, local_address, []),
     SeenAt = {{127, 0, 0, 1}, Port},
     ?assertMatch(#{registrations := [#{relay := Endpoint, state := registered, address := SeenAt, circuits := 0}]},
                  macula_peer_test:stats(Target)),
@@ -457,7 +457,7 @@ an_unregistered_node_is_not_reached(_Config) ->
     Sender = start_member(here, settings(sender, [Relay])),
     ?assertEqual(ok, send(Sender, ?NAMES, 1, #{})),
     _ = delivered(Target, 1),
-    ok = call(Target, macula_peer_endpoint, unregister, []),
+    ok = call(Target, macula_peer_node, unregister, []),
     ?assertMatch(#{registrations := []}, macula_peer_test:stats(Target)),
     until(fun() -> maps:get(circuits, macula_peer_relays:relay_stats(Relay)) =:= 0 end),
     Other = start_member(here, settings(other, [Relay])),

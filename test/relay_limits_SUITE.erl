@@ -44,7 +44,7 @@ a_node_id_is_kept_for_its_owner_for_a_while(_Config) ->
     Owner = start_member(here, settings(name, [Relay])),
     await_registered(Owner, [Relay]),
     Gone = erlang:monotonic_time(millisecond),
-    ok = call(Owner, macula_peer_endpoint, stop, []),
+    ok = call(Owner, macula_peer_node, stop, []),
     until(fun() -> maps:get(registrations, relay_stats(Relay)) =:= 0 end),
     Other = start_member(here, #{}),
     ?assertEqual(node_id_taken, registration(Other, id(name), Relay)),
@@ -83,7 +83,7 @@ registrations(_Config) ->
     ?assertEqual(registrations, registration(Second, id(b), Relay)),
     ?assertEqual(refused(registrations), send(Second, {b, a}, 1, #{relay_endpoint => endpoint(Relay)})),
     ?assertMatch(#{registrations := 1, refused := #{registrations := N}} when N >= 1, relay_stats(Relay)),
-    ok = call(First, macula_peer_endpoint, unregister, []),
+    ok = call(First, macula_peer_node, unregister, []),
     await_registration(Second, id(b), Relay, registered).
 
 %% One a second: of three that come at once two are too many, and get in later.
@@ -116,7 +116,7 @@ shares(_Config) ->
     ?assertEqual(registered, registration(First, id(a), Relay)),
     ?assertMatch(#{registrations := 2, refused := #{registrations_per_key := N}} when N >= 1, relay_stats(Relay)),
     [?assertMatch({error, {invalid_option, {Option, Wrong}}},
-                  call(First, macula_peer_endpoint, listen, [#{relay => #{Option => Wrong}}]))
+                  call(First, macula_peer_node, listen, [#{relay => #{Option => Wrong}}]))
      || Option <- [key_share, address_share], Wrong <- [0, 101, -1, 0.5, half]].
 
 a_realm_is_for_those_who_know_its_secret(_Config) ->

@@ -60,7 +60,7 @@ init_per_testcase(_Case, Config) ->
 end_per_testcase(_Case, _Config) ->
     true = os:unsetenv(?BOOTSTRAP),
     [absent(Server) || Server <- ?SERVERS],
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     true = ets:delete(?ASKED),
     ok = logger:remove_handler(?MODULE),
     %% Nothing that servers do is worth a warning either.
@@ -122,7 +122,7 @@ by_a_relay_of_the_registry(_Config) ->
                               {4, endpoint(Port)}]].
 
 with_the_key_that_the_dht_has(Config) ->
-    #{fingerprint := Key} = macula_peer_test:call(?config(node, Config), macula_peer_endpoint, identity, []),
+    #{fingerprint := Key} = macula_peer_test:call(?config(node, Config), macula_peer_node, identity, []),
     Entry = #{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config), <<"fingerprint">> => Key},
     serve(macula_routing_server, fun(_, _) -> {ok, [Entry]} end),
     arrives(Config, <<"known">>, direct),
@@ -170,7 +170,7 @@ lies_leave_the_original_term(_Config) ->
          ?assertEqual({N, ?NO_RELAY}, {N, Result}),
          ?assert(Took < ?SOON)
      end || {N, Lie} <- numbered(lies())],
-    ?assertMatch(#{}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{}, macula_peer_node:stats()).
 
 numbered(List) -> lists:zip(lists:seq(1, length(List)), List).
 
@@ -352,7 +352,7 @@ the_engine_ends_its_lookups(_Config) ->
     [serve(Server, fun(_, _) -> Test ! {asked, self()}, receive after infinity -> ok end end) || Server <- ?SERVERS],
     Call = spawn_monitor(fun() -> exit(send(<<"node">>, 1)) end),
     Lookups = [receive {asked, Pid} -> monitor(process, Pid) end || _ <- ?SERVERS],
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [receive {'DOWN', Monitor, process, _, _} -> ok end || Monitor <- Lookups],
     receive {'DOWN', _, process, Pid, Result} when Pid =:= element(1, Call) ->
         ?assertEqual({error, {send_failed, connection_shutdown}}, Result)
@@ -408,7 +408,7 @@ advice_after_the_call_is_reported(Config) ->
 
 %% It has no other name than that of the settings; without one nobody is asked for advice.
 a_request_is_this_nodes(Config) ->
-    Ask = fun(Node) -> macula_peer_endpoint:request(Node, ping, #{timestamp => 1}, 5000) end,
+    Ask = fun(Node) -> macula_peer_node:request(Node, ping, #{timestamp => 1}, 5000) end,
     serve(macula_routing_server, fun(_, _) -> listener(Config) end),
     coordinate(fun() -> {ok, direct, <<"session">>} end),
     ?assertMatch({ok, {pong, _}}, Ask(<<"one">>)),
@@ -452,7 +452,7 @@ another_module_is_asked(Config) ->
     ok = persistent_term:put(?MODULE, #{endpoints => [], bootstrap_peers => [macula_peer_relays:endpoint(Relay)]}),
     ?assertEqual(ok, send(id(target), 2)),
     _ = macula_peer_relays:delivered(Target, 2),
-    ?assertMatch({ok, {pong, _}}, macula_peer_endpoint:request(id(target), ping, #{timestamp => 1}, 5000)),
+    ?assertMatch({ok, {pong, _}}, macula_peer_node:request(id(target), ping, #{timestamp => 1}, 5000)),
     ?assertEqual([], asked(find_value)).
 
 endpoints(_NodeId) -> maps:get(endpoints, persistent_term:get(?MODULE)).
@@ -543,4 +543,4 @@ arrives(Config, Node, Path) ->
     ?assertEqual({Node, ok}, {Node, Result}),
     ?assert(Took < ?SOON),
     until(fun() -> lists:member(Id, macula_peer_test:ids(?config(node, Config))) end),
-    ?assertMatch({ok, #{path := Path}}, macula_peer_endpoint:path(Node)).
+    ?assertMatch({ok, #{path := Path}}, macula_peer_node:path(Node)).

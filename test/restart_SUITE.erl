@@ -28,7 +28,7 @@ init_per_suite(Config) ->
 
 end_per_suite(Config) ->
     macula_peer_test:stop_node(?config(node, Config)),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 init_per_testcase(_Case, Config) ->
     macula_peer_test:engine([]),
@@ -36,20 +36,20 @@ init_per_testcase(_Case, Config) ->
 
 end_per_testcase(_Case, _Config) ->
     _ = application:stop(?APP),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 calls_work_without_the_application(Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ?assertEqual(ok, send_message(?config(endpoint, Config), store, #{})),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ?assertMatch({ok, {pong, _}}, send_message_and_wait(?config(endpoint, Config), ping, #{timestamp => 1}, 5000)),
-    ok = macula_peer_endpoint:stop(),
-    ?assertMatch({ok, {_, _}}, macula_peer_endpoint:listen(#{})),
+    ok = macula_peer_node:stop(),
+    ?assertMatch({ok, {_, _}}, macula_peer_node:listen(#{})),
     ?assertNot(lists:keymember(?APP, 1, application:which_applications())),
     ?assertEqual(undefined, whereis(macula_peer_sup)).
 
 the_application_starts_and_stops_the_engine(_Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     Port = macula_peer_test:closed_port(),
     ok = application:set_env(?APP, port, Port),
     ok = application:start(?APP),
@@ -107,7 +107,7 @@ a_stop_answers_every_call_that_waits(Config) ->
     Callers = [spawn_monitor(fun() -> exit({result, Call(), macula_peer_test:mailbox()}) end) || Call <- Calls],
     until(fun() -> held(Silent) >= 5 * 9 end),
     until(fun() -> held(Live) > 2 * 9 end),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     [receive {'DOWN', Monitor, process, Pid, Reason} -> ?assertMatch({result, {error, _}, []}, Reason) end
      || {Pid, Monitor} <- Callers],
     gen_udp:close(Socket).
@@ -142,16 +142,16 @@ says_not_loaded(Node) ->
              {?APP, send_message_and_wait, [Endpoint, store, #{}, 1000]},
              {?APP, send_message_nat_aware, [<<"a">>, <<"b">>, store, #{}]},
              {?APP, send_message_nat_aware, [<<"a">>, <<"b">>, store, #{}, #{endpoint => Endpoint}]},
-             {macula_peer_endpoint, start, []},
-             {macula_peer_endpoint, listen, [#{}]},
-             {macula_peer_endpoint, listen, [#{handler => {erlang, display, []}}]},
-             {macula_peer_endpoint, identity, []},
-             {macula_peer_endpoint, close, []},
-             {macula_peer_endpoint, local_address, []},
-             {macula_peer_endpoint, set_handler, [undefined]},
-             {macula_peer_endpoint, set_handler, [{erlang, display, []}]},
-             {macula_peer_endpoint, reply, [none, reply, #{}]},
-             {macula_peer_endpoint, stats, []},
+             {macula_peer_node, start, []},
+             {macula_peer_node, listen, [#{}]},
+             {macula_peer_node, listen, [#{handler => {erlang, display, []}}]},
+             {macula_peer_node, identity, []},
+             {macula_peer_node, close, []},
+             {macula_peer_node, local_address, []},
+             {macula_peer_node, set_handler, [undefined]},
+             {macula_peer_node, set_handler, [{erlang, display, []}]},
+             {macula_peer_node, reply, [none, reply, #{}]},
+             {macula_peer_node, stats, []},
              {macula_peer_wire, encode, [store, #{}]},
              {macula_peer_wire, decode, [<<>>]}],
     [begin
@@ -159,10 +159,10 @@ says_not_loaded(Node) ->
          [?assertMatch({_, [_ | _]}, {Text, string:find(unicode:characters_to_list(Text), Remedy)})
           || Remedy <- ["rebar3 compile", "make nif", "cargo", "the same version"]]
      end || {M, F, A} <- Calls],
-    ?assertEqual(ok, Call(macula_peer_endpoint, stop, [])),
+    ?assertEqual(ok, Call(macula_peer_node, stop, [])),
     ?assertMatch({error, {?APP, {{nif_not_loaded, _}, _}}},
                  Call(application, ensure_all_started, [?APP])),
-    ?assertMatch({error, {nif_not_loaded, _}}, Call(macula_peer_endpoint, start, [])),
+    ?assertMatch({error, {nif_not_loaded, _}}, Call(macula_peer_node, start, [])),
     %% Nothing is left running for an engine that is not there.
     ?assertEqual([], Call(macula_peer_test, handlers, [])),
     macula_peer_test:stop_node(Node).
@@ -171,22 +171,22 @@ says_not_loaded(Node) ->
 a_start_that_fails_fails_for_every_caller(_Config) ->
     {ok, Taken} = gen_udp:open(0),
     {ok, Port} = inet:port(Taken),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ok = application:set_env(?APP, listen, #{port => Port}),
     Failed = {error, {listen_failed, eaddrinuse}},
-    ?assertEqual(lists:duplicate(5, Failed), in_parallel(5, fun(_) -> macula_peer_endpoint:start() end)),
-    ?assertEqual({error, not_started}, macula_peer_endpoint:local_address()),
+    ?assertEqual(lists:duplicate(5, Failed), in_parallel(5, fun(_) -> macula_peer_node:start() end)),
+    ?assertEqual({error, not_started}, macula_peer_node:local_address()),
     until(fun() -> macula_peer_test:handlers() =:= [] andalso macula_peer_test:finishers() =:= [] end),
     ok = gen_udp:close(Taken).
 
 %% The end of an application takes every process that has its group leader, whatever it belongs to.
 the_engine_outlives_the_application_that_called_first(_Config) ->
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ok = application:set_env(?APP, handler, {erlang, is_tuple, []}),
     Leader = spawn(fun Loop() -> receive {io_request, From, Tag, _} -> From ! {io_reply, Tag, ok}, Loop() end end),
     {Caller, Monitor} = spawn_monitor(fun() ->
         true = group_leader(Leader, self()),
-        ok = macula_peer_endpoint:start()
+        ok = macula_peer_node:start()
     end),
     receive {'DOWN', Monitor, process, Caller, normal} -> ok end,
     [Handler] = macula_peer_test:handlers(),
@@ -198,42 +198,42 @@ the_engine_outlives_the_application_that_called_first(_Config) ->
 killed_callers_leave_no_process_behind(_Config) ->
     Function = {erlang, is_tuple, []},
     ok = application:set_env(?APP, handler, Function),
-    ok = macula_peer_endpoint:stop(),
-    Calls = [fun macula_peer_endpoint:start/0, fun() -> macula_peer_endpoint:set_handler(Function) end,
-             fun macula_peer_endpoint:start/0, fun macula_peer_endpoint:stop/0],
+    ok = macula_peer_node:stop(),
+    Calls = [fun macula_peer_node:start/0, fun() -> macula_peer_node:set_handler(Function) end,
+             fun macula_peer_node:start/0, fun macula_peer_node:stop/0],
     [begin
         Callers = [spawn(Call) || _ <- lists:seq(1, 5), Call <- Calls],
         timer:sleep(Round rem 8),
         [exit(Caller, kill) || Caller <- Callers],
-        ok = macula_peer_endpoint:stop()
+        ok = macula_peer_node:stop()
      end || Round <- lists:seq(1, 40)],
     %% A call whose caller was killed may still start the engine.
     until(fun() ->
-        ok = macula_peer_endpoint:stop(),
+        ok = macula_peer_node:stop(),
         macula_peer_test:handlers() =:= [] andalso macula_peer_test:finishers() =:= []
     end).
 
 functions_that_look_start_no_engine(_Config) ->
-    ok = macula_peer_endpoint:stop(),
-    Look = fun() -> [macula_peer_endpoint:stats(), macula_peer_endpoint:nat_profile(), macula_peer_endpoint:identity(),
-                     macula_peer_endpoint:local_address(), macula_peer_endpoint:path(<<"127.0.0.1:9443">>),
-                     macula_peer_endpoint:path(<<"node">>), macula_peer_endpoint:path({node, <<"node">>})]
+    ok = macula_peer_node:stop(),
+    Look = fun() -> [macula_peer_node:stats(), macula_peer_node:nat_profile(), macula_peer_node:identity(),
+                     macula_peer_node:local_address(), macula_peer_node:path(<<"127.0.0.1:9443">>),
+                     macula_peer_node:path(<<"node">>), macula_peer_node:path({node, <<"node">>})]
            end,
     [?assertEqual({error, not_started}, Seen) || Seen <- Look(), _ <- Look()].
 
 %% Also beside a stop. None of it raises, and in the end there is one handler, or none where there is no engine.
 handlers_that_are_set_at_once_replace_one_another(_Config) ->
     Function = {erlang, is_tuple, []},
-    Calls = [fun() -> macula_peer_endpoint:set_handler(Function) end,
-             fun() -> macula_peer_endpoint:set_handler(self()) end,
-             fun() -> macula_peer_endpoint:set_handler(undefined) end,
-             fun macula_peer_endpoint:stop/0],
+    Calls = [fun() -> macula_peer_node:set_handler(Function) end,
+             fun() -> macula_peer_node:set_handler(self()) end,
+             fun() -> macula_peer_node:set_handler(undefined) end,
+             fun macula_peer_node:stop/0],
     Act = fun(N) -> [(lists:nth(1 + (N * Round) rem length(Calls), Calls))() || Round <- lists:seq(1, 20)] end,
     Results = in_parallel(20, Act),
     ?assertEqual([], [Result || Result <- lists:append(Results), Result =/= ok, not is_error(Result)]),
-    ok = macula_peer_endpoint:set_handler(Function),
+    ok = macula_peer_node:set_handler(Function),
     until(fun() -> length(macula_peer_test:handlers()) =:= 1 end),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     until(fun() -> macula_peer_test:handlers() =:= [] end).
 
 %% The finisher that was to send the handler its end could be told to stop before, and the handler stayed.
@@ -291,11 +291,11 @@ call_and_reload(Endpoint, Reload) ->
                  _ <- [Round > 1 andalso Reload()],
                  {What, Call} <- [{send, fun() -> send_message(Endpoint, store, #{}, 5000) end},
                                   {ask, fun() -> send_message_and_wait(Endpoint, ping, #{timestamp => 1}, 5000) end},
-                                  {stats, fun() -> {ok, macula_peer_endpoint:stats()} end}],
+                                  {stats, fun() -> {ok, macula_peer_node:stats()} end}],
                  Result <- [Call()],
                  Result =/= ok, not is_ok(Result)],
     receive {'DOWN', Waiting, process, _, {result, {error, _}}} -> ok end,
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     gen_udp:close(Socket),
     Failed.
 

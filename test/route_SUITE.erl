@@ -159,7 +159,7 @@ member(Host) ->
 
 %% Runs in the node.
 bound() ->
-    {ok, Address} = macula_peer_endpoint:local_address(),
+    {ok, Address} = macula_peer_node:local_address(),
     Address.
 
 send(Node, Endpoint, Message) ->

@@ -70,7 +70,7 @@ no_descriptor_can_be_had(Config) ->
     [begin
          limit(Config, ["--nofile=", integer_to_list(Open + Spare), ":"]),
          [?assertMatch({_, ok, _}, {Call, no_exception(Config, Call), Spare}) || Call <- starting_calls()],
-         ok = call(?config(node, Config), macula_peer_endpoint, stop, [])
+         ok = call(?config(node, Config), macula_peer_node, stop, [])
      end || Spare <- lists:seq(1, 12)],
     limit(Config, "--nofile=1024:"),
     ok = start_and_stop(Config),
@@ -78,13 +78,13 @@ no_descriptor_can_be_had(Config) ->
 
 %% Every function that starts the engine.
 starting_calls() ->
-    [{macula_peer_endpoint, start, []},
-     {macula_peer_endpoint, listen, [#{relay => #{}}]},
-     {macula_peer_endpoint, set_handler, [{erlang, display, []}]},
-     {macula_peer_endpoint, register, [<<"node">>, [<<"127.0.0.1:9">>]]},
+    [{macula_peer_node, start, []},
+     {macula_peer_node, listen, [#{relay => #{}}]},
+     {macula_peer_node, set_handler, [{erlang, display, []}]},
+     {macula_peer_node, register, [<<"node">>, [<<"127.0.0.1:9">>]]},
      {macula_peer_connector, send_message, [<<"localhost:9">>, store, #{}, 500]},
      {macula_peer_connector, send_message_and_wait, [<<"127.0.0.1:9">>, store, #{}, 500]},
-     {macula_peer_endpoint, request, [<<"other">>, store, #{}, 500, #{endpoint => <<"127.0.0.1:9">>}]}].
+     {macula_peer_node, request, [<<"other">>, store, #{}, 500, #{endpoint => <<"127.0.0.1:9">>}]}].
 
 ask(Config, {Module, Function, Args}) ->
     call(?config(node, Config), Module, Function, Args).
@@ -101,8 +101,8 @@ no_exception(Config, Call) ->
 
 start_and_stop(Config) ->
     Node = ?config(node, Config),
-    ok = call(Node, macula_peer_endpoint, start, []),
-    ok = call(Node, macula_peer_endpoint, stop, []).
+    ok = call(Node, macula_peer_node, start, []),
+    ok = call(Node, macula_peer_node, stop, []).
 
 looks_unchanged(Config, Before) ->
     until(fun() -> used(Config) =:= Before end).

@@ -21,7 +21,7 @@ init_per_testcase(_Case, Config) ->
 end_per_testcase(_Case, Config) ->
     {Node, _} = proplists:get_value(peer, Config),
     macula_peer_test:stop_node(Node),
-    macula_peer_endpoint:stop().
+    macula_peer_node:stop().
 
 a_thousand_senders_share_one_dial(Config) ->
     {Node, Endpoint} = proplists:get_value(peer, Config),

@@ -28,8 +28,8 @@ init_per_testcase(_Case, Config) ->
     Config.
 
 end_per_testcase(_Case, Config) ->
-    ok = on(Config, macula_peer_endpoint, stop, []),
-    macula_peer_endpoint:stop().
+    ok = on(Config, macula_peer_node, stop, []),
+    macula_peer_node:stop().
 
 %% ---- peers and links ----
 
@@ -37,7 +37,7 @@ a_link_to_a_gateway(_Config) ->
     Gateway = macula_peer_stand_in:start(),
     Endpoint = macula_peer_stand_in:endpoint(Gateway),
     ?assertMatch(#{peers := [], accepted := [], verify_none_links := 0, undelivered := 0, unhandled := 0,
-                   malformed := 0, sessions := 0}, macula_peer_endpoint:stats()),
+                   malformed := 0, sessions := 0}, macula_peer_node:stats()),
     [ok = send(Endpoint, #{n => N}) || N <- lists:seq(1, 10)],
     {ok, _} = ping(Endpoint, ?TIMEOUT),
     Stats = acknowledged(Endpoint, 11),
@@ -45,21 +45,21 @@ a_link_to_a_gateway(_Config) ->
     ?assertMatch(#{endpoint := Endpoint, path := direct, dialect := macula, address := Address, sent := 11,
                    received := 1, failed := 0, dials := 1, unacknowledged_bytes := 0}, Stats),
     ?assert(maps:get(round_trip_us, Stats) > 0),
-    ?assertMatch(#{verify_none_links := 1, undelivered := 0}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{verify_none_links := 1, undelivered := 0}, macula_peer_node:stats()).
 
 a_link_between_our_nodes(Config) ->
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     Endpoint = listen(),
     [ok = on(Config, macula_peer_connector, send_message, [Endpoint, cast, #{n => N}]) || N <- lists:seq(1, 5)],
     Theirs = macula_peer_test:await(fun() -> on(Config, macula_peer_test, peer_stats, [Endpoint]) end,
                                     fun(#{acknowledged := N}) -> N =:= 5 end),
     ?assertMatch(#{dialect := 'macula-peer/1', path := direct, sent := 5, dials := 1}, Theirs),
-    {ok, {_, TheirPort}} = on(Config, macula_peer_endpoint, local_address, []),
-    #{accepted := [Accepted]} = macula_peer_endpoint:stats(),
+    {ok, {_, TheirPort}} = on(Config, macula_peer_node, local_address, []),
+    #{accepted := [Accepted]} = macula_peer_node:stats(),
     ?assertMatch(#{dialect := 'macula-peer/1', address := {{127, 0, 0, 1}, TheirPort}, received := 5}, Accepted),
     ?assert(maps:get(round_trip_us, Accepted) > 0),
     %% They are gone when they say so.
-    ok = on(Config, macula_peer_endpoint, stop, []),
+    ok = on(Config, macula_peer_node, stop, []),
     stats(accepted, []).
 
 unacknowledged_bytes(_Config) ->
@@ -76,7 +76,7 @@ unacknowledged_bytes(_Config) ->
     ok = macula_peer_stand_in:silence(Gateway, off),
     _ = macula_peer_test:await(fun() -> macula_peer_test:peer_stats(Endpoint) end,
                                fun(#{unacknowledged_bytes := Left}) -> Left =:= 0 end),
-    ?assertMatch(#{undelivered := 0}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
 
 failed_calls(_Config) ->
     Endpoint = macula_peer_test:endpoint("127.0.0.1", macula_peer_test:free_port()),
@@ -87,7 +87,7 @@ failed_calls(_Config) ->
                    unacknowledged_bytes := 0}, Stats),
     ?assertEqual([], [Key || Key <- [dialect, address, round_trip_us], maps:is_key(Key, Stats)]),
     ?assertMatch(#{dials := Dials} when Dials >= 2, Stats),
-    ?assertMatch(#{verify_none_links := 0, undelivered := 0}, macula_peer_endpoint:stats()),
+    ?assertMatch(#{verify_none_links := 0, undelivered := 0}, macula_peer_node:stats()),
     %% What is refused before it concerns a peer concerns none.
     {error, {invalid_endpoint, _}} = send(<<"nowhere">>, #{}),
     {error, {invalid_message, _}} = macula_peer_connector:send_message(Endpoint, ping, #{}),
@@ -101,7 +101,7 @@ redials(_Config) ->
     _ = macula_peer_stand_in:start(["--bind", binary_to_list(Endpoint)]),
     {ok, _} = macula_peer_test:await(fun() -> ping(Endpoint, ?TIMEOUT) end, fun({Result, _}) -> Result =:= ok end),
     ?assertMatch(#{dials := Dials, path := direct} when Dials >= 2, macula_peer_test:peer_stats(Endpoint)),
-    ?assertMatch(#{verify_none_links := 2}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{verify_none_links := 2}, macula_peer_node:stats()).
 
 %% ---- pool ----
 
@@ -137,10 +137,10 @@ idle_peers_leave(_Config) ->
     ?assertMatch(#{pool_size := 1}, pool()).
 
 endpoints() ->
-    lists:sort([Endpoint || #{endpoint := Endpoint} <- maps:get(peers, macula_peer_endpoint:stats())]).
+    lists:sort([Endpoint || #{endpoint := Endpoint} <- maps:get(peers, macula_peer_node:stats())]).
 
 pool() ->
-    maps:get(pool, macula_peer_endpoint:stats()).
+    maps:get(pool, macula_peer_node:stats()).
 
 %% ---- undelivered ----
 
@@ -154,7 +154,7 @@ lost_messages(_Config) ->
 
 stopped_messages(_Config) ->
     Endpoint = silent(fun(_Gateway) -> ok end),
-    ok = macula_peer_endpoint:stop(),
+    ok = macula_peer_node:stop(),
     ?assertEqual({3, stopped}, reported(Endpoint, 0)).
 
 %% Sends to a gateway that has fallen silent; why its messages are reported.
@@ -168,7 +168,7 @@ undelivered(Then) ->
 silent(Then) ->
     Gateway = macula_peer_stand_in:start(),
     Endpoint = macula_peer_stand_in:endpoint(Gateway),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     {ok, _} = ping(Endpoint, ?TIMEOUT),
     _ = acknowledged(Endpoint, 1),
     ok = macula_peer_stand_in:silence(Gateway, on),
@@ -196,18 +196,18 @@ unhandled_messages(Config) ->
     stats(unhandled, 3),
     {Dead, Monitor} = spawn_monitor(fun() -> ok end),
     receive {'DOWN', Monitor, process, Dead, _} -> ok end,
-    ok = macula_peer_endpoint:set_handler(Dead),
+    ok = macula_peer_node:set_handler(Dead),
     [Send() || _ <- lists:seq(1, 2)],
     stats(unhandled, 5),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     Send(),
     receive {macula_peer_message, #{type := cast}} -> ok after ?TIMEOUT -> ct:fail(no_message) end,
-    ?assertMatch(#{unhandled := 5, accepted := [#{received := 6}]}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{unhandled := 5, accepted := [#{received := 6}]}, macula_peer_node:stats()).
 
 %% The other node allows more than this one.
 malformed_messages(Config) ->
     ok = macula_peer_test:engine(#{max_nesting => 4, max_frame_size => 2000}),
-    ok = macula_peer_endpoint:set_handler(self()),
+    ok = macula_peer_node:set_handler(self()),
     Endpoint = listen(),
     Send = fun(Msg) -> ok = on(Config, macula_peer_connector, send_message, [Endpoint, cast, Msg]) end,
     Send(#{v => [[[[[a]]]]]}),
@@ -219,25 +219,25 @@ malformed_messages(Config) ->
         {macula_peer_message, #{message := Msg}} -> ?assertEqual(#{<<"v">> => 1}, Msg)
     after ?TIMEOUT -> ct:fail(no_message)
     end,
-    ?assertMatch(#{malformed := 2, unhandled := 0}, macula_peer_endpoint:stats()).
+    ?assertMatch(#{malformed := 2, unhandled := 0}, macula_peer_node:stats()).
 
 refused_connections(Config) ->
     ok = macula_peer_test:engine(#{max_accepted => 1}),
     %% How long a dial that is refused is tried again.
     ok = on(Config, macula_peer_test, engine, [#{connect_timeout => 500}]),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => self()}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{handler => self()}),
     Send = fun(Host) ->
         on(Config, macula_peer_connector, send_message, [macula_peer_test:endpoint(Host, Port), cast, #{}])
     end,
     ok = Send("127.0.0.1"),
     ?assertEqual({error, {connect_failed, connection_refused}}, Send("127.0.0.2")),
-    ?assertMatch(#{refused := #{connections := N}, accepted := [_]} when N >= 1, macula_peer_endpoint:stats()),
+    ?assertMatch(#{refused := #{connections := N}, accepted := [_]} when N >= 1, macula_peer_node:stats()),
     ok = Send("127.0.0.1").
 
 %% ---- common ----
 
 listen() ->
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{}),
     macula_peer_test:endpoint("127.0.0.1", Port).
 
 other(Config) ->
@@ -259,4 +259,4 @@ acknowledged(Endpoint, Count) ->
 
 %% Waits for a count of this node.
 stats(Key, Value) ->
-    macula_peer_test:await(fun() -> maps:get(Key, macula_peer_endpoint:stats()) end, fun(V) -> V =:= Value end).
+    macula_peer_test:await(fun() -> maps:get(Key, macula_peer_node:stats()) end, fun(V) -> V =:= Value end).

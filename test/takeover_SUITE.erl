@@ -294,7 +294,7 @@ start(Node, Settings) ->
     call(Node, application, ensure_all_started, [?APP]).
 
 which(Node) ->
-    call(Node, macula_peer_endpoint, which, []).
+    call(Node, macula_peer_node, which, []).
 
 %% No port: ours says so without a packet.
 send(Node) ->

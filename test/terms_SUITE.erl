@@ -44,15 +44,15 @@ init_per_group(raw, Config) ->
     with_hop(Config);
 init_per_group(relayed, Config) ->
     Relay = macula_peer_test:start_node(),
-    {ok, {_, Port}} = call(Relay, macula_peer_endpoint, listen, [#{relay => #{bandwidth => 100000000}}]),
-    ok = call(?config(receiver, Config), macula_peer_endpoint, register, [<<"terms">>, [endpoint(Port)]]),
+    {ok, {_, Port}} = call(Relay, macula_peer_node, listen, [#{relay => #{bandwidth => 100000000}}]),
+    ok = call(?config(receiver, Config), macula_peer_node, register, [<<"terms">>, [endpoint(Port)]]),
     macula_peer_relays:await_registered(?config(receiver, Config), [endpoint(Port)]),
     [{relay, Relay}, {to, {node, endpoint(Port)}} | Config];
 init_per_group(ours, Config) ->
     [{to, endpoint(?config(port, Config))} | Config].
 
 end_per_group(relayed, Config) ->
-    ok = call(?config(receiver, Config), macula_peer_endpoint, unregister, []),
+    ok = call(?config(receiver, Config), macula_peer_node, unregister, []),
     macula_peer_test:stop_node(?config(relay, Config));
 end_per_group(Group, Config) when Group =:= original; Group =:= raw ->
     ?config(hop_owner, Config) ! stop;
@@ -101,13 +101,13 @@ listen(Node) ->
 %% Runs in the node.
 listen_and_keep() ->
     Keeper = spawn(fun() -> true = register(?KEEPER, self()), keep([], #{}) end),
-    macula_peer_endpoint:listen(#{handler => Keeper}).
+    macula_peer_node:listen(#{handler => Keeper}).
 
 %% Requests are answered with what the node was told to answer, or with themselves.
 keep(Kept, Answer) ->
     receive
         {macula_peer_message, #{type := call, message := Message, reply_to := Token}} ->
-            ok = macula_peer_endpoint:reply(Token, reply, Message),
+            ok = macula_peer_node:reply(Token, reply, Message),
             keep(Kept, Answer);
         {macula_peer_message, #{message := Message}} ->
             keep([Message | Kept], Answer);
@@ -199,7 +199,7 @@ request(Config, Message) ->
     request(Config, Message, ?config(to, Config)).
 
 request(Config, Message, {node, Relay}) ->
-    quiet_call(?config(sender, Config), macula_peer_endpoint, request,
+    quiet_call(?config(sender, Config), macula_peer_node, request,
          [<<"terms">>, call, Message, ?TIMEOUT, #{relay_endpoint => Relay, skip_hole_punch => true}]);
 request(Config, Message, Endpoint) ->
     quiet_call(?config(sender, Config), macula_peer_connector, send_message_and_wait, [Endpoint, call, Message, ?TIMEOUT]).
@@ -305,7 +305,7 @@ macula_gateway_gets_every_term(Config) ->
 node_with_macula_gateway() ->
     Node = macula_peer_test:start_node(),
     ok = call(Node, macula_peer_test, engine, [#{gateway => endpoint(macula_peer_test:closed_port())}]),
-    {ok, {_, Port}} = call(Node, macula_peer_endpoint, listen, [#{}]),
+    {ok, {_, Port}} = call(Node, macula_peer_node, listen, [#{}]),
     Self = call(Node, erlang, spawn, [?MODULE, gateway, [[]]]),
     true = call(Node, erlang, register, [macula_gateway, Self]),
     {Node, endpoint(Port)}.
@@ -349,23 +349,23 @@ what_the_process_that_finishes_messages_had_is_counted(Config) ->
     ?assertEqual([numbered(10)], taken(Node, 1)),
     %% The next engine has its own, and it ends with the engine.
     [Replaced] = call(Node, macula_peer_test, finishers, []),
-    ok = call(Node, macula_peer_endpoint, stop, []),
-    ok = call(Node, macula_peer_endpoint, start, []),
+    ok = call(Node, macula_peer_node, stop, []),
+    ok = call(Node, macula_peer_node, start, []),
     _ = await(fun() -> call(Node, macula_peer_test, finishers, []) end,
               fun(Pids) -> length(Pids) =:= 1 andalso Pids =/= [Replaced] end),
-    ok = call(Node, macula_peer_endpoint, stop, []),
+    ok = call(Node, macula_peer_node, stop, []),
     until(fun() -> [] =:= call(Node, macula_peer_test, finishers, []) end),
     macula_peer_test:stop_node(Node).
 
 %% A function that is replaced gets what had arrived for it, also what is not finished yet.
 a_function_that_is_replaced_gets_what_was_on_its_way(Config) ->
     Node = macula_peer_test:start_node(),
-    {ok, {_, Port}} = call(Node, macula_peer_endpoint, listen, [#{handler => {?MODULE, keep_slowly, []}}]),
+    {ok, {_, Port}} = call(Node, macula_peer_node, listen, [#{handler => {?MODULE, keep_slowly, []}}]),
     [Finisher] = call(Node, macula_peer_test, finishers, []),
     true = call(Node, ?MODULE, suspend, [Finisher]),
     [ok = send(Config, store, numbered(100), endpoint(Port)) || _ <- [1, 2, 3]],
     until(fun() -> 3 =:= call(Node, ?MODULE, queue, [Finisher]) end),
-    ok = call(Node, macula_peer_endpoint, set_handler, [undefined]),
+    ok = call(Node, macula_peer_node, set_handler, [undefined]),
     true = call(Node, ?MODULE, resume, []),
     until(fun() -> 3 =:= call(Node, ?MODULE, kept_slowly, []) end),
     until(fun() -> [] =:= call(Node, macula_peer_test, handlers, []) end),
@@ -441,7 +441,7 @@ deep(Depth, wide) -> nested(Depth - 1, numbered(30000));
 deep(Depth, keys) -> maps:from_list([{nested(Depth - 2, #{<<"k">> => N}), N} || N <- lists:seq(1, 40)]).
 
 listen_again() ->
-    macula_peer_endpoint:listen(#{handler => whereis(?KEEPER)}).
+    macula_peer_node:listen(#{handler => whereis(?KEEPER)}).
 
 %% ---- busy dirty schedulers ----
 
@@ -482,11 +482,11 @@ doing(wire, _Endpoint) ->
         {ok, {store, Message}} =:= macula_peer_wire:decode(Frame)
     end;
 doing(path, Endpoint) ->
-    fun() -> {ok, #{path := Path}} = macula_peer_endpoint:path(Endpoint), Path =:= direct end;
+    fun() -> {ok, #{path := Path}} = macula_peer_node:path(Endpoint), Path =:= direct end;
 doing(local_address, _Endpoint) ->
-    fun() -> element(1, macula_peer_endpoint:local_address()) =:= ok end;
+    fun() -> element(1, macula_peer_node:local_address()) =:= ok end;
 doing(Figures, _Endpoint) ->
-    fun() -> is_map(macula_peer_endpoint:Figures()) end.
+    fun() -> is_map(macula_peer_node:Figures()) end.
 
 kind({ok, {Type, _Message}}) -> {ok, Type};
 kind(Other) -> Other.

@@ -84,7 +84,7 @@ the_library_is_loaded_again_under_its_callers(Config) ->
 the_library_is_deleted_and_loaded(Config) ->
     Node = start_node(),
     ok = call(Node, ?MODULE, keep_a_token, []),
-    ok = call(Node, macula_peer_endpoint, close, []),
+    ok = call(Node, macula_peer_node, close, []),
     {Port, _} = call(Node, ?MODULE, listen_with_function, []),
     {Silent, SilentPort} = macula_peer_test:silent_port(),
     Waiting = call(Node, ?MODULE, start_waiting, [endpoint(SilentPort)]),
@@ -97,9 +97,9 @@ the_library_is_deleted_and_loaded(Config) ->
     {Results, Sent} = call(Sender, ?MODULE, stop_callers, []),
     ?assertEqual([ok], Results),
     until(fun() -> call(Node, ?MODULE, handled, []) =:= Sent end, 60000),
-    ?assertMatch({ok, {_, Port}}, call(Node, macula_peer_endpoint, local_address, [])),
+    ?assertMatch({ok, {_, Port}}, call(Node, macula_peer_node, local_address, [])),
     ?assertEqual({error, invalid_token}, call(Node, ?MODULE, use_the_token, [])),
-    ok = call(Node, macula_peer_endpoint, stop, []),
+    ok = call(Node, macula_peer_node, stop, []),
     ?assertMatch({error, _}, call(Node, ?MODULE, waited, [Waiting])),
     gen_udp:close(Silent),
     stop_node(Node).
@@ -136,7 +136,7 @@ another_library_in_the_place_of_the_loaded_one(Config) ->
     stop_node(Next).
 
 refused(Node) ->
-    call(Node, macula_peer_endpoint, local_address, []).
+    call(Node, macula_peer_node, local_address, []).
 
 the_application_is_unloaded_and_loaded(Config) ->
     Node = start_node(),
@@ -149,7 +149,7 @@ the_application_is_unloaded_and_loaded(Config) ->
          ?assertEqual(ok, Send()),
          ok = call(Node, ?MODULE, delete_and_load, []),
          ?assertEqual(ok, Send()),
-         ok = call(Node, macula_peer_endpoint, stop, [])
+         ok = call(Node, macula_peer_node, stop, [])
      end || _ <- [1, 2, 3]],
     stop_node(Node).
 
@@ -163,8 +163,8 @@ a_retired_library_starts_no_engine(Config) ->
     Refused = {error, {start_failed, upgrading}},
     ?assertEqual(Refused, Send()),
     ?assertEqual(Refused, call(Node, ?APP, send_message_and_wait, [Endpoint, ping, #{timestamp => 1}, 1000])),
-    ?assertEqual(Refused, call(Node, macula_peer_endpoint, start, [])),
-    ?assertEqual(Refused, call(Node, macula_peer_endpoint, listen, [#{}])),
+    ?assertEqual(Refused, call(Node, macula_peer_node, start, [])),
+    ?assertEqual(Refused, call(Node, macula_peer_node, listen, [#{}])),
     ok = call(Node, ?MODULE, progress, []),
     {Results, _} = call(Node, ?MODULE, stop_callers, []),
     ok = call(Node, ?MODULE, delete_and_load, []),
@@ -231,7 +231,7 @@ in_force(Node, Lib, Version) ->
     ?assertEqual(filename:join(Dir, "ebin/macula_peer_nif.beam"), call(Node, code, which, [macula_peer_nif])),
     ?assert(running(Node)),
     {ok, Port} = call(Node, application, get_env, [?APP, port]),
-    ?assertMatch({ok, {_, Port}}, call(Node, macula_peer_endpoint, local_address, [])),
+    ?assertMatch({ok, {_, Port}}, call(Node, macula_peer_node, local_address, [])),
     ?assertEqual(ok, call(Node, macula_peer_engine, ensure_started, [])).
 
 next_version() ->
@@ -384,7 +384,7 @@ ask(What) ->
 %% A handler that is a function, and counts.
 listen_with_function() ->
     ok = persistent_term:put(?MODULE, counters:new(1, [])),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => {?MODULE, count, []}}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{handler => {?MODULE, count, []}}),
     [Handler] = macula_peer_test:handlers(),
     {Port, Handler}.
 
@@ -415,7 +415,7 @@ waited(Pid) ->
 keep_a_token() ->
     Owner = self(),
     Holder = spawn(fun() -> hold_token(Owner) end),
-    {ok, {_, Port}} = macula_peer_endpoint:listen(#{handler => Holder}),
+    {ok, {_, Port}} = macula_peer_node:listen(#{handler => Holder}),
     ok = macula_peer_connector:send_message(endpoint(Port), store, #{}),
     receive {Holder, has_token} -> ok end,
     true = register(token_holder, Holder),
@@ -425,7 +425,7 @@ hold_token(Owner) ->
     Token = receive {macula_peer_message, #{reply_to := Kept}} -> Kept end,
     Owner ! {self(), has_token},
     receive
-        {From, Tag, use} -> From ! {Tag, macula_peer_endpoint:reply(Token, pong, #{timestamp => 1, server_time => 1})}
+        {From, Tag, use} -> From ! {Tag, macula_peer_node:reply(Token, pong, #{timestamp => 1, server_time => 1})}
     end.
 
 use_the_token() ->

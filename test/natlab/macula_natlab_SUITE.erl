@@ -38,7 +38,7 @@ init_per_suite(Config) ->
             Lab = macula_peer_natlab:start([{near, port_restricted, #{hosts => 2}}, {home, port_restricted},
                                             {other, port_restricted}, {hard, symmetric}, {random, symmetric}]),
             [{Host, [Ip | _]} | _] = macula_peer_natlab:relays(Lab),
-            {ok, {_, Port}} = call(macula_peer_net:start_node(Host), macula_peer_endpoint, listen, [#{relay => #{}}]),
+            {ok, {_, Port}} = call(macula_peer_net:start_node(Host), macula_peer_node, listen, [#{relay => #{}}]),
             Relay = macula_peer_net:endpoint(Ip, Port),
             Ebin = macula_peer_macula:build(),
             Ends = lists:usort(lists:append([tuple_to_list(ends(Path)) || Path <- paths()])),
@@ -61,7 +61,7 @@ start_node(Lab, Ebin, Relay, {Site, N} = End) ->
         macula_peer_connector => #{node_id => name(End), relays => [Relay], hole_punching => Punching,
                                    listen => #{port => ?PORT}}}),
     ok = macula_peer_relays:await_registered(Node, [Relay]),
-    until(fun() -> is_integer(maps:get(detected_at, call(Node, macula_peer_endpoint, nat_profile, []))) end),
+    until(fun() -> is_integer(maps:get(detected_at, call(Node, macula_peer_node, nat_profile, []))) end),
     ok = call(Node, macula_gateway, handle, [<<"double">>, fun ?MODULE:double/1]),
     Node.
 
@@ -106,12 +106,12 @@ known(Config, Node, {Site, N} = End) ->
 %% Messages go by this path from now on.
 meet(Path, Node, From, To) ->
     ok = call(Node, macula_peer_connector, send_message_nat_aware, [name(From), name(To), cast, #{hello => 1}]),
-    Found = fun() -> call(Node, macula_peer_endpoint, path, [{node, name(To)}]) end,
+    Found = fun() -> call(Node, macula_peer_node, path, [{node, name(To)}]) end,
     {ok, _} = macula_peer_test:await(Found, fun({ok, #{path := By}}) -> By =:= Path end, ?PATIENCE),
     ok.
 
 path(Node, Name) ->
-    {ok, #{path := Path}} = call(Node, macula_peer_endpoint, path, [{node, Name}]),
+    {ok, #{path := Path}} = call(Node, macula_peer_node, path, [{node, Name}]),
     Path.
 
 %% ---- asynchronous calls ----
@@ -162,9 +162,9 @@ values_are_stored_and_found(Config) ->
     %% A question over the same paths; its answer is the gateway's.
     {Key, Value} = lists:last(Small),
     ?assertMatch({ok, {find_value_reply, #{<<"value">> := [Value]}}},
-                 call(Node, macula_peer_endpoint, request, [Name, find_value, #{key => Key}, ?TIMEOUT])),
+                 call(Node, macula_peer_node, request, [Name, find_value, #{key => Key}, ?TIMEOUT])),
     ?assertMatch({ok, {find_value_reply, #{<<"nodes">> := _}}},
-                 call(Node, macula_peer_endpoint, request, [Name, find_value, #{key => <<"no">>}, ?TIMEOUT])).
+                 call(Node, macula_peer_node, request, [Name, find_value, #{key => <<"no">>}, ?TIMEOUT])).
 
 store(Node, Values) ->
     lists:foreach(fun({Key, Value}) ->
@@ -198,7 +198,7 @@ a_publication_arrives(Config) ->
 probes_are_answered(Config) ->
     {Node, _} = ?config(one, Config),
     {_, Name} = ?config(two, Config),
-    Ask = fun(Type, Message) -> call(Node, macula_peer_endpoint, request, [Name, Type, Message, 3000]) end,
+    Ask = fun(Type, Message) -> call(Node, macula_peer_node, request, [Name, Type, Message, 3000]) end,
     ?assertMatch({ok, {pong, #{<<"timestamp">> := 7}}}, Ask(ping, #{timestamp => 7})),
     Probed = Ask(nat_probe, #{node_id => <<"me">>, local_port => 1}),
     case ?config(path, Config) of

@@ -91,7 +91,7 @@ begin_anew(#{lab := Lab, nodes := Nodes} = Pairs, {Site, N}, Settings) ->
     Node = maps:get(lists:nth(N, macula_peer_natlab:hosts(Lab, Site)), Nodes),
     Name = crypto:strong_rand_bytes(32),
     Relays = relays(Pairs, Site),
-    ok = call(Node, macula_peer_endpoint, stop, []),
+    ok = call(Node, macula_peer_node, stop, []),
     ok = macula_peer_relays:forget(Node),
     ok = call(Node, macula_peer_relays, engine, [Settings#{node_id => Name, relays => Relays, workers => 1}]),
     macula_peer_relays:await_registered(Node, Relays),
@@ -102,7 +102,7 @@ relays(#{lab := Lab, ports := Ports}, Site) ->
     [macula_peer_net:endpoint(Ip, maps:get(Host, Ports)) || {Host, [Ip | _]} <- macula_peer_natlab:relays(Lab, Site)].
 
 knows_its_nat(Node) ->
-    #{detected_at := At} = call(Node, macula_peer_endpoint, nat_profile, []),
+    #{detected_at := At} = call(Node, macula_peer_node, nat_profile, []),
     is_integer(At).
 
 %% Runs in the sender.
@@ -114,7 +114,7 @@ first_message(Name, Other, Id, Expected) ->
     end.
 
 outcome(To, Start, Expected) ->
-    {ok, Path} = macula_peer_endpoint:path(To),
+    {ok, Path} = macula_peer_node:path(To),
     Ms = (os:system_time(microsecond) - Start) div 1000,
     Late = Ms > patience(Expected),
     Hoped = Expected =:= direct orelse Expected =:= mostly_direct,

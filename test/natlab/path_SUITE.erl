@@ -115,7 +115,7 @@ relays_and_gateways_say_the_address_that_was_found_out(Config) ->
     Asked = [macula_peer_net:endpoint(Ip, macula_peer_program:port(Gateway))],
     _ = [begin
              [{Node, _}] = begin_anew(Config, [Site]),
-             #{reflexive_address := {Public, _} = Address} = call(Node, macula_peer_endpoint, nat_profile, []),
+             #{reflexive_address := {Public, _} = Address} = call(Node, macula_peer_node, nat_profile, []),
              ?assertEqual(macula_peer_natlab:public(Lab, Site), Public),
              Relays = [Relay || #{relay := Relay} <- maps:get(registrations, macula_peer_test:stats(Node))],
              ?assertEqual([{Endpoint, Address} || Endpoint <- Relays ++ Asked],
@@ -317,7 +317,7 @@ goes_on(Config, Sites, Move) ->
     ?assert(lists:max([Healed, Known - Moved, BothKnow - Moved]) < ?HEALED).
 
 profile(Node) ->
-    call(Node, macula_peer_endpoint, nat_profile, []).
+    call(Node, macula_peer_node, nat_profile, []).
 
 %% ---- common ----
 
@@ -341,7 +341,7 @@ send(Node, Name, Other, Id, Opts) ->
     macula_peer_relays:send(Node, {Name, Other}, Id, Opts).
 
 path(Node, To) ->
-    {ok, Path} = call(Node, macula_peer_endpoint, path, [{node, To}]),
+    {ok, Path} = call(Node, macula_peer_node, path, [{node, To}]),
     Path.
 
 await_path(Node, To, Wanted) ->

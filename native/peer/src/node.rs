@@ -546,7 +546,7 @@ impl Node {
                 ?node, %known, ?shown,
                 "a node shows another key than before and gets no messages. If it lost its key in a restart, set \
                  identity_file on that node, so that it keeps its key from now on, and call \
-                 macula_peer_endpoint:forget(NodeId) on this node to accept the new one.",
+                 macula_peer_node:forget(NodeId) on this node to accept the new one.",
             );
         }
     }

@@ -1,4 +1,4 @@
-%% @doc This node as an endpoint: listening, answering, and insight into what goes on.
+%% @doc This node: listening, answering, registering, and what goes on in it.
 %%
 %% == Messages to the handler ==
 %% The handler is a process, or a function that is called with each message by one process of its own. It gets:
@@ -32,7 +32,7 @@
 %%   <dd>The sender at `from' goes on with messages to a node that was here before: this one was restarted, and what that
 %%       one got and did not acknowledge comes again.</dd>
 %% </dl>
--module(macula_peer_endpoint).
+-module(macula_peer_node).
 
 -export([listen/1]).
 -export([close/0]).
