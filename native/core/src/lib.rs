@@ -11,6 +11,7 @@ pub mod access;
 pub mod admission;
 pub mod coordinate;
 pub mod descriptors;
+pub mod errors;
 pub mod faults;
 pub mod growth;
 pub mod handover;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
-use crate::error::{RequestError, SendError};
+use macula_peer_core::errors::{RequestError, SendError};
 
 /// What a call is answered with when everything that could have answered it is gone.
 pub(crate) trait Abandoned {

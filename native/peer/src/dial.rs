@@ -20,7 +20,6 @@ use crate::addresses::Proof;
 use crate::admission::{DENIED, UNDECIDED};
 use crate::config::Config;
 use crate::congestion::{Observer, observed};
-use crate::error::ConnectError;
 use crate::link::Link;
 use crate::listen::{DIALLED_WINDOW, KNOWN_WAY, STREAM_WINDOW};
 use crate::names::Resolver;
@@ -30,6 +29,7 @@ use crate::relay::client::relay_transport;
 use crate::socket::{Current, ExtraGuard, Refusals, Refused, Why};
 use crate::sync::lock;
 use crate::tls::dialect_of;
+use macula_peer_core::errors::ConnectError;
 
 /// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);

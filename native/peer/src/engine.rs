@@ -16,7 +16,7 @@ use crate::admission::AdmissionCallback;
 use crate::backlog::Backlog;
 use crate::call::{Abandoned, Call};
 use crate::config::{Config, Shares};
-use crate::error::{ListenError, RequestError, SendError, StartError};
+use crate::error::{ListenError, StartError};
 use crate::identity::{Identity, PreviousKey};
 use crate::known_keys::KnownKeys;
 use crate::listen::{self, Admission};
@@ -33,6 +33,7 @@ use crate::socket::{self, Socket};
 use crate::stats::{PathStatus, Stats};
 use crate::sync::lock;
 use crate::tls::{self, Certificate, Trust, Verify};
+use macula_peer_core::errors::{RequestError, SendError};
 
 /// Threads that work on large payloads; when all are busy, others wait. Idle ones end after ten seconds.
 const BLOCKING_THREADS: usize = 64;

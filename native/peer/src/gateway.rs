@@ -18,13 +18,13 @@ use tokio::sync::Notify;
 use crate::call::Call;
 use crate::config::{Config, HandOver, LocalGateway};
 use crate::decoding::is_heavy;
-use crate::error::{Rejection, SendError};
 use crate::link::{LARGE_FRAME, Link};
 use crate::message::{Inbound, Letter, Message, NotTaken, ReplyToken, Unhandled};
 use crate::node::Node;
 use crate::peer::Peer;
 use crate::stats::{Counter, GatewayStats};
 use crate::sync::lock;
+use macula_peer_core::errors::{Rejection, SendError};
 
 /// How long a message may take to be taken by the gateway, and is sent again if its connection dies. As long as the
 /// original's senders wait; one that is restarted by its supervisor is back before.

@@ -7,10 +7,10 @@ use macula_peer_wire::HEADER_LEN;
 use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 
 use crate::dial::not_connected;
-use crate::error::ConnectError;
 use crate::listen::WRONG_NODE;
 use crate::session::{ASK_NODE, FOR_NODE, put_header};
 use crate::succession;
+use macula_peer_core::errors::ConnectError;
 
 /// The type id of the frame that asks for the word of an old key.
 pub(crate) const ASK_SUCCESSION: u8 = 0xF6;

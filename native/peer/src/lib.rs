@@ -34,7 +34,6 @@ mod ports;
 mod private;
 mod punch;
 mod race;
-mod rejection;
 mod relay;
 mod renewal;
 mod request;
@@ -53,13 +52,13 @@ pub use admission::{AdmissionAnswer, AdmissionCallback, AdmissionQuestion, Admis
 pub use backlog::{Backlog, Sender, Ticket};
 pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Shares};
 pub use engine::{Engine, Listen};
-pub use error::{
-    ConnectError, IdentityError, KnownKeysError, ListenError, PemError, Rejection, ReplyError, RequestError,
-    RouteError, SendError, StartError, TlsError, UndeliveredReason,
-};
+pub use error::{IdentityError, KnownKeysError, ListenError, PemError, ReplyError, StartError, TlsError};
 pub use identity::{Identity, shown_key};
 pub use macula_peer_core::access::{Access, AccessList, Network, NotANetwork};
 pub use macula_peer_core::admission::Kick;
+pub use macula_peer_core::errors::{
+    ConnectError, Failures, PunchError, Rejection, RequestError, RouteError, SendError, UndeliveredReason,
+};
 pub use macula_peer_core::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use macula_peer_core::proto::control::{Limit, Refusal};
 pub use macula_peer_core::types::{
@@ -69,8 +68,6 @@ pub use macula_peer_core::types::{
 pub use message::{Event, Fallback, Handler, Inbound, Message, NotTaken, Registration, ReplyToken, Unhandled};
 pub use nat::NatStatus;
 pub use peer::Waiting;
-pub use punch::PunchError;
-pub use race::Failures;
 pub use relay::clients::MAX_RELAYS;
 pub use relay::{Passed, RelayNode, RelayStats};
 pub use stats::{AcceptedStats, GatewayStats, LinkStats, PathStatus, PeerStats, RegistrationStats, Stats};

@@ -30,7 +30,6 @@ use crate::backlog::Sender;
 use crate::config::Config;
 use crate::decoding::is_heavy;
 use crate::dial::{handshake, idle_timeout};
-use crate::error::Rejection;
 use crate::frame_memory::Reserved;
 use crate::hello;
 use crate::identity::{sender_key, shown_key};
@@ -49,6 +48,7 @@ use crate::sync::{lock, now_or_never};
 use crate::tls::dialect_of;
 use crate::transfer;
 use crate::turns::QUANTUM;
+use macula_peer_core::errors::Rejection;
 
 /// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);

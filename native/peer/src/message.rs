@@ -15,14 +15,15 @@ use macula_peer_wire::{MessageType, PayloadError};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use crate::error::{ReplyError, UndeliveredReason};
+use crate::error::ReplyError;
 use crate::gateway::Asker;
 use crate::nat::NatStatus;
 use crate::node::Node;
-use crate::race::Failures;
 use crate::session::Answers;
 use crate::shares::{Held, Unread};
 use crate::sync::lock;
+use macula_peer_core::errors::Failures;
+use macula_peer_core::errors::UndeliveredReason;
 
 /// A message to be sent: one encoded frame.
 #[derive(Debug, Clone)]

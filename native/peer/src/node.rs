@@ -29,7 +29,6 @@ use crate::backlog::{Backlog, Sender};
 use crate::config::{Config, Shares};
 use crate::decoding::Decoding;
 use crate::dial::{Dialer, SecondDials, not_connected};
-use crate::error::{ConnectError, Rejection, UndeliveredReason};
 use crate::frame_memory::FrameMemory;
 use crate::gateway::{Asker, Gateway};
 use crate::hello;
@@ -45,7 +44,7 @@ use crate::places::Places;
 use crate::ports::Ports;
 use crate::punch::Puncher;
 use crate::relay::clients::Clients;
-use crate::relay::registration::{CircuitError, Description};
+use crate::relay::registration::Description;
 use crate::relay::responder::{Closed, Responder};
 use crate::relay::server::Relay;
 use crate::runtime::BatchingRuntime;
@@ -57,6 +56,8 @@ use crate::succession;
 use crate::sync::{lock, now_or_never};
 use crate::tls::Verify;
 use crate::turns::Queue;
+use macula_peer_core::errors::CircuitError;
+use macula_peer_core::errors::{ConnectError, Rejection, UndeliveredReason};
 
 /// How long events wait for the first handler: the one of the settings is set once the engine has started.
 const EARLY: Duration = Duration::from_secs(1);

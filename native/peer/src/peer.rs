@@ -31,13 +31,11 @@ use crate::call::{Call, Cancel};
 use crate::config::Delivery;
 use crate::decoding::is_heavy;
 use crate::dial::refused;
-use crate::error::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
 use crate::link::{Answered, DIRECT_WRITES, Link, Partial, Swept, Written};
 use crate::listen::serve_link;
 use crate::message::{Event, Inbound, Letter};
 use crate::node::Node;
-use crate::punch::PunchError;
-use crate::race::{self, Failures, Race};
+use crate::race::{self, Race};
 use crate::relay::registration::Description;
 use crate::request;
 use crate::session::{Progress, Session, Taken};
@@ -45,6 +43,9 @@ use crate::socket::{Refused, Why};
 use crate::stats::{PathStatus, PeerCounters, PeerStats};
 use crate::sync::lock;
 use crate::transfer;
+use macula_peer_core::errors::Failures;
+use macula_peer_core::errors::PunchError;
+use macula_peer_core::errors::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
 
 /// Messages that are accepted for a live link while it is busy or has no stream to spare: some milliseconds of a fast
 /// sender.

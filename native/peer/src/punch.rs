@@ -3,6 +3,7 @@
 //! What is sent when is decided in `macula_peer_core::punch`; here are the sockets, the relay's word and the connection. Nothing is
 //! sent to an address that a relay of this node's did not name, but for answers to what the other node has signed.
 
+use macula_peer_core::errors::PunchError;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
@@ -11,12 +12,11 @@ use std::time::{Duration, Instant};
 use macula_peer_core::coordinate::{DESCRIBED_WITHIN, is_local};
 use macula_peer_core::proto::control::{GivenUp, Refusal};
 use macula_peer_core::proto::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
-use macula_peer_core::punch::{self, Action, Failure, Punch, Role, Setup, Strategy};
+use macula_peer_core::punch::{self, Action, Punch, Role, Setup, Strategy};
 use macula_peer_core::shares::{Client, Limits};
 use macula_peer_core::targets::network;
 use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName};
 use socket2::SockRef;
-use thiserror::Error;
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
@@ -24,15 +24,16 @@ use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
 use crate::descriptors;
-use crate::error::ConnectError;
 use crate::link::Link;
 use crate::listen::EXPECTED_FOR;
 use crate::nat;
 use crate::node::{Node, Said};
-use crate::relay::registration::{CircuitError, Description, PunchSession};
+use crate::relay::registration::{Description, PunchSession};
 use crate::shares::{Held, Shares};
 use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via, canonical};
 use crate::sync::lock;
+use macula_peer_core::errors::CircuitError;
+use macula_peer_core::errors::ConnectError;
 
 /// Attempts that this node has begun and takes part in at once, and as many that others have begun: each is some hundred
 /// packets in three seconds.
@@ -62,103 +63,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// A handshake on a path on which packets have just gone both ways. One that takes longer is better begun anew.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Why there is no direct path.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum PunchError {
-    /// It was not to be looked for.
-    #[error("skipped")]
-    Skipped,
-    /// Neither NAT gives ports that the other side could know.
-    #[error("no port of either node can be known to the other")]
-    BothHard,
-    /// It would take packets, or hundreds of them, which one of the two does not allow.
-    #[error("it would take too many packets")]
-    NotAllowed,
-    /// Nothing came through.
-    #[error("nothing came through")]
-    TimedOut,
-    /// One of the two makes as many attempts as it may.
-    #[error("too many attempts at once")]
-    Busy,
-    /// The socket of one of the two moved meanwhile.
-    #[error("a socket moved meanwhile")]
-    Interrupted,
-    /// There is no relay that both are registered at.
-    #[error("no relay: {0}")]
-    Relay(ConnectError),
-    /// The relay does not bring the two together.
-    #[error("refused by the relay: {}", .0.name())]
-    Refused(Refusal),
-    /// There is a path, but no connection over it.
-    #[error("no connection: {0}")]
-    Connect(ConnectError),
-}
-
-impl PunchError {
-    /// Whether another attempt comes to the same, as long as the two NATs are what they are.
-    pub(crate) fn failure(&self) -> Failure {
-        match self {
-            Self::BothHard | Self::Refused(Refusal::AddressFamily) => Failure::BothHard,
-            Self::NotAllowed | Self::Skipped => Failure::NotAllowed,
-            Self::Interrupted => Failure::Interrupted,
-            _ => Failure::TimedOut,
-        }
-    }
-}
-
-impl From<Failure> for PunchError {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::BothHard => Self::BothHard,
-            Failure::NotAllowed => Self::NotAllowed,
-            Failure::TimedOut | Failure::Budget => Self::TimedOut,
-            Failure::Interrupted => Self::Interrupted,
-        }
-    }
-}
-
 /// What the other node says.
-impl From<GivenUp> for PunchError {
-    fn from(why: GivenUp) -> Self {
-        match why {
-            GivenUp::NotAllowed => Self::NotAllowed,
-            GivenUp::BothHard => Self::BothHard,
-            GivenUp::Busy => Self::Busy,
-            GivenUp::Interrupted => Self::Interrupted,
-            GivenUp::TimedOut | GivenUp::Unwanted | GivenUp::Unknown => Self::TimedOut,
-        }
-    }
-}
-
 /// What the other node is told.
-impl From<&PunchError> for GivenUp {
-    fn from(error: &PunchError) -> Self {
-        match error {
-            PunchError::NotAllowed | PunchError::Skipped => Self::NotAllowed,
-            PunchError::BothHard => Self::BothHard,
-            PunchError::Busy => Self::Busy,
-            PunchError::Interrupted => Self::Interrupted,
-            PunchError::TimedOut | PunchError::Relay(_) | PunchError::Refused(_) | PunchError::Connect(_) => {
-                Self::TimedOut
-            }
-        }
-    }
-}
-
-impl From<CircuitError> for PunchError {
-    fn from(error: CircuitError) -> Self {
-        match error {
-            CircuitError::Refused(refusal) => Self::Refused(refusal),
-            CircuitError::NotRegistered => Self::Refused(Refusal::NotRegistered),
-            CircuitError::Relay(error) => Self::Relay(error),
-            CircuitError::NotARelay => Self::Relay(ConnectError::NoProtocol),
-            CircuitError::RelayLost | CircuitError::Ended(_) | CircuitError::Inner(_) | CircuitError::Stopped => {
-                Self::Relay(ConnectError::TimedOut)
-            }
-        }
-    }
-}
-
 /// The attempts that are being made.
 pub(crate) struct Puncher {
     /// By the id in their signals. At most `MAX_SESSIONS` of each role.

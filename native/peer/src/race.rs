@@ -1,5 +1,6 @@
 //! All ways to a peer at once: the first link that is up carries the messages, a better one replaces it.
 
+use macula_peer_core::errors::Failures;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,13 +10,14 @@ use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName, Ways};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout_at;
 
-use crate::error::{ConnectError, RouteError, SendError};
 use crate::link::Link;
 use crate::listen::Accepted;
 use crate::node::Node;
 use crate::peer::deadline;
-use crate::punch::{self, PunchError};
-use crate::relay::registration::CircuitError;
+use crate::punch;
+use macula_peer_core::errors::CircuitError;
+use macula_peer_core::errors::PunchError;
+use macula_peer_core::errors::{ConnectError, RouteError, SendError};
 
 /// What a direct dial has before relays are asked too. On most paths it is up by then, and relays have no work.
 const HEAD_START: Duration = Duration::from_millis(50);
@@ -28,25 +30,6 @@ const STAND_IN_AFTER: Duration = Duration::from_millis(200);
 
 /// Connections that the peer began and that are waited for. One that begins many wants none.
 const MAX_ADOPTING: usize = 8;
-
-/// Why paths could not be had, as far as they were tried and failed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Failures {
-    /// The last dial of an endpoint.
-    pub direct: Option<ConnectError>,
-    /// The last attempt to get through the NATs.
-    pub hole_punch: Option<PunchError>,
-    /// The last relay that was asked.
-    pub relay: Option<RouteError>,
-}
-
-impl Failures {
-    fn merge(&mut self, newer: Self) {
-        self.direct = newer.direct.or(self.direct.take());
-        self.hole_punch = newer.hole_punch.or(self.hole_punch.take());
-        self.relay = newer.relay.or(self.relay.take());
-    }
-}
 
 /// How a race goes on.
 pub(crate) enum Progress {

@@ -17,13 +17,13 @@ use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 use crate::backlog::Sender;
 use crate::call::Call;
 use crate::decoding::{Decoding, is_heavy};
-use crate::error::{Rejection, RequestError};
 use crate::hello;
 use crate::link::{Link, is_acknowledged};
 use crate::listen::{FORGOTTEN, WRONG_NODE};
 use crate::message::Letter;
 use crate::peer::deadline;
 use crate::session::{REQUEST, put_header};
+use macula_peer_core::errors::{Rejection, RequestError};
 
 /// A peer that takes this long to answer, and says nothing else, is asked for a sign of life: nothing would show otherwise
 /// that answers do not come through any more.
@@ -218,7 +218,7 @@ fn refused(link: &Link, code: VarInt) -> Option<Failure> {
         Dialect::Macula => None,
         Dialect::MaculaPeer1 if code == WRONG_NODE.into() => Some(Failure::WrongNode),
         Dialect::MaculaPeer1 if code == FORGOTTEN.into() => Some(Failure::LinkLost),
-        Dialect::MaculaPeer1 => Rejection::of(code).map(Failure::Rejected),
+        Dialect::MaculaPeer1 => Rejection::of(code.into_inner()).map(Failure::Rejected),
     }
 }
 

@@ -8,8 +8,8 @@ use macula_peer_core::types::{Dialect, Endpoint, Path, PeerName};
 
 use crate::admission::AdmissionStats;
 use crate::message::Registration;
-use crate::race::Failures;
 use crate::relay::RelayStats;
+use macula_peer_core::errors::Failures;
 
 /// A counter that threads share and nothing is ordered by.
 #[derive(Debug, Default)]

@@ -17,10 +17,11 @@ use tokio::time::{sleep, timeout};
 
 use super::RECEIVE_BUFFER;
 use super::registration::{
-    CircuitError, Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms,
+    Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms,
 };
-use crate::error::ConnectError;
 use crate::sync::lock;
+use macula_peer_core::errors::CircuitError;
+use macula_peer_core::errors::ConnectError;
 
 /// Between dials while the relay is silent.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);

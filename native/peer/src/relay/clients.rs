@@ -1,5 +1,6 @@
 //! The relays that this node uses: one [`RelayClient`] each, made when it is first needed.
 
+use macula_peer_core::errors::ConnectError;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use quinn::{ClientConfig, Connection, TransportConfig};
 use tokio::time::timeout;
 
 use super::client::{Probed, RegistrationState, RelayClient, RelayEvent, Settings};
-use super::registration::{CircuitError, IncomingCircuit, PunchSession};
+use super::registration::{IncomingCircuit, PunchSession};
 use crate::addresses::Remote;
 use crate::config::Config;
 use crate::dial::set_idle_timeout;
@@ -23,6 +24,7 @@ use crate::node::Node;
 use crate::punch;
 use crate::stats::RegistrationStats;
 use crate::sync::lock;
+use macula_peer_core::errors::CircuitError;
 
 /// Relays used at once, standing ones included. Each is a connection of some 40 KB. Those that callers name and that are
 /// not used go by themselves.
@@ -258,7 +260,7 @@ fn dialling(node: Weak<Node>, relay: Endpoint) -> impl Fn() -> super::client::Di
     move || {
         let (node, relay) = (node.clone(), relay.clone());
         Box::pin(async move {
-            let node = node.upgrade().ok_or(crate::error::ConnectError::Unreachable)?;
+            let node = node.upgrade().ok_or(ConnectError::Unreachable)?;
             let until = Instant::now() + node.config.connect_timeout;
             node.dial_relay(relay, until).await
         })

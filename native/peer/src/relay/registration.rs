@@ -1,5 +1,6 @@
 //! One registration at a relay: the control stream, and the circuits over the connection that it belongs to.
 
+use macula_peer_core::errors::CircuitError;
 use std::collections::HashMap;
 use std::future::pending;
 use std::io;
@@ -24,14 +25,12 @@ use quinn::{
     ClientConfig, ConnectError, Connection, ConnectionError, Incoming, ReadError, RecvStream, SendStream, VarInt,
     WriteError,
 };
-use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
 use crate::dial::{not_begun, not_connected};
-use crate::error;
 use crate::identity::realm_proof;
 use crate::socket::canonical;
 use crate::sync::lock;
@@ -72,35 +71,6 @@ const NO_RELAY: u32 = 4;
 
 /// What a connection that is not wanted any more is closed with.
 const CLOSED: VarInt = VarInt::from_u32(0);
-
-/// Why there is no circuit to a node.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub(crate) enum CircuitError {
-    /// There is no connection to the relay.
-    #[error("relay: {0}")]
-    Relay(error::ConnectError),
-    /// Who answers there is no relay, or none of ours.
-    #[error("not a relay")]
-    NotARelay,
-    /// The relay refuses the registration or the circuit.
-    #[error("refused by the relay: {}", .0.name())]
-    Refused(Refusal),
-    /// The target is not registered at this relay.
-    #[error("target not registered at the relay")]
-    NotRegistered,
-    /// The relay ended the circuit before there was a connection over it.
-    #[error("circuit ended: {}", .0.name())]
-    Ended(Reason),
-    /// The connection to the relay was lost, or the relay did not answer.
-    #[error("relay lost")]
-    RelayLost,
-    /// There is a circuit, but no connection over it.
-    #[error("through the relay: {0}")]
-    Inner(error::ConnectError),
-    /// The client was stopped or unused for too long; another one may be made.
-    #[error("relay client ended")]
-    Stopped,
-}
 
 /// What a node has to show at the moment.
 pub(crate) type Successions = Box<dyn Fn() -> Vec<Bytes> + Send + Sync>;

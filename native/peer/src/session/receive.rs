@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use super::{FORGOTTEN, TOO_MANY};
 use crate::backlog::Sender;
 use crate::decoding::is_heavy;
-use crate::error::{Rejection, ReplyError};
+use crate::error::ReplyError;
 use crate::hello;
 use crate::link::{Write, write_now};
 use crate::listen::{NOT_A_FRAME, REPLY_TIMEOUT, SLOW_FRAME, Stream};
@@ -29,6 +29,7 @@ use crate::stats::Counter;
 use crate::sync::{lock, now_or_never};
 use crate::transfer;
 use crate::turns::QUANTUM;
+use macula_peer_core::errors::Rejection;
 
 /// How often a sender that waits for room here is told that this node lives: less than half of the time after which it
 /// would doubt that.

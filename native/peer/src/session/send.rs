@@ -16,12 +16,12 @@ use macula_peer_core::types::NodeId;
 use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
-use crate::error::Rejection;
 use crate::link::{DIRECT_WRITES, Link};
 use crate::listen::WRONG_NODE;
 use crate::message::Letter;
 use crate::session::FORGOTTEN;
 use crate::sync::now_or_never;
+use macula_peer_core::errors::Rejection;
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -396,8 +396,8 @@ impl Stream {
             let written = pin!(self.write_rest()).poll(cx);
             match written {
                 Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(WriteError::Stopped(code))) if Rejection::of(code).is_some() => {
-                    self.stopped = Rejection::of(code)
+                Poll::Ready(Err(WriteError::Stopped(code))) if Rejection::of(code.into_inner()).is_some() => {
+                    self.stopped = Rejection::of(code.into_inner())
                 }
                 Poll::Ready(Err(error)) => {
                     progress.wrong_node |= matches!(error, WriteError::Stopped(code) if code == WRONG_NODE.into());
@@ -412,7 +412,7 @@ impl Stream {
 
     /// Why the receiver has ended the stream, if it was for the message that it expects next.
     fn ended_because(&self) -> Option<Rejection> {
-        let stopped = || now_or_never(self.send.stopped())?.ok()?.and_then(Rejection::of);
+        let stopped = || now_or_never(self.send.stopped())?.ok()?.and_then(|code| Rejection::of(code.into_inner()));
         let why = self.stopped.or_else(stopped);
         why.filter(|_| self.words.greeted() && self.ended)
     }
