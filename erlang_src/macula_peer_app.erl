@@ -6,7 +6,8 @@
 -export([start/2]).
 -export([stop/1]).
 
--spec start(application:start_type(), term()) -> {ok, pid()} | {error, term()}.
+-spec start(application:start_type(), term()) -> {ok, pid()} | {error, Reason}
+              when Reason :: macula_peer_error:settings() | macula_peer_error:takeover() | OfSupervisor :: term().
 start(_Type, _Args) ->
     case macula_peer_config:read() of
         {ok, _} ->
@@ -19,7 +20,7 @@ start(_Type, _Args) ->
             {error, Reason}
     end.
 
--spec start() -> {ok, pid()} | {error, term()}.
+-spec start() -> {ok, pid()} | {error, OfSupervisor :: term()}.
 start() ->
     case macula_peer_sup:start_link() of
         {ok, Pid} -> {ok, Pid};

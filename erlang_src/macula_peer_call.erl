@@ -26,51 +26,49 @@
 -define(ENCODING, 200).
 
 %% @doc Sends a message.
--spec send(target(), term(), term(), term()) -> ok | unlinked | {error, term()}.
+-spec send(target(), term(), term(), term()) -> ok | unlinked | {error, macula_peer_error:send_to_node()}.
 send(To, Type, Msg, Timeout) ->
     send(To, Type, Msg, Timeout, undefined).
 
 %% @doc Sends a message. `Local' is the node id that this node looks others up as.
--spec send(target(), term(), term(), term(), term()) -> ok | unlinked | {error, term()}.
+-spec send(target(), term(), term(), term(), term()) -> ok | unlinked | {error, macula_peer_error:send_to_node()}.
 send(To, Type, Msg, Timeout, Local) ->
+    send_content(To, {Type, Msg}, Timeout, Local).
+
+-spec send_content(target(), macula_peer_nif:content(), term(), term()) ->
+          ok | unlinked | {error, macula_peer_error:send_to_node()}.
+send_content(To, Content, Timeout, Local) ->
     Tag = make_ref(),
-    try macula_peer_nif:send(Tag, To, Type, Msg, Timeout) of
+    try macula_peer_nif:send(Tag, To, Content, Timeout) of
         ok -> ok;
-        heavy -> encoded(Type, Msg, Timeout, fun(Frame, Left) -> send_frame(To, Frame, Left, Local) end);
-        Answer -> answer(Answer, Tag, To, Local, fun() -> send(To, Type, Msg, Timeout, Local) end)
+        heavy -> encoded(Content, Timeout, fun(Frame, Left) -> send_content(To, Frame, Left, Local) end);
+        Answer -> answer(Answer, Tag, To, Local, fun() -> send_content(To, Content, Timeout, Local) end)
     catch
         error:nif_panicked -> {error, {internal, nif_panicked}}
     end.
-
--spec send_frame(target(), macula_peer_nif:frame(), term(), term()) -> ok | unlinked | {error, term()}.
-send_frame(To, Frame, Timeout, Local) ->
-    Tag = make_ref(),
-    answer(macula_peer_engine:contained(fun() -> macula_peer_nif:send_frame(Tag, To, Frame, Timeout) end), Tag, To, Local,
-           fun() -> send_frame(To, Frame, Timeout, Local) end).
 
 %% @doc Sends a message and waits for the frame that answers it.
 -spec request(target(), term(), term(), term()) ->
-          {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, term()}.
+          {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, macula_peer_error:request_to_node()}.
 request(To, Type, Msg, Timeout) ->
+    request_content(To, {Type, Msg}, Timeout).
+
+-spec request_content(target(), macula_peer_nif:content(), term()) ->
+          {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, macula_peer_error:request_to_node()}.
+request_content(To, Content, Timeout) ->
     Tag = make_ref(),
-    try macula_peer_nif:request(Tag, To, Type, Msg, Timeout) of
-        heavy -> encoded(Type, Msg, Timeout, fun(Frame, Left) -> request_frame(To, Frame, Left) end);
-        Answer -> answer(Answer, Tag, To, undefined, fun() -> request(To, Type, Msg, Timeout) end)
+    try macula_peer_nif:request(Tag, To, Content, Timeout) of
+        heavy -> encoded(Content, Timeout, fun(Frame, Left) -> request_content(To, Frame, Left) end);
+        Answer -> answer(Answer, Tag, To, undefined, fun() -> request_content(To, Content, Timeout) end)
     catch
         error:nif_panicked -> {error, {internal, nif_panicked}}
     end.
 
--spec request_frame(target(), macula_peer_nif:frame(), term()) ->
-          {ok, {macula_peer_wire:type(), map()}} | unlinked | {error, term()}.
-request_frame(To, Frame, Timeout) ->
-    Tag = make_ref(),
-    answer(macula_peer_engine:contained(fun() -> macula_peer_nif:request_frame(Tag, To, Frame, Timeout) end), Tag, To, undefined,
-           fun() -> request_frame(To, Frame, Timeout) end).
-
 %% Encodes a message on a dirty scheduler, in a separate process: when other code keeps all of them busy, the caller still keeps
 %% its timeout.
--spec encoded(term(), term(), term(), fun((macula_peer_nif:frame(), term()) -> Result)) -> Result | {error, term()}.
-encoded(Type, Msg, Timeout, Call) ->
+-spec encoded({term(), term()}, term(), fun((macula_peer_nif:frame(), term()) -> Result)) ->
+          Result | {error, timeout | macula_peer_wire:encode_error() | macula_peer_error:native()}.
+encoded({Type, Msg}, Timeout, Call) ->
     Start = erlang:monotonic_time(millisecond),
     {Pid, Monitor} = spawn_monitor(?MODULE, encode, [Type, Msg]),
     receive
@@ -105,8 +103,8 @@ left(Timeout, _Start) ->
     Timeout.
 
 -spec answer(Answer, reference(), target(), term(), fun(() -> Result)) -> Result
-              when Answer :: ok | unlinked | {ok, term()} | {error, term()} | wait | resolve | not_started,
-                   Result :: ok | unlinked | {ok, term()} | {error, term()}.
+              when Answer :: Result | wait | resolve | not_started,
+                   Result :: ok | unlinked | {ok, {macula_peer_wire:type(), map()}} | {error, macula_peer_error:request_to_node()}.
 answer(wait, Tag, _To, _Local, _Again) ->
     receive {Tag, Result} -> finished(Result) end;
 answer(resolve, Tag, {node, NodeId, _Ways}, Local, _Again) ->
@@ -125,41 +123,42 @@ answer(not_started, _Tag, _To, _Local, Again) ->
 answer(Answer, _Tag, _To, _Local, _Again) ->
     Answer.
 
--spec finished(ok | {ok, term()} | {unfinished, macula_peer_wire:type(), macula_peer_nif:unfinished()} | {error, term()}) ->
-          ok | {ok, term()} | {error, term()}.
+-spec finished(Result | {unfinished, macula_peer_wire:type(), macula_peer_nif:unfinished()}) -> Result
+              when Result :: ok | {ok, {macula_peer_wire:type(), map()}} | {error, macula_peer_error:request_to_node()}.
 finished({unfinished, Type, Msg}) -> {ok, {Type, macula_peer_finisher:finish(Msg)}};
 finished(Result) -> Result.
 
 %% @doc The engine's counters. They are not made on a scheduler, dirty or not, so work there does not delay them.
--spec stats() -> map() | not_started | {error, term()}.
+-spec stats() -> macula_peer_node:stats() | not_started | {error, macula_peer_error:native()}.
 stats() ->
     Tag = make_ref(),
     told(macula_peer_nif:stats(Tag), Tag).
 
 %% @doc What is known of the NAT that this node is behind; as {@link stats/0}.
--spec nat_profile() -> map() | not_started | {error, term()}.
+-spec nat_profile() -> macula_peer_node:nat_profile() | not_started | {error, macula_peer_error:native()}.
 nat_profile() ->
     Tag = make_ref(),
     told(macula_peer_nif:nat_profile(Tag), Tag).
 
 %% @doc Which nodes may connect to this one; as {@link stats/0}.
--spec access() -> map() | not_started | {error, term()}.
+-spec access() -> macula_peer_node:access() | not_started | {error, macula_peer_error:native()}.
 access() ->
     Tag = make_ref(),
     told(macula_peer_nif:access(Tag), Tag).
 
 %% @doc Makes somebody leave; as {@link stats/0}.
--spec kick(term()) -> ok | not_started | {error, term()}.
+-spec kick(term()) -> ok | not_started | {error, not_found | {invalid_kick, term()} | macula_peer_error:native()}.
 kick(Whom) ->
     Tag = make_ref(),
     told(macula_peer_nif:kick(Tag, Whom), Tag).
 
 %% @doc Nodes of this relay; as {@link stats/0}.
--spec relay_nodes(non_neg_integer()) -> map() | not_started | {error, term()}.
+-spec relay_nodes(non_neg_integer()) ->
+          macula_peer_node:relay_nodes() | not_started | {error, not_a_relay | macula_peer_error:native()}.
 relay_nodes(From) ->
     Tag = make_ref(),
     told(macula_peer_nif:relay_nodes(Tag, From), Tag).
 
--spec told(wait | not_started | {error, term()}, reference()) -> map() | ok | not_started | {error, term()}.
+-spec told(wait | Told, reference()) -> Told.
 told(wait, Tag) -> receive {Tag, Told} -> Told end;
 told(Told, _Tag) -> Told.

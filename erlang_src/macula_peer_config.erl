@@ -9,20 +9,13 @@
 -export([bootstrap_peers/0]).
 -export([format_error/1]).
 
--export_type([settings/0, reason/0]).
+-export_type([settings/0]).
 
 -define(APP, macula_peer_connector).
 
 -type settings() :: #{native := map(), handler := macula_peer_node:handler() | undefined,
                       listen := macula_peer_node:listen_opts() | undefined, resolver := module() | none}.
 %% `native' is for the native library.
-
--type reason() :: {invalid_option, {Key :: term(), Value :: term()}} | {unknown_option, Key :: atom()}
-                | {invalid_variable, {Name :: string(), Value :: string()}}
-                | {invalid_variable, {Name :: string(), Value :: string(), Hint :: binary()}}
-                | {tls_config_error, {cacertfile_not_found, file:filename()}}.
-%% The value of an unknown option is left out: its name may be that of a secret, mistyped. The hint says what set the variable.
-%% `tls_config_error' is macula's own.
 
 %% Where macula looks for its gateway's port: variables, then keys of its application environment, then the default.
 -define(PORT_VARIABLES, ["MACULA_QUIC_PORT", "GATEWAY_PORT"]).
@@ -94,7 +87,7 @@
                      "MACULA_TLS_VERIFY_HOSTNAME" => boolean}).
 
 %% @doc All settings, or what is wrong with the first that is.
--spec read() -> {ok, settings()} | {error, reason() | term()}.
+-spec read() -> {ok, settings()} | {error, macula_peer_error:settings()}.
 read() ->
     %% A first call may come before either application is started or loaded, and neither has an environment until then. Loading
     %% one that is not there would search all of the code path, which takes milliseconds; this looks it up by name.
@@ -106,7 +99,7 @@ read() ->
         {error, _} = Error -> Error
     end.
 
--spec with_native(map(), {ok, map()} | {error, reason()}) -> {ok, settings()} | {error, reason() | term()}.
+-spec with_native(map(), {ok, map()} | {error, macula_peer_error:settings()}) -> {ok, settings()} | {error, macula_peer_error:settings()}.
 with_native(Env, {ok, Native}) ->
     case macula_peer_nif:check(settings, Native) of
         ok -> {ok, #{native => Native, handler => maps:get(handler, Env, undefined), listen => listen(Env),
@@ -177,7 +170,7 @@ known_keys_file(Reason) -> identity_file(Reason).
 
 %% ---- the application environment ----
 
--spec native(map()) -> {ok, map()} | {error, reason()}.
+-spec native(map()) -> {ok, map()} | {error, macula_peer_error:settings()}.
 native(Env) ->
     Punching = case variable("MACULA_NAT_ENABLED", true) andalso variable("MACULA_NAT_PUNCH_ENABLED", true) of
         true -> #{};
@@ -191,7 +184,7 @@ native(Env) ->
         {_, {error, _} = Error} -> Error
     end.
 
--spec gateway(map()) -> {ok, term()} | {error, reason()}.
+-spec gateway(map()) -> {ok, term()} | {error, macula_peer_error:settings()}.
 gateway(#{gateway := Gateway}) when Gateway =/= auto ->
     {ok, Gateway};
 gateway(#{}) ->
@@ -201,7 +194,7 @@ gateway(#{}) ->
     end.
 
 %% As macula finds it, so what it would not look at is not checked either.
--spec gateway_port() -> {ok, inet:port_number()} | {error, reason()}.
+-spec gateway_port() -> {ok, inet:port_number()} | {error, macula_peer_error:settings()}.
 gateway_port() ->
     case [{Name, Value} || Name <- ?PORT_VARIABLES, Value <- [os:getenv(Name, "")], string:trim(Value) =/= ""] of
         [{Name, Value} | _] ->
@@ -234,7 +227,7 @@ macula_env(Keys) ->
 
 %% In macula's mode `production' a peer that is dialled shows a certificate of an authority. A peer that connects does not have
 %% to.
--spec verify(map()) -> {ok, map()} | {error, reason()}.
+-spec verify(map()) -> {ok, map()} | {error, macula_peer_error:settings()}.
 verify(#{verify := _}) ->
     {ok, #{}};
 verify(#{}) ->
@@ -244,7 +237,7 @@ verify(#{}) ->
         {error, _} = Error -> Error
     end.
 
--spec verify_by(file:filename(), {ok, boolean()} | {error, reason()}) -> {ok, map()} | {error, reason()}.
+-spec verify_by(file:filename(), {ok, boolean()} | {error, macula_peer_error:settings()}) -> {ok, map()} | {error, macula_peer_error:settings()}.
 verify_by(File, {ok, Hostname}) ->
     case {is_file(File), Hostname} of
         {true, true} -> {ok, #{verify => {cacertfile, File}, verify_clients => false}};
@@ -258,7 +251,7 @@ verify_by(_File, {error, _} = Error) ->
 is_file(Name) when is_list(Name); is_binary(Name) -> filelib:is_regular(Name);
 is_file(_) -> false.
 
--spec tls_mode() -> {ok, production | development} | {error, reason()}.
+-spec tls_mode() -> {ok, production | development} | {error, macula_peer_error:settings()}.
 tls_mode() ->
     case {variable("MACULA_TLS_MODE", unset), macula_env([tls_mode])} of
         {unset, undefined} -> {ok, development};
@@ -275,7 +268,7 @@ cacertfile() ->
         {File, _} -> File
     end.
 
--spec verify_hostname() -> {ok, boolean()} | {error, reason()}.
+-spec verify_hostname() -> {ok, boolean()} | {error, macula_peer_error:settings()}.
 verify_hostname() ->
     case {variable("MACULA_TLS_VERIFY_HOSTNAME", unset), macula_env([tls_verify_hostname])} of
         {unset, undefined} -> {ok, true};
@@ -303,18 +296,18 @@ certificate_remarks() ->
                    "option certfile of listen the one that a listener shows"]]
     end.
 
--spec check_known(map()) -> ok | {error, reason()}.
+-spec check_known(map()) -> ok | {error, macula_peer_error:settings()}.
 check_known(Env) ->
     case maps:keys(maps:without(maps:keys(maps:merge(?NATIVE, ?OWN)), Env)) of
         [] -> ok;
         [Key | _] -> {error, {unknown_option, Key}}
     end.
 
--spec check_own(map()) -> ok | {error, reason()}.
+-spec check_own(map()) -> ok | {error, macula_peer_error:settings()}.
 check_own(Env) ->
     first_error([fun() -> check(Key, Value) end || {Key, Value} <- maps:to_list(maps:with(maps:keys(?OWN), Env))]).
 
--spec check(atom(), term()) -> ok | {error, reason()}.
+-spec check(atom(), term()) -> ok | {error, macula_peer_error:settings()}.
 check(handler, undefined) ->
     ok;
 check(handler, Pid) when is_pid(Pid), node(Pid) =:= node() ->
@@ -348,7 +341,7 @@ wanted(Key) ->
         #{} -> ""
     end.
 
--spec first_error([fun(() -> ok | {error, term()})]) -> ok | {error, term()}.
+-spec first_error([fun(() -> ok | {error, Reason})]) -> ok | {error, Reason}.
 first_error([Check | Checks]) ->
     case Check() of
         ok -> first_error(Checks);
@@ -384,11 +377,11 @@ relay_limits() ->
 
 %% ---- environment variables ----
 
--spec check_variables() -> ok | {error, reason()}.
+-spec check_variables() -> ok | {error, macula_peer_error:settings()}.
 check_variables() ->
     first_error([fun() -> check_variable(Name, Kind) end || {Name, Kind} <- lists:sort(maps:to_list(?VARIABLES))]).
 
--spec check_variable(string(), kind()) -> ok | {error, reason()}.
+-spec check_variable(string(), kind()) -> ok | {error, macula_peer_error:settings()}.
 check_variable(Name, Kind) ->
     Value = os:getenv(Name, ""),
     case parse(Kind, Value) of

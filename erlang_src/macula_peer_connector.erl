@@ -8,6 +8,8 @@
 %%
 %% `ok' means accepted: the message arrives, or is counted in {@link macula_peer_node:stats/0} and reported to the
 %% handler as undelivered.
+%%
+%% Errors are listed in {@link macula_peer_error}, and explained in <a href="../docs/errors.md">docs/errors.md</a>.
 -module(macula_peer_connector).
 
 %% Tells this module from macula's: macula_peer_takeover.
@@ -28,15 +30,29 @@
 -type nat_opts() :: #{endpoint => endpoint(),
                       relay_endpoint => endpoint() | {Host :: binary() | string(), inet:port_number()}
                                       | {ok, Host :: binary() | string(), inet:port_number()},
-                      fingerprint => binary() | string(),
+                      fingerprint => macula_peer_node:fingerprint() | HexDigits :: binary() | string(),
                       skip_hole_punch => boolean(),
                       timeout => timeout()}.
+%% The value `undefined' counts as absent, but for `timeout'.
+%% <dl>
+%%   <dt>`endpoint'</dt>
+%%   <dd>Where the node may be dialled. By default only what was looked up is dialled.</dd>
+%%   <dt>`relay_endpoint'</dt>
+%%   <dd>A relay that the node may be registered at. By default only the other known relays are tried.</dd>
+%%   <dt>`fingerprint'</dt>
+%%   <dd>Only the owner of this key gets the message. By default the node must have the key that it was first seen with.</dd>
+%%   <dt>`skip_hole_punch' (`false')</dt>
+%%   <dd>`true' does not try to get through NATs. Fewer packets are sent, and the messages stay on the relay.</dd>
+%%   <dt>`timeout' (10000)</dt>
+%%   <dd>Of the whole call, in milliseconds. A shorter one gives up before slow paths are found; a longer one lets the caller wait
+%%       for a node that is away.</dd>
+%% </dl>
 
 %% The original's default, in milliseconds.
 -define(SEND_TIMEOUT, 5000).
 
 %% @equiv send_message(Endpoint, Type, Msg, 5000)
--spec send_message(endpoint(), macula_peer_wire:type(), map()) -> ok | {error, term()}.
+-spec send_message(endpoint(), macula_peer_wire:type(), map()) -> ok | {error, macula_peer_error:send()}.
 send_message(Endpoint, Type, Msg) ->
     send_message(Endpoint, Type, Msg, ?SEND_TIMEOUT).
 
@@ -45,18 +61,19 @@ send_message(Endpoint, Type, Msg) ->
 %% ```
 %% ok = macula_peer_connector:send_message(<<"node.example:9443">>, dht_store, #{key => Key, value => Value}).
 %% '''
--spec send_message(endpoint(), macula_peer_wire:type(), map(), timeout()) -> ok | {error, term()}.
+-spec send_message(endpoint(), macula_peer_wire:type(), map(), timeout()) -> ok | {error, macula_peer_error:send()}.
 send_message(Endpoint, Type, Msg, Timeout) ->
     macula_peer_call:send(Endpoint, Type, Msg, Timeout).
 
 %% @doc Sends a message and waits for the frame that the peer answers with.
 -spec send_message_and_wait(endpoint(), macula_peer_wire:type(), map(), timeout()) ->
-          {ok, {macula_peer_wire:type(), map()}} | {error, term()}.
+          {ok, {macula_peer_wire:type(), map()}} | {error, macula_peer_error:request()}.
 send_message_and_wait(Endpoint, Type, Msg, Timeout) ->
     macula_peer_call:request(Endpoint, Type, Msg, Timeout).
 
 %% @equiv send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, #{})
--spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map()) -> ok | {error, term()}.
+-spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map()) ->
+          ok | {error, macula_peer_error:send_to_node()}.
 send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
     send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, #{}).
 
@@ -73,7 +90,8 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 %%
 %% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node must
 %% have the key that it was first seen with; {@link macula_peer_node:forget/1} allows another one.
--spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) -> ok | {error, term()}.
+-spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) ->
+          ok | {error, macula_peer_error:send_to_node()}.
 send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg, Opts) ->
     Send = fun(To, Timeout) -> macula_peer_call:send(To, Type, Msg, Timeout, LocalNodeId) end,
     macula_peer_path:call(TargetNodeId, Opts, Send).

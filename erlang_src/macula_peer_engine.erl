@@ -28,14 +28,14 @@ start_link() ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
 
 %% @doc Starts the engine unless it runs.
--spec ensure_started() -> ok | {error, term()}.
+-spec ensure_started() -> ok | {error, macula_peer_error:start()}.
 ensure_started() ->
     case macula_peer_config:read() of
         {ok, Settings} -> to_the_end(fun() -> start(Settings) end);
         {error, _} = Error -> Error
     end.
 
--spec start(macula_peer_config:settings()) -> ok | {error, term()}.
+-spec start(macula_peer_config:settings()) -> ok | {error, macula_peer_error:start()}.
 start(#{native := Native, handler := Handler, listen := Listen}) ->
     ok = macula_peer_admission:prepare(Listen),
     {Supervisor, _} = Finisher = macula_peer_finisher_sup:start(),
@@ -51,12 +51,12 @@ start(#{native := Native, handler := Handler, listen := Listen}) ->
             already_started(Error)
     end.
 
--spec already_started({error, term()}) -> ok | {error, term()}.
+-spec already_started({error, already_started | macula_peer_error:start()}) -> ok | {error, macula_peer_error:start()}.
 already_started({error, already_started}) -> ok;
-already_started(Error) -> Error.
+already_started({error, _} = Error) -> Error.
 
 %% @doc Calls the native library for what an engine knows or counts. Never starts one.
--spec figures(fun(() -> Result | not_started)) -> Result | {error, not_started | {internal, nif_panicked}}.
+-spec figures(fun(() -> Result | not_started)) -> Result | {error, macula_peer_error:engine()}.
 figures(Call) ->
     case contained(Call) of
         not_started -> {error, not_started};
@@ -64,7 +64,7 @@ figures(Call) ->
     end.
 
 %% @doc Calls the native library; starts the engine first if it does not run.
--spec running(fun(() -> Result | not_started)) -> Result | {error, term()}.
+-spec running(fun(() -> Result | not_started)) -> Result | {error, macula_peer_error:start()}.
 running(Call) ->
     case contained(Call) of
         not_started ->
@@ -77,7 +77,7 @@ running(Call) ->
     end.
 
 %% @doc A defect in the native library becomes an error of the call that hit it.
--spec contained(fun(() -> Result)) -> Result | {error, {internal, nif_panicked}}.
+-spec contained(fun(() -> Result)) -> Result | {error, macula_peer_error:native()}.
 contained(Call) ->
     try Call()
     catch
@@ -116,7 +116,7 @@ stop() ->
 retire() ->
     to_the_end(fun() -> stopped(contained(fun macula_peer_nif:retire/0)) end).
 
--spec stopped(macula_peer_nif:released() | not_started | {error, term()}) -> ok.
+-spec stopped(macula_peer_nif:released() | not_started | {error, macula_peer_error:native()}) -> ok.
 stopped(Stopped) ->
     ok = macula_peer_lookups:stop(),
     ok = macula_peer_admission:stop(),
@@ -136,7 +136,7 @@ verify_mode(#{verify := {cacertfile, File, any_name}}) -> ["cacertfile ", File, 
 verify_mode(#{verify := Mode}) -> atom_to_list(Mode);
 verify_mode(#{}) -> "first_seen".
 
--spec init([]) -> {ok, []} | {stop, term()}.
+-spec init([]) -> {ok, []} | {stop, macula_peer_error:start()}.
 init([]) ->
     _ = process_flag(trap_exit, true),
     _ = macula_peer_nif:set_logger(self()),

@@ -2,54 +2,23 @@
 %% @doc The native library. Thin by rule: what these functions mean is said where they are called.
 -module(macula_peer_nif).
 
--export([check/2]).
--export([start/4]).
--export([stop/0]).
--export([retire/0]).
--export([send/5]).
--export([send_frame/4]).
--export([request/5]).
--export([request_frame/4]).
--export([encode_frame/2]).
--export([found/2]).
--export([resolved/2]).
--export([forget/1]).
--export([register/2]).
--export([unregister/0]).
--export([listen/1]).
--export([close/0]).
--export([local_address/0]).
--export([identity/0]).
--export([set_handler/1]).
--export([set_logger/1]).
--export([reply/3]).
--export([reply_frame/2]).
--export([new_finisher/0]).
--export([set_finisher/2]).
--export([handed_over/1]).
--export([invalidate/1]).
--export([set_access/1]).
--export([access/1]).
--export([kick/2]).
--export([relay_nodes/2]).
--export([admitted/2]).
--export([stats/1]).
--export([path/1]).
--export([nat_profile/1]).
--export([encode/2]).
--export([encode_dirty/2]).
--export([decode/1]).
--export([decode_dirty/1]).
+-define(NIFS, [check/2, start/4, stop/0, retire/0, send/4, request/4, encode_frame/2, found/2, resolved/2,
+               forget/1, register/2, unregister/0, listen/1, close/0, local_address/0, identity/0, set_handler/1,
+               set_logger/1, reply/2, new_finisher/0, set_finisher/2, handed_over/1, invalidate/1, set_access/1,
+               access/1, kick/2, relay_nodes/2, admitted/2, stats/1, path/1, nat_profile/1, encode/1, decode/1,
+               decode_dirty/1]).
 
--export_type([not_loaded/0, ip_port/0, handler/0, released/0, finisher/0, frame/0, unfinished/0, admission_token/0]).
+-export(?NIFS).
+-nifs(?NIFS).
+
+-export_type([ip_port/0, handler/0, released/0, finisher/0, frame/0, content/0, target_error/0, unfinished/0,
+              admission_token/0]).
 
 -on_load(init/0).
 
 -define(APP, macula_peer_connector).
 -define(LOAD_ERROR, {?MODULE, load_error}).
 
--type not_loaded() :: {error, {nif_not_loaded, unicode:chardata()}}.
-%% The library is missing or does not fit; the text says what to do.
 -type handler() :: pid() | {function, pid()} | undefined.
 %% `function': the process that calls a function.
 -type released() :: {released, pid() | none, Supervisor :: pid()}.
@@ -62,6 +31,14 @@
 -opaque frame() :: reference().
 %% An encoded message.
 
+-type content() :: {Type :: term(), Msg :: term()} | frame().
+%% A message, or what encode_frame/2 made of it.
+
+-type decoded() :: {ok, {macula_peer_wire:type(), term()}} | {unfinished, macula_peer_wire:type(), unfinished()}
+                 | {error, macula_peer_wire:decode_error() | macula_peer_error:native()}.
+
+-type target_error() :: macula_peer_error:endpoint() | macula_peer_error:invalid_node_id() | macula_peer_error:native().
+
 -opaque admission_token() :: reference().
 %% For the answer of a callback.
 
@@ -70,15 +47,15 @@
 
 %% A node whose library is missing keeps running, and every call says what is wrong. Only where the module runs already
 %% with its library does loading fail: libraries are not replaced, and the running module stays.
--spec init() -> ok | {error, term()}.
+-spec init() -> ok | {error, {upgrade, string()}}.
 init() ->
     Library = library(),
     case erlang:load_nif(Library, version()) of
         ok ->
             _ = persistent_term:erase(?LOAD_ERROR),
             ok;
-        {error, {upgrade, _}} = Error ->
-            Error;
+        {error, {upgrade, Text}} ->
+            {error, {upgrade, Text}};
         {error, {Reason, Text}} ->
             Message = io_lib:format("the native library ~ts.so was not loaded (~p: ~ts). ~ts",
                                     [Library, Reason, Text, advice(archive(Library))]),
@@ -121,120 +98,110 @@ version() ->
         undefined -> ""
     end.
 
--spec check(settings | listen, map()) -> ok | {error, term()}.
+-spec check(settings | listen, map()) -> ok | {error, macula_peer_error:invalid_option() | macula_peer_error:native()}.
 check(_What, _Options) -> not_loaded().
 
--spec start(map(), {Supervisor :: pid(), finisher()}, handler(), map() | undefined) -> ok | {error, term()}.
+-spec start(map(), {Supervisor :: pid(), finisher()}, handler(), map() | undefined) ->
+          ok | {error, already_started | macula_peer_error:start()}.
 start(_Options, _Finisher, _Handler, _Listen) -> not_loaded().
 
--spec stop() -> released() | not_started | not_loaded().
+-spec stop() -> released() | not_started | {error, macula_peer_error:native()}.
 stop() -> not_loaded().
 
--spec retire() -> released() | not_started | not_loaded().
+-spec retire() -> released() | not_started | {error, macula_peer_error:native()}.
 retire() -> not_loaded().
 
--spec send(reference(), term(), term(), term(), term()) -> ok | wait | resolve | unlinked | heavy | not_started | {error, term()}.
-send(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
+-spec send(reference(), term(), content(), term()) ->
+          ok | wait | resolve | unlinked | heavy | not_started | {error, macula_peer_error:send_to_node()}.
+send(_Tag, _To, _Content, _Timeout) -> not_loaded().
 
--spec send_frame(reference(), term(), frame(), term()) -> ok | wait | resolve | unlinked | not_started | {error, term()}.
-send_frame(_Tag, _To, _Frame, _Timeout) -> not_loaded().
+-spec request(reference(), term(), content(), term()) ->
+          wait | resolve | unlinked | heavy | not_started | {error, macula_peer_error:send_to_node()}.
+request(_Tag, _To, _Content, _Timeout) -> not_loaded().
 
--spec request(reference(), term(), term(), term(), term()) -> wait | resolve | unlinked | heavy | not_started | {error, term()}.
-request(_Tag, _To, _Type, _Msg, _Timeout) -> not_loaded().
-
--spec request_frame(reference(), term(), frame(), term()) -> wait | resolve | unlinked | not_started | {error, term()}.
-request_frame(_Tag, _To, _Frame, _Timeout) -> not_loaded().
-
--spec encode_frame(term(), term()) -> {ok, frame()} | {error, term()}.
+-spec encode_frame(term(), term()) -> {ok, frame()} | {error, macula_peer_wire:encode_error() | macula_peer_error:native()}.
 encode_frame(_Type, _Msg) -> not_loaded().
 
--spec found(term(), map()) -> ok | not_started | {error, term()}.
+-spec found(term(), map()) -> ok | not_started | {error, macula_peer_error:send_to_node()}.
 found(_NodeId, _Ways) -> not_loaded().
 
--spec resolved(term(), boolean()) -> ok | not_started | {error, term()}.
+-spec resolved(term(), boolean()) -> ok | not_started | {error, macula_peer_error:invalid_node_id() | macula_peer_error:native()}.
 resolved(_NodeId, _Answered) -> not_loaded().
 
--spec forget(term()) -> ok | not_started | {error, term()}.
+-spec forget(term()) -> ok | not_started | {error, macula_peer_error:invalid_node_id() | macula_peer_error:native()}.
 forget(_NodeId) -> not_loaded().
 
--spec register(term(), term()) -> ok | not_started | {error, term()}.
+-spec register(term(), term()) ->
+          ok | not_started | {error, macula_peer_error:invalid_node_id() | macula_peer_error:invalid_option() | macula_peer_error:native()}.
 register(_NodeId, _Relays) -> not_loaded().
 
--spec unregister() -> ok | not_started | not_loaded().
+-spec unregister() -> ok | not_started | {error, macula_peer_error:native()}.
 unregister() -> not_loaded().
 
--spec listen(map()) -> {ok, ip_port()} | not_started | {error, term()}.
+-spec listen(map()) -> {ok, ip_port()} | not_started | {error, macula_peer_error:listen() | macula_peer_error:native()}.
 listen(_Options) -> not_loaded().
 
--spec close() -> ok | not_started | not_loaded().
+-spec close() -> ok | not_started | {error, macula_peer_error:native()}.
 close() -> not_loaded().
 
--spec local_address() -> {ok, ip_port()} | not_started | {error, term()}.
+-spec local_address() -> {ok, ip_port()} | not_started | {error, gone | macula_peer_error:native()}.
 local_address() -> not_loaded().
 
--spec identity() -> #{fingerprint := <<_:256>>} | not_started | not_loaded().
+-spec identity() -> #{fingerprint := <<_:256>>} | not_started | {error, macula_peer_error:native()}.
 identity() -> not_loaded().
 
--spec set_handler(handler()) -> released() | not_started | not_loaded().
+-spec set_handler(handler()) -> released() | not_started | {error, macula_peer_error:native()}.
 set_handler(_Handler) -> not_loaded().
 
--spec set_logger(pid()) -> ok | not_loaded().
+-spec set_logger(pid()) -> ok | {error, macula_peer_error:native()}.
 set_logger(_Logger) -> not_loaded().
 
--spec reply(term(), term(), term()) -> ok | heavy | {error, term()}.
-reply(_Token, _Type, _Msg) -> not_loaded().
+-spec reply(term(), content()) -> ok | heavy | {error, macula_peer_error:reply()}.
+reply(_Token, _Content) -> not_loaded().
 
--spec reply_frame(term(), frame()) -> ok | {error, term()}.
-reply_frame(_Token, _Frame) -> not_loaded().
-
--spec new_finisher() -> finisher() | not_loaded().
+-spec new_finisher() -> finisher() | {error, macula_peer_error:native()}.
 new_finisher() -> not_loaded().
 
--spec set_finisher(finisher(), pid()) -> ok | not_loaded().
+-spec set_finisher(finisher(), pid()) -> ok | {error, macula_peer_error:native()}.
 set_finisher(_Finisher, _Pid) -> not_loaded().
 
--spec handed_over(reference()) -> ok | not_loaded().
+-spec handed_over(reference()) -> ok | {error, macula_peer_error:native()}.
 handed_over(_Receipt) -> not_loaded().
 
--spec path(macula_peer_call:target()) -> {ok, map()} | {error, term()} | not_started | not_loaded().
+-spec path(macula_peer_call:target()) -> {ok, macula_peer_node:path()} | not_started | {error, target_error()}.
 path(_Peer) -> not_loaded().
 
--spec invalidate(term()) -> ok | not_started | {error, term()}.
+-spec invalidate(term()) -> ok | not_started | {error, target_error()}.
 invalidate(_Endpoint) -> not_loaded().
 
--spec set_access(term()) -> ok | not_started | {error, term()}.
+-spec set_access(term()) -> ok | not_started | {error, macula_peer_error:invalid_option() | macula_peer_error:native()}.
 set_access(_Access) -> not_loaded().
 
--spec access(reference()) -> wait | not_started | not_loaded().
+-spec access(reference()) -> wait | not_started | {error, macula_peer_error:native()}.
 access(_Tag) -> not_loaded().
 
--spec kick(reference(), term()) -> wait | not_started | {error, term()}.
+-spec kick(reference(), term()) -> wait | not_started | {error, {invalid_kick, term()} | macula_peer_error:native()}.
 kick(_Tag, _Whom) -> not_loaded().
 
--spec relay_nodes(reference(), non_neg_integer()) -> wait | not_started | not_loaded().
+-spec relay_nodes(reference(), non_neg_integer()) -> wait | not_started | {error, macula_peer_error:native()}.
 relay_nodes(_Tag, _From) -> not_loaded().
 
--spec admitted(admission_token(), allow | deny | timeout | crash) -> ok | not_loaded().
+-spec admitted(admission_token(), allow | deny | timeout | crash) -> ok | {error, macula_peer_error:native()}.
 admitted(_Token, _Answer) -> not_loaded().
 
--spec stats(reference()) -> wait | not_started | not_loaded().
+-spec stats(reference()) -> wait | not_started | {error, macula_peer_error:native()}.
 stats(_Tag) -> not_loaded().
 
--spec nat_profile(reference()) -> wait | not_started | not_loaded().
+-spec nat_profile(reference()) -> wait | not_started | {error, macula_peer_error:native()}.
 nat_profile(_Tag) -> not_loaded().
 
--spec encode(term(), term()) -> {ok, binary()} | heavy | {error, term()}.
-encode(_Type, _Msg) -> not_loaded().
+-spec encode(content()) -> {ok, binary()} | heavy | {error, macula_peer_wire:encode_error() | macula_peer_error:native()}.
+encode(_Content) -> not_loaded().
 
--spec encode_dirty(term(), term()) -> {ok, binary()} | {error, term()}.
-encode_dirty(_Type, _Msg) -> not_loaded().
-
--spec decode(binary()) -> {ok, {macula_peer_wire:type(), term()}} | {unfinished, macula_peer_wire:type(), unfinished()}
-                        | heavy | {error, term()}.
+-spec decode(binary()) -> decoded() | heavy.
 decode(_Frame) -> not_loaded().
 
--spec decode_dirty(binary()) -> {ok, {macula_peer_wire:type(), term()}}
-                              | {unfinished, macula_peer_wire:type(), unfinished()} | {error, term()}.
+-spec decode_dirty(binary()) -> decoded().
 decode_dirty(_Frame) -> not_loaded().
 
 %% The type is wider than the value: what stands in for these functions says nothing about them.

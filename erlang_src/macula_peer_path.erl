@@ -7,10 +7,10 @@
 %% The original's default, in milliseconds.
 -define(TIMEOUT, 10000).
 
--type call() :: fun((macula_peer_call:target(), timeout()) -> ok | unlinked | {ok, term()} | {error, term()}).
+-type call(Result) :: fun((macula_peer_call:target(), timeout()) -> Result | unlinked).
 
 %% @doc Calls a node over the link that there is, or says how it can be reached.
--spec call(binary(), macula_peer_connector:nat_opts(), call()) -> ok | {ok, term()} | {error, term()}.
+-spec call(binary(), macula_peer_connector:nat_opts(), call(Result)) -> Result | {error, macula_peer_error:invalid_option()}.
 call(NodeId, Opts, Call) when is_map(Opts) ->
     Start = erlang:monotonic_time(millisecond),
     Timeout = maps:get(timeout, Opts, ?TIMEOUT),
@@ -26,7 +26,7 @@ call(NodeId, Opts, Call) when is_map(Opts) ->
 call(_NodeId, Opts, _Call) ->
     {error, {invalid_option, {options, Opts}}}.
 
--spec with_ways(binary(), macula_peer_call:ways(), timeout(), call()) -> ok | {ok, term()} | {error, term()}.
+-spec with_ways(binary(), macula_peer_call:ways(), timeout(), call(Result)) -> Result.
 with_ways(NodeId, Ways, Timeout, Call) ->
     {LastResorts, Reason} = macula_peer_config:bootstrap_peers(),
     case Call({node, NodeId, Ways#{last_resorts => LastResorts}}, Timeout) of

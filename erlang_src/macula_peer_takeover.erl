@@ -16,7 +16,7 @@
                    loaded := boolean()}.
 
 %% @doc Puts our modules in the place of others where `takeover' and `takeover_pool' say so, and logs what is in force.
--spec apply_settings() -> ok | {error, term()}.
+-spec apply_settings() -> ok | {error, macula_peer_error:takeover()}.
 apply_settings() ->
     case take_over(modules()) of
         ok ->
@@ -33,11 +33,11 @@ is_wanted() ->
 
 %% @doc Puts our modules back where the settings ask for them and something else has been loaded since. Returns the modules, each
 %% with `ok' or the error.
--spec restore() -> [{module(), ok | {error, term()}}].
+-spec restore() -> [{module(), ok | {error, macula_peer_error:takeover()}}].
 restore() ->
     [{Module, Restored} || {Module, Setting} <- modules(), is_set(Setting), Restored <- restored(Module, Setting)].
 
--spec restored(module(), atom()) -> [ok | {error, term()}].
+-spec restored(module(), atom()) -> [ok | {error, macula_peer_error:takeover()}].
 restored(Module, Setting) ->
     try is_lost(find(Module)) of
         true -> [take_over([{Module, Setting}])];
@@ -65,7 +65,7 @@ modules() ->
 is_set(Setting) ->
     application:get_env(?APP, Setting, false).
 
--spec take_over([{module(), atom()}]) -> ok | {error, term()}.
+-spec take_over([{module(), atom()}]) -> ok | {error, macula_peer_error:takeover()}.
 take_over([]) ->
     ok;
 take_over([{Module, Setting} | Rest]) ->
@@ -94,7 +94,7 @@ put_in_front() ->
 
 %% The code server ends processes that run code which is old already, so there must be none. Those that run what is
 %% current now go on with it.
--spec load(module()) -> ok | {error, term()}.
+-spec load(module()) -> ok | {error, macula_peer_error:takeover()}.
 load(Module) ->
     File = own_file(Module),
     case {erl_prim_loader:get_file(File), code:soft_purge(Module)} of
@@ -110,7 +110,7 @@ load(Module) ->
     end.
 
 %% rebar3 reloads a module whose attribute `vsn' differs from that of the first file in the code path. A module without it stays.
--spec load_without_version(module(), file:filename(), binary()) -> {module, module()} | {error, term()}.
+-spec load_without_version(module(), file:filename(), binary()) -> {module, module()} | {error, code:load_error_rsn() | beam_lib:chnk_rsn()}.
 load_without_version(Module, File, Binary) ->
     case beam_lib:all_chunks(Binary) of
         {ok, _, Chunks} ->

@@ -40,16 +40,21 @@
 %%
 %% Some types have required fields, spelled as atoms or, for some, all as binaries; the error names the first that is not
 %% there. Fails where the original raised.
--spec encode(type(), map()) -> {ok, Frame :: binary()} | {error, encode_error() | term()}.
+-spec encode(type(), map()) -> {ok, Frame :: binary()} | {error, encode_error() | macula_peer_error:native()}.
 encode(Type, Msg) ->
-    case macula_peer_nif:encode(Type, Msg) of
-        heavy -> macula_peer_nif:encode_dirty(Type, Msg);
-        Result -> Result
+    case macula_peer_nif:encode({Type, Msg}) of
+        heavy ->
+            case macula_peer_nif:encode_frame(Type, Msg) of
+                {ok, Frame} -> macula_peer_nif:encode(Frame);
+                {error, _} = Error -> Error
+            end;
+        Result ->
+            Result
     end.
 
 %% @doc Decodes the frame at the front of a binary; what follows it is ignored. The payload may be any MessagePack value,
 %% as in the original.
--spec decode(binary()) -> {ok, {type(), Msg :: term()}} | {error, decode_error() | term()}.
+-spec decode(binary()) -> {ok, {type(), Msg :: term()}} | {error, decode_error() | macula_peer_error:native()}.
 decode(Frame) when is_binary(Frame) ->
     case macula_peer_nif:decode(Frame) of
         heavy -> finished(macula_peer_nif:decode_dirty(Frame));
@@ -58,7 +63,7 @@ decode(Frame) when is_binary(Frame) ->
 decode(_NotABinary) ->
     {error, invalid_header}.
 
--spec finished({ok, {type(), term()}} | {unfinished, type(), macula_peer_nif:unfinished()} | {error, term()}) ->
-          {ok, {type(), term()}} | {error, decode_error() | term()}.
+-spec finished({ok, {type(), term()}} | {unfinished, type(), macula_peer_nif:unfinished()} | {error, Reason}) ->
+          {ok, {type(), term()}} | {error, Reason}.
 finished({unfinished, Type, Msg}) -> {ok, {Type, macula_peer_finisher:finish(Msg)}};
 finished(Result) -> Result.

@@ -2,7 +2,7 @@
 //! QUIC.
 //!
 //! No function here waits. A function whose work is too much for a normal scheduler returns `heavy` there, and a dirty
-//! one does the work in another function: `encode_frame`, `encode_dirty`, `decode_dirty`.
+//! one does the work in another function: `encode_frame`, `decode_dirty`.
 #![forbid(unsafe_code)]
 
 mod admission;
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use macula_peer::{Engine, Handler, Message, StartError};
 use macula_peer_wire::{FrameError, Limits, MessageType, PayloadError, RawFrame};
-use rustler::{Atom, Binary, Encoder, Env, LocalPid, Resource, ResourceArc, Term};
+use rustler::{Atom, Binary, Decoder, Encoder, Env, LocalPid, NifResult, Resource, ResourceArc, Term};
 
 use crate::admission::AnswerToken;
 use crate::calls::{Asking, Caller, InProgress};
@@ -177,44 +177,39 @@ struct Frame {
 #[rustler::resource_impl]
 impl Resource for Frame {}
 
-#[rustler::nif]
-fn send<'a>(
-    env: Env<'a>,
-    tag: Term<'a>,
-    to: Term<'a>,
-    kind: Term<'a>,
-    message: Term<'a>,
-    timeout: Term<'a>,
-) -> Term<'a> {
-    submit(env, tag, to, Content::Term(kind, message), timeout, send_message)
+/// What a message is given as: `{Type, Message}`, or the frame that `encode_frame` made of it.
+enum Content<'a> {
+    Terms(Term<'a>, Term<'a>),
+    Frame(ResourceArc<Frame>),
+}
+
+impl<'a> Decoder<'a> for Content<'a> {
+    fn decode(term: Term<'a>) -> NifResult<Self> {
+        match term.decode() {
+            Ok((kind, message)) => Ok(Self::Terms(kind, message)),
+            Err(_) => Ok(Self::Frame(term.decode()?)),
+        }
+    }
+}
+
+impl<'a> Content<'a> {
+    /// `Refusal::Heavy`: too much work for a normal scheduler.
+    fn encode(self, limits: Limits) -> Result<(MessageType, Bytes), Refusal<'a>> {
+        match self {
+            Self::Terms(kind, message) => encode::frame(kind, message, limits, On::Normal),
+            Self::Frame(frame) => Ok((frame.kind, frame.bytes.clone())),
+        }
+    }
 }
 
 #[rustler::nif]
-fn send_frame<'a>(env: Env<'a>, tag: Term<'a>, to: Term<'a>, frame: ResourceArc<Frame>, timeout: Term<'a>) -> Term<'a> {
-    submit(env, tag, to, Content::Frame(&frame), timeout, send_message)
+fn send<'a>(env: Env<'a>, tag: Term<'a>, to: Term<'a>, content: Content<'a>, timeout: Term<'a>) -> Term<'a> {
+    submit(env, tag, to, content, timeout, send_message)
 }
 
 #[rustler::nif]
-fn request<'a>(
-    env: Env<'a>,
-    tag: Term<'a>,
-    to: Term<'a>,
-    kind: Term<'a>,
-    message: Term<'a>,
-    timeout: Term<'a>,
-) -> Term<'a> {
-    submit(env, tag, to, Content::Term(kind, message), timeout, send_request)
-}
-
-#[rustler::nif]
-fn request_frame<'a>(
-    env: Env<'a>,
-    tag: Term<'a>,
-    to: Term<'a>,
-    frame: ResourceArc<Frame>,
-    timeout: Term<'a>,
-) -> Term<'a> {
-    submit(env, tag, to, Content::Frame(&frame), timeout, send_request)
+fn request<'a>(env: Env<'a>, tag: Term<'a>, to: Term<'a>, content: Content<'a>, timeout: Term<'a>) -> Term<'a> {
+    submit(env, tag, to, content, timeout, send_request)
 }
 
 /// Encodes what is too much work for a normal scheduler.
@@ -226,29 +221,19 @@ fn encode_frame<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a>
     }
 }
 
-/// What to send.
-enum Content<'a, 'f> {
-    Term(Term<'a>, Term<'a>),
-    Frame(&'f Frame),
-}
-
 /// Validates and encodes, in the original's order: first the message, then the endpoint.
 fn submit<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     to: Term<'a>,
-    content: Content<'a, '_>,
+    content: Content<'a>,
     timeout: Term<'a>,
     send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &Whom<'_>, Message, Instant) -> Term<'a>,
 ) -> Term<'a> {
     // Locked for reading meanwhile, which is cheaper than counting one more reference; nothing here waits.
     let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
     let Some(engine) = &*engine else { return atoms::not_started().encode(env) };
-    let encoded = match content {
-        Content::Term(kind, message) => encode::frame(kind, message, engine.config().limits, On::Normal),
-        Content::Frame(frame) => Ok((frame.kind, frame.bytes.clone())),
-    };
-    let (kind, frame) = match encoded {
+    let (kind, frame) = match content.encode(engine.config().limits) {
         Ok(encoded) => encoded,
         Err(refusal) => return refused(env, &refusal),
     };
@@ -507,16 +492,11 @@ fn set_logger(logger: LocalPid) -> Atom {
 }
 
 #[rustler::nif]
-fn reply<'a>(env: Env<'a>, token: Term<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
-    match encode::frame(kind, message, limits(), On::Normal) {
+fn reply<'a>(env: Env<'a>, token: Term<'a>, content: Content<'a>) -> Term<'a> {
+    match content.encode(limits()) {
         Ok((_, frame)) => answer(env, token, frame),
         Err(refusal) => refused(env, &refusal),
     }
-}
-
-#[rustler::nif]
-fn reply_frame<'a>(env: Env<'a>, token: Term<'a>, frame: ResourceArc<Frame>) -> Term<'a> {
-    answer(env, token, frame.bytes.clone())
 }
 
 fn answer<'a>(env: Env<'a>, token: Term<'a>, frame: Bytes) -> Term<'a> {
@@ -664,20 +644,16 @@ fn path<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
 // ---- wire ----
 
 #[rustler::nif]
-fn encode<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
-    encoded(env, kind, message, On::Normal)
-}
-
-#[rustler::nif(schedule = "DirtyCpu")]
-fn encode_dirty<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>) -> Term<'a> {
-    encoded(env, kind, message, On::Dirty)
-}
-
-fn encoded<'a>(env: Env<'a>, kind: Term<'a>, message: Term<'a>, on: On) -> Term<'a> {
-    match encode::frame(kind, message, limits(), on) {
-        Ok((_, frame)) => (atoms::ok(), errors::bytes_term(env, &frame)).encode(env),
-        Err(refusal) => refused(env, &refusal),
-    }
+fn encode<'a>(env: Env<'a>, content: Content<'a>) -> Term<'a> {
+    let frame = match content {
+        // May be large, so it is not copied.
+        Content::Frame(frame) => frame.make_binary(env, |frame| &frame.bytes).to_term(env),
+        terms => match terms.encode(limits()) {
+            Ok((_, frame)) => errors::bytes_term(env, &frame),
+            Err(refusal) => return refused(env, &refusal),
+        },
+    };
+    (atoms::ok(), frame).encode(env)
 }
 
 #[rustler::nif]
