@@ -3,6 +3,7 @@
 use macula_peer_wire::{FrameError, PayloadError};
 use thiserror::Error;
 
+use crate::proto::codes::stream::{MALFORMED, TOO_DEEP, TOO_LARGE, TOO_MANY_TERMS, TOO_SLOW};
 use crate::proto::control::{GivenUp, Reason, Refusal};
 use crate::punch::Failure;
 
@@ -297,12 +298,6 @@ impl From<CircuitError> for PunchError {
         }
     }
 }
-
-const TOO_SLOW: u8 = 1;
-const MALFORMED: u8 = 2;
-const TOO_LARGE: u8 = 8;
-const TOO_DEEP: u8 = 9;
-const TOO_MANY_TERMS: u8 = 10;
 
 impl Rejection {
     /// The error code of a stream that stands for it (docs/protocol.md).

@@ -7,6 +7,9 @@
 
 use std::time::{Duration, Instant};
 
+/// Frames from this size on leave after all smaller ones. A 0.14.3 gateway reads none larger than this.
+pub const LARGE_FRAME: usize = 64 << 10;
+
 /// Messages closer together than this are a burst. A real gateway merged 0.2 % of messages that were 2 ms apart on one
 /// stream, and none at 5 ms.
 const BURST_GAP: Duration = Duration::from_millis(3);

@@ -13,13 +13,13 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use macula_peer_core::targets::Targets;
+use macula_peer_core::types::canonical;
 use macula_peer_core::unproven::Unproven;
 use quinn::Connection;
 use quinn::congestion::{Controller, ControllerFactory};
 use tokio::sync::Notify;
 
 use crate::congestion::{Observer, observed};
-use crate::socket::canonical;
 use crate::sync::lock;
 
 /// What may be sent to addresses of which a node knows nothing but what others say, by QUIC and as signals.

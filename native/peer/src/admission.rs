@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use macula_peer_core::access::{Access, Rules};
 use macula_peer_core::admission::{Answers, Kick, Kicked, Subject};
+use macula_peer_core::proto::codes::connection::{DENIED, UNDECIDED};
 use macula_peer_core::shares::{Client, Limits};
 use macula_peer_core::types::{Fingerprint, NodeId, Path};
 use quinn::Connection;
@@ -19,8 +20,8 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::addresses::Remote;
+use crate::counters::Counter;
 use crate::shares::{Held, Shares};
-use crate::stats::Counter;
 use crate::sync::lock;
 
 /// Questions that wait for their answers: in all, about one key, and about one address. Those that are more are not asked.
@@ -31,10 +32,6 @@ const LATE: Duration = Duration::from_millis(500);
 
 /// Guests that are looked at under the lock of their table.
 const PAGE: usize = 256;
-
-/// Application error codes of connections of our dialect: who connects is not let in, or cannot be at the moment.
-pub(crate) const DENIED: u8 = 8;
-pub(crate) const UNDECIDED: u8 = 9;
 
 /// Decides about those whom no list names.
 pub trait Admit: Send + Sync {

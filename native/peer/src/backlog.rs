@@ -9,7 +9,6 @@ use macula_peer_core::types::Fingerprint;
 use tokio::sync::Notify;
 
 use crate::decoding::MANY_TERMS;
-use crate::message::Inbound;
 use crate::sync::lock;
 
 /// Payload bytes in the backlog from which on reading stops: for one sender, and for all together.
@@ -28,13 +27,6 @@ pub enum Sender {
 impl Sender {
     pub(crate) fn new(key: Option<Fingerprint>, address: SocketAddr) -> Self {
         key.map_or(Self::Address(address), Self::Key)
-    }
-}
-
-impl Inbound {
-    /// Whose message it is.
-    pub fn sender(&self) -> Sender {
-        Sender::new(self.key, self.from)
     }
 }
 

@@ -2,41 +2,34 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::errors::ConnectError;
 use macula_peer_core::retry::Backoff;
 use macula_peer_core::types::{Dialect, Endpoint, Path};
 use macula_peer_core::witness::Witness;
 use quinn::congestion::{Controller, ControllerFactory};
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, ConnectError as Refusal, Connection, ConnectionError, TransportConfig, TransportErrorCode};
-use tokio::sync::{broadcast, oneshot};
+use quinn::{ClientConfig, ConnectionError, TransportConfig};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout, timeout_at};
 
 use crate::addresses::Proof;
-use crate::admission::{DENIED, UNDECIDED};
 use crate::config::Config;
 use crate::congestion::{Observer, observed};
+use crate::handshake::{handshake, not_begun, not_connected};
 use crate::link::Link;
-use crate::listen::{DIALLED_WINDOW, KNOWN_WAY, STREAM_WINDOW};
 use crate::names::Resolver;
-use crate::places::OVER_LIMIT;
 use crate::ports::Ports;
-use crate::relay::client::relay_transport;
-use crate::socket::{Current, ExtraGuard, Refusals, Refused, Why};
+use crate::socket::{Current, ExtraGuard, Refusals, Why, refused};
 use crate::sync::lock;
 use crate::tls::dialect_of;
-use macula_peer_core::errors::ConnectError;
+use crate::transport::{self, DIALLED_WINDOW, KNOWN_PATH_ROUND_TRIP, STREAM_WINDOW, set_idle_timeout};
 
 /// RFC 8305, section 5: the recommended delay before the next address is tried beside the first.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-
-/// Some networks drop packets that carry an ECN mark (RFC 9000, section 13.4.2). A handshake that has not been answered for
-/// this long goes on without: before quinn sends its first packet again, which it does after a second.
-const ECN_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A 0.14.3 gateway handshakes one connection after the other, a few milliseconds each, and refuses what comes
 /// meanwhile.
@@ -45,10 +38,6 @@ const REFUSED_LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// The TLS name for a host that is not a name TLS knows. No certificate is for it (RFC 6761, section 6.4).
 const NO_NAME: &str = "macula.invalid";
-
-/// RFC 9001, section 4.8: TLS alerts are QUIC errors from 0x100 on.
-const ALERTS: u64 = 0x100;
-const NO_APPLICATION_PROTOCOL: u64 = ALERTS + 120;
 
 /// To a peer on this host there is no network that a first burst could flood. A 0.14.3 gateway, which is often there,
 /// loses a frame that has to wait for the congestion window between two packets; this is 100 streams, its limit, with
@@ -165,7 +154,7 @@ impl Dialer {
     /// A link on a path that was found.
     pub(crate) async fn dial_punched(mut self, address: SocketAddr) -> Result<Link, ConnectError> {
         let address = self.socket.get().reachable(address).ok_or(ConnectError::OtherFamily)?;
-        self.initial_round_trip = Some(KNOWN_WAY);
+        self.initial_round_trip = Some(KNOWN_PATH_ROUND_TRIP);
         let mut link = self.connect(address, NO_NAME, &mut || ()).await?;
         link.path = Path::HolePunch;
         Ok(link)
@@ -269,7 +258,7 @@ impl Dialer {
             transport.initial_rtt(round_trip);
         }
         if self.to_relay {
-            relay_transport(&mut transport);
+            transport::to_relay(&mut transport);
         }
         let mut config = ClientConfig::new(self.tls.clone());
         config.transport_config(Arc::new(transport));
@@ -277,52 +266,10 @@ impl Dialer {
     }
 }
 
-/// Waits for a handshake, which either side may have begun, and continues it without ECN where that may be the
-/// obstacle. quinn itself stops marking when the first acknowledgement tells it that no mark has arrived.
-pub(crate) async fn handshake(
-    socket: &Current,
-    remote: SocketAddr,
-    connecting: impl Future<Output = Result<Connection, ConnectionError>>,
-) -> Result<Connection, ConnectionError> {
-    let mut connecting = pin!(connecting);
-    if let Ok(done) = timeout(ECN_PATIENCE, &mut connecting).await {
-        return done;
-    }
-    tracing::debug!(%remote, "not answered yet: going on without ECN");
-    socket.get().try_unmarked(remote);
-    let done = connecting.await;
-    if done.is_ok() {
-        socket.get().stay_unmarked(remote);
-    }
-    done
-}
-
 /// Whether a gateway on this host was stopped or busy during the handshake. quinn would pace the connection by that
 /// round trip for a long time, and cut the first burst, and a frame in it, after ten packets.
 fn stood_still(link: &Link) -> bool {
     link.dialect == Dialect::Macula && link.remote().ip().is_loopback() && link.connection.rtt() > STOOD_STILL
-}
-
-/// A silent peer is noticed by what it does not acknowledge; this is for links that carry nothing. Three keep-alives
-/// may be lost.
-pub(crate) fn idle_timeout(config: &Config) -> Duration {
-    config.keep_alive * 3
-}
-
-pub(crate) fn set_idle_timeout(transport: &mut TransportConfig, config: &Config) {
-    // A time beyond QUIC's 2^62 ms means none.
-    transport.max_idle_timeout(idle_timeout(config).try_into().ok());
-}
-
-/// Returns when nothing can be sent to `address`.
-pub(crate) async fn refused(refusals: &mut broadcast::Receiver<Refused>, address: SocketAddr) -> Why {
-    loop {
-        match refusals.recv().await {
-            Ok(refused) if refused.destination == address => return refused.why,
-            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
-        }
-    }
 }
 
 /// Publishes ICMP errors about packets that leave by another port.
@@ -340,46 +287,6 @@ fn is_v6(ip: IpAddr) -> bool {
 fn tls_name(endpoint: &Endpoint) -> String {
     let valid = rustls::pki_types::ServerName::try_from(endpoint.host()).is_ok();
     if valid { endpoint.host().into() } else { NO_NAME.into() }
-}
-
-pub(crate) fn not_begun(error: Refusal) -> ConnectError {
-    match error {
-        Refusal::InvalidRemoteAddress(_) => ConnectError::Unreachable,
-        other => ConnectError::Handshake(other.to_string()),
-    }
-}
-
-pub(crate) fn not_connected(error: ConnectionError) -> ConnectError {
-    let (code, untrusted) = match &error {
-        ConnectionError::TimedOut => return ConnectError::TimedOut,
-        ConnectionError::ConnectionClosed(close) => (close.error_code, ConnectError::NotTrusted),
-        ConnectionError::TransportError(error) => (error.code, ConnectError::Untrusted),
-        ConnectionError::ApplicationClosed(close) if close.error_code == DENIED.into() => {
-            return ConnectError::NotTrusted;
-        }
-        // It may be let in later.
-        ConnectionError::ApplicationClosed(close)
-            if [UNDECIDED, OVER_LIMIT].iter().any(|&code| close.error_code == code.into()) =>
-        {
-            return ConnectError::Refused;
-        }
-        other => return ConnectError::Handshake(other.to_string()),
-    };
-    match code {
-        TransportErrorCode::CONNECTION_REFUSED => ConnectError::Refused,
-        code if u64::from(code) == NO_APPLICATION_PROTOCOL => ConnectError::NoProtocol,
-        code if is_about_certificate(code) => {
-            tracing::debug!(%error, "not trusted");
-            untrusted
-        }
-        _ => ConnectError::Handshake(error.to_string()),
-    }
-}
-
-/// RFC 8446, section 6.2: from `bad_certificate` to `certificate_unknown`, `unknown_ca`, `access_denied`,
-/// `decrypt_error` (a signature is wrong) and `certificate_required`.
-fn is_about_certificate(code: TransportErrorCode) -> bool {
-    matches!(u64::from(code).checked_sub(ALERTS), Some(42..=46 | 48 | 49 | 51 | 116))
 }
 
 /// quinn's default controller, with a [`Witness`] looking on.
@@ -437,19 +344,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use crate::socket::{Socket, refusals, signals};
-
-    #[tokio::test]
-    async fn a_handshake_keeps_no_socket_that_was_replaced() {
-        let bind = || Socket::bind(Some(Ipv4Addr::LOCALHOST.into()), 0, None, refusals(), signals().0, Arc::default());
-        let (first, second) = (bind().unwrap(), bind().unwrap());
-        let (old, remote, current) = (Arc::downgrade(&first), second.local(), Current::new(first));
-        let mut waiting = pin!(handshake(&current, remote, std::future::pending()));
-        // It has changed what the first one sends by then.
-        assert!(timeout(2 * ECN_PATIENCE, &mut waiting).await.is_err());
-        current.set(second);
-        assert!(old.upgrade().is_none());
-    }
 
     #[tokio::test]
     async fn a_second_dial_ends_with_its_owner_or_by_itself() {

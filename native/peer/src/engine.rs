@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use macula_peer_core::access::Access;
 use macula_peer_core::admission::Kick;
+use macula_peer_core::errors::{RequestError, SendError};
 use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, RelayConfig, Target, Ways};
 use macula_peer_wire::RawFrame;
 use quinn::ServerConfig;
@@ -18,9 +19,10 @@ use crate::call::{Abandoned, Call};
 use crate::config::{Config, Shares};
 use crate::error::{ListenError, StartError};
 use crate::identity::{Identity, PreviousKey};
+use crate::inbound::{Fallback, Handler, Unhandled};
 use crate::known_keys::KnownKeys;
 use crate::listen::{self, Admission};
-use crate::message::{Fallback, Handler, Letter, Message, Unhandled};
+use crate::message::{Letter, Message};
 use crate::nat::{self, NatStatus};
 use crate::node::{Keys, Network, Node};
 use crate::peer::{Peer, Retired, Waiting};
@@ -33,7 +35,6 @@ use crate::socket::{self, Socket};
 use crate::stats::{PathStatus, Stats};
 use crate::sync::lock;
 use crate::tls::{self, Certificate, Trust, Verify};
-use macula_peer_core::errors::{RequestError, SendError};
 
 /// Threads that work on large payloads; when all are busy, others wait. Idle ones end after ten seconds.
 const BLOCKING_THREADS: usize = 64;

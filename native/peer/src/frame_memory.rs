@@ -9,7 +9,7 @@ use macula_peer_core::shares::{Client, Counts, Limits};
 use tokio::sync::Notify;
 
 use crate::config::Config;
-use crate::stats::Counter;
+use crate::counters::Counter;
 use crate::sync::lock;
 
 /// If nothing else is configured, there is room for as many of the largest frames, or of frames of this size.

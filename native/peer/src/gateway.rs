@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use macula_peer_core::errors::{Rejection, SendError};
 use macula_peer_core::handover::{self, Presence};
+use macula_peer_core::lanes::LARGE_FRAME;
 use macula_peer_core::proto::answers;
 use macula_peer_core::types::{Endpoint, PeerName};
 use macula_peer_wire::{MessageType, PayloadError, RawFrame, check_payload};
@@ -17,14 +19,15 @@ use tokio::sync::Notify;
 
 use crate::call::Call;
 use crate::config::{Config, HandOver, LocalGateway};
+use crate::counters::Counter;
 use crate::decoding::is_heavy;
-use crate::link::{LARGE_FRAME, Link};
-use crate::message::{Inbound, Letter, Message, NotTaken, ReplyToken, Unhandled};
+use crate::inbound::{Inbound, NotTaken, Unhandled};
+use crate::link::Link;
+use crate::message::{Asker, Letter, Message};
 use crate::node::Node;
 use crate::peer::Peer;
-use crate::stats::{Counter, GatewayStats};
+use crate::stats::GatewayStats;
 use crate::sync::lock;
-use macula_peer_core::errors::{Rejection, SendError};
 
 /// How long a message may take to be taken by the gateway, and is sent again if its connection dies. As long as the
 /// original's senders wait; one that is restarted by its supervisor is back before.
@@ -57,14 +60,6 @@ struct Line {
     peer: Arc<Peer>,
     /// Slow answers that are waited for.
     slow: Arc<AtomicUsize>,
-}
-
-/// Who waits for the gateway's answer to one message.
-#[derive(Debug)]
-pub(crate) struct Asker {
-    token: ReplyToken,
-    patience: Duration,
-    slow: Option<Arc<AtomicUsize>>,
 }
 
 impl Gateway {
@@ -297,21 +292,6 @@ impl Gateway {
             }
             Err(Unhandled::Malformed(error)) => Err(error),
             Err(_) => Ok(()),
-        }
-    }
-}
-
-impl Asker {
-    /// How long the answer is listened for.
-    pub(crate) fn patience(&self) -> Duration {
-        self.patience
-    }
-}
-
-impl Drop for Asker {
-    fn drop(&mut self) {
-        if let Some(slow) = &self.slow {
-            slow.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }

@@ -1,16 +1,16 @@
 //! Whether the node at the other end of a connection has a node id, or had another key before (docs/protocol.md).
 
 use bytes::{Bytes, BytesMut};
+use macula_peer_core::errors::ConnectError;
+use macula_peer_core::proto::codes::stream::WRONG_NODE;
+use macula_peer_core::proto::session::{ASK_NODE, FOR_NODE, put_header};
 use macula_peer_core::trust::Answer;
 use macula_peer_core::types::{Fingerprint, NodeId};
 use macula_peer_wire::HEADER_LEN;
 use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, WriteError};
 
-use crate::dial::not_connected;
-use crate::listen::WRONG_NODE;
-use crate::session::{ASK_NODE, FOR_NODE, put_header};
+use crate::handshake::not_connected;
 use crate::succession;
-use macula_peer_core::errors::ConnectError;
 
 /// The type id of the frame that asks for the word of an old key.
 pub(crate) const ASK_SUCCESSION: u8 = 0xF6;

@@ -11,16 +11,22 @@ mod backlog;
 mod call;
 mod config;
 mod congestion;
+mod counters;
 mod decoding;
 mod descriptors;
 mod dial;
 mod engine;
 mod error;
+mod event;
+mod expected;
 mod frame_memory;
 mod gateway;
+mod handshake;
 mod hello;
 mod identity;
+mod inbound;
 mod known_keys;
+mod lifecycle;
 mod link;
 mod listen;
 mod message;
@@ -46,6 +52,7 @@ mod succession;
 mod sync;
 mod tls;
 mod transfer;
+mod transport;
 mod turns;
 
 pub use admission::{AdmissionAnswer, AdmissionCallback, AdmissionQuestion, AdmissionStats, Admit, NotAdmitted};
@@ -53,7 +60,9 @@ pub use backlog::{Backlog, Sender, Ticket};
 pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Shares};
 pub use engine::{Engine, Listen};
 pub use error::{IdentityError, KnownKeysError, ListenError, PemError, ReplyError, StartError, TlsError};
+pub use event::{Event, Registration};
 pub use identity::{Identity, shown_key};
+pub use inbound::{Fallback, Handler, Inbound, NotTaken, ReplyToken, Unhandled};
 pub use macula_peer_core::access::{Access, AccessList, Network, NotANetwork};
 pub use macula_peer_core::admission::Kick;
 pub use macula_peer_core::errors::{
@@ -65,7 +74,7 @@ pub use macula_peer_core::types::{
     Dialect, Endpoint, EndpointError, EndpointRef, Fingerprint, NodeId, NotAFingerprint, Path, PeerName, RelayConfig,
     Secret, Target, Ways,
 };
-pub use message::{Event, Fallback, Handler, Inbound, Message, NotTaken, Registration, ReplyToken, Unhandled};
+pub use message::Message;
 pub use nat::NatStatus;
 pub use peer::Waiting;
 pub use relay::clients::MAX_RELAYS;

@@ -13,22 +13,22 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use macula_peer_core::lanes::{Choice, Lanes};
-use macula_peer_core::types::{Dialect, Fingerprint, Path};
+use macula_peer_core::lanes::{Choice, LARGE_FRAME, Lanes};
+use macula_peer_core::types::{Dialect, Fingerprint, Path, canonical};
 use macula_peer_core::witness::{Mark, Witness};
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, ConnectionStats, RecvStream, SendStream, StreamId};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::gateway::Asker;
 use crate::hello;
 use crate::identity::shown_key;
 use crate::listen::Accepted;
-use crate::message::Letter;
-use crate::socket::{ExtraGuard, canonical};
+use crate::message::{Asker, Letter};
+use crate::socket::ExtraGuard;
 use crate::stats::LinkStats;
 use crate::sync::{lock, now_or_never};
+use crate::transfer::{Write, is_acknowledged, write_now};
 
 /// Callers write themselves while fewer bytes than this, about two packets, are unacknowledged: a lone message leaves at
 /// once. Beyond that the peer's task writes for all of them. The connection's lock is then taken by one thread beside the
@@ -46,9 +46,6 @@ const ASK_AFTER: Duration = Duration::from_secs(1);
 /// A lane whose last message is not proven to have arrived after this long, and a round trip, is finished: the end of a
 /// stream is acknowledged by itself. Nothing may have left since that would have told; well before the link is doubted.
 const LANE_PATIENCE: Duration = Duration::from_millis(150);
-
-/// Frames from this size on leave behind all smaller ones. A 0.14.3 gateway reads none larger than this.
-pub(crate) const LARGE_FRAME: usize = 64 << 10;
 
 /// Priorities of small streams to a 0.14.3 gateway; those of large ones lie below. When they are used up they begin again,
 /// and for a moment newer frames leave before older ones.
@@ -649,30 +646,6 @@ impl Answer {
             }
         }
     }
-}
-
-pub(crate) enum Write {
-    All,
-    Part(Bytes),
-    Failed,
-}
-
-pub(crate) fn write_now(send: &mut SendStream, frame: &Bytes) -> Write {
-    let mut rest = [frame.clone()];
-    match now_or_never(send.write_chunks(&mut rest)) {
-        Some(Ok(written)) if written.chunks == 1 => Write::All,
-        Some(Err(_)) => Write::Failed,
-        Some(Ok(_)) | None => {
-            let [rest] = rest;
-            Write::Part(rest)
-        }
-    }
-}
-
-/// Whether all data of a finished stream, its end included, is acknowledged: the transport has forgotten the stream.
-/// Asking for its priority is the cheapest way to find out; `stopped` would keep a waker for each.
-pub(crate) fn is_acknowledged(send: &SendStream) -> bool {
-    send.priority().is_err()
 }
 
 fn is_stopped(proof: &Proof) -> bool {

@@ -12,11 +12,15 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use macula_peer_core::errors::Rejection;
 use macula_peer_core::growth::Growth;
 use macula_peer_core::proto::answers;
+use macula_peer_core::proto::codes::connection::{NO_CERTIFICATE, OVER_LIMIT, UNEXPECTED};
+use macula_peer_core::proto::codes::stream::{MALFORMED, NOT_A_RELAY, REQUEST_FORGOTTEN, TOO_SLOW, WRONG_NODE};
+use macula_peer_core::proto::session::{ASK_NODE, FOR_NODE, OPEN_CONTROL, OPEN_SESSION, REQUEST};
 use macula_peer_core::requests::{Asked, Ended, RequestId};
-use macula_peer_core::shares::{Client, Counts, Limits};
-use macula_peer_core::types::{Dialect, Fingerprint, Path};
+use macula_peer_core::shares::Client;
+use macula_peer_core::types::{Dialect, Fingerprint, Path, canonical};
 use macula_peer_core::weights::Owner;
 use macula_peer_wire::{FrameError, HEADER_LEN, Header, MessageType, RawFrame, Reassembler};
 use quinn::crypto::rustls::QuicServerConfig;
@@ -28,47 +32,38 @@ use tokio::time::{MissedTickBehavior, timeout};
 use crate::addresses::Remote;
 use crate::backlog::Sender;
 use crate::config::Config;
+use crate::counters::Counter;
 use crate::decoding::is_heavy;
-use crate::dial::{handshake, idle_timeout};
+use crate::expected::Caller;
 use crate::frame_memory::Reserved;
-use crate::hello;
+use crate::handshake::handshake;
 use crate::identity::{sender_key, shown_key};
-use crate::link::{Link, Write, is_acknowledged, write_now};
-use crate::message::{AnswerQueue, Asking, Inbound, ReplyTo, ReplyToken, Route};
+use crate::inbound::{AnswerQueue, Asking, Inbound, ReplyTo, ReplyToken, Route};
+use crate::link::Link;
 use crate::node::Node;
-use crate::peer::{MAX_ANSWERING, Peer, deadline};
-use crate::places::{Arrived, OVER_LIMIT, Place};
+use crate::peer::Peer;
+use crate::places::{Arrived, Place};
 use crate::relay::server::Opener;
-use crate::relay::{RECEIVE_BUFFER, client};
 use crate::request::Named;
-use crate::session;
-use crate::socket::{ExtraGuard, canonical};
-use crate::stats::{AcceptedStats, Counter, LinkStats};
-use crate::sync::{lock, now_or_never};
+use crate::stats::{AcceptedStats, LinkStats};
+use crate::sync::{deadline, lock, now_or_never};
 use crate::tls::dialect_of;
-use crate::transfer;
+use crate::transfer::{self, Write, is_acknowledged, write_now};
+use crate::transport::{
+    CONNECTION_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_PATH_ROUND_TRIP, MAX_ANSWERING, RELAY_IDLE_TIMEOUT,
+    RELAY_RECEIVE_BUFFER, STREAM_WINDOW, idle_timeout,
+};
 use crate::turns::QUANTUM;
-use macula_peer_core::errors::Rejection;
-
-/// Who connects and then says nothing is let go after this long. QUIC's handshake takes one round trip and a half.
-pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+use crate::{hello, session};
 
 /// Frames that are much work and wait for their turn, from which on a connection may begin no more streams: one that is
 /// read to its end gives its credit back, whether its frame was handed over or not.
 const WAITING_FRAMES: usize = 16;
 
-/// Bytes that may be on their way to one connection unread, over all its streams and on one.
-const CONNECTION_WINDOW: u32 = 8 << 20;
-
 /// So many connections of one address have such a window each, and as many streams as are allowed. Of more each one has less,
 /// down to the least.
 const FULL_CONNECTIONS: u32 = 32;
 const LEAST_WINDOW: u32 = 128 << 10;
-
-pub(crate) const STREAM_WINDOW: u32 = 1 << 20;
-
-/// The same where answers come too: those that wait to be read, because they are large, must not hold up the others.
-pub(crate) const DIALLED_WINDOW: u32 = CONNECTION_WINDOW + MAX_ANSWERING * STREAM_WINDOW;
 
 /// A token that is kept longer than this answers nothing: the stream and its memory are let go.
 pub(crate) const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
@@ -101,32 +96,8 @@ const FIRST_STREAMS: u32 = 32;
 /// somebody may ask something.
 const LEAST_STREAMS: u32 = 4;
 
-/// Application error codes on streams: the frame took too long, or was not a frame; no relay here; this node has
-/// another id than the one that the stream is for; it does not know the request that is asked again.
-pub(crate) const SLOW_FRAME: u8 = 1;
-pub(crate) const NOT_A_FRAME: u8 = 2;
-pub(crate) const NOT_A_RELAY: u8 = 4;
-pub(crate) const WRONG_NODE: u8 = 7;
-pub(crate) const FORGOTTEN: u8 = 11;
-
-/// Application error codes of connections of our dialect: no certificate was shown; not the one that was expected.
-const NO_CERTIFICATE: u8 = 5;
-const UNEXPECTED: u8 = 6;
-
 /// Streams that a sender may open and needs no answer on. As a 0.14.3 gateway has it.
 const ONE_WAY_STREAMS: u8 = 3;
-
-/// A handshake follows at once when a path has been made; its first packets may be lost.
-pub(crate) const EXPECTED_FOR: Duration = Duration::from_secs(10);
-
-/// Addresses that nodes may be expected from at once, and of these those that are for one key: a session has some, and
-/// nobody else's give way to those of one who begins one session after the other.
-const MAX_EXPECTED: usize = 1024;
-const MAX_EXPECTED_PER_KEY: usize = 32;
-
-/// The round trip of a way on which packets have just gone, as long as it is not measured: most are shorter. quinn's 333 ms
-/// are for ways of which nothing is known, and make a handshake's lost packet cost a second.
-pub(crate) const KNOWN_WAY: Duration = Duration::from_millis(100);
 
 /// How often others go first before a handshake begins. A message and its answer take about as many tasks, one after the
 /// other, and no more than one or two handshakes are to begin meanwhile.
@@ -173,9 +144,9 @@ impl Admission {
         Self::with_transport(tls, strict, |strict| {
             let mut transport = Transport::new(strict, config);
             if relay {
-                transport.datagrams = Some(RECEIVE_BUFFER);
+                transport.datagrams = Some(RELAY_RECEIVE_BUFFER);
                 // Nodes probe at their own pace, whatever this one's is for others.
-                transport.idle_timeout = client::IDLE_TIMEOUT.max(transport.idle_timeout);
+                transport.idle_timeout = RELAY_IDLE_TIMEOUT.max(transport.idle_timeout);
             }
             transport
         })
@@ -184,7 +155,7 @@ impl Admission {
     /// For connections over circuits, and on paths that both nodes have made.
     pub(crate) fn over_known_ways(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
         Self::with_transport(tls, strict, |strict| Transport {
-            initial_round_trip: Some(KNOWN_WAY),
+            initial_round_trip: Some(KNOWN_PATH_ROUND_TRIP),
             ..Transport::new(strict, config)
         })
     }
@@ -273,64 +244,6 @@ impl Transport {
     }
 }
 
-/// Addresses that nodes are about to connect from, for as long as they may.
-pub(crate) struct Expected {
-    /// Several of one address: who is expected wrote it on his packets, and it may be another's.
-    callers: HashMap<SocketAddr, Vec<Caller>>,
-    taken: Counts,
-    next_ticket: u64,
-}
-
-impl Default for Expected {
-    fn default() -> Self {
-        let limits = Limits { total: MAX_EXPECTED, per_key: MAX_EXPECTED_PER_KEY, per_address: MAX_EXPECTED };
-        Self { callers: HashMap::new(), taken: Counts::new(limits), next_ticket: 0 }
-    }
-}
-
-#[derive(Clone)]
-struct Caller {
-    ticket: u64,
-    key: Fingerprint,
-    /// The socket that it is heard by, if not the main one.
-    extra: Option<Arc<ExtraGuard>>,
-    /// Told when it has connected.
-    connected: Arc<Notify>,
-}
-
-impl Expected {
-    /// Expects a key until its ticket is given back. `None`: there are too many, and who is not expected tries again later.
-    pub(crate) fn insert(
-        &mut self,
-        address: SocketAddr,
-        key: Fingerprint,
-        extra: Option<Arc<ExtraGuard>>,
-        connected: Arc<Notify>,
-    ) -> Option<u64> {
-        self.taken.take(&Client::new(key, address.ip()), 1).ok()?;
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        self.callers.entry(address).or_default().push(Caller { ticket, key, extra, connected });
-        Some(ticket)
-    }
-
-    pub(crate) fn remove(&mut self, address: SocketAddr, ticket: u64) {
-        if let Some(callers) = self.callers.get_mut(&address) {
-            let index = callers.iter().position(|caller| caller.ticket == ticket);
-            if let Some(Caller { key, .. }) = index.map(|index| callers.remove(index)) {
-                self.taken.give_back(&Client::new(key, address.ip()), 1);
-            }
-            if callers.is_empty() {
-                self.callers.remove(&address);
-            }
-        }
-    }
-
-    fn at(&self, address: SocketAddr) -> Option<Vec<Caller>> {
-        self.callers.get(&address).cloned()
-    }
-}
-
 /// The listener, and the connections that it has accepted.
 struct Listener {
     admission: watch::Receiver<Option<Admission>>,
@@ -375,7 +288,7 @@ pub(crate) async fn accept(node: Arc<Node>) {
                 Some(incoming) => {
                     let begun = Instant::now();
                     let admission = listener.admission();
-                    let callers = lock(&node.expected).at(canonical(incoming.remote_address()));
+                    let callers = node.expected.at(canonical(incoming.remote_address()));
                     match (callers, admission) {
                         (None, None) => incoming.ignore(),
                         _ if !node.admissions.permit_address(incoming.remote_address()) => incoming.refuse(),
@@ -618,7 +531,7 @@ impl Serving {
                 return;
             }
             Delivered::ForAnother => return stream.end(send, WRONG_NODE),
-            Delivered::Forgotten => return stream.end(send, FORGOTTEN),
+            Delivered::Forgotten => return stream.end(send, REQUEST_FORGOTTEN),
         }
         if let Some(send) = send {
             let (request, until) = (stream.request.map(|(id, _)| id), Instant::now() + REPLY_TIMEOUT);
@@ -671,7 +584,7 @@ impl Serving {
             (Write::Part(rest), request) => {
                 let Some(waiting) = self.node.unread.begin(self.accepted.client(), rest.len()) else {
                     // Already closed is as good.
-                    let _ = send.reset(SLOW_FRAME.into());
+                    let _ = send.reset(TOO_SLOW.into());
                     return;
                 };
                 let (node, accepted) = (self.node.clone(), self.accepted.clone());
@@ -679,7 +592,7 @@ impl Serving {
                     let _waiting = waiting;
                     if !transfer::write(&mut send, rest).await {
                         // Already closed is as good.
-                        let _ = send.reset(SLOW_FRAME.into());
+                        let _ = send.reset(TOO_SLOW.into());
                     } else if let Some(request) = request {
                         accepted.arrives(&node, request, send).await;
                     }
@@ -835,7 +748,7 @@ impl Stream {
                 }
                 Delivered::Refused(_) => return,
                 Delivered::ForAnother => return self.end(send, WRONG_NODE),
-                Delivered::Forgotten => return self.end(send, FORGOTTEN),
+                Delivered::Forgotten => return self.end(send, REQUEST_FORGOTTEN),
             }
             if !self.reading && !paused {
                 replies = None;
@@ -937,12 +850,12 @@ impl Stream {
             };
             if self.accepted.dialect == Dialect::MaculaPeer1 {
                 match frame.type_id() {
-                    session::OPEN_SESSION | session::OPEN_CONTROL | session::ASK_NODE | hello::ASK_SUCCESSION => {
+                    OPEN_SESSION | OPEN_CONTROL | ASK_NODE | hello::ASK_SUCCESSION => {
                         return Delivered::Opened(frame);
                     }
-                    session::FOR_NODE if self.node.serves(frame.payload()) => continue,
-                    session::FOR_NODE => return Delivered::ForAnother,
-                    session::REQUEST => match Named::parse(frame.payload()) {
+                    FOR_NODE if self.node.serves(frame.payload()) => continue,
+                    FOR_NODE => return Delivered::ForAnother,
+                    REQUEST => match Named::parse(frame.payload()) {
                         Some(request) => {
                             self.request = Some(request);
                             continue;
@@ -994,10 +907,10 @@ impl Stream {
     /// Reads a stream of the engine's own to its end.
     async fn opened(mut self, opening: RawFrame, send: Option<SendStream>) {
         let Some(mut send) = send else { return self.refuse(Rejection::Malformed) };
-        if opening.type_id() == session::OPEN_SESSION {
-            return session::receive(self, send, opening.into_payload()).await;
+        if opening.type_id() == OPEN_SESSION {
+            return session::receive::receive(self, send, opening.into_payload()).await;
         }
-        if opening.type_id() == session::ASK_NODE {
+        if opening.type_id() == ASK_NODE {
             let answer = self.node.answer(opening.payload());
             return hello::reply(self.receive, send, answer).await;
         }
@@ -1028,7 +941,7 @@ impl Stream {
     pub(crate) fn refuse(&mut self, why: Rejection) {
         self.node.counters.malformed.add(1);
         let error = match self.accepted.dialect {
-            Dialect::Macula => NOT_A_FRAME,
+            Dialect::Macula => MALFORMED,
             Dialect::MaculaPeer1 => why.code(),
         };
         // Already closed is as good.
@@ -1079,7 +992,7 @@ impl Stream {
     pub(crate) fn too_slow(&mut self) {
         self.node.counters.malformed.add(1);
         // Already closed is as good.
-        let _ = self.receive.stop(SLOW_FRAME.into());
+        let _ = self.receive.stop(TOO_SLOW.into());
     }
 }
 
@@ -1319,10 +1232,6 @@ mod tests {
     use crate::identity::Identity;
     use crate::tls::{Trust, Verify, circuit_server};
 
-    fn keys(expected: &Expected, address: SocketAddr) -> Vec<Fingerprint> {
-        expected.at(address).into_iter().flatten().map(|caller| caller.key).collect()
-    }
-
     /// The task used to notice a new listener only after it had accepted for it, and then ended what it had accepted.
     #[tokio::test]
     async fn a_connection_that_comes_while_the_listener_begins_is_kept_and_ends_with_it() {
@@ -1349,36 +1258,5 @@ mod tests {
             while listener.connections.join_next().await.is_some() {}
             assert_eq!(Arc::strong_count(&alive), 1);
         }
-    }
-
-    #[test]
-    fn who_is_expected_twice_is_so_until_both_tickets_are_back() {
-        let (mut expected, address) = (Expected::default(), "20.0.0.1:7000".parse().unwrap());
-        let (one, other) = ([1; 32].into(), [2; 32].into());
-        let tickets = [one, one, other].map(|key| expected.insert(address, key, None, Arc::default()).unwrap());
-        assert_eq!(keys(&expected, address), [one, one, other], "nobody takes another's place");
-        expected.remove(address, tickets[0]);
-        assert_eq!(keys(&expected, address), [one, other]);
-        expected.remove(address, tickets[0]);
-        expected.remove(address, tickets[2]);
-        assert_eq!(keys(&expected, address), [one]);
-        expected.remove(address, tickets[1]);
-        assert!(expected.at(address).is_none() && expected.callers.is_empty());
-        assert_eq!(expected.taken.total(), 0);
-    }
-
-    #[test]
-    fn one_key_does_not_take_all_the_room() {
-        let mut expected = Expected::default();
-        let address = |port| SocketAddr::from(([20, 0, 0, 1], port));
-        let mut insert = |key, ports: std::ops::Range<u16>| {
-            ports
-                .filter(|port| expected.insert(address(*port), [key; 32].into(), None, Arc::default()).is_some())
-                .count()
-        };
-        assert_eq!(insert(1, 0..5000), MAX_EXPECTED_PER_KEY);
-        assert_eq!(insert(2, 0..10), 10);
-        let all: usize = (3..100).map(|key| insert(key, 0..5000)).sum();
-        assert_eq!(all, MAX_EXPECTED - MAX_EXPECTED_PER_KEY - 10);
     }
 }

@@ -5,13 +5,12 @@
 //! answers mean, `decide::nat` knows.
 
 use std::cmp::Reverse;
-use std::io;
-use std::mem;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
+use std::{io, mem};
 
 use macula_peer_core::coordinate::is_local;
 use macula_peer_core::nat::{NatProfile, Observations, Unsolicited};
@@ -19,18 +18,18 @@ use macula_peer_core::proto::signal::{AnswerFrom, Body, Key, MAX_LEN, Signal, Un
 use macula_peer_core::punch::MAX_CANDIDATES;
 use macula_peer_core::retry::Backoff;
 use macula_peer_core::shares::Bucket;
-use macula_peer_core::types::Endpoint;
+use macula_peer_core::types::{Endpoint, canonical};
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
-use crate::message::Event;
+use crate::event::Event;
 use crate::node::Node;
 use crate::relay::client::Probed;
 use crate::relay::registration::Description;
-use crate::socket::{AFTER_ERROR, Received, Socket, canonical};
+use crate::socket::{AFTER_ERROR, Received, Socket};
 use crate::sync::lock;
 
 /// A node registers at all its relays at once, and they answer within a round trip of each other, or a lost packet later.

@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
 use macula_peer_core::access::Access;
 use macula_peer_core::admission::Kick;
+use macula_peer_core::errors::{CircuitError, ConnectError, Rejection, UndeliveredReason};
 use macula_peer_core::proto::signal::{Kind, Unverified};
 use macula_peer_core::reports::Reports;
 use macula_peer_core::requests::Requests;
@@ -21,22 +22,27 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::AbortHandle;
 use tokio::time::{timeout, timeout_at};
 
 use crate::admission::Admissions;
 use crate::backlog::{Backlog, Sender};
 use crate::config::{Config, Shares};
+use crate::counters::NodeCounters;
 use crate::decoding::Decoding;
-use crate::dial::{Dialer, SecondDials, not_connected};
+use crate::dial::{Dialer, SecondDials};
+use crate::event::{Event, Registration};
+use crate::expected::Expected;
 use crate::frame_memory::FrameMemory;
-use crate::gateway::{Asker, Gateway};
-use crate::hello;
+use crate::gateway::Gateway;
+use crate::handshake::not_connected;
 use crate::identity::Identity;
+use crate::inbound::{Fallback, Handler, Inbound, NotTaken, Route, Unhandled};
 use crate::known_keys::KnownKeys;
+use crate::lifecycle::Lifecycle;
 use crate::link::Link;
-use crate::listen::{Accepted, AcceptedTable, Admission, Expected};
-use crate::message::{Event, Fallback, Handler, Inbound, Letter, NotTaken, Registration, Route, Unhandled};
+use crate::listen::{Accepted, AcceptedTable, Admission};
+use crate::message::{Asker, Letter};
 use crate::names::Resolver;
 use crate::nat::Nat;
 use crate::peer::{self, Peer};
@@ -48,16 +54,14 @@ use crate::relay::registration::Description;
 use crate::relay::responder::{Closed, Responder};
 use crate::relay::server::Relay;
 use crate::runtime::BatchingRuntime;
-use crate::session::Sessions;
+use crate::session::receive::Sessions;
 use crate::shares::Unread;
 use crate::socket::{self, Current, Received, Refusals, Signals, Socket, Via};
-use crate::stats::{NodeCounters, Stats};
-use crate::succession;
+use crate::stats::Stats;
 use crate::sync::{lock, now_or_never};
 use crate::tls::Verify;
 use crate::turns::Queue;
-use macula_peer_core::errors::CircuitError;
-use macula_peer_core::errors::{ConnectError, Rejection, UndeliveredReason};
+use crate::{hello, succession};
 
 /// How long events wait for the first handler: the one of the settings is set once the engine has started.
 const EARLY: Duration = Duration::from_secs(1);
@@ -87,7 +91,7 @@ pub(crate) struct Node {
     pub(crate) places: Arc<Places>,
     /// For frames above some kilobytes that are arriving.
     pub(crate) arriving: Arc<FrameMemory>,
-    pub(crate) sessions: Sessions,
+    pub(crate) sessions: Arc<Sessions>,
     /// Those that this node was asked.
     pub(crate) requests: Arc<Mutex<Requests<Route>>>,
     pub(crate) unread: Unread,
@@ -95,7 +99,7 @@ pub(crate) struct Node {
     /// Who may connect, while this node listens.
     pub(crate) listening: watch::Sender<Option<Admission>>,
     /// Addresses that nodes are about to connect from, whether this one listens or not.
-    pub(crate) expected: Mutex<Expected>,
+    pub(crate) expected: Arc<Expected>,
     pub(crate) puncher: Puncher,
     /// Local ports beside the main socket's.
     pub(crate) ports: Arc<Ports>,
@@ -130,10 +134,7 @@ pub(crate) struct Node {
     reports: Mutex<Reports<Report>>,
     /// Events from the start, before the handler is set.
     early: Mutex<Option<Vec<Event>>>,
-    tasks: Mutex<JoinSet<()>>,
-    runtime: Handle,
-    stopping: watch::Sender<bool>,
-    started: Instant,
+    pub(crate) lifecycle: Arc<Lifecycle>,
 }
 
 /// Who this node is, and whom it knows.
@@ -182,6 +183,12 @@ impl Said {
     }
 }
 
+/// Another connection with the holder of a key.
+fn elsewhere(node: &Weak<Node>) -> impl Fn(Fingerprint) -> Option<Connection> + Send + Sync + use<> {
+    let node = node.clone();
+    move |key| node.upgrade()?.connection_with(key)
+}
+
 struct ServingRelay {
     relay: Arc<Relay>,
     /// The task of its other sockets.
@@ -205,14 +212,15 @@ impl Node {
     ) -> Arc<Self> {
         let Keys { identity, known } = keys;
         let Network { quic, socket, refusals, signals } = network;
-        let mut tasks = JoinSet::new();
-        let errors = tasks.spawn_on(socket.clone().watch_errors(), &runtime);
+        let lifecycle = Arc::new(Lifecycle::new(runtime));
+        let errors = lifecycle.spawn(socket.clone().watch_errors());
         let admissions = Admissions::new(config.access.clone());
         let backlog = Arc::<Backlog>::default();
         let gateway = config.gateway.as_ref().map(|gateway| Arc::new(Gateway::new(gateway, &config)));
         let unread = Unread::new(config.limits.max_frame);
         let busy = Queue::new(config.workers.max(1));
-        Arc::new(Self {
+        Arc::new_cyclic(|this: &Weak<Self>| Self {
+            sessions: Sessions::new(config.max_known_sessions, lifecycle.clone(), unread.clone(), elsewhere(this)),
             identity,
             quic,
             refusals,
@@ -221,13 +229,12 @@ impl Node {
             accepted: Mutex::default(),
             arriving: FrameMemory::new(&config),
             places: Places::new(&Shares::default().limits(config.max_accepted)),
-            sessions: Sessions::new(config.max_known_sessions),
             requests: Arc::new(Mutex::new(Requests::new(config.max_known_requests))),
             config,
             unread,
             clients,
             listening: watch::Sender::new(None),
-            expected: Mutex::default(),
+            expected: Arc::default(),
             puncher: Puncher::default(),
             ports: Arc::default(),
             second_dials: Arc::default(),
@@ -253,10 +260,7 @@ impl Node {
             handler: RwLock::default(),
             reports: Mutex::default(),
             early: Mutex::new(Some(Vec::new())),
-            tasks: Mutex::new(tasks),
-            runtime,
-            stopping: watch::channel(false).0,
-            started: Instant::now(),
+            lifecycle,
         })
     }
 
@@ -600,7 +604,7 @@ impl Node {
     pub(crate) fn become_relay(self: &Arc<Self>, config: RelayConfig) -> std::io::Result<()> {
         self.be_no_relay();
         let bind = || {
-            let _inside = self.runtime.enter();
+            let _inside = self.lifecycle.enter();
             let reserved = self.config.reserved_port(None);
             Responder::bind(self.socket().local().ip(), config.probe_ip, config.probe_port, reserved)
         };
@@ -668,7 +672,7 @@ impl Node {
         if let Some((quic, bound)) = &*loopback {
             return Ok((quic.clone(), bound.socket.clone()));
         }
-        let _inside = self.runtime.enter();
+        let _inside = self.lifecycle.enter();
         let open = || {
             // It gets no signals.
             let (signals, _) = socket::signals();
@@ -733,13 +737,13 @@ impl Node {
 
     /// Moves the endpoint, with its live links, to another local address.
     pub(crate) fn rebind(&self, ip: Option<IpAddr>, port: u16) -> std::io::Result<()> {
-        let _inside = self.runtime.enter();
+        let _inside = self.lifecycle.enter();
         let reserved = self.config.reserved_port(ip);
         let (refusals, signals) = (self.refusals.clone(), self.signals.clone());
         let addresses = self.socket().addresses().clone();
         let socket = Socket::bind(ip, port, reserved, refusals, signals, addresses)?;
         self.quic.rebind_abstract(socket.clone())?;
-        let errors = lock(&self.tasks).spawn_on(socket.clone().watch_errors(), &self.runtime);
+        let errors = self.spawn(socket.clone().watch_errors());
         let mut bound = lock(&self.socket);
         bound.socket.set(socket);
         std::mem::replace(&mut bound.errors, errors).abort();
@@ -823,9 +827,7 @@ impl Node {
 
     /// Runs a task for as long as the engine runs.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) -> AbortHandle {
-        let mut tasks = lock(&self.tasks);
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn_on(task, &self.runtime)
+        self.lifecycle.spawn(task)
     }
 
     pub(crate) fn set_handler(self: &Arc<Self>, handler: Option<Arc<dyn Handler>>) {
@@ -1004,26 +1006,26 @@ impl Node {
 
     /// Milliseconds since the start: what fits an atomic.
     pub(crate) fn clock(&self, now: Instant) -> u64 {
-        now.saturating_duration_since(self.started).as_millis() as u64
+        self.lifecycle.clock(now)
     }
 
     pub(crate) fn instant(&self, clock: u64) -> Instant {
-        self.started + Duration::from_millis(clock)
+        self.lifecycle.instant(clock)
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
-        *self.stopping.borrow()
+        self.lifecycle.is_stopping()
     }
 
     pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
-        self.stopping.subscribe()
+        self.lifecycle.stopping()
     }
 
     /// Ends every task; peers have their time to send what is on its way.
     pub(crate) async fn stop(self: &Arc<Self>) {
         let peers = {
             let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
-            self.stopping.send_replace(true);
+            self.lifecycle.stop();
             std::mem::take(&mut *peers)
         };
         self.clients.stop();
@@ -1032,7 +1034,6 @@ impl Node {
             peer.retire();
         }
         drop(peers);
-        let mut tasks = std::mem::take(&mut *lock(&self.tasks));
         lock(&self.socket).errors.abort();
         self.ports.clear();
         self.second_dials.end();
@@ -1040,7 +1041,7 @@ impl Node {
         if let Some((_, bound)) = &loopback {
             bound.errors.abort();
         }
-        while tasks.join_next().await.is_some() {}
+        self.lifecycle.ended().await;
         self.set_handler(None);
         for quic in loopback.iter().map(|(quic, _)| quic).chain([&self.quic]) {
             quic.close(0u8.into(), b"");

@@ -12,6 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use macula_peer_core::errors::{
+    ConnectError, Failures, PunchError, Rejection, RequestError, RouteError, SendError, UndeliveredReason,
+};
 use macula_peer_core::growth::Growth;
 use macula_peer_core::liveness::{Liveness, Seen};
 use macula_peer_core::lookup::Lookup;
@@ -29,23 +32,22 @@ use tokio::time::sleep_until;
 use crate::backlog::Sender;
 use crate::call::{Call, Cancel};
 use crate::config::Delivery;
+use crate::counters::PeerCounters;
 use crate::decoding::is_heavy;
-use crate::dial::refused;
+use crate::event::Event;
+use crate::inbound::Inbound;
 use crate::link::{Answered, DIRECT_WRITES, Link, Partial, Swept, Written};
 use crate::listen::serve_link;
-use crate::message::{Event, Inbound, Letter};
+use crate::message::Letter;
 use crate::node::Node;
 use crate::race::{self, Race};
 use crate::relay::registration::Description;
-use crate::request;
-use crate::session::{Progress, Session, Taken};
-use crate::socket::{Refused, Why};
-use crate::stats::{PathStatus, PeerCounters, PeerStats};
-use crate::sync::lock;
-use crate::transfer;
-use macula_peer_core::errors::Failures;
-use macula_peer_core::errors::PunchError;
-use macula_peer_core::errors::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
+use crate::session::send::{Progress, Session, Taken};
+use crate::socket::{Refused, Why, refused};
+use crate::stats::{PathStatus, PeerStats};
+use crate::sync::{deadline, lock};
+use crate::transport::MAX_ANSWERING;
+use crate::{request, transfer};
 
 /// Messages that are accepted for a live link while it is busy or has no stream to spare: some milliseconds of a fast
 /// sender.
@@ -79,9 +81,7 @@ const REPLACED_FOR: Duration = Duration::from_secs(1);
 /// How long a relay that speaks only `macula` gets the messages for a node, before other ways are tried again.
 const STAND_IN_FOR: Duration = Duration::from_secs(60);
 
-/// Answers, to messages sent without waiting, that the peer may send at once. Of those beyond [`LARGE_ANSWER`] only some
-/// are read at once.
-pub(crate) const MAX_ANSWERING: u32 = 64;
+/// Answers beyond [`LARGE_ANSWER`] that are read at once.
 const LARGE_ANSWERS: usize = 4;
 const LARGE_ANSWER: usize = 256 << 10;
 
@@ -2060,13 +2060,6 @@ async fn cancelled(who: &Who) {
     match who {
         Who::Sender(call) => call.cancelled().await,
         Who::Accepted | Who::Requester(_) => std::future::pending().await,
-    }
-}
-
-pub(crate) async fn deadline(at: Option<Instant>) {
-    match at {
-        Some(at) => sleep_until(at.into()).await,
-        None => std::future::pending().await,
     }
 }
 

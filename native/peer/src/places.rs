@@ -5,14 +5,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use macula_peer_core::places::{self, Arrival, Over, PlaceLimits};
+use macula_peer_core::proto::codes::connection::OVER_LIMIT;
 use macula_peer_core::types::Fingerprint;
 use quinn::Connection;
 
-use crate::stats::Counter;
+use crate::counters::Counter;
 use crate::sync::lock;
-
-/// Application error code of connections: a limit does not allow it, which the reason names.
-pub(crate) const OVER_LIMIT: u8 = 13;
 
 /// The places of a node.
 pub(crate) struct Places {

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use macula_peer_core::source_port::{Failed, Kept, SourcePorts, silence};
+use macula_peer_core::types::canonical;
 use tokio::time::sleep;
 
 use crate::node::Node;
-use crate::socket::{ExtraGuard, Socket, canonical};
+use crate::socket::{ExtraGuard, Socket};
 use crate::sync::lock;
 
 /// How many destinations may have their own port at once. Each is an open file, and is read whenever something arrives.

@@ -3,19 +3,19 @@
 //! What is sent when is decided in `macula_peer_core::punch`; here are the sockets, the relay's word and the connection. Nothing is
 //! sent to an address that a relay of this node's did not name, but for answers to what the other node has signed.
 
-use macula_peer_core::errors::PunchError;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use macula_peer_core::coordinate::{DESCRIBED_WITHIN, is_local};
+use macula_peer_core::errors::{CircuitError, ConnectError, PunchError};
 use macula_peer_core::proto::control::{GivenUp, Refusal};
 use macula_peer_core::proto::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
 use macula_peer_core::punch::{self, Action, Punch, Role, Setup, Strategy};
 use macula_peer_core::shares::{Client, Limits};
 use macula_peer_core::targets::network;
-use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName};
+use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName, canonical};
 use socket2::SockRef;
 use tokio::net::UdpSocket;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -23,17 +23,14 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::config::HolePunching;
-use crate::descriptors;
+use crate::expected::{EXPECTED_FOR, Expectation};
 use crate::link::Link;
-use crate::listen::EXPECTED_FOR;
-use crate::nat;
 use crate::node::{Node, Said};
 use crate::relay::registration::{Description, PunchSession};
 use crate::shares::{Held, Shares};
-use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via, canonical};
+use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via};
 use crate::sync::lock;
-use macula_peer_core::errors::CircuitError;
-use macula_peer_core::errors::ConnectError;
+use crate::{descriptors, nat};
 
 /// Attempts that this node has begun and takes part in at once, and as many that others have begun: each is some hundred
 /// packets in three seconds.
@@ -505,9 +502,7 @@ impl Attempt {
             punch::Via::Main => None,
         };
         let (key, connected) = (self.session.coordinate.key, self.connected.clone());
-        let ticket = lock(&self.node.expected).insert(from, key, extra, connected);
-        let node = self.node.clone();
-        self.expected.extend(ticket.map(|ticket| Expectation { node, address: from, ticket }));
+        self.expected.extend(self.node.expected.expect(from, key, extra, connected));
     }
 
     /// Has QUIC's packets take the path that was proven, which need not be the one that was heard last. The other sockets are
@@ -528,19 +523,6 @@ impl Attempt {
         drop(self);
         socket.route(address, extra.id);
         Some(extra)
-    }
-}
-
-/// Until it is dropped.
-struct Expectation {
-    node: Arc<Node>,
-    address: SocketAddr,
-    ticket: u64,
-}
-
-impl Drop for Expectation {
-    fn drop(&mut self) {
-        lock(&self.node.expected).remove(self.address, self.ticket);
     }
 }
 

@@ -1,10 +1,10 @@
 //! All ways to a peer at once: the first link that is up carries the messages, a better one replaces it.
 
-use macula_peer_core::errors::Failures;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use macula_peer_core::errors::{CircuitError, ConnectError, Failures, PunchError, RouteError, SendError};
 use macula_peer_core::proto::control::Refusal;
 use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName, Ways};
 use tokio::task::{AbortHandle, JoinSet};
@@ -13,11 +13,8 @@ use tokio::time::timeout_at;
 use crate::link::Link;
 use crate::listen::Accepted;
 use crate::node::Node;
-use crate::peer::deadline;
 use crate::punch;
-use macula_peer_core::errors::CircuitError;
-use macula_peer_core::errors::PunchError;
-use macula_peer_core::errors::{ConnectError, RouteError, SendError};
+use crate::sync::deadline;
 
 /// What a direct dial has before relays are asked too. On most paths it is up by then, and relays have no work.
 const HEAD_START: Duration = Duration::from_millis(50);

@@ -9,6 +9,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use macula_peer_core::errors::{Rejection, RequestError};
+use macula_peer_core::proto::codes::stream::{REQUEST_FORGOTTEN, WRONG_NODE};
+use macula_peer_core::proto::session::{REQUEST, put_header};
 use macula_peer_core::requests::RequestId;
 use macula_peer_core::types::{Dialect, NodeId};
 use macula_peer_wire::{FrameError, HEADER_LEN, RawFrame};
@@ -18,12 +21,10 @@ use crate::backlog::Sender;
 use crate::call::Call;
 use crate::decoding::{Decoding, is_heavy};
 use crate::hello;
-use crate::link::{Link, is_acknowledged};
-use crate::listen::{FORGOTTEN, WRONG_NODE};
+use crate::link::Link;
 use crate::message::Letter;
-use crate::peer::deadline;
-use crate::session::{REQUEST, put_header};
-use macula_peer_core::errors::{Rejection, RequestError};
+use crate::sync::deadline;
+use crate::transfer::is_acknowledged;
 
 /// A peer that takes this long to answer, and says nothing else, is asked for a sign of life: nothing would show otherwise
 /// that answers do not come through any more.
@@ -217,7 +218,7 @@ fn refused(link: &Link, code: VarInt) -> Option<Failure> {
     match link.dialect {
         Dialect::Macula => None,
         Dialect::MaculaPeer1 if code == WRONG_NODE.into() => Some(Failure::WrongNode),
-        Dialect::MaculaPeer1 if code == FORGOTTEN.into() => Some(Failure::LinkLost),
+        Dialect::MaculaPeer1 if code == REQUEST_FORGOTTEN.into() => Some(Failure::LinkLost),
         Dialect::MaculaPeer1 => Rejection::of(code.into_inner()).map(Failure::Rejected),
     }
 }

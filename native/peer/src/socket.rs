@@ -397,9 +397,15 @@ async fn watch_errors(io: &UdpSocket, refusals: &Refusals) {
     }
 }
 
-/// The address as the outside writes it: an IPv4 address that came over a socket of both families is IPv4 again.
-pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
+/// Returns when nothing can be sent to `address`.
+pub(crate) async fn refused(refusals: &mut broadcast::Receiver<Refused>, address: SocketAddr) -> Why {
+    loop {
+        match refusals.recv().await {
+            Ok(refused) if refused.destination == address => return refused.why,
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        }
+    }
 }
 
 pub(crate) fn reachable_from(local: SocketAddr, address: SocketAddr) -> Option<SocketAddr> {

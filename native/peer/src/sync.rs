@@ -1,15 +1,26 @@
-//! Locks, and futures that are not waited for.
+//! Locks, and futures that are polled once, or never.
 
 use std::future::Future;
 use std::pin::pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Instant;
+
+use tokio::time::sleep_until;
 
 /// What a future has at once, if it has it at once. Nothing wakes it.
 pub(crate) fn now_or_never<F: Future>(future: F) -> Option<F::Output> {
     match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(output) => Some(output),
         Poll::Pending => None,
+    }
+}
+
+/// Waits until a time, if there is one.
+pub(crate) async fn deadline(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

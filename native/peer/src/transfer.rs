@@ -1,4 +1,4 @@
-//! Reading and writing streams as long as they make progress, however long that takes.
+//! Reading and writing streams: at once, or as long as they make progress, however long that takes.
 
 use std::time::{Duration, Instant};
 
@@ -6,6 +6,8 @@ use bytes::Bytes;
 use macula_peer_core::growth::Growth;
 use quinn::{Chunk, ReadError, RecvStream, SendStream};
 use tokio::time::{sleep, timeout};
+
+use crate::sync::now_or_never;
 
 /// How long an answer may be written without progress, before the peer counts as one that does not read.
 pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -44,6 +46,33 @@ pub(crate) async fn write(send: &mut SendStream, bytes: Bytes) -> bool {
         }
     }
     true
+}
+
+/// What became of an attempt to write at once.
+pub(crate) enum Write {
+    All,
+    /// The rest waits for room.
+    Part(Bytes),
+    Failed,
+}
+
+/// Writes what the stream takes without waiting.
+pub(crate) fn write_now(send: &mut SendStream, frame: &Bytes) -> Write {
+    let mut rest = [frame.clone()];
+    match now_or_never(send.write_chunks(&mut rest)) {
+        Some(Ok(written)) if written.chunks == 1 => Write::All,
+        Some(Err(_)) => Write::Failed,
+        Some(Ok(_)) | None => {
+            let [rest] = rest;
+            Write::Part(rest)
+        }
+    }
+}
+
+/// Whether all data of a finished stream, its end included, is acknowledged: the transport has forgotten the stream.
+/// Asking for its priority is the cheapest way to find out; `stopped` would keep a waker for each.
+pub(crate) fn is_acknowledged(send: &SendStream) -> bool {
+    send.priority().is_err()
 }
 
 /// Also counts the time of a wait that is dropped.

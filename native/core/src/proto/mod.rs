@@ -1,6 +1,7 @@
 //! `macula-peer/1` on the wire (docs/protocol.md).
 
 pub mod answers;
+pub mod codes;
 pub mod control;
 pub mod packet;
 pub mod session;

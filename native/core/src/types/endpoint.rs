@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::hash::{Hash, Hasher};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use hashbrown::Equivalent;
 use thiserror::Error;
@@ -172,6 +172,11 @@ impl Equivalent<Endpoint> for EndpointRef<'_> {
     fn equivalent(&self, key: &Endpoint) -> bool {
         self.port == key.port && *self.host == *key.host
     }
+}
+
+/// The address as the outside writes it: an IPv4 address that came over a socket of both families is IPv4 again.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 #[cfg(test)]

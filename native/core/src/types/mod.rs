@@ -9,7 +9,7 @@ mod secret;
 mod ways;
 
 pub use dialect::Dialect;
-pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target};
+pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target, canonical};
 pub use fingerprint::{Fingerprint, NotAFingerprint};
 pub use peer::{NodeId, Path, PeerName};
 pub use relay_config::RelayConfig;

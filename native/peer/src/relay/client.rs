@@ -8,20 +8,18 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use macula_peer_core::errors::{CircuitError, ConnectError};
 use macula_peer_core::liveness::Liveness;
 use macula_peer_core::proto::control::{Id, Limit, Probes, Refusal};
 use macula_peer_core::retry::{Backoff, Registering};
-use quinn::{ClientConfig, Connection, ServerConfig, TransportConfig};
+use quinn::{ClientConfig, Connection, ServerConfig};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use super::RECEIVE_BUFFER;
 use super::registration::{
     Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms,
 };
 use crate::sync::lock;
-use macula_peer_core::errors::CircuitError;
-use macula_peer_core::errors::ConnectError;
 
 /// Between dials while the relay is silent.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -29,29 +27,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause while somebody waits: as for peers.
 const LONGEST_PAUSE_WANTED: Duration = Duration::from_secs(1);
 
-/// Common NATs forget a UDP mapping after 30 s (RFC 4787 asks for 120 s); one keep-alive may be late.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
-
-/// Three keep-alives may be lost. Silence is noticed sooner, and this is for when the relay cannot be reached anew.
-pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(45);
-
 /// How often another circuit is asked for when one ends before there is a connection over it: the other node may just have
 /// registered anew.
 const MORE_CIRCUITS: usize = 2;
-
-/// What may wait for the connection to the relay; inner connections wait beyond that. A tenth of a second at 10 Mbit/s:
-/// more would only make packets late.
-const SEND_BUFFER: usize = 128 << 10;
-
-/// What `Settings::dial` must set for connections to relays, beside what the owner sets for all.
-pub(crate) fn relay_transport(transport: &mut TransportConfig) {
-    transport
-        .keep_alive_interval(Some(KEEP_ALIVE))
-        // Cannot fail: far below 2^62 ms.
-        .max_idle_timeout(IDLE_TIMEOUT.try_into().ok())
-        .datagram_receive_buffer_size(Some(RECEIVE_BUFFER))
-        .datagram_send_buffer_size(SEND_BUFFER);
-}
 
 /// A connection to the relay, of any dialect, or why there is none. It must come to an end by itself.
 pub(crate) type Dialling = Pin<Box<dyn Future<Output = Result<Connection, ConnectError>> + Send>>;

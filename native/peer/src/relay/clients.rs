@@ -1,12 +1,12 @@
 //! The relays that this node uses: one [`RelayClient`] each, made when it is first needed.
 
-use macula_peer_core::errors::ConnectError;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
+use macula_peer_core::errors::{CircuitError, ConnectError};
 use macula_peer_core::proto::control::{Id, MAX_SUCCESSIONS_LEN};
 use macula_peer_core::types::{Endpoint, NodeId, Path};
 use quinn::crypto::rustls::QuicClientConfig;
@@ -17,14 +17,13 @@ use super::client::{Probed, RegistrationState, RelayClient, RelayEvent, Settings
 use super::registration::{IncomingCircuit, PunchSession};
 use crate::addresses::Remote;
 use crate::config::Config;
-use crate::dial::set_idle_timeout;
-use crate::listen::{self, Admission, DIALLED_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_WAY, STREAM_WINDOW};
-use crate::message::{Event, Registration};
+use crate::event::{Event, Registration};
+use crate::listen::{self, Admission};
 use crate::node::Node;
 use crate::punch;
 use crate::stats::RegistrationStats;
 use crate::sync::lock;
-use macula_peer_core::errors::CircuitError;
+use crate::transport::{DIALLED_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_PATH_ROUND_TRIP, STREAM_WINDOW, set_idle_timeout};
 
 /// Relays used at once, standing ones included. Each is a connection of some 40 KB. Those that callers name and that are
 /// not used go by themselves.
@@ -51,7 +50,7 @@ impl Clients {
     pub(crate) fn new(client: QuicClientConfig, admission: Admission, config: &Config) -> Self {
         let mut transport = TransportConfig::default();
         transport
-            .initial_rtt(KNOWN_WAY)
+            .initial_rtt(KNOWN_PATH_ROUND_TRIP)
             .keep_alive_interval(Some(config.keep_alive))
             .receive_window(DIALLED_WINDOW.into())
             .stream_receive_window(STREAM_WINDOW.into())

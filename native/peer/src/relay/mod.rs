@@ -14,10 +14,6 @@ pub(crate) mod server;
 #[cfg(test)]
 pub(crate) mod testing;
 
-/// Bytes of packets that a connection between a node and its relay takes in before they are looked at; the newest push the
-/// oldest out. 2 ms at 1 Gbit/s, for a task that is never long in coming. Who is no relay's node or relay takes none.
-pub(crate) const RECEIVE_BUFFER: usize = 256 << 10;
-
 /// A node that is registered at a relay.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelayNode {

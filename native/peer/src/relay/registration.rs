@@ -1,17 +1,17 @@
 //! One registration at a relay: the control stream, and the circuits over the connection that it belongs to.
 
-use macula_peer_core::errors::CircuitError;
 use std::collections::HashMap;
 use std::future::pending;
-use std::io;
-use std::mem;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use std::{io, mem};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use macula_peer_core::errors::CircuitError;
 use macula_peer_core::liveness::{Liveness, Seen};
 use macula_peer_core::nat::NatProfile;
+use macula_peer_core::proto::codes::stream::NOT_A_RELAY;
 use macula_peer_core::proto::control::{
     Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal,
 };
@@ -19,7 +19,7 @@ use macula_peer_core::proto::packet::padding;
 use macula_peer_core::punch::Role;
 use macula_peer_core::relay::Notices;
 use macula_peer_core::silence::{Counted, SILENCE, Silence};
-use macula_peer_core::types::Dialect;
+use macula_peer_core::types::{Dialect, canonical};
 use macula_peer_wire::{Reassembler, VERSION};
 use quinn::{
     ClientConfig, ConnectError, Connection, ConnectionError, Incoming, ReadError, RecvStream, SendStream, VarInt,
@@ -30,9 +30,8 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until};
 
 use super::circuits::Circuits;
-use crate::dial::{not_begun, not_connected};
+use crate::handshake::{not_begun, not_connected};
 use crate::identity::realm_proof;
-use crate::socket::canonical;
 use crate::sync::lock;
 use crate::tls::dialect_of;
 
@@ -65,9 +64,6 @@ const LINGER: Duration = Duration::from_millis(100);
 
 /// The TLS name of the other node. Nothing checks it: who a node is, its certificate's key says.
 const ANY_NAME: &str = "macula";
-
-/// The error that a node stops a control stream with if it is no relay.
-const NO_RELAY: u32 = 4;
 
 /// What a connection that is not wanted any more is closed with.
 const CLOSED: VarInt = VarInt::from_u32(0);
@@ -221,7 +217,7 @@ async fn read_more(receive: &mut RecvStream, frames: &mut Reassembler) -> Result
             frames.push(chunk.bytes);
             Ok(())
         }
-        Err(ReadError::Reset(code)) if code == VarInt::from_u32(NO_RELAY) => Err(CircuitError::NotARelay),
+        Err(ReadError::Reset(code)) if code == NOT_A_RELAY.into() => Err(CircuitError::NotARelay),
         Ok(None) | Err(_) => Err(CircuitError::RelayLost),
     }
 }

@@ -20,6 +20,8 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use macula_peer_core::admission::Kick;
 use macula_peer_core::coordinate::{Coordinator, Execute, Party, Refused};
+use macula_peer_core::proto::codes::connection::DENIED;
+use macula_peer_core::proto::codes::stream::{NOT_A_RELAY, TOO_SLOW};
 use macula_peer_core::proto::control::{
     ControlError, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal,
 };
@@ -39,13 +41,13 @@ use tokio::time::{sleep, sleep_until, timeout};
 use super::responder::{self, Responder};
 use super::{Passed, RelayNode, RelayStats};
 use crate::addresses::Remote;
-use crate::admission::{Admissions, DENIED, NotAdmitted};
+use crate::admission::{Admissions, NotAdmitted};
+use crate::counters::Counter;
 use crate::identity::realm_proof_is_valid;
-use crate::link::write_now;
 use crate::places::Place;
-use crate::stats::Counter;
 use crate::succession;
 use crate::sync::lock;
+use crate::transfer::write_now;
 
 /// Who opens a control stream and does not say `connect` is let go after this long. It can come in the same packet.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -78,10 +80,6 @@ const PAGE: usize = 256;
 
 /// Nodes at the other ends of a node's circuits that are named.
 const MAX_PEERS_NAMED: usize = 32;
-
-/// Application error codes on streams: the node was too slow, or this is no relay.
-const SLOW: u8 = 1;
-const NO_RELAY: u8 = 4;
 
 /// A relay. Its tasks are those that call [`Relay::serve`].
 pub(crate) struct Relay {
@@ -190,8 +188,8 @@ impl End {
     fn code(self) -> Option<u8> {
         match self {
             Self::Left | Self::Refused(_) | Self::Told | Self::Leave(_) => None,
-            Self::Slow => Some(SLOW),
-            Self::Closed => Some(NO_RELAY),
+            Self::Slow => Some(TOO_SLOW),
+            Self::Closed => Some(NOT_A_RELAY),
         }
     }
 }

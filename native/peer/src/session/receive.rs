@@ -3,33 +3,35 @@
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use macula_peer_core::errors::Rejection;
+use macula_peer_core::proto::codes::stream::{MALFORMED, SESSION_FORGOTTEN, TOO_MANY_SESSIONS, TOO_SLOW};
 use macula_peer_core::proto::session::{NO_RUN, NUMBER, Opening, Run, Word, parse_number};
 use macula_peer_core::session::{Arrival, Incoming};
 use macula_peer_core::session_table::{Met, Opened, Refused, SessionKey, SessionTable};
 use macula_peer_core::shares::Client;
+use macula_peer_core::types::Fingerprint;
 use macula_peer_wire::{MessageType, RawFrame};
 use quinn::{Connection, SendStream, VarInt};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::{FORGOTTEN, TOO_MANY};
 use crate::backlog::Sender;
+use crate::counters::Counter;
 use crate::decoding::is_heavy;
 use crate::error::ReplyError;
+use crate::event::Event;
 use crate::hello;
-use crate::link::{Write, write_now};
-use crate::listen::{NOT_A_FRAME, REPLY_TIMEOUT, SLOW_FRAME, Stream};
-use crate::message::{Event, ReplyTo, ReplyToken};
-use crate::node::Node;
-use crate::stats::Counter;
+use crate::inbound::{AnswerSession, ReplyTo, ReplyToken};
+use crate::lifecycle::Lifecycle;
+use crate::listen::{REPLY_TIMEOUT, Stream};
+use crate::shares::Unread;
 use crate::sync::{lock, now_or_never};
-use crate::transfer;
+use crate::transfer::{self, Write, write_now};
 use crate::turns::QUANTUM;
-use macula_peer_core::errors::Rejection;
 
 /// How often a sender that waits for room here is told that this node lives: less than half of the time after which it
 /// would doubt that.
@@ -52,6 +54,15 @@ pub(crate) struct Sessions {
     run: Run,
     /// How often there were too many: streams that were refused, and sessions that were forgotten.
     over: Counter,
+    back: Arc<Back>,
+}
+
+/// What answers need on their way back.
+struct Back {
+    lifecycle: Arc<Lifecycle>,
+    unread: Unread,
+    /// Another connection with the holder of a key.
+    elsewhere: Box<dyn Fn(Fingerprint) -> Option<Connection> + Send + Sync>,
 }
 
 /// One session, and the way back to its sender: over the connection that it was last heard on, or another one with the
@@ -66,11 +77,12 @@ pub(crate) struct Answers {
     connections: Mutex<Vec<(Connection, usize)>>,
     /// Seconds for which its sender may owe something once it has no connection.
     keep: AtomicU32,
+    back: Arc<Back>,
 }
 
 /// A session, as long as one of its streams is open.
 struct Open {
-    node: Arc<Node>,
+    sessions: Arc<Sessions>,
     key: SessionKey,
     session: Arc<Answers>,
     connection: usize,
@@ -81,14 +93,23 @@ fn new_run() -> Run {
 }
 
 impl Sessions {
-    /// With room for so many.
-    pub(crate) fn new(most: usize) -> Self {
-        Self { table: Mutex::new(SessionTable::new(most)), run: new_run(), over: Counter::default() }
+    /// With room for `most` sessions. `elsewhere` finds another connection with the holder of a key.
+    pub(crate) fn new(
+        most: usize,
+        lifecycle: Arc<Lifecycle>,
+        unread: Unread,
+        elsewhere: impl Fn(Fingerprint) -> Option<Connection> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let back = Arc::new(Back { lifecycle, unread, elsewhere: Box::new(elsewhere) });
+        Arc::new(Self { table: Mutex::new(SessionTable::new(most)), run: new_run(), over: Counter::default(), back })
+    }
+
+    fn clock(&self) -> u64 {
+        self.back.lifecycle.clock(Instant::now())
     }
 
     fn open(
-        &self,
-        node: &Arc<Node>,
+        self: &Arc<Self>,
         (key, id): SessionKey,
         stream: &Stream,
         run: Run,
@@ -100,7 +121,7 @@ impl Sessions {
             _ => Met::AnotherRun,
         };
         let network = stream.accepted.remote().ip().into();
-        let now = node.clock(Instant::now());
+        let now = self.clock();
         let opened = lock(&self.table).open((key, id), network, met, now, || {
             Arc::new(Answers {
                 sender: stream.accepted.client(),
@@ -108,6 +129,7 @@ impl Sessions {
                 turns: [Semaphore::new(1), Semaphore::new(1)],
                 connections: Mutex::default(),
                 keep: AtomicU32::new(0),
+                back: self.back.clone(),
             })
         });
         let too_many = match &opened {
@@ -120,7 +142,7 @@ impl Sessions {
         let opened = opened?;
         let session = opened.session.clone();
         session.streams_on(connection);
-        Ok((Open { node: node.clone(), key: (key, id), session, connection: connection.stable_id() }, opened))
+        Ok((Open { sessions: self.clone(), key: (key, id), session, connection: connection.stable_id() }, opened))
     }
 
     /// How many are remembered.
@@ -138,7 +160,7 @@ impl Drop for Open {
     fn drop(&mut self) {
         self.session.no_stream_on(self.connection);
         let keep = Duration::from_secs(self.session.keep.load(Ordering::Relaxed).into());
-        lock(&self.node.sessions.table).close(self.key, keep, self.node.clock(Instant::now()));
+        lock(&self.sessions.table).close(self.key, keep, self.sessions.clock());
     }
 }
 
@@ -147,7 +169,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     let key = stream.accepted.key();
     let (Some(key), Some(Opening { id, channel, run, target })) = (key, Opening::parse(&opening)) else {
         // Already closed is as good.
-        let _ = stream.receive.stop(NOT_A_FRAME.into());
+        let _ = stream.receive.stop(MALFORMED.into());
         return;
     };
     let (node, sender) = (stream.node.clone(), Sender::Key(key));
@@ -155,7 +177,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         return hello::refuse(&mut stream.receive, &mut send);
     }
     let busy = node.busy.late_turn(sender, 1).await;
-    let (open, known) = match node.sessions.open(&node, (key, id), &stream, run) {
+    let (open, known) = match node.sessions.open((key, id), &stream, run) {
         Ok((open, Opened { known, restarted, .. })) => {
             if restarted {
                 node.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
@@ -164,8 +186,8 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         }
         Err(why) => {
             let code: VarInt = match why {
-                Refused::Forgotten => FORGOTTEN.into(),
-                Refused::TooMany => TOO_MANY.into(),
+                Refused::Forgotten => SESSION_FORGOTTEN.into(),
+                Refused::TooMany => TOO_MANY_SESSIONS.into(),
             };
             // Already closed is as good.
             let _ = (stream.receive.stop(code), send.reset(code));
@@ -288,7 +310,7 @@ fn read_batch(
                 break;
             }
         }
-        if open.node.is_crowded(Sender::Key(open.key.0)) {
+        if stream.node.is_crowded(Sender::Key(open.key.0)) {
             break;
         }
         let frame = match stream.next_frame() {
@@ -350,7 +372,7 @@ fn hand_over(
         Arrival::Repeated => return Ok(()),
         Arrival::Doubtful => return stream.node.can_take(&frame),
     }
-    let reply = session.reply_to(&stream.node, &frame);
+    let reply = session.reply_to(&frame);
     let taken = stream.accepted.hand_over(&stream.node, frame, reply);
     if taken.is_err() {
         incoming.refuse(number);
@@ -377,7 +399,7 @@ fn take_heavy(
             Arrival::Repeated => return Ok(()),
             Arrival::Doubtful => return node.can_take(&frame),
         }
-        let reply = session.reply_to(&node, &frame);
+        let reply = session.reply_to(&frame);
         let taken = accepted.hand_over(&node, frame, reply);
         let mut incoming = lock(&session.channels[*channel]);
         let incoming = incoming.get_or_insert_default();
@@ -410,9 +432,12 @@ impl Answers {
         Turn { session: self.clone(), channel }
     }
 
-    fn reply_to(self: &Arc<Self>, node: &Arc<Node>, frame: &RawFrame) -> Option<ReplyToken> {
+    fn reply_to(self: &Arc<Self>, frame: &RawFrame) -> Option<ReplyToken> {
         let answered = MessageType::from_id(frame.type_id()).is_some_and(MessageType::is_answered);
-        answered.then(|| ReplyToken::new(ReplyTo::Session(Arc::downgrade(self), Arc::downgrade(node))))
+        answered.then(|| {
+            let session: Weak<dyn AnswerSession> = Arc::downgrade(self) as _;
+            ReplyToken::new(ReplyTo::Session(session))
+        })
     }
 
     /// Begins a stream of a channel. Returns whether it is not the first, and the number expected.
@@ -451,40 +476,12 @@ impl Answers {
         }
     }
 
-    /// Sends an answer on a stream of its own.
-    pub(crate) fn answer(self: Arc<Self>, node: &Arc<Node>, frame: Bytes) -> Result<(), ReplyError> {
-        let connections = lock(&self.connections);
-        let mut latest_first = connections.iter().rev().map(|(connection, _)| connection);
-        let live = latest_first.find(|connection| connection.close_reason().is_none()).cloned();
-        drop(connections);
-        let with_sender = || node.connection_with(self.sender.key()?);
-        let connection = live.or_else(with_sender).ok_or(ReplyError::Gone)?;
-        if let Some(Ok(mut send)) = now_or_never(connection.open_uni()) {
-            // Dropped, the stream is finished.
-            match write_now(&mut send, &frame) {
-                Write::All => return Ok(()),
-                Write::Failed => return Err(ReplyError::Gone),
-                Write::Part(rest) => return self.wait(node, rest.len(), write_rest(send, rest)),
-            }
-        }
-        self.wait(node, frame.len(), async move {
-            // Those before it go on, or are given up.
-            if let Ok(Ok(send)) = timeout(REPLY_TIMEOUT, connection.open_uni()).await {
-                write_rest(send, frame).await;
-            }
-        })
-    }
-
     /// For the asker to make room.
-    fn wait(
-        &self,
-        node: &Node,
-        len: usize,
-        write: impl Future<Output = ()> + Send + 'static,
-    ) -> Result<(), ReplyError> {
-        let waiting = node.unread.begin(self.sender, len).ok_or(ReplyError::Gone)?;
-        let mut stopping = node.stopping();
-        node.spawn(async move {
+    fn wait(&self, len: usize, write: impl Future<Output = ()> + Send + 'static) -> Result<(), ReplyError> {
+        let Back { lifecycle, unread, .. } = &*self.back;
+        let waiting = unread.begin(self.sender, len).ok_or(ReplyError::Gone)?;
+        let mut stopping = lifecycle.stopping();
+        lifecycle.spawn(async move {
             let _waiting = waiting;
             tokio::select! {
                 () = write => {}
@@ -496,11 +493,36 @@ impl Answers {
     }
 }
 
+impl AnswerSession for Answers {
+    fn answer(&self, frame: Bytes) -> Result<(), ReplyError> {
+        let connections = lock(&self.connections);
+        let mut latest_first = connections.iter().rev().map(|(connection, _)| connection);
+        let live = latest_first.find(|connection| connection.close_reason().is_none()).cloned();
+        drop(connections);
+        let with_sender = || (self.back.elsewhere)(self.sender.key()?);
+        let connection = live.or_else(with_sender).ok_or(ReplyError::Gone)?;
+        if let Some(Ok(mut send)) = now_or_never(connection.open_uni()) {
+            // Dropped, the stream is finished.
+            match write_now(&mut send, &frame) {
+                Write::All => return Ok(()),
+                Write::Failed => return Err(ReplyError::Gone),
+                Write::Part(rest) => return self.wait(rest.len(), write_rest(send, rest)),
+            }
+        }
+        self.wait(frame.len(), async move {
+            // Those before it go on, or are given up.
+            if let Ok(Ok(send)) = timeout(REPLY_TIMEOUT, connection.open_uni()).await {
+                write_rest(send, frame).await;
+            }
+        })
+    }
+}
+
 /// An answer is of no use to a peer that is gone or does not read.
 async fn write_rest(mut send: SendStream, rest: Bytes) {
     if !transfer::write(&mut send, rest).await {
         // Already closed is as good.
-        let _ = send.reset(SLOW_FRAME.into());
+        let _ = send.reset(TOO_SLOW.into());
     }
 }
 
@@ -531,7 +553,7 @@ mod tests {
         // The first word, and that the message has arrived.
         timeout(PATIENCE, receive.read_exact(&mut [0; 17 + 9])).await.unwrap().unwrap();
         let node = engine.node().clone();
-        let closed_after = node.clock(Instant::now());
+        let closed_after = node.sessions.clock();
         connection.close(0u8.into(), b"");
         let until = Instant::now() + PATIENCE;
         let forgotten_at = loop {

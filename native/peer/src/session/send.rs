@@ -9,6 +9,8 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use macula_peer_core::errors::Rejection;
+use macula_peer_core::proto::codes::stream::{SESSION_FORGOTTEN, WRONG_NODE};
 use macula_peer_core::proto::session::{MAX_OPEN_LEN, NO_RUN, Opening, Run, Word, Words, put_number};
 use macula_peer_core::session::{Next, Outgoing};
 use macula_peer_core::session_table::{KEEP, SessionId};
@@ -17,11 +19,8 @@ use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
 use crate::link::{DIRECT_WRITES, Link};
-use crate::listen::WRONG_NODE;
 use crate::message::Letter;
-use crate::session::FORGOTTEN;
 use crate::sync::now_or_never;
-use macula_peer_core::errors::Rejection;
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -401,7 +400,7 @@ impl Stream {
                 }
                 Poll::Ready(Err(error)) => {
                     progress.wrong_node |= matches!(error, WriteError::Stopped(code) if code == WRONG_NODE.into());
-                    self.forgotten |= matches!(error, WriteError::Stopped(code) if code == FORGOTTEN.into());
+                    self.forgotten |= matches!(error, WriteError::Stopped(code) if code == SESSION_FORGOTTEN.into());
                     return false;
                 }
                 Poll::Pending => return true,
@@ -418,7 +417,8 @@ impl Stream {
     }
 
     fn is_forgotten(&self) -> bool {
-        self.forgotten || matches!(now_or_never(self.send.stopped()), Some(Ok(Some(code))) if code == FORGOTTEN.into())
+        self.forgotten
+            || matches!(now_or_never(self.send.stopped()), Some(Ok(Some(code))) if code == SESSION_FORGOTTEN.into())
     }
 
     /// Puts messages into one piece. A large one that is alone is not copied.
@@ -467,7 +467,7 @@ impl Stream {
                 }
                 Poll::Ready(Err(error)) => {
                     progress.wrong_node |= matches!(error, ReadError::Reset(code) if code == WRONG_NODE.into());
-                    self.forgotten |= matches!(error, ReadError::Reset(code) if code == FORGOTTEN.into());
+                    self.forgotten |= matches!(error, ReadError::Reset(code) if code == SESSION_FORGOTTEN.into());
                     return false;
                 }
             }

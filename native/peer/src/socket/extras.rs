@@ -10,15 +10,16 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll, Waker};
 
+use macula_peer_core::types::canonical;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use super::enlarge_buffers;
 use super::receive::Receiver;
 use super::send::{Outcome, Sender};
 use super::sift::{Signals, Via, sift};
-use super::{canonical, enlarge_buffers};
 use crate::sync::lock;
 
 /// How many there may be: every one is looked at whenever something has come.

@@ -4,10 +4,10 @@ use std::cmp::min;
 use std::net::{IpAddr, SocketAddr};
 
 use macula_peer_core::proto::signal::{FIRST_BYTE, MAX_LEN};
+use macula_peer_core::types::canonical;
 use quinn::udp::RecvMeta;
 use tokio::sync::mpsc;
 
-use super::canonical;
 use super::extras::ExtraId;
 
 /// Room for signals that nobody has looked at yet. Somebody who looks for a way to this node sends some hundred within a

@@ -17,7 +17,8 @@ use super::super::server::{Opener, Relay};
 use super::super::testing::{Forwarder, PATIENCE, client_config, echo, endpoint, responder, server_config, transport};
 use super::*;
 use crate::addresses::Remote;
-use crate::dial::not_connected;
+use crate::handshake::not_connected;
+use crate::transport::{RELAY_KEEP_ALIVE, to_relay};
 
 /// Within this, silence must have been noticed: about a second, on a machine that has other things to do. An idle timeout
 /// would notice after 45 s.
@@ -118,7 +119,7 @@ impl Default for Options {
             idle: PATIENCE,
             timeout,
             later: None,
-            keep_alive: KEEP_ALIVE,
+            keep_alive: RELAY_KEEP_ALIVE,
             accepted: None,
         }
     }
@@ -138,7 +139,7 @@ fn node(name: &str, relay: SocketAddr, options: Options) -> Node {
             let first = dials.fetch_add(1, Ordering::Relaxed) == 0;
             let address = if first { relay } else { later.unwrap_or(relay) };
             let mut transport = transport();
-            relay_transport(&mut transport);
+            to_relay(&mut transport);
             transport.initial_mtu(mtu).mtu_discovery_config(None).keep_alive_interval(Some(keep_alive));
             let connecting = quic.connect_with(client_config(transport), address, owner).unwrap();
             Box::pin(async move {

@@ -844,7 +844,7 @@ async fn a_node_that_does_not_read_how_its_circuits_end_is_disconnected() {
     }
     assert!((MIN_NOTES..MIN_NOTES + 20 + AT_ONCE).contains(&ended), "{ended}");
     assert_eq!((running.relay.stats().unread, running.relay.stats().registrations), (1, 1));
-    assert_eq!(silent.end().await, Some(SLOW.into()));
+    assert_eq!(silent.end().await, Some(TOO_SLOW.into()));
     assert!(silent.connection.close_reason().is_none());
 }
 
@@ -894,7 +894,7 @@ async fn a_node_that_reads_no_answers_has_nothing_more_done_and_goes_after_a_tim
     until("it is disconnected", || running.relay.stats().registrations == 0).await;
     assert!(started.elapsed() >= WRITE_TIMEOUT);
     assert_eq!(running.relay.stats().unread, 1);
-    assert_eq!(silent.end().await, Some(SLOW.into()));
+    assert_eq!(silent.end().await, Some(TOO_SLOW.into()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -904,7 +904,7 @@ async fn who_does_not_say_connect_is_let_go() {
     let mut node = Node::open(&connection).await;
     let started = Instant::now();
     node.say_bytes(&connect_as("a").encode()[..9]).await;
-    assert_eq!(node.hear_or_end().await, Err(Some(SLOW.into())));
+    assert_eq!(node.hear_or_end().await, Err(Some(TOO_SLOW.into())));
     assert!(started.elapsed() >= CONNECT_TIMEOUT - Duration::from_millis(100));
     assert!(lock(&running.relay.state).served.is_empty());
 }
@@ -1006,10 +1006,10 @@ async fn a_relay_that_is_closed_ends_every_registration_and_takes_no_more() {
     a.circuit_to("b").await;
     running.relay.close();
     for node in [&mut a, &mut b] {
-        assert_eq!(node.end().await, Some(NO_RELAY.into()));
+        assert_eq!(node.end().await, Some(NOT_A_RELAY.into()));
     }
     until("nothing is left", || running.relay.stats().registrations == 0).await;
     let mut late = Node::open(&a.connection).await;
     late.say(connect_as("a")).await;
-    assert_eq!(late.hear_or_end().await, Err(Some(NO_RELAY.into())));
+    assert_eq!(late.hear_or_end().await, Err(Some(NOT_A_RELAY.into())));
 }
