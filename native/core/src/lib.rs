@@ -25,6 +25,7 @@ pub mod places;
 pub mod proto;
 pub mod punch;
 pub mod quirks;
+pub mod race;
 pub mod relay;
 pub mod reports;
 pub mod requests;

@@ -3,6 +3,7 @@
 mod dialect;
 mod endpoint;
 mod fingerprint;
+mod link;
 mod peer;
 mod relay_config;
 mod secret;
@@ -11,6 +12,7 @@ mod ways;
 pub use dialect::Dialect;
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target, canonical};
 pub use fingerprint::{Fingerprint, NotAFingerprint};
+pub use link::{Link, LinkId};
 pub use peer::{NodeId, Path, PeerName};
 pub use relay_config::RelayConfig;
 pub use secret::Secret;
