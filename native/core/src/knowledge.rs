@@ -1,0 +1,125 @@
+//! What is known of the ways to a peer: what callers say, and what was found by looking up.
+
+use std::time::Instant;
+
+use crate::lookup::Lookup;
+use crate::types::{Endpoint, Fingerprint, Ways};
+
+#[derive(Debug, Default)]
+pub struct Knowledge {
+    /// What callers say.
+    said: Ways,
+    lookup: Lookup,
+    /// There are ways that no race has tried.
+    learned: bool,
+    /// Some of these may be better than a relay.
+    better: bool,
+}
+
+impl Knowledge {
+    /// A peer that is named by its address.
+    pub fn of(endpoint: Endpoint) -> Self {
+        Self { said: Ways { endpoints: vec![endpoint], ..Ways::default() }, ..Self::default() }
+    }
+
+    /// A caller says how the peer is reached.
+    pub fn learn(&mut self, ways: Ways) {
+        self.better |= self.said.learn(ways);
+        self.learned = true;
+    }
+
+    /// Whether to look up the rest now. Whoever is told so begins, and calls [`Knowledge::resolved`] in any case.
+    pub fn begin_lookup(&mut self, now: Instant) -> bool {
+        self.lookup.begin(now)
+    }
+
+    /// A lookup has found ways. Returns whether any of them was unknown.
+    pub fn found(&mut self, ways: Ways) -> bool {
+        let known = self.ways();
+        let endpoints = has_new(&ways.endpoints, &known.endpoints);
+        let relays = has_new(&ways.relays, &known.relays) || has_new(&ways.last_resorts, &known.last_resorts);
+        self.lookup.found(ways);
+        self.better |= endpoints;
+        self.learned = true;
+        endpoints || relays
+    }
+
+    /// The lookup finds no more. `answered`: what it has found is all that there is for now.
+    pub fn resolved(&mut self, answered: bool, now: Instant) {
+        self.lookup.ended(answered, now);
+        self.learned = true;
+    }
+
+    /// Every way to the peer. What callers say comes first.
+    pub fn ways(&self) -> Ways {
+        self.said.and(&self.lookup.ways())
+    }
+
+    /// The key that callers or a lookup name.
+    pub fn key(&self) -> Option<Fingerprint> {
+        self.said.key.or(self.lookup.key())
+    }
+
+    /// Until when a lookup may find more.
+    pub fn resolving(&self, now: Instant) -> Option<Instant> {
+        self.lookup.until(now)
+    }
+
+    pub fn has_learned(&self) -> bool {
+        self.learned
+    }
+
+    pub fn knows_better(&self) -> bool {
+        self.better
+    }
+
+    /// A race tries everything that is known.
+    pub fn tried(&mut self) {
+        (self.learned, self.better) = (false, false);
+    }
+}
+
+fn has_new(ways: &[Endpoint], known: &[Endpoint]) -> bool {
+    ways.iter().any(|way| !known.contains(way))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::types::EndpointRef;
+
+    fn endpoints(text: &str) -> Ways {
+        Ways { endpoints: vec![EndpointRef::parse(text).unwrap().to_owned()], ..Ways::default() }
+    }
+
+    #[test]
+    fn what_was_tried_is_news_no_more_until_another_way_is_known() {
+        let mut known = Knowledge::default();
+        known.learn(endpoints("one:1"));
+        assert!(known.has_learned() && known.knows_better());
+        known.tried();
+        known.learn(endpoints("one:1"));
+        assert!(known.has_learned() && !known.knows_better());
+        assert!(known.found(endpoints("two:1")) && known.knows_better());
+        assert!(!known.found(endpoints("one:1")));
+    }
+
+    #[test]
+    fn what_callers_say_comes_first() {
+        let mut known = Knowledge::default();
+        known.found(endpoints("found:1"));
+        known.learn(endpoints("said:1"));
+        let ways: Vec<_> = known.ways().endpoints.iter().map(ToString::to_string).collect();
+        assert_eq!(ways, ["said:1", "found:1"]);
+    }
+
+    #[test]
+    fn a_relay_that_is_found_is_news_but_no_better_way() {
+        let mut known = Knowledge::default();
+        let Ways { endpoints: relays, .. } = endpoints("relay:1");
+        assert!(known.found(Ways { relays, ..Ways::default() }));
+        assert!(!known.knows_better());
+    }
+}
