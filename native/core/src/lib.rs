@@ -18,6 +18,7 @@ pub mod handover;
 pub mod knowledge;
 pub mod known_keys;
 pub mod lanes;
+pub mod link_state;
 pub mod liveness;
 pub mod lookup;
 pub mod names;

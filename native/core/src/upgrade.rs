@@ -61,7 +61,7 @@ impl Upgrade {
 
 /// What a connection is worth, beside others between the same two nodes. The least is kept; both sides see the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Worth {
+pub struct Rank {
     pub relayed: bool,
     /// Who dialled it.
     pub dialler: Fingerprint,
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn a_direct_connection_is_kept_and_of_two_the_one_of_the_smaller_key() {
-        let worth = |relayed, dialler: u8| Worth { relayed, dialler: [dialler; 32].into() };
+        let worth = |relayed, dialler: u8| Rank { relayed, dialler: [dialler; 32].into() };
         let mut all = [worth(true, 1), worth(false, 2), worth(true, 0), worth(false, 1)];
         all.sort();
         assert_eq!(all, [worth(false, 1), worth(false, 2), worth(true, 0), worth(true, 1)]);

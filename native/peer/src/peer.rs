@@ -22,7 +22,7 @@ use macula_peer_core::proto::control::Refusal;
 use macula_peer_core::punch::Failure;
 use macula_peer_core::retry::Backoff;
 use macula_peer_core::types::{Dialect, Endpoint, Fingerprint, Path, PeerName, Target, Ways};
-use macula_peer_core::upgrade::{Upgrade, Worth};
+use macula_peer_core::upgrade::{Rank, Upgrade};
 use macula_peer_wire::RawFrame;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
@@ -1269,7 +1269,7 @@ impl Task {
         }
         let own = self.node().identity.fingerprint();
         let worth =
-            |path: Path, dialled| Worth { relayed: path.is_relayed(), dialler: if dialled { own } else { shown } };
+            |path: Path, dialled| Rank { relayed: path.is_relayed(), dialler: if dialled { own } else { shown } };
         worth(path, dialled) < worth(present.path, present.is_dialled())
     }
 

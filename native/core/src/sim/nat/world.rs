@@ -16,7 +16,7 @@ use crate::punch::{
 };
 use crate::relay::{Book, Generation};
 use crate::types::{Fingerprint, RelayConfig};
-use crate::upgrade::{Upgrade, Worth};
+use crate::upgrade::{Rank, Upgrade};
 
 const MS: u64 = 1000;
 
@@ -230,7 +230,7 @@ struct Link {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Connection {
-    worth: Worth,
+    worth: Rank,
     session: u64,
     local: bool,
 }
@@ -1148,7 +1148,7 @@ impl World {
 
     fn connected(&mut self, node: usize, peer: usize, session: u64, dialler: Fingerprint, to: SocketAddr) {
         let local = matches!(to.ip(), IpAddr::V4(ip) if ip.is_private());
-        let made = Connection { worth: Worth { relayed: false, dialler }, session, local };
+        let made = Connection { worth: Rank { relayed: false, dialler }, session, local };
         let link = self.nodes[node].links.entry(peer).or_default();
         link.made += 1;
         link.kept = Some(link.kept.map_or(made, |kept| kept.min(made)));
