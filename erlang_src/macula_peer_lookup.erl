@@ -1,21 +1,34 @@
 %% @private
-%% @doc One set of lookups: everything that a resolver can be asked about a node, side by side, each in a process of its own
-%% with a deadline. What they find is told to the engine as it comes.
+%% @doc One set of lookups: everything that a resolver can be asked about a node, at the same time, each question in a process of
+%% its own with a deadline. The engine is told what they find as it comes. A set ends with the process that started it, at the
+%% latest.
+%%
+%% The states: `asking'; `called', while the call that the node is looked up for goes on and a coordinator wants its result;
+%% `reporting' that result.
 -module(macula_peer_lookup).
+
+-behaviour(gen_statem).
+
+-include("macula_peer_log.hrl").
 
 -export([start_link/4]).
 -export([ended/2]).
 
--export([init/5]).
+-export([init/1]).
+-export([callback_mode/0]).
+-export([asking/3]).
+-export([called/3]).
+-export([reporting/3]).
+-export([terminate/3]).
 -export([ask/4]).
 
 %% In milliseconds. The engine itself stops waiting after 5 s, as long as a dial may take; this is before.
 -define(LOOKUP_TIMEOUT, 4500).
 
-%% How long the result of a call is waited for, to report it.
+%% How long the set waits for the result of the call, in milliseconds.
 -define(REPORT_WITHIN, 60000).
 
-%% Ways that are taken from one answer, as many as a peer keeps, and bytes of one: a host name has 253 at the most.
+%% Ways that are taken from one answer, as many as a peer keeps, and bytes of one: a host name has at most 253.
 -define(MAX_WAYS, 16).
 -define(MAX_WAY_SIZE, 300).
 
@@ -24,118 +37,137 @@
 
 -type kind() :: endpoints | nat_profile | relays | bootstrap_peers | request_connection | report_result.
 
--type state() :: #{owner := pid(), resolver := module(), local := binary() | undefined, node := binary(),
-                   %% Whose call it is for, and who waits for that one.
-                   callers := [pid(), ...], caller := reference(),
-                   %% Who is at what.
-                   asking := #{pid() => kind()}, timer := reference(),
-                   %% Whether the engine knows that no more will be found.
-                   resolved := boolean(),
-                   session := {ok, term()} | none, result := success | failure | unknown}.
+-type data() :: #{owner := pid(), resolver := module(), local := binary() | undefined, node := binary(),
+                  %% The process whose call it is for, and those that wait for it.
+                  callers := [pid(), ...], caller := reference(),
+                  %% The processes that ask, and what.
+                  asking := #{pid() => kind()},
+                  %% Whether the engine knows that no more will be found.
+                  resolved := boolean(),
+                  session := {ok, term()} | none, result := success | failure | unknown}.
 
-%% @doc Starts a set. It ends with the process that started it, at the latest.
+-type next() :: gen_statem:event_handler_result(asking | called | reporting, data()).
+
 -spec start_link(module(), binary() | undefined, binary(), [pid(), ...]) -> pid().
 start_link(Resolver, Local, NodeId, Callers) ->
-    spawn_link(?MODULE, init, [self(), Resolver, Local, NodeId, Callers]).
+    {ok, Set} = gen_statem:start_link(?MODULE, {self(), Resolver, Local, NodeId, Callers}, []),
+    Set.
 
-%% @doc Tells what became of the call.
+%% @doc Tells the result of the call.
 -spec ended(pid(), success | failure) -> ok.
 ended(Set, Result) ->
-    Set ! {?MODULE, Result},
-    ok.
+    gen_statem:cast(Set, {ended, Result}).
 
-%% @private
--spec init(pid(), module(), binary() | undefined, binary(), [pid(), ...]) -> ok.
-init(Owner, Resolver, Local, NodeId, [Caller | _] = Callers) ->
+-spec callback_mode() -> state_functions.
+callback_mode() -> state_functions.
+
+-spec init({pid(), module(), binary() | undefined, binary(), [pid(), ...]}) -> gen_statem:init_result(asking, data()).
+init({Owner, Resolver, Local, NodeId, [Caller | _] = Callers}) ->
     _ = process_flag(trap_exit, true),
-    %% Where modules are loaded when they are called, nobody has called the first.
-    _ = code:ensure_loaded(Resolver),
-    Strategy = [{request_connection, [Local, NodeId]} || Local =/= undefined],
-    Lookups = [{endpoints, [NodeId]}, {nat_profile, [NodeId]}, {relays, [NodeId]}, {bootstrap_peers, []} | Strategy],
-    Asking = maps:from_list([{start(Resolver, Kind, Args, Callers), Kind}
-                             || {Kind, Args} <- Lookups, erlang:function_exported(Resolver, Kind, length(Args))]),
-    next(#{owner => Owner, resolver => Resolver, local => Local, node => NodeId, callers => Callers,
-           caller => monitor(process, Caller), asking => Asking, resolved => false, session => none, result => unknown,
-           timer => erlang:start_timer(?LOOKUP_TIMEOUT, self(), lookups)}).
+    Data = #{owner => Owner, resolver => Resolver, local => Local, node => NodeId, callers => Callers,
+             caller => monitor(process, Caller), asking => #{}, resolved => false, session => none, result => unknown},
+    %% The owner does not wait for the module to be loaded.
+    {ok, asking, Data, [{next_event, internal, ask}, {state_timeout, ?LOOKUP_TIMEOUT, give_up}]}.
 
--spec next(state()) -> ok.
-next(#{resolved := false, node := NodeId, owner := Owner, asking := Asking} = State) ->
+-spec asking(gen_statem:event_type(), term(), data()) -> next().
+asking(internal, ask, #{resolver := Resolver, local := Local, node := NodeId, callers := Callers} = Data) ->
+    %% Where modules are loaded when they are called, the resolver may not have been called yet.
+    _ = code:ensure_loaded(Resolver),
+    Advice = [{request_connection, [Local, NodeId]} || Local =/= undefined],
+    Questions = [{endpoints, [NodeId]}, {nat_profile, [NodeId]}, {relays, [NodeId]}, {bootstrap_peers, []} | Advice],
+    Asking = maps:from_list([{start(Resolver, Kind, Args, Callers), Kind}
+                             || {Kind, Args} <- Questions, erlang:function_exported(Resolver, Kind, length(Args))]),
+    go_on(Data#{asking := Asking});
+asking(info, {'EXIT', Pid, Outcome}, #{asking := Asking} = Data) when is_map_key(Pid, Asking) ->
+    {Kind, Others} = maps:take(Pid, Asking),
+    go_on(answered(Kind, Outcome, Data#{asking := Others}));
+asking(state_timeout, give_up, Data) ->
+    %% The exit signals of the processes end this state.
+    ok = end_lookups(Data),
+    keep_state_and_data;
+asking(cast, {ended, Result}, Data) ->
+    {keep_state, Data#{result := Result}};
+asking(info, {'DOWN', Caller, process, _, _}, #{caller := Caller, result := unknown} = Data) ->
+    {keep_state, Data#{result := failure}};
+asking(_Type, _Event, _Data) ->
+    keep_state_and_data.
+
+-spec called(gen_statem:event_type(), term(), data()) -> next().
+called(cast, {ended, Result}, Data) ->
+    report(Data#{result := Result});
+called(info, {'DOWN', Caller, process, _, _}, #{caller := Caller} = Data) ->
+    report(Data#{result := failure});
+called(state_timeout, give_up, Data) ->
+    report(Data#{result := failure});
+called(_Type, _Event, _Data) ->
+    keep_state_and_data.
+
+-spec reporting(gen_statem:event_type(), term(), data()) -> next().
+reporting(info, {'EXIT', Pid, Outcome}, #{asking := Asking} = Data) when is_map_key(Pid, Asking) ->
+    {stop, normal, answered(report_result, Outcome, Data#{asking := #{}})};
+reporting(state_timeout, give_up, _Data) ->
+    {stop, normal};
+reporting(_Type, _Event, _Data) ->
+    keep_state_and_data.
+
+-spec terminate(term(), asking | called | reporting, data()) -> ok.
+terminate(_Reason, _State, Data) ->
+    end_lookups(Data).
+
+-spec go_on(data()) -> next().
+go_on(#{resolved := false, node := NodeId, owner := Owner, asking := Asking} = Data) ->
+    %% Advice is no way to the node.
     case maps:values(Asking) -- [request_connection] of
         [] ->
-            %% An advice is no way. In this order: another set may begin when the engine has been told.
+            %% In this order: another set may begin when the engine has been told.
             ok = gen_server:cast(Owner, {looked_up, NodeId}),
             _ = macula_peer_nif:resolved(NodeId, true),
-            next(State#{resolved := true});
+            go_on(Data#{resolved := true});
         _ ->
-            wait(State)
+            {keep_state, Data}
     end;
-next(#{asking := Asking} = State) when map_size(Asking) > 0 ->
-    wait(State);
-next(#{session := none}) ->
-    ok;
-next(#{result := unknown} = State) ->
-    wait(State);
-next(#{session := {ok, Session}} = State) ->
-    #{resolver := Resolver, local := Local, result := Result, callers := Callers} = State,
+go_on(#{asking := Asking} = Data) when map_size(Asking) > 0 ->
+    {keep_state, Data};
+go_on(#{session := none} = Data) ->
+    {stop, normal, Data};
+go_on(#{result := unknown} = Data) ->
+    {next_state, called, Data, {state_timeout, ?REPORT_WITHIN, give_up}};
+go_on(Data) ->
+    report(Data).
+
+-spec report(data()) -> next().
+report(#{resolver := Resolver, session := {ok, Session}, local := Local, result := Result, callers := Callers} = Data) ->
     case erlang:function_exported(Resolver, report_result, 3) of
         true ->
             Pid = start(Resolver, report_result, [Session, Local, Result], Callers),
-            wait(State#{session := none, asking := #{Pid => report_result},
-                        timer := erlang:start_timer(?LOOKUP_TIMEOUT, self(), lookups)});
+            {next_state, reporting, Data#{asking := #{Pid => report_result}}, {state_timeout, ?LOOKUP_TIMEOUT, give_up}};
         false ->
-            ok
+            {stop, normal, Data}
     end.
 
--spec wait(state()) -> ok.
-wait(#{asking := Asking, timer := Timer, caller := Caller, owner := Owner} = State) ->
-    receive
-        {'EXIT', Pid, Outcome} when is_map_key(Pid, Asking) ->
-            {Kind, Others} = maps:take(Pid, Asking),
-            next(answered(Kind, Outcome, State#{asking := Others}));
-        {timeout, Timer, lookups} ->
-            %% Their ends come as messages.
-            ok = end_lookups(State),
-            next(State#{timer := erlang:start_timer(?REPORT_WITHIN, self(), result)});
-        {timeout, Timer, result} ->
-            next(first_result(failure, State));
-        {?MODULE, Result} ->
-            next(State#{result := Result});
-        {'DOWN', Caller, process, _, _} ->
-            next(first_result(failure, State));
-        {'EXIT', Owner, Reason} ->
-            ok = end_lookups(State),
-            exit(Reason);
-        {'EXIT', _Pid, _Reason} ->
-            next(State)
-    end.
-
--spec answered(kind(), term(), state()) -> state().
-answered(request_connection, {?MODULE, {ok, _} = Session}, State) ->
-    State#{session := Session};
-answered(request_connection, {?MODULE, none}, State) ->
-    State;
-answered(report_result, {?MODULE, _}, State) ->
-    State;
-answered(_Kind, {?MODULE, Found}, #{node := NodeId} = State) ->
-    %% One by one: what is wrong with a way says nothing of the others.
+-spec answered(kind(), term(), data()) -> data().
+answered(request_connection, {?MODULE, {ok, _} = Session}, Data) ->
+    Data#{session := Session};
+answered(request_connection, {?MODULE, none}, Data) ->
+    Data;
+answered(report_result, {?MODULE, _}, Data) ->
+    Data;
+answered(_Kind, {?MODULE, Found}, #{node := NodeId} = Data) ->
+    %% One by one: a way that is wrong says nothing about the others.
     ok = lists:foreach(fun(Ways) -> found(NodeId, Ways) end, Found),
-    State;
-answered(Kind, Failure, #{node := NodeId} = State) ->
-    logger:debug("macula_peer_connector: ~p of ~p: ~0tP", [Kind, NodeId, Failure, 30]),
-    State.
+    Data;
+answered(Kind, Failure, #{node := NodeId} = Data) ->
+    ?LOG_DEBUG("macula_peer_connector: ~p of ~p: ~0tP", [Kind, NodeId, Failure, 30], ?DOMAIN),
+    Data.
 
 -spec found(binary(), macula_peer_call:ways()) -> ok.
 found(NodeId, Ways) ->
     case macula_peer_nif:found(NodeId, Ways) of
         ok -> ok;
-        Refused -> logger:debug("macula_peer_connector: a way to ~p: ~0tP", [NodeId, Refused, 30])
+        Refused -> ?LOG_DEBUG("macula_peer_connector: a way to ~p: ~0tP", [NodeId, Refused, 30], ?DOMAIN)
     end.
 
--spec first_result(failure, state()) -> state().
-first_result(Result, #{result := unknown} = State) -> State#{result := Result};
-first_result(_Result, State) -> State.
-
--spec end_lookups(state()) -> ok.
+-spec end_lookups(data()) -> ok.
 end_lookups(#{asking := Asking}) ->
     lists:foreach(fun(Pid) -> exit(Pid, kill) end, maps:keys(Asking)).
 
@@ -149,7 +181,7 @@ start(Resolver, Kind, Args, Callers) ->
 -spec ask(module(), kind(), [term()], [pid(), ...]) -> no_return().
 ask(Resolver, Kind, Args, Callers) ->
     _ = put('$callers', Callers),
-    %% What was said may be of any size and form, and stays here.
+    %% The answer may be of any size and form, and stays in this process.
     Outcome = try {?MODULE, understood(Kind, apply(Resolver, Kind, Args))}
     catch
         Class:Reason -> unicode:characters_to_binary(io_lib:format("~0tP", [{Class, Reason}, 30]))

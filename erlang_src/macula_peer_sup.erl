@@ -18,5 +18,6 @@ start_link() ->
 init([]) ->
     Engine = #{id => macula_peer_engine, start => {macula_peer_engine, start_link, []}, shutdown => ?ENGINE_SHUTDOWN},
     Admission = #{id => macula_peer_admission, start => {macula_peer_admission, start_link, []}},
+    Lookups = #{id => macula_peer_lookups, start => {macula_peer_lookups, start_link, []}},
     Guard = #{id => macula_peer_takeover_guard, start => {macula_peer_takeover_guard, start_link, []}},
-    {ok, {#{strategy => one_for_one}, [Guard, Admission, Engine]}}.
+    {ok, {#{strategy => one_for_one}, [Guard, Admission, Lookups, Engine]}}.

@@ -38,7 +38,8 @@ groups() ->
                     what_is_found_later_ends_the_standing_in, a_lookup_may_call_the_connector,
                     a_server_that_calls_is_not_asked]},
      {bounds, [], [an_answer_holds_for_all_messages, none_holds_too, a_node_is_looked_up_once_at_a_time,
-                   many_nodes_leave_nothing_behind, the_engine_ends_its_lookups, who_bounds_them_may_die]},
+                   many_nodes_leave_nothing_behind, the_engine_ends_its_lookups,
+                   the_process_that_bounds_them_may_be_killed, the_application_supervises_them]},
      {reports, [], [success_is_reported, failure_is_reported, a_dead_caller_is_a_failure, advice_after_the_call_is_reported,
                     a_request_is_this_nodes, a_report_delays_nobody]},
      {modules, [], [another_module_is_asked, nobody_is_asked]}].
@@ -359,17 +360,47 @@ the_engine_ends_its_lookups(_Config) ->
     end,
     ?assertEqual(undefined, whereis(macula_peer_lookups)).
 
-%% And its lookups with it. The next call finds another.
-who_bounds_them_may_die(Config) ->
-    Test = self(),
-    serve(macula_routing_server, fun(_, _) -> Test ! {asked, self()}, receive after infinity -> ok end end),
-    Call = spawn_monitor(fun() -> exit(send(<<"node">>, 1)) end),
-    Lookup = receive {asked, Pid} -> monitor(process, Pid) end,
+%% Its lookups end with it. The next call starts another.
+the_process_that_bounds_them_may_be_killed(Config) ->
+    {Call, Lookup} = hanging_call(),
     exit(whereis(macula_peer_lookups), kill),
     receive {'DOWN', Lookup, process, _, _} -> ok end,
     serve(macula_routing_server, fun(_, _) -> listener(Config) end),
     arrives(Config, <<"other">>, direct),
-    receive {'DOWN', Monitor, process, _, Result} when Monitor =:= element(2, Call) -> ?assertEqual(?NO_RELAY, Result) end.
+    receive {'DOWN', Call, process, _, Result} -> ?assertEqual(?NO_RELAY, Result) end,
+    %% OTP reports a state machine whose parent was killed.
+    [receive {logged, #{meta := #{error_logger := #{tag := Tag}}}} -> ok end || Tag <- [error, error_report]].
+
+%% The application takes the place of the process that a call started before it. Calls that wait for lookups of that process go on
+%% without them.
+the_application_supervises_them(Config) ->
+    {Call, Lookup} = hanging_call(),
+    {ok, _} = application:ensure_all_started(macula_peer_connector),
+    receive {'DOWN', Lookup, process, _, _} -> ok end,
+    {Took, Result} = elapsed(fun() -> receive {'DOWN', Call, process, _, Reason} -> Reason end end),
+    ?assertEqual(?NO_RELAY, Result),
+    ?assert(Took < ?SOON),
+    Supervised = whereis(macula_peer_lookups),
+    ?assertMatch([_], [Pid || {macula_peer_lookups, Pid, _, _} <- supervisor:which_children(macula_peer_sup), Pid =:= Supervised]),
+    serve(macula_routing_server, fun(_, _) -> listener(Config) end),
+    arrives(Config, <<"other">>, direct),
+    %% The end of the engine ends lookups and leaves the process, which reads the settings again for the next engine.
+    {LastCall, LastLookup} = hanging_call(),
+    ok = macula_peer_test:engine(#{resolver => none}),
+    receive {'DOWN', LastLookup, process, _, _} -> ok end,
+    receive {'DOWN', LastCall, process, _, Stopped} -> ?assertEqual({error, {send_failed, connection_shutdown}}, Stopped) end,
+    Asked = length(asked(find_value)),
+    ?assertEqual(?NO_RELAY, send(<<"node">>, 1)),
+    ?assertEqual({Supervised, Asked}, {whereis(macula_peer_lookups), length(asked(find_value))}),
+    ok = application:stop(macula_peer_connector),
+    ?assertEqual(undefined, whereis(macula_peer_lookups)).
+
+%% A call that waits for a lookup, and the lookup.
+hanging_call() ->
+    Test = self(),
+    serve(macula_routing_server, fun(_, _) -> Test ! {asked, self()}, receive after infinity -> ok end end),
+    {_, Call} = spawn_monitor(fun() -> exit(send(<<"node">>, 1)) end),
+    {Call, receive {asked, Pid} -> monitor(process, Pid) end}.
 
 %% ---- reports ----
 
