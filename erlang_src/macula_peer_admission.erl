@@ -7,6 +7,8 @@
 
 -behaviour(gen_server).
 
+-include("macula_peer_log.hrl").
+
 -export([start_link/0]).
 -export([prepare/1]).
 -export([stop/0]).
@@ -114,7 +116,7 @@ answer(Killed) -> {crash, {exit, Killed, []}}.
 logged(allow, _Why, _Callback, _Question, State) ->
     State;
 logged(deny, Why, _Callback, Question, State) ->
-    logger:info("macula_peer_connector: not let in: ~0tp, because of ~0tP", [Question, Why, 30]),
+    ?LOG_INFO("macula_peer_connector: not let in: ~0tp, because of ~0tP", [Question, Why, 30], ?DOMAIN),
     State;
 logged(Failure, Why, Callback, Question, #{logged := Logged} = State) ->
     Now = erlang:monotonic_time(millisecond),
@@ -129,11 +131,11 @@ logged(Failure, Why, Callback, Question, #{logged := Logged} = State) ->
 
 -spec log(failure(), term(), callback(), question(), non_neg_integer()) -> ok.
 log(timeout, _Why, {Module, Function, Args}, Question, Since) ->
-    logger:warning("admission callback ~p:~p/~p did not answer in time whether to let in ~0tp~ts",
-                   [Module, Function, length(Args) + 1, Question, times(Since)]);
+    ?LOG_WARNING("admission callback ~p:~p/~p did not answer in time whether to let in ~0tp~ts",
+                 [Module, Function, length(Args) + 1, Question, times(Since)], ?DOMAIN);
 log(crash, Why, {Module, Function, Args}, Question, Since) ->
-    logger:error("admission callback ~p:~p/~p failed, so this one is not let in: ~0tp: ~0tP~ts",
-                 [Module, Function, length(Args) + 1, Question, Why, 50, times(Since)]).
+    ?LOG_ERROR("admission callback ~p:~p/~p failed, so this one is not let in: ~0tp: ~0tP~ts",
+               [Module, Function, length(Args) + 1, Question, Why, 50, times(Since)], ?DOMAIN).
 
 -spec times(non_neg_integer()) -> iolist().
 times(0) -> "";

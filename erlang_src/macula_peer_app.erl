@@ -3,6 +3,8 @@
 
 -behaviour(application).
 
+-include("macula_peer_log.hrl").
+
 -export([start/2]).
 -export([stop/1]).
 
@@ -16,7 +18,7 @@ start(_Type, _Args) ->
                 {error, _} = Error -> Error
             end;
         {error, Reason} ->
-            logger:error("macula_peer_connector does not start: ~ts", [macula_peer_config:format_error(Reason)]),
+            ?LOG_ERROR("macula_peer_connector does not start: ~ts", [macula_peer_config:format_error(Reason)], ?DOMAIN),
             {error, Reason}
     end.
 

@@ -7,6 +7,8 @@
 
 -behaviour(gen_server).
 
+-include("macula_peer_log.hrl").
+
 -export([start_link/0]).
 -export([ensure_started/0]).
 -export([running/1]).
@@ -42,8 +44,8 @@ start(#{native := Native, handler := Handler, listen := Listen}) ->
     Process = macula_peer_handler:start(Handler),
     case contained(fun() -> macula_peer_nif:start(Native, Finisher, Process, Listen) end) of
         ok ->
-            logger:notice("macula_peer_connector: peers are verified by ~ts", [verify_mode(Native)]),
-            _ = [logger:warning("macula_peer_connector: ~ts", [Remark]) || Remark <- macula_peer_config:remarks()],
+            ?LOG_NOTICE("macula_peer_connector: peers are verified by ~ts", [verify_mode(Native)], ?DOMAIN),
+            _ = [?LOG_WARNING("macula_peer_connector: ~ts", [Remark], ?DOMAIN) || Remark <- macula_peer_config:remarks()],
             ok;
         {error, _} = Error ->
             ok = macula_peer_finisher:stop(Supervisor),
@@ -144,7 +146,7 @@ init([]) ->
         ok ->
             {ok, []};
         {error, Reason} ->
-            logger:error("macula_peer_connector does not start: ~ts", [macula_peer_config:format_error(Reason)]),
+            ?LOG_ERROR("macula_peer_connector does not start: ~ts", [macula_peer_config:format_error(Reason)], ?DOMAIN),
             {stop, Reason}
     end.
 
@@ -158,7 +160,7 @@ handle_cast(_Request, State) ->
 
 -spec handle_info(term(), []) -> {noreply, []}.
 handle_info({macula_peer_log, Text}, State) ->
-    logger:warning("macula_peer_connector: ~ts", [Text]),
+    ?LOG_WARNING("macula_peer_connector: ~ts", [Text], ?DOMAIN),
     {noreply, State};
 handle_info(_Info, State) ->
     {noreply, State}.

@@ -6,6 +6,8 @@
 %% Waits in no code of its own, so that this module can be loaded again and again under it.
 -behaviour(gen_server).
 
+-include("macula_peer_log.hrl").
+
 -export([start/1]).
 -export([stop/2]).
 -export([abandon/1]).
@@ -67,5 +69,5 @@ call({Module, Function, Args}, Message) ->
         _ -> ok
     catch
         Class:Reason:Stack ->
-            logger:error("handler ~p:~p/~p failed: ~p", [Module, Function, length(Args) + 1, {Class, Reason, Stack}])
+            ?LOG_ERROR("handler ~p:~p/~p failed: ~p", [Module, Function, length(Args) + 1, {Class, Reason, Stack}], ?DOMAIN)
     end.

@@ -2,6 +2,8 @@
 %% @doc The native library. Thin by rule: what these functions mean is said where they are called.
 -module(macula_peer_nif).
 
+-include("macula_peer_log.hrl").
+
 -define(NIFS, [check/2, start/4, stop/0, retire/0, send/4, request/4, encode_frame/2, found/2, resolved/2,
                forget/1, register/2, unregister/0, listen/1, close/0, local_address/0, identity/0, set_handler/1,
                set_logger/1, reply/2, new_finisher/0, set_finisher/2, handed_over/1, invalidate/1, set_access/1,
@@ -49,6 +51,8 @@
 %% with its library does loading fail: libraries are not replaced, and the running module stays.
 -spec init() -> ok | {error, {upgrade, string()}}.
 init() ->
+    %% Here, because nothing is logged before this module is loaded.
+    ok = macula_peer_log:show(),
     Library = library(),
     case erlang:load_nif(Library, version()) of
         ok ->
@@ -60,7 +64,7 @@ init() ->
             Message = io_lib:format("the native library ~ts.so was not loaded (~p: ~ts). ~ts",
                                     [Library, Reason, Text, advice(archive(Library))]),
             persistent_term:put(?LOAD_ERROR, {error, {nif_not_loaded, unicode:characters_to_binary(Message)}}),
-            logger:error("~ts", [Message])
+            ?LOG_ERROR("~ts", [Message], ?DOMAIN)
     end.
 
 -spec advice(none | file:filename_all()) -> io_lib:chars().

@@ -3,6 +3,8 @@
 %% place of others where the settings ask for it.
 -module(macula_peer_takeover).
 
+-include("macula_peer_log.hrl").
+
 -export([apply_settings/0]).
 -export([is_wanted/0]).
 -export([restore/0]).
@@ -22,7 +24,7 @@ apply_settings() ->
         ok ->
             log(which());
         {error, Reason} = Error ->
-            logger:error("~s: ~ts", [?APP, explain(Reason)]),
+            ?LOG_ERROR("~s: ~ts", [?APP, explain(Reason)], ?DOMAIN),
             Error
     end.
 
@@ -88,7 +90,7 @@ take_over([{Module, Setting} | Rest]) ->
 put_in_front() ->
     Ebin = filename:dirname(own_file(?MODULE)),
     case lists:all(fun({_, Setting}) -> is_set(Setting) end, modules()) andalso code:add_patha(Ebin) of
-        {error, bad_directory} -> logger:warning("~s: the code path does not take ~ts, which is not a directory", [?APP, Ebin]);
+        {error, bad_directory} -> ?LOG_WARNING("~s: the code path does not take ~ts, which is not a directory", [?APP, Ebin], ?DOMAIN);
         _ -> ok
     end.
 
@@ -208,12 +210,12 @@ log(#{macula_peer_connector := #{module := Whose} = Connector, macula_peer_conne
                          [describe(Connector), describe(Pool)]),
     case Whose of
         ours ->
-            logger:notice("~s is in force: ~ts", [?APP, Text]);
+            ?LOG_NOTICE("~s is in force: ~ts", [?APP, Text], ?DOMAIN);
         mock ->
-            logger:notice("~s is mocked and stays so: ~ts", [?APP, Text]);
+            ?LOG_NOTICE("~s is mocked and stays so: ~ts", [?APP, Text], ?DOMAIN);
         _ ->
-            logger:warning("~s is NOT in force: ~ts. Calls do not come here. Set {takeover, true}, or leave the other module "
-                           "out of the release; docs/drop-in.md says how", [?APP, Text])
+            ?LOG_WARNING("~s is NOT in force: ~ts. Calls do not come here. Set {takeover, true}, or leave the other module "
+                         "out of the release; docs/drop-in.md says how", [?APP, Text], ?DOMAIN)
     end.
 
 -spec describe(found()) -> iolist().

@@ -5,6 +5,8 @@
 
 -behaviour(gen_server).
 
+-include("macula_peer_log.hrl").
+
 -export([start_link/0]).
 
 -export([init/1]).
@@ -40,10 +42,10 @@ handle_cast(_Request, Failures) ->
 -spec handle_info(term(), failures()) -> {noreply, failures()}.
 handle_info(look, Failures) ->
     Restored = macula_peer_takeover:restore(),
-    _ = [logger:warning("macula_peer_connector: another ~s was loaded; this library's is in force again", [Module])
+    _ = [?LOG_WARNING("macula_peer_connector: another ~s was loaded; this library's is in force again", [Module], ?DOMAIN)
          || {Module, ok} <- Restored],
     New = [{Module, Reason} || {Module, {error, Reason}} <- Restored],
-    _ = [logger:error("macula_peer_connector: another ~s was loaded, and this library's cannot be: ~0tp", [Module, Reason])
+    _ = [?LOG_ERROR("macula_peer_connector: another ~s was loaded, and this library's cannot be: ~0tp", [Module, Reason], ?DOMAIN)
          || {Module, Reason} <- New -- Failures],
     {noreply, wait(New)};
 handle_info(_Info, Failures) ->
