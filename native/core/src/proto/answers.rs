@@ -4,49 +4,47 @@ use std::net::SocketAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use macula_peer_wire::value::{Value, ValueBuilder, encode};
-use macula_peer_wire::{Limits, MessageType, decode_payload};
+use macula_peer_wire::{HEADER_LEN, Limits, MessageType, check_payload};
 
-/// What is read of a question, and no more: strangers ask, and what they say is echoed.
+use super::map::{Map, MapWriter};
+
+/// Longer questions are not answered: strangers ask, and the answer repeats a part of the question.
 pub const LIMITS: Limits = Limits { max_frame: 4096, max_depth: 8, max_terms: 1024 };
 
 /// The answer to a `nat_probe` that came from this address: a frame with the original's fields, `node_id` as in the
 /// probe. `None`: the probe cannot be read.
 pub fn nat_probe_reply(probe: &[u8], from: SocketAddr, now: SystemTime, limits: Limits) -> Option<Bytes> {
-    let reply = vec![
-        (text("node_id"), field(probe, "node_id")?),
-        (text("reflexive_ip"), text(&from.ip().to_string())),
-        (text("reflexive_port"), Value::Uint(from.port().into())),
-        (text("server_time"), milliseconds(now)),
-    ];
-    frame(MessageType::NatProbeReply, reply, limits)
+    let reply = MapWriter::default()
+        .raw("node_id", field(probe, "node_id")?)
+        .bin("reflexive_ip", &from.ip())
+        .value("reflexive_port", &from.port())
+        .value("server_time", &milliseconds(now));
+    within(reply.frame(MessageType::NatProbeReply), limits)
 }
 
 /// The answer to a `ping`: a frame with the original's fields, `timestamp` as in the ping. `None`: the ping cannot be
 /// read.
 pub fn pong(ping: &[u8], now: SystemTime, limits: Limits) -> Option<Bytes> {
-    let reply = vec![(text("timestamp"), field(ping, "timestamp")?), (text("server_time"), milliseconds(now))];
-    frame(MessageType::Pong, reply, limits)
+    let reply =
+        MapWriter::default().raw("timestamp", field(ping, "timestamp")?).value("server_time", &milliseconds(now));
+    within(reply.frame(MessageType::Pong), limits)
 }
 
-fn field(payload: &[u8], name: &str) -> Option<Value> {
+/// The MessagePack of a field.
+fn field<'a>(payload: &'a [u8], name: &str) -> Option<&'a [u8]> {
     if payload.len() > LIMITS.max_frame {
         return None;
     }
-    let Value::Map(fields) = decode_payload(payload, LIMITS, &mut ValueBuilder).ok()? else { return None };
-    fields.into_iter().find(|(key, _)| *key == text(name)).map(|(_, value)| value)
+    Map::split(payload, LIMITS).ok()??.raw(name)
 }
 
-fn frame(kind: MessageType, fields: Vec<(Value, Value)>, limits: Limits) -> Option<Bytes> {
-    encode(kind, &Value::Map(fields), limits).ok().map(Bytes::from)
+fn within(frame: Bytes, limits: Limits) -> Option<Bytes> {
+    let fits = frame.len() <= limits.max_frame && check_payload(&frame[HEADER_LEN..], limits).is_ok();
+    fits.then_some(frame)
 }
 
-fn milliseconds(at: SystemTime) -> Value {
-    Value::Uint(at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64)
-}
-
-fn text(text: &str) -> Value {
-    Value::Bin(text.into())
+fn milliseconds(at: SystemTime) -> u64 {
+    at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
 }
 
 #[cfg(test)]
@@ -54,11 +52,18 @@ fn text(text: &str) -> Value {
 mod tests {
     use std::iter;
 
+    use rmpv::Value;
+
     use super::*;
 
+    fn text(text: &str) -> Value {
+        Value::Binary(text.into())
+    }
+
     fn payload(value: Value) -> Vec<u8> {
-        let frame = encode(MessageType::NatProbe, &Value::Map(vec![(text("node_id"), value)]), Limits::default());
-        frame.unwrap()[8..].to_vec()
+        let mut payload = Vec::new();
+        rmpv::encode::write_value(&mut payload, &Value::Map(vec![(text("node_id"), value)])).unwrap();
+        payload
     }
 
     #[test]
@@ -66,11 +71,11 @@ mod tests {
         let answer =
             |value| nat_probe_reply(&payload(value), ([20, 0, 0, 1], 7000).into(), UNIX_EPOCH, Limits::default());
         let array = |n| Value::Array(iter::repeat_n(Value::Map(Vec::new()), n).collect());
-        assert!(answer(Value::Bin(vec![7; 255])).is_some());
-        assert!(answer(Value::Bin(vec![7; 4096])).is_none(), "too long");
+        assert!(answer(Value::Binary(vec![7; 255])).is_some());
+        assert!(answer(Value::Binary(vec![7; 4096])).is_none(), "too long");
         assert!(answer(array(1000)).is_some());
         assert!(answer(array(1024)).is_none(), "too many terms");
-        let deep = |n| (0..n).fold(Value::Uint(1), |inner, _| Value::Array(vec![inner]));
+        let deep = |n| (0..n).fold(Value::from(1), |inner, _| Value::Array(vec![inner]));
         assert!(answer(deep(7)).is_some() && answer(deep(8)).is_none());
     }
 
@@ -78,9 +83,28 @@ mod tests {
     fn an_answer_repeats_the_question_and_says_where_it_came_from() {
         let reply =
             nat_probe_reply(&payload(text("me")), ([20, 0, 0, 1], 7000).into(), UNIX_EPOCH, Limits::default()).unwrap();
-        let said = |name: &str| field(&reply[8..], name);
+        let said = rmpv::decode::read_value(&mut &reply[HEADER_LEN..]).unwrap();
+        let expected = [
+            ("node_id", text("me")),
+            ("reflexive_ip", text("20.0.0.1")),
+            ("reflexive_port", 7000.into()),
+            ("server_time", 0.into()),
+        ];
         assert_eq!(reply[1], MessageType::NatProbeReply.id());
-        assert_eq!([said("node_id"), said("reflexive_ip")], [Some(text("me")), Some(text("20.0.0.1"))]);
-        assert_eq!(said("reflexive_port"), Some(Value::Uint(7000)));
+        assert_eq!(said, Value::Map(expected.map(|(key, value)| (text(key), value)).into()));
+    }
+
+    #[test]
+    fn an_answer_keeps_to_the_limits_of_messages() {
+        let limits = Limits { max_frame: 64, ..Limits::default() };
+        let pong = |len| pong(&ping(len), UNIX_EPOCH, limits);
+        assert!(pong(1).is_some() && pong(64).is_none());
+    }
+
+    fn ping(len: usize) -> Vec<u8> {
+        let mut ping = Vec::new();
+        let fields = vec![(text("timestamp"), Value::Binary(vec![0; len]))];
+        rmpv::encode::write_value(&mut ping, &Value::Map(fields)).unwrap();
+        ping
     }
 }

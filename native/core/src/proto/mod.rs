@@ -3,6 +3,7 @@
 pub mod answers;
 pub mod codes;
 pub mod control;
+mod map;
 pub mod packet;
 pub mod session;
 pub mod signal;
