@@ -8,7 +8,7 @@ use quinn::{ClientConfig, Connection, Endpoint, EndpointConfig, RecvStream, Send
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::frame::{self, Frame, HEADER, Value, kind};
+use crate::frame::{self, Frame, HEADER, bin, kind};
 use crate::quic::{self, Error};
 
 /// Sockets that the nodes share.
@@ -107,7 +107,7 @@ async fn register(endpoint: Endpoint, config: ClientConfig, relay: SocketAddr, n
     let (mut send, receive) = connection.open_bi().await?;
     let name = format!("node {number}");
     // Fields that a relay does not look at are left out.
-    let connect = [("version", Value::Int(1)), ("node_id", Value::Bin(name.as_bytes()))];
+    let connect = [("version", 1.into()), ("node_id", bin(name.as_bytes()))];
     send.write_all(&[&OPENER[..], &frame::encode(kind::CONNECT, &connect)].concat()).await?;
     let mut node = Node { name, connection, send, receive };
     node.answer(|answer| answer.field("address").map(drop)).await?;
@@ -117,13 +117,9 @@ async fn register(endpoint: Endpoint, config: ClientConfig, relay: SocketAddr, n
 impl Node {
     /// The number of a new circuit.
     async fn request(&mut self, target: &str) -> Result<u32, Error> {
-        let request = [("session_id", Value::Bin(b"s")), ("target_id", Value::Bin(target.as_bytes()))];
+        let request = [("session_id", bin(b"s")), ("target_id", bin(target.as_bytes()))];
         self.send.write_all(&frame::encode(kind::RELAY_REQUEST, &request)).await?;
-        self.answer(|answer| match answer.field("circuit") {
-            Some(Value::Int(circuit)) => u32::try_from(circuit).ok(),
-            _ => None,
-        })
-        .await
+        self.answer(|answer| u32::try_from(answer.int("circuit")?).ok()).await
     }
 
     /// What the relay's next message says, if it is what is expected.

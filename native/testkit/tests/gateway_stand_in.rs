@@ -6,9 +6,10 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::Server;
-use macula_peer_testkit::frame::{self, Frame, Value, kind};
+use macula_peer_testkit::frame::{self, Frame, bin, kind};
 use macula_peer_testkit::quic;
 use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream};
+use rmpv::ValueRef;
 use tokio::time::{sleep, timeout};
 
 const SOON: Duration = Duration::from_secs(5);
@@ -148,27 +149,28 @@ async fn answers_come_on_the_same_stream_which_stays_open() {
     let local = connection.local_ip();
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
 
-    ask(&mut send, kind::PING, &[("timestamp", Value::Int(-12_345))]).await;
+    ask(&mut send, kind::PING, &[("timestamp", ValueRef::from(-12_345))]).await;
     answer(&mut receive, kind::PONG, |pong| {
-        assert_eq!(pong.field("timestamp"), Some(Value::Int(-12_345)));
-        assert!(matches!(pong.field("server_time"), Some(Value::Int(time)) if time > 1_600_000_000_000));
+        assert_eq!(pong.int("timestamp"), Some(-12_345));
+        assert!(pong.int("server_time").unwrap() > 1_600_000_000_000);
     })
     .await;
 
-    ask(&mut send, kind::NAT_PROBE, &[("node_id", Value::Bin(&[9; 32])), ("local_port", Value::Int(1))]).await;
+    ask(&mut send, kind::NAT_PROBE, &[("node_id", bin(&[9; 32])), ("local_port", ValueRef::from(1))]).await;
     answer(&mut receive, kind::NAT_PROBE_REPLY, |reply| {
-        assert_eq!(reply.field("node_id"), Some(Value::Bin(&[9; 32])));
-        assert_eq!(reply.field("reflexive_ip"), Some(Value::Bin(b"127.0.0.1")), "{local:?}");
-        assert!(matches!(reply.field("reflexive_port"), Some(Value::Int(1..=65_535))));
+        assert_eq!(reply.field("node_id"), Some(&bin(&[9; 32])));
+        assert_eq!(reply.field("reflexive_ip"), Some(&bin(b"127.0.0.1")), "{local:?}");
+        assert!(matches!(reply.int("reflexive_port"), Some(1..=65_535)));
     })
     .await;
 
     ask(&mut send, kind::FIND_NODE, &[]).await;
-    answer(&mut receive, kind::FIND_NODE_REPLY, |reply| assert_eq!(reply.field("nodes"), Some(Value::Str("")))).await;
+    answer(&mut receive, kind::FIND_NODE_REPLY, |reply| assert_eq!(reply.field("nodes"), Some(&ValueRef::from(""))))
+        .await;
     ask(&mut send, kind::FIND_VALUE, &[]).await;
     answer(&mut receive, kind::FIND_VALUE_REPLY, |reply| assert!(reply.field("value").is_some())).await;
-    ask(&mut send, kind::CALL, &[("call_id", Value::Bin(b"c1"))]).await;
-    answer(&mut receive, kind::REPLY, |reply| assert_eq!(reply.field("call_id"), Some(Value::Bin(b"c1")))).await;
+    ask(&mut send, kind::CALL, &[("call_id", bin(b"c1"))]).await;
+    answer(&mut receive, kind::REPLY, |reply| assert_eq!(reply.field("call_id"), Some(&bin(b"c1")))).await;
 
     send.finish().unwrap();
     assert!(timeout(LONG_ENOUGH, receive.read_chunk(1, true)).await.is_err(), "its half must stay open");
@@ -180,12 +182,12 @@ async fn a_remote_call_is_answered_late() {
     let (_gateway, connection) = start(&["--rpc-delay-ms", "200"]).await;
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
     let start = Instant::now();
-    ask(&mut send, kind::RPC_REQUEST, &[("request_id", Value::Bin(b"r1"))]).await;
+    ask(&mut send, kind::RPC_REQUEST, &[("request_id", bin(b"r1"))]).await;
     ask_ping_meanwhile(&mut send, &mut receive).await;
     answer(&mut receive, kind::RPC_REPLY, |reply| {
-        assert_eq!(reply.field("request_id"), Some(Value::Bin(b"r1")));
-        assert_eq!(reply.field("result"), Some(Value::Bin(b"ok")));
-        assert!(matches!(reply.field("from_node"), Some(Value::Bin(_))));
+        assert_eq!(reply.field("request_id"), Some(&bin(b"r1")));
+        assert_eq!(reply.field("result"), Some(&bin(b"ok")));
+        assert!(matches!(reply.field("from_node"), Some(ValueRef::Binary(_))));
     })
     .await;
     assert!(start.elapsed() >= Duration::from_millis(200));
@@ -196,7 +198,7 @@ async fn silence_loses_packets_both_ways_until_it_ends() {
     let (mut gateway, connection) = start(&[]).await;
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
     assert_eq!(gateway.command("silence on"), "ok.");
-    ask(&mut send, kind::PING, &[("timestamp", Value::Int(1))]).await;
+    ask(&mut send, kind::PING, &[("timestamp", ValueRef::from(1))]).await;
     assert!(timeout(LONG_ENOUGH, receive.read_chunk(1, true)).await.is_err());
     assert!(timeout(LONG_ENOUGH, connect(&endpoint(), &gateway)).await.is_err());
     assert_eq!(gateway.count("received"), 0);
@@ -209,7 +211,7 @@ async fn silence_loses_packets_both_ways_until_it_ends() {
 async fn a_listener_hands_over_each_chunk_and_writes_what_it_is_told() {
     let (mut gateway, connection) = start(&["--mode", "listener"]).await;
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
-    let ping = frame::encode(kind::PING, &[("timestamp", Value::Int(7))]);
+    let ping = frame::encode(kind::PING, &[("timestamp", ValueRef::from(7))]);
     send.write_all(&ping).await.unwrap();
     let line = gateway.line();
     let [word, stream, from, hex] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
@@ -242,11 +244,11 @@ async fn an_unknown_command_is_answered_too() {
 async fn ask_ping_meanwhile(send: &mut SendStream, receive: &mut RecvStream) {
     // Apart from the request, or it would be lost with the rest of that chunk.
     sleep(Duration::from_millis(50)).await;
-    ask(send, kind::PING, &[("timestamp", Value::Int(1))]).await;
+    ask(send, kind::PING, &[("timestamp", ValueRef::from(1))]).await;
     answer(receive, kind::PONG, |_| ()).await;
 }
 
-async fn ask(send: &mut SendStream, kind: u8, fields: &[(&str, Value<'_>)]) {
+async fn ask(send: &mut SendStream, kind: u8, fields: &[(&str, ValueRef<'_>)]) {
     send.write_all(&frame::encode(kind, fields)).await.unwrap();
 }
 
@@ -265,8 +267,8 @@ async fn message(connection: &Connection, frame: &[u8]) {
     receive.stop(0u32.into()).unwrap();
 }
 
-fn store(number: i128) -> Vec<u8> {
-    frame::encode(kind::STORE, &[("n", Value::Int(number)), ("v", Value::Bin(b"value"))])
+fn store(number: u64) -> Vec<u8> {
+    frame::encode(kind::STORE, &[("n", ValueRef::from(number)), ("v", bin(b"value"))])
 }
 
 async fn until(gateway: &mut Server, name: &str, count: u64) {

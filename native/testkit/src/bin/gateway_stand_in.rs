@@ -23,13 +23,14 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
-use macula_peer_testkit::frame::{self, Fault, Frame, Value, kind};
+use macula_peer_testkit::frame::{self, Fault, Frame, bin, kind};
 use macula_peer_testkit::{control, options::Options, quic};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
     AckFrequencyConfig, AsyncUdpSocket, Connection, Endpoint, Incoming, ReadError, RecvStream, Runtime, SendStream,
     UdpPoller,
 };
+use rmpv::ValueRef;
 use tokio::sync::mpsc;
 
 fn main() -> Result<(), quic::Error> {
@@ -252,37 +253,40 @@ impl Gateway {
     }
 
     fn answer(&self, frame: &Frame<'_>, peer: SocketAddr) -> Option<(Duration, Vec<u8>)> {
-        let now = Value::Int(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as i128);
-        let bin = |key| match frame.field(key) {
-            Some(Value::Bin(bytes)) => Value::Bin(bytes),
-            _ => Value::Bin(b""),
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        let echo = |key| match frame.field(key) {
+            Some(ValueRef::Binary(bytes)) => bin(bytes),
+            _ => bin(b""),
         };
         let answer = match frame.kind {
             kind::PING => {
-                let timestamp = frame.field("timestamp").filter(|value| matches!(value, Value::Int(_))).unwrap_or(now);
-                frame::encode(kind::PONG, &[("timestamp", timestamp), ("server_time", now)])
+                let timestamp = match frame.field("timestamp") {
+                    Some(&ValueRef::Integer(timestamp)) => timestamp,
+                    _ => now.into(),
+                };
+                frame::encode(kind::PONG, &[("timestamp", ValueRef::Integer(timestamp)), ("server_time", now.into())])
             }
             kind::NAT_PROBE => frame::encode(
                 kind::NAT_PROBE_REPLY,
                 &[
-                    ("node_id", bin("node_id")),
-                    ("reflexive_ip", Value::Bin(peer.ip().to_canonical().to_string().as_bytes())),
-                    ("reflexive_port", Value::Int(peer.port().into())),
-                    ("server_time", now),
+                    ("node_id", echo("node_id")),
+                    ("reflexive_ip", bin(peer.ip().to_canonical().to_string().as_bytes())),
+                    ("reflexive_port", peer.port().into()),
+                    ("server_time", now.into()),
                 ],
             ),
             kind::RPC_REQUEST => {
                 let fields = [
-                    ("request_id", bin("request_id")),
-                    ("from_node", Value::Bin(b"gateway_stand_in")),
-                    ("result", Value::Bin(b"ok")),
+                    ("request_id", echo("request_id")),
+                    ("from_node", bin(b"gateway_stand_in")),
+                    ("result", bin(b"ok")),
                 ];
                 return Some((self.rpc_delay, frame::encode(kind::RPC_REPLY, &fields)));
             }
-            kind::FIND_VALUE => frame::encode(kind::FIND_VALUE_REPLY, &[("value", Value::Bin(b"value"))]),
+            kind::FIND_VALUE => frame::encode(kind::FIND_VALUE_REPLY, &[("value", bin(b"value"))]),
             // The empty list, which the original writes as the empty string.
-            kind::FIND_NODE => frame::encode(kind::FIND_NODE_REPLY, &[("nodes", Value::Str(""))]),
-            kind::CALL => frame::encode(kind::REPLY, &[("call_id", bin("call_id")), ("result", Value::Bin(b"ok"))]),
+            kind::FIND_NODE => frame::encode(kind::FIND_NODE_REPLY, &[("nodes", "".into())]),
+            kind::CALL => frame::encode(kind::REPLY, &[("call_id", echo("call_id")), ("result", bin(b"ok"))]),
             _ => return None,
         };
         Some((Duration::ZERO, answer))
@@ -362,7 +366,7 @@ impl Counters {
                 self.received += 1;
                 self.extra_bytes += frame.extra as u64;
                 *self.types.entry(frame::type_name(frame.kind).unwrap_or_default()).or_default() += 1;
-                if let Some(Value::Int(number)) = frame.field("n")
+                if let Some(number) = frame.int("n")
                     && self.distinct.len() < MOST_DISTINCT
                 {
                     self.distinct.insert(number);
