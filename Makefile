@@ -56,6 +56,7 @@ check: setup nif
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --document-private-items
 	@.ci/rust-version
 	@.ci/versions
+	@.ci/dependencies
 	@.ci/structure
 	$(REBAR) as strict compile
 	$(REBAR) xref
