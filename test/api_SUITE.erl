@@ -15,7 +15,7 @@
 
 suite() -> [{timetrap, {seconds, 60}}].
 
-all() -> [{group, results}, {group, endpoints}, {group, messages}, {group, nat_aware}, {group, listening}].
+all() -> [{group, results}, {group, endpoints}, {group, messages}, {group, nat_aware}, {group, listening}, the_shell_has_the_documentation].
 
 groups() ->
     [{results, [], [a_live_peer_gets_messages_and_answers, a_closed_port_is_down, a_name_that_does_not_resolve_is_down,
@@ -52,6 +52,18 @@ init_per_testcase(_Case, Config) ->
 end_per_testcase(_Case, _Config) ->
     true = os:unsetenv(?BOOTSTRAP),
     ?assertEqual([], macula_peer_test:mailbox()).
+
+%% What `h(macula_peer_connector, send_message, 4)' prints.
+the_shell_has_the_documentation(_Config) ->
+    Text = fun(Render) -> unicode:characters_to_list(Render) end,
+    [begin
+         {ok, Docs} = code:get_doc(Module),
+         ?assertMatch({Module, {match, _}}, {Module, re:run(Text(shell_docs:render(Module, Function, Arity, Docs)), Says)})
+     end || {Module, Function, Arity, Says} <- [{macula_peer_connector, send_message, 4, "Sends a message"},
+                                                {macula_peer_node, listen, 1, "Accepts connections"}]],
+    {ok, Node} = code:get_doc(macula_peer_node),
+    ?assertMatch({match, _}, re:run(Text(shell_docs:render_type(macula_peer_node, listen_opts, 0, Node)), "handshake_rate \\(500\\)")),
+    ?assertMatch({ok, {docs_v1, _, _, _, hidden, _, _}}, code:get_doc(macula_peer_lookup)).
 
 %% ---- results ----
 
