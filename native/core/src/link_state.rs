@@ -104,8 +104,6 @@ pub struct Demand {
     pub learned: bool,
     /// Some of them may be better than a relay.
     pub better: bool,
-    /// Something that went over the link is not acknowledged.
-    pub unacknowledged: bool,
 }
 
 /// What to look for now.
@@ -252,10 +250,11 @@ impl LinkState {
         self.liveness.expected_silence(now)
     }
 
-    /// Time has passed, or demand changed. `draw` is uniform in 0..1, here and below.
-    pub fn poll(&mut self, demand: &Demand, now: Instant, draw: f64) {
+    /// Time has passed. `unacknowledged`: something that went over the link is not acknowledged. `draw` is uniform in 0..1,
+    /// here and below.
+    pub fn poll(&mut self, unacknowledged: bool, now: Instant, draw: f64) {
         match &mut self.mode {
-            Mode::Leaving { until, .. } if !demand.unacknowledged || *until <= now => {
+            Mode::Leaving { until, .. } if !unacknowledged || *until <= now => {
                 self.redial_at = None;
                 self.unlink(Action::Replace, now);
             }
@@ -775,4 +774,703 @@ impl LinkState {
 fn is_untrusted(failure: &SendError) -> bool {
     use ConnectError::Untrusted;
     matches!(failure, SendError::Connect(Untrusted) | SendError::Route(RouteError::Node(Untrusted)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::net::SocketAddr;
+
+    use super::*;
+    use crate::errors::CircuitError;
+    use crate::race::Attempt;
+    use crate::types::EndpointRef;
+
+    const PATIENCE: Duration = Duration::from_millis(500);
+    const TIMEOUT: Duration = Duration::from_secs(5);
+
+    /// The middle one: others are less or greater.
+    const OWN: u8 = 5;
+
+    fn at(text: &str) -> Endpoint {
+        EndpointRef::parse(text).unwrap().to_owned()
+    }
+
+    fn key(n: u8) -> Fingerprint {
+        [n; 32].into()
+    }
+
+    fn relayed() -> Path {
+        Path::Relay(SocketAddr::from(([10, 0, 0, 1], 1)))
+    }
+
+    fn owed() -> Demand {
+        Demand { owed: true, ..Demand::default() }
+    }
+
+    fn call() -> Demand {
+        Demand { waited_for: true, ..owed() }
+    }
+
+    fn unregistered() -> SendError {
+        RouteError::Setup(Refusal::NotRegistered).into()
+    }
+
+    /// A link's life in virtual time, with what a race begins.
+    struct Life {
+        start: Instant,
+        ms: u64,
+        state: LinkState,
+        attempts: Vec<(AttemptId, Attempt)>,
+        /// What else was to be carried out.
+        done: Vec<Action>,
+        tries: Tries,
+        ids: u64,
+    }
+
+    impl Life {
+        fn new() -> Self {
+            Self::to(true)
+        }
+
+        fn to(to_node: bool) -> Self {
+            let start = Instant::now();
+            let setup = Setup { own: key(OWN), race: race::Setup { to_node, connect_timeout: TIMEOUT } };
+            let ways = Ways { endpoints: vec![at("peer:1")], ..Ways::default() };
+            let own_relays = if to_node { vec![at("relay:1")] } else { vec![] };
+            Self {
+                start,
+                ms: 0,
+                state: LinkState::new(setup, start),
+                attempts: Vec::new(),
+                done: Vec::new(),
+                tries: Tries { ways, own_relays, ..Tries::default() },
+                ids: 0,
+            }
+        }
+
+        fn now(&self) -> Instant {
+            self.start + Duration::from_millis(self.ms)
+        }
+
+        fn after(&mut self, ms: u64) -> &mut Self {
+            self.ms += ms;
+            self.state.poll(true, self.now(), 1.0);
+            self.take();
+            self
+        }
+
+        fn take(&mut self) {
+            while let Some(action) = self.state.next_action() {
+                match action {
+                    Action::Attempt(race::Action::Begin { id, attempt, .. }) => self.attempts.push((id, attempt)),
+                    Action::Attempt(race::Action::Abort(id)) => self.attempts.retain(|(known, _)| *known != id),
+                    Action::StopRace | Action::FinishRace => {
+                        self.attempts.clear();
+                        self.done.push(action);
+                    }
+                    action => self.done.push(action),
+                }
+            }
+        }
+
+        /// What was done since the last call.
+        fn done(&mut self) -> Vec<Action> {
+            std::mem::take(&mut self.done)
+        }
+
+        fn wants(&self, demand: Demand) -> Option<Want> {
+            self.state.wants(&demand, self.now())
+        }
+
+        fn search(&mut self, want: Want) {
+            self.search_with(want, &[]);
+        }
+
+        fn search_with(&mut self, want: Want, began: &[Offer]) {
+            self.state.search(want, began, &self.tries, Some(at("relay:1")), self.now());
+            self.take();
+            self.after(0);
+        }
+
+        fn link(&mut self, path: Path, dialled: bool, shown: u8) -> Link {
+            self.ids += 1;
+            let id = LinkId::new(self.ids);
+            Link { id, path, dialect: Dialect::MaculaPeer1, dialled, shown: Some(key(shown)) }
+        }
+
+        /// The attempt comes to this link.
+        fn comes_to(&mut self, attempt: Attempt, link: Link, sought: bool) -> Vec<Action> {
+            self.done();
+            let index = self.attempts.iter().position(|(_, begun)| *begun == attempt).unwrap();
+            let (id, _) = self.attempts.remove(index);
+            self.state.linked(id, Offer { link, sought }, self.now());
+            self.take();
+            self.done()
+        }
+
+        fn fails(&mut self, attempt: Attempt, how: Ended) -> Vec<Action> {
+            self.done();
+            let index = self.attempts.iter().position(|(_, begun)| *begun == attempt).unwrap();
+            let (id, _) = self.attempts.remove(index);
+            self.state.failed(id, how, self.now());
+            self.after(0);
+            self.done()
+        }
+
+        /// A link by this path is up, as it was dialled, and has lasted.
+        fn linked_by(path: Path) -> (Self, Link) {
+            let mut life = Self::new();
+            life.search(Want::Link);
+            life.after(50);
+            let attempt = if path.is_relayed() { Attempt::Circuit(at("relay:1")) } else { Attempt::Dial(at("peer:1")) };
+            let link = life.link(path, true, 9);
+            life.comes_to(attempt, link, false);
+            life.after(2000).done();
+            (life, link)
+        }
+
+        fn under_way(&self) -> Vec<Attempt> {
+            self.attempts.iter().map(|(_, attempt)| attempt.clone()).collect()
+        }
+
+        /// Every attempt under way fails.
+        fn loses(&mut self, dial: ConnectError, circuit: CircuitError) -> Vec<Action> {
+            let mut done = Vec::new();
+            while let Some((_, attempt)) = self.attempts.first().cloned() {
+                let how = match attempt {
+                    Attempt::Dial(_) => Ended::NotDialled(dial.clone()),
+                    Attempt::Circuit(_) => Ended::NoCircuit(circuit.clone()),
+                    Attempt::Punch(_) => Ended::NotPunched(PunchError::TimedOut),
+                    Attempt::Adopt(_) => Ended::NotAdopted,
+                };
+                done.extend(self.fails(attempt, how));
+            }
+            done
+        }
+
+        fn suspect(&mut self) {
+            self.state.suspect(0, PATIENCE, self.now());
+            self.take();
+        }
+
+        fn heard(&mut self, packets: u64) {
+            self.state.heard(packets, Some(self.start), PATIENCE, self.now());
+            self.take();
+        }
+    }
+
+    fn dial() -> Attempt {
+        Attempt::Dial(at("peer:1"))
+    }
+
+    fn circuit() -> Attempt {
+        Attempt::Circuit(at("relay:1"))
+    }
+
+    fn punch() -> Attempt {
+        Attempt::Punch(at("relay:1"))
+    }
+
+    fn is_fail(action: &Action) -> bool {
+        matches!(action, Action::Fail { .. })
+    }
+
+    #[test]
+    fn a_race_begins_for_what_is_wanted_and_ends_with_a_link() {
+        let mut life = Life::new();
+        assert_eq!(life.wants(Demand::default()), None);
+        assert_eq!(life.wants(owed()), Some(Want::Link));
+        life.search(Want::Link);
+        assert!(life.state.is_racing());
+        assert_eq!(life.under_way(), [dial()]);
+        assert_eq!(life.wants(call()), None, "one race at a time");
+        assert_eq!(life.state.next_timeout(life.now()), Some(life.start + Duration::from_millis(50)));
+        let link = life.link(Path::Direct, true, 9);
+        assert_eq!(
+            life.comes_to(dial(), link, false),
+            [Action::StopRace, Action::Use(link.id), Action::Path(Path::Direct)]
+        );
+        assert_eq!(life.state.link(), Some(&link));
+        assert!(life.state.is_usable() && !life.state.is_racing());
+        assert_eq!(life.wants(call()), None);
+        assert_eq!(life.state.next_timeout(life.now()), None);
+    }
+
+    #[test]
+    fn ways_that_are_learned_join_the_race() {
+        let mut life = Life::new();
+        life.search(Want::Link);
+        assert_eq!(life.wants(Demand { learned: true, ..call() }), Some(Want::MoreWays));
+        life.tries.ways.endpoints.push(at("other:1"));
+        life.search(Want::MoreWays);
+        assert_eq!(life.under_way(), [dial(), Attempt::Dial(at("other:1"))]);
+    }
+
+    #[test]
+    fn a_call_gets_a_race_at_once_and_what_is_only_owed_waits_for_its_turn() {
+        let mut life = Life::to(false);
+        life.search(Want::Link);
+        let done = life.loses(ConnectError::Refused, CircuitError::NotRegistered);
+        let refused = SendError::from(ConnectError::Refused);
+        assert_eq!(done[1], Action::Fail { error: refused, begun: life.start, later_stay: false });
+        assert_eq!(life.wants(call()), Some(Want::Link));
+        assert_eq!(life.wants(owed()), None);
+        assert_eq!(life.state.next_timeout(life.now()), Some(life.now() + FIRST_PAUSE));
+        life.after(99);
+        assert_eq!(life.wants(owed()), None);
+        life.after(1);
+        assert_eq!(life.wants(owed()), Some(Want::Link));
+        assert_eq!(life.state.next_timeout(life.now()), None, "a time that is past waits for demand");
+    }
+
+    #[test]
+    fn pauses_between_races_grow_to_a_second_and_are_short_again_after_a_link_that_lasted() {
+        let mut life = Life::to(false);
+        let mut pauses = Vec::new();
+        for _ in 0..6 {
+            life.search(Want::Link);
+            life.loses(ConnectError::Refused, CircuitError::NotRegistered);
+            let pause = life.state.next_timeout(life.now()).unwrap() - life.now();
+            pauses.push(pause.as_millis());
+            life.after(1000);
+        }
+        assert_eq!(pauses, [100, 200, 400, 800, 1000, 1000]);
+        life.search(Want::Link);
+        let link = life.link(Path::Direct, true, 9);
+        life.comes_to(dial(), link, false);
+        life.after(1000);
+        life.state.link_died(life.now(), 1.0);
+        life.after(0);
+        assert_eq!(life.wants(owed()), Some(Want::Link), "no pause after a link that lasted");
+        life.search(Want::Link);
+        life.loses(ConnectError::Refused, CircuitError::NotRegistered);
+        assert_eq!(life.state.next_timeout(life.now()), Some(life.now() + FIRST_PAUSE));
+    }
+
+    #[test]
+    fn silence_leaves_later_calls_a_race_of_their_own() {
+        let mut life = Life::to(false);
+        life.search(Want::Link);
+        let done = life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+        assert!(done.iter().any(|action| matches!(action, Action::Fail { later_stay: true, .. })));
+    }
+
+    #[test]
+    fn a_peer_that_closes_a_young_link_is_not_dialled_again_at_once() {
+        let mut life = Life::new();
+        life.search(Want::Link);
+        let link = life.link(Path::Direct, true, 9);
+        life.comes_to(dial(), link, false);
+        life.after(999);
+        life.state.link_died(life.now(), 1.0);
+        life.after(0);
+        assert_eq!(life.done(), [Action::Retire]);
+        assert_eq!(life.wants(call()), None, "not even for a call");
+        assert_eq!(life.state.next_timeout(life.now()), Some(life.now() + FIRST_PAUSE));
+        life.after(100);
+        assert_eq!(life.wants(call()), Some(Want::Link));
+    }
+
+    #[test]
+    fn a_silent_link_is_hidden_and_shown_again_when_the_peer_is_heard() {
+        let (mut life, link) = Life::linked_by(Path::Direct);
+        life.heard(1);
+        for _ in 0..5 {
+            assert_eq!(life.done(), []);
+            // A later look would count as this host's own pause.
+            life.after(100).heard(1);
+        }
+        assert_eq!(life.done(), [Action::Hide]);
+        assert!(life.state.is_suspect() && !life.state.is_usable());
+        assert_eq!(life.state.link(), Some(&link));
+        assert_eq!(life.wants(owed()), Some(Want::Link));
+        life.search(Want::Link);
+        assert_eq!(life.under_way(), [dial()]);
+        life.after(10).heard(2);
+        assert_eq!(life.done(), [Action::StopRace, Action::Show]);
+        assert!(life.state.is_usable() && !life.state.is_racing());
+    }
+
+    #[test]
+    fn a_link_that_owes_nothing_may_be_silent() {
+        let (mut life, _) = Life::linked_by(Path::Direct);
+        life.after(5000);
+        life.state.heard(0, None, PATIENCE, life.now());
+        assert!(life.state.is_usable());
+    }
+
+    #[test]
+    fn dials_to_a_legacy_gateway_go_on_when_the_link_is_trusted_again() {
+        let mut life = Life::to(false);
+        life.search(Want::Link);
+        let link = Link { dialect: Dialect::Macula, ..life.link(Path::Direct, true, 9) };
+        life.comes_to(dial(), link, false);
+        life.suspect();
+        life.search(Want::Link);
+        life.done();
+        life.heard(1);
+        assert_eq!(life.done(), [Action::FinishRace, Action::Show]);
+    }
+
+    #[test]
+    fn another_link_replaces_the_suspect_whatever_it_shows() {
+        let (mut life, _) = Life::linked_by(Path::Direct);
+        life.suspect();
+        life.search(Want::Link);
+        life.after(50);
+        let worse = life.link(relayed(), true, 9);
+        let done = life.comes_to(circuit(), worse, false);
+        assert_eq!(done, [Action::Retire, Action::Use(worse.id), Action::Path(relayed())]);
+        assert_eq!(life.under_way(), [dial(), punch()], "direct ways are tried on");
+    }
+
+    #[test]
+    fn a_suspect_goes_when_the_peer_is_not_to_be_had_and_stays_when_this_host_is_at_fault() {
+        for (error, stays) in
+            [(ConnectError::NoRoute, true), (ConnectError::Unresolved, true), (ConnectError::Refused, false)]
+        {
+            let mut life = Life::to(false);
+            life.search(Want::Link);
+            let link = life.link(Path::Direct, true, 9);
+            life.comes_to(dial(), link, false);
+            life.after(2000);
+            life.suspect();
+            life.search(Want::Link);
+            let done = life.loses(error.clone(), CircuitError::NotRegistered);
+            assert_eq!(life.state.is_suspect(), stays, "{error}");
+            assert_eq!(done.contains(&Action::Retire), !stays, "{error}");
+        }
+    }
+
+    #[test]
+    fn calls_wait_for_a_node_that_was_linked_and_is_away() {
+        let (mut life, _) = Life::linked_by(relayed());
+        life.state.link_died(life.now(), 1.0);
+        life.after(0).search(Want::Link);
+        let done = life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+        assert!(!done.iter().any(is_fail), "{done:?}");
+        assert_eq!(life.state.why_not_reached(true), unregistered());
+        assert_eq!(life.wants(call()), None, "held off");
+        life.after(100);
+        assert_eq!(life.wants(call()), Some(Want::Link));
+        life.after(AWAY.as_millis() as u64).search(Want::Link);
+        let done = life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+        assert!(done.iter().any(is_fail), "it was away for too long");
+    }
+
+    #[test]
+    fn calls_to_a_node_that_never_had_a_link_fail_at_once() {
+        let mut life = Life::new();
+        life.search(Want::Link);
+        life.after(50);
+        let done = life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+        assert!(done.contains(&Action::Fail { error: unregistered(), begun: life.start, later_stay: false }));
+        assert_eq!(life.wants(call()), Some(Want::Link));
+    }
+
+    #[test]
+    fn a_peer_is_away_while_this_host_has_no_route_to_it() {
+        let mut life = Life::to(false);
+        life.search(Want::Link);
+        let link = life.link(Path::Direct, true, 9);
+        life.comes_to(dial(), link, false);
+        life.after(2000);
+        life.state.link_died(life.now(), 1.0);
+        life.search(Want::Link);
+        let done = life.loses(ConnectError::NoRoute, CircuitError::NotRegistered);
+        assert!(!done.iter().any(is_fail));
+        assert_eq!(life.state.why_not_reached(false), ConnectError::NoRoute.into());
+    }
+
+    #[test]
+    fn both_nodes_keep_the_direct_connection_and_of_two_the_one_that_the_smaller_key_dialled() {
+        // Path and dialler of the present link and of the offered one, the peer's key, and whether the link is replaced.
+        let cases = [
+            ((relayed(), true), (Path::Direct, true), 9, true),
+            ((Path::Direct, true), (relayed(), true), 9, false),
+            ((Path::Direct, true), (Path::Direct, false), 9, false),
+            ((Path::Direct, true), (Path::Direct, false), 1, true),
+            ((Path::Direct, false), (Path::Direct, true), 9, true),
+            ((Path::Direct, false), (Path::Direct, true), 1, false),
+            ((Path::Direct, true), (Path::Direct, true), 1, false),
+            ((relayed(), false), (Path::HolePunch, false), 1, true),
+        ];
+        for ((path, dialled), (other_path, other_dialled), shown, replaced) in cases {
+            let mut life = Life::new();
+            life.search(Want::Link);
+            let link = life.link(path, dialled, shown);
+            life.comes_to(dial(), link, false);
+            life.done();
+            let other = life.link(other_path, other_dialled, shown);
+            life.state.began(&[Offer { link: other, sought: false }], life.now());
+            life.after(0);
+            let adopts = Attempt::Adopt(other.id);
+            assert_eq!(life.under_way().contains(&adopts), replaced, "{link:?} {other:?}");
+            if replaced {
+                let done = life.comes_to(adopts, other, false);
+                assert!(done.contains(&Action::Replace) && done.contains(&Action::Use(other.id)), "{done:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_link_itself_is_not_adopted_again() {
+        let (mut life, link) = Life::linked_by(relayed());
+        let before = life.under_way();
+        life.state.began(&[Offer { link: Link { path: Path::Direct, ..link }, sought: true }], life.now());
+        life.after(0);
+        assert_eq!(life.under_way(), before);
+    }
+
+    #[test]
+    fn a_connection_that_the_peer_began_is_of_use_only_where_a_link_is_wanted() {
+        let mut life = Life::new();
+        let link = life.link(Path::Direct, false, 9);
+        life.state.began(&[Offer { link, sought: false }], life.now());
+        life.after(0);
+        assert_eq!(life.under_way(), []);
+        life.search_with(Want::Link, &[Offer { link, sought: false }]);
+        assert_eq!(life.under_way(), [Attempt::Adopt(link.id), dial()]);
+        let done = life.comes_to(Attempt::Adopt(link.id), link, false);
+        assert!(done.contains(&Action::StopRace) && done.contains(&Action::Use(link.id)));
+    }
+
+    #[test]
+    fn attempts_that_were_not_begun_are_dropped_when_a_link_is_up() {
+        let mut life = Life::new();
+        let link = life.link(Path::Direct, false, 9);
+        life.state.search(Want::Link, &[Offer { link, sought: false }], &life.tries, None, life.now());
+        let Some(Action::Attempt(race::Action::Begin { id, attempt: Attempt::Adopt(_), .. })) =
+            life.state.next_action()
+        else {
+            panic!("adopted first")
+        };
+        life.state.linked(id, Offer { link, sought: false }, life.now());
+        life.take();
+        assert_eq!(life.attempts, [], "no dial for a link that is up");
+    }
+
+    #[test]
+    fn over_a_relay_better_paths_are_looked_for_at_once_and_with_growing_pauses() {
+        let mut life = Life::new();
+        life.search(Want::Link);
+        life.after(50);
+        let link = life.link(relayed(), true, 9);
+        life.comes_to(circuit(), link, false);
+        assert_eq!(life.under_way(), [dial(), punch()]);
+        let done = life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+        assert!(life.state.is_usable());
+        assert!(done.contains(&Action::Path(relayed())), "it says what has failed");
+        let mut pauses = Vec::new();
+        for _ in 0..3 {
+            assert_eq!(life.wants(owed()), None);
+            let next = life.state.next_timeout(life.now()).unwrap();
+            pauses.push((next - life.now()).as_secs());
+            life.after((next - life.now()).as_millis() as u64);
+            assert_eq!(life.wants(owed()), Some(Want::Better));
+            life.search(Want::Better);
+            assert_eq!(life.under_way(), [dial(), punch()], "no circuit beside the one that there is");
+            life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+        }
+        assert_eq!(pauses, [1, 2, 4]);
+        let next = life.state.next_timeout(life.now()).unwrap();
+        life.state.network_changed(life.now(), 1.0);
+        assert!(life.state.next_timeout(life.now()).unwrap() < next);
+    }
+
+    #[test]
+    fn better_ways_that_are_learned_are_tried_at_once_over_a_relay_and_not_over_a_direct_link() {
+        let (mut life, _) = Life::linked_by(relayed());
+        let better = Demand { better: true, learned: true, ..Demand::default() };
+        assert_eq!(life.wants(better), Some(Want::Better));
+        let (direct, _) = Life::linked_by(Path::Direct);
+        assert_eq!(direct.wants(better), None);
+        life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+        life.tries.ways.endpoints.push(at("new:1"));
+        life.search(Want::Better);
+        let link = life.link(Path::Direct, true, 9);
+        let done = life.comes_to(Attempt::Dial(at("new:1")), link, false);
+        assert!(done.contains(&Action::Replace) && done.contains(&Action::Use(link.id)));
+        assert!(done.contains(&Action::Failures(Failures::default())), "what failed before says nothing now");
+        assert_eq!(life.state.next_timeout(life.now()), None);
+    }
+
+    #[test]
+    fn nats_that_are_hopeless_are_not_tried_soon_where_no_address_is_known() {
+        let mut life = Life::new();
+        life.tries.ways.endpoints.clear();
+        life.search(Want::Link);
+        let link = life.link(relayed(), true, 9);
+        life.comes_to(circuit(), link, false);
+        life.fails(punch(), Ended::NotPunched(PunchError::BothHard));
+        let pause = life.state.next_timeout(life.now()).unwrap() - life.now();
+        assert!(pause > Duration::from_secs(60), "{pause:?}");
+    }
+
+    #[test]
+    fn an_invalidated_link_is_left_once_everything_is_acknowledged_or_its_time_is_over() {
+        for acknowledged in [true, false] {
+            let (mut life, _) = Life::linked_by(Path::Direct);
+            life.state.invalidate(PATIENCE, life.now());
+            life.after(499);
+            assert_eq!(life.done(), [Action::Hide]);
+            assert!(life.state.is_leaving() && !life.state.is_usable());
+            assert_eq!(life.wants(call()), None);
+            assert_eq!(life.state.next_timeout(life.now()), Some(life.now() + Duration::from_millis(1)));
+            if acknowledged {
+                life.state.poll(false, life.now(), 1.0);
+                life.take();
+            } else {
+                life.after(1);
+            }
+            assert_eq!(life.done(), [Action::Replace]);
+            assert_eq!(life.wants(call()), Some(Want::Link));
+        }
+    }
+
+    #[test]
+    fn an_invalidated_link_that_is_silent_goes_at_once() {
+        let (mut life, _) = Life::linked_by(Path::Direct);
+        life.suspect();
+        life.state.invalidate(PATIENCE, life.now());
+        life.take();
+        assert_eq!(life.done(), [Action::Hide, Action::Retire]);
+        let (mut life, _) = Life::linked_by(Path::Direct);
+        life.state.invalidate(PATIENCE, life.now());
+        life.suspect();
+        assert_eq!(life.done(), [Action::Hide, Action::Retire]);
+        assert_eq!(life.wants(owed()), Some(Want::Link));
+    }
+
+    #[test]
+    fn messages_for_another_key_get_a_race_of_their_own_beside_the_link() {
+        let (mut life, link) = Life::linked_by(relayed());
+        let parked = Demand { parked: true, ..Demand::default() };
+        assert_eq!(life.wants(parked), Some(Want::OtherKey), "also instead of looking for a better path");
+        life.search(Want::OtherKey);
+        assert!(life.state.is_racing_for_key() && life.state.is_usable());
+        life.after(50);
+        assert_eq!(life.under_way(), [dial(), punch(), circuit()]);
+        assert_eq!(life.wants(Demand { learned: true, ..parked }), Some(Want::MoreWays));
+        // A worse path than the link's: only here is the key that they name.
+        let other = life.link(relayed(), false, 3);
+        let done = life.comes_to(circuit(), other, true);
+        assert!(done.contains(&Action::Replace) && done.contains(&Action::Use(other.id)), "{done:?}");
+        assert_ne!(life.state.link(), Some(&link));
+    }
+
+    #[test]
+    fn parked_messages_fail_with_their_race_and_the_link_goes_on() {
+        let (mut life, link) = Life::linked_by(Path::Direct);
+        let begun = life.now();
+        life.search(Want::OtherKey);
+        life.after(50);
+        let done = life.loses(ConnectError::Untrusted, CircuitError::NotRegistered);
+        assert!(done.contains(&Action::FailParked { begun }));
+        assert!(!done.iter().any(|action| matches!(action, Action::Failures(_))), "they say nothing about the link");
+        assert_eq!(life.state.link(), Some(&link));
+        let parked = Demand { parked: true, ..Demand::default() };
+        assert_eq!(life.wants(parked), None);
+        assert_eq!(life.wants(Demand { parked_waited_for: true, ..parked }), Some(Want::OtherKey));
+        life.after(100);
+        assert_eq!(life.wants(parked), Some(Want::OtherKey));
+    }
+
+    #[test]
+    fn a_legacy_relay_gets_the_messages_for_a_minute_or_until_a_way_is_found() {
+        for found in [true, false] {
+            let mut life = Life::new();
+            life.tries.ways.endpoints.clear();
+            life.search(Want::Link);
+            let done = life.fails(circuit(), Ended::NoCircuit(CircuitError::NotARelay));
+            assert_eq!(done, [Action::PassOn(at("relay:1"))]);
+            assert_eq!(life.wants(call()), None);
+            assert_eq!(life.state.next_timeout(life.now()), Some(life.now() + PASSED_ON_FOR));
+            if found {
+                life.state.ways_found();
+                life.take();
+            } else {
+                life.after(59_999);
+                assert_eq!(life.done(), []);
+                life.after(1);
+            }
+            assert_eq!(life.done(), [Action::StopPassingOn]);
+            assert_eq!(life.wants(call()), Some(Want::Link));
+        }
+    }
+
+    #[test]
+    fn a_link_that_carries_no_session_has_died_before_its_path_is_told() {
+        let mut life = Life::new();
+        life.search(Want::Link);
+        let link = life.link(Path::Direct, true, 9);
+        let (id, _) = life.attempts[0].clone();
+        life.state.linked(id, Offer { link, sought: false }, life.now());
+        assert_eq!(life.state.next_action(), Some(Action::StopRace));
+        assert_eq!(life.state.next_action(), Some(Action::Use(link.id)));
+        life.state.link_died(life.now(), 1.0);
+        assert_eq!(life.state.next_action(), Some(Action::Retire));
+        assert_eq!(life.state.next_action(), None);
+    }
+
+    #[test]
+    fn a_link_that_comes_too_late_is_closed() {
+        let (mut life, _) = Life::linked_by(relayed());
+        let (id, _) = life.attempts[0].clone();
+        life.state.link_died(life.now(), 1.0);
+        life.take();
+        life.done();
+        let late = life.link(Path::Direct, true, 9);
+        life.state.linked(id, Offer { link: late, sought: false }, life.now());
+        life.take();
+        assert_eq!(life.done(), [Action::Close(late.id)]);
+    }
+
+    #[test]
+    fn a_call_without_a_link_is_told_what_is_known() {
+        assert_eq!(Life::to(false).state.why_not_reached(true), ConnectError::TimedOut.into());
+        let mut life = Life::new();
+        assert_eq!(life.state.why_not_reached(false), RouteError::NoRelay.into());
+        assert_eq!(life.state.why_not_reached(true), RouteError::Relay(ConnectError::TimedOut).into());
+        life.search(Want::Link);
+        life.after(50);
+        let untrusted: SendError = RouteError::Node(ConnectError::Untrusted).into();
+        life.fails(dial(), Ended::NotDialled(ConnectError::Untrusted));
+        assert!(life.state.meets_another_key());
+        assert_eq!(life.state.why_not_reached(true), untrusted);
+        life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+        assert!(life.state.meets_another_key(), "also after the race");
+        life.search(Want::Link);
+        let link = life.link(Path::Direct, true, 9);
+        life.comes_to(dial(), link, false);
+        assert!(!life.state.meets_another_key());
+    }
+
+    #[test]
+    fn how_a_node_is_reached_is_told_when_it_changes() {
+        let (mut life, link) = Life::linked_by(Path::Direct);
+        let again = life.link(Path::Direct, false, 1);
+        life.state.began(&[Offer { link: again, sought: false }], life.now());
+        life.after(0);
+        let done = life.comes_to(Attempt::Adopt(again.id), again, false);
+        assert!(!done.iter().any(|action| matches!(action, Action::Path(_))), "{link:?} {done:?}");
+        let mut address = Life::to(false);
+        address.search(Want::Link);
+        let link = address.link(Path::Direct, true, 9);
+        let done = address.comes_to(dial(), link, false);
+        assert!(!done.iter().any(|action| matches!(action, Action::Path(_))), "it has but one");
+    }
+
+    #[test]
+    fn a_stopping_engine_waits_for_a_peer_until_it_is_quiet_and_at_most_a_second() {
+        let (mut life, _) = Life::linked_by(Path::Direct);
+        let start = life.now();
+        assert!(life.state.is_drained(true, start));
+        assert!(!life.state.is_drained(false, start));
+        assert_eq!(life.state.next_timeout(start), Some(start + DRAIN_TIMEOUT));
+        assert!(!life.state.is_drained(false, start + DRAIN_TIMEOUT - Duration::from_millis(1)));
+        assert!(life.state.is_drained(false, start + DRAIN_TIMEOUT));
+    }
 }

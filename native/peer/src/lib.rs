@@ -39,7 +39,6 @@ mod places;
 mod ports;
 mod private;
 mod punch;
-mod race;
 mod relay;
 mod renewal;
 mod request;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer_core::lanes::{Choice, LARGE_FRAME, Lanes};
-use macula_peer_core::types::{Dialect, Fingerprint, Path, canonical};
+use macula_peer_core::types::{self, Dialect, Fingerprint, LinkId, Path, canonical};
 use macula_peer_core::witness::{Mark, Witness};
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, ConnectionStats, RecvStream, SendStream, StreamId};
@@ -194,6 +194,10 @@ pub(crate) struct Swept {
     pub(crate) oldest: Option<Instant>,
 }
 
+pub(crate) fn link_id(connection: &Connection) -> LinkId {
+    LinkId::new(connection.stable_id() as u64)
+}
+
 impl Link {
     pub(crate) fn new(
         connection: Connection,
@@ -239,6 +243,12 @@ impl Link {
 
     pub(crate) fn is_dialled(&self) -> bool {
         matches!(self.begun_by, BegunBy::Us)
+    }
+
+    /// What decisions depend on.
+    pub(crate) fn about(&self) -> types::Link {
+        let Self { dialect, path, shown, .. } = *self;
+        types::Link { id: link_id(&self.connection), path, dialect, dialled: self.is_dialled(), shown }
     }
 
     /// Ends the connection if it is ours.

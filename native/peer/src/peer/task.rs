@@ -1,0 +1,1043 @@
+//! The peer's task: carries out what [`LinkState`] decides, and moves messages over the link.
+
+use std::future::poll_fn;
+use std::mem::take;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use macula_peer_core::errors::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
+use macula_peer_core::link_state::{self, Action, Demand, LinkState, Offer, Want};
+use macula_peer_core::queue::{GivenUp, OWED_WITHOUT_DEADLINE, Queued, distinct};
+use macula_peer_core::race::{self, Attempt, AttemptId, Ended, Tries};
+use macula_peer_core::types::{self, Dialect, LinkId, Path, PeerName, Target};
+use quinn::{ConnectionError, RecvStream, SendStream};
+use tokio::sync::{broadcast, watch};
+use tokio::task::JoinSet;
+use tokio::time::sleep_until;
+
+use super::answers::{LARGE_ANSWERS, hand_over, hand_over_heavy, read_answers};
+use super::attempts::Attempts;
+use super::{Given, Job, Peer, State, Who};
+use crate::config::Delivery;
+use crate::decoding::is_heavy;
+use crate::event::Event;
+use crate::link::{Answered, Link, Partial, Swept, Written, link_id};
+use crate::listen::{Accepted, serve_link};
+use crate::message::Letter;
+use crate::node::Node;
+use crate::relay::registration::Description;
+use crate::request;
+use crate::session::send::{Progress, Taken};
+use crate::socket::{Refused, Why, refused};
+use crate::sync::{deadline, lock};
+
+/// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
+const SWEEP_EVERY: Duration = Duration::from_millis(10);
+
+/// A link that was replaced lives on for this long, and as long again while a request waits on it: answers to messages
+/// that went over it are on their way.
+const REPLACED_FOR: Duration = Duration::from_secs(1);
+
+/// When a connection is closed, a 0.14.3 gateway drops what it has acknowledged but not read. This is how long it gets
+/// to read.
+const READ_WITHIN: Duration = Duration::from_millis(100);
+
+/// Leaves nobody waiting for a task that is gone, however it ended.
+struct LeavePool(Arc<Peer>);
+
+impl Drop for LeavePool {
+    fn drop(&mut self) {
+        self.0.node.gone(&self.0);
+        let (queue, partials) = {
+            let mut state = lock(&self.0.state);
+            (state.retired, state.ended) = (true, true);
+            state.hide_link();
+            (state.queue.take(), std::mem::take(&mut state.partials))
+        };
+        drop((queue, partials));
+    }
+}
+
+/// The peer's task.
+struct Task {
+    peer: Arc<Peer>,
+    life: LinkState,
+    /// The link that `life` speaks of. Callers see it too unless it is suspect or leaving.
+    link: Option<Arc<Link>>,
+    /// A link that `life` is about to use or to close.
+    offered: Option<Arc<Link>>,
+    attempts: Attempts,
+    /// Connections that the peer began, as they were last offered to `life`.
+    began: Vec<Arc<Accepted>>,
+    /// It gets the messages instead.
+    legacy_relay: Option<Arc<Peer>>,
+    /// When the oldest unacknowledged message was written.
+    oldest: Option<Instant>,
+    /// When the peer will have read what it has acknowledged.
+    read_by: Option<Instant>,
+    swept_at: Instant,
+    out_of_credit: bool,
+    answers_until: Option<Instant>,
+    /// This node's NAT or address, which decide what can be tried.
+    description: watch::Receiver<Option<Description>>,
+    writers: JoinSet<WriteOutcome>,
+    /// How many of them write what was accepted.
+    accepted_writes: usize,
+    requests: JoinSet<RequestOutcome>,
+    /// Tasks that read answers, and that end links which have been replaced.
+    helpers: JoinSet<()>,
+    /// Answers that are much work to hand over.
+    heavy_answers: JoinSet<()>,
+    refusals: broadcast::Receiver<Refused>,
+}
+
+struct WriteOutcome {
+    link: Arc<Link>,
+    job: Job,
+    message: Letter,
+    result: Result<(SendStream, RecvStream), WriteFailure>,
+}
+
+enum WriteFailure {
+    Expired,
+    Rejected,
+    Lost,
+    Cancelled,
+}
+
+struct RequestOutcome {
+    job: Job,
+    connection: usize,
+    end: request::End,
+}
+
+/// Looks after the peer until it leaves the pool.
+pub(crate) async fn run(peer: Arc<Peer>) {
+    let _leaves = LeavePool(peer.clone());
+    let now = Instant::now();
+    let refusals = peer.node.refusals.subscribe();
+    let description = peer.node.description.subscribe();
+    let race = race::Setup { to_node: peer.name.node().is_some(), connect_timeout: peer.node.config.connect_timeout };
+    let own = peer.node.identity.fingerprint();
+    let task = Task {
+        peer,
+        life: LinkState::new(link_state::Setup { own, race }, now),
+        link: None,
+        offered: None,
+        attempts: Attempts::default(),
+        began: Vec::new(),
+        legacy_relay: None,
+        oldest: None,
+        read_by: None,
+        swept_at: now,
+        out_of_credit: false,
+        answers_until: None,
+        description,
+        writers: JoinSet::new(),
+        accepted_writes: 0,
+        requests: JoinSet::new(),
+        helpers: JoinSet::new(),
+        heavy_answers: JoinSet::new(),
+        refusals,
+    };
+    task.run().await;
+}
+
+impl Task {
+    async fn run(mut self) {
+        let peer = self.peer.clone();
+        let mut stopping = peer.node.stopping();
+        loop {
+            let now = Instant::now();
+            self.look_after(now);
+            if self.is_done(now) {
+                break self.end();
+            }
+            let next = self.next_look(now);
+            let link = self.link.clone();
+            let remote = link.as_ref().filter(|link| !link.path.is_relayed());
+            let remote = remote.map(|link| link.connection.remote_address());
+            tokio::select! {
+                () = peer.wake.notified() => {}
+                progress = session_progress(&peer, link.is_some()) => self.session_progressed(progress),
+                (id, attempted) = self.attempts.next() => self.attempted(id, attempted),
+                _ = closed(link.as_deref()) => self.link_died(),
+                stream = credit(link.as_deref(), self.out_of_credit) => self.credit_came(stream),
+                frames = answers(link.as_deref()), if self.heavy_answers.len() < LARGE_ANSWERS => self.answers_came(frames),
+                Some(_) = self.heavy_answers.join_next() => {}
+                Some(Ok(outcome)) = self.writers.join_next() => self.write_ended(outcome),
+                Some(Ok(outcome)) = self.requests.join_next() => self.request_ended(outcome),
+                Some(_) = self.helpers.join_next() => {}
+                _ = unreachable(&mut self.refusals, remote) => self.suspect(Duration::ZERO),
+                silence = doubted(link.as_deref()) => self.suspect(silence),
+                // The sender is the node's.
+                Ok(()) = self.description.changed() => self.life.network_changed(Instant::now(), fastrand::f64()),
+                _ = stopping.changed() => peer.retire(),
+                () = sleep_until(next.into()) => {}
+            }
+        }
+    }
+
+    /// Everything that time or the callers may have changed.
+    fn look_after(&mut self, now: Instant) {
+        self.answer_expired(now);
+        self.start_partials();
+        self.look_at_callers(now);
+        // Callers may have written since it was last looked.
+        if now >= self.swept_at + SWEEP_EVERY || self.life.is_leaving() {
+            self.sweep(now);
+        }
+        self.go_on(now);
+        if let (Some(link), true) = (&self.link, self.answers_until.is_none_or(|until| until <= now)) {
+            self.answers_until = link.expire_answers(now);
+        }
+        self.pass_on(now);
+        if let Some(want) = self.life.wants(&self.demand(now), now) {
+            self.search(want, now);
+            self.go_on(now);
+        }
+    }
+
+    /// Carries out what is decided, and gives the queue to the link.
+    fn go_on(&mut self, now: Instant) {
+        let unacknowledged = self.oldest.is_some() || !self.writers.is_empty();
+        self.life.poll(unacknowledged, now, fastrand::f64());
+        while let Some(action) = self.life.next_action() {
+            self.carry_out(action, now);
+        }
+        self.flush();
+    }
+
+    /// What callers, and lookups for them, have asked for.
+    fn look_at_callers(&mut self, now: Instant) {
+        let (invalidated, ways_found, arrived) = {
+            let mut state = lock(&self.peer.state);
+            let State { invalidated, ways_found, arrived, .. } = &mut *state;
+            (take(invalidated), take(ways_found), take(arrived))
+        };
+        if let (true, Some(link)) = (invalidated, &self.link) {
+            self.life.invalidate(link.patience(), now);
+        }
+        if ways_found {
+            self.life.ways_found();
+        }
+        if arrived {
+            let offers = self.offers();
+            self.life.began(&offers, now);
+        }
+    }
+
+    fn demand(&self, now: Instant) -> Demand {
+        let state = lock(&self.peer.state);
+        let owed = !state.queue.is_empty() || !state.session.is_empty();
+        Demand {
+            waited_for: state.queue.is_waited_for(now),
+            owed: owed || !self.requests.is_empty() || self.oldest.is_some(),
+            parked: state.queue.has_parked(),
+            parked_waited_for: state.queue.is_other_key_waited_for(now),
+            learned: state.known.has_learned(),
+            better: state.known.knows_better(),
+        }
+    }
+
+    fn search(&mut self, want: Want, now: Instant) {
+        if matches!(want, Want::Link | Want::OtherKey) {
+            lock(&self.peer.state).seek();
+        }
+        let offers = if matches!(want, Want::Link | Want::OtherKey) { self.offers() } else { Vec::new() };
+        let node = self.node();
+        let bound = self.peer.name.node().is_some_and(|name| node.known_key(name).is_some());
+        let mut own_relays = node.clients.standing();
+        own_relays.extend_from_slice(&node.config.relays);
+        let relay = match self.life.link().map(|link| link.path) {
+            Some(Path::Relay(relay)) => node.clients.relay_at(relay),
+            _ => None,
+        };
+        let tries = {
+            let mut state = lock(&self.peer.state);
+            state.known.tried();
+            Tries { ways: state.known.ways(), own_relays, resolving: state.known.resolving(now), bound }
+        };
+        self.life.search(want, &offers, &tries, relay, now);
+        while let Some(action) = self.life.next_action() {
+            self.carry_out(action, now);
+        }
+        if matches!(want, Want::Link | Want::OtherKey) && self.life.is_racing() {
+            self.peer.counters.dials.add(1);
+        }
+    }
+
+    /// Connections that the peer has begun and that may carry its messages.
+    fn offers(&mut self) -> Vec<Offer> {
+        self.began.clear();
+        let PeerName::Node(_) = self.peer.name else { return Vec::new() };
+        let sought = {
+            let state = lock(&self.peer.state);
+            if self.life.is_usable() { state.queue.parked_keys() } else { state.waiting_keys() }
+        };
+        let mut offers = Vec::new();
+        for key in distinct(sought.into_iter().flatten().chain(self.peer.expected_key())) {
+            for accepted in self.node().accepted_from(key) {
+                let id = link_id(accepted.connection());
+                let dialect = Dialect::MaculaPeer1;
+                let link = types::Link { id, path: accepted.path, dialect, dialled: false, shown: Some(key) };
+                offers.push(self.offer(link));
+                self.began.push(accepted);
+            }
+        }
+        offers
+    }
+
+    fn offer(&self, link: types::Link) -> Offer {
+        let state = lock(&self.peer.state);
+        let sought = state.link.is_some() && link.shown.is_some_and(|shown| state.queue.seeks(shown));
+        Offer { link, sought }
+    }
+
+    fn carry_out(&mut self, action: Action, now: Instant) {
+        match action {
+            Action::Attempt(race::Action::Begin { id, attempt: Attempt::Adopt(connection), until, .. }) => {
+                self.adopt(id, connection, until);
+            }
+            Action::Attempt(race::Action::Begin { id, attempt, key, until }) => {
+                let Peer { node, name, .. } = &*self.peer;
+                self.attempts.begin(node, name, id, attempt, key, until);
+            }
+            Action::Attempt(race::Action::Abort(id)) => self.attempts.abort(id),
+            Action::StopRace => self.attempts = Attempts::default(),
+            Action::FinishRace => drop(self.helpers.spawn(take(&mut self.attempts).finish())),
+            Action::Use(_) => self.use_link(now),
+            Action::Close(_) => {
+                if let Some(link) = self.offered.take() {
+                    link.close();
+                }
+            }
+            Action::Hide => {
+                tracing::debug!(peer = %self.peer.name, "the link is hidden from callers");
+                lock(&self.peer.state).hide_link();
+            }
+            Action::Show => {
+                let mut state = lock(&self.peer.state);
+                state.queue.found();
+                state.link = self.link.clone();
+            }
+            Action::Retire => self.retire_link(),
+            Action::Replace => self.replace_link(),
+            Action::PassOn(relay) => {
+                self.legacy_relay = self.node().peer(&Target::Endpoint(relay.as_ref()));
+                if self.legacy_relay.is_none() {
+                    self.life.not_passed_on();
+                }
+            }
+            Action::StopPassingOn => self.legacy_relay = None,
+            Action::Fail { error, begun, later_stay } => self.fail_waiting(error, begun, later_stay),
+            Action::FailParked { begun } => {
+                let failed = lock(&self.peer.state).queue.fail_parked(begun);
+                failed.into_iter().for_each(|job| self.not_for_this_peer(job));
+            }
+            Action::Failures(failures) => lock(&self.peer.state).failures = failures,
+            Action::Path(path) => {
+                let (peer, failures) = (self.peer.name.clone(), lock(&self.peer.state).failures.clone());
+                self.node().event(Event::Path { peer, path, failures });
+            }
+        }
+    }
+
+    /// Uses a connection that the peer began: at once, if it allows streams.
+    fn adopt(&mut self, id: AttemptId, connection: LinkId, until: Instant) {
+        let accepted = self.began.iter().find(|accepted| link_id(accepted.connection()) == connection).cloned();
+        let Some(accepted) = accepted else { return self.attempted(id, Err(Ended::NotAdopted)) };
+        let key = self.peer.named_key();
+        match self.node().adopt_now(&self.peer.name, &accepted, key) {
+            Some(link) => self.attempted(id, Ok(link)),
+            None => self.attempts.adopt(&self.peer.node, &self.peer.name, id, accepted, key, until),
+        }
+    }
+
+    fn attempted(&mut self, id: AttemptId, attempted: Result<Link, Ended>) {
+        let now = Instant::now();
+        if self.life.is_suspect() {
+            self.sweep(now);
+        }
+        match attempted {
+            Ok(link) => {
+                let about = link.about();
+                self.offered = Some(Arc::new(link));
+                self.life.linked(id, self.offer(about), now);
+                while let Some(action) = self.life.next_action() {
+                    self.carry_out(action, now);
+                }
+            }
+            Err(how) => self.life.failed(id, how, now),
+        }
+    }
+
+    fn next_look(&self, now: Instant) -> Instant {
+        let state = lock(&self.peer.state);
+        let idle = self.node().instant(self.peer.last_used()) + self.node().config.idle_timeout;
+        // Past, it waits for whatever is not over yet.
+        let idle = if idle > now { idle } else { now + self.node().config.idle_timeout };
+        let unproven = self.life.is_suspect() || (self.link.is_some() && self.peer.held.load(Ordering::Relaxed) > 0);
+        let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
+        let leaves = state.retired || self.node().is_stopping();
+        let read_by = self.read_by.filter(|&at| leaves && at > now);
+        let times = [read_by, state.queue.expiry(), sweep, self.answers_until, self.life.next_timeout(now)];
+        times.into_iter().flatten().fold(idle, Instant::min)
+    }
+
+    /// Calls and messages whose time is over, or whose callers are gone.
+    fn answer_expired(&mut self, now: Instant) {
+        let (given_up, GivenUp { queued, parked }) = {
+            let mut state = lock(&self.peer.state);
+            let due = state.queue.expiry().is_some_and(|expiry| expiry <= now);
+            if !take(&mut state.cancelled) && !due {
+                return;
+            }
+            let (given_up, others) = state.session.expire(now);
+            (given_up, state.queue.give_up(others, now))
+        };
+        parked.into_iter().for_each(|job| self.not_for_this_peer(job));
+        self.give_up(given_up, self.why_late());
+        let linked = self.life.is_usable() || self.life.is_leaving();
+        let mut expired = 0;
+        for job in queued {
+            self.peer.let_go(&job);
+            let error = match () {
+                () if job.had_no_time() => SendError::Timeout,
+                () if linked && !self.peer.has_room(&lock(&self.peer.state), job.size()) => SendError::Overloaded,
+                () if linked => SendError::NoRoom,
+                () => self.life.why_not_reached(self.has_relays()),
+            };
+            match job.who {
+                Who::Accepted => expired += 1,
+                Who::Sender(call) => self.fail(|| call.answer(Err(error))),
+                Who::Requester(call) if linked || job.named.is_some() => {
+                    self.fail(|| call.answer(Err(RequestError::Timeout)));
+                }
+                Who::Requester(call) => self.fail(|| call.answer(Err(error.into()))),
+            }
+        }
+        self.undelivered(expired, self.why_late());
+    }
+
+    /// Why a message that was accepted was not delivered in time.
+    fn why_late(&self) -> UndeliveredReason {
+        if self.life.meets_another_key() { UndeliveredReason::Untrusted } else { UndeliveredReason::Expired }
+    }
+
+    fn has_relays(&self) -> bool {
+        let ways = lock(&self.peer.state).known.ways();
+        let known = !ways.relays.is_empty() || !ways.last_resorts.is_empty();
+        known || !self.node().config.relays.is_empty() || !self.node().clients.standing().is_empty()
+    }
+
+    fn start_partials(&mut self) {
+        let partials = std::mem::take(&mut lock(&self.peer.state).partials);
+        for (link, job, partial) in partials {
+            self.hold(partial.message.frame.len());
+            self.write(link, job, partial);
+        }
+    }
+
+    /// Gives the queue to the link, as far as it takes it.
+    fn flush(&mut self) {
+        self.out_of_credit = false;
+        let Some(link) = self.link.clone().filter(|_| self.life.is_usable()) else { return };
+        loop {
+            let mut state = lock(&self.peer.state);
+            let Some(mut job) = state.queue.pop() else { return };
+            if !job.is_wanted() {
+                self.peer.let_go(&job);
+                continue;
+            }
+            if matches!(job.who, Who::Sender(_)) && !self.peer.has_room(&state, job.size()) {
+                // Acknowledgements make room, and wake this task.
+                state.queue.put_back(job);
+                return;
+            }
+            if !job.message.as_ref().is_some_and(|message| message.is_for(link.shown)) {
+                self.park(state, job);
+                continue;
+            }
+            if let Who::Requester(_) = &job.who {
+                drop(state);
+                self.ask(&link, job);
+                continue;
+            }
+            self.peer.let_go(&job);
+            let Some(message) = job.message.take() else { continue };
+            match self.peer.give(state, message, Instant::now()) {
+                // What the stream does not take is written when this task next looks at the session.
+                Given::Taken { .. } => job.answer_sent(),
+                Given::Partial(link, partial) => {
+                    self.hold(partial.message.frame.len());
+                    self.write(link, job, *partial);
+                }
+                Given::NoCredit(message) => {
+                    self.requeue(job, message);
+                    self.out_of_credit = true;
+                    return;
+                }
+                Given::Dropped => {
+                    return self.not_delivered(job, UndeliveredReason::LinkLost, SendError::LinkLost);
+                }
+                Given::Lost(message) => return self.requeue(job, message),
+            }
+        }
+    }
+
+    /// Sends a request, and waits for its answer in a task.
+    fn ask(&mut self, link: &Arc<Link>, mut job: Job) {
+        let (Who::Requester(call), Some(message)) = (&job.who, job.message.clone()) else { return };
+        let named = match link.dialect {
+            Dialect::MaculaPeer1 => Some(*job.named.get_or_insert_with(request::Named::new)),
+            Dialect::Macula if job.named.is_some_and(|named| named.again) => {
+                // The peer is another one than before.
+                let call = call.clone();
+                self.peer.let_go(&job);
+                return self.fail(|| call.answer(Err(RequestError::LinkLost)));
+            }
+            Dialect::Macula => None,
+        };
+        let target = self.peer.name.node().cloned();
+        let decoding = self.node().decoding.clone();
+        let exchange = request::run(link.clone(), target, named, call.clone(), message, decoding);
+        self.peer.counters.sent.add(1);
+        self.peer.asked.fetch_add(1, Ordering::Relaxed);
+        let connection = link.connection.stable_id();
+        self.requests.spawn(async move { RequestOutcome { job, connection, end: exchange.await } });
+    }
+
+    /// Keeps a job that the link's peer may not get until another holder of its key is found, if it is for a node.
+    fn park(&self, mut state: MutexGuard<'_, State>, job: Job) {
+        match self.peer.name {
+            PeerName::Node(_) => state.queue.park(job, Instant::now()),
+            PeerName::Endpoint(_) | PeerName::Gateway(_) => {
+                drop(state);
+                self.not_for_this_peer(job);
+            }
+        }
+    }
+
+    fn write(&mut self, link: Arc<Link>, job: Job, partial: Partial) {
+        self.accepted_writes += usize::from(job.is_accepted());
+        self.writers.spawn(write_rest(link, job, partial));
+    }
+
+    fn sweep(&mut self, now: Instant) {
+        self.swept_at = now;
+        let Some(link) = self.link.clone() else { return };
+        match link.dialect {
+            Dialect::MaculaPeer1 => self.oldest = lock(&self.peer.state).session.oldest(),
+            Dialect::Macula => {
+                let swept = link.sweep(now);
+                self.oldest = swept.oldest;
+                if swept.acknowledged > 0 {
+                    self.read_by = Some(now + READ_WITHIN);
+                }
+                self.account(swept);
+            }
+        }
+        self.life.heard(link.heard(), self.oldest, link.patience(), now);
+        link.expect_silence(self.life.expected_silence(now));
+    }
+
+    fn account(&self, swept: Swept) {
+        self.peer.counters.acknowledged.add(swept.acknowledged);
+        self.let_go(swept.acknowledged_bytes);
+        for message in &swept.rejected {
+            self.let_go(message.frame.len());
+        }
+        self.undelivered(swept.rejected.len() as u64, UndeliveredReason::Rejected(Rejection::Unread));
+    }
+
+    /// The peer may be gone.
+    fn suspect(&mut self, silence: Duration) {
+        if let Some(link) = &self.link {
+            self.life.suspect(link.heard(), silence, Instant::now());
+        }
+    }
+
+    /// Gives everything that waits to the legacy relay.
+    fn pass_on(&mut self, now: Instant) {
+        let Some(relay) = self.legacy_relay.clone() else { return };
+        let (jobs, lost) = {
+            let mut state = lock(&self.peer.state);
+            let Taken { owed, lost } = state.session.take();
+            let owed = owed.into_iter().map(|message| {
+                let deadline = message.deadline.unwrap_or(now + OWED_WITHOUT_DEADLINE);
+                Job::accepted(Some(message), Some(deadline))
+            });
+            (owed.chain(state.queue.take()).collect::<Vec<_>>(), lost)
+        };
+        self.give_up(lost, UndeliveredReason::LinkLost);
+        for job in jobs {
+            self.peer.let_go(&job);
+            if let Err(job) = relay.adopt(job) {
+                // It has left the pool.
+                self.life.not_passed_on();
+                self.peer.push(&mut lock(&self.peer.state), *job);
+            }
+        }
+    }
+
+    /// Sends over the link that was offered.
+    fn use_link(&mut self, now: Instant) {
+        let Some(link) = self.offered.take() else { return };
+        tracing::debug!(peer = %self.peer.name, dialect = link.dialect.alpn(), path = ?link.path, "link up");
+        match &self.peer.name {
+            PeerName::Gateway(_) => self.node().gateway_found(),
+            _ => self.node().counted_unverified(link.dialect),
+        }
+        // What was refused before says nothing about this link.
+        self.refusals = self.node().refusals.subscribe();
+        link.expect_silence(self.life.expected_silence(now));
+        self.answers_until = None;
+        self.peer.touch(now);
+        self.link = Some(link.clone());
+        let mut state = lock(&self.peer.state);
+        let refused = state.session.refuse(|message| !message.is_for(link.shown));
+        let taken = match link.dialect {
+            Dialect::MaculaPeer1 => Taken::default(),
+            // The peer is another one than before: what was numbered goes the other way.
+            Dialect::Macula => state.session.take(),
+        };
+        state.queue.found();
+        let attached = link.dialect == Dialect::Macula || state.session.attach(&link);
+        if attached {
+            state.link = Some(link.clone());
+        }
+        drop(state);
+        self.give_up(refused, UndeliveredReason::Untrusted);
+        self.give_up(taken.lost, UndeliveredReason::LinkLost);
+        self.owe(taken.owed);
+        if !attached {
+            // As if it had died at once.
+            return self.link_died();
+        }
+        if link.dialect == Dialect::MaculaPeer1 && link.is_dialled() {
+            self.helpers.spawn(read_answers(self.peer.clone(), link.clone()));
+            if let PeerName::Node(_) = self.peer.name {
+                self.helpers.spawn(serve_link(self.node().clone(), Arc::downgrade(&self.peer), link));
+                // Its key may not have been known before.
+                self.peer.arrived();
+            }
+        }
+    }
+
+    fn fail_waiting(&mut self, error: SendError, begun: Instant, later_stay: bool) {
+        tracing::debug!(peer = %self.peer.name, %error, "no link");
+        let failed = {
+            let mut state = lock(&self.peer.state);
+            let later_stay = later_stay || state.known.has_learned();
+            state.queue.fail(begun, later_stay)
+        };
+        for job in failed {
+            self.peer.let_go(&job);
+            self.fail(|| job.fail(error.clone()));
+        }
+    }
+
+    fn session_progressed(&mut self, progress: Progress) {
+        let Progress {
+            written,
+            acknowledged,
+            acknowledged_bytes,
+            lost,
+            forgotten,
+            rejected,
+            expired,
+            closed,
+            mut broken,
+            wrong_node,
+        } = progress;
+        self.peer.counters.sent.add(written);
+        self.peer.counters.acknowledged.add(acknowledged);
+        self.let_go(acknowledged_bytes);
+        self.give_up(lost, UndeliveredReason::LinkLost);
+        self.give_up(forgotten, UndeliveredReason::SessionLost);
+        for same in rejected.chunk_by(|(_, why), (_, other)| why == other) {
+            let messages = same.iter().map(|(message, _)| message.clone()).collect();
+            self.give_up(messages, UndeliveredReason::Rejected(same[0].1));
+        }
+        self.give_up(expired, UndeliveredReason::Expired);
+        if let Some(link) = &self.link {
+            let mut state = lock(&self.peer.state);
+            broken |= closed && !state.session.reopen(link);
+            // Nothing may be on its way any more, and then nobody sweeps.
+            self.oldest = state.session.oldest();
+        }
+        if wrong_node {
+            self.wrong_node();
+        } else if broken {
+            self.link_died();
+        }
+    }
+
+    /// The node at the other end of the link says that it is another one, at least by now. What was for this one takes
+    /// another path.
+    fn wrong_node(&mut self) {
+        if let (PeerName::Node(node), Some(shown)) = (&self.peer.name, self.link.as_ref().and_then(|link| link.shown)) {
+            self.node().disown(node, shown);
+        }
+        self.link_died();
+    }
+
+    fn link_died(&mut self) {
+        tracing::debug!(peer = %self.peer.name, "link died");
+        self.life.link_died(Instant::now(), fastrand::f64());
+    }
+
+    /// Ends the link, if there is one; what it left unacknowledged goes to the front of the queue, or stays with the
+    /// session.
+    fn retire_link(&mut self) {
+        let Some(link) = self.unlink() else { return };
+        link.mark_silent();
+        let (swept, unacknowledged) = link.die();
+        self.account(swept);
+        self.owe(unacknowledged);
+        match link.dialect {
+            Dialect::MaculaPeer1 => link.close(),
+            Dialect::Macula => drop(self.helpers.spawn(link.close_when_read())),
+        }
+    }
+
+    /// Lets go of the link for a better one; what was asked over it may still be answered.
+    fn replace_link(&mut self) {
+        let Some(link) = self.unlink() else { return };
+        let (swept, unacknowledged) = link.die();
+        self.account(swept);
+        self.owe(unacknowledged);
+        self.helpers.spawn(async move {
+            tokio::time::sleep(REPLACED_FOR).await;
+            while link.is_asked() {
+                tokio::time::sleep(REPLACED_FOR).await;
+            }
+            link.close();
+        });
+    }
+
+    fn unlink(&mut self) -> Option<Arc<Link>> {
+        self.oldest = None;
+        self.out_of_credit = false;
+        let now = Instant::now();
+        let mut state = lock(&self.peer.state);
+        state.hide_link();
+        state.session.detach(now);
+        state.queue.detach(now);
+        self.link.take()
+    }
+
+    fn owe(&mut self, messages: Vec<Letter>) {
+        let now = Instant::now();
+        let (mut expired, mut lost) = (0, 0);
+        let once = self.node().config.delivery == Delivery::AtMostOnce;
+        let mut state = lock(&self.peer.state);
+        for message in messages.into_iter().rev() {
+            let deadline = message.deadline.unwrap_or(now + OWED_WITHOUT_DEADLINE);
+            if once || deadline <= now {
+                if once {
+                    lost += 1
+                } else {
+                    expired += 1
+                }
+                self.let_go(message.frame.len());
+                continue;
+            }
+            state.queue.put_back(Job::accepted(Some(message), Some(deadline)));
+        }
+        drop(state);
+        self.undelivered(expired, self.why_late());
+        self.undelivered(lost, UndeliveredReason::LinkLost);
+    }
+
+    /// Messages of the session.
+    fn give_up(&self, messages: Vec<Letter>, reason: UndeliveredReason) {
+        self.let_go(messages.iter().map(|message| message.frame.len()).sum());
+        self.undelivered(messages.len() as u64, reason);
+    }
+
+    fn credit_came(&mut self, stream: Option<(SendStream, RecvStream)>) {
+        self.out_of_credit = false;
+        if let (Some(link), Some(stream)) = (&self.link, stream) {
+            link.put_spare(stream);
+        }
+    }
+
+    fn answers_came(&mut self, answers: Vec<Answered>) {
+        let Some(link) = &self.link else { return };
+        for Answered { frame, asker } in answers {
+            self.peer.counters.received.add(1);
+            match asker {
+                Some(asker) => self.node().gateway_answered(&asker, frame),
+                None if is_heavy(frame.payload()) => {
+                    self.heavy_answers.spawn(hand_over_heavy(self.peer.clone(), link.clone(), frame));
+                }
+                // It is counted.
+                None => drop(hand_over(&self.peer, link, frame)),
+            }
+        }
+    }
+
+    fn write_ended(&mut self, outcome: WriteOutcome) {
+        let WriteOutcome { link, job, message, result } = outcome;
+        self.accepted_writes -= usize::from(job.is_accepted());
+        let size = message.frame.len();
+        match result {
+            Ok((send, receive)) => match link.written(message, send, receive) {
+                Written::Unproven(_) if self.node().config.delivery == Delivery::AtMostOnce => {
+                    self.let_go(size);
+                    self.not_delivered(job, UndeliveredReason::LinkLost, SendError::LinkLost);
+                }
+                Written::Lost(message) | Written::Unproven(message) => self.write_lost(job, message),
+                _ => self.sent(job),
+            },
+            Err(WriteFailure::Lost) => self.write_lost(job, message),
+            Err(WriteFailure::Cancelled) => self.let_go(size),
+            Err(failure) => {
+                self.let_go(size);
+                let (reason, error) = match failure {
+                    WriteFailure::Expired => (UndeliveredReason::Expired, SendError::NoRoom),
+                    _ => (UndeliveredReason::Rejected(Rejection::Unread), SendError::LinkLost),
+                };
+                self.not_delivered(job, reason, error);
+            }
+        }
+    }
+
+    fn not_delivered(&self, job: Job, reason: UndeliveredReason, error: SendError) {
+        match job.who {
+            Who::Sender(call) => self.fail(|| call.answer(Err(error))),
+            _ => self.undelivered(1, reason),
+        }
+    }
+
+    /// A part of it may have arrived, but no receiver makes anything of a part: sending it again is no second delivery.
+    fn write_lost(&mut self, mut job: Job, message: Letter) {
+        self.let_go(message.frame.len());
+        if job.is_accepted() && job.deadline.is_none() {
+            job.deadline = Some(Instant::now() + OWED_WITHOUT_DEADLINE);
+        }
+        self.requeue(job, message);
+    }
+
+    /// Puts a job back that was next, with its message.
+    fn requeue(&self, mut job: Job, message: Letter) {
+        job.message = Some(message);
+        self.peer.hold(&job);
+        lock(&self.peer.state).queue.put_back(job);
+    }
+
+    fn ask_again(&self, job: Job) {
+        lock(&self.peer.state).queue.put_back(job);
+    }
+
+    fn request_ended(&mut self, RequestOutcome { mut job, connection, end }: RequestOutcome) {
+        self.peer.asked.fetch_sub(1, Ordering::Relaxed);
+        match end {
+            request::End::Answered => {
+                self.peer.counters.acknowledged.add(1);
+                self.peer.counters.received.add(1);
+                self.peer.let_go(&job);
+            }
+            request::End::Failed => {
+                self.peer.counters.failed.add(1);
+                self.peer.let_go(&job);
+            }
+            request::End::Cancelled => self.peer.let_go(&job),
+            request::End::Unsent => self.ask_again(job),
+            request::End::WrongNode => {
+                self.ask_again(job);
+                if self.link.as_ref().is_some_and(|link| link.connection.stable_id() == connection) {
+                    self.wrong_node();
+                }
+            }
+            request::End::Unacknowledged => match (self.node().config.delivery, &job.who, &mut job.named) {
+                (Delivery::AtMostOnce, Who::Requester(call), None) => {
+                    self.peer.let_go(&job);
+                    self.fail(|| call.answer(Err(RequestError::LinkLost)));
+                }
+                (Delivery::AtMostOnce, _, Some(named)) => {
+                    named.again = true;
+                    self.ask_again(job);
+                }
+                _ => self.ask_again(job),
+            },
+            request::End::Acknowledged => {
+                if let Some(named) = &mut job.named {
+                    named.again = true;
+                }
+                self.ask_again(job);
+            }
+        }
+    }
+
+    fn not_for_this_peer(&self, job: Job) {
+        self.peer.let_go(&job);
+        let error = || match self.peer.name {
+            PeerName::Endpoint(_) | PeerName::Gateway(_) => SendError::from(ConnectError::Untrusted),
+            PeerName::Node(_) => RouteError::Node(ConnectError::Untrusted).into(),
+        };
+        match job.who {
+            Who::Accepted => self.undelivered(1, UndeliveredReason::Untrusted),
+            Who::Sender(call) => self.fail(|| call.answer(Err(error()))),
+            Who::Requester(call) => self.fail(|| call.answer(Err(error().into()))),
+        }
+    }
+
+    fn sent(&self, job: Job) {
+        self.peer.counters.sent.add(1);
+        job.answer_sent();
+    }
+
+    fn fail(&self, answer: impl FnOnce()) {
+        self.peer.counters.failed.add(1);
+        answer();
+    }
+
+    fn undelivered(&self, count: u64, reason: UndeliveredReason) {
+        self.peer.undelivered(count, reason);
+    }
+
+    fn hold(&self, size: usize) {
+        self.peer.held.fetch_add(size, Ordering::Relaxed);
+    }
+
+    fn let_go(&self, size: usize) {
+        self.peer.held.fetch_sub(size, Ordering::Relaxed);
+    }
+
+    /// Whether the task has nothing more to do, for good.
+    fn is_done(&mut self, now: Instant) -> bool {
+        if self.node().is_stopping() {
+            let is_quiet = self.is_quiet(&lock(&self.peer.state));
+            return self.life.is_drained(is_quiet, now);
+        }
+        let idle = self.node().config.idle_timeout;
+        let mut state = lock(&self.peer.state);
+        // Evicted, it keeps the deadlines of what it has.
+        if !state.retired && self.is_quiet(&state) && now >= self.node().instant(self.peer.last_used()) + idle {
+            drop(state);
+            // Retires the peer unless somebody has used it meanwhile.
+            self.node().forget(&self.peer);
+            state = lock(&self.peer.state);
+        }
+        state.ended = state.retired && self.is_quiet(&state);
+        state.ended
+    }
+
+    fn is_quiet(&self, state: &State) -> bool {
+        let queued = state.queue.is_empty() && !state.queue.has_parked() && state.partials.is_empty();
+        let read = self.read_by.is_none_or(|at| at <= Instant::now());
+        queued
+            && read
+            && self.oldest.is_none()
+            && self.writers.is_empty()
+            && self.requests.is_empty()
+            && self.swept_clean()
+    }
+
+    /// `oldest` is as of the last sweep; callers may have written since.
+    fn swept_clean(&self) -> bool {
+        self.peer.held.load(Ordering::Relaxed) == 0
+    }
+
+    fn end(mut self) {
+        self.writers.abort_all();
+        self.requests.abort_all();
+        let left = self.link.take().map_or(0, |link| {
+            let (swept, left) = link.die();
+            self.account(swept);
+            link.close();
+            left.len()
+        });
+        let mut state = lock(&self.peer.state);
+        (state.retired, state.ended) = (true, true);
+        state.hide_link();
+        let queue = state.queue.take();
+        let partials = std::mem::take(&mut state.partials);
+        let Taken { owed, lost } = state.session.take();
+        drop(state);
+        let queued = queue.iter().filter(|job| job.is_accepted()).count();
+        let accepted = queued + partials.len() + self.accepted_writes + owed.len() + lost.len();
+        self.undelivered((left + accepted) as u64, UndeliveredReason::Stopped);
+    }
+
+    fn node(&self) -> &Arc<Node> {
+        &self.peer.node
+    }
+}
+
+async fn session_progress(peer: &Peer, linked: bool) -> Progress {
+    match linked {
+        true => poll_fn(|cx| lock(&peer.state).session.poll(cx, Instant::now())).await,
+        false => std::future::pending().await,
+    }
+}
+
+/// A request found that the link has been silent for this long.
+async fn doubted(link: Option<&Link>) -> Duration {
+    let Some(link) = link else { return std::future::pending().await };
+    link.doubted.notified().await;
+    link.patience()
+}
+
+async fn closed(link: Option<&Link>) -> ConnectionError {
+    match link {
+        Some(link) => link.connection.closed().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn credit(link: Option<&Link>, wanted: bool) -> Option<(SendStream, RecvStream)> {
+    match link {
+        Some(link) if wanted => link.connection.open_bi().await.ok(),
+        _ => std::future::pending().await,
+    }
+}
+
+async fn answers(link: Option<&Link>) -> Vec<Answered> {
+    let Some(link) = link else { return std::future::pending().await };
+    poll_fn(|cx| match link.poll_answers(cx) {
+        frames if frames.is_empty() => Poll::Pending,
+        frames => Poll::Ready(frames),
+    })
+    .await
+}
+
+async fn unreachable(refusals: &mut broadcast::Receiver<Refused>, remote: Option<SocketAddr>) -> Why {
+    match remote {
+        Some(remote) => refused(refusals, remote).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Writes the rest of a frame that a stream took only a part of.
+async fn write_rest(link: Arc<Link>, job: Job, partial: Partial) -> WriteOutcome {
+    let Partial { message, mut send, receive, rest } = partial;
+    let result = tokio::select! {
+        written = send.write_chunk(rest) => match written {
+            Ok(()) => Ok(()),
+            Err(quinn::WriteError::Stopped(_)) => Err(WriteFailure::Rejected),
+            Err(_) => Err(WriteFailure::Lost),
+        },
+        () = link.dead() => Err(WriteFailure::Lost),
+        () = deadline(job.deadline) => Err(WriteFailure::Expired),
+        () = cancelled(&job.who) => Err(WriteFailure::Cancelled),
+    };
+    if result.is_err() {
+        // A dropped stream would be finished, and the part taken for the whole.
+        let _ = send.reset(0u8.into());
+    }
+    WriteOutcome { link, job, message, result: result.map(|()| (send, receive)) }
+}
+
+async fn cancelled(who: &Who) {
+    match who {
+        Who::Sender(call) => call.cancelled().await,
+        Who::Accepted | Who::Requester(_) => std::future::pending().await,
+    }
+}
