@@ -6,9 +6,10 @@
 
 mod answers;
 mod attempts;
+mod space;
 mod task;
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
 
@@ -31,6 +32,7 @@ use crate::request;
 use crate::session::send::Session;
 use crate::stats::{PathStatus, PeerStats};
 use crate::sync::lock;
+use space::{Counts, Space};
 
 pub(crate) use task::run;
 
@@ -48,12 +50,7 @@ pub(crate) struct Peer {
     wake: Notify,
     /// Milliseconds of the node's clock at the last use.
     used: AtomicU64,
-    /// Bytes accepted and not acknowledged.
-    held: AtomicUsize,
-    /// Bytes of calls that wait.
-    waiting: AtomicUsize,
-    /// Requests that wait for their answer.
-    asked: AtomicUsize,
+    counts: Arc<Counts>,
     counters: PeerCounters,
 }
 
@@ -89,6 +86,8 @@ struct Job {
     who: Who,
     /// A request that was asked over a link of `macula-peer/1`.
     named: Option<request::Named>,
+    /// What it takes up.
+    space: Option<Space>,
 }
 
 /// Whom a message is owed to.
@@ -162,9 +161,7 @@ impl Peer {
             state: Mutex::new(state),
             wake: Notify::new(),
             used: AtomicU64::new(0),
-            held: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
-            asked: AtomicUsize::new(0),
+            counts: Arc::default(),
             counters: PeerCounters::default(),
         });
         peer.touch(Instant::now());
@@ -197,7 +194,8 @@ impl Peer {
                 self.accept(&mut state, message)
             }
             Given::Partial(link, partial) => {
-                let job = Job::accepted(None, partial.message.deadline);
+                let mut job = Job::accepted(None, partial.message.deadline);
+                job.space = Some(Space::held(&self.counts, partial.message.frame.len()));
                 lock(&self.state).partials.push((link, job, *partial));
                 self.wake.notify_one();
                 Ok(())
@@ -212,14 +210,14 @@ impl Peer {
 
     /// Whether callers leave the writing to the task: it writes many small messages at once.
     fn is_busy(&self, link: &Link) -> bool {
-        link.dialect == Dialect::Macula && self.held.load(Ordering::Relaxed) >= DIRECT_WRITES
+        link.dialect == Dialect::Macula && self.counts.held() >= DIRECT_WRITES
     }
 
     /// Gives a message to the live link. What the link takes is held until it is acknowledged.
     fn give(&self, mut state: MutexGuard<'_, State>, message: Letter, now: Instant) -> Given {
         let Some(link) = &state.link else { return Given::Lost(message) };
         let size = message.frame.len();
-        let was_idle = self.held.fetch_add(size, Ordering::Relaxed) == 0;
+        let was_idle = self.counts.hold(size);
         if link.dialect == Dialect::MaculaPeer1 {
             // Under the lock that the queue was looked at under: no message overtakes it.
             let wake = self.number(&mut state, message, now) || was_idle;
@@ -237,7 +235,7 @@ impl Peer {
             Written::Unproven(_) if self.node.config.delivery == Delivery::AtMostOnce => Given::Dropped,
             Written::Lost(message) | Written::Unproven(message) => Given::Lost(message),
         };
-        self.held.fetch_sub(size, Ordering::Relaxed);
+        self.counts.let_go(size);
         given
     }
 
@@ -314,7 +312,7 @@ impl Peer {
             received: counters.received.get(),
             failed: counters.failed.get(),
             dials: counters.dials.get(),
-            unacknowledged_bytes: self.held.load(Ordering::Relaxed) + self.waiting.load(Ordering::Relaxed),
+            unacknowledged_bytes: self.counts.held() + self.counts.waiting(),
         }
     }
 
@@ -337,7 +335,10 @@ impl Peer {
             overloaded();
             return Ok(Waiting { call: Arc::downgrade(&call), peer: None });
         }
-        self.push(&mut state, Job { message: Some(message), deadline, since: Instant::now(), who, named: None });
+        self.push(
+            &mut state,
+            Job { message: Some(message), deadline, since: Instant::now(), who, named: None, space: None },
+        );
         Ok(Waiting { call: Arc::downgrade(&call), peer: Some(self.clone()) })
     }
 
@@ -446,8 +447,8 @@ impl Peer {
     }
 
     /// Queues a job. The task need not be woken where it already waits for what lets it go on with the queue.
-    fn push(&self, state: &mut State, job: Job) {
-        self.hold(&job);
+    fn push(&self, state: &mut State, mut job: Job) {
+        job.space = Some(self.space(&job));
         if state.queue.push(job) {
             self.wake.notify_one();
         }
@@ -455,25 +456,20 @@ impl Peer {
 
     /// Those who wait for room are as much again as what there is room for.
     fn may_wait(&self, state: &State, size: usize) -> bool {
-        let waiting = self.waiting.load(Ordering::Relaxed);
+        let waiting = self.counts.waiting();
         let fits = waiting == 0 || waiting + size <= self.node.config.max_unacknowledged;
-        fits && state.queue.len() + self.asked.load(Ordering::Relaxed) < MAX_WAITING
+        fits && state.queue.len() + self.counts.asked() < MAX_WAITING
     }
 
     /// A frame always fits when nothing else is held, so that no configuration makes a peer mute.
     fn has_room(&self, state: &State, size: usize) -> bool {
-        let held = self.held.load(Ordering::Relaxed) + state.session.len() * KEPT_BESIDE;
+        let held = self.counts.held() + state.session.len() * KEPT_BESIDE;
         held == 0 || held + size <= self.node.config.max_unacknowledged
     }
 
-    fn hold(&self, job: &Job) {
-        let bytes = if job.is_accepted() { &self.held } else { &self.waiting };
-        bytes.fetch_add(job.size(), Ordering::Relaxed);
-    }
-
-    fn let_go(&self, job: &Job) {
-        let bytes = if job.is_accepted() { &self.held } else { &self.waiting };
-        bytes.fetch_sub(job.size(), Ordering::Relaxed);
+    fn space(&self, job: &Job) -> Space {
+        let space = if job.is_accepted() { Space::held } else { Space::waiting };
+        space(&self.counts, job.size())
     }
 
     fn undelivered(&self, count: u64, reason: UndeliveredReason) {
@@ -538,7 +534,7 @@ impl Queued for Job {
 
 impl Job {
     fn accepted(message: Option<Letter>, deadline: Option<Instant>) -> Self {
-        Self { message, deadline, since: Instant::now(), who: Who::Accepted, named: None }
+        Self { message, deadline, since: Instant::now(), who: Who::Accepted, named: None, space: None }
     }
 
     fn size(&self) -> usize {
@@ -546,6 +542,7 @@ impl Job {
     }
 
     fn answer_sent(self) {
+        drop(self.space);
         if let Who::Sender(call) = self.who {
             call.answer(Ok(()));
         }
@@ -553,6 +550,7 @@ impl Job {
 
     /// Tells who waits, if somebody does.
     fn fail(self, error: SendError) {
+        drop(self.space);
         match self.who {
             Who::Accepted => {}
             Who::Sender(call) => call.answer(Err(error)),

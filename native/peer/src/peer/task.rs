@@ -3,7 +3,6 @@
 use std::future::poll_fn;
 use std::mem::take;
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
 use std::task::Poll;
 use std::time::{Duration, Instant};
@@ -20,6 +19,7 @@ use tokio::time::sleep_until;
 
 use super::answers::{LARGE_ANSWERS, hand_over, hand_over_heavy, read_answers};
 use super::attempts::Attempts;
+use super::space::Space;
 use super::{Given, Job, Peer, State, Who};
 use crate::config::Delivery;
 use crate::decoding::is_heavy;
@@ -112,6 +112,7 @@ struct RequestOutcome {
     job: Job,
     connection: usize,
     end: request::End,
+    _asked: Space,
 }
 
 /// Looks after the peer until it leaves the pool.
@@ -380,7 +381,7 @@ impl Task {
         let idle = self.node().instant(self.peer.last_used()) + self.node().config.idle_timeout;
         // Past, it waits for whatever is not over yet.
         let idle = if idle > now { idle } else { now + self.node().config.idle_timeout };
-        let unproven = self.life.is_suspect() || (self.link.is_some() && self.peer.held.load(Ordering::Relaxed) > 0);
+        let unproven = self.life.is_suspect() || (self.link.is_some() && self.peer.counts.held() > 0);
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
         let leaves = state.retired || self.node().is_stopping();
         let read_by = self.read_by.filter(|&at| leaves && at > now);
@@ -403,8 +404,9 @@ impl Task {
         self.give_up(given_up, self.why_late());
         let linked = self.life.is_usable() || self.life.is_leaving();
         let mut expired = 0;
-        for job in queued {
-            self.peer.let_go(&job);
+        for mut job in queued {
+            // Whoever is answered may use it at once.
+            job.space = None;
             let error = match () {
                 () if job.had_no_time() => SendError::Timeout,
                 () if linked && !self.peer.has_room(&lock(&self.peer.state), job.size()) => SendError::Overloaded,
@@ -437,7 +439,6 @@ impl Task {
     fn start_partials(&mut self) {
         let partials = std::mem::take(&mut lock(&self.peer.state).partials);
         for (link, job, partial) in partials {
-            self.hold(partial.message.frame.len());
             self.write(link, job, partial);
         }
     }
@@ -450,7 +451,6 @@ impl Task {
             let mut state = lock(&self.peer.state);
             let Some(mut job) = state.queue.pop() else { return };
             if !job.is_wanted() {
-                self.peer.let_go(&job);
                 continue;
             }
             if matches!(job.who, Who::Sender(_)) && !self.peer.has_room(&state, job.size()) {
@@ -467,13 +467,13 @@ impl Task {
                 self.ask(&link, job);
                 continue;
             }
-            self.peer.let_go(&job);
+            job.space = None;
             let Some(message) = job.message.take() else { continue };
             match self.peer.give(state, message, Instant::now()) {
                 // What the stream does not take is written when this task next looks at the session.
                 Given::Taken { .. } => job.answer_sent(),
                 Given::Partial(link, partial) => {
-                    self.hold(partial.message.frame.len());
+                    job.space = Some(Space::held(&self.peer.counts, partial.message.frame.len()));
                     self.write(link, job, *partial);
                 }
                 Given::NoCredit(message) => {
@@ -497,7 +497,7 @@ impl Task {
             Dialect::Macula if job.named.is_some_and(|named| named.again) => {
                 // The peer is another one than before.
                 let call = call.clone();
-                self.peer.let_go(&job);
+                job.space = None;
                 return self.fail(|| call.answer(Err(RequestError::LinkLost)));
             }
             Dialect::Macula => None,
@@ -506,9 +506,9 @@ impl Task {
         let decoding = self.node().decoding.clone();
         let exchange = request::run(link.clone(), target, named, call.clone(), message, decoding);
         self.peer.counters.sent.add(1);
-        self.peer.asked.fetch_add(1, Ordering::Relaxed);
+        let asked = Space::asked(&self.peer.counts);
         let connection = link.connection.stable_id();
-        self.requests.spawn(async move { RequestOutcome { job, connection, end: exchange.await } });
+        self.requests.spawn(async move { RequestOutcome { job, connection, end: exchange.await, _asked: asked } });
     }
 
     /// Keeps a job that the link's peer may not get until another holder of its key is found, if it is for a node.
@@ -547,11 +547,8 @@ impl Task {
 
     fn account(&self, swept: Swept) {
         self.peer.counters.acknowledged.add(swept.acknowledged);
-        self.let_go(swept.acknowledged_bytes);
-        for message in &swept.rejected {
-            self.let_go(message.frame.len());
-        }
-        self.undelivered(swept.rejected.len() as u64, UndeliveredReason::Rejected(Rejection::Unread));
+        self.peer.counts.let_go(swept.acknowledged_bytes);
+        self.give_up(swept.rejected, UndeliveredReason::Rejected(Rejection::Unread));
     }
 
     /// The peer may be gone.
@@ -569,13 +566,12 @@ impl Task {
             let Taken { owed, lost } = state.session.take();
             let owed = owed.into_iter().map(|message| {
                 let deadline = message.deadline.unwrap_or(now + OWED_WITHOUT_DEADLINE);
-                Job::accepted(Some(message), Some(deadline))
+                self.owed(message, deadline)
             });
             (owed.chain(state.queue.take()).collect::<Vec<_>>(), lost)
         };
         self.give_up(lost, UndeliveredReason::LinkLost);
         for job in jobs {
-            self.peer.let_go(&job);
             if let Err(job) = relay.adopt(job) {
                 // It has left the pool.
                 self.life.not_passed_on();
@@ -636,7 +632,6 @@ impl Task {
             state.queue.fail(begun, later_stay)
         };
         for job in failed {
-            self.peer.let_go(&job);
             self.fail(|| job.fail(error.clone()));
         }
     }
@@ -656,7 +651,7 @@ impl Task {
         } = progress;
         self.peer.counters.sent.add(written);
         self.peer.counters.acknowledged.add(acknowledged);
-        self.let_go(acknowledged_bytes);
+        self.peer.counts.let_go(acknowledged_bytes);
         self.give_up(lost, UndeliveredReason::LinkLost);
         self.give_up(forgotten, UndeliveredReason::SessionLost);
         for same in rejected.chunk_by(|(_, why), (_, other)| why == other) {
@@ -744,19 +739,25 @@ impl Task {
                 } else {
                     expired += 1
                 }
-                self.let_go(message.frame.len());
+                self.peer.counts.let_go(message.frame.len());
                 continue;
             }
-            state.queue.put_back(Job::accepted(Some(message), Some(deadline)));
+            state.queue.put_back(self.owed(message, deadline));
         }
         drop(state);
         self.undelivered(expired, self.why_late());
         self.undelivered(lost, UndeliveredReason::LinkLost);
     }
 
-    /// Messages of the session.
+    /// A message that a link or a session held.
+    fn owed(&self, message: Letter, deadline: Instant) -> Job {
+        let space = Space::taken_back(&self.peer.counts, message.frame.len());
+        Job { space: Some(space), ..Job::accepted(Some(message), Some(deadline)) }
+    }
+
+    /// Messages that a link or a session held.
     fn give_up(&self, messages: Vec<Letter>, reason: UndeliveredReason) {
-        self.let_go(messages.iter().map(|message| message.frame.len()).sum());
+        self.peer.counts.let_go(messages.iter().map(|message| message.frame.len()).sum());
         self.undelivered(messages.len() as u64, reason);
     }
 
@@ -785,30 +786,27 @@ impl Task {
     fn write_ended(&mut self, outcome: WriteOutcome) {
         let WriteOutcome { link, job, message, result } = outcome;
         self.accepted_writes -= usize::from(job.is_accepted());
-        let size = message.frame.len();
         match result {
             Ok((send, receive)) => match link.written(message, send, receive) {
                 Written::Unproven(_) if self.node().config.delivery == Delivery::AtMostOnce => {
-                    self.let_go(size);
                     self.not_delivered(job, UndeliveredReason::LinkLost, SendError::LinkLost);
                 }
                 Written::Lost(message) | Written::Unproven(message) => self.write_lost(job, message),
                 _ => self.sent(job),
             },
             Err(WriteFailure::Lost) => self.write_lost(job, message),
-            Err(WriteFailure::Cancelled) => self.let_go(size),
-            Err(failure) => {
-                self.let_go(size);
-                let (reason, error) = match failure {
-                    WriteFailure::Expired => (UndeliveredReason::Expired, SendError::NoRoom),
-                    _ => (UndeliveredReason::Rejected(Rejection::Unread), SendError::LinkLost),
-                };
-                self.not_delivered(job, reason, error);
+            Err(WriteFailure::Cancelled) => {}
+            Err(WriteFailure::Expired) => {
+                self.not_delivered(job, UndeliveredReason::Expired, SendError::NoRoom);
+            }
+            Err(WriteFailure::Rejected) => {
+                self.not_delivered(job, UndeliveredReason::Rejected(Rejection::Unread), SendError::LinkLost);
             }
         }
     }
 
     fn not_delivered(&self, job: Job, reason: UndeliveredReason, error: SendError) {
+        drop(job.space);
         match job.who {
             Who::Sender(call) => self.fail(|| call.answer(Err(error))),
             _ => self.undelivered(1, reason),
@@ -817,7 +815,6 @@ impl Task {
 
     /// A part of it may have arrived, but no receiver makes anything of a part: sending it again is no second delivery.
     fn write_lost(&mut self, mut job: Job, message: Letter) {
-        self.let_go(message.frame.len());
         if job.is_accepted() && job.deadline.is_none() {
             job.deadline = Some(Instant::now() + OWED_WITHOUT_DEADLINE);
         }
@@ -827,7 +824,7 @@ impl Task {
     /// Puts a job back that was next, with its message.
     fn requeue(&self, mut job: Job, message: Letter) {
         job.message = Some(message);
-        self.peer.hold(&job);
+        job.space = Some(self.peer.space(&job));
         lock(&self.peer.state).queue.put_back(job);
     }
 
@@ -835,19 +832,16 @@ impl Task {
         lock(&self.peer.state).queue.put_back(job);
     }
 
-    fn request_ended(&mut self, RequestOutcome { mut job, connection, end }: RequestOutcome) {
-        self.peer.asked.fetch_sub(1, Ordering::Relaxed);
+    fn request_ended(&mut self, RequestOutcome { mut job, connection, end, _asked }: RequestOutcome) {
         match end {
             request::End::Answered => {
                 self.peer.counters.acknowledged.add(1);
                 self.peer.counters.received.add(1);
-                self.peer.let_go(&job);
             }
             request::End::Failed => {
                 self.peer.counters.failed.add(1);
-                self.peer.let_go(&job);
             }
-            request::End::Cancelled => self.peer.let_go(&job),
+            request::End::Cancelled => {}
             request::End::Unsent => self.ask_again(job),
             request::End::WrongNode => {
                 self.ask_again(job);
@@ -857,7 +851,7 @@ impl Task {
             }
             request::End::Unacknowledged => match (self.node().config.delivery, &job.who, &mut job.named) {
                 (Delivery::AtMostOnce, Who::Requester(call), None) => {
-                    self.peer.let_go(&job);
+                    job.space = None;
                     self.fail(|| call.answer(Err(RequestError::LinkLost)));
                 }
                 (Delivery::AtMostOnce, _, Some(named)) => {
@@ -876,7 +870,7 @@ impl Task {
     }
 
     fn not_for_this_peer(&self, job: Job) {
-        self.peer.let_go(&job);
+        drop(job.space);
         let error = || match self.peer.name {
             PeerName::Endpoint(_) | PeerName::Gateway(_) => SendError::from(ConnectError::Untrusted),
             PeerName::Node(_) => RouteError::Node(ConnectError::Untrusted).into(),
@@ -888,7 +882,11 @@ impl Task {
         }
     }
 
-    fn sent(&self, job: Job) {
+    /// A stream has all of it, and the link holds it.
+    fn sent(&self, mut job: Job) {
+        if let Some(space) = job.space.take() {
+            space.hand_on();
+        }
         self.peer.counters.sent.add(1);
         job.answer_sent();
     }
@@ -900,14 +898,6 @@ impl Task {
 
     fn undelivered(&self, count: u64, reason: UndeliveredReason) {
         self.peer.undelivered(count, reason);
-    }
-
-    fn hold(&self, size: usize) {
-        self.peer.held.fetch_add(size, Ordering::Relaxed);
-    }
-
-    fn let_go(&self, size: usize) {
-        self.peer.held.fetch_sub(size, Ordering::Relaxed);
     }
 
     /// Whether the task has nothing more to do, for good.
@@ -942,7 +932,7 @@ impl Task {
 
     /// `oldest` is as of the last sweep; callers may have written since.
     fn swept_clean(&self) -> bool {
-        self.peer.held.load(Ordering::Relaxed) == 0
+        self.peer.counts.held() == 0
     }
 
     fn end(mut self) {
