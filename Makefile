@@ -30,7 +30,7 @@ test: check test-rust test-erlang fuzz
 
 demo: compile
 	@mkdir -p _build/demo
-	@erlc -o _build/demo demo/macula_peer_demo.erl test/macula_peer_*.erl test/natlab/macula_peer_*.erl
+	@erlc -o _build/demo demo/macula_peer_demo.erl test/support/*.erl
 	@erl -noshell -pa $(EBIN) _build/demo -s macula_peer_demo main
 
 bench: compile testkit
@@ -40,13 +40,13 @@ bench: compile testkit
 
 soak: compile testkit
 	@mkdir -p _build/soak
-	@erlc -o _build/soak soak/*.erl test/macula_peer_*.erl
+	@erlc -o _build/soak soak/*.erl test/support/*.erl
 	@erl -noshell -pa $(EBIN) _build/soak -s macula_peer_soak main $(SOAK_SECONDS)
 
 # Linux, as root.
 natlab: compile
 	@mkdir -p _build/natlab
-	@erlc -o _build/natlab test/macula_peer_*.erl test/natlab/macula_peer_*.erl
+	@erlc -o _build/natlab test/support/*.erl
 	@erl -noshell -pa $(EBIN) _build/natlab -s macula_peer_natlab_matrix main $(NATLAB_RUNS) $(NATLAB_DELAY) \
 	  $(NATLAB_LOSS) $(NATLAB_KINDS)
 

@@ -1,10 +1,10 @@
-%% The snippets in the README and the pages for users do what they say: each is run as it stands.
+%% The snippets in the README and the pages for users, and the examples, do what they say: each is run as it stands.
 -module(readme_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
 
 -export([suite/0, all/0, end_per_testcase/2]).
--export([every_snippet_runs/1, every_link_leads_somewhere/1, every_attack_has_its_test/1]).
+-export([every_snippet_runs/1, every_example_runs/1, every_link_leads_somewhere/1, every_attack_has_its_test/1]).
 
 %% A snippet that is added or lost fails here. Sending goes first, while no relay is known.
 -define(SNIPPETS, [{"docs/sending.md", 1}, {"README.md", 3}, {"docs/nat.md", 1}, {"docs/inbound.md", 1}, {"docs/relays.md", 3}, {"docs/drop-in.md", 1}]).
@@ -13,7 +13,7 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [every_snippet_runs, every_link_leads_somewhere, every_attack_has_its_test].
+    [every_snippet_runs, every_example_runs, every_link_leads_somewhere, every_attack_has_its_test].
 
 end_per_testcase(_Case, _Config) ->
     macula_peer_node:stop().
@@ -22,6 +22,28 @@ every_snippet_runs(_Config) ->
     Pages = [{File, snippets(File)} || {File, _} <- ?SNIPPETS],
     ?assertEqual(?SNIPPETS, [{File, length(Snippets)} || {File, Snippets} <- Pages]),
     [lists:foreach(fun run/1, Snippets) || {_, Snippets} <- Pages].
+
+%% An example that is added or lost fails here.
+every_example_runs(_Config) ->
+    Said = [{"relay.escript", "received #{<<\"key\">> => <<\"temperature\">>,<<\"value\">> => 21} by the path relay\n"},
+            {"request.escript", "answered #{<<\"server_time\">> => [0-9]+,<<\"timestamp\">> => 1}\n"},
+            {"send.escript", "received #{<<\"key\">> => <<\"answer\">>,<<\"value\">> => 42} in the dialect macula-peer/1\n"}],
+    ?assertEqual([Name || {Name, _} <- Said], lists:sort(filelib:wildcard("*", filename:join(root(), "examples")))),
+    [?assertMatch({Name, 0, {match, _}}, example(Name, Pattern)) || {Name, Pattern} <- Said].
+
+example(Name, Pattern) ->
+    Env = [{"ERL_LIBS", filename:dirname(code:lib_dir(macula_peer_connector))}],
+    Escript = open_port({spawn_executable, os:find_executable("escript")},
+                        [{args, [filename:join([root(), "examples", Name])]}, {env, Env}, exit_status, stderr_to_stdout]),
+    {Status, Output} = output(Escript, []),
+    ct:log("~ts", [Output]),
+    {Name, Status, re:run(Output, Pattern)}.
+
+output(Port, Output) ->
+    receive
+        {Port, {data, Data}} -> output(Port, [Output, Data]);
+        {Port, {exit_status, Status}} -> {Status, Output}
+    end.
 
 %% Links between the pages: the file is there, and so is the heading.
 every_link_leads_somewhere(_Config) ->
