@@ -29,6 +29,7 @@ pub mod punch;
 pub mod queue;
 pub mod quirks;
 pub mod race;
+pub mod registration;
 pub mod relay;
 pub mod reports;
 pub mod requests;

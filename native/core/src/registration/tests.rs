@@ -1,0 +1,647 @@
+use std::collections::BTreeMap;
+
+use fastrand::Rng;
+
+use super::*;
+use crate::admission::KICKED_FOR;
+use crate::errors::ConnectError;
+
+const IDLE: Duration = Duration::from_secs(60);
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(45);
+const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 4433);
+
+fn id(name: &str) -> Id {
+    Id::new(name.as_bytes().to_vec()).unwrap()
+}
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn secs(secs: u64) -> Duration {
+    Duration::from_secs(secs)
+}
+
+fn standing(name: &str) -> Wants {
+    Wants { standing: Some(id(name)), ..Wants::default() }
+}
+
+/// What happens in the simulation.
+#[derive(Debug, Clone)]
+enum Event {
+    /// The dial or request of this number reaches the relay.
+    Arrives(usize, u64),
+    /// It has had no answer for too long.
+    Expires(usize, u64),
+    /// The connection of this number shows no life.
+    Silent(usize, u64),
+    /// And has shown none for so long that it is given up.
+    Dead(usize, u64),
+    Heard(usize, u64),
+    Lost(usize, u64, CircuitError),
+    Fault(Fault),
+    /// So many callers wait for a circuit.
+    Callers(usize),
+}
+
+#[derive(Debug, Clone)]
+enum Fault {
+    /// The relay restarts, and is away for this long. It closes its connections, or dies without a word.
+    Restart {
+        away: Duration,
+        closes: bool,
+    },
+    /// No packet passes for this long.
+    Cut(Duration),
+    Kick,
+    Refuse(Duration, Refusal),
+    /// A second node with this node's key begins, and ends after this long.
+    Twin(Duration),
+    /// The end of one of the above.
+    Mend(Mend),
+}
+
+#[derive(Debug, Clone)]
+enum Mend {
+    Up,
+    Reachable,
+    Accepts,
+    TwinEnds,
+}
+
+struct Node {
+    machine: Registrant,
+    /// Dials and requests that are under way, at most one.
+    pending: Option<u64>,
+    dials: Vec<Duration>,
+    /// The connection that the registration uses.
+    registered: Option<u64>,
+    suspect: bool,
+    heard: u64,
+    usable: bool,
+    /// Whether the last report was that it is registered.
+    reported: bool,
+    ended: bool,
+}
+
+impl Node {
+    fn new(now: Instant) -> Self {
+        Self {
+            machine: Registrant::new(id("own"), IDLE, now),
+            pending: None,
+            dials: Vec::new(),
+            registered: None,
+            suspect: false,
+            heard: 0,
+            usable: false,
+            reported: false,
+            ended: false,
+        }
+    }
+}
+
+/// A relay, a node, and at times a second one with the same key.
+struct World {
+    start: Instant,
+    now: Instant,
+    rng: Rng,
+    numbers: u64,
+    queue: BTreeMap<(Instant, u64), Event>,
+    nodes: Vec<Node>,
+    up: bool,
+    reachable: bool,
+    refuses: Option<Refusal>,
+    kicked_until: Instant,
+    /// The relay's book: which node, over which connection.
+    book: Option<(usize, u64)>,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let start = Instant::now();
+        Self {
+            start,
+            now: start,
+            rng: Rng::with_seed(seed),
+            numbers: 0,
+            queue: BTreeMap::new(),
+            nodes: vec![Node::new(start)],
+            up: true,
+            reachable: true,
+            refuses: None,
+            kicked_until: start,
+            book: None,
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    fn after(&mut self, delay: Duration, event: Event) {
+        let number = self.number();
+        self.queue.insert((self.now + delay, number), event);
+    }
+
+    fn want(&mut self, node: usize, wants: Wants) {
+        self.nodes[node].machine.want(wants, self.now);
+        self.carry_out(node);
+    }
+
+    fn run_until(&mut self, end: Instant) {
+        loop {
+            let event = self.queue.first_key_value().map(|((at, _), _)| *at);
+            let timers = self.nodes.iter().filter(|node| !node.ended).map(|node| node.machine.next_timeout());
+            let next = timers.flatten().chain(event).min().filter(|next| *next <= end);
+            let Some(next) = next else { break };
+            self.now = self.now.max(next);
+            if event == Some(next) {
+                let ((_, _), event) = self.queue.pop_first().unwrap();
+                self.happen(event);
+            }
+            for node in 0..self.nodes.len() {
+                if !self.nodes[node].ended {
+                    self.nodes[node].machine.timeout(self.now);
+                    self.carry_out(node);
+                }
+            }
+        }
+        self.now = end;
+    }
+
+    fn happen(&mut self, event: Event) {
+        let (now, draw) = (self.now, self.rng.f64());
+        match event {
+            Event::Arrives(at, number) if self.nodes[at].pending == Some(number) => self.arrives(at, number),
+            Event::Expires(at, number) if self.nodes[at].pending == Some(number) => {
+                self.nodes[at].pending = None;
+                self.settle(at, Err(CircuitError::Relay(ConnectError::TimedOut)));
+            }
+            Event::Silent(at, connection) if self.nodes[at].registered == Some(connection) => {
+                if !self.reachable || self.book != Some((at, connection)) {
+                    let node = &mut self.nodes[at];
+                    node.suspect = true;
+                    node.machine.suspected(node.heard);
+                }
+            }
+            Event::Heard(at, connection) if self.nodes[at].registered == Some(connection) => {
+                if self.reachable && self.book == Some((at, connection)) {
+                    let node = &mut self.nodes[at];
+                    node.heard += 1;
+                    node.suspect = false;
+                    node.machine.cleared();
+                }
+            }
+            Event::Dead(at, connection) if self.nodes[at].registered == Some(connection) => {
+                if !self.reachable || self.book != Some((at, connection)) {
+                    self.nodes[at].machine.lost(CircuitError::RelayLost, draw, now);
+                }
+            }
+            Event::Lost(at, connection, error) if self.nodes[at].registered == Some(connection) => {
+                self.nodes[at].machine.lost(error, draw, now);
+            }
+            Event::Callers(waiting) => {
+                let wants = Wants { waiting, ..standing("name") };
+                self.nodes[0].machine.want(wants, now);
+            }
+            Event::Fault(fault) => self.fault(fault),
+            _ => {}
+        }
+        for node in 0..self.nodes.len() {
+            self.carry_out(node);
+        }
+    }
+
+    /// A dial or a request reaches the relay, if there is one.
+    fn arrives(&mut self, at: usize, number: u64) {
+        if !self.reachable {
+            return;
+        }
+        self.nodes[at].pending = None;
+        if !self.up {
+            return self.settle(at, Err(CircuitError::Relay(ConnectError::Unreachable)));
+        }
+        self.settle(at, Ok(number));
+    }
+
+    fn settle(&mut self, at: usize, result: Result<u64, CircuitError>) {
+        let (now, draw) = (self.now, self.rng.f64());
+        let asks = matches!(self.nodes[at].machine.mode, Mode::Asking(_));
+        let node = &mut self.nodes[at];
+        match result {
+            Ok(number) if asks => {
+                let answer = self.register(at, number);
+                self.nodes[at].machine.answered(answer, draw, now);
+            }
+            Err(_) if asks => node.machine.answered(Err(CircuitError::RelayLost), draw, now),
+            result => node.machine.dialled(result.map(drop), node.heard, draw, now),
+        }
+    }
+
+    fn register(&mut self, at: usize, connection: u64) -> Result<SocketAddr, CircuitError> {
+        if self.now < self.kicked_until {
+            return Err(CircuitError::Refused(Refusal::Kicked));
+        }
+        if let Some(refusal) = self.refuses {
+            return Err(CircuitError::Refused(refusal));
+        }
+        if let Some((before, old)) = self.book.replace((at, connection)) {
+            self.after(ms(20), Event::Lost(before, old, CircuitError::Refused(Refusal::TakenOver)));
+        }
+        self.nodes[at].registered = Some(connection);
+        self.nodes[at].suspect = false;
+        Ok(ADDRESS)
+    }
+
+    fn carry_out(&mut self, at: usize) {
+        while let Some(action) = self.nodes[at].machine.poll() {
+            assert!(!self.nodes[at].ended, "{action:?} after the end");
+            match action {
+                Action::Dial | Action::Register(_) => self.reach(at, action),
+                Action::StopDial => self.nodes[at].pending = None,
+                Action::Leave | Action::LeaveGently => {
+                    let connection = self.nodes[at].registered.take().expect("it is registered");
+                    if self.book == Some((at, connection)) && self.up && self.reachable {
+                        self.book = None;
+                    }
+                }
+                Action::Use => self.nodes[at].usable = true,
+                Action::Hold | Action::Fail(_) => self.nodes[at].usable = false,
+                Action::Report(report) => self.report(at, &report),
+                Action::End => self.nodes[at].ended = true,
+            }
+        }
+    }
+
+    fn reach(&mut self, at: usize, action: Action) {
+        let (number, delay) = (self.number(), ms(self.rng.u64(10..60)));
+        let elapsed = self.now - self.start;
+        let node = &mut self.nodes[at];
+        assert_eq!(node.pending.replace(number), None, "one at a time");
+        if action == Action::Dial {
+            node.dials.push(elapsed);
+        } else {
+            assert_eq!(node.registered, None, "never two registrations");
+        }
+        self.after(delay, Event::Arrives(at, number));
+        self.after(DIAL_TIMEOUT, Event::Expires(at, number));
+    }
+
+    fn report(&mut self, at: usize, report: &RelayEvent) {
+        let before = self.nodes[at].reported;
+        let after = match report {
+            RelayEvent::Registered { .. } => {
+                assert!(!before, "registered twice");
+                true
+            }
+            RelayEvent::Lost | RelayEvent::Ended => {
+                assert!(before, "{report:?} without a registration");
+                false
+            }
+            RelayEvent::Refused(_) => false,
+            RelayEvent::Disputed | RelayEvent::Moved { .. } | RelayEvent::Dropped { .. } => before,
+        };
+        self.nodes[at].reported = after;
+    }
+
+    fn fault(&mut self, fault: Fault) {
+        match fault {
+            Fault::Restart { away, closes } => {
+                self.up = false;
+                if let Some((at, connection)) = self.book.take() {
+                    if closes && self.reachable {
+                        self.after(ms(10), Event::Lost(at, connection, CircuitError::RelayLost));
+                    } else {
+                        self.silence(at, connection);
+                    }
+                }
+                self.after(away, Event::Fault(Fault::Mend(Mend::Up)));
+            }
+            Fault::Cut(time) => {
+                self.reachable = false;
+                for at in 0..self.nodes.len() {
+                    if let Some(connection) = self.nodes[at].registered {
+                        self.silence(at, connection);
+                    }
+                }
+                self.after(time, Event::Fault(Fault::Mend(Mend::Reachable)));
+            }
+            Fault::Kick => {
+                if let Some((at, connection)) = self.book.take() {
+                    self.kicked_until = self.now + KICKED_FOR;
+                    self.after(ms(10), Event::Lost(at, connection, CircuitError::Refused(Refusal::Kicked)));
+                }
+            }
+            Fault::Refuse(time, refusal) => {
+                self.refuses = Some(refusal);
+                self.after(time, Event::Fault(Fault::Mend(Mend::Accepts)));
+            }
+            Fault::Twin(time) => {
+                if self.nodes.len() == 1 {
+                    self.nodes.push(Node::new(self.now));
+                    self.want(1, standing("name"));
+                    self.after(time, Event::Fault(Fault::Mend(Mend::TwinEnds)));
+                }
+            }
+            Fault::Mend(mend) => self.mend(&mend),
+        }
+    }
+
+    fn silence(&mut self, at: usize, connection: u64) {
+        let noticed = ms(self.rng.u64(500..2500));
+        self.after(noticed, Event::Silent(at, connection));
+        self.after(CONNECTION_TIMEOUT, Event::Dead(at, connection));
+    }
+
+    fn mend(&mut self, mend: &Mend) {
+        match mend {
+            Mend::Up => self.up = true,
+            Mend::Accepts => self.refuses = None,
+            Mend::TwinEnds => self.nodes[1].machine.stop(),
+            Mend::Reachable => {
+                self.reachable = true;
+                for at in 0..self.nodes.len() {
+                    if let Some(connection) = self.nodes[at].registered {
+                        // A connection that the relay has forgotten or replaced ends by what it is told, or by silence.
+                        self.after(ms(100), Event::Heard(at, connection));
+                        self.after(CONNECTION_TIMEOUT, Event::Dead(at, connection));
+                    }
+                }
+            }
+        }
+    }
+
+    fn assert_registered(&self, seed: u64) {
+        let node = &self.nodes[0];
+        let book = node.registered.map(|connection| (0, connection));
+        assert!(node.registered.is_some() && node.usable && self.book == book, "SEED={seed}: {:?}", node.machine);
+        assert!(matches!(node.machine.state().0, RegistrationState::Registered { .. }), "SEED={seed}");
+    }
+}
+
+fn a_fault(rng: &mut Rng, twin: bool) -> Fault {
+    let time = ms(rng.u64(100..20_000));
+    match rng.u8(0..if twin { 6 } else { 5 }) {
+        0 => Fault::Restart { away: time / 4, closes: true },
+        1 => Fault::Restart { away: time / 4, closes: false },
+        2 => Fault::Cut(time),
+        3 => Fault::Kick,
+        4 => Fault::Refuse(time, Refusal::Registrations),
+        _ => Fault::Twin(time * 10),
+    }
+}
+
+fn seeds(count: u64) -> std::ops::Range<u64> {
+    match std::env::var("SEED") {
+        Ok(seed) => {
+            let seed = seed.parse().unwrap();
+            seed..seed + 1
+        }
+        Err(_) => 0..count,
+    }
+}
+
+/// Faults in random order, also several at once, and callers that come and go.
+fn faults(seed: u64, twin: bool) -> World {
+    let mut world = World::new(seed);
+    world.want(0, standing("name"));
+    let (mut at, mut last) = (Duration::ZERO, Duration::ZERO);
+    for _ in 0..world.rng.u32(1..10) {
+        at += ms(world.rng.u64(0..40_000));
+        let fault = a_fault(&mut world.rng, twin);
+        last = last.max(match &fault {
+            Fault::Restart { away, .. } => at + *away,
+            Fault::Cut(time) | Fault::Refuse(time, _) | Fault::Twin(time) => at + *time,
+            Fault::Kick => at + KICKED_FOR,
+            Fault::Mend(_) => at,
+        });
+        world.after(at, Event::Fault(fault));
+        let waiting = world.rng.usize(0..3);
+        let late = ms(world.rng.u64(0..5000));
+        world.after(at + late, Event::Callers(waiting));
+    }
+    let end = world.start + last.max(at + secs(5));
+    world.run_until(end);
+    world
+}
+
+#[test]
+fn a_node_is_registered_again_within_a_minute_after_the_last_fault() {
+    for seed in seeds(3000) {
+        let mut world = faults(seed, false);
+        // Who was kicked waits for up to a minute; then the dial and the request.
+        world.run_until(world.now + secs(60) + 2 * DIAL_TIMEOUT);
+        world.assert_registered(seed);
+    }
+}
+
+#[test]
+fn a_node_has_its_name_back_within_six_minutes_after_a_second_one_with_its_key_has_ended() {
+    for seed in seeds(1000) {
+        let mut world = faults(seed, true);
+        world.run_until(world.now + secs(360));
+        world.assert_registered(seed);
+    }
+}
+
+#[test]
+fn dials_are_few_whatever_happens() {
+    for seed in seeds(1000) {
+        let world = faults(seed, true);
+        for node in &world.nodes {
+            let most = node.dials.iter().map(|begun| {
+                let later = node.dials.iter().filter(|dial| **dial >= *begun && **dial < *begun + secs(60));
+                later.count()
+            });
+            // While callers wait, or beside a silent connection: pauses of half a second to a second, after a few short ones.
+            assert!(most.max().unwrap_or(0) <= 100, "SEED={seed}");
+        }
+    }
+}
+
+#[test]
+fn a_relay_that_stays_away_is_dialled_ever_more_rarely() {
+    for seed in seeds(100) {
+        let mut world = World::new(seed);
+        world.up = false;
+        world.want(0, standing("name"));
+        world.run_until(world.start + secs(3600));
+        let dials = &world.nodes[0].dials;
+        let pauses: Vec<_> = dials.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        for (n, pause) in pauses.iter().enumerate() {
+            let whole = (ms(100) * (1 << n.min(10))).min(secs(10));
+            assert!(*pause >= whole / 2 && *pause <= whole + ms(60), "SEED={seed}: pause {n} of {pause:?}");
+        }
+        assert!(dials.len() <= 8 + 3600 / 5, "SEED={seed}");
+        world.up = true;
+        world.run_until(world.now + secs(11));
+        world.assert_registered(seed);
+    }
+}
+
+#[test]
+fn a_relay_that_refuses_is_not_asked_again_at_once() {
+    let mut world = World::new(1);
+    world.refuses = Some(Refusal::Registrations);
+    world.want(0, Wants { waiting: 3, ..standing("name") });
+    world.run_until(world.start + secs(60));
+    assert!((6..=13).contains(&world.nodes[0].dials.len()), "{:?}", world.nodes[0].dials);
+}
+
+#[test]
+fn callers_shorten_the_pause_to_a_second() {
+    let mut world = World::new(1);
+    world.up = false;
+    world.want(0, standing("name"));
+    world.run_until(world.start + secs(60));
+    world.up = true;
+    let begun = *world.nodes[0].dials.last().unwrap();
+    world.want(0, Wants { waiting: 1, ..standing("name") });
+    world.run_until((world.start + begun + secs(1) + ms(120)).max(world.now + ms(120)));
+    world.assert_registered(1);
+}
+
+#[test]
+fn a_registration_on_demand_ends_when_it_is_not_used() {
+    let mut world = World::new(1);
+    world.want(0, Wants { waiting: 1, ..Wants::default() });
+    world.run_until(world.start + secs(1));
+    world.assert_registered(1);
+    world.want(0, Wants { circuits: 1, ..Wants::default() });
+    world.run_until(world.now + 2 * IDLE);
+    world.assert_registered(1);
+    world.want(0, Wants::default());
+    world.run_until(world.now + IDLE - ms(1));
+    world.assert_registered(1);
+    world.run_until(world.now + ms(1));
+    assert!(world.nodes[0].ended && world.book.is_none());
+}
+
+#[test]
+fn a_node_that_nobody_wants_registered_does_not_dial() {
+    let mut world = World::new(1);
+    world.want(0, Wants { circuits: 1, ..Wants::default() });
+    world.run_until(world.start + IDLE);
+    assert!(world.nodes[0].ended && world.nodes[0].dials.is_empty());
+}
+
+#[test]
+fn a_registration_follows_the_standing_name() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    let actions = |machine: &mut Registrant| std::iter::from_fn(|| machine.poll()).collect::<Vec<_>>();
+    machine.want(Wants { waiting: 1, ..Wants::default() }, now);
+    machine.dialled(Ok(()), 0, 0.5, now);
+    assert_eq!(actions(&mut machine), [Action::Dial, Action::Register(id("own"))]);
+    // Named while the relay is asked.
+    machine.want(standing("first"), now);
+    machine.answered(Ok(ADDRESS), 0.5, now);
+    assert!(actions(&mut machine).ends_with(&[Action::Leave, Action::Report(RelayEvent::Ended), Action::Dial]));
+    machine.dialled(Ok(()), 0, 0.5, now);
+    machine.answered(Ok(ADDRESS), 0.5, now);
+    assert_eq!(actions(&mut machine)[0], Action::Register(id("first")));
+    machine.want(standing("second"), now);
+    machine.dialled(Ok(()), 0, 0.5, now);
+    assert_eq!(actions(&mut machine).last(), Some(&Action::Register(id("second"))));
+}
+
+#[test]
+fn a_relay_that_was_silent_for_a_moment_is_kept() {
+    let mut world = World::new(1);
+    world.want(0, standing("name"));
+    world.run_until(world.start + secs(1));
+    let connection = world.nodes[0].registered;
+    world.fault(Fault::Cut(secs(3)));
+    world.run_until(world.now + ms(2900));
+    assert!(!world.nodes[0].usable && world.nodes[0].dials.len() > 1, "another connection is tried meanwhile");
+    world.run_until(world.now + secs(60));
+    world.assert_registered(1);
+    assert_eq!(world.nodes[0].registered, connection);
+}
+
+#[test]
+fn callers_that_wait_for_a_silent_relay_are_told_why_each_dial_fails() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    machine.want(standing("name"), now);
+    machine.dialled(Ok(()), 0, 0.5, now);
+    machine.answered(Ok(ADDRESS), 0.5, now);
+    while machine.poll().is_some() {}
+    machine.suspected(7);
+    assert_eq!([machine.poll(), machine.poll()], [Some(Action::Hold), Some(Action::Dial)]);
+    let error = CircuitError::Relay(ConnectError::TimedOut);
+    machine.dialled(Err(error.clone()), 7, 1.0, now);
+    assert_eq!(machine.poll(), Some(Action::Fail(error)));
+    assert_eq!(machine.next_timeout(), Some(now + FIRST_PAUSE_SILENT));
+    machine.timeout(now + FIRST_PAUSE_SILENT);
+    assert_eq!(machine.poll(), Some(Action::Dial));
+    // Heard meanwhile: the new connection is not used, whatever came of it.
+    machine.dialled(Ok(()), 8, 1.0, now + secs(1));
+    assert_eq!((machine.poll(), machine.next_timeout()), (None, None));
+    machine.cleared();
+    assert_eq!([machine.poll(), machine.poll()], [Some(Action::StopDial), Some(Action::Use)]);
+}
+
+#[test]
+fn a_refusal_is_reported_once_and_a_second_takeover_is_a_dispute() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    let (mut refused, mut disputed) = (0, 0);
+    machine.want(standing("name"), now);
+    for _ in 0..4 {
+        machine.dialled(Ok(()), 0, 0.5, now);
+        machine.answered(Err(CircuitError::Refused(Refusal::TakenOver)), 0.5, now);
+        while let Some(action) = machine.poll() {
+            refused += u32::from(action == Action::Report(RelayEvent::Refused(Refusal::TakenOver)));
+            disputed += u32::from(action == Action::Report(RelayEvent::Disputed));
+        }
+        machine.timeout(machine.next_timeout().unwrap());
+    }
+    assert_eq!((refused, disputed), (1, 1));
+}
+
+/// A connection whose relay answers as long as `answers` says, looked at as the watch asks.
+fn watched(answers: impl Fn(Duration) -> bool, keep_alive: Duration, time: Duration) -> Vec<(Duration, bool)> {
+    let start = Instant::now();
+    let (mut watch, mut liveness) = (Watch::new(Counted::default(), start), Liveness::new(start));
+    let (mut counted, mut changes, mut asks_at) = (Counted::default(), vec![(Duration::ZERO, false)], keep_alive);
+    loop {
+        let now = watch.look_at() - start;
+        if now > time {
+            return changes;
+        }
+        while asks_at <= now {
+            counted.asked += 1;
+            counted.heard += u64::from(answers(asks_at));
+            // QUIC repeats what is not acknowledged.
+            asks_at += if answers(asks_at) { keep_alive } else { ms(200) };
+        }
+        let look = watch.look(&mut liveness, counted, ms(20), start + now);
+        if look.suspect != changes[changes.len() - 1].1 {
+            changes.push((now, look.suspect));
+        }
+    }
+}
+
+#[test]
+fn an_idle_relay_that_dies_is_suspect_soon_after_its_next_keep_alive() {
+    let changes = watched(|at| at < secs(40), secs(15), secs(120));
+    let (at, suspect) = changes[1];
+    assert!(suspect && at > secs(45) && at < secs(45) + 2 * LOOK_QUIET_EVERY, "{changes:?}");
+    assert_eq!(changes.len(), 2);
+}
+
+#[test]
+fn a_relay_that_answers_is_never_suspect() {
+    assert_eq!(watched(|_| true, secs(15), secs(600)).len(), 1);
+    assert_eq!(watched(|_| true, ms(50), secs(60)).len(), 1);
+}
+
+#[test]
+fn a_relay_that_sleeps_most_of_the_time_is_suspected_a_few_times_and_not_each_time() {
+    let changes = watched(|at| at.as_millis() % 1000 < 50, ms(50), secs(60));
+    let suspected = changes.iter().filter(|(_, suspect)| *suspect).count();
+    assert!((1..=6).contains(&suspected), "{changes:?}");
+}
