@@ -1,3 +1,5 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::collections::BTreeMap;
 
 use fastrand::Rng;
@@ -179,25 +181,19 @@ impl World {
                 self.nodes[at].pending = None;
                 self.settle(at, Err(CircuitError::Relay(ConnectError::TimedOut)));
             }
-            Event::Silent(at, connection) if self.nodes[at].registered == Some(connection) => {
-                if !self.reachable || self.book != Some((at, connection)) {
-                    let node = &mut self.nodes[at];
-                    node.suspect = true;
-                    node.machine.suspected(node.heard);
-                }
+            Event::Silent(at, connection) if self.is_cut(at, connection) => {
+                let node = &mut self.nodes[at];
+                node.suspect = true;
+                node.machine.suspected(node.heard);
             }
-            Event::Heard(at, connection) if self.nodes[at].registered == Some(connection) => {
-                if self.reachable && self.book == Some((at, connection)) {
-                    let node = &mut self.nodes[at];
-                    node.heard += 1;
-                    node.suspect = false;
-                    node.machine.cleared();
-                }
+            Event::Heard(at, connection) if self.lives(at, connection) => {
+                let node = &mut self.nodes[at];
+                node.heard += 1;
+                node.suspect = false;
+                node.machine.cleared();
             }
-            Event::Dead(at, connection) if self.nodes[at].registered == Some(connection) => {
-                if !self.reachable || self.book != Some((at, connection)) {
-                    self.nodes[at].machine.lost(CircuitError::RelayLost, draw, now);
-                }
+            Event::Dead(at, connection) if self.is_cut(at, connection) => {
+                self.nodes[at].machine.lost(CircuitError::RelayLost, draw, now);
             }
             Event::Lost(at, connection, error) if self.nodes[at].registered == Some(connection) => {
                 self.nodes[at].machine.lost(error, draw, now);
@@ -212,6 +208,15 @@ impl World {
         for node in 0..self.nodes.len() {
             self.carry_out(node);
         }
+    }
+
+    /// Whether the relay answers over the connection that a node is registered over.
+    fn lives(&self, at: usize, connection: u64) -> bool {
+        self.nodes[at].registered == Some(connection) && self.reachable && self.book == Some((at, connection))
+    }
+
+    fn is_cut(&self, at: usize, connection: u64) -> bool {
+        self.nodes[at].registered == Some(connection) && !self.lives(at, connection)
     }
 
     /// A dial or a request reaches the relay, if there is one.
@@ -443,6 +448,7 @@ fn a_node_has_its_name_back_within_six_minutes_after_a_second_one_with_its_key_h
         let mut world = faults(seed, true);
         world.run_until(world.now + secs(360));
         world.assert_registered(seed);
+        assert!(world.nodes.iter().skip(1).all(|twin| twin.ended && twin.registered.is_none()), "SEED={seed}");
     }
 }
 
@@ -482,12 +488,41 @@ fn a_relay_that_stays_away_is_dialled_ever_more_rarely() {
 }
 
 #[test]
-fn a_relay_that_refuses_is_not_asked_again_at_once() {
+fn a_relay_that_refuses_is_not_asked_again_at_once_whoever_waits() {
     let mut world = World::new(1);
     world.refuses = Some(Refusal::Registrations);
-    world.want(0, Wants { waiting: 3, ..standing("name") });
+    world.want(0, standing("name"));
+    for n in 0..60 {
+        world.after(secs(n), Event::Callers(n as usize % 3));
+    }
     world.run_until(world.start + secs(60));
-    assert!((6..=13).contains(&world.nodes[0].dials.len()), "{:?}", world.nodes[0].dials);
+    let dials = &world.nodes[0].dials;
+    assert!(dials.len() >= 6 && dials.windows(2).all(|pair| pair[1] - pair[0] >= secs(5)), "{dials:?}");
+}
+
+#[test]
+fn a_node_that_was_kicked_comes_back_when_it_may() {
+    for seed in seeds(100) {
+        let mut world = World::new(seed);
+        world.want(0, standing("name"));
+        world.after(secs(5), Event::Fault(Fault::Kick));
+        world.run_until(world.start + secs(90));
+        world.assert_registered(seed);
+        let dials = &world.nodes[0].dials;
+        assert!(dials.len() == 2 && dials[1] >= secs(5) + KICKED_FOR, "SEED={seed}: {dials:?}");
+    }
+}
+
+#[test]
+fn a_registration_that_lasted_is_made_again_after_the_first_pause() {
+    let mut world = World::new(1);
+    world.want(0, standing("name"));
+    for _ in 1..20 {
+        world.after(secs(10), Event::Fault(Fault::Restart { away: ms(1), closes: true }));
+        world.run_until(world.now + secs(10) + ms(300));
+        world.assert_registered(1);
+    }
+    assert_eq!(world.nodes[0].dials.len(), 20);
 }
 
 #[test]
@@ -496,11 +531,58 @@ fn callers_shorten_the_pause_to_a_second() {
     world.up = false;
     world.want(0, standing("name"));
     world.run_until(world.start + secs(60));
-    world.up = true;
-    let begun = *world.nodes[0].dials.last().unwrap();
+    let begun = |world: &World| *world.nodes[0].dials.last().unwrap();
+    let before = begun(&world);
+    // The next dial fails too, so callers wait from its beginning on.
     world.want(0, Wants { waiting: 1, ..standing("name") });
-    world.run_until((world.start + begun + secs(1) + ms(120)).max(world.now + ms(120)));
+    world.run_until(world.now + ms(1100));
+    assert!(begun(&world) > before);
+    let before = begun(&world);
+    world.up = true;
+    world.run_until(world.now + ms(1200));
     world.assert_registered(1);
+    let pause = begun(&world) - before;
+    assert!(pause >= secs(1) && pause <= ms(1060), "{pause:?}");
+}
+
+#[test]
+fn callers_that_come_early_in_a_pause_wait_for_the_rest_of_a_second() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    machine.want(standing("name"), now);
+    for _ in 0..7 {
+        machine.dialled(Err(CircuitError::NotARelay), 0, 1.0, now);
+        machine.timeout(now + secs(10));
+    }
+    machine.dialled(Err(CircuitError::NotARelay), 0, 1.0, now);
+    assert_eq!(machine.next_timeout(), Some(now + secs(10)));
+    machine.want(Wants { waiting: 1, ..standing("name") }, now + ms(400));
+    assert_eq!(machine.next_timeout(), Some(now + LONGEST_PAUSE_WANTED));
+}
+
+#[test]
+fn a_node_that_is_wanted_no_longer_stops_dialling() {
+    let mut world = World::new(1);
+    world.up = false;
+    world.want(0, Wants { waiting: 1, ..Wants::default() });
+    world.run_until(world.start + secs(10));
+    world.want(0, Wants::default());
+    let dials = world.nodes[0].dials.len();
+    world.run_until(world.now + secs(10) + IDLE);
+    assert!(world.nodes[0].ended && world.nodes[0].dials.len() <= dials + 1);
+}
+
+#[test]
+fn a_refused_registration_is_not_reported_as_lost_too() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    machine.want(standing("name"), now);
+    machine.dialled(Ok(()), 0, 0.5, now);
+    machine.answered(Ok(ADDRESS), 0.5, now);
+    while machine.poll().is_some() {}
+    machine.lost(CircuitError::Refused(Refusal::Kicked), 0.5, now);
+    let reports = std::iter::from_fn(|| machine.poll()).filter(|action| matches!(action, Action::Report(_)));
+    assert_eq!(reports.collect::<Vec<_>>(), [Action::Report(RelayEvent::Refused(Refusal::Kicked))]);
 }
 
 #[test]
@@ -644,4 +726,26 @@ fn a_relay_that_sleeps_most_of_the_time_is_suspected_a_few_times_and_not_each_ti
     let changes = watched(|at| at.as_millis() % 1000 < 50, ms(50), secs(60));
     let suspected = changes.iter().filter(|(_, suspect)| *suspect).count();
     assert!((1..=6).contains(&suspected), "{changes:?}");
+}
+
+#[test]
+fn a_busy_relay_that_dies_is_suspect_within_a_second() {
+    let changes = watched(|at| at < secs(40), ms(50), secs(60));
+    let (at, suspect) = changes[1];
+    assert!(suspect && at >= secs(40) + SILENCE && at < secs(41), "{changes:?}");
+}
+
+#[test]
+fn a_distant_relay_may_take_two_round_trips() {
+    let start = Instant::now();
+    let (mut watch, mut liveness) = (Watch::new(Counted::default(), start), Liveness::new(start));
+    let asked = Counted { asked: 1, heard: 0 };
+    let mut suspect_at = None;
+    for n in 0..50 {
+        let now = start + ms(100 * n);
+        if watch.look(&mut liveness, asked, secs(1), now).suspect {
+            suspect_at.get_or_insert(100 * n);
+        }
+    }
+    assert_eq!(suspect_at, Some(2000));
 }

@@ -2,30 +2,25 @@
 //! moment when the relay is silent.
 
 use std::future::{Future, pending};
+use std::io;
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer_core::errors::{CircuitError, ConnectError};
 use macula_peer_core::liveness::Liveness;
-use macula_peer_core::proto::control::{Id, Limit, Probes, Refusal};
-use macula_peer_core::retry::{Backoff, Registering};
+use macula_peer_core::proto::control::{Id, Probes};
+use macula_peer_core::registration::{self, Action, Registrant, RegistrationState, RelayEvent};
 use quinn::{ClientConfig, Connection, ServerConfig};
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use super::registration::{
-    Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms,
+    Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms, at,
 };
 use crate::sync::lock;
-
-/// Between dials while the relay is silent.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-
-/// The longest pause while somebody waits: as for peers.
-const LONGEST_PAUSE_WANTED: Duration = Duration::from_secs(1);
 
 /// How often another circuit is asked for when one ends before there is a connection over it: the other node may just have
 /// registered anew.
@@ -61,25 +56,6 @@ pub(crate) struct Settings {
     pub(crate) description: watch::Receiver<Option<Description>>,
 }
 
-/// What becomes of a registration.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum RelayEvent {
-    /// The node is registered, and the relay sees it at this address.
-    Registered { address: SocketAddr },
-    /// It is still registered, and seen at this address from now on.
-    Moved { address: SocketAddr },
-    /// It is registered no longer; it is tried again if it is wanted.
-    Lost,
-    /// It is no longer registered, because this node wants no registration or one under another name.
-    Ended,
-    /// The relay refuses the node, or does so now. Reported once until the state changes.
-    Refused(Refusal),
-    /// Another node has this node's key, and both register. Reported once as long as that goes on.
-    Disputed,
-    /// The relay dropped packets of a circuit.
-    Dropped { circuit: u32, limit: Limit },
-}
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RegistrationStatus {
     pub(crate) state: RegistrationState,
@@ -87,22 +63,6 @@ pub(crate) struct RegistrationStatus {
     pub(crate) since: Instant,
     /// Circuits that exist, whoever opened them.
     pub(crate) circuits: usize,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum RegistrationState {
-    /// Nobody wants it.
-    Unused,
-    /// Wanted, and not tried yet to the end.
-    Connecting,
-    Registered {
-        /// What the relay sees the node at.
-        address: SocketAddr,
-    },
-    /// Tried again at long intervals.
-    Refused(Refusal),
-    /// Tried again.
-    Down(CircuitError),
 }
 
 /// A relay that can be probed.
@@ -155,12 +115,6 @@ struct Wants {
     stop: bool,
 }
 
-impl Wants {
-    fn registration(&self) -> bool {
-        self.standing.is_some() || self.waiting > 0
-    }
-}
-
 /// What callers wait for.
 #[derive(Clone)]
 enum Phase {
@@ -170,17 +124,6 @@ enum Phase {
     /// The last attempt came to this.
     Failed(CircuitError),
     Ended,
-}
-
-/// Why a registration is served no longer.
-enum Over {
-    Lost(CircuitError),
-    /// The relay was silent and answered to another connection.
-    Replaced(Connection),
-    /// Registered as somebody else, from now on.
-    Renamed,
-    Unused,
-    Stopped,
 }
 
 impl RelayClient {
@@ -304,231 +247,213 @@ impl RelayClient {
     /// ends all the same. To be run once.
     pub(crate) async fn run(self: Arc<Self>) {
         let _ended = Ended(self.clone());
-        let mut registering = Registering::default();
-        let mut dialled = None;
-        while self.wanted().await {
-            let Some(registered) = self.unless_stopped(self.register(dialled.take())).await else { return };
-            let error = match registered {
-                Ok(registration) => {
-                    let begun = Instant::now();
-                    let over = self.serve(registration).await;
-                    registering.lasted(begun.elapsed());
-                    match over {
-                        Over::Lost(error) => error,
-                        Over::Replaced(connection) => {
-                            self.set_state(RegistrationState::Connecting);
-                            dialled = Some(connection);
-                            continue;
-                        }
-                        Over::Renamed => {
-                            self.set_state(RegistrationState::Connecting);
-                            continue;
-                        }
-                        Over::Unused | Over::Stopped => return,
-                    }
-                }
-                Err(error) => error,
-            };
-            self.failed(&error);
-            let draw = fastrand::f64();
-            let paused = match error {
-                // Nobody waits for what will not be different soon.
-                CircuitError::Refused(Refusal::TakenOver) => {
-                    let (pause, disputed) = registering.pause_taken_over(draw);
-                    if disputed {
-                        (self.on_event)(RelayEvent::Disputed);
-                    }
-                    self.unless_stopped(sleep(pause)).await
-                }
-                CircuitError::Refused(Refusal::Kicked) => {
-                    self.unless_stopped(sleep(Registering::pause_kicked(draw))).await
-                }
-                CircuitError::Refused(_) => self.unless_stopped(sleep(Registering::pause_refused(draw))).await,
-                _ => self.unless_stopped(self.pause(registering.pause(draw))).await,
-            };
-            if paused.is_none() {
+        let (mut wants, mut circuits) = (self.wants.subscribe(), self.circuits.subscribe());
+        let mut task = Task::new(&self);
+        loop {
+            let wanted = wants.borrow_and_update().at_relay(*circuits.borrow_and_update());
+            match wanted {
+                Some(wanted) => task.registrant.want(wanted, Instant::now()),
+                None => task.registrant.stop(),
+            }
+            if task.carry_out().await == Next::End {
                 return;
             }
-        }
-    }
-
-    /// Waits until a registration is wanted. False if the client is to end.
-    async fn wanted(&self) -> bool {
-        let mut wants = self.wants.subscribe();
-        let wanted = timeout(self.idle, wants.wait_for(|wants| wants.stop || wants.registration())).await;
-        // The sender is here: waiting cannot fail.
-        matches!(wanted, Ok(Ok(wants)) if !wants.stop)
-    }
-
-    async fn unless_stopped<T>(&self, future: impl Future<Output = T>) -> Option<T> {
-        let mut wants = self.wants.subscribe();
-        tokio::select! {
-            done = future => Some(done),
-            _ = wants.wait_for(|wants| wants.stop) => None,
-        }
-    }
-
-    async fn register(&self, dialled: Option<Connection>) -> Result<Registration, CircuitError> {
-        // What is known to be wrong stays so until it is known to be right.
-        if lock(&self.state).0 == RegistrationState::Unused {
-            self.set_state(RegistrationState::Connecting);
-        }
-        let connection = match dialled {
-            Some(connection) => connection,
-            None => (self.dial)().await.map_err(not_dialled)?,
-        };
-        let node_id = self.wants.borrow().standing.clone().unwrap_or_else(|| self.node_id.clone());
-        let Terms { realm_secret, successions, .. } = &*self.terms;
-        let registering = Registration::new(connection, node_id, realm_secret.as_deref(), successions());
-        timeout(self.terms.timeout, registering).await.unwrap_or(Err(CircuitError::RelayLost))
-    }
-
-    async fn serve(&self, registration: Registration) -> Over {
-        let (address, node_id) = (registration.address, registration.node_id.clone());
-        let relay = registration.relay();
-        let probed = registration.probes.clone().map(|probes| Probed { relay, seen_at: address, probes });
-        let (mut serving, handle) = match Serving::new(registration, self.terms.clone(), self.circuits.clone()) {
-            Ok(serving) => serving,
-            Err(error) => {
-                tracing::warn!(%error, "no endpoint for circuits");
-                return Over::Lost(CircuitError::RelayLost);
-            }
-        };
-        self.set_state(RegistrationState::Registered { address });
-        *lock(&self.address) = Some(relay);
-        *lock(&self.probed) = probed;
-        (self.on_event)(RelayEvent::Registered { address });
-        let over = self.attend(&mut serving, handle, &node_id).await;
-        *lock(&self.probed) = None;
-        // Before the registration is gone: who waited at it looks for the next one from here on.
-        self.phase.send_replace(Phase::Waiting);
-        if matches!(over, Over::Unused | Over::Stopped) {
-            serving.finish().await;
-        }
-        match over {
-            // The refusal reports it.
-            Over::Lost(CircuitError::Refused(_)) => {}
-            Over::Lost(_) | Over::Replaced(_) => (self.on_event)(RelayEvent::Lost),
-            Over::Renamed | Over::Unused | Over::Stopped => (self.on_event)(RelayEvent::Ended),
-        }
-        over
-    }
-
-    async fn attend(&self, serving: &mut Serving, handle: Handle, node_id: &Id) -> Over {
-        self.phase.send_replace(Phase::Up(handle.clone()));
-        let (mut doubt, mut seen_at, heard) = (serving.doubt(), serving.seen_at(), serving.heard());
-        let mut wants = self.wants.subscribe();
-        let renamed = |wants: &Wants| wants.standing.as_ref().is_some_and(|standing| standing != node_id);
-        let mut serving = pin!(serving.run());
-        let mut unused = pin!(self.unused());
-        let mut beside = pin!(None);
-        loop {
             tokio::select! {
-                error = &mut serving => return Over::Lost(error),
-                // The sender lives in `serving`.
-                Ok(()) = doubt.changed() => match *doubt.borrow_and_update() {
-                    true => {
-                        tracing::debug!("relay is silent");
-                        self.phase.send_replace(Phase::Waiting);
-                        beside.set(Some(self.dial_beside(&heard)));
-                    }
-                    false => {
-                        self.phase.send_replace(Phase::Up(handle.clone()));
-                        beside.set(None);
-                    }
-                },
-                // As above.
-                Ok(()) = seen_at.changed() => {
-                    let address = *seen_at.borrow_and_update();
-                    self.moved(address);
-                }
-                connection = pending_if_none(beside.as_mut()) => return Over::Replaced(connection),
-                () = &mut unused => return Over::Unused,
-                wants = wants.wait_for(|wants| wants.stop || renamed(wants)) => {
-                    let stopped = wants.is_ok_and(|wants| wants.stop);
-                    return if stopped { Over::Stopped } else { Over::Renamed };
-                }
-            }
-        }
-    }
-
-    fn moved(&self, address: SocketAddr) {
-        self.set_state(RegistrationState::Registered { address });
-        if let Some(probed) = &mut *lock(&self.probed) {
-            probed.seen_at = address;
-        }
-        (self.on_event)(RelayEvent::Moved { address });
-    }
-
-    /// Dials until somebody answers, unless the relay is heard first over the old connection.
-    async fn dial_beside(&self, heard: &(impl Fn() -> u64 + Send)) -> Connection {
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE_WANTED);
-        let before = heard();
-        loop {
-            let dialled = (self.dial)().await;
-            if heard() != before {
-                // The doubt is over with the next look, and this with it.
-                return pending().await;
-            }
-            match dialled {
-                Ok(connection) => return connection,
-                // Who waits from now on waits for the next attempt.
-                Err(error) => drop(self.phase.send_replace(Phase::Failed(not_dialled(error)))),
-            }
-            sleep(backoff.pause(fastrand::f64())).await;
-        }
-    }
-
-    /// Returns when nobody has wanted anything for long.
-    async fn unused(&self) {
-        let mut wants = self.wants.subscribe();
-        let mut circuits = self.circuits.subscribe();
-        loop {
-            let used = wants.borrow_and_update().registration() || *circuits.borrow_and_update() > 0;
-            // The senders are here: waiting cannot fail.
-            tokio::select! {
-                () = sleep(self.idle), if !used => return,
+                () = task.step() => {}
+                // The senders are here: waiting cannot fail.
                 _ = wants.changed() => {}
                 _ = circuits.changed() => {}
             }
         }
     }
+}
 
-    fn failed(&self, error: &CircuitError) {
-        tracing::debug!(%error, "not registered");
-        let state = match error {
-            CircuitError::Refused(refusal) => RegistrationState::Refused(*refusal),
-            other => RegistrationState::Down(other.clone()),
-        };
-        if let (true, CircuitError::Refused(refusal)) = (self.set_state(state), error) {
-            (self.on_event)(RelayEvent::Refused(*refusal));
-        }
-        self.phase.send_replace(Phase::Failed(error.clone()));
+impl Wants {
+    /// `None`: nothing any more.
+    fn at_relay(&self, circuits: usize) -> Option<registration::Wants> {
+        let Self { standing, waiting, stop } = self;
+        (!stop).then(|| registration::Wants { standing: standing.clone(), waiting: *waiting, circuits })
+    }
+}
+
+type Asking = Pin<Box<dyn Future<Output = Result<Registration, CircuitError>> + Send>>;
+
+/// Carries out what the registrant decides.
+struct Task<'a> {
+    client: &'a RelayClient,
+    registrant: Registrant,
+    dialling: Option<Dialling>,
+    /// Dialled just now.
+    dialled: Option<Connection>,
+    asking: Option<Asking>,
+    served: Option<Served>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Next {
+    GoOn,
+    End,
+}
+
+impl<'a> Task<'a> {
+    fn new(client: &'a RelayClient) -> Self {
+        let registrant = Registrant::new(client.node_id.clone(), client.idle, Instant::now());
+        Self { client, registrant, dialling: None, dialled: None, asking: None, served: None }
     }
 
-    /// Whether that is news.
-    fn set_state(&self, new: RegistrationState) -> bool {
-        let mut state = lock(&self.state);
-        let news = state.0 != new;
-        if news {
-            *state = (new, Instant::now());
-        }
-        news
-    }
-
-    /// Sleeps, less long when somebody waits.
-    async fn pause(&self, pause: Duration) {
-        let begun = Instant::now();
-        let mut wants = self.wants.subscribe();
-        let wanted = async {
-            // The sender is here: waiting cannot fail.
-            let _ = wants.wait_for(|wants| wants.waiting > 0).await;
-            sleep((begun + LONGEST_PAUSE_WANTED).saturating_duration_since(Instant::now())).await;
-        };
+    /// Waits for something to happen and tells the registrant.
+    async fn step(&mut self) {
         tokio::select! {
-            () = sleep(pause) => {}
-            () = wanted => {}
+            dialled = of(&mut self.dialling) => {
+                self.dialling = None;
+                self.dialled(dialled);
+            }
+            answer = of(&mut self.asking) => {
+                self.asking = None;
+                self.answered(answer);
+            }
+            event = served(&mut self.served) => self.heard_of(event),
+            () = at(self.registrant.next_timeout()) => self.registrant.timeout(Instant::now()),
         }
+    }
+
+    fn dialled(&mut self, dialled: Result<Connection, ConnectError>) {
+        let heard = self.served.as_ref().map_or(0, |served| (served.heard)());
+        let result = dialled.map(|connection| self.dialled = Some(connection)).map_err(not_dialled);
+        self.registrant.dialled(result, heard, fastrand::f64(), Instant::now());
+    }
+
+    fn answered(&mut self, answer: Result<Registration, CircuitError>) {
+        let answer = answer.and_then(|registration| self.serve(registration));
+        self.registrant.answered(answer, fastrand::f64(), Instant::now());
+    }
+
+    fn serve(&mut self, registration: Registration) -> Result<SocketAddr, CircuitError> {
+        let (relay, seen_at, probes) = (registration.relay(), registration.address, registration.probes.clone());
+        let served = Served::new(registration, self.client).map_err(|error| {
+            tracing::warn!(%error, "no endpoint for circuits");
+            CircuitError::RelayLost
+        })?;
+        self.served = Some(served);
+        *lock(&self.client.address) = Some(relay);
+        *lock(&self.client.probed) = probes.map(|probes| Probed { relay, seen_at, probes });
+        Ok(seen_at)
+    }
+
+    fn heard_of(&mut self, event: ServedEvent) {
+        match event {
+            ServedEvent::Over(error) => self.registrant.lost(error, fastrand::f64(), Instant::now()),
+            ServedEvent::Suspect(heard) => {
+                tracing::debug!("relay is silent");
+                self.registrant.suspected(heard);
+            }
+            ServedEvent::Cleared => self.registrant.cleared(),
+            ServedEvent::Moved(address) => {
+                if let Some(probed) = &mut *lock(&self.client.probed) {
+                    probed.seen_at = address;
+                }
+                self.registrant.moved(address, Instant::now());
+            }
+        }
+    }
+
+    async fn carry_out(&mut self) -> Next {
+        let (state, since) = self.registrant.state();
+        *lock(&self.client.state) = (state.clone(), since);
+        while let Some(action) = self.registrant.poll() {
+            match action {
+                Action::Dial => self.dialling = Some((self.client.dial)()),
+                Action::StopDial => self.dialling = None,
+                Action::Register(name) => self.asking = self.dialled.take().map(|dialled| self.ask(dialled, name)),
+                Action::Leave => drop(self.leave()),
+                Action::LeaveGently => {
+                    if let Some(mut served) = self.leave() {
+                        served.serving.finish().await;
+                    }
+                }
+                Action::Use => {
+                    if let Some(served) = &self.served {
+                        self.client.phase.send_replace(Phase::Up(served.handle.clone()));
+                    }
+                }
+                Action::Hold => drop(self.client.phase.send_replace(Phase::Waiting)),
+                Action::Fail(error) => {
+                    tracing::debug!(%error, "not registered");
+                    self.client.phase.send_replace(Phase::Failed(error));
+                }
+                Action::Report(event) => (self.client.on_event)(event),
+                Action::End => return Next::End,
+            }
+        }
+        // It came too late.
+        self.dialled = None;
+        Next::GoOn
+    }
+
+    fn ask(&self, connection: Connection, name: Id) -> Asking {
+        let Terms { realm_secret, successions, timeout: limit, .. } = &*self.client.terms;
+        let (secret, successions, limit) = (realm_secret.clone(), successions(), *limit);
+        Box::pin(async move {
+            let registering = Registration::new(connection, name, secret.as_deref(), successions);
+            timeout(limit, registering).await.unwrap_or(Err(CircuitError::RelayLost))
+        })
+    }
+
+    fn leave(&mut self) -> Option<Served> {
+        *lock(&self.client.probed) = None;
+        self.served.take()
+    }
+}
+
+/// A registration that exists.
+struct Served {
+    serving: Serving,
+    handle: Handle,
+    suspect: watch::Receiver<bool>,
+    seen_at: watch::Receiver<SocketAddr>,
+    /// Datagrams received over its connection.
+    heard: Box<dyn Fn() -> u64 + Send + Sync>,
+}
+
+enum ServedEvent {
+    Over(CircuitError),
+    /// The relay is silent; so many datagrams had come.
+    Suspect(u64),
+    Cleared,
+    Moved(SocketAddr),
+}
+
+impl Served {
+    fn new(registration: Registration, client: &RelayClient) -> io::Result<Self> {
+        let (serving, handle) = Serving::new(registration, client.terms.clone(), client.circuits.clone())?;
+        let (suspect, seen_at, heard) = (serving.suspect(), serving.seen_at(), Box::new(serving.heard()));
+        Ok(Self { serving, handle, suspect, seen_at, heard })
+    }
+
+    async fn next(&mut self) -> ServedEvent {
+        tokio::select! {
+            error = self.serving.run() => ServedEvent::Over(error),
+            // The senders live in `serving`.
+            Ok(()) = self.suspect.changed() => match *self.suspect.borrow_and_update() {
+                true => ServedEvent::Suspect((self.heard)()),
+                false => ServedEvent::Cleared,
+            },
+            Ok(()) = self.seen_at.changed() => ServedEvent::Moved(*self.seen_at.borrow_and_update()),
+        }
+    }
+}
+
+async fn of<T>(future: &mut Option<Pin<Box<dyn Future<Output = T> + Send>>>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => pending().await,
+    }
+}
+
+async fn served(served: &mut Option<Served>) -> ServedEvent {
+    match served {
+        Some(served) => served.next().await,
+        None => pending().await,
     }
 }
 
@@ -537,13 +462,6 @@ fn not_dialled(error: ConnectError) -> CircuitError {
         // Who speaks nothing of ours may yet be there.
         ConnectError::NoProtocol => CircuitError::NotARelay,
         error => CircuitError::Relay(error),
-    }
-}
-
-async fn pending_if_none<F: Future>(future: Pin<&mut Option<F>>) -> F::Output {
-    match future.as_pin_mut() {
-        Some(future) => future.await,
-        None => pending().await,
     }
 }
 
@@ -602,7 +520,7 @@ struct Ended(Arc<RelayClient>);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        self.0.set_state(RegistrationState::Unused);
+        *lock(&self.0.state) = (RegistrationState::Unused, Instant::now());
         *lock(&self.0.probed) = None;
         self.0.phase.send_replace(Phase::Ended);
     }

@@ -8,12 +8,13 @@ use bytes::Bytes;
 use hashbrown::HashMap;
 use macula_peer_core::errors::{CircuitError, ConnectError};
 use macula_peer_core::proto::control::{Id, MAX_SUCCESSIONS_LEN};
+use macula_peer_core::registration::{RegistrationState, RelayEvent};
 use macula_peer_core::types::{Endpoint, NodeId, Path};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, TransportConfig};
 use tokio::time::timeout;
 
-use super::client::{Probed, RegistrationState, RelayClient, RelayEvent, Settings};
+use super::client::{Probed, RelayClient, Settings};
 use super::registration::{IncomingCircuit, PunchSession};
 use crate::addresses::Remote;
 use crate::config::Config;

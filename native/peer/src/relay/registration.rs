@@ -9,7 +9,7 @@ use std::{io, mem};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use macula_peer_core::errors::CircuitError;
-use macula_peer_core::liveness::{Liveness, Seen};
+use macula_peer_core::liveness::Liveness;
 use macula_peer_core::nat::NatProfile;
 use macula_peer_core::proto::codes::stream::NOT_A_RELAY;
 use macula_peer_core::proto::control::{
@@ -17,8 +17,9 @@ use macula_peer_core::proto::control::{
 };
 use macula_peer_core::proto::packet::padding;
 use macula_peer_core::punch::Role;
+use macula_peer_core::registration::Watch;
 use macula_peer_core::relay::Notices;
-use macula_peer_core::silence::{Counted, SILENCE, Silence};
+use macula_peer_core::silence::Counted;
 use macula_peer_core::types::{Dialect, canonical};
 use macula_peer_wire::{Reassembler, VERSION};
 use quinn::{
@@ -52,11 +53,6 @@ const MAX_TOLD: usize = 4;
 /// Bytes of messages that wait for the stream, from which on nothing more is said of punches: otherwise a relay that tells of
 /// many and does not read would have this node keep ever more. Those that may be under way at once fit.
 const MAX_UNSENT: usize = 16 << 10;
-
-/// How often a relay that owes something is looked at: a fifth of what counts as silence. And how often one that does not,
-/// for the sake of its keep-alives.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
-const LOOK_QUIET_EVERY: Duration = Duration::from_secs(2);
 
 /// An inner connection says in a last packet why it ends. The end of its circuit, which goes another way, must not
 /// overtake it; that packet leaves with the next turn of the runtime.
@@ -150,7 +146,6 @@ impl Drop for PunchSession {
 
 /// A registered node's end of the connection to its relay.
 pub(crate) struct Registration {
-    pub(crate) node_id: Id,
     /// What the relay sees the node at.
     pub(crate) address: SocketAddr,
     /// How to probe it, if it can be.
@@ -182,7 +177,7 @@ impl Registration {
         let (mut send, mut receive) = connection.0.open_bi().await.map_err(|_| CircuitError::RelayLost)?;
         let mut hello = BytesMut::new();
         hello.put_slice(&[VERSION, OPENER, 0, 0, 0, 0, 0, 0]);
-        hello.put(FromNode::Connect { node_id: node_id.clone(), proof, successions }.encode());
+        hello.put(FromNode::Connect { node_id, proof, successions }.encode());
         // That the stream was stopped also shows in what is read, with the reason.
         if let Err(WriteError::ConnectionLost(_)) = send.write_all(&hello).await {
             return Err(CircuitError::RelayLost);
@@ -191,7 +186,7 @@ impl Registration {
         loop {
             match next_message(&mut frames)? {
                 Some(FromRelay::Registered { address, probes }) => {
-                    return Ok(Self { node_id, address, probes, connection, send, receive, frames });
+                    return Ok(Self { address, probes, connection, send, receive, frames });
                 }
                 Some(FromRelay::Refused { error }) => return Err(CircuitError::Refused(error)),
                 Some(_) => return Err(CircuitError::NotARelay),
@@ -257,9 +252,8 @@ pub(crate) struct Serving {
     arriving: Arc<Semaphore>,
     /// Resolve to the circuits whose inner connections have ended.
     ended: JoinSet<(u32, usize)>,
-    silence: Silence,
-    look_at: Instant,
-    doubt: watch::Sender<bool>,
+    watch: Watch,
+    suspect: watch::Sender<bool>,
     /// How many circuits there are.
     count: watch::Sender<usize>,
     /// What the relay sees the node at.
@@ -355,8 +349,9 @@ impl Serving {
             commands: sender.clone(),
             permits: Arc::new(Semaphore::new(MAX_REQUESTS)),
         };
-        let silence = Silence::new(counted(&connection.0));
-        lock(&terms.liveness).linked(Instant::now());
+        let now = Instant::now();
+        let watch = Watch::new(counted(&connection.0), now);
+        lock(&terms.liveness).linked(now);
         let mut description = terms.description.clone();
         description.mark_changed();
         let serving = Self {
@@ -377,9 +372,8 @@ impl Serving {
             open: HashMap::new(),
             arriving: Arc::new(Semaphore::new(MAX_ARRIVING)),
             ended: JoinSet::new(),
-            silence,
-            look_at: Instant::now() + LOOK_QUIET_EVERY,
-            doubt: watch::Sender::new(false),
+            watch,
+            suspect: watch::Sender::new(false),
             count,
             seen_at: watch::Sender::new(address),
         };
@@ -387,7 +381,7 @@ impl Serving {
     }
 
     /// Counts what is heard of the relay.
-    pub(crate) fn heard(&self) -> impl Fn() -> u64 + Send + use<> {
+    pub(crate) fn heard(&self) -> impl Fn() -> u64 + Send + Sync + use<> {
         let connection = self.connection.0.clone();
         move || connection.stats().udp_rx.datagrams
     }
@@ -398,11 +392,11 @@ impl Serving {
     }
 
     /// Whether the relay has been silent too long.
-    pub(crate) fn doubt(&self) -> watch::Receiver<bool> {
-        self.doubt.subscribe()
+    pub(crate) fn suspect(&self) -> watch::Receiver<bool> {
+        self.suspect.subscribe()
     }
 
-    /// Serves the registration until it ends; returns why.
+    /// Serves the registration until it ends; returns why. Dropped and called again, it goes on.
     pub(crate) async fn run(&mut self) -> CircuitError {
         loop {
             match self.deliver() {
@@ -435,7 +429,7 @@ impl Serving {
                 Some(Ok((circuit, connection))) = self.ended.join_next() => self.inner_ended(circuit, connection),
                 _ = self.carrying.join_next() => return CircuitError::RelayLost,
                 () = self.circuits.sent() => self.look_soon(),
-                () = sleep_until(self.look_at.into()) => self.look(),
+                () = sleep_until(self.watch.look_at().into()) => self.look(),
                 // A relay that acknowledges packets and answers no request is of no use.
                 () = at(overdue) => return CircuitError::RelayLost,
             }
@@ -641,33 +635,20 @@ impl Serving {
     }
 
     fn look_soon(&mut self) {
-        self.look_at = self.look_at.min(Instant::now() + LOOK_EVERY);
+        self.watch.asked(Instant::now());
     }
 
     fn look(&mut self) {
-        let (now, counted) = (Instant::now(), counted(&self.connection.0));
-        let soon = self.silence.look(counted, now);
-        if !soon {
+        let (connection, now) = (&self.connection.0, Instant::now());
+        let look = self.watch.look(&mut lock(&self.terms.liveness), counted(connection), connection.rtt(), now);
+        if look.quiet {
             self.circuits.tell_again();
         }
-        // A NAT may have given this node another address, to which the relay answers no more than three times what came.
-        if self.silence.is_late(now, self.connection.0.rtt())
-            && self.connection.0.datagram_send_buffer_space() >= padding().len()
-        {
+        if look.pad && connection.datagram_send_buffer_space() >= padding().len() {
             // Lost, it comes again.
-            let _ = self.connection.0.send_datagram(padding());
+            let _ = connection.send_datagram(padding());
         }
-        self.look_at = now + if soon { LOOK_EVERY } else { LOOK_QUIET_EVERY };
-        let mut liveness = lock(&self.terms.liveness);
-        let patience = SILENCE.max(self.connection.0.rtt() * 2).max(liveness.expected_silence(now));
-        match liveness.look(counted.heard, self.silence.unanswered_since(), patience, now) {
-            Seen::Heard => drop(self.doubt.send_if_modified(mem::take)),
-            Seen::Silent(silence) if !*self.doubt.borrow() => {
-                liveness.suspect(counted.heard, silence, now);
-                self.doubt.send_replace(true);
-            }
-            Seen::Silent(_) | Seen::Nothing => {}
-        }
+        self.suspect.send_if_modified(|suspect| mem::replace(suspect, look.suspect) != look.suspect);
     }
 }
 
@@ -710,7 +691,7 @@ fn counted(connection: &Connection) -> Counted {
     Counted { asked: asked.iter().sum(), heard: stats.udp_rx.datagrams }
 }
 
-async fn at(moment: Option<Instant>) {
+pub(crate) async fn at(moment: Option<Instant>) {
     match moment {
         Some(moment) => sleep_until(moment.into()).await,
         None => pending().await,
