@@ -17,9 +17,9 @@ suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
     [the_callback_is_asked_about_connections_and_registrations, its_answers_are_remembered_for_their_time,
-     a_slow_callback_lets_nobody_in_and_holds_up_nobody_else, a_callback_that_fails_lets_nobody_in_and_is_logged_once,
+     a_slow_callback_refuses_its_node_and_delays_no_other, a_callback_that_fails_refuses_and_is_logged_once,
      a_callback_s_process_that_is_killed_comes_back, it_works_by_settings_and_without_the_application,
-     wrong_values_are_named, lists_hold_at_once, lists_are_a_setting, whoever_is_kicked_leaves_and_waits,
+     wrong_values_are_named, lists_hold_at_once, lists_are_a_setting, a_kicked_node_leaves_and_waits,
      a_relay_lists_its_nodes, looking_starts_nothing].
 
 init_per_testcase(_Case, Config) ->
@@ -70,7 +70,7 @@ its_answers_are_remembered_for_their_time(_Config) ->
     ?assertMatch(#{asked := 2, remembered := 0}, admission()).
 
 %% Meanwhile others' messages go on, and others are asked about.
-a_slow_callback_lets_nobody_in_and_holds_up_nobody_else(_Config) ->
+a_slow_callback_refuses_its_node_and_delays_no_other(_Config) ->
     Here = listen(#{admission => callback(allow), admission_timeout => 300}),
     [Honest, Late, New] = [client(#{connect_timeout => 1000}) || _ <- [1, 2, 3]],
     ?assertEqual(ok, send(Honest, Here)),
@@ -99,7 +99,7 @@ a_slow_callback_lets_nobody_in_and_holds_up_nobody_else(_Config) ->
     answer(allow),
     ?assertEqual(ok, send(Late, Here)).
 
-a_callback_that_fails_lets_nobody_in_and_is_logged_once(_Config) ->
+a_callback_that_fails_refuses_and_is_logged_once(_Config) ->
     Here = listen(#{admission => callback(allow)}),
     [Honest, Failing] = [client(#{connect_timeout => 500}) || _ <- [1, 2]],
     ?assertEqual(ok, send(Honest, Here)),
@@ -211,7 +211,7 @@ lists_are_a_setting(_Config) ->
 
 %% ---- a relay's nodes ----
 
-whoever_is_kicked_leaves_and_waits(_Config) ->
+a_kicked_node_leaves_and_waits(_Config) ->
     Relay = listen(#{relay => #{}}),
     [A, B] = [start_member(here, settings(Name, [Relay])) || Name <- [a, b]],
     [await_registered(Member, [Relay]) || Member <- [A, B]],

@@ -15,7 +15,9 @@
 
 suite() -> [{timetrap, {seconds, 60}}].
 
-all() -> [{group, results}, {group, endpoints}, {group, messages}, {group, nat_aware}, {group, listening}, the_shell_has_the_documentation].
+all() ->
+    [{group, results}, {group, endpoints}, {group, messages}, {group, nat_aware}, {group, listening},
+     the_shell_has_the_documentation].
 
 groups() ->
     [{results, [], [a_live_peer_gets_messages_and_answers, a_closed_port_is_down, a_name_that_does_not_resolve_is_down,
@@ -34,7 +36,7 @@ groups() ->
                       a_taken_port_is_named, a_bad_certificate_is_named, close_stops_accepting,
                       the_handler_is_a_process_or_a_function, a_handler_of_another_kind_is_refused,
                       a_message_is_answered_once, a_refused_answer_leaves_the_token_good, a_token_is_a_token,
-                      who_asked_may_be_gone]}].
+                      an_answer_to_a_closed_connection_is_an_error]}].
 
 init_per_suite(Config) ->
     {Node, Port} = macula_peer_test:start_listener(),
@@ -62,7 +64,8 @@ the_shell_has_the_documentation(_Config) ->
      end || {Module, Function, Arity, Says} <- [{macula_peer_connector, send_message, 4, "Sends a message"},
                                                 {macula_peer_node, listen, 1, "Accepts connections"}]],
     {ok, Node} = code:get_doc(macula_peer_node),
-    ?assertMatch({match, _}, re:run(Text(shell_docs:render_type(macula_peer_node, listen_opts, 0, Node)), "handshake_rate \\(500\\)")),
+    Options = Text(shell_docs:render_type(macula_peer_node, listen_opts, 0, Node)),
+    ?assertMatch({match, _}, re:run(Options, "handshake_rate \\(500\\)")),
     ?assertMatch({ok, {docs_v1, _, _, _, hidden, _, _}}, code:get_doc(macula_peer_lookup)).
 
 %% ---- results ----
@@ -403,7 +406,7 @@ a_token_is_a_token(_Config) ->
     [?assertEqual({error, invalid_token}, macula_peer_node:reply(Token, reply, #{}))
      || Token <- [none, undefined, make_ref(), self(), <<>>]].
 
-who_asked_may_be_gone(_Config) ->
+an_answer_to_a_closed_connection_is_an_error(_Config) ->
     {Token, Asked} = ask(5000),
     ok = macula_peer_node:close(),
     until(fun() -> maps:get(accepted, macula_peer_node:stats()) =:= [] end),

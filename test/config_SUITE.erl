@@ -16,7 +16,7 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [a_wrong_value_stops_the_start_and_is_named, every_setting_has_wrong_values, an_unknown_setting_is_named,
+    [a_wrong_value_stops_the_start_and_is_named, every_setting_has_a_type_and_wrong_values, an_unknown_setting_is_named,
      a_wrong_secret_is_not_shown, there_is_memory_for_the_largest_frame, the_sentence_in_the_log_names_setting_and_value, right_values_start,
      an_application_file_is_enough, a_wrong_variable_stops_the_start_and_is_named, hole_punching_is_turned_off,
      a_node_that_listens_is_a_relay, the_settings_win_over_variables, what_is_listened_with_is_checked,
@@ -41,13 +41,23 @@ end_per_testcase(Case, Config) ->
 a_wrong_value_stops_the_start_and_is_named(_Config) ->
     [is_refused({invalid_option, Setting}, [Setting]) || Setting <- wrong_settings()].
 
-%% One that is forgotten here is noticed.
-every_setting_has_wrong_values(_Config) ->
+%% A setting that is missing in the type, or in these tests, is noticed.
+every_setting_has_a_type_and_wrong_values(_Config) ->
+    Documented = documented(),
+    ?assertEqual(Documented, typed()),
+    ?assertEqual(Documented, lists:usort([realm_secret | [Key || {Key, _} <- wrong_settings()]])).
+
+documented() ->
     {ok, Table} = file:read_file(macula_peer_test:root() ++ "/docs/settings.md"),
     {match, Rows} = re:run(Table, "^\\| (`[^|]*) \\|", [global, multiline, {capture, [1], binary}]),
-    Documented = [binary_to_atom(Key) || [Row] <- Rows, {match, Keys} <- [re:run(Row, "`([a-z_]+)`", [global, {capture, [1], binary}])],
-                                         [Key] <- Keys],
-    ?assertEqual(lists:sort(Documented), lists:usort([realm_secret | [Key || {Key, _} <- wrong_settings()]])).
+    Keys = [Keys || [Row] <- Rows, {match, Keys} <- [re:run(Row, "`([a-z_]+)`", [global, {capture, [1], binary}])]],
+    lists:sort([binary_to_atom(Key) || [Key] <- lists:append(Keys)]).
+
+%% The keys of the type `macula_peer_node:settings()'.
+typed() ->
+    {ok, {_, [{abstract_code, {_, Forms}}]}} = beam_lib:chunks(code:which(macula_peer_node), [abstract_code]),
+    [Fields] = [Fields || {attribute, _, type, {settings, {type, _, map, Fields}, []}} <- Forms],
+    lists:sort([Key || {type, _, map_field_assoc, [{atom, _, Key}, _]} <- Fields]).
 
 wrong_settings() ->
     Hex = lists:duplicate(63, $0),

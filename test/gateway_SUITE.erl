@@ -44,6 +44,7 @@ lone_messages_share_streams(_Config) ->
     Send = fun(Count) ->
         [begin
              ok = send(Gateway, cast, #{n => N}),
+             %% Messages that come faster are a burst, and share nothing.
              timer:sleep(10)
          end || N <- lists:seq(1, Count)],
         #{streams := Streams} = Stats = arrived(Gateway, Count),
@@ -202,25 +203,33 @@ a_restarted_gateway_gets_all(_Config) ->
 %% that is closed.
 a_paused_gateway_reads_what_it_acknowledged(_Config) ->
     Gateway = macula_peer_stand_in:start(["--first-look-ms", "50"]),
-    Sender = spawn_link(fun() -> send_until_told(Gateway, 1) end),
+    Sent = counters:new(1, []),
+    Sender = spawn_link(fun() -> send_until_told(Gateway, Sent) end),
     [begin
-         timer:sleep(300),
+         sends_on(Sent, 100),
          macula_peer_stand_in:pause(Gateway),
+         %% Many messages wait after that time, and the connection is not yet given up.
          timer:sleep(800),
          macula_peer_stand_in:go_on(Gateway)
      end || _ <- lists:seq(1, 3)],
-    timer:sleep(300),
+    sends_on(Sent, 100),
     Sender ! {stop, self()},
-    Sent = receive {sent, N} -> N after 20000 -> ct:fail(sender_hangs) end,
-    _ = arrived(Gateway, Sent),
+    receive {Sender, stopped} -> ok after 20000 -> ct:fail(sender_hangs) end,
+    _ = arrived(Gateway, counters:get(Sent, 1)),
     ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
 
-send_until_told(Gateway, N) ->
-    ok = send(Gateway, cast, #{n => N}),
+send_until_told(Gateway, Sent) ->
+    ok = send(Gateway, cast, #{n => counters:get(Sent, 1)}),
+    ok = counters:add(Sent, 1, 1),
     receive
-        {stop, From} -> From ! {sent, N}
-    after 2 -> send_until_told(Gateway, N + 1)
+        {stop, From} -> From ! {self(), stopped}
+    after 2 -> send_until_told(Gateway, Sent)
     end.
+
+%% Waits until so many more messages have been sent.
+sends_on(Sent, More) ->
+    Before = counters:get(Sent, 1),
+    macula_peer_test:until(fun() -> counters:get(Sent, 1) >= Before + More end, 20000).
 
 a_gateway_reads_what_was_sent_before_a_stop(_Config) ->
     Gateway = macula_peer_stand_in:start(["--first-look-ms", "20"]),

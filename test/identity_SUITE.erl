@@ -8,9 +8,9 @@
 -export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([a_key_is_new_at_every_start/1, a_key_in_a_file_stays/1, a_fingerprint_is_of_the_public_key/1]).
 -export([a_bad_file_is_named/1, a_secret_of_kubernetes_is_read/1, a_key_is_made_where_there_are_no_links/1, wrong_values_are_named/1, a_wrong_secret_is_not_shown/1]).
--export([a_message_says_whose_it_is/1, an_answer_of_a_gateway_is_nobodys/1]).
--export([a_pinned_peer_is_dialled_and_no_other/1, who_is_pinned_is_let_in_and_no_other/1]).
--export([a_listener_may_trust_others_than_its_node/1, signed_nodes_trust_each_other_and_nobody_else/1]).
+-export([a_message_names_the_key_of_its_sender/1, an_answer_of_a_gateway_has_no_key/1]).
+-export([a_pinned_peer_is_dialled_and_no_other/1, only_pinned_keys_may_connect/1]).
+-export([a_listener_may_trust_others_than_its_node/1, signed_nodes_trust_only_each_other/1]).
 -export([bad_authorities_are_named/1, in_macula_s_production_mode_peers_are_verified/1]).
 -export([the_mode_is_logged/1, an_unverified_link_is_warned_of_once/1]).
 -export([a_certificate_that_is_half_renewed_is_warned_of/1]).
@@ -24,9 +24,9 @@
 all() ->
     [a_key_is_new_at_every_start, a_key_in_a_file_stays, a_fingerprint_is_of_the_public_key, a_bad_file_is_named,
      a_secret_of_kubernetes_is_read, a_key_is_made_where_there_are_no_links, wrong_values_are_named,
-     a_wrong_secret_is_not_shown, a_message_says_whose_it_is, an_answer_of_a_gateway_is_nobodys,
-     a_pinned_peer_is_dialled_and_no_other, who_is_pinned_is_let_in_and_no_other,
-     a_listener_may_trust_others_than_its_node, signed_nodes_trust_each_other_and_nobody_else,
+     a_wrong_secret_is_not_shown, a_message_names_the_key_of_its_sender, an_answer_of_a_gateway_has_no_key,
+     a_pinned_peer_is_dialled_and_no_other, only_pinned_keys_may_connect,
+     a_listener_may_trust_others_than_its_node, signed_nodes_trust_only_each_other,
      bad_authorities_are_named, in_macula_s_production_mode_peers_are_verified, the_mode_is_logged, an_unverified_link_is_warned_of_once,
      a_certificate_that_is_half_renewed_is_warned_of].
 
@@ -203,7 +203,7 @@ a_wrong_secret_is_not_shown(_Config) ->
 
 %% ---- whose a message is ----
 
-a_message_says_whose_it_is(Config) ->
+a_message_names_the_key_of_its_sender(Config) ->
     Endpoint = listen(#{}),
     Key = key_of_other(Config),
     [begin ok = send_from_other(Config, Endpoint), ?assertEqual(Key, sender()) end || _ <- [1, 2]],
@@ -212,7 +212,7 @@ a_message_says_whose_it_is(Config) ->
     ?assertEqual(key_of_other(Config), sender()),
     ?assertNotEqual(Key, key_of_other(Config)).
 
-an_answer_of_a_gateway_is_nobodys(_Config) ->
+an_answer_of_a_gateway_has_no_key(_Config) ->
     Gateway = macula_peer_stand_in:start(),
     ok = macula_peer_node:set_handler(self()),
     ok = macula_peer_connector:send_message(macula_peer_stand_in:endpoint(Gateway), ping, #{timestamp => 1}),
@@ -241,7 +241,7 @@ a_pinned_peer_is_dialled_and_no_other(Config) ->
     ?assertEqual(?UNTRUSTED, send_from_other(Config, macula_peer_stand_in:endpoint(Gateway))),
     macula_peer_stand_in:stop(Gateway).
 
-who_is_pinned_is_let_in_and_no_other(Config) ->
+only_pinned_keys_may_connect(Config) ->
     ok = macula_peer_test:engine(#{verify => {pin, [key_of_other(Config)]}}),
     Endpoint = listen(#{}),
     ok = send_from_other(Config, Endpoint),
@@ -267,7 +267,7 @@ a_listener_may_trust_others_than_its_node(Config) ->
 %% sha256WithRSAEncryption, with the NULL that rustls wants after it. OTP 29's test certificates have none.
 -define(SHA256_WITH_RSA, <<16#06, 9, 16#2a, 16#86, 16#48, 16#86, 16#f7, 16#0d, 1, 1, 11, 5, 0>>).
 
-signed_nodes_trust_each_other_and_nobody_else(Config) ->
+signed_nodes_trust_only_each_other(Config) ->
     {_, Der} = Authority = authority(),
     case binary:match(Der, ?SHA256_WITH_RSA) of
         nomatch -> {skip, "this OTP's test certificates are not for rustls"};

@@ -15,11 +15,11 @@ suite() -> [{timetrap, {seconds, 120}}].
 
 all() ->
     [{group, network},
-     the_gateway_answers_who_asks, a_node_behind_a_relay_answers_who_asks, an_answer_to_the_gateway_reaches_it,
-     every_message_of_a_burst_is_handed_over, large_messages_are_handed_over, slow_answers_wait_for_nobody,
+     the_gateway_answers_requests, a_node_behind_a_relay_answers_requests, an_answer_to_the_gateway_reaches_it,
+     every_message_of_a_burst_is_handed_over, large_messages_are_handed_over, slow_answers_delay_no_other,
      ping_and_nat_probe_are_answered_by_the_node,
-     a_gateway_that_is_not_there_costs_nobody_time, macula_gateway_gets_what_no_gateway_takes,
-     the_handler_gets_what_nobody_takes, what_nobody_takes_is_counted_and_logged_once,
+     a_missing_gateway_delays_no_message, macula_gateway_gets_what_no_gateway_takes,
+     the_handler_gets_what_the_gateway_does_not_take, a_message_without_a_receiver_is_counted_and_logged_once,
      a_gateway_that_is_restarted_gets_messages_again, a_silent_gateway_is_given_up,
      the_gateway_of_macula_is_found, a_handler_takes_the_place_of_the_gateway, an_endpoint_comes_before_the_handler,
      none_is_none,
@@ -55,7 +55,7 @@ end_per_testcase(_Case, _Config) ->
 
 %% ---- handing over ----
 
-the_gateway_answers_who_asks(_Config) ->
+the_gateway_answers_requests(_Config) ->
     Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "2000"]),
     {Node, Endpoint} = start_node(Gateway),
     Ask = fun(Type, Msg) -> macula_peer_connector:send_message_and_wait(Endpoint, Type, Msg, ?TIMEOUT) end,
@@ -73,7 +73,7 @@ the_gateway_answers_who_asks(_Config) ->
                    types := #{find_value := 1, find_node := 1, call := 1, rpc_request := 1, store := 1}},
                  macula_peer_stand_in:stats(Gateway)).
 
-a_node_behind_a_relay_answers_who_asks(_Config) ->
+a_node_behind_a_relay_answers_requests(_Config) ->
     Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "300"]),
     Relay = macula_peer_relays:start_relay(here),
     Target = macula_peer_test:start_node(),
@@ -142,7 +142,7 @@ casts() ->
     [Cast || {'$gen_cast', Cast} <- Messages].
 
 %% As many as the gateway allows streams on one connection, and more.
-slow_answers_wait_for_nobody(_Config) ->
+slow_answers_delay_no_other(_Config) ->
     Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "2000"]),
     {Node, Endpoint} = start_node(Gateway),
     Asked = spawn_monitor(fun() ->
@@ -176,7 +176,7 @@ ping_and_nat_probe_are_answered_by_the_node(_Config) ->
 
 %% ---- where no gateway listens ----
 
-a_gateway_that_is_not_there_costs_nobody_time(_Config) ->
+a_missing_gateway_delays_no_message(_Config) ->
     true = register(macula_gateway, self()),
     Endpoint = listen(#{gateway => endpoint(macula_peer_test:closed_port())}),
     Sender = macula_peer_test:start_node(),
@@ -202,7 +202,7 @@ macula_gateway_gets_what_no_gateway_takes(_Config) ->
     end,
     ?assertEqual(0, macula_peer_test:asked(count)).
 
-the_handler_gets_what_nobody_takes(_Config) ->
+the_handler_gets_what_the_gateway_does_not_take(_Config) ->
     Endpoint = listen(#{gateway => endpoint(macula_peer_test:closed_port()), handler => self()}),
     Sender = macula_peer_test:start_node(),
     Request = spawn_monitor(fun() ->
@@ -217,7 +217,7 @@ the_handler_gets_what_nobody_takes(_Config) ->
     {Pid, Monitor} = Request,
     receive {'DOWN', Monitor, process, Pid, Reason} -> ?assertEqual({ok, {reply, #{<<"n">> => 2}}}, Reason) end.
 
-what_nobody_takes_is_counted_and_logged_once(_Config) ->
+a_message_without_a_receiver_is_counted_and_logged_once(_Config) ->
     ok = application:ensure_started(crypto),
     ok = macula_peer_node:stop(),
     [ok = application:set_env(macula_peer_connector, Key, Value)

@@ -10,9 +10,9 @@
 -export([an_invalid_token_is_refused/1, a_token_survives_an_invalid_answer/1]).
 -export([any_process_may_answer/1, answers_come_in_any_order/1]).
 -export([listening_twice_is_refused/1, a_taken_port_is_refused/1, invalid_options_are_refused/1]).
--export([a_closed_listener_accepts_nobody/1, links_follow_the_socket/1]).
+-export([a_closed_listener_accepts_no_connection/1, links_follow_the_socket/1]).
 -export([certificates_come_from_files/1, bad_certificates_are_refused/1, an_old_certificate_is_explained/1]).
--export([garbage_hurts_nobody/1]).
+-export([garbage_hurts_no_connection/1]).
 -export([forward/2, forward_or_crash/2, log/2]).
 
 -define(TIMEOUT, 5000).
@@ -21,8 +21,8 @@ all() ->
     [a_process_gets_messages, a_function_gets_messages, a_function_may_crash, a_handler_is_replaced,
      a_request_is_answered, a_request_is_answered_once, an_answer_may_come_too_late, an_invalid_token_is_refused,
      a_token_survives_an_invalid_answer, any_process_may_answer, answers_come_in_any_order, listening_twice_is_refused,
-     a_taken_port_is_refused, invalid_options_are_refused, a_closed_listener_accepts_nobody, links_follow_the_socket,
-     certificates_come_from_files, bad_certificates_are_refused, an_old_certificate_is_explained, garbage_hurts_nobody].
+     a_taken_port_is_refused, invalid_options_are_refused, a_closed_listener_accepts_no_connection, links_follow_the_socket,
+     certificates_come_from_files, bad_certificates_are_refused, an_old_certificate_is_explained, garbage_hurts_no_connection].
 
 init_per_suite(Config) ->
     [{other, macula_peer_test:start_node()} | Config].
@@ -181,7 +181,7 @@ invalid_options_are_refused(_Config) ->
     ?assertEqual({error, {invalid_option, {keyfile, undefined}}}, macula_peer_node:listen(#{certfile => "c.pem"})),
     ?assertEqual({error, {invalid_option, {certfile, undefined}}}, macula_peer_node:listen(#{keyfile => "k.pem"})).
 
-a_closed_listener_accepts_nobody(Config) ->
+a_closed_listener_accepts_no_connection(Config) ->
     Endpoint = listen(#{handler => self()}),
     answers(Config, Endpoint),
     ok = macula_peer_node:close(),
@@ -259,7 +259,7 @@ in_priv_dir(Config, Name) ->
 
 %% ---- hostile input ----
 
-garbage_hurts_nobody(Config) ->
+garbage_hurts_no_connection(Config) ->
     Endpoint = listen(#{handler => self()}),
     answers(Config, Endpoint),
     {ok, {_, Port}} = macula_peer_node:local_address(),

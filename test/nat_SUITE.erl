@@ -14,7 +14,7 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [without_a_relay_little_is_known, no_nat, one_address_does_not_tell_everything, who_moves_looks_again,
+    [without_a_relay_little_is_known, no_nat, one_address_does_not_tell_everything, a_node_that_moves_detects_its_nat_again,
      options_are_checked, {group, real}].
 
 groups() ->
@@ -61,7 +61,7 @@ one_address_does_not_tell_everything(_Config) ->
     Member = start_member(here, settings(name, [Relay])),
     until(fun() -> policies(Member) =:= {unknown, hd, pp} end).
 
-who_moves_looks_again(_Config) ->
+a_node_that_moves_detects_its_nat_again(_Config) ->
     Relay = start_relay(here, #{}),
     Member = start_member(here, settings(name, [Relay])),
     until(fun() -> policies(Member) =/= {unknown, unknown, unknown} end),

@@ -17,7 +17,7 @@ suite() -> [{timetrap, {seconds, 60}}].
 all() ->
     [every_host_reaches_every_other, a_firewall_drops_what_was_not_asked_for, a_firewall_passes_answers,
      an_opened_firewall_passes_all, a_forwarder_takes_its_time_in_both_directions, a_capture_has_what_passes,
-     nodes_send_to_each_other, a_firewalled_node_is_reached_by_nobody, a_firewalled_node_reaches_others,
+     nodes_send_to_each_other, a_firewalled_node_cannot_be_reached, a_firewalled_node_reaches_others,
      nothing_is_left_after_the_end, nothing_is_left_of_a_run_that_died].
 
 init_per_suite(Config) ->
@@ -142,7 +142,7 @@ nodes_send_to_each_other(Config) ->
     ?assertEqual(macula_peer_net:address(A), From),
     stop([Listener, Sender]).
 
-a_firewalled_node_is_reached_by_nobody(Config) ->
+a_firewalled_node_cannot_be_reached(Config) ->
     [A, B, _] = ?config(hosts, Config),
     {Listener, Endpoint} = listener(B),
     Sender = macula_peer_net:start_node(A),

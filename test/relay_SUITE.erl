@@ -39,8 +39,8 @@ groups() ->
       [a_firewalled_node_is_reached_through_a_bootstrap_peer, a_firewalled_node_is_reached_through_a_configured_relay,
        a_long_way_to_the_relay_costs_four_round_trips, long_ways_to_and_from_the_relay_cost_four_round_trips,
        firewalled_nodes_ask_each_other, all_arrive_once_and_in_order_whatever_happens_to_relay_and_path,
-       another_relay_takes_over, a_dead_mapping_that_is_silent_cuts_nobody_off,
-       a_dead_mapping_that_refuses_cuts_nobody_off, a_relay_sees_no_plaintext]}].
+       another_relay_takes_over, a_dead_mapping_that_is_silent_cuts_no_node_off,
+       a_dead_mapping_that_refuses_cuts_no_node_off, a_relay_sees_no_plaintext]}].
 
 init_per_group(network, Config) ->
     case macula_peer_net:available() of
@@ -204,13 +204,13 @@ all_arrive_once_and_in_order(Sender, Target, Count) ->
 
 %% A rule leads an address to one of two hosts, as for a service of Kubernetes. When it leads to the other one, the kernel keeps
 %% the mapping of a port that still sends.
-a_dead_mapping_that_is_silent_cuts_nobody_off(Config) ->
-    a_dead_mapping_cuts_nobody_off(Config, fun(Host) -> macula_peer_net:ip(Host, "link set eth0 down") end).
+a_dead_mapping_that_is_silent_cuts_no_node_off(Config) ->
+    a_dead_mapping_cuts_no_node_off(Config, fun(Host) -> macula_peer_net:ip(Host, "link set eth0 down") end).
 
-a_dead_mapping_that_refuses_cuts_nobody_off(Config) ->
-    a_dead_mapping_cuts_nobody_off(Config, fun(_StillAnswersIcmp) -> ok end).
+a_dead_mapping_that_refuses_cuts_no_node_off(Config) ->
+    a_dead_mapping_cuts_no_node_off(Config, fun(_StillAnswersIcmp) -> ok end).
 
-a_dead_mapping_cuts_nobody_off(Config, Cut) ->
+a_dead_mapping_cuts_no_node_off(Config, Cut) ->
     [ClientHost, OneHost, OtherHost | _] = ?config(hosts, Config),
     File = filename:join(?config(priv_dir, Config), "service.pem"),
     lead_to(ClientHost, OneHost),

@@ -16,7 +16,7 @@ suite() -> [{timetrap, {seconds, 120}}].
 
 all() ->
     [a_node_id_is_its_first_owners, a_node_id_is_kept_for_its_owner_for_a_while, sessions, sessions_per_node,
-     registrations, accept_rate, shares, a_realm_is_for_those_who_know_its_secret, idle_circuits_end,
+     registrations, accept_rate, shares, a_realm_needs_its_secret, idle_circuits_end,
      what_is_beyond_the_bandwidth_arrives_later, what_the_queue_has_no_room_for_arrives_later].
 
 %% ---- node ids ----
@@ -119,7 +119,7 @@ shares(_Config) ->
                   call(First, macula_peer_node, listen, [#{relay => #{Option => Wrong}}]))
      || Option <- [key_share, address_share], Wrong <- [0, 101, -1, 0.5, half]].
 
-a_realm_is_for_those_who_know_its_secret(_Config) ->
+a_realm_needs_its_secret(_Config) ->
     Relay = start_relay(here, #{realm_secret => ?SECRET}),
     [Without, Wrong, Right] = Nodes =
         [start_member(here, Settings)

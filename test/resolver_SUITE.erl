@@ -41,8 +41,8 @@ groups() ->
                    many_nodes_leave_nothing_behind, the_engine_ends_its_lookups,
                    the_process_that_bounds_them_may_be_killed, the_application_supervises_them]},
      {reports, [], [success_is_reported, failure_is_reported, a_dead_caller_is_a_failure, advice_after_the_call_is_reported,
-                    a_request_is_this_nodes, a_report_delays_nobody]},
-     {modules, [], [another_module_is_asked, nobody_is_asked]}].
+                    a_request_is_this_nodes, a_report_delays_no_call]},
+     {modules, [], [another_module_is_asked, no_resolver_is_asked]}].
 
 init_per_suite(Config) ->
     {Node, Port} = macula_peer_test:start_listener(),
@@ -448,7 +448,7 @@ a_request_is_this_nodes(Config) ->
     until(fun() -> reported(<<"session">>) =:= [[<<"session">>, <<"own">>, success]] end),
     ?assertEqual([[<<"own">>, <<"two">>]], asked(request_connection)).
 
-a_report_delays_nobody(Config) ->
+a_report_delays_no_call(Config) ->
     Entry = #{<<"host">> => <<"127.0.0.1">>, <<"port">> => ?config(port, Config)},
     serve(macula_routing_server, fun(_, _) -> {ok, [Entry]} end),
     serve(macula_nat_coordinator, fun(request_connection, _) -> {ok, direct, <<"session">>};
@@ -490,7 +490,7 @@ endpoints(_NodeId) -> maps:get(endpoints, persistent_term:get(?MODULE)).
 
 bootstrap_peers() -> maps:get(bootstrap_peers, persistent_term:get(?MODULE)).
 
-nobody_is_asked(Config) ->
+no_resolver_is_asked(Config) ->
     serve(macula_routing_server, fun(_, _) -> listener(Config) end),
     ok = macula_peer_test:engine(#{resolver => none}),
     ?assertEqual(?NO_RELAY, send(<<"node">>, 1)),

@@ -18,7 +18,7 @@ suite() -> [{timetrap, {seconds, 90}}].
 all() ->
     [routes_that_lead_nowhere_fail_at_once_and_cost_others_nothing, a_packet_from_port_0_changes_nothing,
      a_source_address_that_was_removed_costs_others_nothing, a_path_that_drops_ecn_marks_gives_a_connection,
-     names_that_hang_keep_nobody_else_waiting].
+     names_that_hang_delay_no_other].
 
 init_per_suite(Config) ->
     macula_peer_net:init_suite(Config).
@@ -111,7 +111,7 @@ a_path_that_drops_ecn_marks_gives_a_connection(Config) ->
     Member = macula_peer_relays:start_member(A, macula_peer_relays:settings(<<"member">>, [Relay])),
     macula_peer_relays:await_registered(Member, [Relay]).
 
-names_that_hang_keep_nobody_else_waiting(Config) ->
+names_that_hang_delay_no_other(Config) ->
     [{_, Name, _} = A, B] = ?config(hosts, Config),
     Files = filename:join("/etc/netns", Name),
     ok = filelib:ensure_path(Files),

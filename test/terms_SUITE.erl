@@ -20,7 +20,7 @@ all() ->
      a_killed_process_that_finishes_messages_is_replaced, what_the_process_that_finishes_messages_had_is_counted,
      a_function_that_is_replaced_gets_what_was_on_its_way, a_handler_that_died_is_counted,
      the_deepest_nesting_that_is_accepted,
-     busy_dirty_schedulers_delay_nobody, a_heavy_message_keeps_its_timeout, decoding_finishes_terms].
+     busy_dirty_schedulers_delay_no_call, a_heavy_message_keeps_its_timeout, decoding_finishes_terms].
 
 %% Between the same two nodes, by the dialect and the path.
 groups() ->
@@ -448,7 +448,7 @@ listen_again() ->
 -define(BUSY, 6000).
 -define(PROMPT, 2000).
 
-busy_dirty_schedulers_delay_nobody(Config) ->
+busy_dirty_schedulers_delay_no_call(Config) ->
     Endpoint = endpoint(?config(port, Config)),
     Node = node_with_busy_dirty_schedulers(Endpoint),
     [begin

@@ -28,7 +28,7 @@ groups() ->
        a_port_restricted_and_a_carrier_grade_one, a_symmetric_and_an_address_restricted_one,
        a_symmetric_and_a_port_restricted_one, a_port_restricted_and_a_symmetric_one,
        a_sequential_and_a_port_restricted_one, two_symmetric_ones_say_that_they_need_a_relay, two_ipv6_firewalls,
-       a_port_restricted_and_a_blocked_one, neighbours, symmetric_neighbours, neighbours_who_need_a_hairpin]}].
+       a_port_restricted_and_a_blocked_one, neighbours, symmetric_neighbours, neighbours_that_need_a_hairpin]}].
 
 init_per_suite(Config) ->
     case macula_peer_net:available() of
@@ -234,7 +234,7 @@ neighbours(Config) -> meet(port_restricted, neighbour, Config).
 
 symmetric_neighbours(Config) -> meet(symmetric, neighbour, Config).
 
-neighbours_who_need_a_hairpin(Config) -> meet(hairpin, neighbour, Config).
+neighbours_that_need_a_hairpin(Config) -> meet(hairpin, neighbour, Config).
 
 meet(Kind, Other, Config) ->
     {_, Meetings} = Result = macula_peer_natlab_pairs:meet_as_expected(?config(pairs, Config), Kind, Other, 1),
