@@ -483,7 +483,7 @@ impl LinkState {
         race.add(&Tries { ways, bound: tries.bound, ..Tries::default() }, now);
         race.keep_direct();
         if let (true, Some(relay)) = (begins, relay) {
-            race.punch(relay);
+            race.punch(relay, now);
         }
         self.take_race_actions();
     }
@@ -495,7 +495,7 @@ impl LinkState {
             }
             self.begin_race(now);
             if let Some(race) = self.race_mut() {
-                race.adopt(offer.link.id);
+                race.adopt(offer.link.id, now);
             }
         }
     }

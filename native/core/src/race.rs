@@ -47,7 +47,7 @@ pub enum Attempt {
 /// What to carry out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Begin an attempt, and report how it ended. Except for a punch, which has a time of its own, it ends at `until`.
+    /// Begin an attempt, and report how it ended. It ends at `until`, except for a punch, which has a longer time.
     Begin {
         id: AttemptId,
         attempt: Attempt,
@@ -109,7 +109,6 @@ pub struct Race {
     number: u64,
     setup: Setup,
     begun: Instant,
-    until: Instant,
     attempts: Vec<(AttemptId, Attempt)>,
     begun_attempts: u32,
     /// Relays that may help to punch when the present one does not.
@@ -136,7 +135,6 @@ impl Race {
             number,
             setup,
             begun: now,
-            until: now + setup.connect_timeout,
             attempts: Vec::new(),
             begun_attempts: 0,
             helpers: VecDeque::new(),
@@ -162,7 +160,7 @@ impl Race {
         (self.resolving, self.bound) = (*resolving, *bound);
         (self.taken.key, self.taken.hole_punch) = (ways.key, ways.hole_punch);
         for endpoint in take_new(ways.endpoints.iter(), &mut self.taken.endpoints) {
-            self.begin(Attempt::Dial(endpoint));
+            self.begin(Attempt::Dial(endpoint), now);
         }
         if !self.setup.to_node {
             return;
@@ -182,10 +180,10 @@ impl Race {
     }
 
     /// Waits for a connection that the peer began to allow streams, unless it does so already.
-    pub fn adopt(&mut self, connection: LinkId) {
+    pub fn adopt(&mut self, connection: LinkId, now: Instant) {
         if self.adopting.len() < MAX_ADOPTING && !self.adopting.contains(&connection) {
             self.adopting.push(connection);
-            self.begin(Attempt::Adopt(connection));
+            self.begin(Attempt::Adopt(connection), now);
         }
     }
 
@@ -197,7 +195,7 @@ impl Race {
     }
 
     /// Looks for a direct path through NATs with the help of a relay.
-    pub fn punch(&mut self, relay: Endpoint) {
+    pub fn punch(&mut self, relay: Endpoint, now: Instant) {
         if !self.setup.to_node {
             return;
         }
@@ -209,7 +207,7 @@ impl Race {
             // Two attempts at once would be in each other's way.
             return self.helpers.push_back(relay);
         }
-        self.begin(Attempt::Punch(relay));
+        self.begin(Attempt::Punch(relay), now);
     }
 
     /// An attempt has ended. Returns whether it was one of this race.
@@ -219,8 +217,8 @@ impl Race {
         match (attempt, how) {
             (_, Ended::NotDialled(error)) => self.not_dialled(error),
             (Attempt::Circuit(relay), Ended::NoCircuit(error)) => self.no_circuit(error, relay, now),
-            (_, Ended::NotPunched(error)) => self.not_punched(error),
-            (Attempt::Punch(_), Ended::Crashed) => self.punch_on(),
+            (_, Ended::NotPunched(error)) => self.not_punched(error, now),
+            (Attempt::Punch(_), Ended::Crashed) => self.punch_on(now),
             _ => {}
         }
         true
@@ -231,8 +229,8 @@ impl Race {
         // A relay whose turn it is, or the next one where nothing else is under way.
         while self.waiting.front().is_some_and(|(at, _)| *at <= now || self.attempts.is_empty()) {
             if let Some((_, relay)) = self.waiting.pop_front() {
-                self.punch(relay.clone());
-                self.begin(Attempt::Circuit(relay));
+                self.punch(relay.clone(), now);
+                self.begin(Attempt::Circuit(relay), now);
             }
         }
         self.resolving = self.resolving.filter(|until| *until > now);
@@ -261,11 +259,12 @@ impl Race {
         into.merge(std::mem::take(&mut self.failures));
     }
 
-    fn begin(&mut self, attempt: Attempt) {
+    fn begin(&mut self, attempt: Attempt, now: Instant) {
         let id = AttemptId { race: self.number, attempt: self.begun_attempts };
         self.begun_attempts += 1;
         self.attempts.push((id, attempt.clone()));
-        self.actions.push_back(Action::Begin { id, attempt, key: self.taken.key, until: self.until });
+        let until = now + self.setup.connect_timeout;
+        self.actions.push_back(Action::Begin { id, attempt, key: self.taken.key, until });
     }
 
     fn abort(&mut self, which: impl Fn(&Attempt) -> bool) {
@@ -284,20 +283,20 @@ impl Race {
         }
     }
 
-    fn not_punched(&mut self, error: PunchError) {
+    fn not_punched(&mut self, error: PunchError, now: Instant) {
         match error {
             // The other node has asked, and its connection will come.
             PunchError::Refused(Refusal::InProgress) => return,
-            PunchError::Refused(_) | PunchError::Relay(_) => self.punch_on(),
+            PunchError::Refused(_) | PunchError::Relay(_) => self.punch_on(now),
             _ => self.helpers.clear(),
         }
         self.failures.hole_punch = Some(error);
     }
 
     /// The relay does not help. The next one may.
-    fn punch_on(&mut self) {
+    fn punch_on(&mut self, now: Instant) {
         if let Some(relay) = self.helpers.pop_front() {
-            self.punch(relay);
+            self.punch(relay, now);
         }
     }
 
@@ -311,7 +310,7 @@ impl Race {
             let before = self.attempts.len();
             self.abort(|attempt| *attempt == Attempt::Punch(relay.clone()));
             if self.attempts.len() < before {
-                self.punch_on();
+                self.punch_on(now);
             }
         }
         let error = match error {
@@ -579,15 +578,29 @@ mod tests {
     fn each_connection_that_the_peer_begins_is_waited_for_once_and_few_at_once() {
         let mut run = Run::new(Ways::default(), &[]);
         for n in [0, 0].into_iter().chain(0..2 * MAX_ADOPTING as u64) {
-            run.race.adopt(LinkId::new(n));
+            run.race.adopt(LinkId::new(n), run.start);
         }
         run.poll(0);
         assert_eq!(run.under_way().len(), MAX_ADOPTING);
         run.ended(Attempt::Adopt(LinkId::new(0)), Ended::NotAdopted, 1);
-        run.race.adopt(LinkId::new(0));
-        run.race.adopt(LinkId::new(100));
+        run.race.adopt(LinkId::new(0), run.start);
+        run.race.adopt(LinkId::new(100), run.start);
         run.poll(1);
         assert_eq!(run.under_way().len(), MAX_ADOPTING - 1, "a failed one counts");
+    }
+
+    /// A punch may take longer than a dial. What was begun while the race waited for one had no time left.
+    #[test]
+    fn each_attempt_has_its_own_time_however_long_the_race_has_lasted() {
+        let mut run = Run::new(Ways::default(), &["one:1"]);
+        run.poll(0);
+        let later = run.at(8000);
+        run.race.adopt(LinkId::new(1), later);
+        run.race.add(&Tries { ways: endpoints(&["peer:1"]), ..Tries::default() }, later);
+        run.race.poll(later);
+        let until = |action: &Action| matches!(action, Action::Begin { until, .. } if *until == later + TIMEOUT);
+        let actions: Vec<Action> = std::iter::from_fn(|| run.race.next_action()).collect();
+        assert_eq!(actions.iter().filter(|action| until(action)).count(), 2, "{actions:?}");
     }
 
     #[test]
