@@ -1124,6 +1124,9 @@ impl Accepted {
             peer.heard();
         }
         self.allow_streams(&node.config);
+        if let Some(key) = key.filter(|_| self.is_heard_again()) {
+            node.arrived(key);
+        }
         if self.is_probe(node, frame.type_id())
             && let Some(token) = &reply
         {
@@ -1152,6 +1155,13 @@ impl Accepted {
     /// Whether it can serve as a link.
     pub(crate) fn is_live(&self) -> bool {
         self.connection.close_reason().is_none() && self.silent_at.load(Ordering::Relaxed) != self.heard()
+    }
+
+    /// Whether a message has come for the first time since the connection was given up as silent. The other node may keep
+    /// this one of several connections.
+    fn is_heard_again(&self) -> bool {
+        let silent = |at: u64| at != u64::MAX;
+        silent(self.silent_at.load(Ordering::Relaxed)) && silent(self.silent_at.swap(u64::MAX, Ordering::Relaxed))
     }
 
     fn heard(&self) -> u64 {

@@ -324,6 +324,8 @@ impl Task {
                 let mut state = lock(&self.peer.state);
                 state.queue.found();
                 state.link = self.link.clone();
+                // The race that ended may have waited for a connection of the peer's.
+                state.arrived = true;
             }
             Action::Retire => self.retire_link(),
             Action::Replace => self.replace_link(),
