@@ -21,10 +21,14 @@ NATLAB_KINDS ?=
 NATLAB_DELAY ?= 0
 NATLAB_LOSS ?= 0
 
+# Runs of the simulation of whole nodes, and how many seconds each of them is long.
+SIMULATE_RUNS ?= 100000
+SIMULATE_SECONDS ?= 120
+
 # Seconds under load.
 SOAK_SECONDS ?= 600
 
-.PHONY: test demo bench soak natlab check setup nif nif-package compile testkit test-rust test-erlang test-original test-otp27 fuzz clean
+.PHONY: test demo bench soak natlab simulate check setup nif nif-package compile testkit test-rust test-erlang test-original test-otp27 fuzz clean
 
 test: check test-rust test-erlang fuzz
 
@@ -42,6 +46,12 @@ soak: compile testkit
 	@mkdir -p _build/soak
 	@erlc -o _build/soak soak/*.erl test/support/*.erl
 	@erl -noshell -pa $(EBIN) _build/soak -s macula_peer_soak main $(SOAK_SECONDS)
+
+# Whole nodes in virtual time, longer than in the tests: SIMULATE_RUNS runs of SIMULATE_SECONDS each. SEED=n plays one, with
+# a trace.
+simulate:
+	RUNS=$(SIMULATE_RUNS) SECONDS=$(SIMULATE_SECONDS) $(CARGO) test -p macula-peer-core --lib \
+	  nodes_keep_their_promises -- --nocapture
 
 # Linux, as root.
 natlab: compile

@@ -36,6 +36,7 @@ pub mod requests;
 pub mod retry;
 pub mod sending;
 pub mod session;
+pub mod session_sender;
 pub mod session_table;
 pub mod shares;
 pub mod silence;

@@ -6,12 +6,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use self::gate::Kind;
 use self::world::{Ended, World};
+use super::gate::Kind;
 use crate::nat::{Allocation, Filtering, Mapping, NatProfile};
 use crate::punch::Failure;
 
-mod gate;
 mod world;
 
 /// Of each pair of kinds.

@@ -6,7 +6,6 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::READY;
-use super::gate::{Gate, Kind};
 use crate::coordinate::{Coordinate, Coordinator, Party, Refused};
 use crate::nat::{NatProfile, Observations, Unsolicited};
 use crate::proto::control::Id;
@@ -15,6 +14,7 @@ use crate::punch::{
     Setup, Signal, Strategy, Via,
 };
 use crate::relay::{Book, Generation};
+use crate::sim::gate::{Gate, Kind};
 use crate::types::{Fingerprint, RelayConfig};
 use crate::upgrade::{Rank, Upgrade};
 

@@ -1,14 +1,16 @@
 //! NATs and firewalls.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
-use super::SECOND;
+use hashbrown::HashMap;
+
 use crate::nat::{Allocation, Filtering, Mapping};
 
-/// What is between a node and everybody else.
+const SECOND: u64 = 1_000_000;
+
+/// What is between a node and the internet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Kind {
+pub(in crate::sim) enum Kind {
     /// Nothing.
     Open,
     FullCone,
@@ -25,7 +27,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 9] = [
+    pub(in crate::sim) const ALL: [Self; 9] = [
         Self::Open,
         Self::FullCone,
         Self::AddressRestricted,
@@ -38,33 +40,33 @@ impl Kind {
     ];
 
     /// Those that always meet each other.
-    pub(super) const EASY: [Self; 6] =
+    pub(in crate::sim) const EASY: [Self; 6] =
         [Self::Open, Self::FullCone, Self::AddressRestricted, Self::PortRestricted, Self::CarrierGrade, Self::Firewall];
 
     /// Whether several nodes can be behind one.
-    pub(super) fn has_network(self) -> bool {
+    pub(in crate::sim) fn has_network(self) -> bool {
         !matches!(self, Self::Open | Self::Firewall | Self::Blocked)
     }
 }
 
 /// A NAT, or a firewall without one, between two networks.
-pub(super) struct Gate {
-    pub(super) inner: usize,
-    pub(super) outer: usize,
+pub(in crate::sim) struct Gate {
+    pub(in crate::sim) inner: usize,
+    pub(in crate::sim) outer: usize,
     /// Its own address outside. A firewall has none.
-    pub(super) ip: Option<IpAddr>,
-    pub(super) mapping: Mapping,
-    pub(super) filtering: Filtering,
-    pub(super) allocation: Allocation,
-    pub(super) hairpin: bool,
+    pub(in crate::sim) ip: Option<IpAddr>,
+    pub(in crate::sim) mapping: Mapping,
+    pub(in crate::sim) filtering: Filtering,
+    pub(in crate::sim) allocation: Allocation,
+    pub(in crate::sim) hairpin: bool,
     /// Whether up to three ports are taken by others before each one.
-    pub(super) shared: bool,
+    pub(in crate::sim) shared: bool,
     /// Whether only relays can be sent to.
-    pub(super) only_relays: bool,
+    pub(in crate::sim) only_relays: bool,
     /// In which a mapping, and what it lets in, is forgotten.
-    pub(super) timeout: u64,
-    pub(super) last: u16,
-    pub(super) random: fastrand::Rng,
+    pub(in crate::sim) timeout: u64,
+    pub(in crate::sim) last: u16,
+    pub(in crate::sim) random: fastrand::Rng,
     outside: HashMap<Key, SocketAddr>,
     entries: HashMap<SocketAddr, Entry>,
 }
@@ -80,7 +82,13 @@ struct Entry {
 }
 
 impl Gate {
-    pub(super) fn new(kind: Kind, inner: usize, outer: usize, ip: Option<IpAddr>, random: &mut fastrand::Rng) -> Self {
+    pub(in crate::sim) fn new(
+        kind: Kind,
+        inner: usize,
+        outer: usize,
+        ip: Option<IpAddr>,
+        random: &mut fastrand::Rng,
+    ) -> Self {
         let mut random = random.fork();
         let mapping = match kind {
             Kind::SymmetricRandom | Kind::SymmetricSequential => Mapping::PortDependent,
@@ -116,7 +124,13 @@ impl Gate {
     }
 
     /// The address outside of a packet from inside. `None`: it does not pass.
-    pub(super) fn out(&mut self, from: SocketAddr, to: SocketAddr, to_relay: bool, now: u64) -> Option<SocketAddr> {
+    pub(in crate::sim) fn out(
+        &mut self,
+        from: SocketAddr,
+        to: SocketAddr,
+        to_relay: bool,
+        now: u64,
+    ) -> Option<SocketAddr> {
         if (self.only_relays && !to_relay) || (self.ip == Some(to.ip()) && !self.hairpin) {
             return None;
         }
@@ -146,7 +160,7 @@ impl Gate {
     }
 
     /// The address inside for a packet from outside. `None`: it does not pass.
-    pub(super) fn into(&mut self, from: SocketAddr, to: SocketAddr, now: u64) -> Option<SocketAddr> {
+    pub(in crate::sim) fn into(&mut self, from: SocketAddr, to: SocketAddr, now: u64) -> Option<SocketAddr> {
         if self.ip.is_none() && self.filtering == Filtering::EndpointIndependent {
             return Some(to);
         }
@@ -158,6 +172,12 @@ impl Gate {
             Filtering::PortDependent => entry.sent.get(&from).is_some_and(fresh),
         };
         passes.then_some(entry.key.0)
+    }
+
+    /// It was restarted.
+    pub(in crate::sim) fn forget(&mut self) {
+        self.outside.clear();
+        self.entries.clear();
     }
 
     fn is_used(&self, outside: &SocketAddr, now: u64) -> bool {

@@ -1,0 +1,342 @@
+//! The sender's half of a session of `macula-peer/1` (docs/protocol.md): which streams it needs, what is written to them,
+//! and what became of the messages when streams, links and receivers come and go.
+//!
+//! Messages from some size on are numbered apart, in a channel of their own, so that they hold up no others. Whoever owns
+//! a sender opens its streams, writes what it says and tells it what is read.
+
+use std::time::{Duration, Instant};
+
+use crate::errors::Rejection;
+use crate::proto::session::{NO_RUN, Opening, Run};
+use crate::session::{Next, Outgoing};
+use crate::session_table::{KEEP, SessionId};
+use crate::types::NodeId;
+
+/// Messages from this size on are numbered apart. The same bound as for a frame that a 0.14.3 gateway can read at all.
+const LARGE_MESSAGE: usize = 64 << 10;
+
+/// So many bytes may be written twice rather than wait for a round trip: what two or three packets carry.
+const LITTLE: usize = 3 << 10;
+
+/// How long a message without a deadline is owed after its link died.
+pub const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What is sent.
+pub trait Message {
+    /// Bytes of its frame.
+    fn size(&self) -> usize;
+    fn deadline(&self) -> Option<Instant>;
+}
+
+/// The messages that a node owes to one peer.
+#[derive(Debug)]
+pub struct SessionSender<M> {
+    id: SessionId,
+    /// The node that it is for; `None`: whoever is at the other end.
+    target: Option<NodeId>,
+    /// Messages may not be written again to a receiver that was restarted.
+    at_most_once: bool,
+    channels: [Channel<M>; 2],
+    /// The receiver's run when it last said something about this session.
+    run: Run,
+    /// The receiver has acknowledged something.
+    acknowledged: bool,
+    /// Since when there is no link.
+    detached: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Channel<M> {
+    owed: Outgoing<M>,
+    stream: Option<Stream>,
+}
+
+#[derive(Debug)]
+struct Stream {
+    /// The receiver has said where to go on, or need not be asked.
+    resumed: bool,
+    greeted: bool,
+    /// The receiver keeps the session for so long after this stream has ended.
+    kept: Duration,
+}
+
+/// What became of messages.
+#[derive(Debug)]
+pub struct Settled<M> {
+    pub acknowledged: Vec<M>,
+    /// Written to a receiver that was restarted, and may not be written again.
+    pub lost: Vec<M>,
+    /// Written to a receiver that has forgotten the session, and so whether it has them.
+    pub forgotten: Vec<M>,
+    /// The receiver cannot take them, or has waited too long for the rest of them.
+    pub rejected: Vec<(M, Rejection)>,
+}
+
+/// How a stream ended before it was closed here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamEnd {
+    /// The receiver does not take the message that it expects next.
+    Rejected(Rejection),
+    /// It has forgotten the session.
+    Forgotten,
+    /// Anything else: the link carries the session no more.
+    Broken,
+}
+
+/// What to write next.
+#[derive(Debug)]
+pub struct Write<'a, M> {
+    /// To be said before the message.
+    pub number: Option<u64>,
+    /// For how many seconds the receiver should keep the session, to be said with the number.
+    pub keep: Option<u32>,
+    pub message: &'a M,
+}
+
+/// What was owed when a session ended.
+#[derive(Debug)]
+pub struct Taken<M> {
+    /// In order.
+    pub owed: Vec<M>,
+    /// They may have arrived, and may not be sent again.
+    pub lost: Vec<M>,
+}
+
+impl<M> Default for Settled<M> {
+    fn default() -> Self {
+        Self { acknowledged: Vec::new(), lost: Vec::new(), forgotten: Vec::new(), rejected: Vec::new() }
+    }
+}
+
+impl<M> Default for Channel<M> {
+    fn default() -> Self {
+        Self { owed: Outgoing::default(), stream: None }
+    }
+}
+
+impl<M: Message> SessionSender<M> {
+    /// `id`: drawn at random, here and below.
+    pub fn new(id: SessionId, target: Option<NodeId>, at_most_once: bool) -> Self {
+        let channels = Default::default();
+        Self { id, target, at_most_once, channels, run: NO_RUN, acknowledged: false, detached: None }
+    }
+
+    /// Goes on over another link. Its streams are to be opened ([`SessionSender::open`]).
+    pub fn attach(&mut self, id: SessionId, now: Instant) {
+        self.detach(now);
+        if !self.acknowledged && !self.channels.iter().any(|channel| channel.owed.may_have_arrived()) {
+            // The receiver may know nothing of it, and would take higher numbers for a sign that it was restarted.
+            self.renew(id);
+        }
+    }
+
+    /// The channel that needs a stream next.
+    pub fn missing(&self) -> Option<usize> {
+        self.channels.iter().position(|channel| channel.stream.is_none())
+    }
+
+    /// A stream was opened for a channel. Returns what opens it.
+    pub fn open(&mut self, channel: usize, now: Instant) -> Opening<'_> {
+        let at = &mut self.channels[channel];
+        // To ask takes a round trip. Little is written at once: a receiver that has it drops it, and one that has met this
+        // sender and forgotten the session takes nothing.
+        let unsafe_to_repeat = self.at_most_once || (self.run == NO_RUN && at.may_be_forgotten(now));
+        let asks = at.owed.may_have_arrived() && (unsafe_to_repeat || !at.owes_little());
+        at.stream = Some(Stream { resumed: !asks, greeted: false, kept: KEEP });
+        if self.missing().is_none() {
+            self.detached = None;
+        }
+        let target = self.target.as_ref().map_or(&[][..], NodeId::as_bytes);
+        Opening { id: self.id, channel, run: self.run, target }
+    }
+
+    /// The link is gone, or carries the session no more.
+    pub fn detach(&mut self, now: Instant) {
+        self.detached.get_or_insert(now);
+        self.channels.iter_mut().for_each(Channel::close);
+    }
+
+    /// Takes a message over, behind all others of its channel, which it returns.
+    pub fn push(&mut self, message: M) -> usize {
+        let channel = usize::from(message.size() >= LARGE_MESSAGE);
+        self.channels[channel].owed.push(message);
+        channel
+    }
+
+    /// Whether a channel owes something: nothing is said on a stream before it is needed.
+    pub fn owes(&self, channel: usize) -> bool {
+        !self.channels[channel].owed.is_empty()
+    }
+
+    /// The next message for a channel's stream, which counts as written from here on.
+    pub fn write(&mut self, channel: usize, now: Instant) -> Option<Write<'_, M>> {
+        let Channel { owed, stream } = &mut self.channels[channel];
+        let stream = stream.as_mut().filter(|stream| stream.resumed)?;
+        let Next { number, announce, message } = owed.write(now)?;
+        let keep = stream.keep_longer(message, now);
+        Some(Write { number: (announce || keep.is_some()).then_some(number), keep, message })
+    }
+
+    /// The receiver's first word on a stream.
+    pub fn greeting(&mut self, channel: usize, known: bool, run: Run, expected: u64, now: Instant) -> Settled<M> {
+        let mut settled = Settled::default();
+        let Channel { owed, stream: Some(stream) } = &mut self.channels[channel] else { return settled };
+        stream.greeted = true;
+        let asked = !std::mem::replace(&mut stream.resumed, true);
+        let met = std::mem::replace(&mut self.run, run);
+        if known {
+            settled.acknowledged.extend(owed.resume(expected));
+        } else if self.at_most_once && asked {
+            settled.lost = owed.give_up(|_, written| written.is_some());
+        } else if met == NO_RUN && asked {
+            // It never had the session, or has forgotten it: only time tells.
+            let may_be_forgotten = |at: Instant| now.saturating_duration_since(at) >= KEEP;
+            settled.forgotten = owed.give_up(|_, written| written.is_some_and(may_be_forgotten));
+        }
+        self.acknowledged |= !settled.acknowledged.is_empty();
+        settled
+    }
+
+    /// Everything below `number` has arrived.
+    pub fn expected(&mut self, channel: usize, number: u64) -> Settled<M> {
+        let acknowledged: Vec<M> = self.channels[channel].owed.acknowledge(number).collect();
+        self.acknowledged |= !acknowledged.is_empty();
+        Settled { acknowledged, ..Settled::default() }
+    }
+
+    /// The receiver does not take a message. It has taken, or refused, everything before.
+    pub fn refused(&mut self, channel: usize, number: u64, why: Rejection) -> Settled<M> {
+        let mut settled = self.expected(channel, number);
+        settled.rejected.extend(self.channels[channel].owed.refused(number).map(|message| (message, why)));
+        settled
+    }
+
+    /// A stream has ended, and all that came on it was told. Returns whether the session goes on over this link, with
+    /// another stream.
+    pub fn ended(&mut self, channel: usize, end: StreamEnd, id: SessionId) -> (Settled<M>, bool) {
+        let mut settled = Settled::default();
+        let at = &mut self.channels[channel];
+        let greeted = at.stream.as_ref().is_some_and(|stream| stream.greeted);
+        match end {
+            StreamEnd::Rejected(why) if greeted && at.owed.is_under_way() => {
+                let rejected = if why == Rejection::TooSlow { at.owed.stalled() } else { at.owed.reject() };
+                settled.rejected.extend(rejected.map(|message| (message, why)));
+                at.close();
+            }
+            StreamEnd::Forgotten => {
+                for channel in &mut self.channels {
+                    settled.forgotten.append(&mut channel.owed.forgotten());
+                    channel.close();
+                }
+                self.renew(id);
+            }
+            StreamEnd::Rejected(_) | StreamEnd::Broken => return (settled, false),
+        }
+        (settled, true)
+    }
+
+    /// Gives back the message that a stream took only a part of, if its time is over. The channel then needs another
+    /// stream.
+    pub fn abandon(&mut self, channel: usize, now: Instant) -> Option<M> {
+        let at = &mut self.channels[channel];
+        let over = |message: &M| message.deadline().is_some_and(|deadline| deadline <= now);
+        let expired = at.owed.abandon(over)?;
+        at.close();
+        Some(expired)
+    }
+
+    /// Gives up what is not on its way and whose time is over. Returns it, and when to look again.
+    pub fn expire(&mut self, now: Instant) -> (Vec<M>, Option<Instant>) {
+        let owed_until = self.detached.map(|since| since + OWED_WITHOUT_DEADLINE);
+        let until = |message: &M| message.deadline().or(owed_until);
+        let mut expired = Vec::new();
+        let mut next: Option<Instant> = None;
+        for channel in &mut self.channels {
+            expired.extend(channel.owed.give_up(|message, _| until(message).is_some_and(|until| until <= now)));
+            let times = channel.owed.messages().filter_map(until).filter(|&until| until > now);
+            next = times.chain(next).min();
+        }
+        (expired, next)
+    }
+
+    /// Gives up what may not go over the next link.
+    pub fn refuse(&mut self, mut refused: impl FnMut(&M) -> bool) -> Vec<M> {
+        let channels = self.channels.iter_mut();
+        channels.flat_map(|channel| channel.owed.give_up(|message, _| refused(message))).collect()
+    }
+
+    /// Ends the session, and its streams; what is sent from now on is another one's.
+    pub fn take(&mut self, id: SessionId) -> Taken<M> {
+        let mut taken = Taken { owed: Vec::new(), lost: Vec::new() };
+        for channel in &mut self.channels {
+            channel.close();
+            if self.at_most_once {
+                taken.lost.append(&mut channel.owed.give_up(|_, written| written.is_some()));
+            }
+            taken.owed.append(&mut channel.owed.take());
+        }
+        self.renew(id);
+        taken
+    }
+
+    /// Everything that is owed.
+    pub fn messages(&self) -> impl Iterator<Item = &M> {
+        self.channels.iter().flat_map(|channel| channel.owed.messages())
+    }
+
+    /// How many messages are owed.
+    pub fn len(&self) -> usize {
+        self.channels.iter().map(|channel| channel.owed.len()).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.channels.iter().all(|channel| channel.owed.is_empty())
+    }
+
+    /// When the oldest message that is not acknowledged was first written.
+    pub fn oldest(&self) -> Option<Instant> {
+        self.channels.iter().filter_map(|channel| channel.owed.oldest()).min()
+    }
+
+    fn renew(&mut self, id: SessionId) {
+        (self.id, self.run, self.acknowledged) = (id, NO_RUN, false);
+        self.channels.iter_mut().for_each(|channel| channel.owed.renumber());
+    }
+}
+
+impl<M: Message> Channel<M> {
+    fn owes_little(&self) -> bool {
+        let mut most = LITTLE;
+        self.owed.messages().all(|message| {
+            let left = most.checked_sub(message.size());
+            most = left.unwrap_or_default();
+            left.is_some()
+        })
+    }
+
+    /// Something was written so long ago that a receiver which has it may know nothing of the session any more.
+    fn may_be_forgotten(&self, now: Instant) -> bool {
+        self.owed.oldest().is_some_and(|written| now.saturating_duration_since(written) >= KEEP)
+    }
+}
+
+impl<M> Channel<M> {
+    /// The session goes on over another stream.
+    fn close(&mut self) {
+        self.owed.rewind();
+        self.stream = None;
+    }
+}
+
+impl Stream {
+    /// The seconds to announce, where the message is owed for longer than its session is kept.
+    fn keep_longer(&mut self, message: &impl Message, now: Instant) -> Option<u32> {
+        let owed_for = message.deadline()?.saturating_duration_since(now);
+        if owed_for <= self.kept {
+            return None;
+        }
+        // Twice as long, so that the next messages with the same timeout need not say so again.
+        self.kept = owed_for * 2;
+        Some(self.kept.as_secs().try_into().unwrap_or(u32::MAX))
+    }
+}

@@ -1,0 +1,72 @@
+//! Whole nodes in virtual time. What a node decides is the real code: races and the life of links, queues, sessions, trust,
+//! relays' books, NAT detection and punches. The network and QUIC are models. Every run looks at the promises
+//! ([`promises`]); docs/internals/simulation.md has the table of scenarios.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use self::network::SECOND;
+use self::scenario::Theme;
+use self::world::World;
+
+mod network;
+mod node;
+mod peer;
+mod promises;
+mod punch;
+mod quic;
+mod registration;
+mod relay;
+mod scenario;
+mod world;
+
+fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Plays one run. An error says which promise it broke.
+fn play(seed: u64, seconds: u64, traced: bool) -> Result<u64, String> {
+    let theme = Theme::ALL[(seed % Theme::ALL.len() as u64) as usize];
+    let mut world = World::new(seed, traced);
+    world.populate(theme, seconds * SECOND);
+    world.run(seconds * SECOND);
+    world.check_all();
+    match world.promises.broken {
+        Some(broken) => Err(format!("{theme:?}: {broken}")),
+        None => Ok(world.happened),
+    }
+}
+
+/// `SEED=n` plays one run with a trace. `RUNS` and `SECONDS` say how many there are, and how long each is.
+#[test]
+fn nodes_keep_their_promises_whatever_happens() {
+    let seconds = variable("SECONDS").unwrap_or(60);
+    if let Some(seed) = variable("SEED") {
+        let played = play(seed, seconds, true);
+        assert!(played.is_ok(), "SEED={seed}: {played:?}");
+        return;
+    }
+    let runs = variable("RUNS").unwrap_or(20_000);
+    let first = variable("FIRST").unwrap_or(0);
+    let (next, events, begun) = (AtomicU64::new(first), AtomicU64::new(0), Instant::now());
+    let failures = std::thread::scope(|scope| {
+        let play_some = || {
+            let mut failures = Vec::new();
+            loop {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if seed >= first + runs || failures.len() >= 10 {
+                    return failures;
+                }
+                match play(seed, seconds, false) {
+                    Ok(happened) => drop(events.fetch_add(happened, Ordering::Relaxed)),
+                    Err(broken) => failures.push(format!("SEED={seed}: {broken}")),
+                }
+            }
+        };
+        let threads = [(); 2].map(|()| scope.spawn(play_some));
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+    });
+    println!("{runs} runs, {} events, {:?}", events.load(Ordering::Relaxed), begun.elapsed());
+    assert!(failures.is_empty(), "{failures:#?}");
+}

@@ -1,0 +1,556 @@
+//! A node, but for its peers: the connections that it accepts, the sessions of those that send to it, and whose key a node
+//! id may have. What is decided here, the real code decides.
+
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+
+use hashbrown::{HashMap, HashSet};
+
+use super::network::{Body, Event, HostId, Is, MS, Packet, SECOND, Time};
+use super::peer::Peer;
+use super::punch::{Nat, Session};
+use super::quic::{Carrier, ConnId, Item, KeyId, Notice, Opened, StreamId, Timeouts};
+use super::registration::Registration;
+use super::world::{World, trace};
+use crate::proto::session::{NO_RUN, Run};
+use crate::race::AttemptId;
+use crate::session::{Arrival, Incoming};
+use crate::session_table::{KEEP, Met, Refused, SessionKey, SessionTable};
+use crate::sim::gate::Kind;
+use crate::trust::{self, Facts, Mismatch, TofuStore, Verdict};
+use crate::types::{Dialect, Fingerprint, Link, LinkId, Path};
+
+/// Error codes of streams.
+pub(super) const TOO_MANY: u8 = 3;
+pub(super) const WRONG_NODE: u8 = 7;
+pub(super) const FORGOTTEN: u8 = 11;
+
+/// Sessions that a node remembers.
+const MAX_KNOWN_SESSIONS: usize = 256;
+
+pub(super) struct Node {
+    pub(super) host: HostId,
+    pub(super) key: KeyId,
+    /// The number of its node id.
+    pub(super) name: usize,
+    pub(super) kind: Kind,
+    pub(super) port: u16,
+    pub(super) up: bool,
+    /// How often it has been started.
+    pub(super) starts: u32,
+    pub(super) run: Run,
+    pub(super) timeouts: Timeouts,
+    /// Where it is registered.
+    pub(super) relays: Vec<usize>,
+    /// Addresses that it was told by somebody who knows, or that have proved to be somebody's.
+    pub(super) earned: HashSet<SocketAddr>,
+    /// Hosts of which it may try ports.
+    pub(super) guessed: Vec<IpAddr>,
+    pub(super) tofu: TofuStore,
+    pub(super) peers: Vec<Peer>,
+    pub(super) accepted: Vec<ConnId>,
+    /// Since when each that was given up has been silent.
+    pub(super) silent: HashMap<ConnId, u64>,
+    pub(super) uses: HashMap<ConnId, Use>,
+    table: SessionTable<usize>,
+    incoming: Vec<[Option<Incoming>; 2]>,
+    reading: Vec<Reading>,
+    pub(super) registrations: Vec<Registration>,
+    pub(super) nat: Nat,
+    pub(super) punches: Vec<Session>,
+    /// When the earliest event for its timers comes.
+    pub(super) armed: Time,
+}
+
+/// What a connection that this node began is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    Registration(usize),
+    /// Beside a registration at a relay that is silent.
+    Beside(usize),
+    Attempt(usize, AttemptId),
+    Link,
+}
+
+/// A stream of a session that comes in.
+struct Reading {
+    conn: ConnId,
+    stream: StreamId,
+    key: SessionKey,
+    session: usize,
+    channel: usize,
+    number: Option<u64>,
+}
+
+impl Node {
+    pub(super) fn may_guess(&self, to: SocketAddr, body: &Body) -> bool {
+        matches!(body, Body::Signal { .. }) && self.guessed.contains(&to.ip())
+    }
+
+    pub(super) fn sessions(&self) -> usize {
+        self.table.count()
+    }
+}
+
+pub(super) fn link_id(conn: ConnId) -> LinkId {
+    LinkId::new(u64::from(conn.number) << 32 | u64::from(conn.place))
+}
+
+impl World {
+    /// A node behind a gate of its own, or in a network that is there.
+    pub(super) fn add_node(&mut self, kind: Kind, network: Option<usize>, relays: Vec<usize>) -> usize {
+        let node = self.nodes.len();
+        let network = network.unwrap_or_else(|| self.network(kind));
+        let ip = self.ip_in(network, kind);
+        let host = self.add_host(Is::Node(node), network, ip);
+        let key = self.new_key();
+        let name = self.names.len();
+        self.names.push(crate::types::NodeId::new(format!("node {node}").as_bytes()).unwrap());
+        let keep_alive = [5 * SECOND, 20 * SECOND][self.random.usize(..2)];
+        let port = self.random.u16(2048..);
+        self.nodes.push(Node {
+            host,
+            key,
+            name,
+            kind,
+            port,
+            up: true,
+            starts: 0,
+            run: NO_RUN,
+            timeouts: Timeouts { keep_alive, idle: 3 * keep_alive },
+            relays,
+            earned: HashSet::new(),
+            guessed: Vec::new(),
+            tofu: TofuStore::default(),
+            peers: Vec::new(),
+            accepted: Vec::new(),
+            silent: HashMap::new(),
+            uses: HashMap::new(),
+            table: SessionTable::new(MAX_KNOWN_SESSIONS),
+            incoming: Vec::new(),
+            reading: Vec::new(),
+            registrations: Vec::new(),
+            nat: Nat::default(),
+            punches: Vec::new(),
+            armed: Time::MAX,
+        });
+        self.start_node(node);
+        node
+    }
+
+    pub(super) fn start_node(&mut self, node: usize) {
+        let mut run = Run::default();
+        self.random.fill(&mut run);
+        let starting = &mut self.nodes[node];
+        (starting.up, starting.run) = (true, run);
+        starting.starts += 1;
+        starting.armed = Time::MAX;
+        for relay in starting.relays.clone() {
+            self.want_registration(node, relay, true);
+        }
+    }
+
+    /// As if the process had been killed. What it owed is lost with it.
+    pub(super) fn stop_node(&mut self, node: usize) {
+        let host = self.nodes[node].host;
+        self.drop_conns_of(host);
+        self.promises_of_stopped(node);
+        let stopped = &mut self.nodes[node];
+        stopped.up = false;
+        stopped.peers.clear();
+        stopped.accepted.clear();
+        stopped.silent.clear();
+        stopped.uses.clear();
+        stopped.table = SessionTable::new(MAX_KNOWN_SESSIONS);
+        stopped.incoming.clear();
+        stopped.reading.clear();
+        stopped.registrations.clear();
+        stopped.nat = Nat::default();
+        stopped.punches.clear();
+        stopped.tofu = TofuStore::default();
+        stopped.earned.clear();
+        stopped.guessed.clear();
+        trace!(self, "node {node} stops");
+    }
+
+    pub(super) fn new_session_id(&mut self) -> [u8; 16] {
+        let mut id = [0; 16];
+        self.random.fill(&mut id);
+        id
+    }
+
+    pub(super) fn node_accepts(&self, node: usize, carrier: Carrier) -> Option<(KeyId, Timeouts)> {
+        let node = &self.nodes[node];
+        let fits = match carrier {
+            Carrier::Udp { .. } => node.up,
+            Carrier::Circuit { outer, circuit } => node.is_free_circuit(outer, circuit),
+        };
+        fits.then_some((node.key, Timeouts { keep_alive: 0, ..node.timeouts }))
+    }
+
+    pub(super) fn at_node(&mut self, node: usize, packet: Packet) {
+        let Packet { from, to, body } = packet;
+        let host = self.nodes[node].host;
+        let port = to.port();
+        if !self.nodes[node].up {
+            if !matches!(body, Body::Unreachable(_)) {
+                self.refuse(host, to, from);
+            }
+            return;
+        }
+        let main = port == self.nodes[node].port;
+        match body {
+            Body::Quic(packet) if main || self.nodes[node].has_socket(port) => {
+                // What it answers goes back to where the packet came from.
+                self.earn(host, from);
+                self.quic_packet(host, Carrier::Udp { port, to: from }, packet);
+            }
+            Body::Answer { asked, seen, from_other_port } => {
+                self.probe_answered(node, port, asked, seen, from_other_port)
+            }
+            Body::Signal { session, by, signal } => self.signalled(node, port, from, session, by, signal),
+            Body::Unreachable(at) => self.unreachable(node, at),
+            Body::Quic(_) | Body::Probe { .. } => {}
+        }
+    }
+
+    /// ICMP says that nobody listens at an address.
+    fn unreachable(&mut self, node: usize, at: SocketAddr) {
+        let host = self.nodes[node].host;
+        let there = |conn: &&super::quic::Conn| {
+            conn.host == host && matches!(conn.carrier, Carrier::Udp { to, .. } if to == at)
+        };
+        let found: Vec<(ConnId, bool)> =
+            self.conns.iter().flatten().filter(there).map(|conn| (conn.id, conn.is_open())).collect();
+        for (id, open) in found {
+            match open {
+                true => self.link_refused(node, id),
+                false => self.end(id, super::quic::Why::Unreachable),
+            }
+        }
+    }
+
+    pub(super) fn node_notice(&mut self, node: usize, id: ConnId, notice: Notice) {
+        let Some(conn) = self.conn(id) else { return };
+        let client = conn.client;
+        match notice {
+            Notice::Open if client => self.opened(node, id),
+            Notice::Open => self.accept(node, id),
+            Notice::Allowed => self.allowed(node, id),
+            Notice::Closed(why) => self.conn_closed(node, id, why),
+            Notice::Item(stream, item) => self.take_item(node, id, stream, item),
+            Notice::WasReset(stream, code) | Notice::WasStopped(stream, code) => {
+                self.stream_ended(node, id, stream, code)
+            }
+        }
+    }
+
+    fn opened(&mut self, node: usize, id: ConnId) {
+        self.prove(id);
+        match self.nodes[node].uses.get(&id) {
+            Some(&Use::Registration(relay)) => self.register_on(node, relay, id),
+            Some(&Use::Beside(relay)) => self.replace_registration(node, relay, id),
+            _ => {}
+        }
+    }
+
+    /// Another node has begun a connection.
+    fn accept(&mut self, node: usize, id: ConnId) {
+        self.prove(id);
+        self.allow_streams(id);
+        self.nodes[node].accepted.push(id);
+        self.circuit_carries(node, id);
+        self.socket_carries(node, id);
+        if let Some(key) = self.conn(id).and_then(|conn| conn.shown) {
+            let key = self.keys[key];
+            self.punched_by(node, key);
+        }
+        self.offer_to_peers(node, id);
+    }
+
+    /// Peers that may be who began a connection can use it too.
+    fn offer_to_peers(&mut self, node: usize, id: ConnId) {
+        let Some(key) = self.conn(id).and_then(|conn| conn.shown) else { return };
+        let key = self.keys[key];
+        for peer in 0..self.nodes[node].peers.len() {
+            if self.expects(node, peer, key) {
+                self.arrived(node, peer);
+            }
+        }
+    }
+
+    fn conn_closed(&mut self, node: usize, id: ConnId, why: super::quic::Why) {
+        let closing = &mut self.nodes[node];
+        closing.accepted.retain(|known| *known != id);
+        closing.silent.remove(&id);
+        let (ended, left): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut closing.reading).into_iter().partition(|reading| reading.conn == id);
+        closing.reading = left;
+        ended.into_iter().for_each(|reading| self.read_no_more(node, &reading));
+        let used = self.nodes[node].uses.remove(&id);
+        self.circuit_closed(node, id);
+        match used {
+            Some(Use::Registration(relay)) => self.registration_lost(node, relay, why),
+            Some(Use::Beside(relay)) => self.beside_failed(node, relay),
+            Some(Use::Attempt(peer, attempt)) => self.attempt_closed(node, peer, attempt, why),
+            Some(Use::Link) | None => {}
+        }
+        self.link_closed(node, id);
+    }
+
+    fn take_item(&mut self, node: usize, id: ConnId, stream: StreamId, item: Item) {
+        match item {
+            Item::Session(opened) => self.session_opened(node, id, stream, &opened),
+            Item::Number(number) => self.number_came(node, id, stream, number),
+            Item::Message(message) => self.message_came(node, id, stream, message),
+            Item::Ask(name) => {
+                let node = &self.nodes[node];
+                let asked = self.names[name].as_bytes();
+                match trust::answer(Some(&self.names[node.name]), &self.keys[node.key], asked) {
+                    Some(answer) => self.write(id, stream, Item::Answer(answer)),
+                    None => self.refuse_stream(id, stream, WRONG_NODE),
+                }
+            }
+            Item::Greeting { .. } | Item::Expected(_) => self.sender_hears(node, id, stream, &item),
+            Item::Answer(answer) => self.asked(node, id, stream, Ok(answer)),
+            Item::FromRelay(told) => self.relay_told(node, id, &told),
+            Item::FromNode(_) => {}
+        }
+    }
+
+    fn refuse_stream(&mut self, id: ConnId, stream: StreamId, code: u8) {
+        self.stop_stream(id, stream, code);
+        self.reset_stream(id, stream, code);
+    }
+
+    fn session_opened(&mut self, node: usize, id: ConnId, stream: StreamId, opened: &Rc<Opened>) {
+        let Some(shown) = self.conn(id).and_then(|conn| conn.shown) else { return };
+        let key = self.keys[shown];
+        let remote = self.remote_ip(id);
+        let now = self.now / MS;
+        let serving = &mut self.nodes[node];
+        let own = trust::answer(
+            Some(&self.names[serving.name]),
+            &self.keys[serving.key],
+            self.names[opened.target].as_bytes(),
+        );
+        if own.is_none() {
+            return self.refuse_stream(id, stream, WRONG_NODE);
+        }
+        let met = match opened.run {
+            NO_RUN => Met::Nobody,
+            run if run == serving.run => Met::ThisRun,
+            _ => Met::AnotherRun,
+        };
+        let key = (key, opened.id);
+        let incoming = &mut serving.incoming;
+        let made = serving.table.open(key, remote.into(), met, now, || {
+            incoming.push([None, None]);
+            incoming.len() - 1
+        });
+        let made = match made {
+            Ok(made) => made,
+            Err(Refused::Forgotten) => return self.refuse_stream(id, stream, FORGOTTEN),
+            Err(Refused::TooMany) => return self.refuse_stream(id, stream, TOO_MANY),
+        };
+        let channel = &mut serving.incoming[made.session][opened.channel];
+        let begun_before = channel.is_some();
+        let expected = channel.get_or_insert_default().expected(0);
+        // Its other channel may have made the session, which says nothing of what the run before had of this one.
+        let known = made.known && (begun_before || opened.run != NO_RUN);
+        let run = serving.run;
+        serving.reading.push(Reading {
+            conn: id,
+            stream,
+            key,
+            session: made.session,
+            channel: opened.channel,
+            number: None,
+        });
+        trace!(self, "node {node} greets {:?}: known {known}, expects {expected}", key.0);
+        self.write(id, stream, Item::Greeting { known, run, expected });
+    }
+
+    fn number_came(&mut self, node: usize, id: ConnId, stream: StreamId, number: u64) {
+        let reader = &mut self.nodes[node];
+        let Some(reading) = reader.reading.iter_mut().find(|known| (known.conn, known.stream) == (id, stream)) else {
+            return;
+        };
+        if reading.number.replace(number).is_none() {
+            reader.incoming[reading.session][reading.channel].get_or_insert_default().begin(number);
+        }
+    }
+
+    fn message_came(&mut self, node: usize, id: ConnId, stream: StreamId, message: u32) {
+        // A connection that was given up as silent may be the one that the other node keeps.
+        if self.nodes[node].silent.remove(&id).is_some() {
+            self.offer_to_peers(node, id);
+        }
+        let reader = &mut self.nodes[node];
+        let Some(reading) = reader.reading.iter_mut().find(|known| (known.conn, known.stream) == (id, stream)) else {
+            return;
+        };
+        let Some(number) = reading.number else { return };
+        reading.number = Some(number + 1);
+        let incoming = reader.incoming[reading.session][reading.channel].get_or_insert_default();
+        let arrival = incoming.accept(number);
+        let expected = incoming.expected(number + 1);
+        if arrival == Arrival::New {
+            self.delivered(node, message);
+        }
+        self.write(id, stream, Item::Expected(expected));
+    }
+
+    fn read_no_more(&mut self, node: usize, reading: &Reading) {
+        let now = self.now / MS;
+        self.nodes[node].table.close(reading.key, KEEP, now);
+    }
+
+    fn stream_ended(&mut self, node: usize, id: ConnId, stream: StreamId, code: u8) {
+        let reader = &mut self.nodes[node];
+        if let Some(place) = reader.reading.iter().position(|known| (known.conn, known.stream) == (id, stream)) {
+            let reading = reader.reading.swap_remove(place);
+            return self.read_no_more(node, &reading);
+        }
+        if code == WRONG_NODE {
+            self.asked(node, id, stream, Err(()));
+        }
+        self.sender_stream_ended(node, id, stream, code);
+    }
+
+    pub(super) fn remote_ip(&self, id: ConnId) -> IpAddr {
+        match self.conn(id).map(|conn| conn.carrier) {
+            Some(Carrier::Udp { to, .. }) => to.ip(),
+            Some(Carrier::Circuit { outer, .. }) => self.remote_ip(outer),
+            None => IpAddr::from([0, 0, 0, 0]),
+        }
+    }
+
+    /// What decisions know of a connection.
+    pub(super) fn link(&self, node: usize, id: ConnId) -> Option<Link> {
+        let conn = self.conn(id)?;
+        let path = match conn.carrier {
+            Carrier::Udp { port, .. } if port != self.nodes[node].port => Path::HolePunch,
+            Carrier::Udp { .. } if self.nodes[node].nat.punched.contains(&id) => Path::HolePunch,
+            Carrier::Udp { .. } => Path::Direct,
+            Carrier::Circuit { outer, .. } => match self.conn(outer)?.carrier {
+                Carrier::Udp { to, .. } => Path::Relay(to),
+                Carrier::Circuit { .. } => return None,
+            },
+        };
+        let shown = conn.shown.map(|key| self.keys[key]);
+        Some(Link { id: link_id(id), path, dialect: Dialect::MaculaPeer1, dialled: conn.client, shown })
+    }
+
+    /// Connections that the holder of a key began, direct ones first.
+    pub(super) fn accepted_from(&self, node: usize, key: Fingerprint) -> Vec<ConnId> {
+        let accepting = &self.nodes[node];
+        let mut found: Vec<ConnId> = accepting.accepted.clone();
+        found.retain(|id| {
+            self.conn(*id).is_some_and(|conn| {
+                let silent = accepting.silent.get(id).is_some_and(|heard| *heard == conn.heard);
+                conn.is_open() && !silent && conn.shown.is_some_and(|shown| self.keys[shown] == key)
+            })
+        });
+        found.sort_by_key(|id| matches!(self.conn(*id).map(|conn| conn.carrier), Some(Carrier::Circuit { .. })));
+        found
+    }
+
+    /// What the real rule says of a connection, for a peer.
+    pub(super) fn with_facts<T>(
+        &mut self,
+        node: usize,
+        peer: usize,
+        id: ConnId,
+        said: Said,
+        decide: impl FnOnce(&Facts<'_>) -> T,
+    ) -> Option<T> {
+        let shown = self.conn(id)?.shown.map(|key| self.keys[key]);
+        let now = self.clock();
+        let own = self.keys[self.nodes[node].key];
+        let waiting = self.keys_of_waiting(node, peer);
+        let name = self.names[self.nodes[node].peers[peer].name].clone();
+        let tofu = &mut self.nodes[node].tofu;
+        let (bound, disowned) = (tofu.key_of(&name, now), tofu.is_disowned(&name, shown));
+        Some(decide(&Facts {
+            own,
+            shown,
+            dialect: Dialect::MaculaPeer1,
+            named: said.key,
+            registered: said.registered,
+            bound,
+            disowned,
+            enforced: true,
+            waiting: &waiting,
+        }))
+    }
+
+    pub(super) fn judge(&mut self, node: usize, peer: usize, id: ConnId, said: Said) -> Option<Verdict> {
+        self.with_facts(node, peer, id, said, |facts| facts.judge())
+    }
+
+    /// Remembers the key of a node that was reached. `answer`: to whether it has the node id, if it was asked.
+    pub(super) fn learn_key(
+        &mut self,
+        node: usize,
+        peer: usize,
+        id: ConnId,
+        said: Said,
+        answer: Option<trust::Answer>,
+    ) {
+        let binds = match answer {
+            Some(answer) => self.with_facts(node, peer, id, said, |facts| facts.binds(answer)) == Some(true),
+            None => true,
+        };
+        let Some(shown) = self.conn(id).and_then(|conn| conn.shown) else { return };
+        if binds {
+            let (name, key, now) =
+                (self.names[self.nodes[node].peers[peer].name].clone(), self.keys[shown], self.clock());
+            self.nodes[node].tofu.bind(name, key, now);
+        }
+    }
+
+    pub(super) fn arm_node(&mut self, node: usize, at: Time) {
+        let arming = &mut self.nodes[node];
+        if at < arming.armed {
+            arming.armed = at;
+            self.at(at, Event::Node(node as u32));
+        }
+    }
+
+    pub(super) fn node_timer(&mut self, node: usize) {
+        // Another event is the timer's.
+        if self.nodes[node].armed > self.now || !self.nodes[node].up {
+            return;
+        }
+        let paused = self.hosts[self.nodes[node].host].paused_until;
+        if paused > self.now {
+            self.nodes[node].armed = paused;
+            return self.at(paused, Event::Node(node as u32));
+        }
+        self.nodes[node].armed = Time::MAX;
+        self.tend_registrations(node);
+        self.tend_nat(node);
+        self.tend_punches(node);
+        let next = self.nodes[node].next_registration().min(self.nodes[node].nat.next()).min(self.next_punch(node));
+        if next < Time::MAX {
+            self.arm_node(node, next.max(self.now + MS));
+        }
+    }
+}
+
+/// What is known of a peer's key beside what its name is bound to.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Said {
+    pub(super) key: Option<Fingerprint>,
+    /// The relay says that the holder of the key is registered under the name.
+    pub(super) registered: bool,
+}
+
+/// Why a link may not carry a peer's messages, as the engine reports it.
+pub(super) fn refusal(mismatch: Mismatch) -> crate::errors::ConnectError {
+    match mismatch {
+        Mismatch::Ourselves => crate::errors::ConnectError::WrongNode,
+        Mismatch::Named | Mismatch::Bound(_) => crate::errors::ConnectError::Untrusted,
+    }
+}

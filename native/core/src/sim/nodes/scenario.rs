@@ -1,0 +1,411 @@
+//! What a run is about: who there is, what goes wrong and when, and who sends what to whom.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use super::network::{Cut, Event, Is, MS, SECOND, Time, Weather};
+use super::peer::{Letter, endpoint};
+use super::world::{World, trace};
+use crate::sim::gate::Kind;
+use crate::types::{Endpoint, Ways};
+
+/// What goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Theme {
+    #[default]
+    Calm,
+    Loss,
+    Restarts,
+    LostKeys,
+    Relays,
+    Moves,
+    Pauses,
+    Cuts,
+    SlowUplinks,
+    WrongEndpoints,
+    LyingRelays,
+    Everything,
+}
+
+impl Theme {
+    pub(super) const ALL: [Self; 12] = [
+        Self::Calm,
+        Self::Loss,
+        Self::Restarts,
+        Self::LostKeys,
+        Self::Relays,
+        Self::Moves,
+        Self::Pauses,
+        Self::Cuts,
+        Self::SlowUplinks,
+        Self::WrongEndpoints,
+        Self::LyingRelays,
+        Self::Everything,
+    ];
+}
+
+pub(super) struct Scenario {
+    pub(super) theme: Theme,
+    /// Whether attempts with hundreds of sockets and packets are made.
+    pub(super) hard: bool,
+    /// Nobody of the run.
+    pub(super) bystander: IpAddr,
+    /// From then on nothing goes wrong.
+    pub(super) quiet_at: Time,
+    steps: Vec<Step>,
+    /// Addresses where the wrong node is, or none.
+    wrong: Vec<SocketAddr>,
+}
+
+impl Default for Scenario {
+    fn default() -> Self {
+        Self {
+            theme: Theme::Calm,
+            hard: false,
+            bystander: IpAddr::V4(Ipv4Addr::new(9, 9, 9, 9)),
+            quiet_at: 0,
+            steps: Vec::new(),
+            wrong: Vec::new(),
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Send {
+        from: usize,
+        to: usize,
+        deadline: Option<Time>,
+        key: bool,
+    },
+    Found {
+        node: usize,
+        starts: u32,
+        to: usize,
+    },
+    Stop {
+        node: usize,
+        keeps_key: bool,
+    },
+    Start(usize),
+    RestartRelay(usize),
+    Move(usize),
+    Pause {
+        host: usize,
+        time: Time,
+    },
+    Mute {
+        host: usize,
+        time: Time,
+    },
+    Deafen {
+        host: usize,
+        time: Time,
+    },
+    Cut {
+        from: usize,
+        to: usize,
+        time: Time,
+    },
+    Weather(Weather),
+    Uplink {
+        host: usize,
+        rate: u64,
+    },
+    /// A NAT forgets all that it knows.
+    Forget(usize),
+    Invalidate {
+        from: usize,
+        to: usize,
+    },
+}
+
+impl World {
+    /// Draws a run of so long.
+    pub(super) fn populate(&mut self, theme: Theme, length: Time) {
+        self.scenario.theme = theme;
+        self.scenario.quiet_at = length / 2 - 5 * SECOND;
+        self.scenario.hard = self.random.u8(..16) == 0;
+        self.weather = Weather { loss: 0, jitter: self.random.u64(0..5) * MS };
+        let relays = self.random.usize(1..=3);
+        for _ in 0..relays {
+            let relay = self.add_relay();
+            self.at(SECOND, Event::Relay(relay as u32));
+        }
+        self.make_nodes(relays);
+        self.make_wrong_endpoints();
+        self.make_faults();
+        self.make_traffic(length);
+    }
+
+    fn make_nodes(&mut self, relays: usize) {
+        let nodes = self.random.usize(2..=5);
+        for _ in 0..nodes {
+            let mut at: Vec<usize> = (0..self.random.usize(1..=2)).map(|_| self.random.usize(..relays)).collect();
+            at.sort_unstable();
+            at.dedup();
+            let neighbour = (!self.nodes.is_empty()).then(|| self.random.usize(..self.nodes.len()));
+            let shared = neighbour.filter(|node| self.nodes[*node].kind.has_network() && self.random.u8(..6) == 0);
+            match shared {
+                Some(neighbour) => {
+                    let (kind, host) = (self.nodes[neighbour].kind, self.nodes[neighbour].host);
+                    let network = self.hosts[host].network;
+                    self.add_node(kind, Some(network), at);
+                }
+                None => {
+                    let kind = match self.random.u8(..3) {
+                        0 => Kind::Open,
+                        _ => Kind::ALL[self.random.usize(..Kind::ALL.len())],
+                    };
+                    self.add_node(kind, None, at);
+                }
+            }
+        }
+    }
+
+    fn make_wrong_endpoints(&mut self) {
+        for is in [Is::Closed, Is::Silent] {
+            let ip = self.public_ip();
+            self.add_host(is, super::network::INTERNET, ip);
+            self.scenario.wrong.push(SocketAddr::new(ip, 7000));
+        }
+        for node in 0..self.nodes.len() {
+            if self.nodes[node].kind == Kind::Open {
+                let address = self.address_of(node);
+                self.scenario.wrong.push(address);
+            }
+        }
+        self.scenario.wrong.push(self.relay_address(0));
+    }
+
+    fn address_of(&self, node: usize) -> SocketAddr {
+        SocketAddr::new(self.hosts[self.nodes[node].host].ip, self.nodes[node].port)
+    }
+
+    fn plan(&mut self, at: Time, step: Step) {
+        self.scenario.steps.push(step);
+        let step = self.scenario.steps.len() as u32 - 1;
+        self.at(at, Event::Step(step));
+    }
+
+    fn when(&mut self) -> Time {
+        self.random.u64(2 * SECOND..self.scenario.quiet_at)
+    }
+
+    fn make_faults(&mut self) {
+        use Theme::*;
+        let theme = self.scenario.theme;
+        let has = |one: Theme| theme == one || theme == Everything;
+        let quiet = self.scenario.quiet_at;
+        let node = |world: &mut Self| world.random.usize(..world.nodes.len());
+        if has(Loss) {
+            for _ in 0..4 {
+                let (at, loss, jitter) = (self.when(), self.random.u32(..300_000), self.random.u64(..100) * MS);
+                self.plan(at, Step::Weather(Weather { loss, jitter }));
+            }
+        }
+        if has(Restarts) || has(LostKeys) {
+            for _ in 0..self.random.usize(1..=3) {
+                let (at, node, down) = (self.when(), node(self), self.random.u64(..8) * SECOND / 2);
+                let keeps_key = theme != LostKeys && (theme == Restarts || self.random.bool());
+                self.plan(at, Step::Stop { node, keeps_key });
+                self.plan((at + down).min(quiet), Step::Start(node));
+            }
+        }
+        if has(Relays) {
+            for _ in 0..self.random.usize(1..=3) {
+                let (at, relay) = (self.when(), self.random.usize(..self.relays.len()));
+                let host = self.relays[relay].host;
+                let time = self.random.u64(..10) * SECOND;
+                let step = match self.random.u8(..3) {
+                    0 => Step::Pause { host, time: time.min(quiet - at) },
+                    _ => Step::RestartRelay(relay),
+                };
+                self.plan(at, step);
+            }
+        }
+        if has(Moves) {
+            for _ in 0..self.random.usize(1..=3) {
+                let (at, node) = (self.when(), node(self));
+                let step = if self.random.bool() { Step::Move(node) } else { Step::Forget(node) };
+                self.plan(at, step);
+            }
+        }
+        if has(Pauses) {
+            for _ in 0..self.random.usize(1..=4) {
+                let (at, node) = (self.when(), node(self));
+                let (host, time) = (self.nodes[node].host, self.random.u64(1..80) * 100 * MS);
+                self.plan(at, Step::Pause { host, time: time.min(quiet - at) });
+            }
+        }
+        if has(Cuts) {
+            for _ in 0..self.random.usize(1..=4) {
+                let at = self.when();
+                let (host, from, to) = (self.random.usize(..self.hosts.len()), node(self), node(self));
+                let (from, to) = (self.nodes[from].host, self.nodes[to].host);
+                let time = (self.random.u64(1..200) * 100 * MS).min(quiet - at);
+                let step = match self.random.u8(..4) {
+                    0 => Step::Mute { host, time },
+                    1 => Step::Deafen { host, time },
+                    _ => Step::Cut { from, to, time },
+                };
+                self.plan(at, step);
+            }
+        }
+        if has(SlowUplinks) {
+            for _ in 0..2 {
+                let (at, node) = (self.when(), node(self));
+                let (host, rate) = (self.nodes[node].host, self.random.u64(4..60) * 1000);
+                self.plan(at, Step::Uplink { host, rate });
+                self.plan(quiet, Step::Uplink { host, rate: 0 });
+            }
+        }
+        if theme == LyingRelays {
+            let liar = self.random.usize(..self.relays.len());
+            self.relays[liar].lies.misleads = self.random.bool();
+            self.relays[liar].lies.misnames = !self.relays[liar].lies.misleads || self.random.bool();
+        }
+        self.plan(quiet, Step::Weather(Weather { loss: 0, jitter: 2 * MS }));
+    }
+
+    fn make_traffic(&mut self, length: Time) {
+        let mut pairs = Vec::new();
+        for _ in 0..self.random.usize(1..=self.nodes.len() + 1) {
+            let (from, to) = (self.random.usize(..self.nodes.len()), self.random.usize(..self.nodes.len()));
+            if from != to && !pairs.contains(&(from, to)) {
+                pairs.push((from, to));
+                // Both at once.
+                if self.random.u8(..3) == 0 && !pairs.contains(&(to, from)) {
+                    pairs.push((to, from));
+                }
+            }
+        }
+        let together = SECOND + self.random.u64(..SECOND);
+        for (from, to) in pairs {
+            self.plan_send(together, from, to);
+            let mut at = together;
+            while at < length - 10 * SECOND {
+                at += self.random.u64(20..6000) * MS;
+                for _ in 0..[1, 1, 1, 2, 12][self.random.usize(..5)] {
+                    let later = at + self.random.u64(..20) * MS;
+                    self.plan_send(later, from, to);
+                }
+                if self.random.u8(..60) == 0 && at < self.scenario.quiet_at {
+                    self.plan(at, Step::Invalidate { from, to });
+                }
+            }
+            // In the quiet end.
+            for n in 0..3 {
+                let step = Step::Send { from, to, deadline: Some(5 * SECOND), key: false };
+                self.plan(length - (9 - 2 * n) * SECOND, step);
+            }
+        }
+    }
+
+    fn plan_send(&mut self, at: Time, from: usize, to: usize) {
+        let deadline = (self.random.u8(..4) > 0).then(|| self.random.u64(1..100) * 100 * MS);
+        let key = self.random.u8(..16) == 0;
+        self.plan(at, Step::Send { from, to, deadline, key });
+    }
+
+    pub(super) fn step(&mut self, step: usize) {
+        let step = self.scenario.steps[step].clone();
+        let now = self.now;
+        if !matches!(step, Step::Send { .. }) {
+            trace!(self, "{step:?}");
+        }
+        match step {
+            Step::Send { from, to, deadline, key } => self.caller_sends(from, to, deadline, key),
+            Step::Found { node, starts, to } => self.lookup_ends(node, starts, to),
+            Step::Stop { node, keeps_key } if self.nodes[node].up => {
+                self.stop_node(node);
+                if !keeps_key {
+                    self.nodes[node].key = self.new_key();
+                    self.promises.lost_keys.push(node);
+                }
+            }
+            Step::Start(node) if !self.nodes[node].up => self.start_node(node),
+            Step::Stop { .. } | Step::Start(_) => {}
+            Step::RestartRelay(relay) => self.restart_relay(relay),
+            Step::Move(node) => self.move_node(node),
+            Step::Pause { host, time } => self.hosts[host].paused_until = self.hosts[host].paused_until.max(now + time),
+            Step::Mute { host, time } => self.hosts[host].mute_until = self.hosts[host].mute_until.max(now + time),
+            Step::Deafen { host, time } => self.hosts[host].deaf_until = self.hosts[host].deaf_until.max(now + time),
+            Step::Cut { from, to, time } => {
+                let from = self.hosts[from].ip;
+                self.cuts.push(Cut { from, to, until: now + time });
+            }
+            Step::Weather(weather) => self.weather = weather,
+            Step::Uplink { host, rate } => self.hosts[host].uplink = rate,
+            Step::Forget(node) => {
+                let network = self.hosts[self.nodes[node].host].network;
+                if let Some(gate) = self.uplinks[network] {
+                    self.gates[gate].forget();
+                }
+            }
+            Step::Invalidate { from, to } => {
+                let name = self.nodes[to].name;
+                if let Some(peer) = self.nodes[from].peers.iter().position(|peer| peer.name == name) {
+                    self.invalidate(from, peer);
+                }
+            }
+        }
+    }
+
+    /// A node of its own network moves to another address there.
+    fn move_node(&mut self, node: usize) {
+        let host = self.nodes[node].host;
+        let network = self.hosts[host].network;
+        let ip = self.ip_in(network, self.nodes[node].kind);
+        self.move_host(host, ip);
+        if self.nodes[node].up {
+            self.interrupt_punches(node);
+            self.look_at_nat(node);
+        }
+    }
+
+    fn caller_sends(&mut self, from: usize, to: usize, deadline: Option<Time>, key: bool) {
+        if !self.nodes[from].up || self.hosts[self.nodes[from].host].paused_until > self.now {
+            return;
+        }
+        let name = self.nodes[to].name;
+        let key = key.then(|| self.keys[self.nodes[to].key]);
+        let peer = self.peer(from, name);
+        let ways = self.ways_to(to, 0);
+        if self.learn_ways(from, peer, ways) {
+            let starts = self.nodes[from].starts;
+            let at = self.now + self.random.u64(1..800) * MS;
+            self.plan(at, Step::Found { node: from, starts, to });
+        }
+        let until = deadline.map(|deadline| self.now + deadline);
+        let patience = self.patience(from, peer).as_micros() as Time;
+        let id = self.new_message(from, to, key, until, patience);
+        trace!(self, "message {id}: node {from} sends to node {to}, for {deadline:?}");
+        let letter = Letter { id, deadline: until.map(|until| self.instant(until)), key };
+        self.send(from, peer, letter);
+    }
+
+    /// What callers and lookups say. The relays of a node are known; its address may be a wrong one.
+    fn ways_to(&mut self, to: usize, lookup: u8) -> Ways {
+        let relays: Vec<Endpoint> =
+            self.nodes[to].relays.iter().map(|relay| endpoint(self.relay_address(*relay))).collect();
+        let mut endpoints = Vec::new();
+        let wrong = matches!(self.scenario.theme, Theme::WrongEndpoints | Theme::Everything);
+        if wrong && self.random.u8(..4) == 0 {
+            endpoints.push(self.scenario.wrong[self.random.usize(..self.scenario.wrong.len())]);
+        }
+        if self.is_public(self.nodes[to].host) && self.random.u8(..3) < lookup + 1 {
+            endpoints.push(self.address_of(to));
+        }
+        Ways { endpoints: endpoints.into_iter().map(endpoint).collect(), relays, ..Ways::default() }
+    }
+
+    fn lookup_ends(&mut self, node: usize, starts: u32, to: usize) {
+        if !self.nodes[node].up || self.nodes[node].starts != starts {
+            return;
+        }
+        let name = self.nodes[to].name;
+        let peer = self.peer(node, name);
+        let ways = self.ways_to(to, 1);
+        self.found_ways(node, peer, ways, true);
+    }
+}
