@@ -195,20 +195,20 @@ impl Task {
         if let (Some(link), true) = (&self.link, self.answers_until.is_none_or(|until| until <= now)) {
             self.answers_until = link.expire_answers(now);
         }
-        self.pass_on(now);
         if let Some(want) = self.life.wants(&self.demand(now), now) {
             self.search(want, now);
             self.go_on(now);
         }
     }
 
-    /// Carries out what is decided, and gives the queue to the link.
+    /// Carries out what is decided, and gives the queue to the link or to a legacy relay.
     fn go_on(&mut self, now: Instant) {
         let unacknowledged = self.oldest.is_some() || !self.writers.is_empty();
         self.life.poll(unacknowledged, now, fastrand::f64());
         while let Some(action) = self.life.next_action() {
             self.carry_out(action, now);
         }
+        self.pass_on(now);
         self.flush();
     }
 
