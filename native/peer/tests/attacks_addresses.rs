@@ -6,6 +6,7 @@
 
 mod common;
 
+use rmpv::Value;
 use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -24,7 +25,6 @@ use common::{PATIENCE, member_of, message, relay, send_to_node, until};
 use macula_peer::{Config, Engine, HolePunching, Ways};
 use macula_peer_testkit::quic::{self, Key, tokio_runtime};
 use macula_peer_wire::MessageType::{Cast, Connect, Publish, PunchCoordinate, PunchResult, Reply};
-use macula_peer_wire::value::Value;
 use macula_peer_wire::{Limits, Reassembler};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Connection, Endpoint, EndpointConfig, Runtime as _, TokioRuntime, UdpPoller};
@@ -283,7 +283,7 @@ fn an_address_that_a_relay_names_as_its_second_gets_a_few_packets_until_it_answe
         fake.set_welcome(vec![
             ("probe_id", bin([1; 8])),
             ("probe_secret", bin([2; 32])),
-            ("probe_port", Value::Uint(bystander.local_addr().unwrap().port().into())),
+            ("probe_port", Value::from(bystander.local_addr().unwrap().port())),
             ("probe_ip", bin("127.0.0.9")),
         ]);
         let config = Config { hole_punching, ..Config::default() };

@@ -6,6 +6,7 @@
 
 mod common;
 
+use rmpv::Value;
 use std::collections::{HashMap, HashSet};
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -26,7 +27,6 @@ use macula_peer::{
 };
 use macula_peer_testkit::quic::{self, Key, tokio_runtime};
 use macula_peer_wire::MessageType::{Publish, PunchCoordinate, PunchRequest, PunchResult};
-use macula_peer_wire::value::Value;
 use quinn::{Connection, ConnectionError, Endpoint, EndpointConfig, TokioRuntime};
 use rcgen::PublicKeyData;
 use ring::{digest, hmac};
@@ -751,7 +751,7 @@ impl Liar {
         fake.set_welcome(vec![
             ("probe_id", bin(id)),
             ("probe_secret", bin(secret)),
-            ("probe_port", Value::Uint(second_port.into())),
+            ("probe_port", Value::from(second_port)),
         ]);
         let relay: SocketAddr = fake.address.parse().unwrap();
         let (stop, probes): (Arc<AtomicBool>, Arc<AtomicUsize>) = Default::default();

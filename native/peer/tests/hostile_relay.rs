@@ -3,6 +3,7 @@
 
 mod common;
 
+use rmpv::Value;
 use std::io::ErrorKind;
 use std::net::UdpSocket;
 use std::thread::sleep;
@@ -20,7 +21,6 @@ use macula_peer::{
 };
 use macula_peer_testkit::quic::{self, tokio_runtime};
 use macula_peer_wire::MessageType::{NatProbe, Publish, RelayRequest, Reply};
-use macula_peer_wire::value::Value;
 use quinn::Connection;
 use ring::hmac;
 
@@ -309,8 +309,7 @@ fn a_relay_sends_nothing_to_an_address_that_somebody_names() {
     let named = bystander.local_addr().unwrap();
     tokio_runtime(2).unwrap().block_on(async {
         let fields = |prefix: &str| -> Vec<(&'static str, Value)> {
-            let mut fields =
-                vec![("port", Value::Uint(named.port().into())), ("target_port", Value::Uint(named.port().into()))];
+            let mut fields = vec![("port", Value::from(named.port())), ("target_port", Value::from(named.port()))];
             for name in ["endpoint", "address", "target_endpoint", "relay_endpoint", "reply_to", "peer_endpoint"] {
                 fields.push((name, bin(format!("{prefix}{named}"))));
             }
@@ -496,7 +495,7 @@ fn a_relay_that_complains_all_the_time_is_reported_now_and_then() {
     drop(inside);
     let (node, inbox) = member("node", &[&fake.address]);
     let complaint = |circuit: u64| {
-        map(macula_peer_wire::MessageType::Cast, &[("limit", bin("bandwidth")), ("circuit", Value::Uint(circuit))])
+        map(macula_peer_wire::MessageType::Cast, &[("limit", bin("bandwidth")), ("circuit", Value::from(circuit))])
     };
     let many: Vec<u8> = (0..10_000).flat_map(|n| complaint(n % 3)).collect();
     runtime.block_on(async {

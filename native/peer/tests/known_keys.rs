@@ -3,6 +3,7 @@
 
 mod common;
 
+use rmpv::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +19,6 @@ use macula_peer::{
 };
 use macula_peer_testkit::quic::{self, tokio_runtime};
 use macula_peer_wire::MessageType::Publish;
-use macula_peer_wire::value::Value;
 use quinn::{Connection, VarInt};
 
 const ASK_SUCCESSION: u8 = 0xF6;

@@ -5,13 +5,12 @@ mod common;
 
 use std::time::{Duration, Instant};
 
+use common::raw::{Said, bin, map};
 use common::{engine, frame, listener, member, message, node_id, over, relay, relay_of, request, send_to_node, until};
 use macula_peer::{Config, ConnectError, Event, Message, Path, RouteError, SendError, Ways};
 use macula_peer_testkit::crowd::Crowd;
 use macula_peer_testkit::quic::{node_config, transport};
 use macula_peer_wire::MessageType::{self, NatProbe, Publish};
-use macula_peer_wire::value::{self, Value, ValueBuilder};
-use macula_peer_wire::{Limits, decode_payload};
 use quinn::{Connection, ConnectionError, Endpoint, TransportErrorCode};
 use tokio::task::block_in_place;
 use tokio::time::timeout;
@@ -48,20 +47,17 @@ fn a_node_is_reached_through_its_relay() {
 fn a_relay_answers_nat_probes_with_what_it_sees() {
     let (relay, address) = relay(0);
     let node = engine(Config::default());
-    let fields = [("node_id", Value::Bin(b"me".into())), ("local_port", Value::Uint(1))];
-    let probe = Value::Map(fields.map(|(key, value)| (Value::Bin(key.into()), value)).into());
-    let frame = value::encode(NatProbe, &probe, Limits::default()).unwrap().into();
+    let frame = map(NatProbe, &[("node_id", bin("me")), ("local_port", 1.into())]);
     let deadline = Some(Instant::now() + TIMEOUT);
     let answer = request(&node, &address, Message { frame, kind: NatProbe, deadline, key: None }).unwrap();
     assert_eq!(MessageType::from_id(answer.type_id()), Some(MessageType::NatProbeReply));
-    let Value::Map(fields) = decode_payload(answer.payload(), Limits::default(), &mut ValueBuilder).unwrap() else {
-        panic!("no map")
-    };
-    let field = |name: &str| fields.iter().find(|(key, _)| *key == Value::Bin(name.into())).map(|(_, value)| value);
-    assert_eq!(field("node_id"), Some(&Value::Bin(b"me".into())));
-    assert_eq!(field("reflexive_ip"), Some(&Value::Bin(b"127.0.0.1".into())));
-    assert_eq!(field("reflexive_port"), Some(&Value::Uint(node.local_address().unwrap().port().into())));
-    assert!(matches!(field("server_time"), Some(Value::Uint(_))));
+    let answer = Said::of(&answer);
+    assert_eq!(
+        (answer.text("node_id").unwrap(), answer.text("reflexive_ip").unwrap()),
+        ("me".into(), "127.0.0.1".into())
+    );
+    assert_eq!(answer.uint("reflexive_port"), Some(node.local_address().unwrap().port().into()));
+    assert!(answer.uint("server_time").is_some());
     for engine in [node, relay] {
         engine.stop();
     }

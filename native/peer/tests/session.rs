@@ -7,8 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use common::raw::raw_frame;
+use common::raw::{map, raw_frame};
 use common::{
     Forwarder, Inbox, deep, endpoint, engine, frame, listener, member, message, number, over, relay, request, send,
     send_to_node, until, wide,
@@ -19,7 +18,6 @@ use macula_peer::{
 };
 use macula_peer_wire::Limits;
 use macula_peer_wire::MessageType::{Ping, Pong, Publish, Store};
-use macula_peer_wire::value::{Value, encode};
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -143,7 +141,7 @@ fn tiny_messages_are_bounded_by_what_is_kept_of_them() {
     send(&client, &endpoint, of_size(0, 64)).unwrap();
     until("acknowledged", || client.stats().peers[0].unacknowledged_bytes == 0);
     forwarder.swallow(true);
-    let tiny: Bytes = encode(Publish, &Value::Map(Vec::new()), Limits::default()).unwrap().into();
+    let tiny = map(Publish, &[]);
     let target = Target::Endpoint(EndpointRef::parse(&endpoint).unwrap());
     let message = || Message { frame: tiny.clone(), kind: Publish, deadline: None, key: None };
     let accepted = (0..10_000).take_while(|_| client.send_now(&target, message(), Instant::now()).is_ok()).count();
@@ -349,7 +347,7 @@ fn many_tiny_messages_do_not_wait_for_the_next_one() {
     let client = engine(Config::default());
     send(&client, &address, of_size(0, 64)).unwrap();
     until("it arrives", || inbox.len() == 1);
-    let tiny: Bytes = encode(Publish, &Value::Map(Vec::new()), Limits::default()).unwrap().into();
+    let tiny = map(Publish, &[]);
     for _ in 0..20_000 {
         let deadline = Some(Instant::now() + TIMEOUT);
         send(&client, &address, Message { frame: tiny.clone(), kind: Publish, deadline, key: None }).unwrap();

@@ -1,7 +1,7 @@
 //! The frames that the stand-ins read and write, with a MessagePack library of their own: an oracle that is independent of
 //! the code under test.
 
-use rmpv::ValueRef;
+use rmpv::{Value, ValueRef};
 
 /// Version, type, flags, reserved, then the payload's length in four bytes.
 pub const HEADER: usize = 8;
@@ -133,6 +133,14 @@ pub fn encode<'a>(kind: u8, fields: &[(&'a str, ValueRef<'a>)]) -> Vec<u8> {
     let map = fields.iter().map(|(key, value)| (bin(key.as_bytes()), value.clone())).collect();
     let mut payload = Vec::new();
     rmpv::encode::write_value_ref(&mut payload, &ValueRef::Map(map)).expect("a vector takes all");
+    frame(kind, &payload)
+}
+
+/// A frame whose payload is a map with any keys.
+#[allow(clippy::expect_used)]
+pub fn of_map(kind: u8, fields: Vec<(Value, Value)>) -> Vec<u8> {
+    let mut payload = Vec::new();
+    rmpv::encode::write_value(&mut payload, &Value::Map(fields)).expect("a vector takes all");
     frame(kind, &payload)
 }
 

@@ -11,6 +11,21 @@ use proptest::num::f64::{NORMAL, SUBNORMAL, ZERO};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
+/// The same value for an independent implementation of MessagePack.
+fn oracle(value: &Value) -> rmpv::Value {
+    match value {
+        Value::Nil => rmpv::Value::Nil,
+        Value::Bool(value) => (*value).into(),
+        Value::Uint(n) => (*n).into(),
+        Value::Int(n) => (*n).into(),
+        Value::Float(float) => (*float).into(),
+        Value::Bin(bytes) => rmpv::Value::Binary(bytes.clone()),
+        Value::Str(text) => text.as_str().into(),
+        Value::Array(items) => rmpv::Value::Array(items.iter().map(oracle).collect()),
+        Value::Map(pairs) => rmpv::Value::Map(pairs.iter().map(|(key, value)| (oracle(key), oracle(value))).collect()),
+    }
+}
+
 /// As the documentation has it.
 fn terms_of(value: &Value) -> usize {
     1 + match value {
@@ -26,6 +41,26 @@ proptest! {
     fn values_come_back_as_they_were(ty in types(), value in values()) {
         let frame = value::encode(ty, &value, Limits::default()).unwrap();
         prop_assert_eq!(value::decode(&frame, Limits::default()), Ok((ty, value)));
+    }
+
+    #[test]
+    fn another_implementation_reads_what_is_written_and_writes_the_same(value in values()) {
+        let frame = value::encode(MessageType::Store, &value, Limits::default()).unwrap();
+        let (payload, mut written) = (&frame[HEADER_LEN..], Vec::new());
+        prop_assert_eq!(rmpv::decode::read_value(&mut &*payload).unwrap(), oracle(&value));
+        rmpv::encode::write_value(&mut written, &oracle(&value)).unwrap();
+        prop_assert_eq!(written, payload);
+    }
+
+    #[test]
+    fn another_implementation_reads_the_same_in_any_bytes(bytes in vec(any::<u8>(), 0..64)) {
+        if let Ok(value) = decode_payload(&bytes, Limits::default(), &mut ValueBuilder) {
+            let mut rest = &bytes[..];
+            let read = rmpv::decode::read_value(&mut rest).unwrap();
+            // It keeps floats of 32 bits as such.
+            let same = read == oracle(&value) || format!("{read:?}").contains("F32");
+            prop_assert!(same && rest.is_empty(), "{read:?} {value:?}");
+        }
     }
 
     #[test]

@@ -15,9 +15,10 @@ use macula_peer::{
     Config, Endpoint, EndpointRef, Engine, Event, Handler, HolePunching, Inbound, Listen, Message, NodeId,
     Registration, RelayConfig, SendError, Shares, Target, Unhandled, Ways,
 };
+use macula_peer_testkit::frame::of_map;
 use macula_peer_testkit::quic::tokio_runtime;
-use macula_peer_wire::value::{Value, ValueBuilder, encode};
-use macula_peer_wire::{Limits, MessageType, RawFrame, decode_payload};
+use macula_peer_wire::{Limits, MessageType, RawFrame, check_payload};
+use rmpv::{Value, ValueRef};
 use tokio::runtime::Runtime;
 
 /// Longer than anything here takes on a busy machine; only a failing test waits for it.
@@ -37,7 +38,7 @@ pub struct Inbox {
 
 impl Handler for Inbox {
     fn message(&self, message: Inbound) -> Result<(), Unhandled> {
-        decode_payload(&message.payload, self.limits, &mut ValueBuilder)?;
+        check_payload(&message.payload, self.limits)?;
         self.messages.lock().unwrap().push(message);
         Ok(())
     }
@@ -70,13 +71,8 @@ impl Inbox {
 }
 
 pub fn number(payload: &[u8]) -> Option<u64> {
-    match decode_payload(payload, Limits::default(), &mut ValueBuilder).ok()? {
-        Value::Map(fields) => fields.iter().find_map(|(key, value)| match (key, value) {
-            (Value::Bin(key), Value::Uint(n)) if key == b"n" => Some(*n),
-            _ => None,
-        }),
-        _ => None,
-    }
+    let ValueRef::Map(fields) = rmpv::decode::read_value_ref(&mut &*payload).ok()? else { return None };
+    fields.iter().find(|(key, _)| *key == ValueRef::Binary(b"n"))?.1.as_u64()
 }
 
 pub fn engine(config: Config) -> Engine {
@@ -93,9 +89,14 @@ pub fn listener(config: Config) -> (Engine, Arc<Inbox>, String) {
 }
 
 pub fn frame(kind: MessageType, n: u64, size: usize) -> Bytes {
-    let fields =
-        vec![(Value::Bin(b"n".to_vec()), Value::Uint(n)), (Value::Bin(b"payload".to_vec()), Value::Bin(vec![7; size]))];
-    encode(kind, &Value::Map(fields), Limits::default()).unwrap().into()
+    of_map(
+        kind.id(),
+        vec![
+            (Value::Binary(b"n".to_vec()), n.into()),
+            (Value::Binary(b"payload".to_vec()), Value::Binary(vec![7; size])),
+        ],
+    )
+    .into()
 }
 
 pub fn message(kind: MessageType, n: u64, timeout: Duration) -> Message {
@@ -105,18 +106,17 @@ pub fn message(kind: MessageType, n: u64, timeout: Duration) -> Message {
 /// A message whose containers are nested this deep.
 pub fn deep(n: u64, depth: usize) -> Message {
     let nested = (2..depth).fold(Value::Array(vec![]), |inner, _| Value::Array(vec![inner]));
-    of_fields(vec![(Value::Bin(b"n".to_vec()), Value::Uint(n)), (Value::Bin(b"nested".to_vec()), nested)])
+    of_fields(vec![(Value::Binary(b"n".to_vec()), Value::from(n)), (Value::Binary(b"nested".to_vec()), nested)])
 }
 
 /// A message of this many terms.
 pub fn wide(n: u64, terms: usize) -> Message {
     let items = Value::Array(vec![Value::Map(vec![]); terms - 5]);
-    of_fields(vec![(Value::Bin(b"n".to_vec()), Value::Uint(n)), (Value::Bin(b"wide".to_vec()), items)])
+    of_fields(vec![(Value::Binary(b"n".to_vec()), Value::from(n)), (Value::Binary(b"wide".to_vec()), items)])
 }
 
 fn of_fields(fields: Vec<(Value, Value)>) -> Message {
-    let limits = Limits { max_terms: usize::MAX, max_depth: 512, ..Limits::default() };
-    let frame = encode(MessageType::Publish, &Value::Map(fields), limits).unwrap().into();
+    let frame = of_map(MessageType::Publish.id(), fields).into();
     Message { frame, kind: MessageType::Publish, deadline: Some(Instant::now() + PATIENCE), key: None }
 }
 

@@ -6,14 +6,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use macula_peer_testkit::frame::of_map;
 use macula_peer_testkit::quic::{self, Key};
-use macula_peer_wire::value::{Value, ValueBuilder, encode};
-use macula_peer_wire::{Limits, MessageType, RawFrame, Reassembler, decode_payload};
+use macula_peer_wire::{Limits, MessageType, RawFrame, Reassembler};
 use quinn::{
     Connection, Endpoint, EndpointConfig, ReadError, ReadExactError, RecvStream, SendStream, TokioRuntime,
     TransportConfig, VarInt,
 };
 use ring::hmac;
+use rmpv::Value;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -149,18 +150,18 @@ pub fn raw_frame(type_id: u8, payload: &[u8]) -> Vec<u8> {
 }
 
 pub fn bin(bytes: impl AsRef<[u8]>) -> Value {
-    Value::Bin(bytes.as_ref().to_vec())
+    Value::Binary(bytes.as_ref().to_vec())
 }
 
 /// A message whose payload is a map.
 pub fn map(kind: MessageType, fields: &[(&str, Value)]) -> Bytes {
     let fields = fields.iter().map(|(key, value)| (bin(key), value.clone())).collect();
-    encode(kind, &Value::Map(fields), Limits::default()).unwrap().into()
+    of_map(kind.id(), fields).into()
 }
 
 pub fn connect_as(node_id: &str, more: &[(&str, Value)]) -> Bytes {
     let fields = [
-        ("version", Value::Uint(1)),
+        ("version", Value::from(1)),
         ("node_id", bin(node_id)),
         ("realm_id", bin("")),
         ("capabilities", Value::Array(vec![])),
@@ -189,17 +190,17 @@ pub fn punch_request(session: &str, target: &str) -> Bytes {
 }
 
 pub fn punch_execute(session: impl AsRef<[u8]>, ports: &[u16]) -> Bytes {
-    let ports = Value::Array(ports.iter().map(|&port| Value::Uint(port.into())).collect());
+    let ports = Value::Array(ports.iter().map(|&port| Value::from(port)).collect());
     map(MessageType::PunchExecute, &[("session_id", bin(session)), ("ports", ports)])
 }
 
 pub fn punch_result(session: &str, success: bool) -> Bytes {
-    map(MessageType::PunchResult, &[("session_id", bin(session)), ("success", Value::Bool(success))])
+    map(MessageType::PunchResult, &[("session_id", bin(session)), ("success", Value::Boolean(success))])
 }
 
 /// The other node's attempt is over, as a relay tells it.
 pub fn punch_over(session: impl AsRef<[u8]>, error: Option<&str>) -> Bytes {
-    let mut fields = vec![("session_id", bin(session)), ("success", Value::Bool(error.is_none()))];
+    let mut fields = vec![("session_id", bin(session)), ("success", Value::Boolean(error.is_none()))];
     fields.extend(error.map(|error| ("error", bin(error))));
     map(MessageType::PunchResult, &fields)
 }
@@ -231,11 +232,11 @@ impl Punch {
             ("session_id", bin(self.session)),
             ("peer_id", bin("peer")),
             ("peer_host", bin(peer.ip().to_string())),
-            ("peer_ports", Value::Array(vec![Value::Uint(peer.port().into())])),
+            ("peer_ports", Value::Array(vec![Value::from(peer.port())])),
             ("role", bin(["initiator", "responder"][usize::from(role)])),
             ("key", bin(key)),
             ("secret", bin(self.secret)),
-            ("delay", Value::Uint(0)),
+            ("delay", Value::from(0)),
             ("candidates", Value::Array(vec![])),
         ];
         map(MessageType::PunchCoordinate, &[&fields[..], nat].concat())
@@ -265,7 +266,7 @@ impl Default for Punch {
 }
 
 pub fn disconnect(circuit: u32) -> Bytes {
-    let fields = [("reason", bin("closed")), ("message", bin("")), ("circuit", Value::Uint(circuit.into()))];
+    let fields = [("reason", bin("closed")), ("message", bin("")), ("circuit", Value::from(circuit))];
     map(MessageType::Disconnect, &fields)
 }
 
@@ -286,8 +287,8 @@ pub struct Said {
 }
 
 impl Said {
-    fn of(frame: &RawFrame) -> Self {
-        match decode_payload(frame.payload(), Limits::default(), &mut ValueBuilder) {
+    pub fn of(frame: &RawFrame) -> Self {
+        match rmpv::decode::read_value(&mut frame.payload()) {
             Ok(Value::Map(fields)) => Self { kind: frame.type_id(), fields },
             _ => Self { kind: frame.type_id(), fields: vec![] },
         }
@@ -295,30 +296,24 @@ impl Said {
 
     pub fn text(&self, key: &str) -> Option<String> {
         match self.get(key)? {
-            Value::Bin(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
+            Value::Binary(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
             _ => None,
         }
     }
 
     pub fn uint(&self, key: &str) -> Option<u64> {
-        match self.get(key)? {
-            Value::Uint(n) => Some(*n),
-            _ => None,
-        }
+        self.get(key)?.as_u64()
     }
 
     pub fn bool(&self, key: &str) -> Option<bool> {
-        match self.get(key)? {
-            Value::Bool(value) => Some(*value),
-            _ => None,
-        }
+        self.get(key)?.as_bool()
     }
 
     /// The elements of a list.
     pub fn texts(&self, key: &str) -> Option<Vec<String>> {
         let Value::Array(values) = self.get(key)? else { return None };
         let text = |value: &Value| match value {
-            Value::Bin(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
+            Value::Binary(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
             _ => None,
         };
         values.iter().map(text).collect()
@@ -326,7 +321,7 @@ impl Said {
 
     pub fn bytes(&self, key: &str) -> Option<&[u8]> {
         match self.get(key)? {
-            Value::Bin(bytes) => Some(bytes),
+            Value::Binary(bytes) => Some(bytes),
             _ => None,
         }
     }
@@ -633,7 +628,7 @@ impl World {
                             circuits.push(Some([name.clone(), target]));
                             circuits.len() as u64 - 1
                         };
-                        let fields = [("session_id", session), ("circuit", Value::Uint(circuit))];
+                        let fields = [("session_id", session), ("circuit", Value::from(circuit))];
                         tell(node, &map(MessageType::Reply, &fields)).await;
                     }
                     Some(MessageType::Disconnect) => self.end(said.uint("circuit").unwrap() as u32).await,
