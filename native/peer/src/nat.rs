@@ -1,8 +1,8 @@
 //! What this node finds out about the NAT that it is behind, by asking its relays.
 //!
 //! Three rounds of questions: where relays see the main socket; where they see new sockets, of which the first asks at all
-//! of their addresses and the others at one; and whether the last of these hears of addresses that it has sent nothing to. What the
-//! answers mean, `decide::nat` knows.
+//! of their addresses and the others at one; and whether the last of these hears of addresses that it has sent nothing to.
+//! `macula_peer_core::nat` says what the answers mean.
 
 use std::cmp::Reverse;
 use std::net::{IpAddr, SocketAddr};
