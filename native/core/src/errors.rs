@@ -7,6 +7,17 @@ use crate::proto::codes::stream::{MALFORMED, TOO_DEEP, TOO_LARGE, TOO_MANY_TERMS
 use crate::proto::control::{GivenUp, Reason, Refusal};
 use crate::punch::Failure;
 
+/// Why an answer was not sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum ReplyError {
+    /// This message was answered before.
+    #[error("already answered")]
+    AlreadyReplied,
+    /// Who asked is gone or has given up.
+    #[error("nobody waits for the answer any more")]
+    Gone,
+}
+
 /// Why no link to a peer could be made.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum ConnectError {

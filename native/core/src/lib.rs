@@ -9,12 +9,16 @@
 
 pub mod access;
 pub mod admission;
+pub mod config;
 pub mod coordinate;
+pub mod counter;
 pub mod descriptors;
 pub mod errors;
+pub mod events;
 pub mod faults;
 pub mod growth;
 pub mod handover;
+pub mod heavy;
 pub mod knowledge;
 pub mod known_keys;
 pub mod lanes;
@@ -41,6 +45,8 @@ pub mod session_table;
 pub mod shares;
 pub mod silence;
 pub mod source_port;
+pub mod stats;
+pub mod sync;
 pub mod targets;
 pub mod trust;
 pub mod turns;

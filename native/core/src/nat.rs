@@ -284,6 +284,14 @@ fn near(step: i16, most: i32) -> bool {
     step != 0 && i32::from(step).abs() <= most
 }
 
+/// What others need to know of a node to find a direct path to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Description {
+    pub profile: NatProfile,
+    /// Its local addresses.
+    pub candidates: Vec<SocketAddr>,
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

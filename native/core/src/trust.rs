@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use hashlink::LruCache;
 
-use crate::types::{Dialect, Fingerprint, NodeId};
+use crate::errors::ConnectError;
+use crate::types::{Dialect, Fingerprint, NodeId, PeerName};
 
 /// Names remembered; the one that was not seen for longest gives way.
 const MAX_NAMES: usize = 16_384;
@@ -215,6 +216,37 @@ pub enum Mismatch {
     Named,
 }
 
+impl Mismatch {
+    /// What callers learn.
+    pub fn error(self) -> ConnectError {
+        match self {
+            Self::Ourselves => ConnectError::WrongNode,
+            Self::Bound(_) | Self::Named => ConnectError::Untrusted,
+        }
+    }
+}
+
+/// What comes next before a link carries messages for a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Admit,
+    /// Ask the node there for the id.
+    Ask,
+    /// The name is bound to this key: ask the node there for its word that the shown one succeeds it.
+    AskSuccession(Fingerprint),
+    Refuse(Mismatch),
+}
+
+/// Whether a link may carry messages for a peer that has no node id. `None`: it has one, and the key decides.
+pub fn without_node_id(name: &PeerName, dialect: Dialect) -> Option<Result<(), ConnectError>> {
+    match (name, dialect) {
+        (PeerName::Node(_), _) => None,
+        (PeerName::Endpoint(_), _) | (PeerName::Gateway(_), Dialect::Macula) => Some(Ok(())),
+        // Two engines that took each other for gateways would hand messages on for ever.
+        (PeerName::Gateway(_), Dialect::MaculaPeer1) => Some(Err(ConnectError::NoProtocol)),
+    }
+}
+
 impl Facts<'_> {
     pub fn judge(&self) -> Verdict {
         if self.shown == Some(self.own) {
@@ -243,8 +275,31 @@ impl Facts<'_> {
         }
     }
 
-    /// Whether the name is bound to the key after this answer.
-    pub fn binds(&self, answer: Answer) -> bool {
+    /// What comes next before the link carries messages. `predecessor_asked`: the key that the name is bound to has been
+    /// asked whether it has a successor.
+    pub fn step(&self, predecessor_asked: bool) -> Step {
+        match self.judge() {
+            Verdict::Accept => Step::Admit,
+            Verdict::Ask => Step::Ask,
+            Verdict::Refuse(Mismatch::Bound(known)) if !predecessor_asked && self.proves_key() => {
+                Step::AskSuccession(known)
+            }
+            Verdict::Refuse(why) => Step::Refuse(why),
+        }
+    }
+
+    /// Whether the name is bound to the key that was shown, once the link is admitted. `answer`: what the node said if it
+    /// was asked. If it was not, the name is bound to the key already, or a relay vouches for it.
+    pub fn learns(&self, answer: Option<Answer>) -> bool {
+        self.proves_key() && answer.is_none_or(|answer| self.binds(answer))
+    }
+
+    /// Only `macula-peer/1` binds messages to keys.
+    fn proves_key(&self) -> bool {
+        self.shown.is_some() && self.dialect == Dialect::MaculaPeer1
+    }
+
+    fn binds(&self, answer: Answer) -> bool {
         let vouched_for = self.is_asked_for() || (self.named.is_some() && self.named == self.shown);
         answer == Answer::HasIt || vouched_for
     }
@@ -497,5 +552,57 @@ mod tests {
         assert_eq!(answer(None, &own_key, b"1"), Some(Answer::HasNone));
         assert_eq!(answer(None, &own_key, &[7; 32]), Some(Answer::HasIt));
         assert_eq!(answer(Some(&own), &own_key, &[8; 32]), None);
+    }
+
+    /// A link to a node whose name is bound to key 1.
+    fn facts(shown: Option<u8>) -> Facts<'static> {
+        Facts {
+            own: key(9),
+            shown: shown.map(key),
+            dialect: Dialect::MaculaPeer1,
+            named: None,
+            registered: false,
+            bound: Some(key(1)),
+            disowned: false,
+            enforced: true,
+            waiting: &[],
+        }
+    }
+
+    #[test]
+    fn a_node_with_another_key_is_asked_once_for_the_word_of_the_one_before() {
+        assert_eq!(facts(Some(1)).step(false), Step::Admit);
+        assert_eq!(facts(Some(2)).step(false), Step::AskSuccession(key(1)));
+        assert_eq!(facts(Some(2)).step(true), Step::Refuse(Mismatch::Bound(key(1))));
+        // Without a key, or in a dialect that binds nothing to it, there is nothing to hand a name on to.
+        assert_eq!(facts(None).step(false), Step::Refuse(Mismatch::Bound(key(1))));
+        let macula = Facts { dialect: Dialect::Macula, ..facts(Some(2)) };
+        assert_eq!(macula.step(false), Step::Refuse(Mismatch::Bound(key(1))));
+        assert_eq!(Mismatch::Bound(key(1)).error(), ConnectError::Untrusted);
+        assert_eq!(facts(Some(9)).step(false), Step::Refuse(Mismatch::Ourselves));
+        assert_eq!(Mismatch::Ourselves.error(), ConnectError::WrongNode);
+    }
+
+    #[test]
+    fn a_name_is_bound_to_a_key_that_serves_it_and_to_none_of_a_dialect_without_keys() {
+        let unbound = Facts { bound: None, ..facts(Some(2)) };
+        assert_eq!(unbound.step(false), Step::Ask);
+        assert!(unbound.learns(Some(Answer::HasIt)) && !unbound.learns(Some(Answer::HasNone)));
+        let vouched_for = Facts { registered: true, ..unbound };
+        assert_eq!(vouched_for.step(false), Step::Admit);
+        assert!(vouched_for.learns(None));
+        let macula = Facts { dialect: Dialect::Macula, ..unbound };
+        assert_eq!(macula.step(false), Step::Admit);
+        assert!(!macula.learns(None));
+    }
+
+    #[test]
+    fn only_a_gateway_is_taken_for_the_local_one() {
+        let endpoint = crate::types::EndpointRef::parse("127.0.0.1:9443").unwrap().to_owned();
+        let [gateway, plain] = [PeerName::Gateway(endpoint.clone()), PeerName::Endpoint(endpoint)];
+        assert_eq!(without_node_id(&gateway, Dialect::Macula), Some(Ok(())));
+        assert_eq!(without_node_id(&gateway, Dialect::MaculaPeer1), Some(Err(ConnectError::NoProtocol)));
+        assert_eq!(without_node_id(&plain, Dialect::MaculaPeer1), Some(Ok(())));
+        assert_eq!(without_node_id(&PeerName::Node(node(1)), Dialect::Macula), None);
     }
 }

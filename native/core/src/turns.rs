@@ -2,6 +2,51 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
+use std::time::{Duration, Instant};
+
+/// How long a task works before it waits for a turn, which lasts about as long.
+pub const QUANTUM: Duration = Duration::from_micros(100);
+
+/// A piece of work of a task, from when it began.
+#[derive(Debug, Clone, Copy)]
+pub struct Piece(Instant);
+
+impl Piece {
+    pub fn begin(now: Instant) -> Self {
+        Self(now)
+    }
+
+    /// Whether it has taken as long as a piece may.
+    pub fn is_over(self, now: Instant) -> bool {
+        now.saturating_duration_since(self.0) >= QUANTUM
+    }
+}
+
+/// How long a task has worked since others last went first. tokio runs a task for as long as it does not wait, so one that
+/// always has work waits for a turn by itself.
+#[derive(Debug, Default)]
+pub struct Spent(Duration);
+
+impl Spent {
+    /// A piece of work is done.
+    pub fn add(&mut self, piece: Piece, now: Instant) {
+        self.0 += now.saturating_duration_since(piece.0);
+    }
+
+    /// Others go first now.
+    pub fn reset(&mut self) {
+        self.0 = Duration::ZERO;
+    }
+
+    /// Whether others must go first now. If so, it counts as done.
+    pub fn is_up(&mut self) -> bool {
+        let is_up = self.0 >= QUANTUM;
+        if is_up {
+            self.reset();
+        }
+        is_up
+    }
+}
 
 /// Those who wait, by sender: senders take turns, and of one sender the first to come is the first. So one that has much
 /// to do holds up the others by one piece of work each.
@@ -112,5 +157,64 @@ mod tests {
             let before = std::iter::from_fn(|| turns.end()).take_while(|&(sender, _)| sender != 9).count();
             assert!(before <= 5, "SEED={seed}: {before} turns of {} waiting", due.len());
         }
+    }
+
+    /// Tasks that always have work, in pieces of up to 90 µs, on one thread, and one that needs it now and then: it waits for
+    /// less than a quantum and a piece of each of the tasks that may work at a time.
+    #[test]
+    fn a_task_with_little_to_do_waits_for_less_than_two_quanta_of_each_that_works() {
+        let piece = |random: &mut fastrand::Rng| Duration::from_micros(random.u64(1..90));
+        for seed in 0..50 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let (most, others) = (random.usize(1..4), random.usize(4..20));
+            let mut turns = Turns::new(most);
+            // Those that have a turn, and how long they have worked in it.
+            let mut ready: VecDeque<(usize, Spent)> = VecDeque::new();
+            for other in 0..others {
+                match turns.begin() {
+                    true => ready.push_back((other, Spent::default())),
+                    false => turns.wait(other, other),
+                }
+            }
+            let start = Instant::now();
+            let mut now = start;
+            let mut longest = Duration::ZERO;
+            for _ in 0..500 {
+                // The light task is woken here, behind those that are ready.
+                let woken = now;
+                for _ in 0..ready.len() {
+                    let Some((other, mut spent)) = ready.pop_front() else { break };
+                    let worked_from = now;
+                    while !spent.is_up() {
+                        let begun = Piece::begin(now);
+                        now += piece(&mut random);
+                        spent.add(begun, now);
+                    }
+                    assert!(now - worked_from < QUANTUM + Duration::from_micros(90), "SEED={seed}");
+                    // It gives its turn back and waits for another one.
+                    turns.wait(other, other);
+                    ready.extend(turns.end().map(|next| (next, Spent::default())));
+                }
+                longest = longest.max(now - woken);
+                now += Duration::from_micros(1);
+            }
+            assert_eq!(ready.len(), most, "SEED={seed}");
+            assert!(longest < 2 * QUANTUM * most as u32, "SEED={seed}: {longest:?} with {most} at a time");
+        }
+    }
+
+    #[test]
+    fn a_piece_is_over_after_a_quantum() {
+        let now = Instant::now();
+        let piece = Piece::begin(now);
+        assert!(!piece.is_over(now + QUANTUM / 2) && piece.is_over(now + QUANTUM));
+        let mut spent = Spent::default();
+        spent.add(piece, now + QUANTUM / 2);
+        assert!(!spent.is_up());
+        spent.add(piece, now + QUANTUM / 2);
+        assert!(spent.is_up() && !spent.is_up(), "it begins from zero again");
+        spent.add(piece, now + QUANTUM);
+        spent.reset();
+        assert!(!spent.is_up());
     }
 }

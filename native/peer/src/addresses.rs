@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
+use macula_peer_core::sync::lock;
 use macula_peer_core::targets::Targets;
 use macula_peer_core::types::canonical;
 use macula_peer_core::unproven::Unproven;
@@ -20,7 +21,6 @@ use quinn::congestion::{Controller, ControllerFactory};
 use tokio::sync::Notify;
 
 use crate::congestion::{Observer, observed};
-use crate::sync::lock;
 
 /// What may be sent to addresses of which a node knows nothing but what others say, by QUIC and as signals.
 #[derive(Debug)]

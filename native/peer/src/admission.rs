@@ -11,8 +11,11 @@ use std::time::{Duration, Instant};
 
 use macula_peer_core::access::{Access, Rules};
 use macula_peer_core::admission::{Answers, Kick, Kicked, Subject};
+use macula_peer_core::counter::Counter;
 use macula_peer_core::proto::codes::connection::{DENIED, UNDECIDED};
 use macula_peer_core::shares::{Client, Limits};
+use macula_peer_core::stats::AdmissionStats;
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Fingerprint, NodeId, Path};
 use quinn::Connection;
 use thiserror::Error;
@@ -20,9 +23,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::addresses::Remote;
-use crate::counters::Counter;
 use crate::shares::{Held, Shares};
-use crate::sync::lock;
 
 /// Questions that wait for their answers: in all, about one key, and about one address. Those that are more are not asked.
 const MAX_ASKED: Limits = Limits { total: 256, per_key: 32, per_address: 64 };
@@ -198,17 +199,6 @@ struct Counters {
     remembered: Counter,
     /// In the order of the reasons.
     refused: [Counter; NotAdmitted::ALL.len()],
-}
-
-/// What became of those who came.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct AdmissionStats {
-    /// Questions that were put to the callback.
-    pub asked: u64,
-    /// Questions that it had answered before.
-    pub remembered: u64,
-    /// How many were not let in or had to leave, by [`NotAdmitted::name`].
-    pub refused: Vec<(&'static str, u64)>,
 }
 
 /// Lists, and what they were made from.

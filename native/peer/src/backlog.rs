@@ -1,34 +1,17 @@
 //! Messages on their way to a handler that something else has to work on first.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use macula_peer_core::types::Fingerprint;
+use macula_peer_core::heavy::MANY_TERMS;
+use macula_peer_core::sync::lock;
+use macula_peer_core::types::Sender;
 use tokio::sync::Notify;
-
-use crate::decoding::MANY_TERMS;
-use crate::sync::lock;
 
 /// Payload bytes in the backlog from which on reading stops: for one sender, and for all together.
 const SHARE: usize = 1 << 20;
 const TOTAL: usize = 32 << 20;
-
-/// Whose messages keep their order among themselves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Sender {
-    /// A node, over whichever connection.
-    Key(Fingerprint),
-    /// Someone without a key.
-    Address(SocketAddr),
-}
-
-impl Sender {
-    pub(crate) fn new(key: Option<Fingerprint>, address: SocketAddr) -> Self {
-        key.map_or(Self::Address(address), Self::Key)
-    }
-}
 
 /// The messages that were handed over but have not reached the handler yet, by sender. A handler that cannot take some
 /// messages directly keeps the order by sending a sender's later messages the same way while [`Backlog::holds`] says so.

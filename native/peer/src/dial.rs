@@ -5,8 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::config::Config;
 use macula_peer_core::errors::ConnectError;
 use macula_peer_core::retry::Backoff;
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Dialect, Endpoint, Path};
 use macula_peer_core::witness::Witness;
 use quinn::congestion::{Controller, ControllerFactory};
@@ -16,15 +18,14 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::{sleep_until, timeout, timeout_at};
 
-use crate::addresses::Proof;
-use crate::config::Config;
+use crate::addresses::{Proof, Remote};
 use crate::congestion::{Observer, observed};
+use crate::conn::Conn;
 use crate::handshake::{handshake, not_begun, not_connected};
 use crate::link::Link;
 use crate::names::Resolver;
 use crate::ports::Ports;
 use crate::socket::{Current, ExtraGuard, Refusals, Why, refused};
-use crate::sync::lock;
 use crate::tls::dialect_of;
 use crate::transport::{self, DIALLED_WINDOW, KNOWN_PATH_ROUND_TRIP, STREAM_WINDOW, set_idle_timeout};
 
@@ -64,6 +65,8 @@ pub(crate) struct Dialer {
     pub(crate) to_relay: bool,
     /// Until it is measured. `None`: nothing is known.
     pub(crate) initial_round_trip: Option<Duration>,
+    /// How packets travel.
+    pub(crate) path: Path,
 }
 
 /// Dials that go on when nobody waits for them any more: a 0.14.3 gateway reads nothing for 5 s when a handshake is broken
@@ -155,9 +158,8 @@ impl Dialer {
     pub(crate) async fn dial_punched(mut self, address: SocketAddr) -> Result<Link, ConnectError> {
         let address = self.socket.get().reachable(address).ok_or(ConnectError::OtherFamily)?;
         self.initial_round_trip = Some(KNOWN_PATH_ROUND_TRIP);
-        let mut link = self.connect(address, NO_NAME, &mut || ()).await?;
-        link.path = Path::HolePunch;
-        Ok(link)
+        self.path = Path::HolePunch;
+        self.connect(address, NO_NAME, &mut || ()).await
     }
 
     async fn attempt(self: Arc<Self>, address: SocketAddr, name: String) -> Result<Link, ConnectError> {
@@ -228,7 +230,8 @@ impl Dialer {
         };
         let dialect = dialect_of(&connection).ok_or(ConnectError::NoProtocol)?;
         let Config { limits, answer_timeout, .. } = *self.config;
-        let link = Link::new(connection, dialect, Path::Direct, witness, limits, answer_timeout);
+        let conn = Conn::new(connection, dialect, self.path, Remote::fixed(address));
+        let link = Link::new(conn, witness, limits, answer_timeout);
         if dialect == Dialect::MaculaPeer1 {
             // To us the handshake is over before the peer has seen our certificate. One that may refuse it allows
             // streams when it has not.

@@ -1,40 +1,31 @@
 //! The engine: the runtime, the socket, the peers and the listener, behind calls that do not wait.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use macula_peer_core::access::Access;
 use macula_peer_core::admission::Kick;
+use macula_peer_core::config::{Config, Shares};
 use macula_peer_core::errors::{RequestError, SendError};
-use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, RelayConfig, Target, Ways};
+use macula_peer_core::events::NatStatus;
+use macula_peer_core::stats::{PathStatus, RelayNode, Stats};
+use macula_peer_core::sync::lock;
+use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, RelayConfig, Target, Verify, Ways};
 use macula_peer_wire::RawFrame;
-use quinn::ServerConfig;
 use tokio::runtime::Runtime;
 
 use crate::admission::AdmissionCallback;
 use crate::backlog::Backlog;
 use crate::call::{Abandoned, Call};
-use crate::config::{Config, Shares};
 use crate::error::{ListenError, StartError};
-use crate::identity::{Identity, PreviousKey};
 use crate::inbound::{Fallback, Handler, Unhandled};
-use crate::known_keys::KnownKeys;
-use crate::listen::{self, Admission};
 use crate::message::{Letter, Message};
-use crate::nat::{self, NatStatus};
-use crate::node::{Keys, Network, Node};
+use crate::node::{Node, Secrets};
 use crate::peer::{Peer, Retired, Waiting};
-use crate::ports;
-use crate::relay::RelayNode;
-use crate::relay::clients::Clients;
 use crate::renewal::{self, Renew};
-use crate::runtime::BatchingRuntime;
-use crate::socket::{self, Socket};
-use crate::stats::{PathStatus, Stats};
-use crate::sync::lock;
-use crate::tls::{self, Certificate, Trust, Verify};
+use crate::server_config::Admission;
+use crate::tls::{self, Certificate, Trust};
 
 /// Threads that work on large payloads; when all are busy, others wait. Idle ones end after ten seconds.
 const BLOCKING_THREADS: usize = 64;
@@ -89,23 +80,8 @@ impl Engine {
         if config.port != 0 && reserved == Some(config.port) {
             return Err(StartError::GatewayPort(config.port));
         }
-        let identity = match &config.identity_file {
-            Some(path) => Identity::load_or_create(path)?,
-            None => Identity::generate()?,
-        };
-        let previous = |file: &PathBuf| {
-            PreviousKey::load(file).map_err(|why| StartError::PreviousIdentity { file: file.clone(), why })
-        };
-        let previous: Vec<_> = config.previous_identity_files.iter().map(previous).collect::<Result<_, _>>()?;
-        let identity = identity.after(previous);
-        let known = KnownKeys::open(config.known_keys_file.as_deref())?;
-        let trust = Trust::new(&config.verify)?;
-        let tls = tls::client(&identity, &trust)?;
-        let gateway_tls = tls::client(&identity, &Trust::Anybody)?;
-        let circuits = tls::circuit_client(&identity, &trust)?;
-        let circuit_server = tls::circuit_server(&identity, &trust)?;
-        let admission = Admission::over_known_ways(circuit_server, config.verify.is_strict(), &config);
-        let clients = Clients::new(circuits, admission.clone(), &config);
+        // Whatever is wrong with the files is said before a thread is started.
+        let secrets = Secrets::load(&config)?;
         let workers = config.workers.max(1);
         // And one for work that must not block a worker.
         threads_can_be_had(workers + 1).map_err(StartError::Runtime)?;
@@ -116,50 +92,18 @@ impl Engine {
             .enable_all()
             .build()
             .map_err(StartError::Runtime)?;
-        let node = {
-            let _inside = runtime.enter();
-            let refusals = socket::refusals();
-            let (signals, heard) = socket::signals();
-            let socket =
-                Socket::bind(config.ip, config.port, reserved, refusals.clone(), signals.clone(), Arc::default());
-            let socket = socket.map_err(StartError::Bind)?;
-            let mut endpoint = identity.endpoint_config();
-            // The first bits of a packet tell QUIC from signals on this socket.
-            endpoint.grease_quic_bit(false);
-            // Each connection is let in, or not, by settings of its own.
-            let server = Some(ServerConfig::clone(&admission.config));
-            let batching = Arc::new(BatchingRuntime);
-            let quic = quinn::Endpoint::new_with_abstract_socket(endpoint, server, socket.clone(), batching)
-                .map_err(StartError::Bind)?;
-            let network = Network { quic, socket, refusals, signals };
-            let node = Node::new(
-                Arc::new(config),
-                Keys { identity, known },
-                network,
-                tls,
-                gateway_tls,
-                clients,
-                runtime.handle().clone(),
-            );
-            node.spawn(node.clone().hear_signals(heard));
-            node.spawn(nat::run(node.clone()));
-            node.spawn(node.clone().mend_socket());
-            node.spawn(ports::run(node.clone()));
-            node.spawn(node.clone().end_early());
-            node.spawn(node.clone().expire());
-            node
-        };
-        node.spawn(listen::accept(node.clone()));
-        keep_renewing(&node, [trust.renewed()]);
+        let renewed = secrets.renewed();
+        let node = Node::start(Arc::new(config), secrets, runtime.handle().clone())?;
+        keep_renewing(&node, [renewed]);
         if let Some(name) = node.config.node_id.clone() {
-            node.clients.register(&node, Some(name), node.config.relays.clone());
+            node.clients.register(Some(name), node.config.relays.clone());
         }
         Ok(Self { node, runtime: Mutex::new(Some(runtime)), listener: Mutex::default() })
     }
 
     /// What this node is known by.
     pub fn fingerprint(&self) -> Fingerprint {
-        self.node.identity.fingerprint()
+        self.node.keys.identity.fingerprint()
     }
 
     /// The settings it was started with.
@@ -173,7 +117,7 @@ impl Engine {
     ///
     /// `now` is the caller's clock, read once for all that a call needs it for.
     pub fn send_now(&self, target: &Target<'_>, message: Message, now: Instant) -> Result<(), Message> {
-        self.node.send_now(target, message.into(), now).map_err(Letter::into_message)
+        self.node.pool.send_now(target, message.into(), now).map_err(Letter::into_message)
     }
 
     /// Sends as soon as there is a link with room. `reply` is called once, from any thread, unless the call is
@@ -202,7 +146,7 @@ impl Engine {
     /// Closes the link to a peer, if there is one and this engine began it. What is on its way and not acknowledged goes
     /// over the next, which is dialled when something is to be sent.
     pub fn invalidate(&self, target: &Target<'_>) {
-        if let Some(peer) = self.node.find(target) {
+        if let Some(peer) = self.node.pool.find(target) {
             peer.invalidate();
         }
     }
@@ -221,12 +165,12 @@ impl Engine {
 
     /// The same, before something is sent to the holder of a key alone.
     pub fn learn_for(&self, node: &NodeId, ways: Ways, key: Option<Fingerprint>) -> bool {
-        self.node.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(ways, key))
+        self.node.pool.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(ways, key))
     }
 
     /// Tells what was found by looking up the ways to a node; more may come. It holds until they are looked up the next time.
     pub fn found(&self, node: &NodeId, ways: Ways) {
-        if let Some(peer) = self.node.find(&Target::Node(node)) {
+        if let Some(peer) = self.node.pool.find(&Target::Node(node)) {
             peer.found(ways);
         }
     }
@@ -234,7 +178,7 @@ impl Engine {
     /// Tells that looking up the ways to a node is over. With `answered` that holds for a minute, if nothing was found too;
     /// without, who was to be asked could not be, and the next call may try again.
     pub fn resolved(&self, node: &NodeId, answered: bool) {
-        if let Some(peer) = self.node.find(&Target::Node(node)) {
+        if let Some(peer) = self.node.pool.find(&Target::Node(node)) {
             peer.resolved(answered);
         }
     }
@@ -242,19 +186,19 @@ impl Engine {
     /// Keeps this node registered under a name at these relays, and no others, from now on. Until
     /// [`Engine::unregister`] it refuses messages for a node with another name.
     pub fn register(&self, name: NodeId, relays: Vec<Endpoint>) {
-        self.node.clients.register(&self.node, Some(name), relays);
+        self.node.clients.register(Some(name), relays);
     }
 
     /// Ends all standing registrations.
     pub fn unregister(&self) {
-        self.node.clients.register(&self.node, None, Vec::new());
+        self.node.clients.register(None, Vec::new());
     }
 
     /// Accepts connections.
     pub fn listen(&self, listen: Listen) -> Result<SocketAddr, ListenError> {
         // Locked, so that two do not listen at once.
         let _one = lock(&self.listener);
-        if self.node.listening.borrow().is_some() {
+        if self.node.server.listening.borrow().is_some() {
             return Err(ListenError::AlreadyListening);
         }
         let ports = [listen.port, listen.relay.as_ref().map(|relay| relay.probe_port)];
@@ -268,95 +212,95 @@ impl Engine {
             false => &Verify::FirstSeen,
         });
         let trust = Trust::new(verify)?;
-        let (tls, certificate) = tls::server(&self.node.identity, &listen.certificate, &trust)?;
+        let (tls, certificate) = tls::server(&self.node.keys.identity, &listen.certificate, &trust)?;
         let admission = Admission::new(tls, verify.is_strict(), listen.relay.is_some(), &self.node.config);
-        let bound = self.node.quic.local_addr().map_err(ListenError::Bind)?;
+        let bound = self.node.net.quic.local_addr().map_err(ListenError::Bind)?;
         let asked = listen.port.filter(|&port| port != 0);
         let moves = asked.is_some_and(|port| port != bound.port()) || listen.ip.is_some_and(|ip| ip != bound.ip());
         if moves {
             let ip = listen.ip.or(self.node.config.ip);
-            self.node.rebind(ip, asked.unwrap_or(0)).map_err(ListenError::Bind)?;
+            self.node.net.rebind(ip, asked.unwrap_or(0)).map_err(ListenError::Bind)?;
         }
         match listen.relay {
-            Some(relay) => self.node.become_relay(relay).map_err(ListenError::Bind)?,
-            None => self.node.be_no_relay(),
+            Some(relay) => self.node.role.become_relay(relay).map_err(ListenError::Bind)?,
+            None => self.node.role.be_no_relay(),
         }
-        self.node.admissions.set_callback(listen.admission);
-        self.node.places.limit(&listen.shares.limits(self.node.config.max_accepted));
-        self.node.listening.send_replace(Some(admission));
+        self.node.server.admissions.set_callback(listen.admission);
+        self.node.server.places.limit(&listen.shares.limits(self.node.config.max_accepted));
+        self.node.server.listening.send_replace(Some(admission));
         keep_renewing(&self.node, [certificate, trust.renewed()]);
-        self.node.quic.local_addr().map_err(ListenError::Bind)
+        self.node.net.quic.local_addr().map_err(ListenError::Bind)
     }
 
     /// Stops accepting and ends the accepted connections; false if it did not listen.
     pub fn close(&self) -> bool {
         let _one = lock(&self.listener);
-        self.node.be_no_relay();
-        self.node.admissions.set_callback(None);
-        self.node.listening.send_replace(None).is_some()
+        self.node.role.be_no_relay();
+        self.node.server.admissions.set_callback(None);
+        self.node.server.listening.send_replace(None).is_some()
     }
 
     /// Sets which nodes may connect to this one. Those that are connected and may not be are gone when this returns: their
     /// connections are closed. It may take some milliseconds.
     pub fn set_access(&self, access: Access) {
-        self.node.set_access(access);
+        self.node.role.set_access(access);
     }
 
     /// Which nodes may connect to this one.
     pub fn access(&self) -> Access {
-        self.node.admissions.access()
+        self.node.server.admissions.access()
     }
 
     /// Makes somebody leave: ends its registrations here, which it is told, and its connections. It is not registered again
     /// for 30 s. False if it was not here.
     pub fn kick(&self, whom: &Kick) -> bool {
-        self.node.kick(whom)
+        self.node.role.kick(whom)
     }
 
     /// Nodes that are registered here, in the order in which they were, from a number on; and the number from which on there
     /// may be more. `None`: this node is no relay.
     pub fn relay_nodes(&self, from: u64, most: usize) -> Option<(Vec<RelayNode>, Option<u64>)> {
-        Some(self.node.relay()?.nodes(from, most))
+        Some(self.node.role.relay()?.nodes(from, most))
     }
 
     /// The address of the one socket.
     pub fn local_address(&self) -> std::io::Result<SocketAddr> {
-        self.node.quic.local_addr()
+        self.node.net.quic.local_addr()
     }
 
     /// Who gets what arrives from now on.
     pub fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
-        self.node.set_handler(handler);
+        self.node.inbox.set_handler(handler);
     }
 
     /// Who gets what the local gateway does not take, before the handler does.
     pub fn set_fallback(&self, fallback: Option<Arc<dyn Fallback>>) {
-        self.node.set_fallback(fallback);
+        self.node.inbox.set_fallback(fallback);
     }
 
     /// Messages that were handed to the handler and have not reached it yet.
     pub fn backlog(&self) -> Arc<Backlog> {
-        self.node.backlog.clone()
+        self.node.inbox.backlog.clone()
     }
 
     /// Counts a message that was handed to the handler and did not reach it after all.
     pub fn unhandled(&self) {
-        self.node.not_handled(&Unhandled::NoHandler);
+        self.node.inbox.not_handled(&Unhandled::NoHandler);
     }
 
     /// Runs a job on a thread of the runtime, where it may take its time. Drops it if the engine is stopping.
     pub fn run(&self, job: impl FnOnce() + Send + 'static) {
-        self.node.spawn(async move { tokio::task::block_in_place(job) });
+        self.node.lifecycle.spawn(async move { tokio::task::block_in_place(job) });
     }
 
     /// How a peer is reached, and why not by better paths. Nothing, of one that nothing was sent to.
     pub fn path(&self, target: &Target<'_>) -> PathStatus {
-        self.node.find(target).map_or_else(PathStatus::default, |peer| peer.path())
+        self.node.pool.find(target).map_or_else(PathStatus::default, |peer| peer.path())
     }
 
     /// What is known of the NAT that this node is behind, and where it is seen at.
     pub fn nat_profile(&self) -> NatStatus {
-        self.node.nat.status(&self.node)
+        self.node.detection.nat.status(&self.node.net)
     }
 
     /// Everything that is counted.
@@ -371,10 +315,10 @@ impl Engine {
         runtime.block_on(async {
             self.node.stop().await;
             // Says goodbye to those who are connected.
-            let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.node.quic.wait_idle()).await;
+            let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.node.net.quic.wait_idle()).await;
         });
         runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
-        self.node.known.close();
+        self.node.keys.close();
     }
 
     #[cfg(test)]
@@ -389,11 +333,11 @@ impl Engine {
         enqueue: impl Fn(&Arc<Peer>) -> Result<Waiting, Retired>,
     ) -> Option<Waiting> {
         loop {
-            let Some(peer) = self.node.peer(target) else {
+            let Some(peer) = self.node.pool.peer(target) else {
                 call.answer(T::abandoned());
                 return None;
             };
-            let counter = if peer.is_linked() { &self.node.counters.hits } else { &self.node.counters.misses };
+            let counter = if peer.is_linked() { &self.node.pool.hits } else { &self.node.pool.misses };
             // A peer that has just left the pool is out of the table before it says so.
             if let Ok(waiting) = enqueue(&peer) {
                 counter.add(1);
@@ -407,6 +351,6 @@ impl Engine {
 fn keep_renewing<const N: usize>(node: &Node, renewed: [Option<Arc<dyn Renew>>; N]) {
     let renewed: Vec<_> = renewed.iter().flatten().map(Arc::downgrade).collect();
     if !renewed.is_empty() {
-        node.spawn(renewal::keep(renewed, node.stopping()));
+        node.lifecycle.spawn(renewal::keep(renewed, node.lifecycle.stopping()));
     }
 }

@@ -190,14 +190,3 @@ pub enum ListenError {
     #[error("tls: {0}")]
     Tls(#[from] TlsError),
 }
-
-/// Why an answer was not sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub enum ReplyError {
-    /// This message was answered before.
-    #[error("already answered")]
-    AlreadyReplied,
-    /// Who asked is gone or has given up.
-    #[error("nobody waits for the answer any more")]
-    Gone,
-}

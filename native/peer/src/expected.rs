@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use macula_peer_core::shares::{Client, Counts, Limits};
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::Fingerprint;
 use tokio::sync::Notify;
 
 use crate::socket::ExtraGuard;
-use crate::sync::lock;
 
 /// A handshake follows at once when a path has been found; its first packets may be lost.
 pub(crate) const EXPECTED_FOR: Duration = Duration::from_secs(10);

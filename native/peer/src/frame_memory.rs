@@ -5,25 +5,15 @@
 use std::cmp::max;
 use std::sync::{Arc, Mutex};
 
+use macula_peer_core::config::{Config, FRAME_KEY_SHARE, least_frame_memory};
+use macula_peer_core::counter::Counter;
 use macula_peer_core::shares::{Client, Counts, Limits};
+use macula_peer_core::sync::lock;
 use tokio::sync::Notify;
-
-use crate::config::Config;
-use crate::counters::Counter;
-use crate::sync::lock;
 
 /// If nothing else is configured, there is room for as many of the largest frames, or of frames of this size.
 const FRAMES: usize = 16;
 const LEAST_FRAME: usize = 1 << 20;
-
-/// In percent of all: room for the largest frame, or who sends one would wait for ever. What an address may have depends on
-/// what the others have.
-const KEY_SHARE: u8 = 25;
-
-/// How much there must be. `max_frame`: the size of the largest.
-pub(crate) fn least(max_frame: usize) -> usize {
-    max_frame.saturating_mul(100 / usize::from(KEY_SHARE))
-}
 
 pub(crate) struct FrameMemory {
     taken: Mutex<Counts>,
@@ -43,7 +33,7 @@ impl FrameMemory {
     pub(crate) fn new(config: &Config) -> Arc<Self> {
         let max_frame = config.limits.max_frame;
         let total = config.frame_memory.unwrap_or(max(max_frame, LEAST_FRAME).saturating_mul(FRAMES));
-        let limits = Limits::percent(total.max(least(max_frame)), KEY_SHARE, 100);
+        let limits = Limits::percent(total.max(least_frame_memory(max_frame)), FRAME_KEY_SHARE, 100);
         Arc::new(Self { taken: Mutex::new(Counts::new(limits)), room: Notify::new(), waited: Counter::default() })
     }
 
@@ -124,7 +114,7 @@ mod tests {
     #[test]
     fn the_largest_frame_has_room_when_there_is_nothing_else() {
         for max_frame in [1, FRAME, FRAME + 1, 1 << 30] {
-            for configured in [None, Some(1), Some(least(max_frame)), Some(usize::MAX)] {
+            for configured in [None, Some(1), Some(least_frame_memory(max_frame)), Some(usize::MAX)] {
                 assert!(memory(max_frame, configured).take(client(1, 1), max_frame).is_some());
             }
         }

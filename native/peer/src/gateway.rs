@@ -4,30 +4,32 @@
 //! untouched, and what comes back there goes to the sender. The connections are those of a [`Peer`]: politeness, doubt and
 //! what happens to messages whose connection dies are as for any 0.14.3 gateway.
 
+use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
+use macula_peer_core::config::{Config, HandOver, LocalGateway};
+use macula_peer_core::counter::Counter;
 use macula_peer_core::errors::{Rejection, SendError};
 use macula_peer_core::handover::{self, Presence};
+use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::lanes::LARGE_FRAME;
 use macula_peer_core::proto::answers;
-use macula_peer_core::types::{Endpoint, PeerName};
-use macula_peer_wire::{MessageType, PayloadError, RawFrame, check_payload};
+use macula_peer_core::stats::GatewayStats;
+use macula_peer_core::sync::lock;
+use macula_peer_core::types::{Endpoint, PeerName, Target};
+use macula_peer_wire::{Limits, MessageType, PayloadError, check_payload};
 use tokio::sync::Notify;
 
 use crate::call::Call;
-use crate::config::{Config, HandOver, LocalGateway};
-use crate::counters::Counter;
-use crate::decoding::is_heavy;
 use crate::inbound::{Inbound, NotTaken, Unhandled};
-use crate::link::Link;
+use crate::inbox::{Forward, Inbox};
+use crate::lifecycle::Lifecycle;
 use crate::message::{Asker, Letter, Message};
-use crate::node::Node;
-use crate::peer::Peer;
-use crate::stats::GatewayStats;
-use crate::sync::lock;
+use crate::peer::{Host, Peer};
 
 /// How long a message may take to be taken by the gateway, and is sent again if its connection dies. As long as the
 /// original's senders wait; one that is restarted by its supervisor is back before.
@@ -39,11 +41,16 @@ const SOON: Duration = Duration::from_secs(5);
 /// Messages that may wait for the gateway before less is read of those who send: some milliseconds of what it takes.
 const MAX_AHEAD: usize = 1024;
 
+/// Makes a peer whose task runs. `None`: the engine is gone.
+type Start = dyn Fn(PeerName, Weak<dyn Host>) -> Option<Arc<Peer>> + Send + Sync;
+
 /// The gateway, and the messages that are on their way to it.
 pub(crate) struct Gateway {
+    config: Arc<Config>,
+    lifecycle: Arc<Lifecycle>,
+    start: Box<Start>,
     endpoint: Endpoint,
     when: HandOver,
-    answer_timeout: Duration,
     /// More than one where many slow answers are waited for.
     lines: Mutex<Vec<Line>>,
     presence: Mutex<Presence>,
@@ -51,7 +58,7 @@ pub(crate) struct Gateway {
     waiting: AtomicUsize,
     room: Notify,
     handed_over: Counter,
-    answered: Counter,
+    answered: Arc<Counter>,
     fallen_back: Counter,
 }
 
@@ -63,102 +70,26 @@ struct Line {
 }
 
 impl Gateway {
-    pub(crate) fn new(gateway: &LocalGateway, config: &Config) -> Self {
+    pub(crate) fn new(
+        gateway: &LocalGateway,
+        config: Arc<Config>,
+        lifecycle: Arc<Lifecycle>,
+        start: impl Fn(PeerName, Weak<dyn Host>) -> Option<Arc<Peer>> + Send + Sync + 'static,
+    ) -> Self {
         Self {
+            lifecycle,
+            start: Box::new(start),
             endpoint: gateway.endpoint.clone(),
             when: gateway.when,
-            answer_timeout: config.answer_timeout,
+            config,
             lines: Mutex::default(),
             presence: Mutex::default(),
             waiting: AtomicUsize::new(0),
             room: Notify::new(),
             handed_over: Counter::default(),
-            answered: Counter::default(),
+            answered: Arc::default(),
             fallen_back: Counter::default(),
         }
-    }
-
-    /// Whether it gets what arrives.
-    pub(crate) fn is_wanted(&self, handler: bool) -> bool {
-        match self.when {
-            HandOver::Always => true,
-            HandOver::WithoutHandler => !handler,
-        }
-    }
-
-    /// Whether a peer that was dialled is the gateway.
-    pub(crate) fn is(&self, name: &PeerName, link: &Link) -> bool {
-        let remote = link.remote();
-        let is_there = match self.endpoint.ip() {
-            Some(ip) => remote.ip() == ip,
-            None => false,
-        };
-        let is_loopback = self.endpoint.is_loopback() && remote.ip().is_loopback();
-        let is_called_so = matches!(name, PeerName::Endpoint(endpoint) if *endpoint == self.endpoint);
-        is_called_so || (remote.port() == self.endpoint.port() && (is_there || is_loopback))
-    }
-
-    /// Hands a message over, unless it is one that this node answers itself.
-    pub(crate) fn take(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, inbound: Inbound) -> Result<(), Rejection> {
-        // The gateway would build it, and on this host.
-        let checked = check_payload(&inbound.payload, node.config.limits);
-        if let Err(error @ (PayloadError::TooDeep { .. } | PayloadError::TooManyTerms { .. })) = checked {
-            node.not_handled(&Unhandled::Malformed(error.clone()));
-            return Err(Rejection::from(&error));
-        }
-        let taken = match inbound.kind {
-            MessageType::Ping | MessageType::NatProbe => return answer(node, &inbound),
-            _ if lock(&self.presence).is_absent(Instant::now()) => self.fall_back(node, inbound),
-            _ if frame.len() >= LARGE_FRAME => self.take_large(node, frame, inbound),
-            _ => {
-                self.hand_over(node, frame, inbound);
-                Ok(())
-            }
-        };
-        taken.map_err(|error| Rejection::from(&error))
-    }
-
-    /// Waits until there is room for more messages.
-    pub(crate) async fn room(&self) {
-        loop {
-            let freed = self.room.notified();
-            if !self.is_crowded() {
-                return;
-            }
-            freed.await;
-        }
-    }
-
-    pub(crate) fn is_crowded(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) >= MAX_AHEAD
-    }
-
-    /// A connection to it is up.
-    pub(crate) fn found(&self) {
-        lock(&self.presence).found();
-    }
-
-    /// Its answer to a message.
-    pub(crate) fn answered(&self, asker: &Asker, frame: RawFrame) {
-        // Who asked may be gone.
-        if asker.token.reply(frame.into_bytes()).is_ok() {
-            self.answered.add(1);
-        }
-    }
-
-    /// A connection that was not used for long.
-    pub(crate) fn forget(&self, peer: &Arc<Peer>) {
-        let mut lines = lock(&self.lines);
-        let idle = |line: &Line| Arc::ptr_eq(&line.peer, peer) && line.slow.load(Ordering::Relaxed) == 0;
-        if lines.iter().any(idle) {
-            lines.retain(|line| !idle(line));
-            peer.retire();
-        }
-    }
-
-    /// The task of a connection has ended.
-    pub(crate) fn gone(&self, peer: &Arc<Peer>) {
-        lock(&self.lines).retain(|line| !Arc::ptr_eq(&line.peer, peer));
     }
 
     pub(crate) fn stats(&self) -> GatewayStats {
@@ -171,28 +102,31 @@ impl Gateway {
     }
 
     /// A 0.14.3 gateway would lose it, and its transport say that it has arrived.
-    fn take_large(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, inbound: Inbound) -> Result<(), PayloadError> {
-        match node.to_fallback(inbound) {
+    fn take_large(self: &Arc<Self>, inbox: &Arc<Inbox>, frame: Bytes, inbound: Inbound) -> Result<(), PayloadError> {
+        match inbox.to_fallback(inbound) {
             Ok(()) => {
                 self.fallen_back.add(1);
             }
             Err(NotTaken::Malformed(error)) => {
-                node.not_handled(&Unhandled::Malformed(error.clone()));
+                inbox.not_handled(&Unhandled::Malformed(error.clone()));
                 return Err(error);
             }
             // Another version may read it.
-            Err(NotTaken::Absent(inbound)) => self.hand_over(node, frame, *inbound),
+            Err(NotTaken::Absent(inbound)) => self.hand_over(inbox, frame, *inbound),
         }
         Ok(())
     }
 
-    fn hand_over(self: &Arc<Self>, node: &Arc<Node>, frame: Bytes, mut inbound: Inbound) {
+    fn hand_over(self: &Arc<Self>, inbox: &Arc<Inbox>, frame: Bytes, mut inbound: Inbound) {
         let slow = matches!(inbound.kind, MessageType::RpcRequest | MessageType::Call);
         let token = inbound.reply.take().filter(|_| inbound.kind.is_answered());
         let slow = slow && token.is_some();
-        let Some((peer, waiting)) = self.line(node, slow) else { return node.not_handled(&Unhandled::NoHandler) };
-        let patience = if slow { self.answer_timeout } else { self.answer_timeout.min(SOON) };
-        let asker = token.map(|token| Arc::new(Asker { token, patience, slow: slow.then_some(waiting) }));
+        let Some((peer, waiting)) = self.line(slow) else { return inbox.not_handled(&Unhandled::NoHandler) };
+        let answer_timeout = self.config.answer_timeout;
+        let patience = if slow { answer_timeout } else { answer_timeout.min(SOON) };
+        let asker = token.map(|token| {
+            Arc::new(Asker { token, patience, slow: slow.then_some(waiting), answered: self.answered.clone() })
+        });
         let now = Instant::now();
         let message = Message { frame, kind: inbound.kind, deadline: Some(now + WITHIN), key: None };
         let Err(letter) = peer.send_now(Letter::handed_on(message, asker.clone()), now) else {
@@ -200,13 +134,13 @@ impl Gateway {
             return;
         };
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let (gateway, owner) = (self.clone(), node.clone());
+        let (gateway, owner) = (self.clone(), inbox.clone());
         let call = Call::new(move |sent| gateway.settled(&owner, inbound, asker.as_deref(), sent));
         if peer.send(letter.clone(), &call).is_ok() {
             return;
         }
         // It was not used for long, and is no longer among the lines.
-        while let Some((peer, _)) = self.line(node, false) {
+        while let Some((peer, _)) = self.line(false) {
             if peer.send(letter.clone(), &call).is_ok() {
                 return;
             }
@@ -215,17 +149,16 @@ impl Gateway {
     }
 
     /// The peer for a message. `None`: the engine is stopping.
-    fn line(&self, node: &Arc<Node>, slow: bool) -> Option<(Arc<Peer>, Arc<AtomicUsize>)> {
+    fn line(self: &Arc<Self>, slow: bool) -> Option<(Arc<Peer>, Arc<AtomicUsize>)> {
         let mut lines = lock(&self.lines);
-        if node.is_stopping() {
+        if self.lifecycle.is_stopping() {
             return None;
         }
         let waiting: Vec<_> = lines.iter().map(|line| line.slow.load(Ordering::Relaxed)).collect();
         let index = match handover::line(&waiting, slow) {
             handover::Line::Present(index) => index,
             handover::Line::New => {
-                let peer = Peer::new(PeerName::Gateway(self.endpoint.clone()), node.clone());
-                node.spawn(crate::peer::run(peer.clone()));
+                let peer = (self.start)(PeerName::Gateway(self.endpoint.clone()), Arc::downgrade(self) as _)?;
                 lines.push(Line { peer, slow: Arc::default() });
                 lines.len() - 1
             }
@@ -240,7 +173,7 @@ impl Gateway {
     /// A message that had to wait was taken, or not.
     fn settled(
         self: &Arc<Self>,
-        node: &Arc<Node>,
+        inbox: &Arc<Inbox>,
         mut inbound: Inbound,
         asker: Option<&Asker>,
         sent: Result<(), SendError>,
@@ -256,34 +189,34 @@ impl Gateway {
                 tracing::debug!(%error, gateway = %self.endpoint, "no gateway");
                 lock(&self.presence).missed(Instant::now());
                 inbound.reply = asker.and_then(|asker| asker.token.hand_on());
-                self.fall_back_later(node, inbound);
+                self.fall_back_later(inbox, inbound);
             }
-            Err(SendError::Stopped) => node.not_handled(&Unhandled::NoHandler),
-            Err(_) => node.not_handled(&Unhandled::TooMany),
+            Err(SendError::Stopped) => inbox.not_handled(&Unhandled::NoHandler),
+            Err(_) => inbox.not_handled(&Unhandled::TooMany),
         }
     }
 
     /// Its sender has been told that it was taken. If it cannot be, it is counted.
-    fn fall_back_later(self: &Arc<Self>, node: &Arc<Node>, inbound: Inbound) {
+    fn fall_back_later(self: &Arc<Self>, inbox: &Arc<Inbox>, inbound: Inbound) {
         if !is_heavy(&inbound.payload) {
-            return drop(self.fall_back(node, inbound));
+            return drop(self.fall_back(inbox, inbound));
         }
-        let (gateway, owner, sender) = (self.clone(), node.clone(), inbound.sender());
-        let decoding = node.decoding.clone();
-        node.spawn(async move {
+        let (gateway, owner, sender) = (self.clone(), inbox.clone(), inbound.sender());
+        let decoding = inbox.decoding.clone();
+        self.lifecycle.spawn(async move {
             decoding.run(sender, move || drop(gateway.fall_back(&owner, inbound))).await;
         });
     }
 
-    fn fall_back(&self, node: &Node, inbound: Inbound) -> Result<(), PayloadError> {
-        let taken = match node.to_fallback(inbound) {
+    fn fall_back(&self, inbox: &Inbox, inbound: Inbound) -> Result<(), PayloadError> {
+        let taken = match inbox.to_fallback(inbound) {
             Ok(()) => Ok(()),
             Err(NotTaken::Malformed(error)) => {
                 let why = Unhandled::Malformed(error);
-                node.not_handled(&why);
+                inbox.not_handled(&why);
                 Err(why)
             }
-            Err(NotTaken::Absent(inbound)) => node.to_handler(*inbound),
+            Err(NotTaken::Absent(inbound)) => inbox.to_handler(*inbound),
         };
         match taken {
             Ok(()) => {
@@ -296,10 +229,64 @@ impl Gateway {
     }
 }
 
+impl Forward for Arc<Gateway> {
+    fn is_wanted(&self, handler: bool) -> bool {
+        match self.when {
+            HandOver::Always => true,
+            HandOver::WithoutHandler => !handler,
+        }
+    }
+
+    fn is(&self, name: &PeerName, remote: SocketAddr) -> bool {
+        let is_there = match self.endpoint.ip() {
+            Some(ip) => remote.ip() == ip,
+            None => false,
+        };
+        let is_loopback = self.endpoint.is_loopback() && remote.ip().is_loopback();
+        let is_called_so = matches!(name, PeerName::Endpoint(endpoint) if *endpoint == self.endpoint);
+        is_called_so || (remote.port() == self.endpoint.port() && (is_there || is_loopback))
+    }
+
+    fn take(&self, inbox: &Arc<Inbox>, frame: Bytes, inbound: Inbound) -> Result<(), Rejection> {
+        let limits = self.config.limits;
+        // The gateway would build it, and on this host.
+        let checked = check_payload(&inbound.payload, limits);
+        if let Err(error @ (PayloadError::TooDeep { .. } | PayloadError::TooManyTerms { .. })) = checked {
+            inbox.not_handled(&Unhandled::Malformed(error.clone()));
+            return Err(Rejection::from(&error));
+        }
+        let taken = match inbound.kind {
+            MessageType::Ping | MessageType::NatProbe => return answer(inbox, limits, &inbound),
+            _ if lock(&self.presence).is_absent(Instant::now()) => self.fall_back(inbox, inbound),
+            _ if frame.len() >= LARGE_FRAME => self.take_large(inbox, frame, inbound),
+            _ => {
+                self.hand_over(inbox, frame, inbound);
+                Ok(())
+            }
+        };
+        taken.map_err(|error| Rejection::from(&error))
+    }
+
+    fn room(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {
+            loop {
+                let freed = self.room.notified();
+                if !self.is_crowded() {
+                    return;
+                }
+                freed.await;
+            }
+        })
+    }
+
+    fn is_crowded(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) >= MAX_AHEAD
+    }
+}
+
 /// The gateway would say that the message came from this host.
-fn answer(node: &Node, inbound: &Inbound) -> Result<(), Rejection> {
+fn answer(inbox: &Inbox, limits: Limits, inbound: &Inbound) -> Result<(), Rejection> {
     let Some(token) = &inbound.reply else { return Ok(()) };
-    let limits = node.config.limits;
     let frame = match inbound.kind {
         MessageType::NatProbe if inbound.path.is_relayed() => {
             // Only the relay knows the sender's address.
@@ -312,7 +299,31 @@ fn answer(node: &Node, inbound: &Inbound) -> Result<(), Rejection> {
     match frame {
         // Who asked may be gone.
         Some(frame) => drop(token.reply(frame)),
-        None => return Err(node.malformed()),
+        None => return Err(inbox.malformed()),
     }
     Ok(())
+}
+
+impl Host for Gateway {
+    /// It passes messages on to none.
+    fn peer(self: Arc<Self>, _: &Target<'_>) -> Option<Arc<Peer>> {
+        None
+    }
+
+    fn forget(&self, peer: &Arc<Peer>) {
+        let mut lines = lock(&self.lines);
+        let idle = |line: &Line| Arc::ptr_eq(&line.peer, peer) && line.slow.load(Ordering::Relaxed) == 0;
+        if lines.iter().any(idle) {
+            lines.retain(|line| !idle(line));
+            peer.retire();
+        }
+    }
+
+    fn gone(&self, peer: &Arc<Peer>) {
+        lock(&self.lines).retain(|line| !Arc::ptr_eq(&line.peer, peer));
+    }
+
+    fn linked(&self) {
+        lock(&self.presence).found();
+    }
 }

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use macula_peer_core::types::{Dialect, Fingerprint};
+use macula_peer_core::sync::lock;
+use macula_peer_core::types::Fingerprint;
 use macula_peer_core::x509;
 use quinn::{Connection, EndpointConfig};
 use quinn_proto::HashedConnectionIdGenerator;
@@ -19,9 +20,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{SigningKey, SingleCertAndKey};
 
 use crate::error::{IdentityError, PemError};
-use crate::succession;
-use crate::sync::lock;
-use crate::{pem, private};
+use crate::{pem, private, succession};
 
 /// The name in a certificate that we sign ourselves; macula's own have it too. Nothing checks it.
 const OWN_NAME: &str = "macula";
@@ -41,14 +40,6 @@ const REALM_EXPORTER: &[u8] = b"EXPORTER-macula-peer-realm";
 pub fn shown_key(connection: &Connection) -> Option<Fingerprint> {
     let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
     certified_key(chain.first()?)
-}
-
-/// The key of the sender of what comes over a connection. Only `macula-peer/1` binds messages to keys.
-pub(crate) fn sender_key(connection: &Connection, dialect: Dialect) -> Option<Fingerprint> {
-    match dialect {
-        Dialect::MaculaPeer1 => shown_key(connection),
-        Dialect::Macula => None,
-    }
 }
 
 /// The key that a certificate is for. `None`: it cannot be read.

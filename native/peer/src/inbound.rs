@@ -5,18 +5,17 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use bytes::Bytes;
+use macula_peer_core::errors::ReplyError;
+use macula_peer_core::events::Event;
 use macula_peer_core::requests::{RequestId, Requests};
 use macula_peer_core::shares::Client;
-use macula_peer_core::types::{Dialect, Fingerprint, Path};
+use macula_peer_core::sync::lock;
+use macula_peer_core::types::{Dialect, Fingerprint, Path, Sender};
 use macula_peer_wire::{MessageType, PayloadError};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use crate::backlog::Sender;
-use crate::error::ReplyError;
-use crate::event::Event;
 use crate::shares::{Held, Unread};
-use crate::sync::lock;
 
 /// A message that arrived.
 #[derive(Debug)]

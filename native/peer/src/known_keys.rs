@@ -10,12 +10,12 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use macula_peer_core::known_keys::{self as format, Contents, Unreadable};
+use macula_peer_core::sync::lock;
 use macula_peer_core::trust::{Changes, TofuStore};
 use macula_peer_core::types::{Fingerprint, NodeId};
 
 use crate::error::KnownKeysError;
 use crate::private;
-use crate::sync::lock;
 
 /// Beyond twice what it was when it was last written whole, and this, the file is written whole again.
 const SPARE: u64 = 1 << 20;

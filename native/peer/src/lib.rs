@@ -9,15 +9,14 @@ mod addresses;
 mod admission;
 mod backlog;
 mod call;
-mod config;
 mod congestion;
-mod counters;
+mod conn;
+mod deadline;
 mod decoding;
 mod descriptors;
 mod dial;
 mod engine;
 mod error;
-mod event;
 mod expected;
 mod frame_memory;
 mod gateway;
@@ -25,6 +24,8 @@ mod handshake;
 mod hello;
 mod identity;
 mod inbound;
+mod inbox;
+mod keys;
 mod known_keys;
 mod lifecycle;
 mod link;
@@ -32,10 +33,12 @@ mod listen;
 mod message;
 mod names;
 mod nat;
+mod net;
 mod node;
 mod peer;
 mod pem;
 mod places;
+mod pool;
 mod ports;
 mod private;
 mod punch;
@@ -43,40 +46,44 @@ mod relay;
 mod renewal;
 mod request;
 mod runtime;
+mod server;
+mod server_config;
 mod session;
 mod shares;
 mod socket;
-mod stats;
+mod standing;
+mod streams;
 mod succession;
-mod sync;
+mod surroundings;
 mod tls;
 mod transfer;
 mod transport;
 mod turns;
 
-pub use admission::{AdmissionAnswer, AdmissionCallback, AdmissionQuestion, AdmissionStats, Admit, NotAdmitted};
-pub use backlog::{Backlog, Sender, Ticket};
-pub use config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Shares};
+pub use admission::{AdmissionAnswer, AdmissionCallback, AdmissionQuestion, Admit, NotAdmitted};
+pub use backlog::{Backlog, Ticket};
 pub use engine::{Engine, Listen};
-pub use error::{IdentityError, KnownKeysError, ListenError, PemError, ReplyError, StartError, TlsError};
-pub use event::{Event, Registration};
+pub use error::{IdentityError, KnownKeysError, ListenError, PemError, StartError, TlsError};
 pub use identity::{Identity, shown_key};
 pub use inbound::{Fallback, Handler, Inbound, NotTaken, ReplyToken, Unhandled};
 pub use macula_peer_core::access::{Access, AccessList, Network, NotANetwork};
 pub use macula_peer_core::admission::Kick;
+pub use macula_peer_core::config::{Config, Delivery, HandOver, HolePunching, LocalGateway, Shares};
 pub use macula_peer_core::errors::{
-    ConnectError, Failures, PunchError, Rejection, RequestError, RouteError, SendError, UndeliveredReason,
+    ConnectError, Failures, PunchError, Rejection, ReplyError, RequestError, RouteError, SendError, UndeliveredReason,
 };
+pub use macula_peer_core::events::{Event, NatStatus, Registration};
 pub use macula_peer_core::nat::{Allocation, Filtering, Mapping, NatProfile};
 pub use macula_peer_core::proto::control::{Limit, Refusal};
+pub use macula_peer_core::stats::{
+    AcceptedStats, AdmissionStats, GatewayStats, LinkStats, Passed, PathStatus, PeerStats, RegistrationStats,
+    RelayNode, RelayStats, Stats,
+};
 pub use macula_peer_core::types::{
     Dialect, Endpoint, EndpointError, EndpointRef, Fingerprint, NodeId, NotAFingerprint, Path, PeerName, RelayConfig,
-    Secret, Target, Ways,
+    Secret, Sender, Target, Verify, Ways,
 };
 pub use message::Message;
-pub use nat::NatStatus;
 pub use peer::Waiting;
 pub use relay::clients::MAX_RELAYS;
-pub use relay::{Passed, RelayNode, RelayStats};
-pub use stats::{AcceptedStats, GatewayStats, LinkStats, PathStatus, PeerStats, RegistrationStats, Stats};
-pub use tls::{Certificate, Verify};
+pub use tls::Certificate;

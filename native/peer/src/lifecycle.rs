@@ -3,11 +3,10 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use macula_peer_core::sync::lock;
 use tokio::runtime::{EnterGuard, Handle};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
-
-use crate::sync::lock;
 
 pub(crate) struct Lifecycle {
     tasks: Mutex<JoinSet<()>>,

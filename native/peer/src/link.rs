@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::net::SocketAddr;
+use std::ops::Deref;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -14,20 +14,18 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer_core::lanes::{Choice, LARGE_FRAME, Lanes};
-use macula_peer_core::types::{self, Dialect, Fingerprint, LinkId, Path, canonical};
+use macula_peer_core::sync::{lock, now_or_never};
+use macula_peer_core::types::{self, Dialect, LinkId};
 use macula_peer_core::witness::{Mark, Witness};
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, ConnectionStats, RecvStream, SendStream, StreamId};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
+use crate::conn::Conn;
 use crate::hello;
-use crate::identity::shown_key;
-use crate::listen::Accepted;
 use crate::message::{Asker, Letter};
 use crate::socket::ExtraGuard;
-use crate::stats::LinkStats;
-use crate::sync::{lock, now_or_never};
 use crate::transfer::{Write, is_acknowledged, write_now};
 
 /// Callers write themselves while fewer bytes than this, about two packets, are unacknowledged: a lone message leaves at
@@ -73,11 +71,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const SWEEP_BATCH: usize = 256;
 
 pub(crate) struct Link {
-    pub(crate) connection: Connection,
-    pub(crate) dialect: Dialect,
-    pub(crate) path: Path,
-    /// The key that the peer showed.
-    pub(crate) shown: Option<Fingerprint>,
+    pub(crate) conn: Arc<Conn>,
     /// Requests that wait for their answer.
     pub(crate) asked: AtomicUsize,
     /// Milliseconds for which the peer may be silent because it was recently.
@@ -106,7 +100,7 @@ enum BegunBy {
     /// Ours: we end it too.
     Us,
     /// The peer's.
-    Peer(Arc<Accepted>),
+    Peer,
     /// It serves something else.
     HandedOn,
 }
@@ -199,20 +193,10 @@ pub(crate) fn link_id(connection: &Connection) -> LinkId {
 }
 
 impl Link {
-    pub(crate) fn new(
-        connection: Connection,
-        dialect: Dialect,
-        path: Path,
-        witness: Arc<Mutex<Witness>>,
-        limits: Limits,
-        answer_timeout: Duration,
-    ) -> Self {
-        let shown = shown_key(&connection);
+    /// A link over a connection that this node began.
+    pub(crate) fn new(conn: Arc<Conn>, witness: Arc<Mutex<Witness>>, limits: Limits, answer_timeout: Duration) -> Self {
         Self {
-            connection,
-            dialect,
-            path,
-            shown,
+            conn,
             asked: AtomicUsize::new(0),
             expected_silence: AtomicU64::new(0),
             probed: AtomicU64::new(u64::MAX),
@@ -230,9 +214,11 @@ impl Link {
     }
 
     /// A link over a connection that the peer began.
-    pub(crate) fn over(mut self, accepted: Arc<Accepted>) -> Self {
-        self.begun_by = BegunBy::Peer(accepted);
-        self
+    pub(crate) fn over(conn: Arc<Conn>, limits: Limits, answer_timeout: Duration) -> Self {
+        conn.allow_answers();
+        let mut link = Self::new(conn, Arc::default(), limits, answer_timeout);
+        link.begun_by = BegunBy::Peer;
+        link
     }
 
     /// The connection, to be used for something else.
@@ -247,7 +233,7 @@ impl Link {
 
     /// What decisions depend on.
     pub(crate) fn about(&self) -> types::Link {
-        let Self { dialect, path, shown, .. } = *self;
+        let Conn { dialect, path, shown, .. } = *self.conn;
         types::Link { id: link_id(&self.connection), path, dialect, dialled: self.is_dialled(), shown }
     }
 
@@ -277,8 +263,8 @@ impl Link {
     /// more, and no request waits on it for an acknowledgement.
     pub(crate) fn mark_silent(&self) {
         self.silent.send_replace(true);
-        if let BegunBy::Peer(accepted) = &self.begun_by {
-            accepted.mark_silent();
+        if matches!(self.begun_by, BegunBy::Peer) {
+            self.conn.mark_silent();
         }
     }
 
@@ -307,26 +293,6 @@ impl Link {
     /// Returns when the link is dead: given up or replaced, whether the connection is closed yet or not.
     pub(crate) async fn dead(&self) {
         raised(&self.dead).await;
-    }
-
-    pub(crate) fn stats(&self) -> LinkStats {
-        let Self { dialect, path, .. } = *self;
-        LinkStats { dialect, path, remote: self.remote(), round_trip: self.connection.rtt() }
-    }
-
-    /// Where its packets go and come from.
-    pub(crate) fn remote(&self) -> SocketAddr {
-        match (&self.begun_by, self.path) {
-            (_, Path::Relay(relay)) => relay,
-            (BegunBy::Peer(accepted), _) => accepted.remote(),
-            // Who is dialled stays where it is.
-            (BegunBy::Us | BegunBy::HandedOn, _) => canonical(self.connection.remote_address()),
-        }
-    }
-
-    /// The key of who sends what comes over the link. Only `macula-peer/1` binds messages to keys.
-    pub(crate) fn key(&self) -> Option<Fingerprint> {
-        self.shown.filter(|_| self.dialect == Dialect::MaculaPeer1)
     }
 
     pub(crate) fn is_asked(&self) -> bool {
@@ -590,6 +556,14 @@ impl Link {
 
     fn out(&self) -> MutexGuard<'_, Out> {
         lock(&self.out)
+    }
+}
+
+impl Deref for Link {
+    type Target = Conn;
+
+    fn deref(&self) -> &Conn {
+        &self.conn
     }
 }
 

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use macula_peer_core::counter::Counter;
 use macula_peer_core::types::Fingerprint;
-use macula_peer_wire::MessageType;
+use macula_peer_wire::{MessageType, RawFrame};
 
 use crate::inbound::ReplyToken;
 
@@ -98,6 +99,18 @@ pub(crate) struct Asker {
     pub(crate) patience: Duration,
     /// Slow answers that are waited for, this one among them.
     pub(crate) slow: Option<Arc<AtomicUsize>>,
+    /// Counts the answers.
+    pub(crate) answered: Arc<Counter>,
+}
+
+impl Asker {
+    /// Passes the gateway's answer on.
+    pub(crate) fn answer(&self, frame: RawFrame) {
+        // The asker may be gone.
+        if self.token.reply(frame.into_bytes()).is_ok() {
+            self.answered.add(1);
+        }
+    }
 }
 
 impl Drop for Asker {

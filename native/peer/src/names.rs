@@ -12,10 +12,9 @@ use std::time::Instant;
 
 use macula_peer_core::descriptors;
 use macula_peer_core::names::{Ask, Names};
+use macula_peer_core::sync::lock;
 use thiserror::Error;
 use tokio::sync::watch;
-
-use crate::sync::lock;
 
 /// The default of macOS for all threads but the first: enough for its resolver, and for glibc's, which needs less.
 const STACK: usize = 512 << 10;

@@ -12,25 +12,27 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 use std::{io, mem};
 
+use macula_peer_core::config::{Config, HolePunching};
 use macula_peer_core::coordinate::is_local;
-use macula_peer_core::nat::{NatProfile, Observations, Unsolicited};
+use macula_peer_core::events::{Event, NatStatus};
+use macula_peer_core::nat::{Description, NatProfile, Observations, Unsolicited};
 use macula_peer_core::proto::signal::{AnswerFrom, Body, Key, MAX_LEN, Signal, Unverified};
 use macula_peer_core::punch::MAX_CANDIDATES;
 use macula_peer_core::retry::Backoff;
 use macula_peer_core::shares::Bucket;
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Endpoint, canonical};
 use tokio::net::UdpSocket;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
-use crate::config::HolePunching;
-use crate::event::Event;
-use crate::node::Node;
+use crate::inbox::Inbox;
+use crate::lifecycle::Lifecycle;
+use crate::net::Net;
 use crate::relay::client::Probed;
-use crate::relay::registration::Description;
+use crate::relay::clients::Clients;
 use crate::socket::{AFTER_ERROR, Received, Socket};
-use crate::sync::lock;
 
 /// A node registers at all its relays at once, and they answer within a round trip of each other, or a lost packet later.
 const SETTLE: Duration = Duration::from_millis(500);
@@ -72,19 +74,6 @@ const WAITING: usize = 64;
 /// A host's addresses beyond these are not told: each costs a peer packets.
 const MAX_LOCAL: usize = 16;
 
-/// What a node knows of the NAT that it is behind.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NatStatus {
-    /// How it maps and filters.
-    pub profile: NatProfile,
-    /// Where others see the one socket. `None`: no relay has told.
-    pub observed: Option<SocketAddr>,
-    /// The addresses that the host itself has for the one socket, without those that only it or its link knows.
-    pub local: Vec<SocketAddr>,
-    /// When it was last found out.
-    pub since: Option<SystemTime>,
-}
-
 /// The node's side of it.
 #[derive(Default)]
 pub(crate) struct Nat {
@@ -125,9 +114,9 @@ impl Nat {
         }
     }
 
-    pub(crate) fn status(&self, node: &Node) -> NatStatus {
+    pub(crate) fn status(&self, net: &Net) -> NatStatus {
         let Found { profile, observed, since } = lock(&self.found).clone();
-        let local = local_addresses(interfaces().unwrap_or_default(), &node.socket());
+        let local = local_addresses(interfaces().unwrap_or_default(), &net.socket());
         NatStatus { profile, observed, local, since }
     }
 
@@ -147,9 +136,20 @@ impl Nat {
     }
 }
 
+/// What finds it out.
+pub(crate) struct Detection {
+    pub(crate) config: Arc<Config>,
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) net: Arc<Net>,
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) clients: Arc<Clients>,
+    pub(crate) nat: Arc<Nat>,
+    pub(crate) description: watch::Sender<Option<Description>>,
+}
+
 /// Finds it out whenever that is wanted, until the engine stops.
-pub(crate) async fn run(node: Arc<Node>) {
-    let mut stopping = node.stopping();
+pub(crate) async fn run(node: Arc<Detection>) {
+    let mut stopping = node.lifecycle.stopping();
     let look = async {
         let (mut answered, mut pace, mut retry) = (true, Pace::new(), Backoff::new(RETRY, LONGEST_RETRY));
         loop {
@@ -202,7 +202,7 @@ impl Pace {
 }
 
 /// Waits for the relays that are being dialled: two tell more than one.
-async fn settle(node: &Node) {
+async fn settle(node: &Detection) {
     let more = async {
         while node.clients.is_registering() {
             node.nat.wanted.notified().await;
@@ -212,7 +212,7 @@ async fn settle(node: &Node) {
 }
 
 /// The port that the NAT gives to a new socket: a contiguous one gives the next ones to those that follow.
-pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> {
+pub(crate) async fn sample(node: &Detection, relay: &Endpoint) -> Option<SocketAddr> {
     let probed = node.clients.probed_relay(relay)?;
     let mut asking = Asking::new(node, vec![probed]);
     let by = asking.open().ok()?;
@@ -221,12 +221,12 @@ pub(crate) async fn sample(node: &Node, relay: &Endpoint) -> Option<SocketAddr> 
 }
 
 /// False if no relay answered.
-async fn look(node: &Node) -> bool {
+async fn look(node: &Detection) -> bool {
     let (elsewhere, usual) =
-        node.clients.probed().into_iter().partition(|probed| node.ports.is_elsewhere(probed.relay));
+        node.clients.probed().into_iter().partition(|probed| node.net.ports.is_elsewhere(probed.relay));
     try_usual_port(node, elsewhere).await;
     // The others do not see the main socket's mapping, and what it sends them does not arrive.
-    let relays = chosen(usual, &node.socket());
+    let relays = chosen(usual, &node.net.socket());
     if node.config.hole_punching == HolePunching::Off {
         // What the NAT is like is for direct paths alone.
         node.description.send_if_modified(|known| known.replace(Description::default()).is_none());
@@ -250,7 +250,7 @@ async fn look(node: &Node) -> bool {
     true
 }
 
-fn found(node: &Node, found: Found) {
+fn found(node: &Detection, found: Found) {
     let news = {
         let mut known = lock(&node.nat.found);
         let news = (known.profile, known.observed) != (found.profile, found.observed);
@@ -258,14 +258,14 @@ fn found(node: &Node, found: Found) {
         news
     };
     if news {
-        node.event(Event::Nat(node.nat.status(node)));
+        node.inbox.event(Event::Nat(node.nat.status(&node.net)));
     }
 }
 
 /// Checks whether relays that answered only packets from another port of this node now answer the usual one. If so,
 /// packets to them leave by it again, and they see this node there with the next packet.
-async fn try_usual_port(node: &Node, mut relays: Vec<Probed>) {
-    let due = node.ports.to_check(relays.iter().map(|probed| probed.relay));
+async fn try_usual_port(node: &Detection, mut relays: Vec<Probed>) {
+    let due = node.net.ports.to_check(relays.iter().map(|probed| probed.relay));
     relays.retain(|probed| due.contains(&probed.relay));
     if relays.is_empty() {
         return;
@@ -275,17 +275,17 @@ async fn try_usual_port(node: &Node, mut relays: Vec<Probed>) {
     let mut probes: Vec<_> = all.filter_map(|relay| asking.probe(MAIN, relay, At::Relay, None)).collect();
     let answers = asking.ask(&mut probes, FIRST_PATIENCE).await;
     for (probe, _) in probes.iter().zip(answers).filter(|(_, answer)| answer.is_some()) {
-        node.ports.return_to_usual(probe.to);
+        node.net.ports.return_to_usual(probe.to);
         // This sends the profile again, so the relay gets a packet now.
         node.description.send_modify(|_| ());
     }
 }
 
 /// Has the relays told what others need to know.
-fn describe(node: &Node, profile: NatProfile) {
+fn describe(node: &Detection, profile: NatProfile) {
     let candidates = node
         .nat
-        .local_addresses(interfaces(), &node.socket())
+        .local_addresses(interfaces(), &node.net.socket())
         .into_iter()
         .filter(|to| is_local(*to))
         .take(MAX_CANDIDATES);
@@ -311,7 +311,7 @@ fn chosen(mut relays: Vec<Probed>, socket: &Socket) -> Vec<Probed> {
 }
 
 /// `None`: no relay answers.
-async fn find_out(node: &Node, relays: Vec<Probed>) -> Option<Found> {
+async fn find_out(node: &Detection, relays: Vec<Probed>) -> Option<Found> {
     let mut asking = Asking::new(node, relays);
 
     let mut main = Vec::new();
@@ -398,7 +398,7 @@ const MAIN: usize = 0;
 
 /// Sockets that ask relays, until it is dropped.
 struct Asking<'a> {
-    node: &'a Node,
+    node: &'a Detection,
     socket: Arc<Socket>,
     relays: Vec<Probed>,
     keys: Vec<Key>,
@@ -467,10 +467,10 @@ struct Heard {
 }
 
 impl<'a> Asking<'a> {
-    fn new(node: &'a Node, relays: Vec<Probed>) -> Self {
+    fn new(node: &'a Detection, relays: Vec<Probed>) -> Self {
         let (hear, heard) = mpsc::channel(WAITING);
         let keys = relays.iter().map(|probed| Key::from(&probed.probes.secret)).collect();
-        Self { node, socket: node.socket(), relays, keys, new: Vec::new(), hearing: JoinSet::new(), heard, hear }
+        Self { node, socket: node.net.socket(), relays, keys, new: Vec::new(), hearing: JoinSet::new(), heard, hear }
     }
 
     /// Another socket; its number.
@@ -675,7 +675,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(2));
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let sampled = || runtime.block_on(sample(node.node(), &endpoint));
+        let sampled = || runtime.block_on(sample(&node.node().detection, &endpoint));
         let (one, two) = (sampled().unwrap(), sampled().unwrap());
         assert!(one.ip().is_loopback() && one != two && one.port() != node.local_address().unwrap().port());
         relay.stop();

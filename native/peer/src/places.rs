@@ -4,13 +4,12 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use macula_peer_core::counter::Counter;
 use macula_peer_core::places::{self, Arrival, Over, PlaceLimits};
 use macula_peer_core::proto::codes::connection::OVER_LIMIT;
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::Fingerprint;
 use quinn::Connection;
-
-use crate::counters::Counter;
-use crate::sync::lock;
 
 /// The places of a node.
 pub(crate) struct Places {

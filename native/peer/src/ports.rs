@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use macula_peer_core::source_port::{Failed, Kept, SourcePorts, silence};
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::canonical;
+use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::node::Node;
 use crate::socket::{ExtraGuard, Socket};
-use crate::sync::lock;
 
 /// How many destinations may have their own port at once. Each is an open file, and is read whenever something arrives.
 const MAX_PORTS: usize = 32;
@@ -89,12 +89,12 @@ impl Ports {
 }
 
 /// Closes ports that are of no use any more, until the engine stops.
-pub(crate) async fn run(node: Arc<Node>) {
-    let mut stopping = node.stopping();
+/// `due` is called when the usual one should be tried for a destination.
+pub(crate) async fn run(ports: Arc<Ports>, due: impl Fn(), mut stopping: watch::Receiver<bool>) {
     loop {
         tokio::select! {
-            () = sleep(LOOK_EVERY) => if node.ports.look() {
-                node.nat.look();
+            () = sleep(LOOK_EVERY) => if ports.look() {
+                due();
             },
             // Also if it was said before this task first ran.
             _ = stopping.wait_for(|stopping| *stopping) => return,

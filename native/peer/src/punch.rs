@@ -8,12 +8,15 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::config::{Config, HolePunching};
 use macula_peer_core::coordinate::{DESCRIBED_WITHIN, is_local};
 use macula_peer_core::errors::{CircuitError, ConnectError, PunchError};
+use macula_peer_core::nat::Description;
 use macula_peer_core::proto::control::{GivenUp, Refusal};
 use macula_peer_core::proto::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
 use macula_peer_core::punch::{self, Action, Punch, Role, Setup, Strategy};
 use macula_peer_core::shares::{Client, Limits};
+use macula_peer_core::sync::lock;
 use macula_peer_core::targets::network;
 use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName, canonical};
 use socket2::SockRef;
@@ -22,15 +25,16 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, sleep_until, timeout};
 
-use crate::config::HolePunching;
-use crate::expected::{EXPECTED_FOR, Expectation};
+use crate::descriptors;
+use crate::expected::{EXPECTED_FOR, Expectation, Expected};
+use crate::keys::{Keys, Said};
 use crate::link::Link;
-use crate::node::{Node, Said};
-use crate::relay::registration::{Description, PunchSession};
+use crate::nat::{self, Detection};
+use crate::net::Net;
+use crate::relay::clients::Clients;
+use crate::relay::registration::PunchSession;
 use crate::shares::{Held, Shares};
 use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via};
-use crate::sync::lock;
-use crate::{descriptors, nat};
 
 /// Attempts that this node has begun and takes part in at once, and as many that others have begun: each is some hundred
 /// packets in three seconds.
@@ -64,6 +68,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// What the other node is told.
 /// The attempts that are being made.
 pub(crate) struct Puncher {
+    config: Arc<Config>,
+    net: Arc<Net>,
+    keys: Arc<Keys>,
+    clients: Arc<Clients>,
+    expected: Arc<Expected>,
+    detection: Arc<Detection>,
     /// By the id in their signals. At most `MAX_SESSIONS` of each role.
     sessions: Mutex<HashMap<u64, Session>>,
     /// Of those that others have begun.
@@ -97,15 +107,24 @@ enum HeardBy {
     Extra(u16),
 }
 
-impl Default for Puncher {
-    fn default() -> Self {
-        let hard = || Arc::new(Semaphore::new(MAX_HARD_SESSIONS));
-        let (sessions, asked) = (Mutex::default(), Shares::new(ASKED));
-        Self { sessions, asked, hard: hard(), hard_asked: hard(), hard_had: Mutex::default() }
-    }
-}
-
 impl Puncher {
+    pub(crate) fn new(detection: Arc<Detection>, keys: Arc<Keys>, expected: Arc<Expected>) -> Arc<Self> {
+        let hard = || Arc::new(Semaphore::new(MAX_HARD_SESSIONS));
+        Arc::new(Self {
+            config: detection.config.clone(),
+            net: detection.net.clone(),
+            keys,
+            clients: detection.clients.clone(),
+            expected,
+            detection,
+            sessions: Mutex::default(),
+            asked: Shares::new(ASKED),
+            hard: hard(),
+            hard_asked: hard(),
+            hard_had: Mutex::default(),
+        })
+    }
+
     /// A place among the attempts with hundreds of sockets or packets.
     fn hard(&self, role: Role, network: IpAddr) -> Option<OwnedSemaphorePermit> {
         if role == Role::Initiator {
@@ -148,7 +167,7 @@ impl Session {
 
 /// A session in the table, as long as it lasts.
 struct Entry {
-    node: Arc<Node>,
+    puncher: Arc<Puncher>,
     id: u64,
     session: Session,
     /// If the other node has begun it.
@@ -157,7 +176,7 @@ struct Entry {
 
 impl Entry {
     fn new(
-        node: &Arc<Node>,
+        puncher: &Arc<Puncher>,
         id: u64,
         key: Key,
         peer: Role,
@@ -166,49 +185,49 @@ impl Entry {
         let (heard, waiting) = mpsc::channel(MAX_HEARD);
         let session = Session { key, peer, heard };
         let share = match peer {
-            Role::Initiator => Some(node.puncher.asked.take(who, 1).map_err(|_| PunchError::Busy)?),
+            Role::Initiator => Some(puncher.asked.take(who, 1).map_err(|_| PunchError::Busy)?),
             Role::Responder => None,
         };
-        let mut sessions = lock(&node.puncher.sessions);
+        let mut sessions = lock(&puncher.sessions);
         let begun = sessions.values().filter(|session| session.peer == Role::Responder).count();
         if sessions.contains_key(&id) || share.is_none() && begun >= MAX_SESSIONS {
             return Err(PunchError::Busy);
         }
         sessions.insert(id, session.clone());
         drop(sessions);
-        Ok((Self { node: node.clone(), id, session, _share: share }, waiting))
+        Ok((Self { puncher: puncher.clone(), id, session, _share: share }, waiting))
     }
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        lock(&self.node.puncher.sessions).remove(&self.id);
+        lock(&self.puncher.sessions).remove(&self.id);
     }
 }
 
 /// A direct link to a node, with the help of a relay that both are registered at.
 pub(crate) async fn initiate(
-    node: Arc<Node>,
+    puncher: Arc<Puncher>,
     relay: Endpoint,
     target: NodeId,
     key: Option<Fingerprint>,
 ) -> Result<Link, PunchError> {
-    if node.config.hole_punching == HolePunching::Off {
+    if puncher.config.hole_punching == HolePunching::Off {
         return Err(PunchError::Skipped);
     }
-    let described = async { node.description.subscribe().wait_for(Option::is_some).await.is_ok() };
+    let described = async { puncher.detection.description.subscribe().wait_for(Option::is_some).await.is_ok() };
     // Without it the attempt may be of the wrong kind, and still succeed.
     let _ = timeout(DESCRIBED_WITHIN, described).await;
-    let session = ask(&node, &relay, &target).await?;
+    let session = ask(&puncher, &relay, &target).await?;
     let (peer, shown) = (session.coordinate.address, session.coordinate.key);
-    let mut attempt = Attempt::new(&node, session, &relay).await?;
+    let mut attempt = Attempt::new(&puncher, session, &relay).await?;
     let found = attempt.run().await.and_then(|found| found.ok_or(PunchError::TimedOut));
     attempt.session.tell_result(found.as_ref().map(drop).map_err(GivenUp::from));
     let (via, address) = found?;
     tracing::debug!(node = ?target, %peer, ?via, %address, "direct path found");
     let mut moves = attempt.moves.clone();
     let extra = attempt.keep(via, address);
-    let connecting = node.dialer().dial_punched(address);
+    let connecting = puncher.net.dial_punched(address);
     let link = tokio::select! {
         connected = timeout(CONNECT_TIMEOUT, connecting) => connected.unwrap_or(Err(ConnectError::TimedOut)),
         // The path was the old socket's. The sender is the node's.
@@ -221,15 +240,16 @@ pub(crate) async fn initiate(
         return Err(PunchError::Connect(ConnectError::Untrusted));
     }
     let admitted =
-        timeout(CONNECT_TIMEOUT, node.admit(&PeerName::Node(target), Said { key, registered: true }, link)).await;
+        timeout(CONNECT_TIMEOUT, puncher.keys.admit(&PeerName::Node(target), Said { key, registered: true }, link))
+            .await;
     admitted.unwrap_or(Err(ConnectError::TimedOut)).map_err(PunchError::Connect)
 }
 
-async fn ask(node: &Arc<Node>, relay: &Endpoint, target: &NodeId) -> Result<PunchSession, PunchError> {
+async fn ask(puncher: &Arc<Puncher>, relay: &Endpoint, target: &NodeId) -> Result<PunchSession, PunchError> {
     let give_up = Instant::now() + DESCRIBED_WITHIN;
     let mut pause = ASK_AGAIN;
     loop {
-        match node.clients.punch(node, relay, target).await {
+        match puncher.clients.punch(relay, target).await {
             Err(CircuitError::Refused(Refusal::NotReady)) if Instant::now() < give_up => sleep(pause).await,
             asked => return Ok(asked?),
         }
@@ -238,11 +258,11 @@ async fn ask(node: &Arc<Node>, relay: &Endpoint, target: &NodeId) -> Result<Punc
 }
 
 /// Lets another node find a direct path to this one.
-pub(crate) async fn respond(node: Arc<Node>, mut session: PunchSession, relay: Endpoint) {
-    if node.config.hole_punching == HolePunching::Off {
+pub(crate) async fn respond(puncher: Arc<Puncher>, mut session: PunchSession, relay: Endpoint) {
+    if puncher.config.hole_punching == HolePunching::Off {
         return session.tell_result(Err(GivenUp::NotAllowed));
     }
-    let mut attempt = match Attempt::new(&node, session, &relay).await {
+    let mut attempt = match Attempt::new(&puncher, session, &relay).await {
         Ok(attempt) => attempt,
         Err(error) => return tracing::debug!(%error, "no attempt to find a direct path"),
     };
@@ -271,7 +291,7 @@ struct Beginning {
 
 /// One session on its way.
 struct Attempt {
-    node: Arc<Node>,
+    puncher: Arc<Puncher>,
     socket: Arc<Socket>,
     session: PunchSession,
     entry: Entry,
@@ -300,13 +320,13 @@ enum Extra {
 
 impl Attempt {
     /// Otherwise the other node is told why not.
-    async fn new(node: &Arc<Node>, mut session: PunchSession, relay: &Endpoint) -> Result<Self, PunchError> {
+    async fn new(puncher: &Arc<Puncher>, mut session: PunchSession, relay: &Endpoint) -> Result<Self, PunchError> {
         // Before the socket is looked at.
-        let moves = node.moves();
-        match Self::begin(node, &mut session, relay).await {
+        let moves = puncher.net.moves();
+        match Self::begin(puncher, &mut session, relay).await {
             Ok(Beginning { entry, heard, punch, hard }) => Ok(Self {
-                node: node.clone(),
-                socket: node.socket(),
+                puncher: puncher.clone(),
+                socket: puncher.net.socket(),
                 entry,
                 heard,
                 role: session.coordinate.role,
@@ -326,7 +346,11 @@ impl Attempt {
         }
     }
 
-    async fn begin(node: &Arc<Node>, session: &mut PunchSession, relay: &Endpoint) -> Result<Beginning, PunchError> {
+    async fn begin(
+        puncher: &Arc<Puncher>,
+        session: &mut PunchSession,
+        relay: &Endpoint,
+    ) -> Result<Beginning, PunchError> {
         let coordinate = &session.coordinate;
         if !is_of_one(coordinate.address) {
             return Err(CircuitError::NotARelay.into());
@@ -335,18 +359,19 @@ impl Attempt {
         let id = signal_id(coordinate.session_id.as_bytes());
         let key = Key::from(&Secret::from(coordinate.secret));
         let ip = coordinate.address.ip();
-        let (entry, heard) = Entry::new(node, id, key, other(role), Client::new(coordinate.key, ip))?;
-        let Description { profile: ours, candidates: own } = node.description.borrow().clone().unwrap_or_default();
-        let allowed = node.config.hole_punching == HolePunching::On;
+        let (entry, heard) = Entry::new(puncher, id, key, other(role), Client::new(coordinate.key, ip))?;
+        let Description { profile: ours, candidates: own } =
+            puncher.detection.description.borrow().clone().unwrap_or_default();
+        let allowed = puncher.config.hole_punching == HolePunching::On;
         let strategy = Strategy::choose(&ours, &theirs, allowed);
         let hard = match strategy {
             Strategy::BirthdayOpen | Strategy::BirthdayProbe => {
-                Some(node.puncher.hard(role, network(ip)).ok_or(PunchError::Busy)?)
+                Some(puncher.hard(role, network(ip)).ok_or(PunchError::Busy)?)
             }
             _ => None,
         };
         if strategy.predicts(&ours)
-            && let Some(last) = nat::sample(node, relay).await
+            && let Some(last) = nat::sample(&puncher.detection, relay).await
         {
             session.tell_ports(ours.predict(last.port()));
         }
@@ -502,7 +527,7 @@ impl Attempt {
             punch::Via::Main => None,
         };
         let (key, connected) = (self.session.coordinate.key, self.connected.clone());
-        self.expected.extend(self.node.expected.expect(from, key, extra, connected));
+        self.expected.extend(self.puncher.expected.expect(from, key, extra, connected));
     }
 
     /// Has QUIC's packets take the path that was proven, which need not be the one that was heard last. The other sockets are

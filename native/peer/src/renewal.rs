@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
+use macula_peer_core::sync::lock;
 use ring::digest::{Context, Digest, SHA256};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::pem;
-use crate::sync::lock;
 
 /// How often files are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(2);

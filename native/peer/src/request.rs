@@ -10,20 +10,20 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use macula_peer_core::errors::{Rejection, RequestError};
+use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::proto::codes::stream::{REQUEST_FORGOTTEN, WRONG_NODE};
 use macula_peer_core::proto::session::{REQUEST, put_header};
 use macula_peer_core::requests::RequestId;
-use macula_peer_core::types::{Dialect, NodeId};
+use macula_peer_core::types::{Dialect, NodeId, Sender};
 use macula_peer_wire::{FrameError, HEADER_LEN, RawFrame};
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 
-use crate::backlog::Sender;
 use crate::call::Call;
-use crate::decoding::{Decoding, is_heavy};
+use crate::deadline::deadline;
+use crate::decoding::Decoding;
 use crate::hello;
 use crate::link::Link;
 use crate::message::Letter;
-use crate::sync::deadline;
 use crate::transfer::is_acknowledged;
 
 /// A peer that takes this long to answer, and says nothing else, is asked for a sign of life: nothing would show otherwise

@@ -3,8 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use macula_peer_core::shares::{Client, Counts, Exceeded, Limits};
-
-use crate::sync::lock;
+use macula_peer_core::sync::lock;
 
 /// What clients may have at the same time, of one kind.
 #[derive(Debug, Clone)]

@@ -18,6 +18,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use macula_peer_core::sending::Fault;
+use macula_peer_core::sync::lock;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use socket2::{Domain, Protocol, Type};
@@ -26,7 +27,6 @@ use tokio::net::UdpSocket;
 use tokio::sync::broadcast;
 
 use crate::addresses::{Addresses, Proof};
-use crate::sync::lock;
 
 pub(crate) use self::extras::ExtraId;
 use self::extras::{AddExtraError, Extra, Extras};

@@ -3,12 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use macula_peer_core::types::{Dialect, Fingerprint};
+use macula_peer_core::types::{Dialect, Fingerprint, Verify};
 use macula_peer_core::x509;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{verify_server_cert_signed_by_trust_anchor, verify_server_name};
+use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor, verify_server_name};
 use rustls::crypto::{
     CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature_with_raw_key,
 };
@@ -24,8 +23,7 @@ use rustls::{
 };
 
 use crate::error::{ListenError, PemError, TlsError};
-use crate::identity::Identity;
-use crate::identity::certified_key;
+use crate::identity::{Identity, certified_key};
 use crate::pem;
 use crate::renewal::{FromFiles, Renew};
 
@@ -49,40 +47,6 @@ pub enum Certificate {
         /// The key of the leaf, PKCS#8, PKCS#1 or SEC1.
         key: PathBuf,
     },
-}
-
-/// Whose certificate is good enough. That the other side holds the key of the certificate it shows is checked always.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum Verify {
-    /// Any. Between nodes that run this library each knows the other's key, and a node id belongs to the key that it was
-    /// first seen with; a 0.14.3 peer may be anybody.
-    #[default]
-    FirstSeen,
-    /// Any, and nothing is made of it.
-    None,
-    /// One with a key of these. Who connects must show one, so 0.14.3 clients cannot.
-    Pin(Vec<Fingerprint>),
-    /// One that leads to a certificate authority of this PEM file, and is for the host that was dialled. Who connects
-    /// must show one, for any name.
-    CaFile(PathBuf),
-    /// The same, but a peer that is dialled may also show one for any name.
-    CaFileAnyName(PathBuf),
-}
-
-impl Verify {
-    /// Whether not everybody is let in.
-    pub(crate) fn is_strict(&self) -> bool {
-        matches!(self, Self::Pin(_) | Self::CaFile(_) | Self::CaFileAnyName(_))
-    }
-
-    /// Whether the other end of a link in this dialect may be anybody.
-    pub(crate) fn leaves_open(&self, dialect: Dialect) -> bool {
-        match self {
-            Self::FirstSeen => dialect == Dialect::Macula,
-            Self::None => true,
-            Self::Pin(_) | Self::CaFile(_) | Self::CaFileAnyName(_) => false,
-        }
-    }
 }
 
 /// TLS for dialling.

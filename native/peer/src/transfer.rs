@@ -4,10 +4,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer_core::growth::Growth;
+use macula_peer_core::sync::now_or_never;
 use quinn::{Chunk, ReadError, RecvStream, SendStream};
 use tokio::time::{sleep, timeout};
-
-use crate::sync::now_or_never;
 
 /// How long an answer may be written without progress, before the peer counts as one that does not read.
 pub(crate) const WRITE_TIMEOUT: Duration = Duration::from_secs(30);

@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
+use macula_peer_core::config::Config;
 use quinn::TransportConfig;
-
-use crate::config::Config;
 
 /// A client that is silent during the handshake is dropped after this long. QUIC's handshake takes one and a half round
 /// trips.

@@ -5,16 +5,11 @@
 
 use std::hash::Hash;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
+use macula_peer_core::sync::lock;
 use macula_peer_core::turns::Turns;
 use tokio::sync::oneshot;
 use tokio::task::yield_now;
-
-use crate::sync::lock;
-
-/// How long a task works before it waits for a turn, which lasts about as long.
-pub(crate) const QUANTUM: Duration = Duration::from_micros(100);
 
 /// Those who wait for a turn.
 #[derive(Debug)]

@@ -1,8 +1,8 @@
 use std::ops::Range;
 
+use crate::limits::Limits;
+use crate::terms::count_terms;
 use rmp::Marker;
-
-use crate::{Limits, count_terms};
 
 /// The most elements that room is made for before they are there. Without such a bound containers
 /// inside one another could each claim room for all the bytes that follow, multiplying a small

@@ -2,7 +2,10 @@ use std::io;
 
 use rmp::encode as msgpack;
 
-use crate::{HEADER_LEN, Limits, MessageType, VERSION, count_terms};
+use crate::frame::VERSION;
+use crate::limits::{HEADER_LEN, Limits};
+use crate::message_type::MessageType;
+use crate::terms::count_terms;
 
 /// Writes one frame into a buffer, value by value, in the order of the wire.
 ///

@@ -1,7 +1,6 @@
-use crate::{Build, Limits, MessageType, PayloadError, decode_payload};
-
-/// Length of a frame's header in bytes.
-pub const HEADER_LEN: usize = 8;
+use crate::decode::{Build, PayloadError, decode_payload};
+use crate::limits::{HEADER_LEN, Limits};
+use crate::message_type::MessageType;
 
 /// The protocol version, the first byte of every frame.
 pub const VERSION: u8 = 1;

@@ -23,8 +23,8 @@ pub mod value;
 
 pub use decode::{Build, PayloadError, check_payload, decode_payload};
 pub use encode::{EncodeError, FrameWriter};
-pub use frame::{FrameError, HEADER_LEN, Header, VERSION, decode};
-pub use limits::{Limits, MAX_DEPTH_CEILING, MAX_FRAME_CEILING};
+pub use frame::{FrameError, Header, VERSION, decode};
+pub use limits::{HEADER_LEN, Limits, MAX_DEPTH_CEILING, MAX_FRAME_CEILING};
 pub use message_type::{MessageType, Required};
 pub use reassembly::{RawFrame, Reassembler};
 pub use terms::count_terms;

@@ -1,4 +1,5 @@
-use crate::HEADER_LEN;
+/// Length of a frame's header in bytes.
+pub const HEADER_LEN: usize = 8;
 
 /// No [`Limits::max_depth`] above this has an effect: [`value`](crate::value) works by recursion, and
 /// what terms become may do so too.

@@ -1,9 +1,9 @@
 use std::collections::VecDeque;
 use std::mem;
 
+use crate::frame::{FrameError, Header};
+use crate::limits::{HEADER_LEN, Limits};
 use bytes::{Buf, Bytes, BytesMut};
-
-use crate::{FrameError, HEADER_LEN, Header, Limits};
 
 /// Cuts a stream of bytes, arriving in whatever pieces, into frames.
 ///

@@ -3,7 +3,11 @@
 
 use std::ops::Range;
 
-use crate::{Build, EncodeError, FrameError, FrameWriter, Limits, MessageType};
+use crate::decode::Build;
+use crate::encode::{EncodeError, FrameWriter};
+use crate::frame::FrameError;
+use crate::limits::Limits;
+use crate::message_type::MessageType;
 
 /// Writes a frame of type `ty` with `value` as its payload, and returns its bytes. Required fields
 /// are not asked for.

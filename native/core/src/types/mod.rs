@@ -7,6 +7,8 @@ mod link;
 mod peer;
 mod relay_config;
 mod secret;
+mod sender;
+mod verify;
 mod ways;
 
 pub use dialect::Dialect;
@@ -16,4 +18,6 @@ pub use link::{Link, LinkId};
 pub use peer::{NodeId, Path, PeerName};
 pub use relay_config::RelayConfig;
 pub use secret::Secret;
+pub use sender::Sender;
+pub use verify::Verify;
 pub use ways::Ways;

@@ -4,15 +4,14 @@ use std::sync::Arc;
 
 use macula_peer_core::errors::Rejection;
 use macula_peer_core::growth::Growth;
-use macula_peer_core::types::PeerName;
+use macula_peer_core::heavy::is_heavy;
+use macula_peer_core::types::{PeerName, Sender};
 use macula_peer_wire::RawFrame;
 use quinn::RecvStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::Peer;
-use crate::backlog::Sender;
-use crate::decoding::is_heavy;
 use crate::inbound::Inbound;
 use crate::link::Link;
 use crate::transfer;
@@ -46,7 +45,7 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
     let mut growth = Growth::default();
     let without_growth = peer.node.config.frame_timeout;
     while let Some(Ok(Some(chunk))) = transfer::read(&mut receive, usize::MAX, &mut growth, without_growth).await {
-        peer.node.room(Sender::new(link.key(), link.remote())).await;
+        peer.node.inbox.room(Sender::new(link.key(), link.remote())).await;
         frames.push(chunk.bytes);
         loop {
             match frames.next_frame() {
@@ -62,7 +61,7 @@ async fn read_answer(peer: Arc<Peer>, link: Arc<Link>, mut receive: RecvStream, 
                 }
                 Ok(None) => break,
                 Err(_) => {
-                    peer.node.counters.malformed.add(1);
+                    peer.node.inbox.malformed();
                     return;
                 }
             }
@@ -85,13 +84,13 @@ pub(super) fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) -> Result<(),
             Ok(())
         }
         // Its answer to this very node: it is not told what it said.
-        name if peer.node.is_gateway(name, link) => peer.node.deliver_here(frame, inbound),
-        _ => peer.node.deliver(frame, inbound),
+        name if peer.node.inbox.is_gateway(name, link.remote()) => peer.node.inbox.deliver_here(frame, inbound),
+        _ => peer.node.inbox.deliver(frame, inbound),
     }
 }
 
 pub(super) async fn hand_over_heavy(peer: Arc<Peer>, link: Arc<Link>, frame: RawFrame) {
-    let decoding = peer.node.decoding.clone();
+    let decoding = peer.node.inbox.decoding.clone();
     let sender = Sender::new(link.key(), link.remote());
     // It is counted.
     let _ = decoding.run(sender, move || hand_over(&peer, &link, frame)).await;

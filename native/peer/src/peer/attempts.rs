@@ -9,10 +9,9 @@ use macula_peer_core::types::{Fingerprint, PeerName};
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::timeout_at;
 
+use crate::conn::Conn;
 use crate::link::Link;
-use crate::listen::Accepted;
-use crate::node::Node;
-use crate::punch;
+use crate::surroundings::Surroundings;
 
 type Attempted = Result<Link, Ended>;
 
@@ -27,7 +26,7 @@ impl Attempts {
     /// Begins to dial, to ask for a circuit or to punch.
     pub(super) fn begin(
         &mut self,
-        node: &Arc<Node>,
+        node: &Arc<Surroundings>,
         name: &PeerName,
         id: AttemptId,
         attempt: Attempt,
@@ -50,7 +49,7 @@ impl Attempts {
                 });
             }
             (Attempt::Punch(relay), PeerName::Node(target)) => {
-                let punch = punch::initiate(node, relay, target.clone(), key);
+                let punch = node.punch(relay, target.clone(), key);
                 self.spawn(id, async move { punch.await.map_err(Ended::NotPunched) });
             }
             // Only a node is reached by relays, and connections are adopted by `adopt`.
@@ -61,10 +60,10 @@ impl Attempts {
     /// Waits until a connection that the peer began allows streams.
     pub(super) fn adopt(
         &mut self,
-        node: &Arc<Node>,
+        node: &Arc<Surroundings>,
         name: &PeerName,
         id: AttemptId,
-        accepted: Arc<Accepted>,
+        accepted: Arc<Conn>,
         key: Option<Fingerprint>,
         until: Instant,
     ) {

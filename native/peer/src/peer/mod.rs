@@ -13,26 +13,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
 
+use macula_peer_core::config::Delivery;
+use macula_peer_core::counter::Counter;
 use macula_peer_core::errors::{Failures, RequestError, SendError, UndeliveredReason};
+use macula_peer_core::events::Event;
 use macula_peer_core::knowledge::Knowledge;
 use macula_peer_core::queue::{Queue, Queued};
-use macula_peer_core::types::{Dialect, Fingerprint, Path, PeerName, Ways};
+use macula_peer_core::stats::{PathStatus, PeerStats};
+use macula_peer_core::sync::lock;
+use macula_peer_core::types::{Dialect, Fingerprint, Path, PeerName, Target, Ways};
 use macula_peer_wire::RawFrame;
 use quinn::Connection;
+use space::{Counts, Space};
 use tokio::sync::Notify;
 
 use crate::call::{Call, Cancel};
-use crate::config::Delivery;
-use crate::counters::PeerCounters;
-use crate::event::Event;
+use crate::conn::LinkOwner;
 use crate::link::{DIRECT_WRITES, Link, Partial, Written};
 use crate::message::Letter;
-use crate::node::Node;
 use crate::request;
 use crate::session::send::Session;
-use crate::stats::{PathStatus, PeerStats};
-use crate::sync::lock;
-use space::{Counts, Space};
+use crate::surroundings::Surroundings;
 
 pub(crate) use task::run;
 
@@ -45,7 +46,8 @@ const KEPT_BESIDE: usize = 128;
 
 pub(crate) struct Peer {
     pub(crate) name: PeerName,
-    node: Arc<Node>,
+    node: Arc<Surroundings>,
+    host: Weak<dyn Host>,
     state: Mutex<State>,
     wake: Notify,
     /// Milliseconds of the node's clock at the last use.
@@ -118,6 +120,36 @@ impl Waiting {
     }
 }
 
+#[derive(Debug, Default)]
+struct PeerCounters {
+    pub(crate) sent: Counter,
+    pub(crate) acknowledged: Counter,
+    pub(crate) received: Counter,
+    pub(crate) failed: Counter,
+    pub(crate) dials: Counter,
+}
+
+/// Who keeps a peer.
+pub(crate) trait Host: Send + Sync {
+    /// The peer of another name. `None`: the engine is stopping, or there are no others.
+    fn peer(self: Arc<Self>, target: &Target<'_>) -> Option<Arc<Peer>>;
+
+    /// Retires an idle peer, unless it was used meanwhile.
+    fn forget(&self, peer: &Arc<Peer>);
+
+    /// The task of a peer has ended.
+    fn gone(&self, peer: &Arc<Peer>);
+
+    /// A link to a peer is up.
+    fn linked(&self) {}
+}
+
+impl LinkOwner for Peer {
+    fn heard(&self) {
+        Self::heard(self);
+    }
+}
+
 /// The peer has left the pool: look it up again.
 pub(crate) struct Retired;
 
@@ -136,7 +168,7 @@ enum Given {
 }
 
 impl Peer {
-    pub(crate) fn new(name: PeerName, node: Arc<Node>) -> Arc<Self> {
+    pub(crate) fn new(name: PeerName, node: Arc<Surroundings>, host: Weak<dyn Host>) -> Arc<Self> {
         let known = match &name {
             PeerName::Endpoint(endpoint) | PeerName::Gateway(endpoint) => Knowledge::of(endpoint.clone()),
             PeerName::Node(_) => Knowledge::default(),
@@ -158,6 +190,7 @@ impl Peer {
         let peer = Arc::new(Self {
             name,
             node,
+            host,
             state: Mutex::new(state),
             wake: Notify::new(),
             used: AtomicU64::new(0),
@@ -377,7 +410,7 @@ impl Peer {
     fn expected_key(&self) -> Option<Fingerprint> {
         let PeerName::Node(node) = &self.name else { return None };
         let shown = lock(&self.state).link.as_ref().and_then(|link| link.shown);
-        shown.or_else(|| self.named_key()).or_else(|| self.node.known_key(node))
+        shown.or_else(|| self.named_key()).or_else(|| self.node.keys.known_key(node))
     }
 
     /// The key that callers or a lookup name.
@@ -475,12 +508,12 @@ impl Peer {
     fn undelivered(&self, count: u64, reason: UndeliveredReason) {
         if count > 0 {
             self.counters.failed.add(count);
-            self.node.undelivered(Event::Undelivered { peer: self.name.clone(), count, reason }, count);
+            self.node.inbox.undelivered(Event::Undelivered { peer: self.name.clone(), count, reason }, count);
         }
     }
 
     fn touch(&self, now: Instant) {
-        self.used.store(self.node.clock(now), Ordering::Relaxed);
+        self.used.store(self.node.lifecycle.clock(now), Ordering::Relaxed);
     }
 }
 
@@ -582,6 +615,7 @@ mod tests {
     use macula_peer_wire::{Limits, MessageType};
 
     use super::*;
+    use crate::pool::Pool;
     use crate::relay::testing::PATIENCE;
     use crate::socket::{Refused, Why};
     use crate::{Config, Engine, Listen, Message, NodeId};
@@ -642,7 +676,7 @@ mod tests {
         let (answer, answered) = mpsc::channel();
         client.send(&target, message.clone(), move |sent| answer.send(sent).unwrap());
         answered.recv_timeout(PATIENCE).unwrap().unwrap();
-        let peer = client.node().peer(&target).unwrap();
+        let peer = Pool::peer(&client.node().pool, &target).unwrap();
         // Not in doubt, which it may be for a moment on a slow machine: from then on this link is kept.
         until("it is acknowledged", || peer.stats().unacknowledged_bytes == 0 && lock(&peer.state).link.is_some());
         let connection = lock(&peer.state).link.clone().unwrap().connection.clone();
@@ -651,7 +685,7 @@ mod tests {
         let no_route = Some(ConnectError::NoRoute);
         until("a dial has failed", || {
             let destination = connection.remote_address();
-            let _ = client.node().refusals.send(Refused { destination, why: Why::NoRoute });
+            let _ = client.node().net.refusals.send(Refused { destination, why: Why::NoRoute });
             peer.path().failures.direct == no_route
         });
         sleep(Duration::from_millis(50));

@@ -7,10 +7,15 @@ use std::sync::{Arc, MutexGuard};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use macula_peer_core::config::Delivery;
 use macula_peer_core::errors::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
+use macula_peer_core::events::Event;
+use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::link_state::{self, Action, Demand, LinkState, Offer, Want};
+use macula_peer_core::nat::Description;
 use macula_peer_core::queue::{GivenUp, OWED_WITHOUT_DEADLINE, Queued, distinct};
 use macula_peer_core::race::{self, Attempt, AttemptId, Ended, Tries};
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::{self, Dialect, LinkId, Path, PeerName, Target};
 use quinn::{ConnectionError, RecvStream, SendStream};
 use tokio::sync::{broadcast, watch};
@@ -21,18 +26,14 @@ use super::answers::{LARGE_ANSWERS, hand_over, hand_over_heavy, read_answers};
 use super::attempts::Attempts;
 use super::space::Space;
 use super::{Given, Job, Peer, State, Who};
-use crate::config::Delivery;
-use crate::decoding::is_heavy;
-use crate::event::Event;
+use crate::conn::Conn;
+use crate::deadline::deadline;
 use crate::link::{Answered, Link, Partial, Swept, Written, link_id};
-use crate::listen::{Accepted, serve_link};
 use crate::message::Letter;
-use crate::node::Node;
-use crate::relay::registration::Description;
 use crate::request;
 use crate::session::send::{Progress, Taken};
 use crate::socket::{Refused, Why, refused};
-use crate::sync::{deadline, lock};
+use crate::surroundings::Surroundings;
 
 /// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
 const SWEEP_EVERY: Duration = Duration::from_millis(10);
@@ -50,7 +51,9 @@ struct LeavePool(Arc<Peer>);
 
 impl Drop for LeavePool {
     fn drop(&mut self) {
-        self.0.node.gone(&self.0);
+        if let Some(host) = self.0.host.upgrade() {
+            host.gone(&self.0);
+        }
         let (queue, partials) = {
             let mut state = lock(&self.0.state);
             (state.retired, state.ended) = (true, true);
@@ -71,7 +74,7 @@ struct Task {
     offered: Option<Arc<Link>>,
     attempts: Attempts,
     /// Connections that the peer began, as they were last offered to `life`.
-    began: Vec<Arc<Accepted>>,
+    began: Vec<Arc<Conn>>,
     /// It gets the messages instead.
     legacy_relay: Option<Arc<Peer>>,
     /// When the oldest unacknowledged message was written.
@@ -119,10 +122,10 @@ struct RequestOutcome {
 pub(crate) async fn run(peer: Arc<Peer>) {
     let _leaves = LeavePool(peer.clone());
     let now = Instant::now();
-    let refusals = peer.node.refusals.subscribe();
+    let refusals = peer.node.net.refusals.subscribe();
     let description = peer.node.description.subscribe();
     let race = race::Setup { to_node: peer.name.node().is_some(), connect_timeout: peer.node.config.connect_timeout };
-    let own = peer.node.identity.fingerprint();
+    let own = peer.node.keys.identity.fingerprint();
     let task = Task {
         peer,
         life: LinkState::new(link_state::Setup { own, race }, now),
@@ -150,7 +153,7 @@ pub(crate) async fn run(peer: Arc<Peer>) {
 impl Task {
     async fn run(mut self) {
         let peer = self.peer.clone();
-        let mut stopping = peer.node.stopping();
+        let mut stopping = peer.node.lifecycle.stopping();
         loop {
             let now = Instant::now();
             self.look_after(now);
@@ -250,11 +253,11 @@ impl Task {
         }
         let offers = if matches!(want, Want::Link | Want::OtherKey) { self.offers() } else { Vec::new() };
         let node = self.node();
-        let bound = self.peer.name.node().is_some_and(|name| node.known_key(name).is_some());
-        let mut own_relays = node.clients.standing();
+        let bound = self.peer.name.node().is_some_and(|name| node.keys.known_key(name).is_some());
+        let mut own_relays = node.keys.standing.relays();
         own_relays.extend_from_slice(&node.config.relays);
         let relay = match self.life.link().map(|link| link.path) {
-            Some(Path::Relay(relay)) => node.clients.relay_at(relay),
+            Some(Path::Relay(relay)) => node.relay_at(relay),
             _ => None,
         };
         let tries = {
@@ -281,8 +284,8 @@ impl Task {
         };
         let mut offers = Vec::new();
         for key in distinct(sought.into_iter().flatten().chain(self.peer.expected_key())) {
-            for accepted in self.node().accepted_from(key) {
-                let id = link_id(accepted.connection());
+            for accepted in self.node().accepted.from(key) {
+                let id = link_id(&accepted.connection);
                 let dialect = Dialect::MaculaPeer1;
                 let link = types::Link { id, path: accepted.path, dialect, dialled: false, shown: Some(key) };
                 offers.push(self.offer(link));
@@ -330,7 +333,8 @@ impl Task {
             Action::Retire => self.retire_link(),
             Action::Replace => self.replace_link(),
             Action::PassOn(relay) => {
-                self.legacy_relay = self.node().peer(&Target::Endpoint(relay.as_ref()));
+                let host = self.peer.host.upgrade();
+                self.legacy_relay = host.and_then(|host| host.peer(&Target::Endpoint(relay.as_ref())));
                 if self.legacy_relay.is_none() {
                     self.life.not_passed_on();
                 }
@@ -344,14 +348,14 @@ impl Task {
             Action::Failures(failures) => lock(&self.peer.state).failures = failures,
             Action::Path(path) => {
                 let (peer, failures) = (self.peer.name.clone(), lock(&self.peer.state).failures.clone());
-                self.node().event(Event::Path { peer, path, failures });
+                self.node().inbox.event(Event::Path { peer, path, failures });
             }
         }
     }
 
     /// Uses a connection that the peer began: at once, if it allows streams.
     fn adopt(&mut self, id: AttemptId, connection: LinkId, until: Instant) {
-        let accepted = self.began.iter().find(|accepted| link_id(accepted.connection()) == connection).cloned();
+        let accepted = self.began.iter().find(|accepted| link_id(&accepted.connection) == connection).cloned();
         let Some(accepted) = accepted else { return self.attempted(id, Err(Ended::NotAdopted)) };
         let key = self.peer.named_key();
         match self.node().adopt_now(&self.peer.name, &accepted, key) {
@@ -380,12 +384,12 @@ impl Task {
 
     fn next_look(&self, now: Instant) -> Instant {
         let state = lock(&self.peer.state);
-        let idle = self.node().instant(self.peer.last_used()) + self.node().config.idle_timeout;
+        let idle = self.node().lifecycle.instant(self.peer.last_used()) + self.node().config.idle_timeout;
         // Past, it waits for whatever is not over yet.
         let idle = if idle > now { idle } else { now + self.node().config.idle_timeout };
         let unproven = self.life.is_suspect() || (self.link.is_some() && self.peer.counts.held() > 0);
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
-        let leaves = state.retired || self.node().is_stopping();
+        let leaves = state.retired || self.node().lifecycle.is_stopping();
         let read_by = self.read_by.filter(|&at| leaves && at > now);
         let times = [read_by, state.queue.expiry(), sweep, self.answers_until, self.life.next_timeout(now)];
         times.into_iter().flatten().fold(idle, Instant::min)
@@ -435,7 +439,7 @@ impl Task {
     fn has_relays(&self) -> bool {
         let ways = lock(&self.peer.state).known.ways();
         let known = !ways.relays.is_empty() || !ways.last_resorts.is_empty();
-        known || !self.node().config.relays.is_empty() || !self.node().clients.standing().is_empty()
+        known || !self.node().config.relays.is_empty() || !self.node().keys.standing.relays().is_empty()
     }
 
     fn start_partials(&mut self) {
@@ -505,7 +509,7 @@ impl Task {
             Dialect::Macula => None,
         };
         let target = self.peer.name.node().cloned();
-        let decoding = self.node().decoding.clone();
+        let decoding = self.node().inbox.decoding.clone();
         let exchange = request::run(link.clone(), target, named, call.clone(), message, decoding);
         self.peer.counters.sent.add(1);
         let asked = Space::asked(&self.peer.counts);
@@ -587,11 +591,11 @@ impl Task {
         let Some(link) = self.offered.take() else { return };
         tracing::debug!(peer = %self.peer.name, dialect = link.dialect.alpn(), path = ?link.path, "link up");
         match &self.peer.name {
-            PeerName::Gateway(_) => self.node().gateway_found(),
-            _ => self.node().counted_unverified(link.dialect),
+            PeerName::Gateway(_) => self.peer.host.upgrade().into_iter().for_each(|host| host.linked()),
+            _ => self.node().keys.counted_unverified(link.dialect),
         }
         // What was refused before says nothing about this link.
-        self.refusals = self.node().refusals.subscribe();
+        self.refusals = self.node().net.refusals.subscribe();
         link.expect_silence(self.life.expected_silence(now));
         self.answers_until = None;
         self.peer.touch(now);
@@ -619,7 +623,8 @@ impl Task {
         if link.dialect == Dialect::MaculaPeer1 && link.is_dialled() {
             self.helpers.spawn(read_answers(self.peer.clone(), link.clone()));
             if let PeerName::Node(_) = self.peer.name {
-                self.helpers.spawn(serve_link(self.node().clone(), Arc::downgrade(&self.peer), link));
+                let owner = Arc::downgrade(&self.peer) as _;
+                self.helpers.spawn(self.node().clone().serve(link.conn.clone(), owner));
                 // Its key may not have been known before.
                 self.peer.arrived();
             }
@@ -678,7 +683,7 @@ impl Task {
     /// another path.
     fn wrong_node(&mut self) {
         if let (PeerName::Node(node), Some(shown)) = (&self.peer.name, self.link.as_ref().and_then(|link| link.shown)) {
-            self.node().disown(node, shown);
+            self.node().keys.disown(node, shown);
         }
         self.link_died();
     }
@@ -775,7 +780,7 @@ impl Task {
         for Answered { frame, asker } in answers {
             self.peer.counters.received.add(1);
             match asker {
-                Some(asker) => self.node().gateway_answered(&asker, frame),
+                Some(asker) => asker.answer(frame),
                 None if is_heavy(frame.payload()) => {
                     self.heavy_answers.spawn(hand_over_heavy(self.peer.clone(), link.clone(), frame));
                 }
@@ -904,17 +909,20 @@ impl Task {
 
     /// Whether the task has nothing more to do, for good.
     fn is_done(&mut self, now: Instant) -> bool {
-        if self.node().is_stopping() {
+        if self.node().lifecycle.is_stopping() {
             let is_quiet = self.is_quiet(&lock(&self.peer.state));
             return self.life.is_drained(is_quiet, now);
         }
         let idle = self.node().config.idle_timeout;
         let mut state = lock(&self.peer.state);
         // Evicted, it keeps the deadlines of what it has.
-        if !state.retired && self.is_quiet(&state) && now >= self.node().instant(self.peer.last_used()) + idle {
+        if !state.retired && self.is_quiet(&state) && now >= self.node().lifecycle.instant(self.peer.last_used()) + idle
+        {
             drop(state);
             // Retires the peer unless somebody has used it meanwhile.
-            self.node().forget(&self.peer);
+            if let Some(host) = self.peer.host.upgrade() {
+                host.forget(&self.peer);
+            }
             state = lock(&self.peer.state);
         }
         state.ended = state.retired && self.is_quiet(&state);
@@ -958,7 +966,7 @@ impl Task {
         self.undelivered((left + accepted) as u64, UndeliveredReason::Stopped);
     }
 
-    fn node(&self) -> &Arc<Node> {
+    fn node(&self) -> &Arc<Surroundings> {
         &self.peer.node
     }
 }

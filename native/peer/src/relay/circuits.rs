@@ -5,25 +5,24 @@
 //! it never repeats.
 
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::future::Future;
 use std::io::{self, IoSliceMut};
-use std::mem;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
+use std::{fmt, mem};
 
 use bytes::Bytes;
 use macula_peer_core::proto::packet::{Fit, Joiner, SplitBy, Splitter, parse};
+use macula_peer_core::sync::{lock, now_or_never};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Connection, Endpoint, EndpointConfig, SendDatagramError, ServerConfig, UdpPoller, VarInt};
 use tokio::sync::Notify;
 
 use crate::runtime::BatchingRuntime;
-use crate::sync::{lock, now_or_never};
 
 /// Where circuits seem to be: the first 64 bits of a local address (RFC 4193) that is never on any wire.
 const PREFIX: [u16; 4] = [0xfd6d, 0x6163, 0x756c, 0x6100];

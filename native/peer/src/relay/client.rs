@@ -11,16 +11,15 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use macula_peer_core::errors::{CircuitError, ConnectError};
 use macula_peer_core::liveness::Liveness;
+use macula_peer_core::nat::Description;
 use macula_peer_core::proto::control::{Id, Probes};
 use macula_peer_core::registration::{self, Action, Registrant, RegistrationState, RelayEvent};
+use macula_peer_core::sync::lock;
 use quinn::{ClientConfig, Connection, ServerConfig};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::registration::{
-    Description, Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms, at,
-};
-use crate::sync::lock;
+use super::registration::{Handle, IncomingCircuit, PunchSession, Registration, Serving, Successions, Terms, at};
 
 /// How often another circuit is asked for when one ends before there is a connection over it: the other node may just have
 /// registered anew.

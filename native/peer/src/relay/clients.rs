@@ -6,25 +6,26 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hashbrown::HashMap;
+use macula_peer_core::config::Config;
 use macula_peer_core::errors::{CircuitError, ConnectError};
+use macula_peer_core::events::{Event, Registration};
+use macula_peer_core::nat::Description;
 use macula_peer_core::proto::control::{Id, MAX_SUCCESSIONS_LEN};
 use macula_peer_core::registration::{RegistrationState, RelayEvent};
-use macula_peer_core::types::{Endpoint, NodeId, Path};
+use macula_peer_core::stats::RegistrationStats;
+use macula_peer_core::sync::lock;
+use macula_peer_core::types::{Endpoint, NodeId};
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, Connection, TransportConfig};
-use tokio::time::timeout;
+use quinn::{ClientConfig, Connection, ServerConfig, TransportConfig};
+use tokio::sync::watch;
 
 use super::client::{Probed, RelayClient, Settings};
 use super::registration::{IncomingCircuit, PunchSession};
-use crate::addresses::Remote;
-use crate::config::Config;
-use crate::event::{Event, Registration};
-use crate::listen::{self, Admission};
-use crate::node::Node;
-use crate::punch;
-use crate::stats::RegistrationStats;
-use crate::sync::lock;
-use crate::transport::{DIALLED_WINDOW, HANDSHAKE_TIMEOUT, KNOWN_PATH_ROUND_TRIP, STREAM_WINDOW, set_idle_timeout};
+use crate::inbox::Inbox;
+use crate::keys::Keys;
+use crate::lifecycle::Lifecycle;
+use crate::net::Net;
+use crate::transport::{DIALLED_WINDOW, KNOWN_PATH_ROUND_TRIP, STREAM_WINDOW, set_idle_timeout};
 
 /// Relays used at once, standing ones included. Each is a connection of some 40 KB. Those that callers name and that are
 /// not used go by themselves.
@@ -36,19 +37,54 @@ const UNUSED_FOR: Duration = Duration::from_secs(60);
 /// How long an endpoint that is no relay is taken for none. A gateway need not be asked anew for each node.
 const NOT_A_RELAY_FOR: Duration = Duration::from_secs(60);
 
+/// What the clients use of the node.
+pub(crate) struct Handles {
+    pub(crate) config: Arc<Config>,
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) net: Arc<Net>,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) description: watch::Receiver<Option<Description>>,
+}
+
+/// For connections over circuits.
+pub(crate) struct CircuitTls {
+    pub(crate) client: QuicClientConfig,
+    pub(crate) server: ServerConfig,
+}
+
+/// What else is to be done when something comes from a relay.
+pub(crate) struct Hooks {
+    /// This node is registered: what its NAT does is to be found out.
+    pub(crate) registered: Box<dyn Fn() + Send + Sync>,
+    /// A relay sees this node at another address.
+    pub(crate) moved: Box<dyn Fn() + Send + Sync>,
+    /// Another node looks for a direct path to this one.
+    pub(crate) punch: Box<dyn Fn(PunchSession, Endpoint) + Send + Sync>,
+    /// Another node connects over a circuit.
+    pub(crate) circuit: Box<dyn Fn(IncomingCircuit) + Send + Sync>,
+}
+
 pub(crate) struct Clients {
+    config: Arc<Config>,
+    lifecycle: Arc<Lifecycle>,
+    net: Arc<Net>,
+    keys: Arc<Keys>,
+    inbox: Arc<Inbox>,
+    description: watch::Receiver<Option<Description>>,
+    hooks: Hooks,
     table: RwLock<HashMap<Endpoint, Arc<RelayClient>>>,
-    /// Who this node is at its standing relays.
-    standing: Mutex<Option<(NodeId, Vec<Endpoint>)>>,
     /// Endpoints that turned out to be no relays, and when.
     not_relays: Mutex<HashMap<Endpoint, Instant>>,
     /// TLS for connections over circuits.
     client: ClientConfig,
-    admission: Admission,
+    /// How others that come over circuits are let in.
+    server: ServerConfig,
 }
 
 impl Clients {
-    pub(crate) fn new(client: QuicClientConfig, admission: Admission, config: &Config) -> Self {
+    pub(crate) fn new(handles: Handles, tls: CircuitTls, hooks: Hooks) -> Arc<Self> {
+        let Handles { config, lifecycle, net, keys, inbox, description } = handles;
         let mut transport = TransportConfig::default();
         transport
             .initial_rtt(KNOWN_PATH_ROUND_TRIP)
@@ -59,21 +95,16 @@ impl Clients {
             // Raised when it is known who the peer is.
             .max_concurrent_bidi_streams(0u8.into())
             .max_concurrent_uni_streams(0u8.into());
-        set_idle_timeout(&mut transport, config);
-        let mut client = ClientConfig::new(Arc::new(client));
+        set_idle_timeout(&mut transport, &config);
+        let mut client = ClientConfig::new(Arc::new(tls.client));
         client.transport_config(Arc::new(transport));
-        Self { table: RwLock::default(), standing: Mutex::default(), not_relays: Mutex::default(), client, admission }
-    }
-
-    /// How other nodes are let in that come by ways of which a relay knows.
-    pub(crate) fn admission(&self) -> &Admission {
-        &self.admission
+        let (table, not_relays, server) = (RwLock::default(), Mutex::default(), tls.server);
+        Arc::new(Self { config, lifecycle, net, keys, inbox, description, hooks, table, not_relays, client, server })
     }
 
     /// A connection to a node through a relay, and the relay's address.
     pub(crate) async fn connect(
-        &self,
-        node: &Arc<Node>,
+        self: &Arc<Self>,
         relay: &Endpoint,
         target: &NodeId,
     ) -> Result<(Connection, SocketAddr), CircuitError> {
@@ -84,10 +115,10 @@ impl Clients {
             return Err(CircuitError::NotARelay);
         }
         loop {
-            let client = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
+            let client = self.client(relay, None).ok_or(CircuitError::Stopped)?;
             match client.connect(&target).await {
                 // It had just ended, unused, and is out of the table by now.
-                Err(CircuitError::Stopped) if !node.is_stopping() => tokio::task::yield_now().await,
+                Err(CircuitError::Stopped) if !self.lifecycle.is_stopping() => tokio::task::yield_now().await,
                 Err(CircuitError::NotARelay) => {
                     self.remember_not(relay);
                     return Err(CircuitError::NotARelay);
@@ -100,13 +131,12 @@ impl Clients {
 
     /// An attempt to find a direct path to a node, of which a relay has told it.
     pub(crate) async fn punch(
-        &self,
-        node: &Arc<Node>,
+        self: &Arc<Self>,
         relay: &Endpoint,
         target: &NodeId,
     ) -> Result<PunchSession, CircuitError> {
         let Some(target) = Id::new(target.to_bytes()) else { return Err(CircuitError::NotRegistered) };
-        let client = self.client(node, relay, None).ok_or(CircuitError::Stopped)?;
+        let client = self.client(relay, None).ok_or(CircuitError::Stopped)?;
         client.punch(&target).await
     }
 
@@ -126,11 +156,9 @@ impl Clients {
     }
 
     /// Keeps this node registered at these relays, and no others.
-    pub(crate) fn register(&self, node: &Arc<Node>, name: Option<NodeId>, relays: Vec<Endpoint>) {
+    pub(crate) fn register(self: &Arc<Self>, name: Option<NodeId>, relays: Vec<Endpoint>) {
         let id = name.as_ref().and_then(|name| Id::new(name.to_bytes()));
-        let standing = name.map(|name| (name, relays.clone()));
-        let before = std::mem::replace(&mut *lock(&self.standing), standing);
-        let before = before.map_or_else(Vec::new, |(_, relays)| relays);
+        let before = self.keys.standing.replace(name.map(|name| (name, relays.clone())));
         for relay in before.iter().filter(|relay| !relays.contains(relay)) {
             let removed = self.table.write().unwrap_or_else(PoisonError::into_inner).remove(relay);
             if let Some(client) = removed {
@@ -138,18 +166,8 @@ impl Clients {
             }
         }
         for relay in &relays {
-            self.client(node, relay, id.clone());
+            self.client(relay, id.clone());
         }
-    }
-
-    /// The relays that this node is to be registered at.
-    pub(crate) fn standing(&self) -> Vec<Endpoint> {
-        lock(&self.standing).as_ref().map_or_else(Vec::new, |(_, relays)| relays.clone())
-    }
-
-    /// What to do with the name that this node has at its standing relays.
-    pub(crate) fn with_name<T>(&self, look: impl FnOnce(Option<&NodeId>) -> T) -> T {
-        look(lock(&self.standing).as_ref().map(|(name, _)| name))
     }
 
     pub(crate) fn stats(&self) -> Vec<RegistrationStats> {
@@ -193,14 +211,14 @@ impl Clients {
     }
 
     /// The client for a relay. `None` when the engine is stopping, or when there are too many.
-    fn client(&self, node: &Arc<Node>, relay: &Endpoint, standing: Option<Id>) -> Option<Arc<RelayClient>> {
+    fn client(self: &Arc<Self>, relay: &Endpoint, standing: Option<Id>) -> Option<Arc<RelayClient>> {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let found = table.get(relay).cloned();
         let client = match found {
             Some(client) => client,
-            None if node.is_stopping() || table.len() >= MAX_RELAYS => return None,
+            None if self.lifecycle.is_stopping() || table.len() >= MAX_RELAYS => return None,
             None => {
-                let client = self.start(node, relay);
+                let client = self.start(relay);
                 table.insert(relay.clone(), client.clone());
                 client
             }
@@ -211,31 +229,30 @@ impl Clients {
         Some(client)
     }
 
-    fn start(&self, node: &Arc<Node>, relay: &Endpoint) -> Arc<RelayClient> {
-        let weak = Arc::downgrade(node);
-        let own = Bytes::copy_from_slice(node.identity.fingerprint().as_bytes());
-        let name = lock(&self.standing).as_ref().map(|(name, _)| name.to_bytes());
+    fn start(self: &Arc<Self>, relay: &Endpoint) -> Arc<RelayClient> {
+        let weak = Arc::downgrade(self);
+        let own = Bytes::copy_from_slice(self.keys.identity.fingerprint().as_bytes());
+        let name = self.keys.standing.with_name(|name| name.map(NodeId::to_bytes));
         let settings = Settings {
             dial: Box::new(dialling(weak.clone(), relay.clone())),
             // A fingerprint and a name are valid ids.
             node_id: Id::new(name.unwrap_or_else(|| own.clone())).unwrap_or_else(|| unreachable!()),
-            realm_secret: node.config.realm_secret.as_ref().map(|secret| Bytes::copy_from_slice(secret.as_bytes())),
+            realm_secret: self.config.realm_secret.as_ref().map(|secret| Bytes::copy_from_slice(secret.as_bytes())),
             successions: Box::new(successions(weak.clone())),
             client: self.client.clone(),
-            server: Some((*self.admission.config).clone()),
-            timeout: node.config.connect_timeout,
+            server: Some(self.server.clone()),
+            timeout: self.config.connect_timeout,
             idle: UNUSED_FOR,
             on_event: Arc::new(telling(weak.clone(), relay.clone())),
-            on_incoming: Box::new(serving(weak.clone(), self.admission.clone())),
+            on_incoming: Box::new(accepting(weak.clone())),
             on_punch: Box::new(punching(weak, relay.clone())),
-            description: node.description.subscribe(),
+            description: self.description.clone(),
         };
         let client = RelayClient::new(settings);
-        let (served, node, relay) = (client.clone(), node.clone(), relay.clone());
-        let owner = node.clone();
-        owner.spawn(async move {
+        let (served, clients, relay) = (client.clone(), self.clone(), relay.clone());
+        self.lifecycle.spawn(async move {
             served.clone().run().await;
-            let mut table = node.clients.table.write().unwrap_or_else(PoisonError::into_inner);
+            let mut table = clients.table.write().unwrap_or_else(PoisonError::into_inner);
             if table.get(&relay).is_some_and(|current| Arc::ptr_eq(current, &served)) {
                 table.remove(&relay);
             }
@@ -245,41 +262,45 @@ impl Clients {
 }
 
 /// As many as a message takes.
-fn successions(node: Weak<Node>) -> impl Fn() -> Vec<Bytes> + Send + Sync {
+fn successions(clients: Weak<Clients>) -> impl Fn() -> Vec<Bytes> + Send + Sync {
     move || {
         let mut len = 0;
         let fits = |statement: &Bytes| {
             len += statement.len();
             len <= MAX_SUCCESSIONS_LEN
         };
-        node.upgrade().map_or_else(Vec::new, |node| node.identity.successions().into_iter().take_while(fits).collect())
+        clients
+            .upgrade()
+            .map_or_else(Vec::new, |clients| clients.keys.identity.successions().into_iter().take_while(fits).collect())
     }
 }
 
-fn dialling(node: Weak<Node>, relay: Endpoint) -> impl Fn() -> super::client::Dialling + Send + Sync {
+fn dialling(clients: Weak<Clients>, relay: Endpoint) -> impl Fn() -> super::client::Dialling + Send + Sync {
     move || {
-        let (node, relay) = (node.clone(), relay.clone());
+        let (clients, relay) = (clients.clone(), relay.clone());
         Box::pin(async move {
-            let node = node.upgrade().ok_or(ConnectError::Unreachable)?;
-            let until = Instant::now() + node.config.connect_timeout;
-            node.dial_relay(relay, until).await
+            let clients = clients.upgrade().ok_or(ConnectError::Unreachable)?;
+            let until = Instant::now() + clients.config.connect_timeout;
+            let link = clients.net.dial_relay(relay, until).await?;
+            clients.keys.counted_unverified(link.dialect);
+            Ok(link.into_connection())
         })
     }
 }
 
-fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sync {
+fn telling(clients: Weak<Clients>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sync {
     move |event| {
-        let Some(node) = node.upgrade() else { return };
+        let Some(clients) = clients.upgrade() else { return };
         let relay = relay.clone();
         match event {
-            RelayEvent::Moved { .. } => node.nat.moved(),
-            RelayEvent::Registered { .. } => node.nat.look(),
+            RelayEvent::Moved { .. } => (clients.hooks.moved)(),
+            RelayEvent::Registered { .. } => (clients.hooks.registered)(),
             _ => {}
         }
-        node.event(match event {
+        clients.inbox.event(match event {
             RelayEvent::Moved { .. } => return,
             RelayEvent::Ended => {
-                node.tell(Event::Registration { relay, state: Registration::Lost });
+                clients.inbox.tell(Event::Registration { relay, state: Registration::Lost });
                 return;
             }
             RelayEvent::Disputed => {
@@ -298,31 +319,18 @@ fn telling(node: Weak<Node>, relay: Endpoint) -> impl Fn(RelayEvent) + Send + Sy
     }
 }
 
-fn punching(node: Weak<Node>, relay: Endpoint) -> impl Fn(PunchSession) + Send + Sync {
+fn punching(clients: Weak<Clients>, relay: Endpoint) -> impl Fn(PunchSession) + Send + Sync {
     move |session| {
-        if let Some(node) = node.upgrade() {
-            let (owner, mut stopping, relay) = (node.clone(), node.stopping(), relay.clone());
-            owner.spawn(async move {
-                tokio::select! {
-                    () = punch::respond(node, session, relay) => {}
-                    _ = stopping.wait_for(|stopping| *stopping) => {}
-                }
-            });
+        if let Some(clients) = clients.upgrade() {
+            (clients.hooks.punch)(session, relay.clone());
         }
     }
 }
 
-fn serving(node: Weak<Node>, admission: Admission) -> impl Fn(IncomingCircuit) + Send + Sync {
+fn accepting(clients: Weak<Clients>) -> impl Fn(IncomingCircuit) + Send + Sync {
     move |incoming| {
-        let Some(node) = node.upgrade() else { return };
-        let relay = incoming.relay;
-        let Some(place) = node.places.enter(relay.ip()) else { return };
-        let (admission, owner) = (admission.clone(), node.clone());
-        owner.spawn(async move {
-            let config = admission.config_for(&node);
-            if let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.accept(&config)).await {
-                listen::serve(node, connection, Path::Relay(relay), Remote::fixed(relay), place).await;
-            }
-        });
+        if let Some(clients) = clients.upgrade() {
+            (clients.hooks.circuit)(incoming);
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::{io, mem};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use macula_peer_core::errors::CircuitError;
 use macula_peer_core::liveness::Liveness;
-use macula_peer_core::nat::NatProfile;
+use macula_peer_core::nat::Description;
 use macula_peer_core::proto::codes::stream::NOT_A_RELAY;
 use macula_peer_core::proto::control::{
     Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal,
@@ -20,6 +20,7 @@ use macula_peer_core::punch::Role;
 use macula_peer_core::registration::Watch;
 use macula_peer_core::relay::Notices;
 use macula_peer_core::silence::Counted;
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Dialect, canonical};
 use macula_peer_wire::{Reassembler, VERSION};
 use quinn::{
@@ -33,7 +34,6 @@ use tokio::time::{sleep, sleep_until};
 use super::circuits::Circuits;
 use crate::handshake::{not_begun, not_connected};
 use crate::identity::realm_proof;
-use crate::sync::lock;
 use crate::tls::dialect_of;
 
 /// Requests for circuits that one relay is asked at once; the others wait for an answer to one of these.
@@ -88,14 +88,6 @@ pub(crate) struct Terms {
     pub(crate) description: watch::Receiver<Option<Description>>,
     /// Of the relay, over all its registrations.
     pub(crate) liveness: Mutex<Liveness>,
-}
-
-/// What others need to know of a node to find a direct path to it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Description {
-    pub(crate) profile: NatProfile,
-    /// Its local addresses.
-    pub(crate) candidates: Vec<SocketAddr>,
 }
 
 /// An attempt to find a direct path to another node, of which a relay has told both.

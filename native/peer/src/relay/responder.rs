@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use macula_peer_core::proto::control::Probes;
 use macula_peer_core::proto::signal::{AnswerFrom, Body, Encoded, Key, MAX_LEN, Secret, Signal, Unverified};
 use macula_peer_core::shares::Bucket;
+use macula_peer_core::sync::lock;
 use quinn::Connection;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use ring::rand::SystemRandom;
@@ -25,9 +26,8 @@ use tokio::net::UdpSocket;
 use tokio::time::sleep;
 
 use crate::addresses::Remote;
-use crate::node::Node;
+use crate::net::Net;
 use crate::socket::{AFTER_ERROR, Received, open, reachable_from};
-use crate::sync::lock;
 
 /// What one node may ask per second, and at once. It asks some twenty times, and again what is lost, when it looks what its
 /// NAT is like, and a few times for each peer that it looks for a way to.
@@ -135,38 +135,38 @@ impl Responder {
     }
 
     /// Answers a request that came to the main socket of this node.
-    pub(crate) fn answer_main(&self, node: &Node, received: &Received) {
-        self.answer(node, At::Main, received);
+    pub(crate) fn answer_main(&self, net: &Net, received: &Received) {
+        self.answer(net, At::Main, received);
     }
 
-    /// Answers what comes to the other sockets, until the node is gone.
-    pub(crate) async fn answer_others(self: Arc<Self>, node: Weak<Node>) {
+    /// Answers what comes to the other sockets, until the engine is gone.
+    pub(crate) async fn answer_others(self: Arc<Self>, net: Weak<Net>) {
         let third = async {
             match &self.third {
-                Some(third) => self.answer_all(&node, third, At::Third).await,
+                Some(third) => self.answer_all(&net, third, At::Third).await,
                 None => pending().await,
             }
         };
         tokio::select! {
-            () = self.answer_all(&node, &self.second, At::Second) => {}
+            () = self.answer_all(&net, &self.second, At::Second) => {}
             () = third => {}
         }
     }
 
-    async fn answer_all(&self, node: &Weak<Node>, socket: &Beside, at: At) {
+    async fn answer_all(&self, net: &Weak<Net>, socket: &Beside, at: At) {
         let mut buffer = [0; JOINED * MAX_LEN];
         loop {
             let Some(meta) = socket.receive(&mut buffer).await else { continue };
-            let Some(node) = node.upgrade() else { return };
+            let Some(net) = net.upgrade() else { return };
             for datagram in buffer[..meta.len].chunks(meta.stride.max(1)) {
                 if let Some(received) = Received::new(datagram, meta.addr, meta.dst_ip) {
-                    self.answer(&node, at, &received);
+                    self.answer(&net, at, &received);
                 }
             }
         }
     }
 
-    fn answer(&self, node: &Node, at: At, received: &Received) {
+    fn answer(&self, net: &Net, at: At, received: &Received) {
         let Some(Answer { from, to, signal }) = self.make(received) else { return };
         // A socket at every address answers from the one that was asked, the others from their own.
         let source = received.to.filter(|_| self.second.local.ip().is_unspecified());
@@ -179,7 +179,7 @@ impl Responder {
             (AnswerFrom::OtherAddress, _) => (At::Second, self.other_ip),
         };
         match (socket, &self.third) {
-            (At::Main, _) => node.socket().send_signal_from(source, to, &signal),
+            (At::Main, _) => net.socket().send_signal_from(source, to, &signal),
             (At::Third, Some(third)) => third.send(source, to, &signal),
             (At::Second | At::Third, _) => self.second.send(source, to, &signal),
         }

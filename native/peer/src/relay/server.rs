@@ -20,6 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use macula_peer_core::admission::Kick;
 use macula_peer_core::coordinate::{Coordinator, Execute, Party, Refused};
+use macula_peer_core::counter::Counter;
 use macula_peer_core::proto::codes::connection::DENIED;
 use macula_peer_core::proto::codes::stream::{NOT_A_RELAY, TOO_SLOW};
 use macula_peer_core::proto::control::{
@@ -28,6 +29,8 @@ use macula_peer_core::proto::control::{
 use macula_peer_core::proto::packet::{Fit, Form, SplitBy, Splitter, is_padding, parse};
 use macula_peer_core::proto::signal::Secret;
 use macula_peer_core::relay::{Book, Ended, Generation, Notices, Opened, Registered, Traffic};
+use macula_peer_core::stats::{Passed, RelayNode, RelayStats};
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Fingerprint, NodeId, RelayConfig};
 use macula_peer_wire::{FrameError, Reassembler};
 use quinn::{Connection, RecvStream, SendDatagramError, SendStream};
@@ -39,14 +42,11 @@ use tokio::task::yield_now;
 use tokio::time::{sleep, sleep_until, timeout};
 
 use super::responder::{self, Responder};
-use super::{Passed, RelayNode, RelayStats};
 use crate::addresses::Remote;
 use crate::admission::{Admissions, NotAdmitted};
-use crate::counters::Counter;
 use crate::identity::realm_proof_is_valid;
 use crate::places::Place;
 use crate::succession;
-use crate::sync::lock;
 use crate::transfer::write_now;
 
 /// Who opens a control stream and does not say `connect` is let go after this long. It can come in the same packet.

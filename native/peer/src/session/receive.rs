@@ -7,31 +7,29 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use macula_peer_core::errors::Rejection;
+use macula_peer_core::counter::Counter;
+use macula_peer_core::errors::{Rejection, ReplyError};
+use macula_peer_core::events::Event;
+use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::proto::codes::stream::{MALFORMED, SESSION_FORGOTTEN, TOO_MANY_SESSIONS, TOO_SLOW};
 use macula_peer_core::proto::session::{NO_RUN, NUMBER, Opening, Run, Word, parse_number};
 use macula_peer_core::session::{Arrival, Incoming};
 use macula_peer_core::session_table::{Met, Opened, Refused, SessionKey, SessionTable};
 use macula_peer_core::shares::Client;
-use macula_peer_core::types::Fingerprint;
+use macula_peer_core::sync::{lock, now_or_never};
+use macula_peer_core::turns::{Piece, Spent};
+use macula_peer_core::types::{Fingerprint, Sender};
 use macula_peer_wire::{MessageType, RawFrame};
 use quinn::{Connection, SendStream, VarInt};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use crate::backlog::Sender;
-use crate::counters::Counter;
-use crate::decoding::is_heavy;
-use crate::error::ReplyError;
-use crate::event::Event;
 use crate::hello;
 use crate::inbound::{AnswerSession, ReplyTo, ReplyToken};
 use crate::lifecycle::Lifecycle;
-use crate::listen::{REPLY_TIMEOUT, Stream};
 use crate::shares::Unread;
-use crate::sync::{lock, now_or_never};
+use crate::streams::{REPLY_TIMEOUT, Stream};
 use crate::transfer::{self, Write, write_now};
-use crate::turns::QUANTUM;
 
 /// How often a sender that waits for room here is told that this node lives: less than half of the time after which it
 /// would doubt that.
@@ -114,7 +112,7 @@ impl Sessions {
         stream: &Stream,
         run: Run,
     ) -> Result<(Open, Opened<Arc<Answers>>), Refused> {
-        let connection = stream.accepted.connection();
+        let connection = &stream.accepted.connection;
         let met = match run {
             NO_RUN => Met::Nobody,
             run if run == self.run => Met::ThisRun,
@@ -173,14 +171,14 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         return;
     };
     let (node, sender) = (stream.node.clone(), Sender::Key(key));
-    if !node.serves(target) {
+    if !node.keys.serves(target) {
         return hello::refuse(&mut stream.receive, &mut send);
     }
     let busy = node.busy.late_turn(sender, 1).await;
     let (open, known) = match node.sessions.open((key, id), &stream, run) {
         Ok((open, Opened { known, restarted, .. })) => {
             if restarted {
-                node.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
+                node.inbox.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
             }
             (open, known)
         }
@@ -204,14 +202,11 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     }
     let mut number = None;
     let mut words = BytesMut::new();
-    let mut spent = Duration::ZERO;
+    let mut spent = Spent::default();
     loop {
-        let behind = spent >= QUANTUM;
-        if behind {
-            spent = Duration::ZERO;
-        }
+        let behind = spent.is_up();
         let mut ready = pin!(async {
-            node.room(sender).await;
+            node.inbox.room(sender).await;
             open.session.turn(channel).await
         });
         let turn = loop {
@@ -225,12 +220,12 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         // Waited for by itself: whoever has it must go on, and a word may take long to be written.
         let busy = if behind { node.busy.late_turn(sender, 1).await } else { None };
         // Its id may be another one by now, and this one another node's.
-        if !node.serves(target) {
+        if !node.keys.serves(target) {
             return hello::refuse(&mut stream.receive, &mut send);
         }
-        let begun = Instant::now();
+        let piece = Piece::begin(Instant::now());
         let batch = read_batch(&mut stream, &open, channel, &mut number, &mut words);
-        spent += begun.elapsed();
+        spent.add(piece, Instant::now());
         drop(busy);
         let next = if let Batch::Heavy(heavy, _) = &batch { Some(*heavy) } else { number };
         let expected = open.session.expected(channel, next);
@@ -252,7 +247,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                     let polled = more.as_mut().poll(cx);
                     if polled.is_pending() {
                         // Others go on meanwhile.
-                        spent = Duration::ZERO;
+                        spent.reset();
                     }
                     polled
                 });
@@ -302,15 +297,15 @@ fn read_batch(
     number: &mut Option<u64>,
     words: &mut BytesMut,
 ) -> Batch {
-    let (begun, mut untimed) = (Instant::now(), 0);
+    let (piece, mut untimed) = (Piece::begin(Instant::now()), 0);
     for _ in 0..BATCH {
         if untimed >= TIMED {
             untimed = 0;
-            if begun.elapsed() >= QUANTUM {
+            if piece.is_over(Instant::now()) {
                 break;
             }
         }
-        if stream.node.is_crowded(Sender::Key(open.key.0)) {
+        if stream.node.inbox.is_crowded(Sender::Key(open.key.0)) {
             break;
         }
         let frame = match stream.next_frame() {
@@ -370,7 +365,7 @@ fn hand_over(
     match incoming.accept(number) {
         Arrival::New => {}
         Arrival::Repeated => return Ok(()),
-        Arrival::Doubtful => return stream.node.can_take(&frame),
+        Arrival::Doubtful => return stream.node.inbox.can_take(&frame),
     }
     let reply = session.reply_to(&frame);
     let taken = stream.accepted.hand_over(&stream.node, frame, reply);
@@ -389,7 +384,7 @@ fn take_heavy(
     frame: RawFrame,
 ) -> impl Future<Output = Option<Result<(), Rejection>>> + use<> {
     let (node, accepted) = (stream.node.clone(), stream.accepted.clone());
-    let decoding = node.decoding.clone();
+    let decoding = node.inbox.decoding.clone();
     let sender = accepted.sender();
     let hand_over = move || {
         let Turn { session, channel } = &turn;
@@ -397,7 +392,7 @@ fn take_heavy(
         match arrival {
             Arrival::New => {}
             Arrival::Repeated => return Ok(()),
-            Arrival::Doubtful => return node.can_take(&frame),
+            Arrival::Doubtful => return node.inbox.can_take(&frame),
         }
         let reply = session.reply_to(&frame);
         let taken = accepted.hand_over(&node, frame, reply);
@@ -553,11 +548,11 @@ mod tests {
         // The first word, and that the message has arrived.
         timeout(PATIENCE, receive.read_exact(&mut [0; 17 + 9])).await.unwrap().unwrap();
         let node = engine.node().clone();
-        let closed_after = node.sessions.clock();
+        let closed_after = node.server.sessions.clock();
         connection.close(0u8.into(), b"");
         let until = Instant::now() + PATIENCE;
         let forgotten_at = loop {
-            if let [forgotten_at] = lock(&node.sessions.table).forgotten_at()[..] {
+            if let [forgotten_at] = lock(&node.server.sessions.table).forgotten_at()[..] {
                 break forgotten_at;
             }
             assert!(Instant::now() < until, "it is still open");

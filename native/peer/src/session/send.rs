@@ -14,13 +14,13 @@ use macula_peer_core::proto::codes::stream::{SESSION_FORGOTTEN, WRONG_NODE};
 use macula_peer_core::proto::session::{MAX_OPEN_LEN, NO_RUN, Opening, Run, Word, Words, put_number};
 use macula_peer_core::session::{Next, Outgoing};
 use macula_peer_core::session_table::{KEEP, SessionId};
+use macula_peer_core::sync::now_or_never;
 use macula_peer_core::types::NodeId;
 use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
 use crate::link::{DIRECT_WRITES, Link};
 use crate::message::Letter;
-use crate::sync::now_or_never;
 
 /// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
 /// 0.14.3 gateway can read at all.
@@ -578,6 +578,8 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
+    use crate::addresses::Remote;
+    use crate::conn::Conn;
     use crate::message::Message;
     use crate::relay::testing::{PATIENCE, pair, transport};
 
@@ -615,7 +617,9 @@ mod tests {
     async fn what_was_written_too_long_ago_to_a_receiver_that_was_never_heard_is_not_written_again() {
         let [dialled, accepted] = pair(&transport).await;
         let (path, limits) = (Path::Direct, Limits::default());
-        let link = Link::new(dialled, Dialect::MaculaPeer1, path, Arc::default(), limits, PATIENCE);
+        let remote = Remote::fixed(dialled.remote_address());
+        let conn = Conn::new(dialled, Dialect::MaculaPeer1, path, remote);
+        let link = Link::new(conn, Arc::default(), limits, PATIENCE);
         let mut session = Session::new(None, false);
         assert!(session.attach(&link));
         let now = Instant::now();

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll, Waker};
 
+use macula_peer_core::sync::lock;
 use macula_peer_core::types::canonical;
 use quinn::udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use thiserror::Error;
@@ -20,7 +21,6 @@ use super::enlarge_buffers;
 use super::receive::Receiver;
 use super::send::{Outcome, Sender};
 use super::sift::{Signals, Via, sift};
-use crate::sync::lock;
 
 /// How many there may be: every one is looked at whenever something has come.
 const MAX_EXTRAS: usize = 64;

@@ -9,13 +9,12 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use macula_peer_core::faults::{Faults, Verdict};
+use macula_peer_core::sync::lock;
 use quinn::udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::Notify;
 use tokio::time::{Sleep, sleep};
-
-use crate::sync::lock;
 
 /// Receives from one socket. An error would end quinn's endpoint with all its connections, so none is returned while
 /// the runtime runs: most are about one destination. Errors that last are waited out, or reported so that the socket is

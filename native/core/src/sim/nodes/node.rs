@@ -498,12 +498,9 @@ impl World {
         said: Said,
         answer: Option<trust::Answer>,
     ) {
-        let binds = match answer {
-            Some(answer) => self.with_facts(node, peer, id, said, |facts| facts.binds(answer)) == Some(true),
-            None => true,
-        };
+        let learns = self.with_facts(node, peer, id, said, |facts| facts.learns(answer)) == Some(true);
         let Some(shown) = self.conn(id).and_then(|conn| conn.shown) else { return };
-        if binds {
+        if learns {
             let (name, key, now) =
                 (self.names[self.nodes[node].peers[peer].name].clone(), self.keys[shown], self.clock());
             self.nodes[node].tofu.bind(name, key, now);

@@ -1,14 +1,14 @@
 //! What the handler is told besides messages.
 
 use std::net::SocketAddr;
+use std::time::SystemTime;
 
-use macula_peer_core::errors::{Failures, UndeliveredReason};
-use macula_peer_core::proto::control::{Limit, Refusal};
-use macula_peer_core::types::{Endpoint, Fingerprint, Path, PeerName};
+use crate::errors::{Failures, UndeliveredReason};
+use crate::nat::NatProfile;
+use crate::proto::control::{Limit, Refusal};
+use crate::types::{Endpoint, Fingerprint, Path, PeerName};
 
-use crate::nat::NatStatus;
-
-/// What a [`Handler`](crate::Handler) is told besides messages.
+/// What a handler is told besides messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// Messages that had been accepted were not delivered, as far as can be known.
@@ -66,4 +66,17 @@ pub enum Registration {
     Lost,
     /// The relay does not want it; it is tried again after a longer time.
     Refused(Refusal),
+}
+
+/// What a node knows of the NAT that it is behind.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NatStatus {
+    /// How it maps and filters.
+    pub profile: NatProfile,
+    /// Where others see the one socket. `None`: no relay has told.
+    pub observed: Option<SocketAddr>,
+    /// The addresses that the host itself has for the one socket, without those that only it or its link knows.
+    pub local: Vec<SocketAddr>,
+    /// When it was last found out.
+    pub since: Option<SystemTime>,
 }

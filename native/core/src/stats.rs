@@ -3,12 +3,9 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use macula_peer_core::errors::Failures;
-use macula_peer_core::types::{Dialect, Endpoint, Path, PeerName};
-
-use crate::admission::AdmissionStats;
-use crate::event::Registration;
-use crate::relay::RelayStats;
+use crate::errors::Failures;
+use crate::events::Registration;
+use crate::types::{Dialect, Endpoint, Fingerprint, NodeId, Path, PeerName};
 
 /// A snapshot of everything that is counted.
 #[derive(Debug, Clone, Default)]
@@ -123,4 +120,70 @@ pub struct AcceptedStats {
     pub link: LinkStats,
     /// Messages that came from it.
     pub received: u64,
+}
+
+/// What became of those who came.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AdmissionStats {
+    /// Questions that were put to the callback.
+    pub asked: u64,
+    /// Questions that it had answered before.
+    pub remembered: u64,
+    /// How many were not let in or had to leave, by name of the reason.
+    pub refused: Vec<(&'static str, u64)>,
+}
+
+/// A node that is registered at a relay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayNode {
+    /// What it is registered as.
+    pub node_id: NodeId,
+    /// Who it is.
+    pub key: Fingerprint,
+    /// Where its packets come from.
+    pub address: SocketAddr,
+    /// Since when it is registered.
+    pub since: Instant,
+    /// Its circuits.
+    pub circuits: usize,
+    /// The nodes at the other ends of its circuits; of many only some.
+    pub peers: Vec<NodeId>,
+    /// What was passed on from it.
+    pub sent: Passed,
+    /// What was passed on to it.
+    pub received: Passed,
+}
+
+/// Datagrams that a relay has passed on; a packet that was cut in two counts as two.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// How many.
+    pub packets: u64,
+    /// Bytes in them.
+    pub bytes: u64,
+}
+
+/// What a relay has and did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RelayStats {
+    /// Nodes that are registered.
+    pub registrations: usize,
+    /// Circuits that exist.
+    pub circuits: usize,
+    /// Datagrams passed on; a packet that was cut in two counts as two.
+    pub forwarded_packets: u64,
+    /// Bytes in them.
+    pub forwarded_bytes: u64,
+    /// Requests refused, by the error's name in the protocol.
+    pub refused: Vec<(&'static str, u64)>,
+    /// Packets dropped, by the limit's name in the protocol.
+    pub dropped: Vec<(&'static str, u64)>,
+    /// Datagrams that were no packet of a circuit of the node that sent them.
+    pub stray: u64,
+    /// Attempts to find a direct path between two nodes.
+    pub punches: u64,
+    /// How many of these found one.
+    pub punched: u64,
+    /// Registrations ended because the node did not read what it was told.
+    pub unread: u64,
 }

@@ -4,15 +4,22 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use macula_peer_core::access::Access;
-use macula_peer_core::places::PlaceLimits;
-use macula_peer_core::types::{Endpoint, NodeId, Secret};
 use macula_peer_wire::Limits;
 
-use crate::frame_memory;
-use crate::tls::Verify;
+use crate::access::Access;
+use crate::places::PlaceLimits;
+use crate::types::{Endpoint, NodeId, Secret, Verify};
 
-/// The settings of an [`Engine`](crate::Engine). Every field has a default; `Config::default()` is what macula 0.14.3
+/// In percent of all: room for the largest frame, or who sends one would wait for ever. What an address may have depends on
+/// what the others have.
+pub const FRAME_KEY_SHARE: u8 = 25;
+
+/// How much there must be. `max_frame`: the size of the largest.
+pub fn least_frame_memory(max_frame: usize) -> usize {
+    max_frame.saturating_mul(100 / usize::from(FRAME_KEY_SHARE))
+}
+
+/// The settings of an engine. Every field has a default; `Config::default()` is what macula 0.14.3
 /// peers expect.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -70,9 +77,9 @@ pub struct Config {
     pub known_keys_file: Option<PathBuf>,
     /// Whose certificates are good enough. Default [`Verify::FirstSeen`].
     pub verify: Verify,
-    /// Which nodes may connect to this one, until [`Engine::set_access`](crate::Engine::set_access) says otherwise. Default: anybody.
+    /// Which nodes may connect to this one, until `Engine::set_access` says otherwise. Default: anybody.
     pub access: Access,
-    /// Whether those who connect directly must meet `verify` too, unless [`Listen::verify`](crate::Listen::verify) says
+    /// Whether those who connect directly must meet `verify` too, unless `Listen::verify` says
     /// whom to let in. Default true. False: anybody may connect.
     pub verify_clients: bool,
     /// What the nodes and relays of a realm have in common. Default `None`: no realm.
@@ -108,7 +115,7 @@ impl Default for Shares {
 }
 
 impl Shares {
-    pub(crate) fn limits(&self, connections: usize) -> PlaceLimits {
+    pub fn limits(&self, connections: usize) -> PlaceLimits {
         let Self { key, address, handshake_rate } = *self;
         PlaceLimits { connections, handshake_rate, key_share: key, address_share: address }
     }
@@ -134,7 +141,7 @@ pub enum HandOver {
 
 impl LocalGateway {
     /// The port that the engine leaves alone: the gateway's, where it is on this host.
-    pub(crate) fn reserved(&self, ip: Option<IpAddr>) -> Option<u16> {
+    pub fn reserved(&self, ip: Option<IpAddr>) -> Option<u16> {
         let is_here = self.endpoint.is_loopback() || (ip.is_some() && self.endpoint.ip() == ip);
         is_here.then(|| self.endpoint.port())
     }
@@ -155,11 +162,11 @@ pub enum HolePunching {
 impl Config {
     /// The least that [`frame_memory`](Self::frame_memory) may be: one key's share has room for the largest frame then.
     pub fn least_frame_memory(&self) -> usize {
-        frame_memory::least(self.limits.max_frame)
+        least_frame_memory(self.limits.max_frame)
     }
 
     /// The port that no socket of the engine at this address takes.
-    pub(crate) fn reserved_port(&self, ip: Option<IpAddr>) -> Option<u16> {
+    pub fn reserved_port(&self, ip: Option<IpAddr>) -> Option<u16> {
         self.gateway.as_ref()?.reserved(ip)
     }
 }

@@ -1,0 +1,148 @@
+//! One QUIC connection with a node or a gateway, whoever began it. Links and accepted connections are made of it.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use macula_peer_core::counter::Counter;
+use macula_peer_core::shares::Client;
+use macula_peer_core::stats::{AcceptedStats, LinkStats};
+use macula_peer_core::sync::lock;
+use macula_peer_core::types::{Dialect, Fingerprint, Path, Sender};
+use quinn::Connection;
+
+use crate::addresses::Remote;
+use crate::identity::shown_key;
+use crate::transport::MAX_ANSWERING;
+
+pub(crate) struct Conn {
+    pub(crate) connection: Connection,
+    pub(crate) dialect: Dialect,
+    pub(crate) path: Path,
+    /// The key that its other end has shown.
+    pub(crate) shown: Option<Fingerprint>,
+    pub(crate) remote: Arc<Remote>,
+    /// Messages that came over it.
+    pub(crate) received: Counter,
+    /// Datagrams received when it was last found to be silent.
+    silent_at: AtomicU64,
+}
+
+impl Conn {
+    pub(crate) fn new(connection: Connection, dialect: Dialect, path: Path, remote: Arc<Remote>) -> Arc<Self> {
+        let shown = shown_key(&connection);
+        let (received, silent_at) = (Counter::default(), AtomicU64::new(u64::MAX));
+        Arc::new(Self { connection, dialect, path, shown, remote, received, silent_at })
+    }
+
+    /// The key of who sends what comes over it. Only `macula-peer/1` binds messages to keys.
+    pub(crate) fn key(&self) -> Option<Fingerprint> {
+        self.shown.filter(|_| self.dialect == Dialect::MaculaPeer1)
+    }
+
+    /// Where its other end has proved to be, or the relay that it goes through.
+    pub(crate) fn remote(&self) -> SocketAddr {
+        self.remote.address(&self.connection)
+    }
+
+    /// Whose share it takes from.
+    pub(crate) fn client(&self) -> Client {
+        Client::new(self.key(), self.remote().ip())
+    }
+
+    /// Whose messages it carries.
+    pub(crate) fn sender(&self) -> Sender {
+        self.key().map_or_else(|| Sender::Address(self.remote()), Sender::Key)
+    }
+
+    /// Datagrams received so far.
+    pub(crate) fn datagrams(&self) -> u64 {
+        self.connection.stats().udp_rx.datagrams
+    }
+
+    /// Its other end has been silent for so long that it may be gone.
+    pub(crate) fn mark_silent(&self) {
+        self.silent_at.store(self.datagrams(), Ordering::Relaxed);
+    }
+
+    /// Whether it can serve as a link.
+    pub(crate) fn is_live(&self) -> bool {
+        self.connection.close_reason().is_none() && self.silent_at.load(Ordering::Relaxed) != self.datagrams()
+    }
+
+    /// Whether a message has come for the first time since the connection was given up as silent. The other node may keep
+    /// this one of several connections.
+    pub(crate) fn is_heard_again(&self) -> bool {
+        let silent = |at: u64| at != u64::MAX;
+        silent(self.silent_at.load(Ordering::Relaxed)) && silent(self.silent_at.swap(u64::MAX, Ordering::Relaxed))
+    }
+
+    /// For a link on it: answers to what is sent come on streams of their own.
+    pub(crate) fn allow_answers(&self) {
+        self.connection.set_max_concurrent_uni_streams(MAX_ANSWERING.into());
+    }
+
+    pub(crate) fn stats(&self) -> LinkStats {
+        let Self { dialect, path, .. } = *self;
+        LinkStats { dialect, path, remote: self.remote(), round_trip: self.connection.rtt() }
+    }
+}
+
+/// The peer whose link a connection is.
+pub(crate) trait LinkOwner: Send + Sync {
+    /// A message has come from it.
+    fn heard(&self);
+}
+
+/// The accepted connections that are served.
+#[derive(Default)]
+pub(crate) struct AcceptedTable(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    all: HashMap<usize, Arc<Conn>>,
+    of_key: HashMap<Fingerprint, HashMap<usize, Arc<Conn>>>,
+}
+
+impl AcceptedTable {
+    pub(crate) fn insert(&self, conn: Arc<Conn>) {
+        let id = conn.connection.stable_id();
+        let mut table = lock(&self.0);
+        if let Some(key) = conn.key() {
+            table.of_key.entry(key).or_default().insert(id, conn.clone());
+        }
+        table.all.insert(id, conn);
+    }
+
+    pub(crate) fn remove(&self, conn: &Conn) {
+        let id = conn.connection.stable_id();
+        let mut table = lock(&self.0);
+        table.all.remove(&id);
+        if let Some(key) = conn.key()
+            && let Some(of_key) = table.of_key.get_mut(&key)
+        {
+            of_key.remove(&id);
+            if of_key.is_empty() {
+                table.of_key.remove(&key);
+            }
+        }
+    }
+
+    /// Those that the holder of a key began and that can serve as a link, direct ones first.
+    pub(crate) fn from(&self, key: Fingerprint) -> Vec<Arc<Conn>> {
+        let mut found: Vec<_> = {
+            let table = lock(&self.0);
+            table.of_key.get(&key).into_iter().flat_map(HashMap::values).cloned().collect()
+        };
+        found.retain(|conn| conn.is_live());
+        found.sort_by_key(|conn| conn.path.is_relayed());
+        found
+    }
+
+    pub(crate) fn stats(&self) -> Vec<AcceptedStats> {
+        // Each connection has a lock of its own, which its packets may hold.
+        let all: Vec<_> = lock(&self.0).all.values().cloned().collect();
+        all.iter().map(|conn| AcceptedStats { link: conn.stats(), received: conn.received.get() }).collect()
+    }
+}
