@@ -2,13 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use macula_peer_core::config::{Config, Shares};
+use macula_peer_core::config::Config;
 use macula_peer_core::errors::{CircuitError, PunchError};
 use macula_peer_core::proto::signal::{Kind, Unverified};
-use macula_peer_core::requests::Requests;
 use macula_peer_core::stats::Stats;
 use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, Target};
 use quinn::crypto::rustls::QuicClientConfig;
@@ -20,7 +19,7 @@ use tokio::time::timeout;
 use crate::admission::Admissions;
 use crate::conn::{AcceptedTable, Conn, LinkOwner};
 use crate::error::StartError;
-use crate::frame_memory::FrameMemory;
+use crate::expected::Expected;
 use crate::gateway::Gateway;
 use crate::identity::{Identity, PreviousKey};
 use crate::inbox::Inbox;
@@ -30,20 +29,16 @@ use crate::lifecycle::Lifecycle;
 use crate::link::Link;
 use crate::nat::{self, Detection, Nat};
 use crate::net::{Heard, Net, Tls};
-use crate::places::Places;
 use crate::pool::Pool;
 use crate::punch::{self, Puncher};
 use crate::relay::clients::{CircuitTls, Clients, Handles, Hooks};
 use crate::relay::role::Role;
 use crate::renewal::Renew;
-use crate::server::Server;
+use crate::server::{Parts, Server};
 use crate::server_config::Admission;
-use crate::session::receive::Sessions;
-use crate::shares::Unread;
 use crate::socket::{Received, Via};
 use crate::surroundings::{Others, Surroundings, Waits};
 use crate::tls::{self, Trust};
-use crate::turns::Queue;
 use crate::{listen, ports};
 
 /// How often the tables are looked through for what is too old.
@@ -171,11 +166,11 @@ impl Node {
         });
         let admissions = Admissions::new(config.access.clone());
         let role = Role::new(config.clone(), lifecycle.clone(), net.clone(), admissions.clone());
-        let unread = Unread::new(config.limits.max_frame);
         let elsewhere = elsewhere(accepted.clone(), Arc::downgrade(&pool));
         let arrived = arrived(Arc::downgrade(&pool));
-        let expected = Arc::default();
-        let server = Arc::new(Server {
+        let expected = Arc::<Expected>::default();
+        let parts = Parts {
+            config: config.clone(),
             lifecycle: lifecycle.clone(),
             net: net.clone(),
             keys: keys.clone(),
@@ -183,19 +178,10 @@ impl Node {
             admissions,
             role: role.clone(),
             accepted,
-            places: Places::new(&Shares::default().limits(config.max_accepted)),
-            arriving: FrameMemory::new(&config),
-            sessions: Sessions::new(config.max_known_sessions, lifecycle.clone(), unread.clone(), elsewhere),
-            requests: Arc::new(Mutex::new(Requests::new(config.max_known_requests))),
-            unread,
-            listening: watch::Sender::new(None),
-            expected: Arc::clone(&expected),
+            expected: expected.clone(),
             known_ways,
-            handshakes: Queue::new(1),
-            busy: Queue::new(config.workers.max(1)),
-            arrived: Box::new(arrived),
-            config: config.clone(),
-        });
+        };
+        let server = Server::new(parts, elsewhere, arrived);
         let puncher = Puncher::new(detection.clone(), keys.clone(), expected);
         Self { config, lifecycle, net, keys, inbox, pool, server, role, clients, detection, puncher, gateway }
     }
@@ -388,6 +374,7 @@ async fn expire(server: Arc<Server>, net: Arc<Net>, mut stopping: watch::Receive
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::sync::Mutex;
     use std::thread::{self, ThreadId};
 
     use macula_peer_core::types::EndpointRef;

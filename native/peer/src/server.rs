@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Instant, SystemTime};
 
-use macula_peer_core::config::Config;
+use macula_peer_core::config::{self, Config};
 use macula_peer_core::errors::Rejection;
 use macula_peer_core::proto::answers;
 use macula_peer_core::requests::{Asked, Ended, RequestId, Requests};
@@ -14,7 +14,7 @@ use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Dialect, Fingerprint, Sender};
 use macula_peer_core::weights::Owner;
 use macula_peer_wire::{MessageType, RawFrame};
-use quinn::SendStream;
+use quinn::{Connection, SendStream};
 use tokio::sync::{Notify, watch};
 
 use crate::admission::Admissions;
@@ -73,7 +73,52 @@ pub(crate) struct Server {
     pub(crate) arrived: Box<dyn Fn(Fingerprint) + Send + Sync>,
 }
 
+/// What a server uses of the node.
+pub(crate) struct Parts {
+    pub(crate) config: Arc<Config>,
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    pub(crate) net: Arc<Net>,
+    pub(crate) keys: Arc<Keys>,
+    pub(crate) inbox: Arc<Inbox>,
+    pub(crate) admissions: Arc<Admissions>,
+    pub(crate) role: Arc<Role>,
+    pub(crate) accepted: Arc<AcceptedTable>,
+    pub(crate) expected: Arc<Expected>,
+    pub(crate) known_ways: Admission,
+}
+
 impl Server {
+    /// `elsewhere` finds another connection with the holder of a key, `arrived` is told who has connected.
+    pub(crate) fn new(
+        parts: Parts,
+        elsewhere: impl Fn(Fingerprint) -> Option<Connection> + Send + Sync + 'static,
+        arrived: impl Fn(Fingerprint) + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let Parts { config, lifecycle, net, keys, inbox, admissions, role, accepted, expected, known_ways } = parts;
+        let unread = Unread::new(config.limits.max_frame);
+        Arc::new(Self {
+            places: Places::new(&config::Shares::default().limits(config.max_accepted)),
+            arriving: FrameMemory::new(&config),
+            sessions: Sessions::new(config.max_known_sessions, lifecycle.clone(), unread.clone(), elsewhere),
+            requests: Arc::new(Mutex::new(Requests::new(config.max_known_requests))),
+            unread,
+            listening: watch::Sender::new(None),
+            handshakes: Queue::new(1),
+            busy: Queue::new(config.workers.max(1)),
+            arrived: Box::new(arrived),
+            config,
+            lifecycle,
+            net,
+            keys,
+            inbox,
+            admissions,
+            role,
+            accepted,
+            expected,
+            known_ways,
+        })
+    }
+
     /// Forgets in time the requests of others, also where no more come.
     pub(crate) async fn expire(&self) {
         // Unlocked in between, for those who wait.
