@@ -1,4 +1,4 @@
-//! One QUIC connection with a node or a gateway, whoever began it. Links and accepted connections are made of it.
+//! One QUIC connection with a node or a gateway, which either side may have begun. Links and accepted connections are made of it.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;

@@ -16,7 +16,7 @@ use crate::socket::ExtraGuard;
 pub(crate) const EXPECTED_FOR: Duration = Duration::from_secs(10);
 
 /// Addresses that nodes may be expected from at once, and those of them that one key may have: a session has some, and
-/// whoever begins one session after the other must not take the places of the rest.
+/// a node that begins one session after the other must not take the places of the rest.
 const MAX_EXPECTED: usize = 1024;
 const MAX_EXPECTED_PER_KEY: usize = 32;
 
@@ -68,7 +68,7 @@ impl Expected {
         Some(Expectation { expected: self.clone(), address, ticket })
     }
 
-    /// Who is expected at an address. `None`: nobody.
+    /// The callers that are expected at an address.
     pub(crate) fn at(&self, address: SocketAddr) -> Option<Vec<Caller>> {
         lock(&self.0).callers.get(&address).cloned()
     }

@@ -28,7 +28,7 @@ pub(crate) async fn ask(connection: &Connection, node: &NodeId) -> Result<Answer
         // The reason comes on the other half.
         Err(_) => {}
     }
-    // Stopped already is as good.
+    // It may be stopped already, which has the same effect.
     let _ = send.finish();
     let mut answer = [0];
     match (receive.read_exact(&mut answer).await, answer) {
@@ -57,7 +57,7 @@ pub(crate) async fn reply(mut receive: RecvStream, mut send: SendStream, answer:
 pub(crate) async fn ask_succession(connection: &Connection, predecessor: Fingerprint) -> Option<Vec<u8>> {
     let (mut send, mut receive) = connection.open_bi().await.ok()?;
     send.write_chunk(frame(ASK_SUCCESSION, predecessor.as_bytes())).await.ok()?;
-    // Stopped already is as good.
+    // It may be stopped already, which has the same effect.
     let _ = send.finish();
     receive.read_to_end(succession::MAX_LEN).await.ok()
 }
@@ -71,7 +71,7 @@ pub(crate) async fn show_succession(mut receive: RecvStream, mut send: SendStrea
 
 /// What comes on the stream is for another node.
 pub(crate) fn refuse(receive: &mut RecvStream, send: &mut SendStream) {
-    // Already closed is as good.
+    // It may be closed already, which has the same effect.
     let _ = receive.stop(WRONG_NODE.into());
     let _ = send.reset(WRONG_NODE.into());
 }

@@ -112,8 +112,8 @@ impl Inbox {
         *self.fallback.write().unwrap_or_else(PoisonError::into_inner) = fallback;
     }
 
-    /// Hands a frame to the local gateway or to the handler, in the order of the calls. An error: nobody here can take
-    /// such a message, and it is counted. A missing handler is no error.
+    /// Hands a frame to the local gateway or to the handler, in the order of the calls. An error: this node cannot
+    /// take such a message, and counts it. A missing handler is no error.
     pub(crate) fn deliver(
         self: &Arc<Self>,
         frame: RawFrame,

@@ -38,7 +38,7 @@ struct Listener {
 }
 
 impl Listener {
-    /// Whom the listener admits now. Connections of an earlier listener end first.
+    /// How the listener admits connections now. Those of an earlier listener end first.
     fn admission(&mut self) -> Option<Admission> {
         let admission = self.admission.borrow_and_update();
         if admission.has_changed() {
@@ -60,28 +60,28 @@ impl Listener {
 }
 
 /// Accepts connections as long as the engine runs. Those of a listener end with it.
-pub(crate) async fn accept(node: Arc<Server>) {
-    let mut listener = Listener { admission: node.listening.subscribe(), connections: JoinSet::new() };
+pub(crate) async fn accept(server: Arc<Server>) {
+    let mut listener = Listener { admission: server.listening.subscribe(), connections: JoinSet::new() };
     let mut expected = JoinSet::new();
-    let mut stopping = node.lifecycle.stopping();
+    let mut stopping = server.lifecycle.stopping();
     let mut spent = Spent::default();
     loop {
         if spent.is_up() {
             yield_now().await;
         }
         tokio::select! {
-            incoming = node.net.quic.accept() => match incoming {
+            incoming = server.net.quic.accept() => match incoming {
                 Some(incoming) => {
                     let piece = Piece::begin(Instant::now());
                     let admission = listener.admission();
-                    let callers = node.expected.at(canonical(incoming.remote_address()));
+                    let callers = server.expected.at(canonical(incoming.remote_address()));
                     match (callers, admission) {
                         (None, None) => incoming.ignore(),
-                        _ if !node.admissions.permit_address(incoming.remote_address()) => incoming.refuse(),
-                        (Some(callers), _) if expected.len() < node.config.max_accepted => {
-                            expected.spawn(accept_expected(node.clone(), callers, incoming));
+                        _ if !server.admissions.permit_address(incoming.remote_address()) => incoming.refuse(),
+                        (Some(callers), _) if expected.len() < server.config.max_accepted => {
+                            expected.spawn(accept_expected(server.clone(), callers, incoming));
                         }
-                        (_, Some(admission)) => admit(&node, &admission, incoming, &mut listener.connections),
+                        (_, Some(admission)) => admit(&server, &admission, incoming, &mut listener.connections),
                         (_, None) => incoming.ignore(),
                     }
                     spent.add(piece, Instant::now());
@@ -96,11 +96,11 @@ pub(crate) async fn accept(node: Arc<Server>) {
     }
 }
 
-fn admit(node: &Arc<Server>, admission: &Admission, incoming: Incoming, connections: &mut JoinSet<()>) {
+fn admit(server: &Arc<Server>, admission: &Admission, incoming: Incoming, connections: &mut JoinSet<()>) {
     let address = canonical(incoming.remote_address()).ip();
-    match node.places.arrive(address, incoming.remote_address_validated()) {
+    match server.places.arrive(address, incoming.remote_address_validated()) {
         Arrived::Placed(place) => {
-            connections.spawn(accept_one(node.clone(), admission.clone(), incoming, place));
+            connections.spawn(accept_one(server.clone(), admission.clone(), incoming, place));
         }
         // Fails only for an address that has been proven.
         Arrived::Prove => drop(incoming.retry()),
@@ -108,19 +108,20 @@ fn admit(node: &Arc<Server>, admission: &Admission, incoming: Incoming, connecti
     }
 }
 
-async fn accept_one(node: Arc<Server>, admission: Admission, incoming: Incoming, place: Place) {
-    let Some(conn) = accept_with(&node, &admission, incoming, Path::Direct).await else { return };
-    serve(node, conn, place).await;
+async fn accept_one(server: Arc<Server>, admission: Admission, incoming: Incoming, place: Place) {
+    let Some(conn) = accept_with(&server, &admission, incoming, Path::Direct).await else { return };
+    serve(server, conn, place).await;
 }
 
 /// Accepts with these settings, although it may have come while another listener was there.
-async fn accept_with(node: &Server, admission: &Admission, incoming: Incoming, path: Path) -> Option<Arc<Conn>> {
+async fn accept_with(server: &Server, admission: &Admission, incoming: Incoming, path: Path) -> Option<Arc<Conn>> {
     let address = incoming.remote_address();
-    let (socket, remote) = (node.net.current_socket(), Remote::following(address));
+    let (socket, remote) = (server.net.current_socket(), Remote::following(address));
     // The keys are made here, which takes as long as some twenty messages, and no packet comes in meanwhile.
     let turn =
-        timeout(HANDSHAKE_TIMEOUT, node.handshakes.late_turn(canonical(address).ip().into(), STEPS)).await.ok()?;
-    let connecting = incoming.accept_with(admission.following(node.admissions.select_by_key(), remote.clone())).ok()?;
+        timeout(HANDSHAKE_TIMEOUT, server.handshakes.late_turn(canonical(address).ip().into(), STEPS)).await.ok()?;
+    let connecting =
+        incoming.accept_with(admission.following(server.admissions.select_by_key(), remote.clone())).ok()?;
     drop(turn);
     let connected = timeout(HANDSHAKE_TIMEOUT, handshake(&socket, address, connecting)).await.ok()?;
     let connection = connected.inspect_err(|error| tracing::debug!(%error, "not accepted")).ok()?;
@@ -130,9 +131,9 @@ async fn accept_with(node: &Server, admission: &Admission, incoming: Incoming, p
 }
 
 /// A connection on a path that both nodes have made.
-async fn accept_expected(node: Arc<Server>, callers: Vec<Caller>, incoming: Incoming) {
-    let admission = node.known_ways.clone();
-    let Some(conn) = accept_with(&node, &admission, incoming, Path::HolePunch).await else { return };
+async fn accept_expected(server: Arc<Server>, callers: Vec<Caller>, incoming: Incoming) {
+    let admission = server.known_ways.clone();
+    let Some(conn) = accept_with(&server, &admission, incoming, Path::HolePunch).await else { return };
     let mut meant = callers.into_iter().filter(|caller| Some(caller.key) == conn.shown);
     let Some(Caller { extra: _extra, connected, .. }) = meant.next() else {
         tracing::warn!(from = %conn.remote(), "another node than the expected one");
@@ -141,14 +142,14 @@ async fn accept_expected(node: Arc<Server>, callers: Vec<Caller>, incoming: Inco
     connected.notify_one();
     // Of several attempts, each has reached its end.
     meant.for_each(|caller| caller.connected.notify_one());
-    let Some(place) = node.places.enter(conn.remote().ip()) else {
+    let Some(place) = server.places.enter(conn.remote().ip()) else {
         return conn.connection.close(OVER_LIMIT.into(), b"connections");
     };
-    serve(node, conn, place).await;
+    serve(server, conn, place).await;
 }
 
 /// Serves a connection to its end.
-async fn serve(node: Arc<Server>, conn: Arc<Conn>, place: Place) {
+async fn serve(server: Arc<Server>, conn: Arc<Conn>, place: Place) {
     place.connected();
     let (Conn { connection, dialect, path, remote, .. }, key) = (&*conn, conn.key());
     if *dialect == Dialect::MaculaPeer1 && key.is_none() {
@@ -157,23 +158,23 @@ async fn serve(node: Arc<Server>, conn: Arc<Conn>, place: Place) {
     if key.is_some_and(|key| !place.show(connection, key)) {
         return;
     }
-    let Some(_admitted) = node.admissions.admit_connection(connection, key, *path, remote).await else { return };
-    Admission::let_in(connection, *dialect, &node.config);
+    let Some(_admitted) = server.admissions.admit_connection(connection, key, *path, remote).await else { return };
+    Admission::let_in(connection, *dialect, &server.config);
     let window = place.share(CONNECTION_WINDOW, FULL_CONNECTIONS);
     if window < CONNECTION_WINDOW {
         connection.set_receive_window(window.max(LEAST_WINDOW).into());
     }
     let accepted = Arc::new(Accepted::new(conn, Some(Arc::new(place)), None));
-    let _entry = Entry::new(node.clone(), accepted.clone());
-    streams::serve(node, accepted).await;
+    let _entry = Entry::new(server.clone(), accepted.clone());
+    streams::serve(server, accepted).await;
 }
 
 /// Serves what the peer begins on a link that we dialled: so two nodes need one connection.
-pub(crate) async fn serve_link(node: Arc<Server>, peer: Weak<dyn LinkOwner>, conn: Arc<Conn>) {
-    let Some(_place) = node.admissions.admit_link(&conn.connection, conn.shown) else { return };
-    conn.connection.set_max_concurrent_bi_streams(first_streams(&node.config).into());
+pub(crate) async fn serve_link(server: Arc<Server>, peer: Weak<dyn LinkOwner>, conn: Arc<Conn>) {
+    let Some(_place) = server.admissions.admit_link(&conn.connection, conn.shown) else { return };
+    conn.connection.set_max_concurrent_bi_streams(first_streams(&server.config).into());
     let accepted = Accepted::new(conn, None, Some(peer));
-    streams::serve(node, Arc::new(accepted)).await;
+    streams::serve(server, Arc::new(accepted)).await;
 }
 
 /// Accepts a connection that comes over a circuit, and serves it.

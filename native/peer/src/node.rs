@@ -301,7 +301,7 @@ fn waiting(node: Weak<Node>) -> impl Fn(&NodeId) -> Vec<Option<Fingerprint>> + S
     }
 }
 
-/// A connection with the holder of a key, whoever began it: a direct one, if there is one.
+/// A connection with the holder of a key, a direct one if there is one.
 fn elsewhere(
     accepted: Arc<AcceptedTable>,
     pool: Weak<Pool>,
@@ -352,7 +352,7 @@ fn hooks(node: &Weak<Node>) -> Hooks {
     }
 }
 
-/// Another socket has other mappings: what the NAT does is to be found out for it.
+/// Has the NAT examined again: another socket has other mappings.
 async fn look_when_moved(mut moves: watch::Receiver<()>, nat: Arc<Nat>, mut stopping: watch::Receiver<bool>) {
     loop {
         tokio::select! {
@@ -380,9 +380,7 @@ mod tests {
     use macula_peer_core::types::EndpointRef;
 
     use super::*;
-    use crate::inbound::Handler;
-    use crate::inbound::Inbound;
-    use crate::inbound::Unhandled;
+    use crate::inbound::{Handler, Inbound, Unhandled};
     use crate::relay::testing::{PATIENCE, client_config, endpoint, transport};
     use crate::{Engine, Listen};
     use macula_peer_core::errors::UndeliveredReason;

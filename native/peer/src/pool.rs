@@ -83,7 +83,7 @@ impl Pool {
             return Some(peer.clone());
         }
         while peers.pool.len() >= self.config.pool_size.max(1) {
-            // Addresses that nobody was reached at do not cost anybody a link.
+            // An address without a link gives way before one with a link.
             let oldest = peers.pool.values().min_by_key(|peer| (peer.is_linked(), peer.last_used()));
             if let Some(evicted) = oldest.cloned() {
                 self.evictions.add(1);

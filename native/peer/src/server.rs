@@ -168,16 +168,16 @@ impl Accepted {
     /// Hands over a message, or a request unless it was handed over before. `None`: it should have been and is not known.
     pub(crate) fn take(
         &self,
-        node: &Arc<Server>,
+        server: &Arc<Server>,
         request: Option<(RequestId, bool)>,
         frame: RawFrame,
         route: Option<Route>,
     ) -> Option<Result<(), Rejection>> {
         match (request, route) {
             (None, route) => {
-                Some(self.hand_over(node, frame, route.map(|route| ReplyToken::new(ReplyTo::Stream(route)))))
+                Some(self.hand_over(server, frame, route.map(|route| ReplyToken::new(ReplyTo::Stream(route)))))
             }
-            (Some(request), Some(route)) => self.asked(node, request, frame, route),
+            (Some(request), Some(route)) => self.asked(server, request, frame, route),
             // Who asked has given up, or asks again on another link.
             (Some(_), None) => Some(Ok(())),
         }
@@ -186,19 +186,19 @@ impl Accepted {
     /// Hands a request over, unless it was before. `None`: it should have been and is not known.
     fn asked(
         &self,
-        node: &Arc<Server>,
+        server: &Arc<Server>,
         (id, again): (RequestId, bool),
         frame: RawFrame,
         route: Route,
     ) -> Option<Result<(), Rejection>> {
         let key = self.key()?;
-        let requests = &node.requests;
+        let requests = &server.requests;
         let asker = Owner { key, network: self.remote().ip().into() };
         let asked = lock(requests).ask(asker, id, again, route.clone(), Instant::now());
         match asked {
             Asked::New => {
                 let asking = Asking { requests: requests.clone(), key, id };
-                let taken = self.hand_over(node, frame, Some(ReplyToken::new(ReplyTo::Request(asking, route))));
+                let taken = self.hand_over(server, frame, Some(ReplyToken::new(ReplyTo::Request(asking, route))));
                 if taken.is_err() {
                     // It was not handed over, and is not the next time either.
                     lock(requests).forget(key, id);
@@ -214,15 +214,15 @@ impl Accepted {
         Some(Ok(()))
     }
 
-    /// Whether this node answers such a frame by itself: as a relay it does.
-    pub(crate) fn is_probe(&self, node: &Server, type_id: u8) -> bool {
-        type_id == MessageType::NatProbe.id() && !self.path.is_relayed() && node.role.relay().is_some()
+    /// Whether this node answers such a frame by itself, which relays do.
+    pub(crate) fn is_probe(&self, server: &Server, type_id: u8) -> bool {
+        type_id == MessageType::NatProbe.id() && !self.path.is_relayed() && server.role.relay().is_some()
     }
 
     /// Hands a frame to the handler.
     pub(crate) fn hand_over(
         &self,
-        node: &Arc<Server>,
+        server: &Arc<Server>,
         frame: RawFrame,
         reply: Option<ReplyToken>,
     ) -> Result<(), Rejection> {
@@ -232,20 +232,20 @@ impl Accepted {
         if let Some(peer) = self.owner.as_ref().and_then(Weak::upgrade) {
             peer.heard();
         }
-        self.allow_streams(&node.config);
+        self.allow_streams(&server.config);
         if let Some(key) = key.filter(|_| self.is_heard_again()) {
-            (node.arrived)(key);
+            (server.arrived)(key);
         }
-        if self.is_probe(node, frame.type_id())
+        if self.is_probe(server, frame.type_id())
             && let Some(token) = &reply
         {
-            let answer = answers::nat_probe_reply(frame.payload(), from, SystemTime::now(), node.config.limits);
-            let answer = answer.ok_or_else(|| node.inbox.malformed())?;
+            let answer = answers::nat_probe_reply(frame.payload(), from, SystemTime::now(), server.config.limits);
+            let answer = answer.ok_or_else(|| server.inbox.malformed())?;
             // Who asked may be gone.
             let _ = token.reply(answer);
             return Ok(());
         }
-        node.inbox.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply })
+        server.inbox.deliver(frame, |kind, payload| Inbound { kind, payload, from, dialect, key, path, reply })
     }
 
     pub(crate) fn has_many_waiting(&self) -> bool {
@@ -257,20 +257,20 @@ impl Accepted {
     }
 
     /// Waits until the answer to a request has arrived.
-    pub(crate) async fn arrives(&self, node: &Server, request: RequestId, mut send: SendStream) {
+    pub(crate) async fn arrives(&self, server: &Server, request: RequestId, mut send: SendStream) {
         if send.finish().is_ok() && matches!(send.stopped().await, Ok(None)) {
-            self.arrived(node, request);
+            self.arrived(server, request);
         }
     }
 
     /// The peer has the answer to a request.
-    pub(crate) fn arrived(&self, node: &Server, request: RequestId) {
+    pub(crate) fn arrived(&self, server: &Server, request: RequestId) {
         if let Some(key) = self.key() {
-            lock(&node.requests).forget(key, request);
+            lock(&server.requests).forget(key, request);
         }
     }
 
-    /// Whoever sends messages may send many at once.
+    /// From its first message on, the other end may have many streams at once.
     fn allow_streams(&self, config: &Config) {
         if self.few_streams.load(Ordering::Relaxed) && self.few_streams.swap(false, Ordering::Relaxed) {
             let streams = self

@@ -39,7 +39,7 @@ use crate::{hello, session};
 /// A token that is kept longer than this answers nothing: the stream and its memory are let go.
 pub(crate) const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// How often a connection on which nothing begins is looked through for streams whose answer nobody wants any more: a
+/// How often a connection on which nothing begins is looked through for streams whose answer is no longer wanted: a
 /// sender without credit begins nothing.
 const RELEASE_EVERY: Duration = Duration::from_millis(20);
 
@@ -60,14 +60,14 @@ const MANY_ANSWERABLE: usize = 128;
 const ACCEPT_BATCH: usize = 16;
 
 /// Serves what its other end begins on a connection, until that ends.
-pub(crate) async fn serve(node: Arc<Server>, accepted: Arc<Accepted>) {
+pub(crate) async fn serve(server: Arc<Server>, accepted: Arc<Accepted>) {
     let connection = accepted.connection.clone();
     let (is_ours, sender) = (accepted.is_ours(), accepted.sender());
     let (replies, mut replied) = mpsc::unbounded_channel();
     let mut release = tokio::time::interval(RELEASE_EVERY);
     release.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut serving = Serving {
-        node: node.clone(),
+        server: server.clone(),
         accepted,
         streams: JoinSet::new(),
         answerable: VecDeque::new(),
@@ -78,7 +78,7 @@ pub(crate) async fn serve(node: Arc<Server>, accepted: Arc<Accepted>) {
     let mut behind = false;
     loop {
         let expiry = serving.answerable.front().map(|oldest| oldest.until);
-        let crowded = node.inbox.is_crowded(sender);
+        let crowded = server.inbox.is_crowded(sender);
         let waits = serving.accepted.has_many_waiting();
         tokio::select! {
             stream = connection.accept_bi(), if !crowded && !waits => match stream {
@@ -93,7 +93,7 @@ pub(crate) async fn serve(node: Arc<Server>, accepted: Arc<Accepted>) {
             Some((stream, frame)) = replied.recv() => serving.reply(stream, frame),
             Some(_) = serving.streams.join_next() => {}
             () = deadline(expiry) => { serving.answerable.pop_front(); }
-            () = node.inbox.room(sender), if crowded => continue,
+            () = server.inbox.room(sender), if crowded => continue,
             () = serving.accepted.heavy_done.notified(), if waits => continue,
             _ = release.tick(), if !serving.answerable.is_empty() || !serving.answered.is_empty() => {
                 serving.release_all_stopped();
@@ -102,14 +102,14 @@ pub(crate) async fn serve(node: Arc<Server>, accepted: Arc<Accepted>) {
             // From now on more than an answer may be sent there, whether anybody asks where it is or not.
             () = serving.accepted.remote.changed() => { serving.accepted.remote(); }
         }
-        let _turn = if behind { node.busy.late_turn(sender, 1).await } else { None };
+        let _turn = if behind { server.busy.late_turn(sender, 1).await } else { None };
         behind = serving.begin_some(&connection);
     }
 }
 
 /// The state of the task of one accepted connection.
 struct Serving {
-    node: Arc<Server>,
+    server: Arc<Server>,
     accepted: Arc<Accepted>,
     /// Streams that were not complete at once.
     streams: JoinSet<()>,
@@ -133,7 +133,7 @@ impl Serving {
     fn begin_some(&mut self, connection: &Connection) -> bool {
         let (piece, sender) = (Piece::begin(Instant::now()), self.accepted.sender());
         for _ in 0..ACCEPT_BATCH {
-            if self.node.inbox.is_crowded(sender) || self.accepted.has_many_waiting() {
+            if self.server.inbox.is_crowded(sender) || self.accepted.has_many_waiting() {
                 return false;
             }
             let Some(Ok((send, receive))) = now_or_never(connection.accept_bi()) else { return false };
@@ -150,10 +150,10 @@ impl Serving {
         self.release_stopped();
         self.release_arrived();
         let mut stream = Stream {
-            node: self.node.clone(),
+            server: self.server.clone(),
             accepted: self.accepted.clone(),
             receive,
-            frames: Reassembler::new(self.node.config.limits),
+            frames: Reassembler::new(self.server.config.limits),
             reading: true,
             finished: false,
             request: None,
@@ -207,7 +207,7 @@ impl Serving {
     fn release_arrived(&mut self) {
         while let Some((request, send)) = self.answered.front() {
             if is_acknowledged(send) {
-                self.accepted.arrived(&self.node, *request);
+                self.accepted.arrived(&self.server, *request);
             } else if now_or_never(send.stopped()).is_none() {
                 return;
             }
@@ -246,19 +246,19 @@ impl Serving {
             }
             (Write::All | Write::Failed, _) => {}
             (Write::Part(rest), request) => {
-                let Some(waiting) = self.node.unread.begin(self.accepted.client(), rest.len()) else {
-                    // Already closed is as good.
+                let Some(waiting) = self.server.unread.begin(self.accepted.client(), rest.len()) else {
+                    // It may be closed already, which has the same effect.
                     let _ = send.reset(TOO_SLOW.into());
                     return;
                 };
-                let (node, accepted) = (self.node.clone(), self.accepted.clone());
+                let (server, accepted) = (self.server.clone(), self.accepted.clone());
                 self.streams.spawn(async move {
                     let _waiting = waiting;
                     if !transfer::write(&mut send, rest).await {
-                        // Already closed is as good.
+                        // It may be closed already, which has the same effect.
                         let _ = send.reset(TOO_SLOW.into());
                     } else if let Some(request) = request {
-                        accepted.arrives(&node, request, send).await;
+                        accepted.arrives(&server, request, send).await;
                     }
                 });
             }
@@ -268,7 +268,7 @@ impl Serving {
 
 /// One stream of an accepted connection.
 pub(crate) struct Stream {
-    pub(crate) node: Arc<Server>,
+    pub(crate) server: Arc<Server>,
     pub(crate) accepted: Arc<Accepted>,
     pub(crate) receive: RecvStream,
     pub(crate) frames: Reassembler,
@@ -306,16 +306,16 @@ impl Stream {
     /// Reads the stream to its end, and writes the answers to what it carried. `heavy`: its first frame, if that is much
     /// work.
     async fn serve(mut self, mut send: Option<SendStream>, mut heavy: Option<RawFrame>) {
-        let (replies, mut replied) = AnswerQueue::new(self.node.unread.clone(), self.accepted.client());
-        // The end of this channel that lives here: gone when no further token is to be made.
+        let (replies, mut replied) = AnswerQueue::new(self.server.unread.clone(), self.accepted.client());
+        // The end of this channel that lives here: gone when no further token will be made.
         let mut replies = send.is_some().then_some(replies);
-        let (node, sender) = (self.node.clone(), self.accepted.sender());
+        let (server, sender) = (self.server.clone(), self.accepted.sender());
         let mut answer_until = None;
         let mut spent = Spent::default();
         loop {
             let mut turn = None;
             if heavy.is_none() && spent.is_up() {
-                turn = node.busy.late_turn(sender, 1).await;
+                turn = server.busy.late_turn(sender, 1).await;
             }
             let crowding = |waits: bool| waits && replied.len() >= MAX_WAITING_ANSWERS;
             let delivered = match heavy.take() {
@@ -356,10 +356,10 @@ impl Stream {
             if self.reading && !paused {
                 self.pace().await;
             }
-            let crowded = node.inbox.is_crowded(sender);
+            let crowded = server.inbox.is_crowded(sender);
             let hears = self.reading && !paused && !crowded && !crowding(send.is_some());
             tokio::select! {
-                () = node.inbox.room(sender), if self.reading && crowded => {}
+                () = server.inbox.room(sender), if self.reading && crowded => {}
                 chunk = self.read(), if hears => match chunk {
                     Some(chunk) => {
                         self.took(chunk);
@@ -378,7 +378,7 @@ impl Stream {
                         && let Some(send) = send.take()
                     {
                         // It has one answer.
-                        return self.accepted.arrives(&node, request, send).await;
+                        return self.accepted.arrives(&server, request, send).await;
                     }
                 }
                 () = is_stopped(&send) => send = None,
@@ -421,7 +421,7 @@ impl Stream {
         let (limits, max) = (answers::LIMITS, answers::LIMITS.max_frame);
         match self.frames.announced() {
             Some(Header { type_id, payload_len })
-                if payload_len > limits.max_frame && self.accepted.is_probe(&self.node, type_id) =>
+                if payload_len > limits.max_frame && self.accepted.is_probe(&self.server, type_id) =>
             {
                 Err(FrameError::TooLarge { len: payload_len, max })
             }
@@ -449,7 +449,7 @@ impl Stream {
                     OPEN_SESSION | OPEN_CONTROL | ASK_NODE | hello::ASK_SUCCESSION => {
                         return Delivered::Opened(frame);
                     }
-                    FOR_NODE if self.node.keys.serves(frame.payload()) => continue,
+                    FOR_NODE if self.server.keys.serves(frame.payload()) => continue,
                     FOR_NODE => return Delivered::ForAnother,
                     REQUEST => match Named::parse(frame.payload()) {
                         Some(request) => {
@@ -467,7 +467,7 @@ impl Stream {
             if is_heavy(frame.payload()) {
                 return Delivered::Heavy(frame);
             }
-            match self.accepted.take(&self.node, self.request, frame, route()) {
+            match self.accepted.take(&self.server, self.request, frame, route()) {
                 Some(taken) => {
                     if let Some(refused) = self.refused(taken) {
                         return refused;
@@ -481,9 +481,9 @@ impl Stream {
     /// Hands over a frame that is much work.
     async fn deliver_heavy(&mut self, frame: RawFrame, route: Option<Route>) -> Delivered {
         let _waiting = WaitingFrame::new(&self.accepted);
-        let (node, accepted, request) = (self.node.clone(), self.accepted.clone(), self.request);
-        let take = move || accepted.take(&node, request, frame, route);
-        let taken = self.node.inbox.decoding.run(self.accepted.sender(), take).await;
+        let (server, accepted, request) = (self.server.clone(), self.accepted.clone(), self.request);
+        let take = move || accepted.take(&server, request, frame, route);
+        let taken = self.server.inbox.decoding.run(self.accepted.sender(), take).await;
         self.reserved = None;
         match taken {
             Some(Some(taken)) => self.refused(taken).unwrap_or(Delivered::All),
@@ -492,7 +492,7 @@ impl Stream {
         }
     }
 
-    /// In `macula` nobody would understand why the rest is not read.
+    /// A sender of the dialect `macula` would not understand why the rest is not read.
     fn refused(&self, taken: Result<(), Rejection>) -> Option<Delivered> {
         match self.accepted.dialect {
             Dialect::Macula => None,
@@ -507,40 +507,40 @@ impl Stream {
             return session::receive::receive(self, send, opening.into_payload()).await;
         }
         if opening.type_id() == ASK_NODE {
-            let answer = self.node.keys.answer(opening.payload());
+            let answer = self.server.keys.answer(opening.payload());
             return hello::reply(self.receive, send, answer).await;
         }
         if opening.type_id() == hello::ASK_SUCCESSION {
-            let statement = self.node.keys.identity.succession(opening.payload());
+            let statement = self.server.keys.identity.succession(opening.payload());
             return hello::show_succession(self.receive, send, statement).await;
         }
-        if let (Some(relay), Some(key)) = (self.node.role.relay(), self.accepted.key()) {
+        if let (Some(relay), Some(key)) = (self.server.role.relay(), self.accepted.key()) {
             let Self { accepted, receive, frames, .. } = self;
             let Conn { connection, remote, .. } = &*accepted.conn;
             let (connection, remote, place) = (connection.clone(), remote.clone(), accepted.place.clone());
             let opener = Opener { connection, remote, owner: key, place };
             return relay.serve(opener, send, receive, frames).await;
         }
-        // Already closed is as good.
+        // It may be closed already, which has the same effect.
         let _ = self.receive.stop(NOT_A_RELAY.into());
         let _ = send.reset(NOT_A_RELAY.into());
     }
 
     /// Ends both halves with an error.
     fn end(mut self, send: Option<SendStream>, code: u8) {
-        // Already closed is as good.
+        // It may be closed already, which has the same effect.
         let _ = self.receive.stop(code.into());
         let _ = send.map(|mut send| send.reset(code.into()));
     }
 
     /// The stream carries nothing that can be read.
     pub(crate) fn refuse(&mut self, why: Rejection) {
-        self.node.inbox.malformed();
+        self.server.inbox.malformed();
         let error = match self.accepted.dialect {
             Dialect::Macula => MALFORMED,
             Dialect::MaculaPeer1 => why.code(),
         };
-        // Already closed is as good.
+        // It may be closed already, which has the same effect.
         let _ = self.receive.stop(error.into());
     }
 
@@ -564,7 +564,7 @@ impl Stream {
         if self.frames.is_empty() {
             return Some(self.receive.read_chunk(READ_AT_ONCE, true).await);
         }
-        let timeout = self.node.config.frame_timeout;
+        let timeout = self.server.config.frame_timeout;
         transfer::read(&mut self.receive, READ_AT_ONCE, &mut self.growth, timeout).await
     }
 
@@ -575,7 +575,7 @@ impl Stream {
         }
         let announced = self.frames.announced().map(|header| HEADER_LEN + header.payload_len);
         let Some(bytes) = announced.filter(|bytes| *bytes > READ_AT_FIRST) else { return };
-        let (memory, client) = (&self.node.arriving, self.accepted.client());
+        let (memory, client) = (&self.server.arriving, self.accepted.client());
         self.reserved = match memory.take(client, bytes) {
             Some(reserved) => Some(reserved),
             None => {
@@ -586,8 +586,8 @@ impl Stream {
     }
 
     pub(crate) fn too_slow(&mut self) {
-        self.node.inbox.malformed();
-        // Already closed is as good.
+        self.server.inbox.malformed();
+        // It may be closed already, which has the same effect.
         let _ = self.receive.stop(TOO_SLOW.into());
     }
 }
@@ -612,7 +612,7 @@ impl Drop for WaitingFrame<'_> {
 /// Tells who waits for an answer on a stream that there will be none.
 fn not_taken(send: Option<SendStream>, why: Rejection) {
     if let Some(mut send) = send {
-        // Already closed is as good.
+        // It may be closed already, which has the same effect.
         let _ = send.reset(why.code().into());
     }
 }

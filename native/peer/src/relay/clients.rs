@@ -55,7 +55,7 @@ pub(crate) struct CircuitTls {
 
 /// What else is to be done when something comes from a relay.
 pub(crate) struct Hooks {
-    /// This node is registered: what its NAT does is to be found out.
+    /// This node is registered, so its NAT can be examined.
     pub(crate) registered: Box<dyn Fn() + Send + Sync>,
     /// A relay sees this node at another address.
     pub(crate) moved: Box<dyn Fn() + Send + Sync>,

@@ -54,7 +54,7 @@ impl Role {
         serving.as_ref().map(|serving| serving.relay.clone())
     }
 
-    /// From now on this node is such a relay. Waits a moment where it has just been another one.
+    /// Makes this node a relay with these settings. Waits a moment if it has just stopped being another one.
     pub(crate) fn become_relay(&self, config: RelayConfig) -> io::Result<()> {
         self.be_no_relay();
         let bind = || {

@@ -166,19 +166,19 @@ impl Drop for Open {
 pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: Bytes) {
     let key = stream.accepted.key();
     let (Some(key), Some(Opening { id, channel, run, target })) = (key, Opening::parse(&opening)) else {
-        // Already closed is as good.
+        // It may be closed already, which has the same effect.
         let _ = stream.receive.stop(MALFORMED.into());
         return;
     };
-    let (node, sender) = (stream.node.clone(), Sender::Key(key));
-    if !node.keys.serves(target) {
+    let (server, sender) = (stream.server.clone(), Sender::Key(key));
+    if !server.keys.serves(target) {
         return hello::refuse(&mut stream.receive, &mut send);
     }
-    let busy = node.busy.late_turn(sender, 1).await;
-    let (open, known) = match node.sessions.open((key, id), &stream, run) {
+    let busy = server.busy.late_turn(sender, 1).await;
+    let (open, known) = match server.sessions.open((key, id), &stream, run) {
         Ok((open, Opened { known, restarted, .. })) => {
             if restarted {
-                node.inbox.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
+                server.inbox.event(Event::SessionRestarted { peer: stream.accepted.remote(), key });
             }
             (open, known)
         }
@@ -187,7 +187,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                 Refused::Forgotten => SESSION_FORGOTTEN.into(),
                 Refused::TooMany => TOO_MANY_SESSIONS.into(),
             };
-            // Already closed is as good.
+            // It may be closed already, which has the same effect.
             let _ = (stream.receive.stop(code), send.reset(code));
             return;
         }
@@ -196,7 +196,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     let (begun_before, mut said) = open.session.begin(channel);
     // Its other channel may have made the session, which says nothing of what the run before this one had of this one.
     let known = known && (begun_before || run != NO_RUN);
-    let greeting = Word::Greeting { known, run: node.sessions.run, expected: said };
+    let greeting = Word::Greeting { known, run: server.sessions.run, expected: said };
     if !say(&mut stream, &mut send, greeting.bytes()).await {
         return;
     }
@@ -206,7 +206,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     loop {
         let behind = spent.is_up();
         let mut ready = pin!(async {
-            node.inbox.room(sender).await;
+            server.inbox.room(sender).await;
             open.session.turn(channel).await
         });
         let turn = loop {
@@ -217,10 +217,10 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                 return;
             }
         };
-        // Waited for by itself: whoever has it must go on, and a word may take long to be written.
-        let busy = if behind { node.busy.late_turn(sender, 1).await } else { None };
+        // Waited for by itself: a task that has a turn must go on, and a word may take long to be written.
+        let busy = if behind { server.busy.late_turn(sender, 1).await } else { None };
         // Its id may be another one by now, and this one another node's.
-        if !node.keys.serves(target) {
+        if !server.keys.serves(target) {
             return hello::refuse(&mut stream.receive, &mut send);
         }
         let piece = Piece::begin(Instant::now());
@@ -274,7 +274,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         }
     }
     if stream.finished {
-        lock(&node.sessions.table).end(&open.key);
+        lock(&server.sessions.table).end(&open.key);
     }
 }
 
@@ -289,7 +289,7 @@ enum Batch {
     Refused(Rejection),
 }
 
-/// Hands over some of what is there. `words`: what is to be said of it.
+/// Hands over some of what is there. `words`: what to tell the sender of it.
 fn read_batch(
     stream: &mut Stream,
     open: &Open,
@@ -305,7 +305,7 @@ fn read_batch(
                 break;
             }
         }
-        if stream.node.inbox.is_crowded(Sender::Key(open.key.0)) {
+        if stream.server.inbox.is_crowded(Sender::Key(open.key.0)) {
             break;
         }
         let frame = match stream.next_frame() {
@@ -343,7 +343,7 @@ fn read_batch(
 /// Small words on a stream of their own: one that takes none for so long has a sender that reads none of them. What has
 /// come of its messages is let go.
 async fn say(stream: &mut Stream, send: &mut SendStream, word: Bytes) -> bool {
-    match timeout(stream.node.config.frame_timeout, send.write_chunk(word)).await {
+    match timeout(stream.server.config.frame_timeout, send.write_chunk(word)).await {
         Ok(written) => written.is_ok(),
         Err(_) => {
             stream.too_slow();
@@ -365,10 +365,10 @@ fn hand_over(
     match incoming.accept(number) {
         Arrival::New => {}
         Arrival::Repeated => return Ok(()),
-        Arrival::Doubtful => return stream.node.inbox.can_take(&frame),
+        Arrival::Doubtful => return stream.server.inbox.can_take(&frame),
     }
     let reply = session.reply_to(&frame);
-    let taken = stream.accepted.hand_over(&stream.node, frame, reply);
+    let taken = stream.accepted.hand_over(&stream.server, frame, reply);
     if taken.is_err() {
         incoming.refuse(number);
     }
@@ -383,8 +383,8 @@ fn take_heavy(
     number: u64,
     frame: RawFrame,
 ) -> impl Future<Output = Option<Result<(), Rejection>>> + use<> {
-    let (node, accepted) = (stream.node.clone(), stream.accepted.clone());
-    let decoding = node.inbox.decoding.clone();
+    let (server, accepted) = (stream.server.clone(), stream.accepted.clone());
+    let decoding = server.inbox.decoding.clone();
     let sender = accepted.sender();
     let hand_over = move || {
         let Turn { session, channel } = &turn;
@@ -392,10 +392,10 @@ fn take_heavy(
         match arrival {
             Arrival::New => {}
             Arrival::Repeated => return Ok(()),
-            Arrival::Doubtful => return node.inbox.can_take(&frame),
+            Arrival::Doubtful => return server.inbox.can_take(&frame),
         }
         let reply = session.reply_to(&frame);
-        let taken = accepted.hand_over(&node, frame, reply);
+        let taken = accepted.hand_over(&server, frame, reply);
         let mut incoming = lock(&session.channels[*channel]);
         let incoming = incoming.get_or_insert_default();
         incoming.accept(number);
@@ -516,7 +516,7 @@ impl AnswerSession for Answers {
 /// An answer is of no use to a peer that is gone or does not read.
 async fn write_rest(mut send: SendStream, rest: Bytes) {
     if !transfer::write(&mut send, rest).await {
-        // Already closed is as good.
+        // It may be closed already, which has the same effect.
         let _ = send.reset(TOO_SLOW.into());
     }
 }
