@@ -1,18 +1,15 @@
 //! What senders and receivers of `macula-peer/1` that mean no good can do to each other: little.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use common::raw::{
+use crate::common::raw::{
     self, NUMBER, SESSION, Stream, connect_as, dial_with, eventually, numbered, opening, raw_frame, session, stranger,
     word, words,
 };
-use common::{PATIENCE, deep, engine, frame, listener, message, number, send, until};
+use crate::common::{PATIENCE, deep, engine, frame, listener, message, number, send, until};
+use bytes::Bytes;
 use macula_peer::{
     Config, Event, Handler, Inbound, Listen, Message, Rejection, RelayConfig, SendError, UndeliveredReason, Unhandled,
 };
@@ -605,11 +602,11 @@ fn a_message_that_is_too_slow_for_its_receiver_is_tried_twice_on_the_same_connec
         }
     });
     let client = engine(Config::default());
-    let inbox = Arc::new(common::Inbox::default());
+    let inbox = Arc::new(crate::common::Inbox::default());
     client.set_handler(Some(inbox.clone()));
     let endless = Message { deadline: None, ..message(Publish, 0, PATIENCE) };
     send(&client, &address, endless).unwrap();
-    until("it is given up", || common::owes_nothing(&client));
+    until("it is given up", || crate::common::owes_nothing(&client));
     let events = inbox.events.lock().unwrap();
     let rejected = |event: &Event| matches!(event, Event::Undelivered { count: 1, reason: TOO_SLOW, .. });
     assert!(events.iter().any(rejected), "{events:?}");
@@ -666,7 +663,7 @@ fn large_answers_that_nobody_asked_for_do_not_fill_the_memory() {
 fn what_a_receiver_may_have_that_has_forgotten_the_session_is_reported_and_the_rest_goes_on() {
     const RUN: [u8; 8] = [7; 8];
     let mut receiver = Receiver::new();
-    let (client, inbox) = (engine(Config::default()), Arc::new(common::Inbox::default()));
+    let (client, inbox) = (engine(Config::default()), Arc::new(crate::common::Inbox::default()));
     client.set_handler(Some(inbox.clone()));
     let opened = |frame: RawFrame| {
         assert_eq!((frame.type_id(), frame.payload().len()), (SESSION, 25));
@@ -725,7 +722,7 @@ fn what_a_receiver_may_have_that_has_forgotten_the_session_is_reported_and_the_r
         assert_eq!(number(next(&mut stream).await.payload()), Some(2));
         stream.say(said(0, 1)).await;
     });
-    until("nothing is owed", || common::owes_nothing(&client));
+    until("nothing is owed", || crate::common::owes_nothing(&client));
     let lost =
         |event: &&Event| matches!(event, Event::Undelivered { count: 1, reason: UndeliveredReason::SessionLost, .. });
     assert_eq!(inbox.events.lock().unwrap().iter().filter(lost).count(), 1);

@@ -1,15 +1,12 @@
 //! What arrives is handed over to the gateway of this host, and what it answers goes to those who asked.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::raw::{macula_server_at, raw_frame};
-use common::{Forwarder, Inbox, endpoint, engine, frame, message, number, request, send, until};
+use crate::common::raw::{macula_server_at, raw_frame};
+use crate::common::{Forwarder, Inbox, endpoint, engine, frame, message, number, request, send, until};
 use macula_peer::{Config, Delivery, EndpointRef, Engine, HandOver, Listen, LocalGateway, Message, StartError, Target};
 use macula_peer_testkit::quic::{client_config, server_config, tokio_runtime, transport};
 use macula_peer_wire::MessageType::{Cast, FindValue, FindValueReply, Publish, RpcReply, Store};
@@ -274,7 +271,7 @@ fn a_first_burst_on_this_host_is_not_cut_by_the_congestion_window() {
     let client = engine(Config::default());
     let address = forwarder.address.to_string();
     send(&client, &address, message(Cast, 0, TIMEOUT)).unwrap();
-    until("there is a link", || gateway.count() == 1 && common::owes_nothing(&client));
+    until("there is a link", || gateway.count() == 1 && crate::common::owes_nothing(&client));
     forwarder.mute();
     for n in 1..=BURST {
         let message = Message { frame: frame(Cast, n, 1000), ..message(Cast, n, TIMEOUT) };
@@ -297,7 +294,7 @@ fn a_request_to_a_gateway_that_is_restarted_is_asked_again() {
     let address = forwarder.address.to_string();
     let client = engine(Config::default());
     send(&client, &address, message(Cast, 0, TIMEOUT)).unwrap();
-    until("there is a link", || gateway.count() == 1 && common::owes_nothing(&client));
+    until("there is a link", || gateway.count() == 1 && crate::common::owes_nothing(&client));
     forwarder.swallow(true);
     let gateway = std::thread::scope(|scope| {
         let asking = scope.spawn(|| request(&client, &address, message(FindValue, 7, Duration::from_secs(8))));
@@ -322,7 +319,7 @@ fn a_message_that_a_restarted_gateway_has_half_goes_over_the_new_link() {
         let address = forwarder.address.to_string();
         let client = engine(Config { delivery, ..Config::default() });
         send(&client, &address, message(Cast, 0, TIMEOUT)).unwrap();
-        until("there is a link", || gateway.count() == 1 && common::owes_nothing(&client));
+        until("there is a link", || gateway.count() == 1 && crate::common::owes_nothing(&client));
         forwarder.swallow(true);
         let half = Message { frame: frame(Cast, 1, HUGE), ..message(Cast, 1, Duration::from_secs(8)) };
         send(&client, &address, half).unwrap();
@@ -330,7 +327,7 @@ fn a_message_that_a_restarted_gateway_has_half_goes_over_the_new_link() {
         let gateway = gateway.restart(100);
         forwarder.swallow(false);
         let arrived = || gateway.got.lock().unwrap().iter().filter(|frame| frame.payload().len() > HUGE).count();
-        until("it arrives or is given up", || arrived() > 0 || common::owes_nothing(&client));
+        until("it arrives or is given up", || arrived() > 0 || crate::common::owes_nothing(&client));
         assert_eq!(arrived(), 1);
         client.stop();
         gateway.runtime.shutdown_background();
@@ -344,13 +341,13 @@ fn a_message_that_a_replaced_link_has_half_is_not_delivered_twice() {
     let client = engine(Config { delivery: Delivery::AtMostOnce, ..Config::default() });
     let address = gateway.address.to_string();
     send(&client, &address, message(Cast, 0, TIMEOUT)).unwrap();
-    until("there is a link", || common::owes_nothing(&client));
+    until("there is a link", || crate::common::owes_nothing(&client));
     send(&client, &address, Message { frame: frame(Cast, 1, HUGE), ..message(Cast, 1, TIMEOUT) }).unwrap();
     client.invalidate(&Target::Endpoint(EndpointRef::parse(&address).unwrap()));
     // The link is given up after 500 ms, and closed after another second.
     std::thread::sleep(Duration::from_millis(900));
     gateway.reads.add_permits(Semaphore::MAX_PERMITS / 2);
-    until("it arrives", || gateway.count() > 1 && common::owes_nothing(&client));
+    until("it arrives", || gateway.count() > 1 && crate::common::owes_nothing(&client));
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!((gateway.count(), client.stats().undelivered), (2, 0));
     client.stop();

@@ -1,17 +1,15 @@
 //! Between nodes that run this library: in order and exactly once, over whatever sequence of links.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::raw::{map, raw_frame};
-use common::{
+use crate::common::raw::{map, raw_frame};
+use crate::common::{
     Forwarder, Inbox, deep, endpoint, engine, frame, listener, member, message, number, over, relay, request, send,
     send_to_node, until, wide,
 };
+use bytes::Bytes;
 use macula_peer::{
     Config, Delivery, EndpointRef, Engine, Event, Listen, Message, Path, Rejection, ReplyError, RequestError,
     SendError, Target, UndeliveredReason,
@@ -324,7 +322,7 @@ fn a_path_that_is_replaced_does_not_end_the_session() {
     until("it arrives", || inbox.len() == 1);
     let mut ways = over(&[&relay_address]);
     ways.endpoints.push(endpoint(&forwarder.address.to_string()));
-    sender.learn(&common::node_id("target"), ways.clone());
+    sender.learn(&crate::common::node_id("target"), ways.clone());
     until("on the direct path", || path(&sender) == Some(Path::Direct));
     send(1, ways.clone());
     until("it arrives", || inbox.len() == 2);
@@ -540,7 +538,7 @@ fn a_relayed_path_that_is_not_used_any_more_leaves_no_circuit() {
     assert_eq!(relay.stats().relay.unwrap().circuits, 1);
     let mut ways = over(&[&relay_address]);
     ways.endpoints.push(direct);
-    sender.learn(&common::node_id("target"), ways);
+    sender.learn(&crate::common::node_id("target"), ways);
     until("on the direct path", || path(&sender) == Some(Path::Direct));
     // While the path that was replaced is still there.
     send(&sender, &other_address, of_size(0, 64)).unwrap();

@@ -1,14 +1,11 @@
 //! A host that has no time for the engine: everything in this process stands still now and then. Alone in its file, because
 //! other tests would stand still too.
 #![cfg(unix)]
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::process::{Child, Command, id};
 use std::time::Duration;
 
-use common::{engine, listener, message, send, until};
+use crate::common::{engine, listener, message, send, until};
 use macula_peer::Config;
 use macula_peer_wire::MessageType::Publish;
 

@@ -1,7 +1,4 @@
 //! Keys, and whom they are trusted by.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::fs;
 use std::io::ErrorKind;
@@ -10,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-use common::{Forwarder, Inbox, PATIENCE, engine, frame, listener, message, request, send, until};
+use crate::common::{Forwarder, Inbox, PATIENCE, engine, frame, listener, message, request, send, until};
 use macula_peer::{
     Certificate, Config, ConnectError, Dialect, Engine, Event, Fingerprint, Identity, IdentityError, Listen,
     ListenError, NotAFingerprint, PemError, RequestError, SendError, StartError, TlsError, UndeliveredReason, Verify,
@@ -191,15 +188,17 @@ fn keys_of_other_kinds_are_read() {
 fn a_key_that_tls_cannot_use_is_named() {
     let directory = Directory::new("unusable");
     let nonsense = "-----BEGIN PRIVATE KEY-----\nbm9uc2Vuc2U=\n-----END PRIVATE KEY-----\n";
-    for pem in [include_str!("certificates/p521.key"), include_str!("certificates/rsa1024.key"), nonsense] {
+    for pem in [include_str!("../certificates/p521.key"), include_str!("../certificates/rsa1024.key"), nonsense] {
         let error = pem_error(&directory.private("key.pem", pem));
         assert!(matches!(error, PemError::UnsupportedKey), "{error:?}");
     }
-    for pem in [include_str!("certificates/encrypted.pkcs8.key"), include_str!("certificates/encrypted.sec1.key")] {
+    for pem in [include_str!("../certificates/encrypted.pkcs8.key"), include_str!("../certificates/encrypted.sec1.key")]
+    {
         let error = pem_error(&directory.private("key.pem", pem));
         assert!(matches!(error, PemError::EncryptedKey), "{error:?}");
     }
-    let version_1 = [include_str!("certificates/version1.key"), include_str!("certificates/version1.pem")].concat();
+    let version_1 =
+        [include_str!("../certificates/version1.key"), include_str!("../certificates/version1.pem")].concat();
     assert!(matches!(pem_error(&directory.private("key.pem", &version_1)), PemError::OldCertificate));
 }
 
@@ -221,7 +220,7 @@ fn a_certificate_that_cannot_be_shown_is_named() {
             other => panic!("{other}"),
         })
     };
-    let rsa = [include_str!("certificates/rsa2048.pem"), include_str!("certificates/rsa2048.key")];
+    let rsa = [include_str!("../certificates/rsa2048.pem"), include_str!("../certificates/rsa2048.key")];
     for (certificate, key) in [
         (leaf.clone() + &below.pem, key_pem.clone()),
         // Any text around them, and the ends of lines of another system.
@@ -233,8 +232,8 @@ fn a_certificate_that_cannot_be_shown_is_named() {
     ] {
         shown(&certificate, &key).unwrap();
     }
-    let old = include_str!("certificates/version1.pem");
-    let old_key = include_str!("certificates/version1.key");
+    let old = include_str!("../certificates/version1.pem");
+    let old_key = include_str!("../certificates/version1.key");
     for (certificate, key, file, expected) in [
         (below.pem.clone() + &leaf, &*key_pem, "cert.pem", PemError::OutOfOrder),
         (ca.pem.clone(), &key_pem, "cert.pem", PemError::OtherKey),
@@ -243,8 +242,8 @@ fn a_certificate_that_cannot_be_shown_is_named() {
         (old.to_owned(), old_key, "cert.pem", PemError::OldCertificate),
         (leaf.clone(), "", "key.pem", PemError::NoKey),
         (leaf.clone(), &leaf, "key.pem", PemError::NoKey),
-        (leaf.clone(), include_str!("certificates/encrypted.pkcs8.key"), "key.pem", PemError::EncryptedKey),
-        (leaf.clone(), include_str!("certificates/p521.key"), "key.pem", PemError::UnsupportedKey),
+        (leaf.clone(), include_str!("../certificates/encrypted.pkcs8.key"), "key.pem", PemError::EncryptedKey),
+        (leaf.clone(), include_str!("../certificates/p521.key"), "key.pem", PemError::UnsupportedKey),
     ] {
         let (named, why) = shown(&certificate, key).unwrap_err();
         assert_eq!((&*named, why.to_string()), (file, expected.to_string()));
@@ -389,9 +388,9 @@ fn a_pinned_gateway_is_dialled_and_no_other() {
 /// msquic shows an X.509 version 1 certificate as any other.
 #[test]
 fn a_gateway_with_a_version_1_certificate_is_dialled() {
-    let chain = CertificateDer::pem_slice_iter(include_bytes!("certificates/version1.pem"));
+    let chain = CertificateDer::pem_slice_iter(include_bytes!("../certificates/version1.pem"));
     let chain = chain.collect::<Result<Vec<_>, _>>().unwrap();
-    let key = PrivateKeyDer::from_pem_slice(include_bytes!("certificates/version1.key")).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(include_bytes!("../certificates/version1.key")).unwrap();
     let signer = default_provider().key_provider.load_private_key(key).unwrap();
     let pinned = <[u8; 32]>::try_from(digest(&SHA256, &signer.public_key().unwrap()).as_ref()).unwrap().into();
     // rustls takes another path for certificates that it can read.

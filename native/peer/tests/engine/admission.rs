@@ -1,14 +1,13 @@
 //! Access control: lists that change while the node runs, and the callback.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Inbox, PATIENCE, endpoint, engine, listener, member, message, node_id, over, send, send_to_node, until};
+use crate::common::{
+    Inbox, PATIENCE, endpoint, engine, listener, member, message, node_id, over, send, send_to_node, until,
+};
 use macula_peer::{
     Access, AccessList, AdmissionAnswer, AdmissionCallback, AdmissionQuestion, Admit, Config, ConnectError, Engine,
     Event, Fingerprint, HolePunching, Kick, Listen, NotAdmitted, Refusal, Registration, RelayConfig, SendError, Target,

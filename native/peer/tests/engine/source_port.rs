@@ -1,7 +1,4 @@
 //! A NAT or load balancer that keeps a dead mapping of the node's one port does not cut the node off for long.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, UdpSocket};
@@ -10,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::{endpoint, engine, listener, member_of, message, over, relay, send, send_to_node, until};
+use crate::common::{endpoint, engine, listener, member_of, message, over, relay, send, send_to_node, until};
 use macula_peer::{Config, EndpointRef, Engine, HolePunching, SendError, Target, Ways};
 use macula_peer_wire::MessageType::Publish;
 

@@ -1,13 +1,10 @@
 //! Slow paths: what takes long still arrives, and does not hold up the rest.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Forwarder, Inbox, engine, frame, listener, number, request, send, until};
+use crate::common::{Forwarder, Inbox, engine, frame, listener, number, request, send, until};
 use macula_peer::{Config, Engine, Event, Handler, Inbound, Message, UndeliveredReason, Unhandled};
 use macula_peer_wire::MessageType::{self, Ping, Pong, Publish, RpcReply, RpcRequest};
 
@@ -80,7 +77,7 @@ fn a_large_message_arrives_over_a_slow_path_and_holds_up_no_small_one() {
             break;
         }
     }
-    until("all is acknowledged", || common::owes_nothing(&net.client));
+    until("all is acknowledged", || crate::common::owes_nothing(&net.client));
     assert!(longest < Duration::from_secs(2), "one took {longest:?}");
     assert_eq!((net.dials(), net.server.stats().malformed, net.client.stats().undelivered), (1, 0, 0));
     net.stop();
@@ -141,7 +138,7 @@ fn what_cannot_arrive_in_time_ends_as_expired_and_makes_room() {
         .iter()
         .any(|event| matches!(event, Event::Undelivered { count: 1, reason: UndeliveredReason::Expired, .. }));
     assert!(reported);
-    until("nothing more is owed", || common::owes_nothing(&net.client));
+    until("nothing more is owed", || crate::common::owes_nothing(&net.client));
     assert_eq!((net.dials(), net.client.stats().undelivered), (1, 1));
     net.stop();
 }

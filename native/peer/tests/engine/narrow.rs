@@ -1,13 +1,10 @@
 //! Circuits over paths that carry only small packets, and over such that become narrow under way.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use common::{Forwarder, Inbox, engine, frame, member, over, relay, send_to_node, until};
+use crate::common::{Forwarder, Inbox, engine, frame, member, over, relay, send_to_node, until};
 use macula_peer::{Config, Engine, Message};
 use macula_peer_wire::MessageType::Publish;
 
@@ -43,7 +40,7 @@ impl Net {
         let (sender, ways) = (self.sender.clone(), over(&[&self.paths[0].address.to_string()]));
         std::thread::spawn(move || {
             for n in 0..total {
-                let deadline = Some(Instant::now() + common::PATIENCE);
+                let deadline = Some(Instant::now() + crate::common::PATIENCE);
                 let message = Message { frame: frame(Publish, n, 1000), kind: Publish, deadline, key: None };
                 send_to_node(&sender, "target", ways.clone(), message).unwrap();
                 if n % 10 == 0 {
@@ -104,7 +101,7 @@ fn a_lone_large_message_arrives_after_a_leg_has_become_narrow() {
         net.send(500).join().unwrap();
         net.all_arrive_once_and_in_order(500);
         net.paths[leg].narrow(NARROW);
-        let deadline = Some(Instant::now() + common::PATIENCE);
+        let deadline = Some(Instant::now() + crate::common::PATIENCE);
         let begun = Instant::now();
         let message = Message { frame: frame(Publish, 500, 30_000), kind: Publish, deadline, key: None };
         send_to_node(&net.sender, "target", ways, message).unwrap();

@@ -1,14 +1,11 @@
 //! A link that somebody wants closed is closed, and costs no message.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::raw::macula_server;
-use common::{Forwarder, engine, frame, listener, message, number, request, send, until};
+use crate::common::raw::macula_server;
+use crate::common::{Forwarder, engine, frame, listener, message, number, request, send, until};
 use macula_peer::{Config, Delivery, EndpointRef, Engine, Message, Target};
 use macula_peer_wire::MessageType::{Ping, Publish};
 use macula_peer_wire::{Limits, Reassembler};
@@ -62,7 +59,7 @@ async fn serve_stream(
             got.lock().unwrap().push(number(frame.payload()).unwrap());
             if frame.type_id() == Ping.id() {
                 tokio::time::sleep(answers_after).await;
-                let _ = send.write_all(&common::frame(Ping, 7, 0)).await;
+                let _ = send.write_all(&crate::common::frame(Ping, 7, 0)).await;
             }
         }
     }

@@ -1,12 +1,10 @@
 //! Over ways that lose packets, messages arrive all the same, and most of them soon.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
-
-mod common;
+#![allow(clippy::print_stdout)]
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Forwarder, PATIENCE, member, message, over, relay, send_to_node};
+use crate::common::{Forwarder, PATIENCE, member, message, over, relay, send_to_node};
 use macula_peer_wire::MessageType::Publish;
 
 /// Of each of the two ways: 400 ms from node to node and back, and one packet of ten lost on the way there. With twice the

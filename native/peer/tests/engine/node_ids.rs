@@ -1,13 +1,12 @@
 //! A message for a node goes to that node.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use common::raw::{ASK_NODE, FOR_NODE, FakeRelay, Manner, NUMBER, SESSION, Stream, eventually, raw_frame, stranger};
-use common::{
+use crate::common::raw::{
+    ASK_NODE, FOR_NODE, FakeRelay, Manner, NUMBER, SESSION, Stream, eventually, raw_frame, stranger,
+};
+use crate::common::{
     Forwarder, Inbox, PATIENCE, endpoint, engine, frame, listener, member, message, node_id, over, owes_nothing, relay,
     send_to_node, until,
 };

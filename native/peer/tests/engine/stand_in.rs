@@ -1,13 +1,10 @@
 //! A relay that speaks only `macula` gets the messages for a node itself.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::raw::macula_server;
-use common::{
+use crate::common::raw::macula_server;
+use crate::common::{
     Forwarder, Inbox, endpoint, engine, frame, listener, message, node_id, number, over, send_to_node, until,
 };
 use macula_peer::{Config, Delivery, Event, Message, PeerName, SendError, UndeliveredReason, Verify, Ways};

@@ -1,12 +1,9 @@
 //! What a client that means no good can do to a listener: little.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::time::Duration;
 
+use crate::common::{frame, listener, until};
 use bytes::Bytes;
-use common::{frame, listener, until};
 use macula_peer::Config;
 use macula_peer_testkit::quic::{client_config, transport};
 use macula_peer_wire::MessageType::Publish;
@@ -23,7 +20,7 @@ async fn connect(address: &str, alpn: &str) -> Result<Connection, quinn::Connect
 async fn stopped(connection: &Connection, bytes: Bytes) -> Option<VarInt> {
     let (mut send, _receive) = connection.open_bi().await.unwrap();
     send.write_chunk(bytes).await.unwrap();
-    tokio::time::timeout(common::PATIENCE, send.stopped()).await.expect("stopped in time").unwrap()
+    tokio::time::timeout(crate::common::PATIENCE, send.stopped()).await.expect("stopped in time").unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,17 +1,15 @@
 //! What strangers try to use up at a listener, and that others do not notice it.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
-
-mod common;
+#![allow(clippy::print_stderr)]
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use common::raw::{
+use crate::common::raw::{
     self, Stream, dial, dial_from, eventually, numbered, opening, opening_to, question, session, stranger, word,
 };
-use common::{Forwarder, PATIENCE, attackers, engine, frame, listener, message, number, request, send, until};
+use crate::common::{Forwarder, PATIENCE, attackers, engine, frame, listener, message, number, request, send, until};
 use macula_peer::{Config, Engine, Event, Handler, Inbound, Listen, Message, Shares, Unhandled};
 use macula_peer_testkit::quic::{self, tokio_runtime};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
@@ -461,7 +459,7 @@ fn one_key_gathers_its_share_of_frames_over_any_number_of_connections_and_others
         eventually("its share is used up", || complete.load(Ordering::Relaxed) >= 7).await;
         streams
     });
-    let client = common::engine(Config::default());
+    let client = crate::common::engine(Config::default());
     let begun = Instant::now();
     for n in 0..3 {
         send(&client, &address, Message { frame: frame(Publish, n, 8 << 20), ..message(Publish, n, PATIENCE) })

@@ -1,15 +1,12 @@
 //! Keys of nodes outlive restarts, and change by the word of the key before.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use rmpv::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::raw::{ASK_NODE, Stream, bin, connect_as, raw_frame, stranger};
-use common::{
+use crate::common::raw::{ASK_NODE, Stream, bin, connect_as, raw_frame, stranger};
+use crate::common::{
     Inbox, PATIENCE, endpoint, engine, listener, member_of, message, node_id, over, owes_nothing, relay, send_to_node,
     until,
 };

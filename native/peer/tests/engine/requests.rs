@@ -1,7 +1,4 @@
 //! Requests, answers, deadlines and cancellation.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -9,8 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use common::raw::macula_server;
-use common::{Forwarder, PATIENCE, endpoint, engine, frame, listener, message, node_id, number, request, send, until};
+use crate::common::raw::macula_server;
+use crate::common::{
+    Forwarder, PATIENCE, endpoint, engine, frame, listener, message, node_id, number, request, send, until,
+};
 use macula_peer::{
     Config, ConnectError, Delivery, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, Message,
     ReplyError, RequestError, SendError, Target, Unhandled, Ways,
@@ -125,7 +124,7 @@ fn a_cancelled_call_is_neither_answered_nor_sent() {
     until("let go", || client.stats().peers[0].unacknowledged_bytes == 0);
     drop(silent);
     let server = engine(Config { port: address.port(), ..Config::default() });
-    let inbox = Arc::new(common::Inbox::default());
+    let inbox = Arc::new(crate::common::Inbox::default());
     server.set_handler(Some(inbox.clone()));
     server.listen(Listen::default()).unwrap();
     send(&client, &text, message(Publish, 2, 10 * SECOND)).unwrap();
@@ -233,7 +232,7 @@ fn a_question_to_a_node_that_is_restarted_fails_and_is_not_asked_again() {
     // Its port is free when it is dropped.
     drop((server, inbox));
     let successor = engine(Config { port: address.port(), ..Config::default() });
-    let inbox = Arc::new(common::Inbox::default());
+    let inbox = Arc::new(crate::common::Inbox::default());
     successor.set_handler(Some(inbox.clone()));
     successor.listen(Listen::default()).unwrap();
     let begun = Instant::now();

@@ -1,14 +1,11 @@
 //! What the frames of some cost the others: those that are much work are handed over one at a time, off the threads that
 //! move packets, and their senders take turns.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, engine, listener, message, number, request, send, until, wide};
+use crate::common::{PATIENCE, engine, listener, message, number, request, send, until, wide};
 use macula_peer::{Config, Engine, Event, Fingerprint, Handler, Inbound, Listen, Message, RequestError, Unhandled};
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
 
@@ -27,7 +24,7 @@ struct Slow {
 impl Handler for Slow {
     fn message(&self, message: Inbound) -> Result<(), Unhandled> {
         if message.kind == Ping {
-            let _ = message.reply.expect("it is asked for").reply(common::frame(Pong, 0, 8));
+            let _ = message.reply.expect("it is asked for").reply(crate::common::frame(Pong, 0, 8));
             return Ok(());
         }
         if message.payload.len() > MANY {
@@ -71,7 +68,7 @@ fn a_frame_that_is_much_work_holds_up_no_packets() {
     until("all is handled", || handler.handled.lock().unwrap().len() == 21);
     let last = *handler.handled.lock().unwrap().last().unwrap();
     assert_eq!(last, (Some(sender.fingerprint()), 1), "small messages of others do not wait");
-    until("it is acknowledged", || common::owes_nothing(&sender));
+    until("it is acknowledged", || crate::common::owes_nothing(&sender));
     for engine in [sender, other, server] {
         engine.stop();
     }
@@ -112,7 +109,7 @@ fn messages_of_one_sender_stay_in_order_whatever_work_they_are() {
     }
     until("all arrive", || inbox.len() == 300);
     assert_eq!(inbox.disorder(), None);
-    until("all are acknowledged", || common::owes_nothing(&client));
+    until("all are acknowledged", || crate::common::owes_nothing(&client));
     assert_eq!(client.stats().undelivered, 0);
     client.stop();
     server.stop();
@@ -145,7 +142,7 @@ struct Answers;
 impl Handler for Answers {
     fn message(&self, message: Inbound) -> Result<(), Unhandled> {
         let asked = number(&message.payload).unwrap();
-        let answer = if asked == 1 { wide(1, MANY).frame } else { common::frame(Pong, asked, 8) };
+        let answer = if asked == 1 { wide(1, MANY).frame } else { crate::common::frame(Pong, asked, 8) };
         let _ = message.reply.expect("it is asked for").reply(answer);
         Ok(())
     }

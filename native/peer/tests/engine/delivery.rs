@@ -1,13 +1,10 @@
 //! Nothing that was accepted is lost in silence: over lossy paths, dead links and restarts.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::{Forwarder, Inbox, engine, listener, message, send, until};
+use crate::common::{Forwarder, Inbox, engine, listener, message, send, until};
 use macula_peer::{Config, Delivery, Event, Listen, UndeliveredReason};
 use macula_peer_wire::MessageType::{self, Publish, Store};
 

@@ -1,12 +1,9 @@
 //! Two nodes that only know relays find a direct path.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{member_of, message, node_id, over, relay, send_to_node, until};
+use crate::common::{member_of, message, node_id, over, relay, send_to_node, until};
 use macula_peer::{Config, Engine, HolePunching, Path, PunchError, Target, Ways};
 use macula_peer_wire::MessageType::Publish;
 

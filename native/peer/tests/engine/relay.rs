@@ -1,12 +1,9 @@
 //! Nodes that nobody dials are reached through relays.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::time::{Duration, Instant};
 
-use common::raw::{Said, bin, map};
-use common::{engine, frame, listener, member, message, node_id, over, relay, relay_of, request, send_to_node, until};
+use crate::common::raw::{Said, bin, map};
+use crate::common::{engine, frame, listener, member, message, node_id, over, relay, relay_of, request, send_to_node, until};
 use macula_peer::{Config, ConnectError, Event, Message, Path, RouteError, SendError, Ways};
 use macula_peer_testkit::crowd::Crowd;
 use macula_peer_testkit::quic::{node_config, transport};
@@ -110,7 +107,7 @@ fn messages_survive_relays_that_are_killed_and_a_better_path() {
     let total = 30_000;
     let sending = std::thread::spawn({
         let (sender, ways, mut better) = (sender.clone(), over(&[&address]), over(&[&address]));
-        better.endpoints.push(common::endpoint(&direct));
+        better.endpoints.push(crate::common::endpoint(&direct));
         move || {
             for n in 0..total {
                 let message = Message { frame: frame(Publish, n, 100), kind: Publish, deadline: None, key: None };
@@ -129,7 +126,7 @@ fn messages_survive_relays_that_are_killed_and_a_better_path() {
         until("some arrive", || inbox.len() > begun + 1000);
         relay.stop();
         drop(relay);
-        relay = common::relay(port).0;
+        relay = crate::common::relay(port).0;
     }
     sending.join().unwrap();
     until("all arrive", || inbox.len() >= total as usize);
@@ -155,7 +152,7 @@ fn what_is_meant_for_a_known_node_is_not_given_to_whoever_took_the_relays_place(
         engine.stop();
     }
     let impostor = engine(Config { port, ..Config::default() });
-    let stolen = std::sync::Arc::new(common::Inbox::default());
+    let stolen = std::sync::Arc::new(crate::common::Inbox::default());
     impostor.set_handler(Some(stolen.clone()));
     impostor.listen(Default::default()).unwrap();
     let refused = send_to_node(&sender, "target", over(&[&address]), message(Publish, 2, Duration::from_secs(2)));
@@ -175,10 +172,10 @@ fn a_caller_that_names_the_right_key_overrules_what_was_seen_first() {
     let sender = engine(Config { idle_timeout: Duration::from_millis(100), ..Config::default() });
     send_to_node(&sender, "target", over(&[&address]), message(Publish, 1, TIMEOUT)).unwrap();
     // What is not acknowledged by the first one would go to the second one.
-    until("it arrives", || first_inbox.len() == 1 && common::owes_nothing(&sender));
+    until("it arrives", || first_inbox.len() == 1 && crate::common::owes_nothing(&sender));
     first.stop();
     // The relay keeps the name for the first key; another relay knows nothing of it.
-    let (other, other_address) = common::relay(0);
+    let (other, other_address) = crate::common::relay(0);
     let (second, second_inbox) = member("target", &[&other_address]);
     let refused = send_to_node(&sender, "target", over(&[&other_address]), message(Publish, 2, TIMEOUT));
     assert_eq!(refused, Err(SendError::Route(RouteError::Node(ConnectError::Untrusted))));
@@ -203,7 +200,7 @@ fn a_session_goes_on_over_a_better_path_and_back() {
     let send = |n, ways| send_to_node(&sender, "target", ways, message(Publish, n, TIMEOUT)).unwrap();
     send(0, over(&[&address]));
     until("over the relay", || inbox.len() == 1);
-    sender.learn(&node_id("target"), Ways { endpoints: vec![common::endpoint(&direct)], ..over(&[&address]) });
+    sender.learn(&node_id("target"), Ways { endpoints: vec![crate::common::endpoint(&direct)], ..over(&[&address]) });
     until("on the direct path", || path() == Some(Path::Direct));
     send(1, over(&[&address]));
     until("it arrives", || inbox.len() == 2);
@@ -251,7 +248,7 @@ async fn a_connection_may_open_many_streams_once_it_sends_messages_and_not_for_b
     assert!(streams.len() < 64, "{}", streams.len());
     streams[0].0.write_all(&frame(Publish, 1, 10)).await.unwrap();
     while streams.len() < 200 {
-        streams.push(timeout(common::PATIENCE, connection.open_bi()).await.expect("in time").unwrap());
+        streams.push(timeout(crate::common::PATIENCE, connection.open_bi()).await.expect("in time").unwrap());
     }
     block_in_place(|| relay.stop());
 }

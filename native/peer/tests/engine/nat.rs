@@ -1,9 +1,6 @@
 //! Nodes find out what their NATs are like, and relays that help them harm nobody.
 //!
 //! There is no NAT on loopback: nodes behind real ones are in the Common Test suites.
-#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -12,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::raw::{Stream, connect_as, eventually, stranger};
-use common::{
+use crate::common::raw::{Stream, connect_as, eventually, stranger};
+use crate::common::{
     Forwarder, Inbox, PATIENCE, endpoint, engine, member, member_of, message, node_id, over, send_to_node, until,
 };
 use macula_peer::{Allocation, Config, Engine, Event, Filtering, Listen, Mapping, NatProfile, RelayConfig};

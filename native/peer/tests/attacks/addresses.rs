@@ -2,9 +2,7 @@
 //!
 //! Bystanders are sockets of the test at addresses of their own: what comes there was sent to somebody who has nothing to
 //! do with it. Here they also are who seems to have sent what is forged.
-#![allow(missing_docs, clippy::unwrap_used, clippy::print_stderr, clippy::expect_used)]
-
-mod common;
+#![allow(clippy::print_stderr)]
 
 use rmpv::Value;
 use std::fmt;
@@ -16,12 +14,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use common::raw::{
+use crate::common::raw::{
     self, ALPN, FakeRelay, Manner, Nat, Punch, Said, Stream, bin, connect_as, describe, eventually, map, nat,
     punch_request, punch_result, registered, transport,
 };
-use common::{PATIENCE, member_of, message, relay, send_to_node, until};
+use crate::common::{PATIENCE, member_of, message, relay, send_to_node, until};
+use bytes::Bytes;
 use macula_peer::{Config, Engine, HolePunching, Ways};
 use macula_peer_testkit::quic::{self, Key, tokio_runtime};
 use macula_peer_wire::MessageType::{Cast, Connect, Publish, PunchCoordinate, PunchResult, Reply};
@@ -447,7 +445,7 @@ fn honest_nodes_notice_nothing_of_a_forger() {
         member_of(Config { hole_punching: HolePunching::Off, ..Config::default() }, "sender", &[&address]);
     let (receiver, inbox) =
         member_of(Config { hole_punching: HolePunching::Off, ..Config::default() }, "receiver", &[&address]);
-    let ways = || Ways { relays: vec![common::endpoint(&address)], ..Ways::default() };
+    let ways = || Ways { relays: vec![crate::common::endpoint(&address)], ..Ways::default() };
     let mut n = 0;
     let mut slowest = |times: usize| {
         let mut took: Vec<Duration> = (0..times)
