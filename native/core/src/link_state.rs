@@ -21,7 +21,7 @@ use crate::proto::control::Refusal;
 use crate::punch::Failure;
 use crate::race::{self, AttemptId, Ended, Outcome, Race, Tries};
 use crate::retry::Backoff;
-use crate::types::{Dialect, Endpoint, Fingerprint, Link, LinkId, Path, Ways};
+use crate::types::{Dialect, Endpoint, Fingerprint, Link, LinkId, Path};
 use crate::upgrade::{Rank, Upgrade};
 
 /// Pauses between races for messages that are owed while no call waits.
@@ -479,8 +479,7 @@ impl LinkState {
         let begins = !self.is_racing();
         self.begin_race(now);
         let Some(race) = self.race_mut() else { return };
-        let ways = Ways { relays: vec![], last_resorts: vec![], ..tries.ways.clone() };
-        race.add(&Tries { ways, bound: tries.bound, ..Tries::default() }, now);
+        race.add(tries, now);
         race.keep_direct();
         if let (true, Some(relay)) = (begins, relay) {
             race.punch(relay, now);
@@ -785,7 +784,7 @@ mod tests {
     use super::*;
     use crate::errors::CircuitError;
     use crate::race::Attempt;
-    use crate::types::EndpointRef;
+    use crate::types::{EndpointRef, Ways};
 
     const PATIENCE: Duration = Duration::from_millis(500);
     const TIMEOUT: Duration = Duration::from_secs(5);
@@ -993,7 +992,7 @@ mod tests {
             [Action::StopRace, Action::Use(link.id), Action::Path(Path::Direct)]
         );
         assert_eq!(life.state.link(), Some(&link));
-        assert!(life.state.is_usable() && !life.state.is_racing());
+        assert!(life.state.is_usable() && !life.state.is_racing() && !life.state.is_leaving());
         assert_eq!(life.wants(call()), None);
         assert_eq!(life.state.next_timeout(life.now()), None);
     }
@@ -1094,6 +1093,18 @@ mod tests {
     }
 
     #[test]
+    fn a_suspect_that_owes_nothing_any_more_is_trusted_again_and_may_be_silent_for_longer() {
+        let (mut life, _) = Life::linked_by(Path::Direct);
+        life.heard(1);
+        assert_eq!(life.state.expected_silence(life.now()), Duration::ZERO);
+        life.suspect();
+        life.after(400);
+        life.state.heard(2, None, PATIENCE, life.now());
+        assert!(life.state.is_usable());
+        assert!(life.state.expected_silence(life.now()) > PATIENCE);
+    }
+
+    #[test]
     fn a_link_that_owes_nothing_may_be_silent() {
         let (mut life, _) = Life::linked_by(Path::Direct);
         life.after(5000);
@@ -1182,6 +1193,12 @@ mod tests {
         let done = life.loses(ConnectError::NoRoute, CircuitError::NotRegistered);
         assert!(!done.iter().any(is_fail));
         assert_eq!(life.state.why_not_reached(false), ConnectError::NoRoute.into());
+        let (mut node, _) = Life::linked_by(Path::Direct);
+        node.tries.own_relays.clear();
+        node.state.link_died(node.now(), 1.0);
+        node.after(0).search(Want::Link);
+        let done = node.loses(ConnectError::NoRoute, CircuitError::NotRegistered);
+        assert!(!done.iter().any(is_fail), "a node without a relay: {done:?}");
     }
 
     #[test]
@@ -1248,8 +1265,11 @@ mod tests {
             panic!("adopted first")
         };
         life.state.linked(id, Offer { link, sought: false }, life.now());
-        life.take();
-        assert_eq!(life.attempts, [], "no dial for a link that is up");
+        let rest: Vec<_> = std::iter::from_fn(|| life.state.next_action()).collect();
+        assert!(
+            !rest.iter().any(|action| matches!(action, Action::Attempt(_))),
+            "no dial for a link that is up: {rest:?}"
+        );
     }
 
     #[test]
@@ -1402,6 +1422,44 @@ mod tests {
     }
 
     #[test]
+    fn a_legacy_relay_that_takes_no_more_is_given_up() {
+        let mut life = Life::new();
+        life.tries.ways.endpoints.clear();
+        life.search(Want::Link);
+        life.fails(circuit(), Ended::NoCircuit(CircuitError::NotARelay));
+        life.state.not_passed_on();
+        assert_eq!(life.state.next_action(), Some(Action::StopPassingOn));
+        assert_eq!(life.wants(call()), Some(Want::Link));
+    }
+
+    /// It could read them, so that the race for the key goes on until its lookup ends.
+    #[test]
+    fn a_legacy_relay_ends_no_race_for_a_key() {
+        let (mut life, _) = Life::linked_by(Path::Direct);
+        life.tries.ways.endpoints.clear();
+        life.tries.resolving = Some(life.now() + TIMEOUT);
+        life.search(Want::OtherKey);
+        life.fails(circuit(), Ended::NoCircuit(CircuitError::NotARelay));
+        life.after(1000);
+        assert!(life.state.is_racing_for_key());
+        life.after(4000);
+        assert!(!life.state.is_racing_for_key());
+    }
+
+    #[test]
+    fn an_attempt_that_was_interrupted_is_repeated_soon_though_an_address_is_known() {
+        let (mut life, _) = Life::linked_by(relayed());
+        for _ in 0..4 {
+            life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
+            life.after(8000);
+            life.search(Want::Better);
+        }
+        life.fails(dial(), Ended::NotDialled(ConnectError::TimedOut));
+        life.fails(punch(), Ended::NotPunched(PunchError::Interrupted));
+        assert_eq!(life.state.next_timeout(life.now()), Some(life.now() + Duration::from_secs(1)));
+    }
+
+    #[test]
     fn a_link_that_carries_no_session_has_died_before_its_path_is_told() {
         let mut life = Life::new();
         life.search(Want::Link);
@@ -1420,7 +1478,9 @@ mod tests {
         let (mut life, _) = Life::linked_by(relayed());
         let (id, _) = life.attempts[0].clone();
         life.state.link_died(life.now(), 1.0);
-        life.take();
+        life.after(100).done();
+        life.tries.own_relays.clear();
+        life.search(Want::Link);
         life.done();
         let late = life.link(Path::Direct, true, 9);
         life.state.linked(id, Offer { link: late, sought: false }, life.now());
@@ -1431,6 +1491,11 @@ mod tests {
     #[test]
     fn a_call_without_a_link_is_told_what_is_known() {
         assert_eq!(Life::to(false).state.why_not_reached(true), ConnectError::TimedOut.into());
+        let mut life = Life::new();
+        life.search(Want::Link);
+        life.after(50);
+        life.loses(ConnectError::Refused, CircuitError::NotRegistered);
+        assert!(!life.state.meets_another_key());
         let mut life = Life::new();
         assert_eq!(life.state.why_not_reached(false), RouteError::NoRelay.into());
         assert_eq!(life.state.why_not_reached(true), RouteError::Relay(ConnectError::TimedOut).into());

@@ -554,6 +554,35 @@ mod tests {
     }
 
     #[test]
+    fn a_punch_that_panics_leaves_the_next_relay_its_turn() {
+        let mut run = Run::new(Ways::default(), &["one:1", "two:1"]);
+        run.poll(0);
+        run.poll(200);
+        run.ended(Attempt::Punch(at("one:1")), Ended::Crashed, 300);
+        run.poll(300);
+        assert!(run.under_way().contains(&Attempt::Punch(at("two:1"))));
+    }
+
+    #[test]
+    fn a_punch_that_the_other_node_has_begun_is_no_failure() {
+        let mut run = Run::new(Ways::default(), &["one:1"]);
+        run.poll(0);
+        run.ended(Attempt::Punch(at("one:1")), Ended::NotPunched(PunchError::Refused(Refusal::InProgress)), 10);
+        let mut failures = Failures::default();
+        run.race.take_failures(&mut failures);
+        assert_eq!(failures, Failures::default());
+    }
+
+    #[test]
+    fn relays_that_are_learned_wait_behind_the_others() {
+        let mut run = Run::new(endpoints(&["peer:1"]), &["one:1"]);
+        let relays = all(&["two:1"]);
+        run.race.add(&Tries { ways: Ways { relays, ..endpoints(&["peer:1"]) }, ..Tries::default() }, run.start);
+        run.poll(50);
+        assert_eq!(run.race.next_timeout(), Some(run.at(250)));
+    }
+
+    #[test]
     fn a_punch_that_is_not_wanted_is_skipped() {
         let mut run = Run::new(Ways { hole_punch: Some(false), ..Ways::default() }, &["one:1"]);
         run.poll(0);

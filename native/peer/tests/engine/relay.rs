@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use crate::common::raw::{Said, bin, map};
-use crate::common::{engine, frame, listener, member, message, node_id, over, relay, relay_of, request, send_to_node, until};
+use crate::common::{
+    engine, frame, listener, member, message, node_id, over, relay, relay_of, request, send_to_node, until,
+};
 use macula_peer::{Config, ConnectError, Event, Message, Path, RouteError, SendError, Ways};
 use macula_peer_testkit::crowd::Crowd;
 use macula_peer_testkit::quic::{node_config, transport};

@@ -9,7 +9,6 @@ use crate::common::{
     Forwarder, Inbox, deep, endpoint, engine, frame, listener, member, message, number, over, relay, request, send,
     send_to_node, until, wide,
 };
-use bytes::Bytes;
 use macula_peer::{
     Config, Delivery, EndpointRef, Engine, Event, Listen, Message, Path, Rejection, ReplyError, RequestError,
     SendError, Target, UndeliveredReason,
