@@ -66,8 +66,6 @@ pub(super) struct Node {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Use {
     Registration(usize),
-    /// Beside a registration at a relay that is silent.
-    Beside(usize),
     Attempt(usize, AttemptId),
     Link,
 }
@@ -247,10 +245,8 @@ impl World {
 
     fn opened(&mut self, node: usize, id: ConnId) {
         self.prove(id);
-        match self.nodes[node].uses.get(&id) {
-            Some(&Use::Registration(relay)) => self.register_on(node, relay, id),
-            Some(&Use::Beside(relay)) => self.replace_registration(node, relay, id),
-            _ => {}
+        if let Some(&Use::Registration(at)) = self.nodes[node].uses.get(&id) {
+            self.relay_dialled(node, at, id);
         }
     }
 
@@ -290,8 +286,7 @@ impl World {
         let used = self.nodes[node].uses.remove(&id);
         self.circuit_closed(node, id);
         match used {
-            Some(Use::Registration(relay)) => self.registration_lost(node, relay, why),
-            Some(Use::Beside(relay)) => self.beside_failed(node, relay),
+            Some(Use::Registration(at)) => self.relay_closed(node, at, id, why),
             Some(Use::Attempt(peer, attempt)) => self.attempt_closed(node, peer, attempt, why),
             Some(Use::Link) | None => {}
         }
@@ -529,7 +524,7 @@ impl World {
         self.tend_registrations(node);
         self.tend_nat(node);
         self.tend_punches(node);
-        let next = self.nodes[node].next_registration().min(self.nodes[node].nat.next()).min(self.next_punch(node));
+        let next = self.next_registration(node).min(self.nodes[node].nat.next()).min(self.next_punch(node));
         if next < Time::MAX {
             self.arm_node(node, next.max(self.now + MS));
         }

@@ -31,6 +31,8 @@ pub(super) struct Promises {
     pub(super) messages: Vec<Message>,
     /// For each sender and receiver, as often as they were started, the order of the last message that arrived.
     orders: HashMap<[usize; 4], u64>,
+    /// For each sender, as often as it was started, the key with which a name first got a message.
+    bound: HashMap<(usize, u32, usize), Fingerprint>,
     accepted: u64,
     /// Nodes that have lost their key.
     pub(super) lost_keys: Vec<usize>,
@@ -181,6 +183,10 @@ impl World {
         trace!(self, "message {id} arrives at node {node}");
         if wrong {
             return self.breaks(format!("message {id} arrives at node {node}, which it is not for"));
+        }
+        let sender = (from, self.promises.messages[id as usize].starts, self.nodes[node].name);
+        if *self.promises.bound.entry(sender).or_insert(key) != key {
+            return self.breaks(format!("message {id} arrives at a node that has lost its key"));
         }
         if again {
             return self.breaks(format!("message {id} arrives twice"));
@@ -370,7 +376,8 @@ impl World {
             }
             let (registrations, circuits) = (self.relays[relay].registrations(), self.relays[relay].circuits());
             let nodes = self.nodes.len();
-            if registrations > nodes || circuits > nodes * nodes {
+            let punches = self.relays[relay].punches();
+            if registrations > nodes || circuits > nodes * nodes || punches > nodes * nodes {
                 return self.breaks(format!("relay {relay} has {registrations} registrations and {circuits} circuits"));
             }
         }

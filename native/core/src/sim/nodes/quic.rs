@@ -525,7 +525,12 @@ impl World {
                 let host = conn.host;
                 self.transmit(host, port, to, Body::Quic(packet));
             }
-            Carrier::Circuit { outer, circuit } => self.send_datagram(outer, circuit, Rc::new(packet)),
+            Carrier::Circuit { outer, circuit } => {
+                if let super::network::Is::Node(node) = self.hosts[conn.host].is {
+                    self.look_soon(node, outer);
+                }
+                self.send_datagram(outer, circuit, Rc::new(packet));
+            }
         }
     }
 

@@ -1,4 +1,4 @@
-//! A node at its relays: registrations, and circuits over them.
+//! A node at its relays: carries out what its registrations decide, and circuits over them.
 
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -9,53 +9,45 @@ use super::node::{Node, Use};
 use super::quic::{Carrier, ConnId, Item, KNOWN_PATH_RTT, QuicPacket, StreamId, Timeouts, Why};
 use super::world::{World, trace};
 use crate::errors::{CircuitError, ConnectError};
-use crate::liveness::{Liveness, Seen};
+use crate::liveness::Liveness;
 use crate::proto::control::{FromNode, FromRelay, Id, Reason, Refusal};
 use crate::race::{AttemptId, Ended};
-use crate::retry::{Backoff, Registering};
-use crate::silence::{Counted, SILENCE, Silence};
+use crate::registration::{Action, Registrant, RelayEvent, Wants, Watch};
+use crate::silence::Counted;
 
 /// As the engine's.
 const TIMEOUTS: Timeouts = Timeouts { keep_alive: 15 * SECOND, idle: 45 * SECOND };
 const CONNECT_TIMEOUT: Time = 5 * SECOND;
-const LOOK_EVERY: Time = 100 * MS;
-const LOOK_QUIET_EVERY: Time = 2 * SECOND;
 const ASK_AGAIN: Time = 100 * MS;
-const LONGEST_PAUSE_WANTED: Time = SECOND;
+const UNUSED_FOR: Duration = Duration::from_secs(60);
 
 /// This node at one relay.
 pub(super) struct Registration {
     pub(super) relay: SocketAddr,
-    pub(super) phase: Phase,
+    life: Registrant,
+    liveness: Liveness,
+    watch: Option<Watch>,
+    /// The dial under way, and until when.
+    dial: Option<(ConnId, Time)>,
+    /// The connection that was just dialled.
+    dialled: Option<ConnId>,
+    /// Where the relay was asked to register the node, and until when it may answer.
+    asking: Option<(ConnId, StreamId, Time)>,
+    up: Option<(ConnId, StreamId)>,
+    /// Attempts may use it.
+    usable: bool,
     /// What the relay sees the node at.
     pub(super) seen: Option<SocketAddr>,
     standing: bool,
-    again: Registering,
-    silence: Silence,
-    liveness: Liveness,
-    /// The relay has been silent too long: another connection is tried.
-    suspect: bool,
-    beside: Option<ConnId>,
-    beside_at: Time,
-    beside_pauses: Backoff,
-    look_at: Time,
     pub(super) asks: Vec<Ask>,
-    pub(super) circuits: Vec<Circuit>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Phase {
-    Down { again: Time },
-    Dialling { conn: ConnId, until: Time },
-    Registering { conn: ConnId, stream: StreamId, until: Time },
-    Up { conn: ConnId, stream: StreamId, since: Time },
+    circuits: Vec<Circuit>,
 }
 
 /// An attempt of a peer's that waits for the relay's word.
 pub(super) struct Ask {
     pub(super) peer: usize,
     pub(super) attempt: AttemptId,
-    pub(super) punch: bool,
+    punch: bool,
     pub(super) session: Option<Id>,
     target: Id,
     /// When it is said.
@@ -66,41 +58,31 @@ pub(super) struct Ask {
 }
 
 /// One end of a circuit.
-pub(super) struct Circuit {
+struct Circuit {
     circuit: u32,
     ours: bool,
     conn: Option<ConnId>,
 }
 
 impl Registration {
-    fn up(&self) -> Option<(ConnId, StreamId)> {
-        match self.phase {
-            Phase::Up { conn, stream, .. } => Some((conn, stream)),
-            _ => None,
-        }
+    fn wants(&self, name: &Id) -> Wants {
+        let standing = self.standing.then(|| name.clone());
+        Wants { standing, waiting: self.asks.len(), circuits: self.circuits.len() }
     }
 
+    /// When to look at it, but for what the machine waits for.
     fn next(&self) -> Time {
-        let phase = match self.phase {
-            Phase::Down { again } => again,
-            Phase::Dialling { until, .. } | Phase::Registering { until, .. } => until,
-            Phase::Up { .. } => self.look_at,
-        };
-        let asks = self.asks.iter().filter(|ask| ask.session.is_none() && self.up().is_some() && !self.suspect);
-        let phase = asks.map(|ask| ask.at).fold(phase, Time::min);
-        let phase = self.asks.iter().map(|ask| ask.until).fold(phase, Time::min);
-        if self.suspect && self.beside.is_none() { phase.min(self.beside_at) } else { phase }
+        let unsaid = self.asks.iter().filter(|ask| ask.session.is_none() && self.usable).map(|ask| ask.at);
+        let until = self.asks.iter().map(|ask| ask.until);
+        let dial = self.dial.map(|(_, until)| until);
+        unsaid.chain(until).chain(dial).chain(self.asking.map(|(.., until)| until)).min().unwrap_or(Time::MAX)
     }
 }
 
 impl Node {
-    pub(super) fn next_registration(&self) -> Time {
-        self.registrations.iter().map(Registration::next).min().unwrap_or(Time::MAX)
-    }
-
     /// Whether a connection may begin over this circuit.
     pub(super) fn is_free_circuit(&self, outer: ConnId, circuit: u32) -> bool {
-        let at = self.registrations.iter().find(|at| at.up().is_some_and(|(conn, _)| conn == outer));
+        let at = self.registrations.iter().find(|at| at.up.is_some_and(|(conn, _)| conn == outer));
         at.is_some_and(|at| at.circuits.iter().all(|known| known.circuit != circuit))
     }
 
@@ -116,25 +98,25 @@ impl World {
     }
 
     /// The registration at a relay, which is begun if there is none.
-    pub(super) fn registration_at(&mut self, node: usize, relay: SocketAddr, standing: bool) -> usize {
+    fn registration_at(&mut self, node: usize, relay: SocketAddr, standing: bool) -> usize {
         if let Some(known) = self.nodes[node].registration(relay) {
             return known;
         }
-        let clock = self.clock();
+        let now = self.clock();
+        let name = self.id_of(self.nodes[node].name);
         self.nodes[node].earned.insert(relay);
         self.nodes[node].registrations.push(Registration {
             relay,
-            phase: Phase::Down { again: self.now },
+            life: Registrant::new(name, UNUSED_FOR, now),
+            liveness: Liveness::new(now),
+            watch: None,
+            dial: None,
+            dialled: None,
+            asking: None,
+            up: None,
+            usable: false,
             seen: None,
             standing,
-            again: Registering::default(),
-            silence: Silence::new(Counted::default()),
-            liveness: Liveness::new(clock),
-            suspect: false,
-            beside: None,
-            beside_at: 0,
-            beside_pauses: Backoff::new(Duration::from_millis(100), Duration::from_secs(1)),
-            look_at: Time::MAX,
             asks: Vec::new(),
             circuits: Vec::new(),
         });
@@ -142,146 +124,179 @@ impl World {
         self.nodes[node].registrations.len() - 1
     }
 
-    pub(super) fn tend_registrations(&mut self, node: usize) {
-        for at in 0..self.nodes[node].registrations.len() {
-            self.end_asks(node, at);
-            let registration = &self.nodes[node].registrations[at];
-            let due = registration.next() <= self.now;
-            match registration.phase {
-                Phase::Down { .. } if due && (registration.standing || !registration.asks.is_empty()) => {
-                    self.dial_relay(node, at);
-                }
-                Phase::Down { .. } if due => {
-                    self.nodes[node].registrations[at].phase = Phase::Down { again: Time::MAX };
-                }
-                Phase::Dialling { conn, .. } if due => {
-                    self.nodes[node].uses.remove(&conn);
-                    self.close(conn, 0);
-                    self.not_registered(node, at, CircuitError::Relay(ConnectError::TimedOut));
-                }
-                Phase::Registering { conn, .. } if due => {
-                    self.nodes[node].uses.remove(&conn);
-                    self.close(conn, 0);
-                    self.not_registered(node, at, CircuitError::RelayLost);
-                }
-                Phase::Up { conn, .. } if due => {
-                    self.say_asks(node, at);
-                    self.look_at_relay(node, at, conn);
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn relay_conn(&mut self, node: usize, at: usize, used: Use) -> ConnId {
-        let Node { host, key, port, .. } = self.nodes[node];
-        let to = self.nodes[node].registrations[at].relay;
-        let conn = self.connect(host, key, Carrier::Udp { port, to }, None, TIMEOUTS);
-        self.nodes[node].uses.insert(conn, used);
-        conn
-    }
-
-    fn dial_relay(&mut self, node: usize, at: usize) {
-        let conn = self.relay_conn(node, at, Use::Registration(at));
-        self.nodes[node].registrations[at].phase = Phase::Dialling { conn, until: self.now + CONNECT_TIMEOUT };
-    }
-
-    /// The relay has answered.
-    pub(super) fn register_on(&mut self, node: usize, at: usize, conn: ConnId) {
-        let name = self.id_of(self.nodes[node].name);
-        let stream = self.open_stream(conn);
-        let hello = FromNode::Connect { node_id: name, proof: None, successions: Vec::new() };
-        self.write(conn, stream, Item::FromNode(Rc::new(hello)));
-        let until = self.now + CONNECT_TIMEOUT;
-        self.nodes[node].registrations[at].phase = Phase::Registering { conn, stream, until };
-        self.arm_node(node, until);
-    }
-
     pub(super) fn id_of(&self, name: usize) -> Id {
         Id::new(self.names[name].to_bytes()).unwrap()
     }
 
-    /// The relay was silent on the old connection and answers on this one.
-    pub(super) fn replace_registration(&mut self, node: usize, at: usize, conn: ConnId) {
-        let registration = &mut self.nodes[node].registrations[at];
-        (registration.suspect, registration.beside) = (false, None);
-        let old = registration.up();
-        self.nodes[node].uses.insert(conn, Use::Registration(at));
-        if let Some((old, _)) = old {
-            self.nodes[node].uses.remove(&old);
-            self.end_circuits(node, at);
-            self.close(old, 0);
-        }
-        self.register_on(node, at, conn);
-    }
-
-    pub(super) fn beside_failed(&mut self, node: usize, at: usize) {
-        let draw = self.random.f64();
-        let registration = &mut self.nodes[node].registrations[at];
-        registration.beside = None;
-        let pause = registration.beside_pauses.pause(draw).as_micros() as Time;
-        registration.beside_at = self.now + pause;
-        let next = registration.beside_at;
-        self.arm_node(node, next);
-        // Attempts that wait have waited for this dial.
-        if self.nodes[node].registrations[at].suspect {
-            self.fail_asks(node, at, &CircuitError::Relay(ConnectError::TimedOut));
-        }
-    }
-
-    pub(super) fn registration_lost(&mut self, node: usize, at: usize, why: Why) {
-        let error = match (self.nodes[node].registrations[at].phase, why) {
-            (Phase::Dialling { .. }, Why::Unreachable) => CircuitError::Relay(ConnectError::Unreachable),
-            (Phase::Dialling { .. }, _) => CircuitError::Relay(ConnectError::TimedOut),
-            _ => CircuitError::RelayLost,
+    pub(super) fn next_registration(&self, node: usize) -> Time {
+        let next = |at: &Registration| {
+            let life = [at.life.next_timeout(), at.watch.as_ref().map(Watch::look_at)];
+            life.into_iter().flatten().map(|at| self.time(at)).fold(at.next(), Time::min)
         };
-        self.not_registered(node, at, error);
+        self.nodes[node].registrations.iter().map(next).min().unwrap_or(Time::MAX)
     }
 
-    fn not_registered(&mut self, node: usize, at: usize, error: CircuitError) {
-        let (now, draw) = (self.now, self.random.f64());
-        trace!(self, "node {node} is not registered at {}: {error}", self.nodes[node].registrations[at].relay);
+    pub(super) fn tend_registrations(&mut self, node: usize) {
+        for at in 0..self.nodes[node].registrations.len() {
+            self.end_asks(node, at);
+            self.look_at_relay(node, at);
+            let (now, clock) = (self.now, self.clock());
+            if let Some((conn, _)) = self.nodes[node].registrations[at].dial.filter(|(_, until)| *until <= now) {
+                self.nodes[node].uses.remove(&conn);
+                self.close(conn, 0);
+                self.dial_ended(node, at, Err(CircuitError::Relay(ConnectError::TimedOut)));
+            }
+            if let Some((conn, ..)) = self.nodes[node].registrations[at].asking.filter(|(.., until)| *until <= now) {
+                self.nodes[node].uses.remove(&conn);
+                self.close(conn, 0);
+                self.relay_answers(node, at, Err(CircuitError::RelayLost));
+            }
+            self.nodes[node].registrations[at].life.timeout(clock);
+            self.follow_registration(node, at);
+            self.say_asks(node, at);
+        }
+    }
+
+    /// Carries out what the machine decided.
+    fn follow_registration(&mut self, node: usize, at: usize) {
+        let clock = self.clock();
+        let name = self.id_of(self.nodes[node].name);
+        let registration = &mut self.nodes[node].registrations[at];
+        let wants = registration.wants(&name);
+        registration.life.want(wants, clock);
+        let mut lost = false;
+        while let Some(action) = self.nodes[node].registrations[at].life.poll() {
+            match action {
+                Action::Dial => self.dial_relay(node, at),
+                Action::StopDial => {
+                    if let Some((conn, _)) = self.nodes[node].registrations[at].dial.take() {
+                        self.nodes[node].uses.remove(&conn);
+                        self.close(conn, 0);
+                    }
+                }
+                Action::Register(name) => self.ask_to_register(node, at, name),
+                Action::Leave | Action::LeaveGently => {
+                    lost = true;
+                    self.leave_relay(node, at);
+                }
+                Action::Use => self.nodes[node].registrations[at].usable = true,
+                Action::Hold => self.nodes[node].registrations[at].usable = false,
+                // Those who had asked over a registration that was lost wait for the next.
+                Action::Fail(error) if lost && !matches!(error, CircuitError::Refused(_)) => {}
+                Action::Fail(error) => {
+                    trace!(
+                        self,
+                        "node {node} is not registered at {}: {error}", self.nodes[node].registrations[at].relay
+                    );
+                    let asks = std::mem::take(&mut self.nodes[node].registrations[at].asks);
+                    asks.into_iter().for_each(|ask| self.ask_failed(node, &ask, error.clone()));
+                }
+                Action::Report(event) => self.registration_event(node, at, &event),
+                Action::End => {
+                    let clock = self.clock();
+                    self.nodes[node].registrations[at].life = Registrant::new(name.clone(), UNUSED_FOR, clock);
+                }
+            }
+        }
+        let next = self.next_registration(node);
+        if next < Time::MAX {
+            self.arm_node(node, next.max(self.now));
+        }
+    }
+
+    fn registration_event(&mut self, node: usize, at: usize, event: &RelayEvent) {
+        trace!(self, "node {node} at {}: {event:?}", self.nodes[node].registrations[at].relay);
+        match event {
+            RelayEvent::Registered { .. } => {
+                self.describe_to_all(node);
+                self.look_at_nat(node);
+            }
+            RelayEvent::Moved { .. } => self.network_moved(node),
+            _ => {}
+        }
+    }
+
+    fn dial_relay(&mut self, node: usize, at: usize) {
+        let Node { host, key, port, .. } = self.nodes[node];
+        let to = self.nodes[node].registrations[at].relay;
+        let conn = self.connect(host, key, Carrier::Udp { port, to }, None, TIMEOUTS);
+        self.nodes[node].uses.insert(conn, Use::Registration(at));
+        self.nodes[node].registrations[at].dial = Some((conn, self.now + CONNECT_TIMEOUT));
+    }
+
+    /// The relay has answered a dial.
+    pub(super) fn relay_dialled(&mut self, node: usize, at: usize, conn: ConnId) {
+        self.nodes[node].registrations[at].dialled = Some(conn);
+        self.dial_ended(node, at, Ok(()));
+        // The machine has no use for it if the old connection was heard again.
+        if let Some(conn) = self.nodes[node].registrations[at].dialled.take() {
+            self.nodes[node].uses.remove(&conn);
+            self.close(conn, 0);
+        }
+    }
+
+    fn dial_ended(&mut self, node: usize, at: usize, result: Result<(), CircuitError>) {
+        let (clock, draw) = (self.clock(), self.random.f64());
+        let up = self.nodes[node].registrations[at].up;
+        let heard = up.and_then(|(conn, _)| self.conn(conn)).map_or(0, |conn| conn.heard);
+        let registration = &mut self.nodes[node].registrations[at];
+        registration.dial = None;
+        registration.life.dialled(result, heard, draw, clock);
+        self.follow_registration(node, at);
+    }
+
+    fn ask_to_register(&mut self, node: usize, at: usize, node_id: Id) {
+        let Some(conn) = self.nodes[node].registrations[at].dialled.take() else { return };
+        let stream = self.open_stream(conn);
+        let hello = FromNode::Connect { node_id, proof: None, successions: Vec::new() };
+        self.write(conn, stream, Item::FromNode(Rc::new(hello)));
+        self.nodes[node].registrations[at].asking = Some((conn, stream, self.now + CONNECT_TIMEOUT));
+    }
+
+    fn relay_answers(&mut self, node: usize, at: usize, result: Result<SocketAddr, CircuitError>) {
+        let (clock, draw) = (self.clock(), self.random.f64());
+        let Some((conn, stream, _)) = self.nodes[node].registrations[at].asking.take() else { return };
+        let counted = self.counted(conn);
+        let registration = &mut self.nodes[node].registrations[at];
+        if let Ok(address) = result {
+            registration.up = Some((conn, stream));
+            registration.seen = Some(address);
+            registration.liveness.linked(clock);
+            registration.watch = Some(Watch::new(counted, clock));
+        }
+        registration.life.answered(result, draw, clock);
+        self.follow_registration(node, at);
+        self.say_asks(node, at);
+    }
+
+    fn leave_relay(&mut self, node: usize, at: usize) {
         self.end_circuits(node, at);
         let registration = &mut self.nodes[node].registrations[at];
-        let was_up = matches!(registration.phase, Phase::Up { .. });
-        if let Phase::Up { since, .. } = registration.phase {
-            registration.again.lasted(Duration::from_micros(now - since));
+        registration.watch = None;
+        registration.asks.iter_mut().for_each(|ask| ask.session = None);
+        if let Some((conn, _)) = registration.up.take() {
+            self.nodes[node].uses.remove(&conn);
+            self.close(conn, 0);
         }
-        let pause = match &error {
-            CircuitError::Refused(Refusal::TakenOver) => registration.again.pause_taken_over(draw).0,
-            CircuitError::Refused(_) => Registering::pause_refused(draw),
-            _ => registration.again.pause(draw),
-        };
-        let mut pause = pause.as_micros() as Time;
-        if !registration.asks.is_empty() {
-            pause = pause.min(LONGEST_PAUSE_WANTED);
-        }
-        registration.phase = Phase::Down { again: now + pause };
-        registration.suspect = false;
-        if let Some(beside) = registration.beside.take() {
-            self.close(beside, 0);
-        }
-        self.arm_node(node, now + pause);
+    }
+
+    fn counted(&self, conn: ConnId) -> Counted {
+        self.conn(conn).map_or(Counted::default(), |conn| Counted { asked: conn.asked, heard: conn.heard })
+    }
+
+    /// A connection to a relay has ended.
+    pub(super) fn relay_closed(&mut self, node: usize, at: usize, conn: ConnId, why: Why) {
+        let (clock, draw) = (self.clock(), self.random.f64());
         let registration = &mut self.nodes[node].registrations[at];
-        match was_up && !matches!(error, CircuitError::Refused(_)) {
-            // They wait for the next registration.
-            true => registration.asks.iter_mut().for_each(|ask| ask.session = None),
-            false => self.fail_asks(node, at, &error),
+        if registration.dial.is_some_and(|(dial, _)| dial == conn) {
+            let error = if why == Why::Unreachable { ConnectError::Unreachable } else { ConnectError::TimedOut };
+            self.dial_ended(node, at, Err(CircuitError::Relay(error)));
+        } else if registration.asking.is_some_and(|(asking, ..)| asking == conn) {
+            self.relay_answers(node, at, Err(CircuitError::RelayLost));
+        } else if registration.up.is_some_and(|(up, _)| up == conn) {
+            registration.life.lost(CircuitError::RelayLost, draw, clock);
+            self.follow_registration(node, at);
         }
-    }
-
-    fn end_asks(&mut self, node: usize, at: usize) {
-        let now = self.now;
-        let (late, left) =
-            std::mem::take(&mut self.nodes[node].registrations[at].asks).into_iter().partition(|ask| ask.until <= now);
-        self.nodes[node].registrations[at].asks = left;
-        let late: Vec<Ask> = late;
-        late.into_iter().for_each(|ask| self.ask_failed(node, &ask, CircuitError::Relay(ConnectError::TimedOut)));
-    }
-
-    fn fail_asks(&mut self, node: usize, at: usize, error: &CircuitError) {
-        let asks = std::mem::take(&mut self.nodes[node].registrations[at].asks);
-        asks.into_iter().for_each(|ask| self.ask_failed(node, &ask, error.clone()));
     }
 
     fn ask_failed(&mut self, node: usize, ask: &Ask, error: CircuitError) {
@@ -289,38 +304,24 @@ impl World {
         self.attempt_failed(node, ask.peer, ask.attempt, how);
     }
 
-    fn look_at_relay(&mut self, node: usize, at: usize, conn: ConnId) {
-        let (now, clock) = (self.now, self.clock());
-        let Some(quic) = self.conn(conn) else { return };
-        let counted = Counted { asked: quic.asked, heard: quic.heard };
-        let round_trip = Duration::from_micros(quic.round_trip.unwrap_or(0));
+    fn end_asks(&mut self, node: usize, at: usize) {
+        let now = self.now;
+        let asks = std::mem::take(&mut self.nodes[node].registrations[at].asks);
+        let (late, left): (Vec<Ask>, Vec<Ask>) = asks.into_iter().partition(|ask| ask.until <= now);
+        self.nodes[node].registrations[at].asks = left;
+        late.into_iter().for_each(|ask| self.ask_failed(node, &ask, CircuitError::Relay(ConnectError::TimedOut)));
+    }
+
+    fn look_at_relay(&mut self, node: usize, at: usize) {
+        let clock = self.clock();
+        let Some((conn, _)) = self.nodes[node].registrations[at].up else { return };
+        let counted = self.counted(conn);
+        let round_trip = Duration::from_micros(self.conn(conn).and_then(|conn| conn.round_trip).unwrap_or(0));
         let registration = &mut self.nodes[node].registrations[at];
-        let soon = registration.silence.look(counted, clock);
-        registration.look_at = now + if soon || registration.suspect { LOOK_EVERY } else { LOOK_QUIET_EVERY };
-        let patience = SILENCE.max(registration.liveness.expected_silence(clock)).max(round_trip * 6);
-        let since = registration.silence.unanswered_since();
-        match registration.liveness.look(counted.heard, since, patience, clock) {
-            Seen::Silent(silence) if !registration.suspect => {
-                registration.suspect = true;
-                registration.liveness.suspect(counted.heard, silence, clock);
-                (registration.beside_at, registration.look_at) = (now, now + LOOK_EVERY);
-                registration.beside_pauses.reset();
-                trace!(self, "node {node} suspects its relay");
-            }
-            Seen::Heard if registration.suspect => {
-                registration.suspect = false;
-                if let Some(beside) = registration.beside.take() {
-                    self.nodes[node].uses.remove(&beside);
-                    self.close(beside, 0);
-                }
-                self.say_asks(node, at);
-            }
-            _ => {}
-        }
-        let registration = &self.nodes[node].registrations[at];
-        if registration.suspect && registration.beside.is_none() && registration.beside_at <= now {
-            let beside = self.relay_conn(node, at, Use::Beside(at));
-            self.nodes[node].registrations[at].beside = Some(beside);
+        let Some(watch) = registration.watch.as_mut().filter(|watch| watch.look_at() <= clock) else { return };
+        match watch.look(&mut registration.liveness, counted, round_trip, clock).suspect {
+            true => registration.life.suspected(counted.heard),
+            false => registration.life.cleared(),
         }
     }
 
@@ -332,11 +333,7 @@ impl World {
         self.arm_node(node, until);
         let registration = &mut self.nodes[node].registrations[at];
         registration.asks.push(Ask { peer, attempt, punch, session: None, target, at: self.now, tries: 0, until });
-        if let Phase::Down { again } = registration.phase {
-            let again = again.min(self.now + LONGEST_PAUSE_WANTED);
-            registration.phase = Phase::Down { again };
-            self.arm_node(node, again);
-        }
+        self.follow_registration(node, at);
         self.say_asks(node, at);
     }
 
@@ -349,7 +346,7 @@ impl World {
     fn say_asks(&mut self, node: usize, at: usize) {
         let now = self.now;
         let registration = &self.nodes[node].registrations[at];
-        let Some((conn, stream)) = registration.up().filter(|_| !registration.suspect) else { return };
+        let Some((conn, stream)) = registration.up.filter(|_| registration.usable) else { return };
         for place in 0..self.nodes[node].registrations[at].asks.len() {
             let session = Id::new(self.random.u64(..).to_be_bytes().to_vec()).unwrap();
             let ask = &mut self.nodes[node].registrations[at].asks[place];
@@ -372,18 +369,19 @@ impl World {
     }
 
     /// Something was sent that the relay must answer.
-    fn look_soon(&mut self, node: usize, conn: ConnId) {
-        let soon = self.now + LOOK_EVERY;
-        let looking = self.nodes[node].registrations.iter_mut().find(|at| at.up().is_some_and(|(up, _)| up == conn));
-        if let Some(registration) = looking.filter(|registration| registration.look_at > soon) {
-            registration.look_at = soon;
-            self.arm_node(node, soon);
+    pub(super) fn look_soon(&mut self, node: usize, conn: ConnId) {
+        let clock = self.clock();
+        let looking = self.nodes[node].registrations.iter_mut().find(|at| at.up.is_some_and(|(up, _)| up == conn));
+        if let Some(watch) = looking.and_then(|registration| registration.watch.as_mut()) {
+            watch.asked(clock);
+            let next = watch.look_at();
+            self.arm_node(node, self.time(next));
         }
     }
 
     pub(super) fn say_to_relay(&mut self, node: usize, relay: SocketAddr, said: FromNode) {
         let at = self.nodes[node].registration(relay);
-        if let Some((conn, stream)) = at.and_then(|at| self.nodes[node].registrations[at].up()) {
+        if let Some((conn, stream)) = at.and_then(|at| self.nodes[node].registrations[at].up) {
             self.say(node, conn, stream, said);
         }
     }
@@ -391,7 +389,7 @@ impl World {
     pub(super) fn describe_to_all(&mut self, node: usize) {
         let Some((profile, candidates)) = self.nodes[node].nat.description.clone() else { return };
         for at in 0..self.nodes[node].registrations.len() {
-            if let Some((conn, stream)) = self.nodes[node].registrations[at].up() {
+            if let Some((conn, stream)) = self.nodes[node].registrations[at].up {
                 let candidates = candidates.clone();
                 self.say(node, conn, stream, FromNode::Describe { profile, candidates });
             }
@@ -399,17 +397,29 @@ impl World {
     }
 
     pub(super) fn relay_told(&mut self, node: usize, id: ConnId, told: &FromRelay) {
-        let uses = |at: &Registration| match at.phase {
-            Phase::Registering { conn, .. } | Phase::Up { conn, .. } => conn == id,
-            Phase::Down { .. } | Phase::Dialling { .. } => false,
+        let uses = |at: &Registration| {
+            at.up.is_some_and(|(conn, _)| conn == id) || at.asking.is_some_and(|(conn, ..)| conn == id)
         };
         let Some(at) = self.nodes[node].registrations.iter().position(uses) else { return };
+        let asking = self.nodes[node].registrations[at].asking.is_some();
         match told {
-            FromRelay::Registered { address, .. } => self.registered(node, at, *address),
-            FromRelay::Refused { error } => {
+            FromRelay::Registered { address, .. } if asking => self.relay_answers(node, at, Ok(*address)),
+            FromRelay::Registered { address, .. } => {
+                let clock = self.clock();
+                let registration = &mut self.nodes[node].registrations[at];
+                registration.seen = Some(*address);
+                registration.life.moved(*address, clock);
+                self.follow_registration(node, at);
+            }
+            FromRelay::Refused { error } if asking => {
                 self.nodes[node].uses.remove(&id);
-                self.not_registered(node, at, CircuitError::Refused(*error));
+                self.relay_answers(node, at, Err(CircuitError::Refused(*error)));
                 self.close(id, 0);
+            }
+            FromRelay::Refused { error } => {
+                let (clock, draw) = (self.clock(), self.random.f64());
+                self.nodes[node].registrations[at].life.lost(CircuitError::Refused(*error), draw, clock);
+                self.follow_registration(node, at);
             }
             FromRelay::Opened { session_id, circuit } => self.circuit_opened(node, at, session_id, *circuit),
             FromRelay::NotOpened { session_id, error } | FromRelay::NotPunched { session_id, error } => {
@@ -436,31 +446,10 @@ impl World {
         }
     }
 
-    fn registered(&mut self, node: usize, at: usize, address: SocketAddr) {
-        let clock = self.clock();
-        let Phase::Registering { conn, stream, .. } = self.nodes[node].registrations[at].phase else {
-            self.nodes[node].registrations[at].seen = Some(address);
-            return self.network_moved(node);
-        };
-        let counted =
-            self.conn(conn).map_or(Counted::default(), |conn| Counted { asked: conn.asked, heard: conn.heard });
-        let registration = &mut self.nodes[node].registrations[at];
-        registration.phase = Phase::Up { conn, stream, since: self.now };
-        registration.seen = Some(address);
-        registration.silence = Silence::new(counted);
-        registration.liveness.linked(clock);
-        registration.look_at = self.now + LOOK_EVERY;
-        trace!(self, "node {node} is registered at {}, seen at {address}", self.nodes[node].registrations[at].relay);
-        self.arm_node(node, self.now + LOOK_EVERY);
-        self.describe_to_all(node);
-        self.look_at_nat(node);
-        self.say_asks(node, at);
-    }
-
     fn circuit_opened(&mut self, node: usize, at: usize, session: &Id, circuit: u32) {
         let Node { host, key, timeouts, .. } = self.nodes[node];
         let registration = &mut self.nodes[node].registrations[at];
-        let Some((outer, stream)) = registration.up() else { return };
+        let Some((outer, stream)) = registration.up else { return };
         let Some(place) = registration.asks.iter().position(|ask| ask.session.as_ref() == Some(session)) else {
             // Nobody waits any more.
             let said = FromNode::Disconnect { circuit, reason: Reason::Closed };
@@ -477,7 +466,7 @@ impl World {
     pub(super) fn circuit_carries(&mut self, node: usize, id: ConnId) {
         let Some(Carrier::Circuit { outer, circuit }) = self.conn(id).map(|conn| conn.carrier) else { return };
         let registrations = &mut self.nodes[node].registrations;
-        if let Some(at) = registrations.iter_mut().find(|at| at.up().is_some_and(|(conn, _)| conn == outer)) {
+        if let Some(at) = registrations.iter_mut().find(|at| at.up.is_some_and(|(conn, _)| conn == outer)) {
             at.circuits.push(Circuit { circuit, ours: false, conn: Some(id) });
         }
     }
@@ -489,7 +478,7 @@ impl World {
             let Some(place) = registration.circuits.iter().position(|known| known.conn == Some(id)) else { continue };
             let Circuit { circuit, ours, .. } = registration.circuits.swap_remove(place);
             // The node that accepted leaves the circuit to the one that asked for it.
-            if let (true, Some((conn, stream))) = (ours, registration.up()) {
+            if let (true, Some((conn, stream))) = (ours, registration.up) {
                 self.say(node, conn, stream, FromNode::Disconnect { circuit, reason: Reason::Closed });
             }
         }

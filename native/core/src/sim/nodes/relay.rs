@@ -87,6 +87,11 @@ impl Relay {
         self.book.circuits()
     }
 
+    /// Punches in progress.
+    pub(super) fn punches(&self) -> usize {
+        self.coordinator.sessions()
+    }
+
     /// Whether its tables agree with each other.
     pub(super) fn agrees(&self) -> bool {
         self.members.len() == self.book.registrations() && self.legs.len() == self.book.circuits()
