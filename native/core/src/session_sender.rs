@@ -22,7 +22,7 @@ const LITTLE: usize = 3 << 10;
 pub const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What is sent.
-pub trait Message {
+pub trait Owed {
     /// Bytes of its frame.
     fn size(&self) -> usize;
     fn deadline(&self) -> Option<Instant>;
@@ -108,13 +108,19 @@ impl<M> Default for Settled<M> {
     }
 }
 
+impl<M> Default for Taken<M> {
+    fn default() -> Self {
+        Self { owed: Vec::new(), lost: Vec::new() }
+    }
+}
+
 impl<M> Default for Channel<M> {
     fn default() -> Self {
         Self { owed: Outgoing::default(), stream: None }
     }
 }
 
-impl<M: Message> SessionSender<M> {
+impl<M: Owed> SessionSender<M> {
     /// `id`: drawn at random, here and below.
     pub fn new(id: SessionId, target: Option<NodeId>, at_most_once: bool) -> Self {
         let channels = Default::default();
@@ -166,6 +172,20 @@ impl<M: Message> SessionSender<M> {
     /// Whether a channel owes something: nothing is said on a stream before it is needed.
     pub fn owes(&self, channel: usize) -> bool {
         !self.channels[channel].owed.is_empty()
+    }
+
+    /// How many messages of a channel are not written to its present stream.
+    pub fn unwritten(&self, channel: usize) -> usize {
+        self.channels[channel].owed.unwritten()
+    }
+
+    /// Whether messages may be written to a channel's stream: the receiver has said where to go on, or need not be asked.
+    pub fn is_resumed(&self, channel: usize) -> bool {
+        self.channels[channel].stream.as_ref().is_some_and(|stream| stream.resumed)
+    }
+
+    pub fn has_stream(&self, channel: usize) -> bool {
+        self.channels[channel].stream.is_some()
     }
 
     /// The next message for a channel's stream, which counts as written from here on.
@@ -267,7 +287,7 @@ impl<M: Message> SessionSender<M> {
 
     /// Ends the session, and its streams; what is sent from now on is another one's.
     pub fn take(&mut self, id: SessionId) -> Taken<M> {
-        let mut taken = Taken { owed: Vec::new(), lost: Vec::new() };
+        let mut taken = Taken::default();
         for channel in &mut self.channels {
             channel.close();
             if self.at_most_once {
@@ -304,7 +324,7 @@ impl<M: Message> SessionSender<M> {
     }
 }
 
-impl<M: Message> Channel<M> {
+impl<M: Owed> Channel<M> {
     fn owes_little(&self) -> bool {
         let mut most = LITTLE;
         self.owed.messages().all(|message| {
@@ -330,7 +350,7 @@ impl<M> Channel<M> {
 
 impl Stream {
     /// The seconds to announce, where the message is owed for longer than its session is kept.
-    fn keep_longer(&mut self, message: &impl Message, now: Instant) -> Option<u32> {
+    fn keep_longer(&mut self, message: &impl Owed, now: Instant) -> Option<u32> {
         let owed_for = message.deadline()?.saturating_duration_since(now);
         if owed_for <= self.kept {
             return None;
@@ -338,5 +358,146 @@ impl Stream {
         // Twice as long, so that the next messages with the same timeout need not say so again.
         self.kept = owed_for * 2;
         Some(self.kept.as_secs().try_into().unwrap_or(u32::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    struct Letter {
+        size: usize,
+        deadline: Option<Instant>,
+    }
+
+    impl Owed for Letter {
+        fn size(&self) -> usize {
+            self.size
+        }
+
+        fn deadline(&self) -> Option<Instant> {
+            self.deadline
+        }
+    }
+
+    const RUN: Run = [7; 8];
+
+    fn letter(size: usize) -> Letter {
+        Letter { size, deadline: None }
+    }
+
+    fn sender(at_most_once: bool) -> SessionSender<Letter> {
+        SessionSender::new([0; 16], None, at_most_once)
+    }
+
+    /// Goes on over another link. Returns the ids that its streams are opened with.
+    fn linked(sender: &mut SessionSender<Letter>, n: u8, now: Instant) -> Vec<SessionId> {
+        sender.attach([n; 16], now);
+        let mut ids = Vec::new();
+        while let Some(channel) = sender.missing() {
+            ids.push(sender.open(channel, now).id);
+        }
+        ids
+    }
+
+    fn written(sender: &mut SessionSender<Letter>, now: Instant) -> Vec<Option<u64>> {
+        std::iter::from_fn(|| sender.write(0, now).map(|write| write.number)).collect()
+    }
+
+    #[test]
+    fn a_session_is_another_one_until_the_receiver_may_know_it() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        assert_eq!(linked(&mut sender, 1, now), [[1; 16]; 2]);
+        sender.push(letter(10));
+        assert_eq!(linked(&mut sender, 2, now), [[2; 16]; 2], "nothing was written");
+        assert_eq!(written(&mut sender, now), [Some(0)]);
+        assert_eq!(linked(&mut sender, 3, now), [[2; 16]; 2]);
+        assert_eq!(written(&mut sender, now), [Some(0)], "little is written again at once");
+        assert_eq!(sender.expected(0, 1).acknowledged.len(), 1);
+        assert_eq!(linked(&mut sender, 4, now), [[2; 16]; 2], "the receiver knows it");
+    }
+
+    #[test]
+    fn much_is_written_again_only_from_where_the_receiver_says() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        for _ in 0..3 {
+            sender.push(letter(LITTLE));
+        }
+        assert_eq!(written(&mut sender, now), [Some(0), None, None]);
+        linked(&mut sender, 2, now);
+        assert_eq!(written(&mut sender, now), [], "it asks");
+        assert_eq!(sender.greeting(0, true, RUN, 2, now).acknowledged.len(), 2);
+        assert_eq!(written(&mut sender, now), [Some(2)]);
+    }
+
+    #[test]
+    fn what_a_restarted_receiver_may_have_had_is_lost_where_nothing_may_arrive_twice() {
+        for (at_most_once, lost, again) in [(true, 1, vec![]), (false, 0, vec![Some(0)])] {
+            let (now, mut sender) = (Instant::now(), sender(at_most_once));
+            linked(&mut sender, 1, now);
+            sender.push(letter(2 * LITTLE));
+            assert_eq!(written(&mut sender, now), [Some(0)]);
+            linked(&mut sender, 2, now);
+            let settled = sender.greeting(0, false, RUN, 0, now);
+            assert_eq!((settled.lost.len(), written(&mut sender, now)), (lost, again));
+        }
+    }
+
+    #[test]
+    fn a_forgotten_session_is_followed_by_another_one() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        sender.push(letter(10));
+        written(&mut sender, now);
+        linked(&mut sender, 2, now);
+        sender.push(letter(10));
+        let (settled, goes_on) = sender.ended(0, StreamEnd::Forgotten, [3; 16]);
+        assert!(goes_on);
+        assert_eq!(settled.forgotten.len(), 1, "it may have arrived");
+        assert_eq!(sender.missing(), Some(0));
+        assert_eq!(sender.open(0, now).id, [3; 16]);
+        assert_eq!(written(&mut sender, now), [Some(0)]);
+    }
+
+    #[test]
+    fn a_message_that_the_receiver_does_not_take_is_given_back_and_the_session_goes_on() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        for _ in 0..2 {
+            sender.push(letter(10));
+        }
+        written(&mut sender, now);
+        let (_, goes_on) = sender.ended(0, StreamEnd::Rejected(Rejection::TooLarge), [2; 16]);
+        assert!(!goes_on, "it has not greeted");
+        sender.greeting(0, true, RUN, 0, now);
+        let (settled, goes_on) = sender.ended(0, StreamEnd::Rejected(Rejection::TooLarge), [2; 16]);
+        assert!(goes_on && settled.rejected.len() == 1);
+        assert_eq!(sender.len(), 1);
+        assert!(!sender.ended(0, StreamEnd::Broken, [2; 16]).1);
+    }
+
+    #[test]
+    fn a_message_without_a_deadline_is_owed_for_a_minute_after_its_link_died() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        sender.push(letter(10));
+        assert_eq!(sender.expire(now + 2 * OWED_WITHOUT_DEADLINE).0.len(), 0, "there is a link");
+        sender.detach(now);
+        let (expired, next) = sender.expire(now);
+        assert_eq!((expired.len(), next), (0, Some(now + OWED_WITHOUT_DEADLINE)));
+        assert_eq!(sender.expire(now + OWED_WITHOUT_DEADLINE).0.len(), 1);
+    }
+
+    #[test]
+    fn the_receiver_is_told_to_keep_the_session_for_a_message_that_is_owed_for_longer() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        for deadline in [KEEP, 2 * KEEP, 3 * KEEP] {
+            sender.push(Letter { size: 10, deadline: Some(now + deadline) });
+        }
+        let keeps: Vec<_> = std::iter::from_fn(|| sender.write(0, now).map(|write| write.keep)).collect();
+        assert_eq!(keeps, [None, Some(4 * KEEP.as_secs() as u32), None]);
     }
 }

@@ -15,6 +15,7 @@ use macula_peer_core::link_state::{self, Action, Demand, LinkState, Offer, Want}
 use macula_peer_core::nat::Description;
 use macula_peer_core::queue::{GivenUp, OWED_WITHOUT_DEADLINE, Queued, distinct};
 use macula_peer_core::race::{self, Attempt, AttemptId, Ended, Tries};
+use macula_peer_core::session_sender::Taken;
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::{self, Dialect, LinkId, Path, PeerName, Target};
 use quinn::{ConnectionError, RecvStream, SendStream};
@@ -31,7 +32,7 @@ use crate::deadline::deadline;
 use crate::link::{Answered, Link, Partial, Swept, Written, link_id};
 use crate::message::Letter;
 use crate::request;
-use crate::session::send::{Progress, Taken};
+use crate::session::send::Progress;
 use crate::socket::{Refused, Why, refused};
 use crate::surroundings::Surroundings;
 

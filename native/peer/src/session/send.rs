@@ -1,19 +1,19 @@
-//! The sender's half of a session of `macula-peer/1` (docs/protocol.md): messages are numbered, kept until the receiver
-//! has them, and written again to the next link when one dies.
+//! The sender's half of a session of `macula-peer/1` (docs/protocol.md): the streams that carry what core decides
+//! (`core/src/session_sender.rs`).
 //!
 //! Callers write from their own threads, without waiting, as long as little is unacknowledged and the stream takes what it
 //! gets. The rest is left to the peer's task, which writes many small messages at once.
 
 use std::pin::pin;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use macula_peer_core::errors::Rejection;
 use macula_peer_core::proto::codes::stream::{SESSION_FORGOTTEN, WRONG_NODE};
-use macula_peer_core::proto::session::{MAX_OPEN_LEN, NO_RUN, Opening, Run, Word, Words, put_number};
-use macula_peer_core::session::{Next, Outgoing};
-use macula_peer_core::session_table::{KEEP, SessionId};
+use macula_peer_core::proto::session::{MAX_OPEN_LEN, Word, Words, put_number};
+use macula_peer_core::session_sender::{Owed, SessionSender, Settled, StreamEnd, Taken, Write};
+use macula_peer_core::session_table::SessionId;
 use macula_peer_core::sync::now_or_never;
 use macula_peer_core::types::NodeId;
 use macula_peer_wire::HEADER_LEN;
@@ -22,50 +22,24 @@ use quinn::{ReadError, RecvStream, SendStream, WriteError};
 use crate::link::{DIRECT_WRITES, Link};
 use crate::message::Letter;
 
-/// Messages from this size on are numbered apart, so that they hold up no others. The same bound as for a frame that a
-/// 0.14.3 gateway can read at all.
-const LARGE_MESSAGE: usize = 64 << 10;
-
 /// The task writes pieces of this size. quinn looks through the pieces of a stream one by one, which many small ones make
 /// slow.
 const PIECE: usize = 32 << 10;
 
-/// As much may be written twice rather than wait: what two or three packets carry.
-const LITTLE: usize = 3 << 10;
-
-/// How long a message without a deadline is owed after its link died.
-const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
-
 pub(crate) struct Session {
-    id: SessionId,
-    /// The node that it is for; `None`: whoever is at the other end.
-    target: Option<NodeId>,
-    /// Messages may not be written again to a receiver that was restarted.
-    at_most_once: bool,
-    channels: [Channel; 2],
-    /// The receiver's run when it last said something about this session.
-    run: Run,
-    /// The receiver has acknowledged something.
-    acknowledged: bool,
-    /// Since when there is no link.
-    detached: Option<Instant>,
-}
-
-#[derive(Default)]
-struct Channel {
-    owed: Outgoing<Letter>,
-    stream: Option<Stream>,
+    sender: SessionSender<Letter>,
+    /// One for each channel, while there is a link.
+    streams: [Option<Stream>; 2],
 }
 
 struct Stream {
+    channel: usize,
     send: SendStream,
     receive: RecvStream,
     /// What is still to be written before anything else.
     rest: Bytes,
     /// Bytes of messages written and not acknowledged.
     in_flight: usize,
-    /// The receiver has said where to go on, or need not be asked.
-    resumed: bool,
     /// Why the receiver reads no further. Its last acknowledgement says what it has.
     stopped: Option<Rejection>,
     /// It has said its last words.
@@ -73,8 +47,16 @@ struct Stream {
     /// It does not know the session any more.
     forgotten: bool,
     words: Words,
-    /// The receiver keeps the session for so long after this stream has ended.
-    kept: Duration,
+}
+
+impl Owed for Letter {
+    fn size(&self) -> usize {
+        self.frame.len()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
 }
 
 /// What became of messages since the last look.
@@ -108,66 +90,33 @@ pub(crate) struct Sent {
     pub(crate) wake: bool,
 }
 
-/// What was owed when a session ended.
-#[derive(Default)]
-pub(crate) struct Taken {
-    /// In order.
-    pub(crate) owed: Vec<Letter>,
-    /// May have arrived, and may not be sent again.
-    pub(crate) lost: Vec<Letter>,
-}
-
 impl Session {
     pub(crate) fn new(target: Option<NodeId>, at_most_once: bool) -> Self {
-        Self {
-            id: new_id(),
-            target,
-            at_most_once,
-            channels: Default::default(),
-            run: NO_RUN,
-            acknowledged: false,
-            detached: None,
-        }
+        Self { sender: SessionSender::new(new_id(), target, at_most_once), streams: [None, None] }
     }
 
     /// Goes on over a link. False if it has no streams to spare.
     pub(crate) fn attach(&mut self, link: &Link) -> bool {
-        self.detach(Instant::now());
-        if !self.acknowledged && !self.channels.iter().any(|channel| channel.owed.may_have_arrived()) {
-            // The receiver may know of nothing. It would take higher numbers for a sign that it was restarted.
-            self.renew();
-        }
-        let attached = self.reopen(link);
-        if attached {
-            self.detached = None;
-        }
-        attached
+        self.sender.attach(new_id(), Instant::now());
+        self.reset_unused();
+        self.reopen(link)
     }
 
     /// Opens the streams that are missing. False if the link has none to spare.
     pub(crate) fn reopen(&mut self, link: &Link) -> bool {
         let now = Instant::now();
-        for (number, channel) in self.channels.iter_mut().enumerate() {
-            if channel.stream.is_some() {
-                continue;
-            }
+        while let Some(channel) = self.sender.missing() {
             let Some((send, receive)) = link.open_now() else { return false };
-            // To ask takes a round trip. Little is written at once: who has it drops it, and who has met this sender and
-            // has forgotten the session takes nothing.
-            let unsafe_to_repeat = self.at_most_once || (self.run == NO_RUN && channel.may_be_forgotten(now));
-            let ask = channel.owed.may_have_arrived() && (unsafe_to_repeat || !channel.owes_little());
-            let target = self.target.as_ref().map_or(&[][..], NodeId::as_bytes);
-            channel.stream = Some(Stream {
+            self.streams[channel] = Some(Stream {
+                channel,
                 send,
                 receive,
-                rest: Opening { id: self.id, channel: number, run: self.run, target }.frame(),
+                rest: self.sender.open(channel, now).frame(),
                 in_flight: 0,
-                resumed: !ask,
                 stopped: None,
                 ended: false,
                 forgotten: false,
                 words: Words::default(),
-                kept: KEEP,
             });
         }
         true
@@ -175,148 +124,98 @@ impl Session {
 
     /// The link is gone, or carries the session no more.
     pub(crate) fn detach(&mut self, now: Instant) {
-        self.detached.get_or_insert(now);
-        for channel in &mut self.channels {
-            channel.close();
-        }
+        self.sender.detach(now);
+        self.reset_unused();
     }
 
     /// Takes a message over and writes what the stream takes of it.
     pub(crate) fn send(&mut self, message: Letter, now: Instant) -> Sent {
-        let channel = self.channel(&message);
-        channel.owed.push(message);
-        let Some(stream) = channel.stream.as_mut() else { return Sent::default() };
-        let first = channel.owed.unwritten() == 1;
-        if !first || !stream.resumed || !stream.is_clear() {
-            // Whoever was first has woken the task.
+        let channel = self.sender.push(message);
+        let Some(stream) = &mut self.streams[channel] else { return Sent::default() };
+        let first = self.sender.unwritten(channel) == 1;
+        if !first || !self.sender.is_resumed(channel) || !stream.is_clear() {
+            // The first of those that wait has woken the task.
             return Sent { written: false, wake: first };
         }
-        stream.write_one(&mut channel.owed, now)
+        stream.write_one(&mut self.sender, now)
     }
 
     /// Reads acknowledgements and writes what there is. Ready when there is something to tell; wakes the task of `cx`
     /// when there is more to do.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<Progress> {
         let mut progress = Progress::default();
-        let mut forgotten = false;
-        for channel in &mut self.channels {
-            let Some(stream) = &mut channel.stream else { continue };
-            let mut greeted = Greeted { run: &mut self.run, at_most_once: self.at_most_once, now };
-            let alive = stream.poll_words(cx, &mut channel.owed, &mut greeted, &mut progress)
-                && stream.poll_write(cx, &mut channel.owed, now, &mut progress);
-            if alive {
+        let mut ended = Vec::new();
+        for stream in self.streams.iter_mut().flatten() {
+            let alive = stream.poll_words(cx, &mut self.sender, now, &mut progress)
+                && stream.poll_write(cx, &mut self.sender, now, &mut progress);
+            if !alive {
+                ended.push((stream.channel, stream.end()));
+            } else if !stream.rest.is_empty() {
                 // The receiver cannot have it completely, because a part of it is still here.
-                let over = |message: &Letter| message.deadline.is_some_and(|deadline| deadline <= now);
-                let expired = if stream.rest.is_empty() { None } else { channel.owed.abandon(over) };
-                progress.closed |= expired.is_some();
-                if expired.is_some() {
-                    channel.close();
-                }
-                progress.expired.extend(expired);
-                continue;
+                progress.expired.extend(self.sender.abandon(stream.channel, now));
             }
-            let why = stream.ended_because().filter(|_| channel.owed.is_under_way());
-            let rejected = match why {
-                Some(why @ Rejection::TooSlow) => channel.owed.stalled().zip(Some(why)),
-                Some(why) => channel.owed.reject().zip(Some(why)),
-                None if stream.is_forgotten() => {
-                    forgotten = true;
-                    continue;
-                }
-                None => {
-                    progress.broken = true;
-                    continue;
-                }
-            };
-            progress.rejected.extend(rejected);
-            progress.closed = true;
-            channel.close();
         }
-        if forgotten {
-            self.forgotten(&mut progress);
+        for (channel, end) in ended {
+            // It may have been closed with another one that ended.
+            if self.sender.has_stream(channel) {
+                let (settled, goes_on) = self.sender.ended(channel, end, new_id());
+                progress.settle(settled);
+                progress.broken |= !goes_on;
+            }
         }
-        self.acknowledged |= progress.acknowledged > 0;
+        progress.closed |= self.sender.missing().is_some();
+        self.reset_unused();
         match progress.is_news() {
             true => Poll::Ready(progress),
             false => Poll::Pending,
         }
     }
 
-    /// The receiver has forgotten the session. What it may have of it is not sent again; the rest goes on in another one.
-    fn forgotten(&mut self, progress: &mut Progress) {
-        for channel in &mut self.channels {
-            progress.forgotten.append(&mut channel.owed.forgotten());
-            channel.close();
-        }
-        self.renew();
-        progress.closed = true;
-    }
-
     /// Gives up what is not on its way and whose time is over. Returns it, and when to look again.
     pub(crate) fn expire(&mut self, now: Instant) -> (Vec<Letter>, Option<Instant>) {
-        let owed_until = self.detached.map(|since| since + OWED_WITHOUT_DEADLINE);
-        let until = |message: &Letter| message.deadline.or(owed_until);
-        let mut expired = Vec::new();
-        let mut next: Option<Instant> = None;
-        for channel in &mut self.channels {
-            expired.extend(channel.owed.give_up(|message, _| until(message).is_some_and(|until| until <= now)));
-            let times = channel.owed.messages().filter_map(until).filter(|&until| until > now);
-            next = times.chain(next).min();
-        }
-        (expired, next)
+        self.sender.expire(now)
     }
 
     /// Gives up what may not go over the next link.
-    pub(crate) fn refuse(&mut self, mut refused: impl FnMut(&Letter) -> bool) -> Vec<Letter> {
-        let channels = self.channels.iter_mut();
-        channels.flat_map(|channel| channel.owed.give_up(|message, _| refused(message))).collect()
+    pub(crate) fn refuse(&mut self, refused: impl FnMut(&Letter) -> bool) -> Vec<Letter> {
+        self.sender.refuse(refused)
     }
 
     /// Ends the session; what is sent from now on is another one's.
-    pub(crate) fn take(&mut self) -> Taken {
-        let mut taken = Taken::default();
-        for channel in &mut self.channels {
-            // Finishing a stream tells the receiver to forget the session.
-            if let Some(mut stream) = channel.stream.take() {
-                let _ = stream.send.finish();
-            }
-            channel.owed.rewind();
-            if self.at_most_once {
-                taken.lost.append(&mut channel.owed.give_up(|_, written| written.is_some()));
-            }
-            taken.owed.append(&mut channel.owed.take());
+    pub(crate) fn take(&mut self) -> Taken<Letter> {
+        for mut stream in std::mem::take(&mut self.streams).into_iter().flatten() {
+            // Finishing a stream tells the receiver to forget the session. A connection that is gone has done the same.
+            let _ = stream.send.finish();
         }
-        self.renew();
-        taken
+        self.sender.take(new_id())
     }
 
     /// Everything that is owed.
     pub(crate) fn messages(&self) -> impl Iterator<Item = &Letter> {
-        self.channels.iter().flat_map(|channel| channel.owed.messages())
+        self.sender.messages()
     }
 
     /// How many messages are owed.
     pub(crate) fn len(&self) -> usize {
-        self.channels.iter().map(|channel| channel.owed.len()).sum()
+        self.sender.len()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.channels.iter().all(|channel| channel.owed.is_empty())
+        self.sender.is_empty()
     }
 
     /// When the oldest message that is not acknowledged was first written.
     pub(crate) fn oldest(&self) -> Option<Instant> {
-        self.channels.iter().filter_map(|channel| channel.owed.oldest()).min()
+        self.sender.oldest()
     }
 
-    fn channel(&mut self, message: &Letter) -> &mut Channel {
-        &mut self.channels[usize::from(message.frame.len() >= LARGE_MESSAGE)]
-    }
-
-    fn renew(&mut self) {
-        (self.id, self.run, self.acknowledged) = (new_id(), NO_RUN, false);
-        for channel in &mut self.channels {
-            channel.owed.renumber();
+    /// Resets streams that the session goes on without.
+    fn reset_unused(&mut self) {
+        for (channel, stream) in self.streams.iter_mut().enumerate() {
+            if let Some(mut stream) = stream.take_if(|_| !self.sender.has_stream(channel)) {
+                // Dropped, it would be finished, and the session ended with it. This fails only where the connection is gone.
+                let _ = stream.send.reset(0u8.into());
+            }
         }
     }
 }
@@ -327,47 +226,21 @@ fn new_id() -> SessionId {
     id
 }
 
-impl Channel {
-    fn owes_little(&self) -> bool {
-        let mut most = LITTLE;
-        self.owed.messages().all(|message| {
-            let left = most.checked_sub(message.frame.len());
-            most = left.unwrap_or_default();
-            left.is_some()
-        })
-    }
-
-    /// Something was written so long ago that a receiver which has it may know nothing of the session any more.
-    fn may_be_forgotten(&self, now: Instant) -> bool {
-        self.owed.oldest().is_some_and(|written| now.saturating_duration_since(written) >= KEEP)
-    }
-
-    /// The session goes on over another stream.
-    fn close(&mut self) {
-        self.owed.rewind();
-        if let Some(mut stream) = self.stream.take() {
-            // Dropped, it would be finished, and the session ended with it. A connection that is gone is as good.
-            let _ = stream.send.reset(0u8.into());
-        }
-    }
-}
-
 impl Stream {
     fn is_clear(&self) -> bool {
         self.stopped.is_none() && self.rest.len() <= HEADER_LEN + MAX_OPEN_LEN && self.in_flight < DIRECT_WRITES
     }
 
     /// Writes the next message without waiting.
-    fn write_one(&mut self, owed: &mut Outgoing<Letter>, now: Instant) -> Sent {
-        let Some(Next { number, announce, message }) = owed.write(now) else { return Sent::default() };
+    fn write_one(&mut self, sender: &mut SessionSender<Letter>, now: Instant) -> Sent {
+        let Some(Write { number, keep, message }) = sender.write(self.channel, now) else { return Sent::default() };
         let frame = message.frame.clone();
         self.in_flight += frame.len();
-        let keep = keep_longer(&mut self.kept, message, now);
-        if self.rest.is_empty() && !announce && keep.is_none() {
+        if self.rest.is_empty() && number.is_none() {
             self.rest = frame;
         } else {
             let mut piece = BytesMut::from(std::mem::take(&mut self.rest));
-            say_number(&mut piece, number, announce, keep);
+            say_number(&mut piece, number, keep);
             piece.extend_from_slice(&frame);
             self.rest = piece.freeze();
         }
@@ -380,17 +253,18 @@ impl Stream {
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
-        owed: &mut Outgoing<Letter>,
+        sender: &mut SessionSender<Letter>,
         now: Instant,
         progress: &mut Progress,
     ) -> bool {
+        let channel = self.channel;
         // Nothing is said on a stream before it is needed.
         while self.stopped.is_none()
-            && !owed.is_empty()
-            && (!self.rest.is_empty() || (self.resumed && owed.unwritten() > 0))
+            && sender.owes(channel)
+            && (!self.rest.is_empty() || (sender.is_resumed(channel) && sender.unwritten(channel) > 0))
         {
-            if self.resumed && self.rest.len() < PIECE {
-                self.fill(owed, now, progress);
+            if self.rest.len() < PIECE {
+                self.fill(sender, now, progress);
             }
             let written = pin!(self.write_rest()).poll(cx);
             match written {
@@ -409,11 +283,19 @@ impl Stream {
         true
     }
 
+    /// How the stream has ended.
+    fn end(&self) -> StreamEnd {
+        match self.ended_because() {
+            Some(why) => StreamEnd::Rejected(why),
+            None if self.is_forgotten() => StreamEnd::Forgotten,
+            None => StreamEnd::Broken,
+        }
+    }
+
     /// Why the receiver has ended the stream, if it was for the message that it expects next.
     fn ended_because(&self) -> Option<Rejection> {
         let stopped = || now_or_never(self.send.stopped())?.ok()?.and_then(|code| Rejection::of(code.into_inner()));
-        let why = self.stopped.or_else(stopped);
-        why.filter(|_| self.words.greeted() && self.ended)
+        self.stopped.or_else(stopped).filter(|_| self.ended)
     }
 
     fn is_forgotten(&self) -> bool {
@@ -422,16 +304,16 @@ impl Stream {
     }
 
     /// Puts messages into one piece. A large one that is alone is not copied.
-    fn fill(&mut self, owed: &mut Outgoing<Letter>, now: Instant, progress: &mut Progress) {
-        if owed.unwritten() == 0 {
+    fn fill(&mut self, sender: &mut SessionSender<Letter>, now: Instant, progress: &mut Progress) {
+        if !sender.is_resumed(self.channel) || sender.unwritten(self.channel) == 0 {
             return;
         }
         let mut piece = BytesMut::from(std::mem::take(&mut self.rest));
         while piece.len() < PIECE {
-            let Some(Next { number, announce, message }) = owed.write(now) else { break };
+            let Some(Write { number, keep, message }) = sender.write(self.channel, now) else { break };
             progress.written += 1;
             self.in_flight += message.frame.len();
-            say_number(&mut piece, number, announce, keep_longer(&mut self.kept, message, now));
+            say_number(&mut piece, number, keep);
             if piece.is_empty() && message.frame.len() >= PIECE {
                 self.rest = message.frame.clone();
                 return;
@@ -453,8 +335,8 @@ impl Stream {
     fn poll_words(
         &mut self,
         cx: &mut Context<'_>,
-        owed: &mut Outgoing<Letter>,
-        greeted: &mut Greeted<'_>,
+        sender: &mut SessionSender<Letter>,
+        now: Instant,
         progress: &mut Progress,
     ) -> bool {
         loop {
@@ -473,95 +355,54 @@ impl Stream {
             }
             let mut expected = None;
             while let Some(word) = self.words.next_word() {
-                match word {
-                    Word::Greeting { known, run, expected } => {
-                        self.greeting(known, run, expected, owed, greeted, progress);
-                    }
+                let settled = match word {
+                    Word::Greeting { known, run, expected } => sender.greeting(self.channel, known, run, expected, now),
                     // The last one says it all.
-                    Word::Expected(number) => expected = Some(number),
+                    Word::Expected(number) => {
+                        expected = Some(number);
+                        continue;
+                    }
                     Word::Refused(error, number) => {
                         let why = Rejection::of(error.into()).unwrap_or(Rejection::Unread);
-                        self.refused(number, why, owed, progress);
+                        sender.refused(self.channel, number, why)
                     }
-                }
+                };
+                self.settle(settled, progress);
             }
             if let Some(expected) = expected {
-                self.arrived(owed.acknowledge(expected), progress);
+                let settled = sender.expected(self.channel, expected);
+                self.settle(settled, progress);
             }
         }
     }
 
-    /// The receiver does not take a message. It has taken, or refused, everything before.
-    fn refused(&mut self, number: u64, why: Rejection, owed: &mut Outgoing<Letter>, progress: &mut Progress) {
-        self.arrived(owed.acknowledge(number), progress);
-        if let Some(message) = owed.refused(number) {
-            self.in_flight = self.in_flight.saturating_sub(message.frame.len());
-            progress.rejected.push((message, why));
-        }
+    fn settle(&mut self, settled: Settled<Letter>, progress: &mut Progress) {
+        let rejected = settled.rejected.iter().map(|(message, _)| message);
+        let landed: usize = settled.acknowledged.iter().chain(rejected).map(Owed::size).sum();
+        self.in_flight = self.in_flight.saturating_sub(landed);
+        progress.settle(settled);
     }
-
-    fn greeting(
-        &mut self,
-        known: bool,
-        run: Run,
-        expected: u64,
-        owed: &mut Outgoing<Letter>,
-        Greeted { run: met, at_most_once, now }: &mut Greeted<'_>,
-        progress: &mut Progress,
-    ) {
-        let asked = !std::mem::replace(&mut self.resumed, true);
-        let met = std::mem::replace(*met, run);
-        if known {
-            let arrived = owed.resume(expected);
-            self.arrived(arrived, progress);
-        } else if *at_most_once && asked {
-            progress.lost.extend(owed.give_up(|_, written| written.is_some()));
-        } else if met == NO_RUN && asked {
-            // It never had the session, or has forgotten it: only time tells.
-            let may_be_forgotten = |at: Instant| now.saturating_duration_since(at) >= KEEP;
-            progress.forgotten.extend(owed.give_up(|_, written| written.is_some_and(may_be_forgotten)));
-        }
-    }
-
-    fn arrived(&mut self, messages: impl Iterator<Item = Letter>, progress: &mut Progress) {
-        for message in messages {
-            let size = message.frame.len();
-            progress.acknowledged += 1;
-            progress.acknowledged_bytes += size;
-            self.in_flight = self.in_flight.saturating_sub(size);
-        }
-    }
-}
-
-/// What the first word on a stream is about.
-struct Greeted<'a> {
-    /// The session's.
-    run: &'a mut Run,
-    at_most_once: bool,
-    now: Instant,
 }
 
 impl Progress {
+    fn settle(&mut self, settled: Settled<Letter>) {
+        let Settled { acknowledged, mut lost, mut forgotten, mut rejected } = settled;
+        self.acknowledged += acknowledged.len() as u64;
+        self.acknowledged_bytes += acknowledged.iter().map(Owed::size).sum::<usize>();
+        self.lost.append(&mut lost);
+        self.forgotten.append(&mut forgotten);
+        self.rejected.append(&mut rejected);
+    }
+
     fn is_news(&self) -> bool {
-        let given_up = [&self.lost, &self.forgotten].iter().any(|messages| !messages.is_empty());
+        let given_up = [&self.lost, &self.forgotten, &self.expired].iter().any(|messages| !messages.is_empty());
         let settled = self.acknowledged > 0 || given_up || !self.rejected.is_empty();
         settled || self.written > 0 || self.closed || self.broken
     }
 }
 
-/// The seconds to announce, where the message is owed for longer than its session is kept.
-fn keep_longer(kept: &mut Duration, message: &Letter, now: Instant) -> Option<u32> {
-    let owed_for = message.deadline?.saturating_duration_since(now);
-    if owed_for <= *kept {
-        return None;
-    }
-    // Twice as long, so that the next messages with the same timeout need not say so again.
-    *kept = owed_for * 2;
-    Some(kept.as_secs().try_into().unwrap_or(u32::MAX))
-}
-
-fn say_number(piece: &mut BytesMut, number: u64, announce: bool, keep: Option<u32>) {
-    if announce || keep.is_some() {
+fn say_number(piece: &mut BytesMut, number: Option<u64>, keep: Option<u32>) {
+    if let Some(number) = number {
         put_number(piece, number, keep);
     }
 }
@@ -572,6 +413,8 @@ mod tests {
     use std::future::poll_fn;
     use std::sync::Arc;
 
+    use macula_peer_core::proto::session::NO_RUN;
+    use macula_peer_core::session_table::KEEP;
     use macula_peer_core::types::{Dialect, Path};
     use macula_peer_wire::{Limits, MessageType};
     use quinn::Connection;
