@@ -16,12 +16,14 @@ use crate::punch::{
 use crate::relay::{Book, Generation};
 use crate::sim::gate::{Gate, Kind};
 use crate::types::{Fingerprint, RelayConfig};
-use crate::upgrade::{Rank, Upgrade};
 
 const MS: u64 = 1000;
 
 /// Within one network, and back from a NAT's own address.
 const LOCAL_DELAY: u64 = 500;
+
+/// Longer than an attempt takes.
+const RETRY: u64 = 8000 * MS;
 
 const RELAY_PORT: u16 = 9443;
 const OTHER_PORT: u16 = 9444;
@@ -95,52 +97,16 @@ enum ToNode {
 }
 
 enum Event {
-    Arrive {
-        network: usize,
-        packet: Packet,
-    },
-    Join {
-        node: usize,
-    },
-    Alive {
-        node: usize,
-    },
-    Probe {
-        node: usize,
-        step: Step,
-    },
-    Sample {
-        node: usize,
-        session: u64,
-    },
-    Wake {
-        node: usize,
-        session: u64,
-    },
-    Dial {
-        node: usize,
-        session: u64,
-        tries: u32,
-    },
-    Forget {
-        node: usize,
-        session: u64,
-    },
-    Attempt {
-        node: usize,
-        peer: usize,
-        relay: usize,
-    },
-    /// An upgrade's time has come, or was put off.
-    Due {
-        node: usize,
-        peer: usize,
-    },
-    Spoof {
-        node: usize,
-        session: u64,
-        n: u64,
-    },
+    Arrive { network: usize, packet: Packet },
+    Join { node: usize },
+    Alive { node: usize },
+    Probe { node: usize, step: Step },
+    Sample { node: usize, session: u64 },
+    Wake { node: usize, session: u64 },
+    Dial { node: usize, session: u64, tries: u32 },
+    Forget { node: usize, session: u64 },
+    Attempt { node: usize, peer: usize, relay: usize },
+    Spoof { node: usize, session: u64, n: u64 },
 }
 
 #[derive(Clone, Copy)]
@@ -222,16 +188,10 @@ struct Session {
 /// What a node has with another.
 #[derive(Default)]
 struct Link {
-    upgrade: Option<Upgrade>,
+    /// When it last asked for an attempt that is not over.
     asked: Option<u64>,
-    kept: Option<Connection>,
-    made: usize,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Connection {
-    worth: Rank,
-    session: u64,
+    connected: bool,
+    /// Over local addresses.
     local: bool,
 }
 
@@ -429,11 +389,20 @@ impl World {
         chosen
     }
 
+    /// It tries three times, unless it is connected before.
     fn want(&mut self, node: usize, peer: usize) {
-        let at = READY + self.up_to(1000 * MS);
-        let upgrade = Some(Upgrade::new(self.instant(at)));
-        self.nodes[node].links.entry(peer).or_default().upgrade = upgrade;
-        self.at(at, Event::Due { node, peer });
+        let first = READY + self.up_to(1000 * MS);
+        for n in 0..3 {
+            let relay = self.any_common_relay(node, peer);
+            self.attempt_through(relay, first + n * RETRY, node, peer);
+        }
+    }
+
+    fn any_common_relay(&mut self, node: usize, peer: usize) -> usize {
+        let relays = &self.nodes[node].relays;
+        let common: Vec<usize> =
+            relays.iter().copied().filter(|relay| self.nodes[peer].relays.contains(relay)).collect();
+        common[self.random.usize(..common.len())]
     }
 
     fn relay(&mut self) {
@@ -522,22 +491,13 @@ impl World {
         &self.nodes[node].attempts
     }
 
-    pub(super) fn direct_connections(&self, a: usize, b: usize) -> [usize; 2] {
-        [(a, b), (b, a)].map(|(node, peer)| usize::from(self.kept(node, peer).is_some()))
-    }
-
-    pub(super) fn kept(&self, node: usize, peer: usize) -> Option<Connection> {
-        let kept = self.nodes[node].links.get(&peer)?.kept?;
-        Some(Connection { local: false, ..kept })
-    }
-
-    /// The connections between two that there have ever been.
-    pub(super) fn made(&self, node: usize, peer: usize) -> usize {
-        self.nodes[node].links.get(&peer).map_or(0, |link| link.made)
+    /// Whether each of two nodes is connected with the other.
+    pub(super) fn connected_with(&self, a: usize, b: usize) -> [bool; 2] {
+        [(a, b), (b, a)].map(|(node, peer)| self.nodes[node].links.get(&peer).is_some_and(|link| link.connected))
     }
 
     pub(super) fn meet_locally(&self, node: usize, peer: usize) -> bool {
-        self.nodes[node].links[&peer].kept.is_some_and(|kept| kept.local)
+        self.nodes[node].links[&peer].local
     }
 
     /// To how many addresses of bystanders something was sent, and how many packets to one at most.
@@ -640,7 +600,6 @@ impl World {
             Event::Dial { node, session, tries } => self.dial(node, session, tries),
             Event::Forget { node, session } => self.forget(node, session),
             Event::Attempt { node, peer, relay } => self.attempt(node, peer, relay),
-            Event::Due { node, peer } => self.due(node, peer),
             Event::Spoof { node, session, n } => self.spoof(node, session, n),
         }
     }
@@ -874,23 +833,12 @@ impl World {
         }
     }
 
-    fn due(&mut self, node: usize, peer: usize) {
-        let now = self.instant(self.now);
-        let link = &self.nodes[node].links[&peer];
-        let Some(upgrade) = link.upgrade.as_ref().filter(|_| link.kept.is_none() && link.asked.is_none()) else {
-            return;
-        };
-        if upgrade.next() > now {
+    fn attempt(&mut self, node: usize, peer: usize, relay: usize) {
+        let link = self.nodes[node].links.entry(peer).or_default();
+        if link.connected || link.asked.is_some() {
             return;
         }
-        let relays = self.nodes[node].relays.clone();
-        let common: Vec<usize> = relays.into_iter().filter(|relay| self.nodes[peer].relays.contains(relay)).collect();
-        let relay = common[self.random.usize(..common.len())];
-        self.attempt(node, peer, relay);
-    }
-
-    fn attempt(&mut self, node: usize, peer: usize, relay: usize) {
-        self.nodes[node].links.entry(peer).or_default().asked = Some(self.now);
+        link.asked = Some(self.now);
         let session = Id::new(format!("{node} {}", self.now)).unwrap();
         let target = self.nodes[peer].id.clone();
         self.say(node, relay, ToRelay::Request { session, target });
@@ -903,22 +851,10 @@ impl World {
 
     /// An attempt of this node ended.
     fn ended(&mut self, node: usize, peer: usize, ended: Ended) {
-        let (now, draw) = (self.instant(self.now), self.random.f64());
+        let now = self.now;
         let trying = &mut self.nodes[node];
-        let Some(link) = trying.links.get_mut(&peer) else { return };
-        let Some(asked) = link.asked.take() else { return };
-        trying.attempts.push((ended, self.now - asked));
-        let failure = match ended {
-            Ended::Direct => return,
-            Ended::Failed(failure) => failure,
-            Ended::Refused(_) => Failure::TimedOut,
-        };
-        if let Some(upgrade) = &mut link.upgrade {
-            upgrade.failed(failure, now, draw);
-            let next = upgrade.next();
-            let next = self.micros(next);
-            self.at(next, Event::Due { node, peer });
-        }
+        let Some(asked) = trying.links.get_mut(&peer).and_then(|link| link.asked.take()) else { return };
+        trying.attempts.push((ended, now - asked));
     }
 
     fn begin(&mut self, node: usize, relay: usize, told: Coordinate) {
@@ -1129,8 +1065,7 @@ impl World {
         let (peer, known) = (session.peer, std::mem::replace(&mut session.connected, true));
         self.send(node, at.port(), from, Body::Accept { session: number });
         if !known {
-            let dialler = self.nodes[peer].key;
-            self.connected(node, peer, number, dialler, from);
+            self.connected(node, peer, from);
         }
     }
 
@@ -1140,18 +1075,15 @@ impl World {
             return;
         }
         let (peer, relay, id, path) = (session.peer, session.relay, session.id.clone(), session.path);
-        let dialler = self.nodes[node].key;
-        self.connected(node, peer, number, dialler, path.unwrap().1);
+        self.connected(node, peer, path.unwrap().1);
         self.say(node, relay, ToRelay::Result { session: id, success: true });
         self.ended(node, peer, Ended::Direct);
     }
 
-    fn connected(&mut self, node: usize, peer: usize, session: u64, dialler: Fingerprint, to: SocketAddr) {
-        let local = matches!(to.ip(), IpAddr::V4(ip) if ip.is_private());
-        let made = Connection { worth: Rank { relayed: false, dialler }, session, local };
+    fn connected(&mut self, node: usize, peer: usize, to: SocketAddr) {
         let link = self.nodes[node].links.entry(peer).or_default();
-        link.made += 1;
-        link.kept = Some(link.kept.map_or(made, |kept| kept.min(made)));
+        link.connected = true;
+        link.local |= matches!(to.ip(), IpAddr::V4(ip) if ip.is_private());
     }
 
     fn forget(&mut self, node: usize, number: u64) {
