@@ -13,7 +13,7 @@ use crate::knowledge::Knowledge;
 use crate::link_state::{Action, Demand, LinkState, Offer, Setup, Want};
 use crate::queue::{GivenUp, Queue, Queued};
 use crate::race::{self, Attempt, AttemptId, Ended, Tries};
-use crate::session_sender::{Message, SessionSender, Settled, StreamEnd};
+use crate::session_sender::{Owed, SessionSender, Settled, StreamEnd};
 use crate::trust::{Answer, Verdict};
 use crate::types::{Endpoint, EndpointRef, Fingerprint, Ways};
 
@@ -38,7 +38,7 @@ impl Peer {
     }
 }
 
-impl Message for Letter {
+impl Owed for Letter {
     fn size(&self) -> usize {
         300
     }

@@ -1,5 +1,7 @@
 //! What is promised, and looked at in every run.
 
+use std::time::Duration;
+
 use hashbrown::HashMap;
 
 use super::network::{INTERNET, MS, SECOND, Time};
@@ -169,6 +171,12 @@ impl World {
         }
     }
 
+    /// Whether a caller has named this key for a node id, which counts more than what was seen first.
+    fn names_key(&self, (from, starts, to): (usize, u32, usize), key: Fingerprint) -> bool {
+        let same = |message: &&Message| (message.from, message.starts, message.to) == (from, starts, to);
+        self.promises.messages.iter().filter(same).any(|message| message.key == Some(key))
+    }
+
     pub(super) fn delivered(&mut self, node: usize, id: u32) {
         let (starts, key) = (self.nodes[node].starts, self.keys[self.nodes[node].key]);
         let now = self.now;
@@ -185,7 +193,8 @@ impl World {
             return self.breaks(format!("message {id} arrives at node {node}, which it is not for"));
         }
         let sender = (from, self.promises.messages[id as usize].starts, self.nodes[node].name);
-        if *self.promises.bound.entry(sender).or_insert(key) != key {
+        let bound = *self.promises.bound.entry(sender).or_insert(key);
+        if bound != key && !self.names_key(sender, key) {
             return self.breaks(format!("message {id} arrives at a node that has lost its key"));
         }
         if again {
@@ -376,9 +385,12 @@ impl World {
             }
             let (registrations, circuits) = (self.relays[relay].registrations(), self.relays[relay].circuits());
             let nodes = self.nodes.len();
-            let punches = self.relays[relay].punches();
-            if registrations > nodes || circuits > nodes * nodes || punches > nodes * nodes {
-                return self.breaks(format!("relay {relay} has {registrations} registrations and {circuits} circuits"));
+            let later = self.clock() + Duration::from_secs(60);
+            let punches = self.relays[relay].punches_left(later);
+            if registrations > nodes || circuits > nodes * nodes || punches > 0 {
+                return self.breaks(format!(
+                    "relay {relay} has {registrations} registrations, {circuits} circuits and {punches} punches"
+                ));
             }
         }
         for node in 0..self.nodes.len() {

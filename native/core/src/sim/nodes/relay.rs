@@ -87,14 +87,20 @@ impl Relay {
         self.book.circuits()
     }
 
-    /// Punches in progress.
-    pub(super) fn punches(&self) -> usize {
-        self.coordinator.sessions()
+    /// Punches that are left once all that are in progress must be over.
+    pub(super) fn punches_left(&mut self, later: std::time::Instant) -> usize {
+        if let Some(member) = self.members.first() {
+            self.coordinator.result(member.generation, &Id::new("none").unwrap(), false, later);
+            return self.coordinator.sessions();
+        }
+        0
     }
 
     /// Whether its tables agree with each other.
     pub(super) fn agrees(&self) -> bool {
-        self.members.len() == self.book.registrations() && self.legs.len() == self.book.circuits()
+        let alive = |leg: &Leg| leg.ends.iter().all(|end| self.member(*end).is_some());
+        let counts = self.members.len() == self.book.registrations() && self.legs.len() == self.book.circuits();
+        counts && self.legs.iter().all(alive)
     }
 }
 
@@ -113,9 +119,10 @@ impl World {
         SocketAddr::new(self.hosts[self.relays[relay].host].ip, RELAY_PORT)
     }
 
-    /// It is back at once, with its key, and knows of nothing.
-    pub(super) fn restart_relay(&mut self, relay: usize) {
-        let (host, key, lies) = (self.relays[relay].host, self.relays[relay].key, self.relays[relay].lies);
+    /// It is back at once and knows of nothing. Without its key, it cannot tell nodes that their connections are gone.
+    pub(super) fn restart_relay(&mut self, relay: usize, keeps_key: bool) {
+        let Relay { host, key, lies, .. } = self.relays[relay];
+        let key = if keeps_key { key } else { self.new_key() };
         self.drop_conns_of(host);
         let now = self.clock();
         self.relays[relay] = Relay { lies, ..Relay::new(host, key, now) };

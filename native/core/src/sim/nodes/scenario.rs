@@ -87,7 +87,10 @@ enum Step {
         keeps_key: bool,
     },
     Start(usize),
-    RestartRelay(usize),
+    RestartRelay {
+        relay: usize,
+        keeps_key: bool,
+    },
     Move(usize),
     Pause {
         host: usize,
@@ -218,7 +221,7 @@ impl World {
                 let time = self.random.u64(..10) * SECOND;
                 let step = match self.random.u8(..3) {
                     0 => Step::Pause { host, time: time.min(quiet - at) },
-                    _ => Step::RestartRelay(relay),
+                    n => Step::RestartRelay { relay, keeps_key: n == 1 },
                 };
                 self.plan(at, step);
             }
@@ -325,7 +328,7 @@ impl World {
             }
             Step::Start(node) if !self.nodes[node].up => self.start_node(node),
             Step::Stop { .. } | Step::Start(_) => {}
-            Step::RestartRelay(relay) => self.restart_relay(relay),
+            Step::RestartRelay { relay, keeps_key } => self.restart_relay(relay, keeps_key),
             Step::Move(node) => self.move_node(node),
             Step::Pause { host, time } => self.hosts[host].paused_until = self.hosts[host].paused_until.max(now + time),
             Step::Mute { host, time } => self.hosts[host].mute_until = self.hosts[host].mute_until.max(now + time),
