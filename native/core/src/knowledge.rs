@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use crate::lookup::Lookup;
-use crate::types::{Endpoint, Fingerprint, Ways};
+use crate::types::{Candidates, Endpoint, Fingerprint};
 
 #[derive(Debug, Default)]
 pub struct Knowledge {
     /// What callers say.
-    said: Ways,
+    said: Candidates,
     lookup: Lookup,
     /// There are ways that no race has tried.
     learned: bool,
@@ -19,12 +19,12 @@ pub struct Knowledge {
 impl Knowledge {
     /// A peer that is named by its address.
     pub fn of(endpoint: Endpoint) -> Self {
-        Self { said: Ways { endpoints: vec![endpoint], ..Ways::default() }, ..Self::default() }
+        Self { said: Candidates { endpoints: vec![endpoint], ..Candidates::default() }, ..Self::default() }
     }
 
     /// A caller says how the peer is reached.
-    pub fn learn(&mut self, ways: Ways) {
-        self.better |= self.said.learn(ways);
+    pub fn learn(&mut self, candidates: Candidates) {
+        self.better |= self.said.learn(candidates);
         self.learned = true;
     }
 
@@ -34,11 +34,12 @@ impl Knowledge {
     }
 
     /// A lookup has found ways. Returns whether any of them was unknown.
-    pub fn found(&mut self, ways: Ways) -> bool {
-        let known = self.ways();
-        let endpoints = has_new(&ways.endpoints, &known.endpoints);
-        let relays = has_new(&ways.relays, &known.relays) || has_new(&ways.last_resorts, &known.last_resorts);
-        self.lookup.found(ways);
+    pub fn found(&mut self, candidates: Candidates) -> bool {
+        let known = self.candidates();
+        let endpoints = has_new(&candidates.endpoints, &known.endpoints);
+        let relays =
+            has_new(&candidates.relays, &known.relays) || has_new(&candidates.last_resorts, &known.last_resorts);
+        self.lookup.found(candidates);
         self.better |= endpoints;
         self.learned = true;
         endpoints || relays
@@ -51,8 +52,8 @@ impl Knowledge {
     }
 
     /// Every way to the peer. What callers say comes first.
-    pub fn ways(&self) -> Ways {
-        self.said.and(&self.lookup.ways())
+    pub fn candidates(&self) -> Candidates {
+        self.said.and(&self.lookup.candidates())
     }
 
     /// The key that callers or a lookup name.
@@ -79,8 +80,8 @@ impl Knowledge {
     }
 }
 
-fn has_new(ways: &[Endpoint], known: &[Endpoint]) -> bool {
-    ways.iter().any(|way| !known.contains(way))
+fn has_new(candidates: &[Endpoint], known: &[Endpoint]) -> bool {
+    candidates.iter().any(|way| !known.contains(way))
 }
 
 #[cfg(test)]
@@ -90,8 +91,8 @@ mod tests {
     use super::*;
     use crate::types::EndpointRef;
 
-    fn endpoints(text: &str) -> Ways {
-        Ways { endpoints: vec![EndpointRef::parse(text).unwrap().to_owned()], ..Ways::default() }
+    fn endpoints(text: &str) -> Candidates {
+        Candidates { endpoints: vec![EndpointRef::parse(text).unwrap().to_owned()], ..Candidates::default() }
     }
 
     #[test]
@@ -111,15 +112,15 @@ mod tests {
         let mut known = Knowledge::default();
         known.found(endpoints("found:1"));
         known.learn(endpoints("said:1"));
-        let ways: Vec<_> = known.ways().endpoints.iter().map(ToString::to_string).collect();
-        assert_eq!(ways, ["said:1", "found:1"]);
+        let candidates: Vec<_> = known.candidates().endpoints.iter().map(ToString::to_string).collect();
+        assert_eq!(candidates, ["said:1", "found:1"]);
     }
 
     #[test]
     fn a_relay_that_is_found_is_news_but_no_better_way() {
         let mut known = Knowledge::default();
-        let Ways { endpoints: relays, .. } = endpoints("relay:1");
-        assert!(known.found(Ways { relays, ..Ways::default() }));
+        let Candidates { endpoints: relays, .. } = endpoints("relay:1");
+        assert!(known.found(Candidates { relays, ..Candidates::default() }));
         assert!(!known.knows_better());
     }
 }

@@ -8,6 +8,7 @@
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
 pub mod access;
+pub mod ack_tracker;
 pub mod admission;
 pub mod config;
 pub mod coordinate;
@@ -54,7 +55,6 @@ pub mod types;
 pub mod unproven;
 pub mod upgrade;
 pub mod weights;
-pub mod witness;
 pub mod x509;
 
 #[cfg(test)]

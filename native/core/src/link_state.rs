@@ -100,7 +100,7 @@ pub struct Demand {
     pub parked: bool,
     /// A call is among them.
     pub parked_waited_for: bool,
-    /// Ways are known that no race has tried.
+    /// Candidates are known that no race has tried.
     pub learned: bool,
     /// Some of them may be better than a relay.
     pub better: bool,
@@ -784,7 +784,7 @@ mod tests {
     use super::*;
     use crate::errors::CircuitError;
     use crate::race::Attempt;
-    use crate::types::{EndpointRef, Ways};
+    use crate::types::{Candidates, EndpointRef};
 
     const PATIENCE: Duration = Duration::from_millis(500);
     const TIMEOUT: Duration = Duration::from_secs(5);
@@ -836,7 +836,7 @@ mod tests {
         fn to(to_node: bool) -> Self {
             let start = Instant::now();
             let setup = Setup { own: key(OWN), race: race::Setup { to_node, connect_timeout: TIMEOUT } };
-            let ways = Ways { endpoints: vec![at("peer:1")], ..Ways::default() };
+            let candidates = Candidates { endpoints: vec![at("peer:1")], ..Candidates::default() };
             let own_relays = if to_node { vec![at("relay:1")] } else { vec![] };
             Self {
                 start,
@@ -844,7 +844,7 @@ mod tests {
                 state: LinkState::new(setup, start),
                 attempts: Vec::new(),
                 done: Vec::new(),
-                tries: Tries { ways, own_relays, ..Tries::default() },
+                tries: Tries { candidates, own_relays, ..Tries::default() },
                 ids: 0,
             }
         }
@@ -1002,7 +1002,7 @@ mod tests {
         let mut life = Life::new();
         life.search(Want::Link);
         assert_eq!(life.wants(Demand { learned: true, ..call() }), Some(Want::MoreWays));
-        life.tries.ways.endpoints.push(at("other:1"));
+        life.tries.candidates.endpoints.push(at("other:1"));
         life.search(Want::MoreWays);
         assert_eq!(life.under_way(), [dial(), Attempt::Dial(at("other:1"))]);
     }
@@ -1308,7 +1308,7 @@ mod tests {
         let (direct, _) = Life::linked_by(Path::Direct);
         assert_eq!(direct.wants(better), None);
         life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
-        life.tries.ways.endpoints.push(at("new:1"));
+        life.tries.candidates.endpoints.push(at("new:1"));
         life.search(Want::Better);
         let link = life.link(Path::Direct, true, 9);
         let done = life.comes_to(Attempt::Dial(at("new:1")), link, false);
@@ -1320,7 +1320,7 @@ mod tests {
     #[test]
     fn nats_that_are_hopeless_are_not_tried_soon_where_no_address_is_known() {
         let mut life = Life::new();
-        life.tries.ways.endpoints.clear();
+        life.tries.candidates.endpoints.clear();
         life.search(Want::Link);
         let link = life.link(relayed(), true, 9);
         life.comes_to(circuit(), link, false);
@@ -1402,7 +1402,7 @@ mod tests {
     fn a_legacy_relay_gets_the_messages_for_a_minute_or_until_a_way_is_found() {
         for found in [true, false] {
             let mut life = Life::new();
-            life.tries.ways.endpoints.clear();
+            life.tries.candidates.endpoints.clear();
             life.search(Want::Link);
             let done = life.fails(circuit(), Ended::NoCircuit(CircuitError::NotARelay));
             assert_eq!(done, [Action::PassOn(at("relay:1"))]);
@@ -1424,7 +1424,7 @@ mod tests {
     #[test]
     fn a_legacy_relay_that_takes_no_more_is_given_up() {
         let mut life = Life::new();
-        life.tries.ways.endpoints.clear();
+        life.tries.candidates.endpoints.clear();
         life.search(Want::Link);
         life.fails(circuit(), Ended::NoCircuit(CircuitError::NotARelay));
         life.state.not_passed_on();
@@ -1436,7 +1436,7 @@ mod tests {
     #[test]
     fn a_legacy_relay_ends_no_race_for_a_key() {
         let (mut life, _) = Life::linked_by(Path::Direct);
-        life.tries.ways.endpoints.clear();
+        life.tries.candidates.endpoints.clear();
         life.tries.resolving = Some(life.now() + TIMEOUT);
         life.search(Want::OtherKey);
         life.fails(circuit(), Ended::NoCircuit(CircuitError::NotARelay));

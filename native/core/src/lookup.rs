@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::types::{Fingerprint, Ways};
+use crate::types::{Candidates, Fingerprint};
 
 /// How long more ways are waited for once somebody has begun to look them up.
 const AT_IT_FOR: Duration = Duration::from_secs(5);
@@ -16,8 +16,8 @@ const ANSWERED_FOR: Duration = Duration::from_secs(60);
 pub struct Lookup {
     phase: Phase,
     /// The last answer, and what has come of the next.
-    found: Ways,
-    finding: Ways,
+    found: Candidates,
+    finding: Candidates,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -41,14 +41,14 @@ impl Lookup {
             Phase::Answered { at } => at + ANSWERED_FOR <= now,
         };
         if wanted {
-            (self.phase, self.finding) = (Phase::AtIt { since: now }, Ways::default());
+            (self.phase, self.finding) = (Phase::AtIt { since: now }, Candidates::default());
         }
         wanted
     }
 
     /// Something was found; more may come.
-    pub fn found(&mut self, ways: Ways) {
-        self.finding.learn(ways);
+    pub fn found(&mut self, candidates: Candidates) {
+        self.finding.learn(candidates);
     }
 
     /// No more will come. What was found takes the place of the last answer; if nobody could be asked, that stays, and the
@@ -71,7 +71,7 @@ impl Lookup {
     }
 
     /// The newest first. Until there is an answer the last one holds: who is asked may be slow.
-    pub fn ways(&self) -> Ways {
+    pub fn candidates(&self) -> Candidates {
         self.finding.and(&self.found)
     }
 
@@ -88,13 +88,13 @@ mod tests {
     use super::*;
     use crate::types::EndpointRef;
 
-    fn ways(endpoints: &[&str]) -> Ways {
+    fn candidates(endpoints: &[&str]) -> Candidates {
         let endpoints = endpoints.iter().map(|text| EndpointRef::parse(text).unwrap().to_owned()).collect();
-        Ways { endpoints, ..Ways::default() }
+        Candidates { endpoints, ..Candidates::default() }
     }
 
     fn known(lookup: &Lookup) -> Vec<String> {
-        lookup.ways().endpoints.iter().map(ToString::to_string).collect()
+        lookup.candidates().endpoints.iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -118,7 +118,7 @@ mod tests {
         let start = Instant::now();
         let mut lookup = Lookup::default();
         assert!(lookup.begin(start));
-        lookup.found(ways(&["half:1"]));
+        lookup.found(candidates(&["half:1"]));
         let later = start + AT_IT_FOR;
         assert_eq!(lookup.until(later), None);
         assert!(lookup.begin(later));
@@ -130,15 +130,15 @@ mod tests {
         let start = Instant::now();
         let mut lookup = Lookup::default();
         assert!(lookup.begin(start));
-        lookup.found(ways(&["old:1"]));
-        lookup.found(ways(&["both:1"]));
+        lookup.found(candidates(&["old:1"]));
+        lookup.found(candidates(&["both:1"]));
         assert_eq!(known(&lookup), ["both:1", "old:1"]);
         lookup.ended(true, start);
         assert_eq!(known(&lookup), ["both:1", "old:1"]);
         let later = start + ANSWERED_FOR;
         assert!(lookup.begin(later));
         assert_eq!(known(&lookup), ["both:1", "old:1"], "who is asked may be slow");
-        lookup.found(ways(&["new:1", "both:1"]));
+        lookup.found(candidates(&["new:1", "both:1"]));
         assert_eq!(known(&lookup), ["new:1", "both:1", "old:1"]);
         lookup.ended(true, later);
         assert_eq!(known(&lookup), ["new:1", "both:1"]);
@@ -152,7 +152,7 @@ mod tests {
         let start = Instant::now();
         let mut lookup = Lookup::default();
         assert!(lookup.begin(start));
-        lookup.found(ways(&["a:1"]));
+        lookup.found(candidates(&["a:1"]));
         lookup.ended(true, start);
         let later = start + ANSWERED_FOR;
         assert!(lookup.begin(later));

@@ -57,7 +57,7 @@ pub(super) const LOWEST_PORT: u16 = 1024;
 /// Local addresses of the peer that are looked at.
 pub const MAX_CANDIDATES: usize = 4;
 
-/// Ways on which the peer was heard, other than those that were known, and that are answered.
+/// Candidates on which the peer was heard, other than those that were known, and that are answered.
 const MAX_SOURCES: usize = 8;
 
 /// Of these, those with an address that nobody named. Nobody but the peer can make a ping, but the peer can write
@@ -231,7 +231,7 @@ pub struct Punch {
     /// To be done at once.
     ready: VecDeque<Action>,
     /// In the order in which they are pinged, which a sequential NAT's ports follow.
-    ways: Vec<Way>,
+    candidates: Vec<Way>,
     birthday: Option<Birthday>,
     /// The pings that were sent, at most `packets_left` of the beginning.
     pings: HashMap<u64, (Via, SocketAddr)>,
@@ -305,7 +305,7 @@ impl Punch {
             random: fastrand::Rng::with_seed(setup.seed),
             end: setup.begin + LONGEST,
             ready: VecDeque::new(),
-            ways: Vec::new(),
+            candidates: Vec::new(),
             packets_left: if birthday.is_some() { MAX_BIRTHDAY_PACKETS } else { MAX_PACKETS },
             birthday,
             pings: HashMap::new(),
@@ -381,9 +381,10 @@ impl Punch {
         if !self.settled {
             next = self.best.map_or(next, |(good, ..)| next.min(good));
             if self.packets_left > 0 {
-                let ways = self.ways.iter().filter(|way| way.packets_left > 0 && !way.proven).map(|way| way.next);
+                let candidates =
+                    self.candidates.iter().filter(|way| way.packets_left > 0 && !way.proven).map(|way| way.next);
                 let birthday = self.birthday.as_ref().filter(|birthday| birthday.is_due(self.strategy));
-                next = ways.chain(birthday.map(|birthday| birthday.next)).fold(next, Instant::min);
+                next = candidates.chain(birthday.map(|birthday| birthday.next)).fold(next, Instant::min);
             }
         }
         Some(next.max(self.setup.begin))
@@ -405,7 +406,7 @@ impl Punch {
         for &port in ports {
             peer.set_port(port);
             let told = |way: &&Way| way.to.ip() == peer.ip() && way.origin == Origin::Named;
-            if port >= LOWEST_PORT && self.ways.iter().filter(told).count() < MAX_PORTS {
+            if port >= LOWEST_PORT && self.candidates.iter().filter(told).count() < MAX_PORTS {
                 self.name(peer, Origin::Named, now);
             }
         }
@@ -439,7 +440,7 @@ impl Punch {
         // Where it has come from is pinged at once, though it is not time yet.
         self.setup.begin = self.setup.begin.min(now);
         self.learn_source(via, from, now);
-        let Some(way) = self.ways.iter_mut().find(|way| (way.via, way.to) == (via, from)) else { return };
+        let Some(way) = self.candidates.iter_mut().find(|way| (way.via, way.to) == (via, from)) else { return };
         if way.origin == Origin::Local && way.pings_heard < MAX_PER_WAY {
             way.pings_heard += 1;
             way.packets_left += PER_LOCAL_PING;
@@ -470,7 +471,7 @@ impl Punch {
                 });
             }
             Role::Responder => {
-                let way = self.ways.iter_mut().find(|way| (way.via, way.to) == (via, from) && !way.proven);
+                let way = self.candidates.iter_mut().find(|way| (way.via, way.to) == (via, from) && !way.proven);
                 if let Some(way) = way {
                     way.proven = true;
                     self.settled = true;
@@ -489,15 +490,15 @@ impl Punch {
     }
 
     fn hopes_for_better(&self, rank: Rank) -> bool {
-        self.ways.iter().any(|way| self.rank(way.via, way.to) < rank)
+        self.candidates.iter().any(|way| self.rank(way.via, way.to) < rank)
     }
 
     /// Takes the way on which the peer was heard among those to be pinged.
     fn learn_source(&mut self, via: Via, from: SocketAddr, now: Instant) {
-        if self.ways.iter().any(|way| (way.via, way.to) == (via, from)) {
+        if self.candidates.iter().any(|way| (way.via, way.to) == (via, from)) {
             return;
         }
-        let count = |origin| self.ways.iter().filter(|way| way.origin == origin).count();
+        let count = |origin| self.candidates.iter().filter(|way| way.origin == origin).count();
         let named = self.setup.peer.ip() == from.ip() || self.setup.candidates.iter().any(|to| to.ip() == from.ip());
         if named && count(Origin::Learned) < MAX_SOURCES {
             self.way(via, from, Origin::Learned, now);
@@ -507,7 +508,7 @@ impl Punch {
     }
 
     fn name(&mut self, to: SocketAddr, origin: Origin, now: Instant) {
-        if self.ways.iter().all(|way| (way.via, way.to) != (Via::Main, to)) {
+        if self.candidates.iter().all(|way| (way.via, way.to) != (Via::Main, to)) {
             self.way(Via::Main, to, origin, now);
         }
     }
@@ -519,11 +520,11 @@ impl Punch {
             Origin::Stranger => MAX_PER_STRANGER,
         };
         let next = now.max(self.setup.begin);
-        self.ways.push(Way { via, to, origin, next, pings: 0, pings_heard: 0, packets_left, proven: false });
+        self.candidates.push(Way { via, to, origin, next, pings: 0, pings_heard: 0, packets_left, proven: false });
     }
 
     fn ping(&mut self, now: Instant) -> Option<Action> {
-        let way = self.ways.iter_mut().find(|way| way.next <= now && way.packets_left > 0 && !way.proven)?;
+        let way = self.candidates.iter_mut().find(|way| way.next <= now && way.packets_left > 0 && !way.proven)?;
         let pause = if way.pings < FAST_PINGS { FAST } else { SLOW };
         way.next = now + pause - JITTER + JITTER.mul_f64(2.0 * self.random.f64());
         way.pings += 1;
@@ -1108,15 +1109,15 @@ mod tests {
             let proven = side.proven();
             prop_assert_eq!(over, usize::from(proven.is_empty()));
             prop_assert!(responds || proven.len() <= 1);
-            let mut ways: HashMap<_, u32> = HashMap::new();
+            let mut candidates: HashMap<_, u32> = HashMap::new();
             for (_, action) in &side.log {
                 if let Action::Send { via, to, .. } = *action {
-                    *ways.entry((via, to)).or_default() += 1;
+                    *candidates.entry((via, to)).or_default() += 1;
                     prop_assert!(to.ip() == peer().ip() || to == local() || heard.contains(&to), "{}", to);
                 }
             }
-            prop_assert!(ways.values().sum::<u32>() <= MAX_BIRTHDAY_PACKETS);
-            prop_assert!(ways.values().all(|sent| *sent <= MAX_PER_WAY + 2));
+            prop_assert!(candidates.values().sum::<u32>() <= MAX_BIRTHDAY_PACKETS);
+            prop_assert!(candidates.values().all(|sent| *sent <= MAX_PER_WAY + 2));
         }
     }
 }

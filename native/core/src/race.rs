@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::errors::{CircuitError, ConnectError, Failures, PunchError, RouteError, SendError};
 use crate::proto::control::Refusal;
-use crate::types::{Endpoint, Fingerprint, LinkId, Ways};
+use crate::types::{Candidates, Endpoint, Fingerprint, LinkId};
 
 /// What a direct dial has before relays are asked too. On most paths it is up by then, and relays have no work.
 const HEAD_START: Duration = Duration::from_millis(50);
@@ -94,7 +94,7 @@ pub struct Setup {
 #[derive(Debug, Clone, Default)]
 pub struct Tries {
     /// What callers and lookups know.
-    pub ways: Ways,
+    pub candidates: Candidates,
     /// This node's own relays, which may know the peer too.
     pub own_relays: Vec<Endpoint>,
     /// Until when a lookup may find more.
@@ -118,7 +118,7 @@ pub struct Race {
     /// Relays to ask, and when.
     waiting: VecDeque<(Instant, Endpoint)>,
     /// Every way that was taken into the race.
-    taken: Ways,
+    taken: Candidates,
     bound: bool,
     resolving: Option<Instant>,
     failure: Option<SendError>,
@@ -140,7 +140,7 @@ impl Race {
             helpers: VecDeque::new(),
             adopting: Vec::new(),
             waiting: VecDeque::new(),
-            taken: Ways::default(),
+            taken: Candidates::default(),
             bound: false,
             resolving: None,
             failure: None,
@@ -156,10 +156,10 @@ impl Race {
 
     /// Tries these ways too, except those that it has tried.
     pub fn add(&mut self, tries: &Tries, now: Instant) {
-        let Tries { ways, own_relays, resolving, bound } = tries;
+        let Tries { candidates, own_relays, resolving, bound } = tries;
         (self.resolving, self.bound) = (*resolving, *bound);
-        (self.taken.key, self.taken.hole_punch) = (ways.key, ways.hole_punch);
-        for endpoint in take_new(ways.endpoints.iter(), &mut self.taken.endpoints) {
+        (self.taken.key, self.taken.hole_punch) = (candidates.key, candidates.hole_punch);
+        for endpoint in take_new(candidates.endpoints.iter(), &mut self.taken.endpoints) {
             self.begin(Attempt::Dial(endpoint), now);
         }
         if !self.setup.to_node {
@@ -168,11 +168,11 @@ impl Race {
         let dials = self.attempts.iter().any(|(_, attempt)| matches!(attempt, Attempt::Dial(_)));
         let head_start = if dials { HEAD_START } else { Duration::ZERO };
         let mut at = self.waiting.back().map_or(now + head_start, |(last, _)| *last + RELAY_STAGGER);
-        for relay in take_new(ways.relays.iter().chain(own_relays), &mut self.taken.relays) {
+        for relay in take_new(candidates.relays.iter().chain(own_relays), &mut self.taken.relays) {
             self.waiting.push_back((at, relay));
             at += RELAY_STAGGER;
         }
-        for relay in take_new(ways.last_resorts.iter(), &mut self.taken.last_resorts) {
+        for relay in take_new(candidates.last_resorts.iter(), &mut self.taken.last_resorts) {
             if !self.taken.relays.contains(&relay) {
                 self.waiting.push_back((at, relay));
             }
@@ -369,9 +369,9 @@ fn rank(error: &RouteError) -> u8 {
     }
 }
 
-fn take_new<'a>(ways: impl Iterator<Item = &'a Endpoint>, taken: &mut Vec<Endpoint>) -> Vec<Endpoint> {
+fn take_new<'a>(candidates: impl Iterator<Item = &'a Endpoint>, taken: &mut Vec<Endpoint>) -> Vec<Endpoint> {
     let before = taken.len();
-    for way in ways {
+    for way in candidates {
         if !taken.contains(way) {
             taken.push(way.clone());
         }
@@ -403,10 +403,10 @@ mod tests {
     }
 
     impl Run {
-        fn new(ways: Ways, own_relays: &[&str]) -> Self {
+        fn new(candidates: Candidates, own_relays: &[&str]) -> Self {
             let start = Instant::now();
             let mut race = Race::new(0, Setup { to_node: true, connect_timeout: TIMEOUT }, start);
-            race.add(&Tries { ways, own_relays: all(own_relays), ..Tries::default() }, start);
+            race.add(&Tries { candidates, own_relays: all(own_relays), ..Tries::default() }, start);
             Self { start, race, begun: Vec::new() }
         }
 
@@ -436,8 +436,8 @@ mod tests {
         }
     }
 
-    fn endpoints(texts: &[&str]) -> Ways {
-        Ways { endpoints: all(texts), ..Ways::default() }
+    fn endpoints(texts: &[&str]) -> Candidates {
+        Candidates { endpoints: all(texts), ..Candidates::default() }
     }
 
     #[test]
@@ -457,7 +457,7 @@ mod tests {
 
     #[test]
     fn without_a_dial_the_first_relay_is_asked_at_once_and_the_next_when_it_has_failed() {
-        let mut run = Run::new(Ways::default(), &["one:1", "two:1"]);
+        let mut run = Run::new(Candidates::default(), &["one:1", "two:1"]);
         run.poll(0);
         assert_eq!(run.under_way().len(), 2);
         run.ended(Attempt::Circuit(at("one:1")), Ended::NoCircuit(CircuitError::NotRegistered), 10);
@@ -467,8 +467,9 @@ mod tests {
 
     #[test]
     fn a_relay_that_callers_and_settings_name_is_asked_once() {
-        let ways = Ways { relays: all(&["one:1", "one:1"]), last_resorts: all(&["one:1"]), ..Ways::default() };
-        let mut run = Run::new(ways, &["one:1"]);
+        let candidates =
+            Candidates { relays: all(&["one:1", "one:1"]), last_resorts: all(&["one:1"]), ..Candidates::default() };
+        let mut run = Run::new(candidates, &["one:1"]);
         run.poll(1000);
         assert_eq!(run.under_way(), [Attempt::Punch(at("one:1")), Attempt::Circuit(at("one:1"))]);
     }
@@ -493,17 +494,17 @@ mod tests {
 
     #[test]
     fn with_no_way_at_all_no_relay_is_known() {
-        assert_eq!(Run::new(Ways::default(), &[]).poll(0), Some(Outcome::Lost(RouteError::NoRelay.into())));
+        assert_eq!(Run::new(Candidates::default(), &[]).poll(0), Some(Outcome::Lost(RouteError::NoRelay.into())));
     }
 
     #[test]
     fn a_race_waits_for_what_a_lookup_may_find() {
-        let mut run = Run::new(Ways::default(), &[]);
+        let mut run = Run::new(Candidates::default(), &[]);
         let resolving = Some(run.at(300));
         run.race.add(&Tries { resolving, ..Tries::default() }, run.start);
         assert_eq!(run.poll(0), None);
         assert_eq!(run.race.next_timeout(), resolving);
-        run.race.add(&Tries { ways: endpoints(&["peer:1"]), resolving, ..Tries::default() }, run.start);
+        run.race.add(&Tries { candidates: endpoints(&["peer:1"]), resolving, ..Tries::default() }, run.start);
         assert_eq!(run.poll(300), None);
         assert_eq!(run.under_way(), [Attempt::Dial(at("peer:1"))]);
         run.ended(Attempt::Dial(at("peer:1")), Ended::NotDialled(ConnectError::TimedOut), 400);
@@ -512,7 +513,7 @@ mod tests {
 
     #[test]
     fn a_legacy_relay_gets_messages_only_when_nothing_better_is_found_in_time() {
-        let mut run = Run::new(Ways::default(), &["old:1"]);
+        let mut run = Run::new(Candidates::default(), &["old:1"]);
         let resolving = Some(run.at(5000));
         run.race.add(&Tries { resolving, ..Tries::default() }, run.start);
         run.poll(0);
@@ -527,9 +528,9 @@ mod tests {
     fn a_legacy_relay_gets_no_messages_for_the_holder_of_a_key() {
         for bound in [false, true] {
             let key = (!bound).then(|| [1; 32].into());
-            let mut run = Run::new(Ways::default(), &["old:1"]);
-            let ways = Ways { key, ..Ways::default() };
-            run.race.add(&Tries { ways, own_relays: all(&["old:1"]), bound, ..Tries::default() }, run.start);
+            let mut run = Run::new(Candidates::default(), &["old:1"]);
+            let candidates = Candidates { key, ..Candidates::default() };
+            run.race.add(&Tries { candidates, own_relays: all(&["old:1"]), bound, ..Tries::default() }, run.start);
             run.poll(0);
             run.ended(Attempt::Circuit(at("old:1")), Ended::NoCircuit(CircuitError::NotARelay), 1);
             assert_eq!(run.poll(1), Some(Outcome::Lost(RouteError::NoRelay.into())));
@@ -544,7 +545,7 @@ mod tests {
             (PunchError::BothHard, false),
             (PunchError::TimedOut, false),
         ] {
-            let mut run = Run::new(Ways::default(), &["one:1", "two:1"]);
+            let mut run = Run::new(Candidates::default(), &["one:1", "two:1"]);
             run.poll(0);
             run.poll(200);
             run.ended(Attempt::Punch(at("one:1")), Ended::NotPunched(error), 300);
@@ -555,7 +556,7 @@ mod tests {
 
     #[test]
     fn a_punch_that_panics_leaves_the_next_relay_its_turn() {
-        let mut run = Run::new(Ways::default(), &["one:1", "two:1"]);
+        let mut run = Run::new(Candidates::default(), &["one:1", "two:1"]);
         run.poll(0);
         run.poll(200);
         run.ended(Attempt::Punch(at("one:1")), Ended::Crashed, 300);
@@ -565,7 +566,7 @@ mod tests {
 
     #[test]
     fn a_punch_that_the_other_node_has_begun_is_no_failure() {
-        let mut run = Run::new(Ways::default(), &["one:1"]);
+        let mut run = Run::new(Candidates::default(), &["one:1"]);
         run.poll(0);
         run.ended(Attempt::Punch(at("one:1")), Ended::NotPunched(PunchError::Refused(Refusal::InProgress)), 10);
         let mut failures = Failures::default();
@@ -577,14 +578,15 @@ mod tests {
     fn relays_that_are_learned_wait_behind_the_others() {
         let mut run = Run::new(endpoints(&["peer:1"]), &["one:1"]);
         let relays = all(&["two:1"]);
-        run.race.add(&Tries { ways: Ways { relays, ..endpoints(&["peer:1"]) }, ..Tries::default() }, run.start);
+        run.race
+            .add(&Tries { candidates: Candidates { relays, ..endpoints(&["peer:1"]) }, ..Tries::default() }, run.start);
         run.poll(50);
         assert_eq!(run.race.next_timeout(), Some(run.at(250)));
     }
 
     #[test]
     fn a_punch_that_is_not_wanted_is_skipped() {
-        let mut run = Run::new(Ways { hole_punch: Some(false), ..Ways::default() }, &["one:1"]);
+        let mut run = Run::new(Candidates { hole_punch: Some(false), ..Candidates::default() }, &["one:1"]);
         run.poll(0);
         assert_eq!(run.under_way(), [Attempt::Circuit(at("one:1"))]);
         let mut failures = Failures::default();
@@ -605,7 +607,7 @@ mod tests {
     /// A holder of the key may begin as many connections as it likes, and each makes the race look at all of them.
     #[test]
     fn each_connection_that_the_peer_begins_is_waited_for_once_and_few_at_once() {
-        let mut run = Run::new(Ways::default(), &[]);
+        let mut run = Run::new(Candidates::default(), &[]);
         for n in [0, 0].into_iter().chain(0..2 * MAX_ADOPTING as u64) {
             run.race.adopt(LinkId::new(n), run.start);
         }
@@ -621,11 +623,11 @@ mod tests {
     /// A punch may take longer than a dial. What was begun while the race waited for one had no time left.
     #[test]
     fn each_attempt_has_its_own_time_however_long_the_race_has_lasted() {
-        let mut run = Run::new(Ways::default(), &["one:1"]);
+        let mut run = Run::new(Candidates::default(), &["one:1"]);
         run.poll(0);
         let later = run.at(8000);
         run.race.adopt(LinkId::new(1), later);
-        run.race.add(&Tries { ways: endpoints(&["peer:1"]), ..Tries::default() }, later);
+        run.race.add(&Tries { candidates: endpoints(&["peer:1"]), ..Tries::default() }, later);
         run.race.poll(later);
         let until = |action: &Action| matches!(action, Action::Begin { until, .. } if *until == later + TIMEOUT);
         let actions: Vec<Action> = std::iter::from_fn(|| run.race.next_action()).collect();
@@ -638,7 +640,7 @@ mod tests {
         run.poll(0);
         let (id, _) = run.begun[0].clone();
         let mut next = Race::new(1, Setup { to_node: true, connect_timeout: TIMEOUT }, run.start);
-        next.add(&Tries { ways: endpoints(&["peer:1"]), ..Tries::default() }, run.start);
+        next.add(&Tries { candidates: endpoints(&["peer:1"]), ..Tries::default() }, run.start);
         assert!(!next.ended(id, Ended::NotDialled(ConnectError::Refused), run.start));
         assert_eq!(next.poll(run.start), None);
     }

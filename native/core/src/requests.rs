@@ -4,7 +4,7 @@
 //! A request is kept until the answer has arrived, or for [`KEPT_FOR`]. A key that has its share loses its own oldest. When
 //! the table is full, the client with the most makes room (`weights.rs`): for a request the one with the most
 //! requests, for an answer the one with the most bytes of answers. A request that is forgotten and asked again fails if the
-//! asker knows that it had arrived.
+//! requester knows that it had arrived.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use bytes::Bytes;
 use crate::types::Fingerprint;
 use crate::weights::{Owner, Queues};
 
-/// What the asker calls a request, unique among its own.
+/// What the requester calls a request, unique among its own.
 pub type RequestId = [u8; 16];
 
 /// As long as a message may be answered.
@@ -104,7 +104,7 @@ impl<R> Requests<R> {
         }
     }
 
-    /// A request came, whose answer goes to `route`. `again`: the asker knows that it came before, or it may not come twice.
+    /// A request came, whose answer goes to `route`. `again`: the requester knows that it came before, or it may not come twice.
     pub fn ask(&mut self, owner: Owner, id: RequestId, again: bool, route: R, now: Instant) -> Asked {
         self.expire(now);
         if let Some(request) = self.requests.get_mut(&(owner.key, id)) {
@@ -164,7 +164,7 @@ impl<R> Requests<R> {
         } else {
             self.answers.made_room += 1;
         }
-        // What has just come counts already: it is let go itself if its asker has most.
+        // What has just come counts already: it is let go itself if its requester has most.
         while self.answers.of_key(&key) > MAX_BYTES_OF_KEY
             && let Some((key, id)) = self.answers.first_of_key(key)
         {
@@ -199,7 +199,7 @@ impl<R> Requests<R> {
         }
     }
 
-    /// The asker has the answer, or its request was not handed over.
+    /// The requester has the answer, or its request was not handed over.
     pub fn forget(&mut self, key: Fingerprint, id: RequestId) {
         let Some(Request { number, owner, state, .. }) = self.requests.remove(&(key, id)) else { return };
         self.order.remove(&number);
@@ -457,7 +457,7 @@ mod tests {
                     6 => drop(requests.unanswered(key(k), id(n))),
                     _ => {
                         requests.forget(key(k), id(n));
-                        // The asker does not ask again.
+                        // The requester does not ask again.
                         handed_over.remove(&(k, n));
                     }
                 }

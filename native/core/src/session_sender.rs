@@ -366,12 +366,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    struct Letter {
+    struct Envelope {
         size: usize,
         deadline: Option<Instant>,
     }
 
-    impl Owed for Letter {
+    impl Owed for Envelope {
         fn size(&self) -> usize {
             self.size
         }
@@ -383,16 +383,16 @@ mod tests {
 
     const RUN: Run = [7; 8];
 
-    fn letter(size: usize) -> Letter {
-        Letter { size, deadline: None }
+    fn envelope(size: usize) -> Envelope {
+        Envelope { size, deadline: None }
     }
 
-    fn sender(at_most_once: bool) -> SessionSender<Letter> {
+    fn sender(at_most_once: bool) -> SessionSender<Envelope> {
         SessionSender::new([0; 16], None, at_most_once)
     }
 
     /// Goes on over another link. Returns the ids that its streams are opened with.
-    fn linked(sender: &mut SessionSender<Letter>, n: u8, now: Instant) -> Vec<SessionId> {
+    fn linked(sender: &mut SessionSender<Envelope>, n: u8, now: Instant) -> Vec<SessionId> {
         sender.attach([n; 16], now);
         let mut ids = Vec::new();
         while let Some(channel) = sender.missing() {
@@ -401,7 +401,7 @@ mod tests {
         ids
     }
 
-    fn written(sender: &mut SessionSender<Letter>, now: Instant) -> Vec<Option<u64>> {
+    fn written(sender: &mut SessionSender<Envelope>, now: Instant) -> Vec<Option<u64>> {
         std::iter::from_fn(|| sender.write(0, now).map(|write| write.number)).collect()
     }
 
@@ -409,7 +409,7 @@ mod tests {
     fn a_session_is_another_one_until_the_receiver_may_know_it() {
         let (now, mut sender) = (Instant::now(), sender(false));
         assert_eq!(linked(&mut sender, 1, now), [[1; 16]; 2]);
-        sender.push(letter(10));
+        sender.push(envelope(10));
         assert_eq!(linked(&mut sender, 2, now), [[2; 16]; 2], "nothing was written");
         assert_eq!(written(&mut sender, now), [Some(0)]);
         assert_eq!(linked(&mut sender, 3, now), [[2; 16]; 2]);
@@ -423,7 +423,7 @@ mod tests {
         let (now, mut sender) = (Instant::now(), sender(false));
         linked(&mut sender, 1, now);
         for _ in 0..3 {
-            sender.push(letter(LITTLE));
+            sender.push(envelope(LITTLE));
         }
         assert_eq!(written(&mut sender, now), [Some(0), None, None]);
         linked(&mut sender, 2, now);
@@ -437,7 +437,7 @@ mod tests {
         for (at_most_once, lost, again) in [(true, 1, vec![]), (false, 0, vec![Some(0)])] {
             let (now, mut sender) = (Instant::now(), sender(at_most_once));
             linked(&mut sender, 1, now);
-            sender.push(letter(2 * LITTLE));
+            sender.push(envelope(2 * LITTLE));
             assert_eq!(written(&mut sender, now), [Some(0)]);
             linked(&mut sender, 2, now);
             let settled = sender.greeting(0, false, RUN, 0, now);
@@ -449,10 +449,10 @@ mod tests {
     fn a_forgotten_session_is_followed_by_another_one() {
         let (now, mut sender) = (Instant::now(), sender(false));
         linked(&mut sender, 1, now);
-        sender.push(letter(10));
+        sender.push(envelope(10));
         written(&mut sender, now);
         linked(&mut sender, 2, now);
-        sender.push(letter(10));
+        sender.push(envelope(10));
         let (settled, goes_on) = sender.ended(0, StreamEnd::Forgotten, [3; 16]);
         assert!(goes_on);
         assert_eq!(settled.forgotten.len(), 1, "it may have arrived");
@@ -466,7 +466,7 @@ mod tests {
         let (now, mut sender) = (Instant::now(), sender(false));
         linked(&mut sender, 1, now);
         for _ in 0..2 {
-            sender.push(letter(10));
+            sender.push(envelope(10));
         }
         written(&mut sender, now);
         let (_, goes_on) = sender.ended(0, StreamEnd::Rejected(Rejection::TooLarge), [2; 16]);
@@ -482,7 +482,7 @@ mod tests {
     fn a_message_without_a_deadline_is_owed_for_a_minute_after_its_link_died() {
         let (now, mut sender) = (Instant::now(), sender(false));
         linked(&mut sender, 1, now);
-        sender.push(letter(10));
+        sender.push(envelope(10));
         assert_eq!(sender.expire(now + 2 * OWED_WITHOUT_DEADLINE).0.len(), 0, "there is a link");
         sender.detach(now);
         let (expired, next) = sender.expire(now);
@@ -495,7 +495,7 @@ mod tests {
         let (now, mut sender) = (Instant::now(), sender(false));
         linked(&mut sender, 1, now);
         for deadline in [KEEP, 2 * KEEP, 3 * KEEP] {
-            sender.push(Letter { size: 10, deadline: Some(now + deadline) });
+            sender.push(Envelope { size: 10, deadline: Some(now + deadline) });
         }
         let keeps: Vec<_> = std::iter::from_fn(|| sender.write(0, now).map(|write| write.keep)).collect();
         assert_eq!(keeps, [None, Some(4 * KEEP.as_secs() as u32), None]);

@@ -347,17 +347,17 @@ fn deadline(timeout: Term<'_>, now: Instant) -> Result<Option<Instant>, ()> {
 
 /// What was found by looking up the ways to a node, so far.
 #[rustler::nif]
-fn found<'a>(env: Env<'a>, node: Term<'a>, ways: Term<'a>) -> Term<'a> {
+fn found<'a>(env: Env<'a>, node: Term<'a>, candidates: Term<'a>) -> Term<'a> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };
     let Some(node) = whom::node_id(node) else {
         return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
     };
-    match whom::ways(ways) {
-        Ok(ways) => {
-            engine.found(&node, ways);
+    match whom::candidates(candidates) {
+        Ok(candidates) => {
+            engine.found(&node, candidates);
             atoms::ok().encode(env)
         }
-        Err(misnamed) => misnamed.error(env, ways),
+        Err(misnamed) => misnamed.error(env, candidates),
     }
 }
 

@@ -1,6 +1,6 @@
-//! Whom a message is for: an endpoint, or `{node, NodeId, Ways}`, where `Ways` may be `none`.
+//! Whom a message is for: an endpoint, or `{node, NodeId, Candidates}`, where `Candidates` may be `none`.
 
-use macula_peer::{Endpoint, EndpointError, EndpointRef, Engine, Fingerprint, NodeId, Target, Ways};
+use macula_peer::{Candidates, Endpoint, EndpointError, EndpointRef, Engine, Fingerprint, NodeId, Target};
 use rustler::{Atom, Binary, Encoder, Env, Term};
 
 use crate::atoms;
@@ -11,7 +11,7 @@ use crate::options::{self, InvalidOption};
 pub(crate) enum Whom<'a> {
     Endpoint(EndpointRef<'a>),
     /// Without ways it is only sent over a link that there is.
-    Node(NodeId, Option<Ways>),
+    Node(NodeId, Option<Candidates>),
 }
 
 /// Why a term names nobody.
@@ -19,7 +19,7 @@ pub(crate) enum Misnamed<'a> {
     Endpoint(EndpointError),
     Relay(EndpointError),
     Node,
-    Ways(InvalidOption<'a>),
+    Candidates(InvalidOption<'a>),
 }
 
 impl Misnamed<'_> {
@@ -32,7 +32,7 @@ impl Misnamed<'_> {
                 (atoms::error(), (atoms::nat_connection_failed(), why)).encode(env)
             }
             Self::Node => (atoms::error(), (atoms::invalid_node_id(), name(term))).encode(env),
-            Self::Ways(invalid) => error(env, invalid),
+            Self::Candidates(invalid) => error(env, invalid),
         }
     }
 }
@@ -63,10 +63,10 @@ impl<'a> Text<'a> {
 impl<'t> Whom<'t> {
     /// `text` is that of the term.
     pub(crate) fn read<'a>(term: Term<'a>, text: &'t Text<'a>) -> Result<Self, Misnamed<'a>> {
-        if let Ok((_, name, ways)) = term.decode::<(Atom, Term<'_>, Term<'_>)>() {
+        if let Ok((_, name, candidates)) = term.decode::<(Atom, Term<'_>, Term<'_>)>() {
             let node = node_id(name).ok_or(Misnamed::Node)?;
-            let ways = if atoms::none() == ways { None } else { Some(self::ways(ways)?) };
-            return Ok(Self::Node(node, ways));
+            let candidates = if atoms::none() == candidates { None } else { Some(self::candidates(candidates)?) };
+            return Ok(Self::Node(node, candidates));
         }
         text.endpoint().map(Self::Endpoint).map_err(Misnamed::Endpoint)
     }
@@ -81,7 +81,7 @@ impl<'t> Whom<'t> {
     /// The only key that the caller allows.
     pub(crate) fn key(&self) -> Option<Fingerprint> {
         match self {
-            Self::Node(_, Some(ways)) => ways.key,
+            Self::Node(_, Some(candidates)) => candidates.key,
             _ => None,
         }
     }
@@ -91,11 +91,11 @@ impl<'t> Whom<'t> {
     pub(crate) fn prepare(&self, engine: &Engine) -> Option<Atom> {
         match self {
             Self::Endpoint(_) => Some(atoms::wait()),
-            Self::Node(_, ways) if ways.is_none() => None,
+            Self::Node(_, candidates) if candidates.is_none() => None,
             // The key is for this message alone.
-            Self::Node(node, ways) => {
-                let ways = Ways { key: None, ..ways.clone().unwrap_or_default() };
-                match engine.learn_for(node, ways, self.key()) {
+            Self::Node(node, candidates) => {
+                let candidates = Candidates { key: None, ..candidates.clone().unwrap_or_default() };
+                match engine.learn_for(node, candidates, self.key()) {
                     true => Some(atoms::resolve()),
                     false => Some(atoms::wait()),
                 }
@@ -110,23 +110,25 @@ fn name(term: Term<'_>) -> Term<'_> {
 }
 
 /// The ways to a node that somebody knows.
-pub(crate) fn ways(options: Term<'_>) -> Result<Ways, Misnamed<'_>> {
-    let (mut ways, mut misnamed) = (Ways::default(), None);
+pub(crate) fn candidates(options: Term<'_>) -> Result<Candidates, Misnamed<'_>> {
+    let (mut candidates, mut misnamed) = (Candidates::default(), None);
     let read = options::each(options, |key, value| {
         match key {
-            key if key == atoms::endpoints() => ways.endpoints = all(value, Misnamed::Endpoint, &mut misnamed)?,
-            key if key == atoms::relays() => ways.relays = all(value, Misnamed::Relay, &mut misnamed)?,
-            key if key == atoms::last_resorts() => ways.last_resorts = all(value, Misnamed::Relay, &mut misnamed)?,
-            key if key == atoms::hole_punch() => ways.hole_punch = Some(value.decode().ok()?),
-            key if key == atoms::fingerprint() => ways.key = Some(options::fingerprint(value)?),
+            key if key == atoms::endpoints() => candidates.endpoints = all(value, Misnamed::Endpoint, &mut misnamed)?,
+            key if key == atoms::relays() => candidates.relays = all(value, Misnamed::Relay, &mut misnamed)?,
+            key if key == atoms::last_resorts() => {
+                candidates.last_resorts = all(value, Misnamed::Relay, &mut misnamed)?
+            }
+            key if key == atoms::hole_punch() => candidates.hole_punch = Some(value.decode().ok()?),
+            key if key == atoms::fingerprint() => candidates.key = Some(options::fingerprint(value)?),
             _ => return None,
         }
         Some(())
     });
     match (misnamed, read) {
         (Some(misnamed), _) => Err(misnamed),
-        (None, Err(invalid)) => Err(Misnamed::Ways(invalid)),
-        (None, Ok(())) => Ok(ways),
+        (None, Err(invalid)) => Err(Misnamed::Candidates(invalid)),
+        (None, Ok(())) => Ok(candidates),
     }
 }
 

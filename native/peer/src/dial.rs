@@ -5,12 +5,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use macula_peer_core::ack_tracker::AckTracker;
 use macula_peer_core::config::Config;
 use macula_peer_core::errors::ConnectError;
 use macula_peer_core::retry::Backoff;
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Dialect, Endpoint, Path};
-use macula_peer_core::witness::Witness;
 use quinn::congestion::{Controller, ControllerFactory};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, ConnectionError, TransportConfig};
@@ -212,8 +212,8 @@ impl Dialer {
         heard: &mut (impl FnMut() + Send),
     ) -> Result<Link, ConnectError> {
         let mut refusals = self.refusals.subscribe();
-        let witness = Arc::new(Mutex::new(Witness::default()));
-        let config = self.client_config(address, witness.clone());
+        let ack_tracker = Arc::new(Mutex::new(AckTracker::default()));
+        let config = self.client_config(address, ack_tracker.clone());
         let mut connecting = self.quic.connect_with(config, address, name).map_err(not_begun)?;
         let connecting = async {
             if !matches!(connecting.handshake_data().await.err(), Some(ConnectionError::TimedOut)) {
@@ -231,7 +231,7 @@ impl Dialer {
         let dialect = dialect_of(&connection).ok_or(ConnectError::NoProtocol)?;
         let Config { limits, answer_timeout, .. } = *self.config;
         let conn = Conn::new(connection, dialect, self.path, Remote::fixed(address));
-        let link = Link::new(conn, witness, limits, answer_timeout);
+        let link = Link::new(conn, ack_tracker, limits, answer_timeout);
         if dialect == Dialect::MaculaPeer1 {
             // To us the handshake is over before the peer has seen our certificate. One that may refuse it allows
             // streams when it has not.
@@ -240,7 +240,7 @@ impl Dialer {
         Ok(link)
     }
 
-    fn client_config(&self, address: SocketAddr, witness: Arc<Mutex<Witness>>) -> ClientConfig {
+    fn client_config(&self, address: SocketAddr, ack_tracker: Arc<Mutex<AckTracker>>) -> ClientConfig {
         let initial_window = address.ip().to_canonical().is_loopback().then_some(LOCAL_INITIAL_WINDOW);
         let mut transport = TransportConfig::default();
         transport
@@ -251,9 +251,9 @@ impl Dialer {
             .receive_window(DIALLED_WINDOW.into())
             .stream_receive_window(STREAM_WINDOW.into())
             .datagram_receive_buffer_size(None)
-            .congestion_controller_factory(Arc::new(Witnessed {
+            .congestion_controller_factory(Arc::new(TrackedFactory {
                 _proof: self.socket.get().prove(address),
-                witness,
+                ack_tracker,
                 initial_window,
             }));
         set_idle_timeout(&mut transport, &self.config);
@@ -292,45 +292,45 @@ fn tls_name(endpoint: &Endpoint) -> String {
     if valid { endpoint.host().into() } else { NO_NAME.into() }
 }
 
-/// quinn's default controller, with a [`Witness`] looking on.
-struct Witnessed {
+/// quinn's default controller, with a [`AckTracker`] looking on.
+struct TrackedFactory {
     /// As long as the connection lives, its packets may go where it was dialled.
     _proof: Proof,
-    witness: Arc<Mutex<Witness>>,
+    ack_tracker: Arc<Mutex<AckTracker>>,
     /// `None`: RFC 9002's.
     initial_window: Option<u64>,
 }
 
-impl ControllerFactory for Witnessed {
+impl ControllerFactory for TrackedFactory {
     fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
-        let observer = Witnessing { witness: self.witness.clone(), odd: false };
+        let observer = Tracking { ack_tracker: self.ack_tracker.clone(), odd: false };
         observed(observer, self.initial_window, now, mtu)
     }
 }
 
-struct Witnessing {
-    witness: Arc<Mutex<Witness>>,
+struct Tracking {
+    ack_tracker: Arc<Mutex<AckTracker>>,
     /// Changes with each acknowledgement. quinn's pacer looks at the round trip only when the window changes, and would
     /// otherwise cut a burst, and a frame in it, at what the round trip was guessed to be before the handshake.
     odd: bool,
 }
 
-impl Observer for Witnessing {
+impl Observer for Tracking {
     fn sent(&mut self, now: Instant) {
-        lock(&self.witness).sent(now);
+        lock(&self.ack_tracker).sent(now);
     }
 
     fn acknowledged(&mut self, sent: Instant) {
-        lock(&self.witness).acknowledged(sent);
+        lock(&self.ack_tracker).acknowledged(sent);
     }
 
     fn acknowledgements_end(&mut self, now: Instant, in_flight: u64) {
-        lock(&self.witness).acknowledgements_end(now, in_flight);
+        lock(&self.ack_tracker).acknowledgements_end(now, in_flight);
         self.odd = !self.odd;
     }
 
     fn lost(&mut self, now: Instant) {
-        lock(&self.witness).lost(now);
+        lock(&self.ack_tracker).lost(now);
     }
 
     fn extra_window(&self) -> u64 {
@@ -338,7 +338,7 @@ impl Observer for Witnessing {
     }
 
     fn next_path(&self) -> Self {
-        Self { witness: self.witness.clone(), odd: self.odd }
+        Self { ack_tracker: self.ack_tracker.clone(), odd: self.odd }
     }
 }
 

@@ -11,7 +11,7 @@ use macula_peer_core::errors::{RequestError, SendError};
 use macula_peer_core::events::NatStatus;
 use macula_peer_core::stats::{PathStatus, RelayNode, Stats};
 use macula_peer_core::sync::lock;
-use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, RelayConfig, Target, Verify, Ways};
+use macula_peer_core::types::{Candidates, Endpoint, Fingerprint, NodeId, RelayConfig, Target, Verify};
 use macula_peer_wire::RawFrame;
 use tokio::runtime::Runtime;
 
@@ -20,7 +20,7 @@ use crate::backlog::Backlog;
 use crate::call::{Abandoned, Call};
 use crate::error::{ListenError, StartError};
 use crate::inbound::{Fallback, Handler, Unhandled};
-use crate::message::{Letter, Message};
+use crate::message::{Envelope, Message};
 use crate::node::{Node, Secrets};
 use crate::peer::{Peer, Retired, Waiting};
 use crate::renewal::{self, Renew};
@@ -117,7 +117,7 @@ impl Engine {
     ///
     /// `now` is the caller's clock, read once for all that a call needs it for.
     pub fn send_now(&self, target: &Target<'_>, message: Message, now: Instant) -> Result<(), Message> {
-        self.node.pool.send_now(target, message.into(), now).map_err(Letter::into_message)
+        self.node.pool.send_now(target, message.into(), now).map_err(Envelope::into_message)
     }
 
     /// Sends as soon as there is a link with room. `reply` is called once, from any thread, unless the call is
@@ -159,19 +159,19 @@ impl Engine {
 
     /// Tells what is known of the ways to a node, before something is sent to it. True if more should be looked up: then
     /// [`Engine::resolved`] is to be called, whatever comes of it.
-    pub fn learn(&self, node: &NodeId, ways: Ways) -> bool {
-        self.learn_for(node, ways, None)
+    pub fn learn(&self, node: &NodeId, candidates: Candidates) -> bool {
+        self.learn_for(node, candidates, None)
     }
 
     /// The same, before something is sent to the holder of a key alone.
-    pub fn learn_for(&self, node: &NodeId, ways: Ways, key: Option<Fingerprint>) -> bool {
-        self.node.pool.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(ways, key))
+    pub fn learn_for(&self, node: &NodeId, candidates: Candidates, key: Option<Fingerprint>) -> bool {
+        self.node.pool.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(candidates, key))
     }
 
     /// Tells what was found by looking up the ways to a node; more may come. It holds until they are looked up the next time.
-    pub fn found(&self, node: &NodeId, ways: Ways) {
+    pub fn found(&self, node: &NodeId, candidates: Candidates) {
         if let Some(peer) = self.node.pool.find(&Target::Node(node)) {
-            peer.found(ways);
+            peer.found(candidates);
         }
     }
 

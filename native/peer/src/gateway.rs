@@ -28,7 +28,7 @@ use crate::call::Call;
 use crate::inbound::{Inbound, NotTaken, Unhandled};
 use crate::inbox::{Forward, Inbox};
 use crate::lifecycle::Lifecycle;
-use crate::message::{Asker, Letter, Message};
+use crate::message::{Envelope, Message, Requester};
 use crate::peer::{Host, Peer};
 
 /// How long a message may take to be taken by the gateway, and is sent again if its connection dies. As long as the
@@ -124,24 +124,24 @@ impl Gateway {
         let Some((peer, waiting)) = self.line(slow) else { return inbox.not_handled(&Unhandled::NoHandler) };
         let answer_timeout = self.config.answer_timeout;
         let patience = if slow { answer_timeout } else { answer_timeout.min(SOON) };
-        let asker = token.map(|token| {
-            Arc::new(Asker { token, patience, slow: slow.then_some(waiting), answered: self.answered.clone() })
+        let requester = token.map(|token| {
+            Arc::new(Requester { token, patience, slow: slow.then_some(waiting), answered: self.answered.clone() })
         });
         let now = Instant::now();
         let message = Message { frame, kind: inbound.kind, deadline: Some(now + WITHIN), key: None };
-        let Err(letter) = peer.send_now(Letter::handed_on(message, asker.clone()), now) else {
+        let Err(envelope) = peer.send_now(Envelope::handed_on(message, requester.clone()), now) else {
             self.handed_over.add(1);
             return;
         };
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let (gateway, owner) = (self.clone(), inbox.clone());
-        let call = Call::new(move |sent| gateway.settled(&owner, inbound, asker.as_deref(), sent));
-        if peer.send(letter.clone(), &call).is_ok() {
+        let call = Call::new(move |sent| gateway.settled(&owner, inbound, requester.as_deref(), sent));
+        if peer.send(envelope.clone(), &call).is_ok() {
             return;
         }
         // It was not used for long, and is no longer among the lines.
         while let Some((peer, _)) = self.line(false) {
-            if peer.send(letter.clone(), &call).is_ok() {
+            if peer.send(envelope.clone(), &call).is_ok() {
                 return;
             }
         }
@@ -175,7 +175,7 @@ impl Gateway {
         self: &Arc<Self>,
         inbox: &Arc<Inbox>,
         mut inbound: Inbound,
-        asker: Option<&Asker>,
+        requester: Option<&Requester>,
         sent: Result<(), SendError>,
     ) {
         if self.waiting.fetch_sub(1, Ordering::Relaxed) == MAX_AHEAD {
@@ -188,7 +188,7 @@ impl Gateway {
             Err(SendError::Connect(error)) => {
                 tracing::debug!(%error, gateway = %self.endpoint, "no gateway");
                 lock(&self.presence).missed(Instant::now());
-                inbound.reply = asker.and_then(|asker| asker.token.hand_on());
+                inbound.reply = requester.and_then(|requester| requester.token.hand_on());
                 self.fall_back_later(inbox, inbound);
             }
             Err(SendError::Stopped) => inbox.not_handled(&Unhandled::NoHandler),

@@ -74,7 +74,7 @@ pub(crate) enum Route {
 }
 
 impl Route {
-    /// Sends the answer. `None`: there will be none. False if the stream's task has ended, or the asker reads no answers.
+    /// Sends the answer. `None`: there will be none. False if the stream's task has ended, or the requester reads no answers.
     pub(crate) fn send(self, frame: Option<Bytes>) -> bool {
         match (self, frame) {
             (Self::Stream(queue), Some(frame)) => queue.push(frame),
@@ -85,22 +85,22 @@ impl Route {
     }
 }
 
-/// The answers that a stream's task has yet to write. The asker's share of the memory bounds them.
+/// The answers that a stream's task has yet to write. The requester's share of the memory bounds them.
 #[derive(Debug, Clone)]
 pub(crate) struct AnswerQueue {
     task: mpsc::UnboundedSender<(Bytes, Held)>,
     unread: Unread,
-    asker: Client,
+    requester: Client,
 }
 
 impl AnswerQueue {
-    pub(crate) fn new(unread: Unread, asker: Client) -> (Self, mpsc::UnboundedReceiver<(Bytes, Held)>) {
+    pub(crate) fn new(unread: Unread, requester: Client) -> (Self, mpsc::UnboundedReceiver<(Bytes, Held)>) {
         let (task, queued) = mpsc::unbounded_channel();
-        (Self { task, unread, asker }, queued)
+        (Self { task, unread, requester }, queued)
     }
 
     fn push(&self, frame: Bytes) -> bool {
-        let held = self.unread.queue(self.asker, frame.len());
+        let held = self.unread.queue(self.requester, frame.len());
         held.is_some_and(|held| self.task.send((frame, held)).is_ok())
     }
 }

@@ -80,8 +80,8 @@ pub use macula_peer_core::stats::{
     RelayNode, RelayStats, Stats,
 };
 pub use macula_peer_core::types::{
-    Dialect, Endpoint, EndpointError, EndpointRef, Fingerprint, NodeId, NotAFingerprint, Path, PeerName, RelayConfig,
-    Secret, Sender, Target, Verify, Ways,
+    Candidates, Dialect, Endpoint, EndpointError, EndpointRef, Fingerprint, NodeId, NotAFingerprint, Path, PeerName,
+    RelayConfig, Secret, Sender, Target, Verify,
 };
 pub use message::Message;
 pub use peer::Waiting;

@@ -13,10 +13,10 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use macula_peer_core::ack_tracker::{AckTracker, Mark};
 use macula_peer_core::lanes::{Choice, LARGE_FRAME, Lanes};
 use macula_peer_core::sync::{lock, now_or_never};
 use macula_peer_core::types::{self, Dialect, LinkId};
-use macula_peer_core::witness::{Mark, Witness};
 use macula_peer_wire::{Limits, RawFrame, Reassembler};
 use quinn::{Connection, ConnectionStats, RecvStream, SendStream, StreamId};
 use tokio::sync::{Notify, watch};
@@ -24,7 +24,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::conn::Conn;
 use crate::hello;
-use crate::message::{Asker, Letter};
+use crate::message::{Envelope, Requester};
 use crate::socket::ExtraGuard;
 use crate::transfer::{Write, is_acknowledged, write_now};
 
@@ -80,7 +80,7 @@ pub(crate) struct Link {
     probed: AtomicU64,
     /// Streams that have been put in line.
     lined_up: AtomicU32,
-    witness: Arc<Mutex<Witness>>,
+    ack_tracker: Arc<Mutex<AckTracker>>,
     limits: Limits,
     answer_timeout: Duration,
     /// Somebody on this link has reason to believe that the peer is gone.
@@ -128,7 +128,7 @@ struct Lane {
 }
 
 struct Unacknowledged {
-    message: Letter,
+    message: Envelope,
     written: Instant,
     proof: Proof,
 }
@@ -147,13 +147,13 @@ struct Answer {
     /// `None`: as long as its lane.
     until: Option<Instant>,
     /// Who alone gets it.
-    asker: Option<Arc<Asker>>,
+    requester: Option<Arc<Requester>>,
 }
 
 /// A frame that came in answer to a message sent without waiting.
 pub(crate) struct Answered {
     pub(crate) frame: RawFrame,
-    pub(crate) asker: Option<Arc<Asker>>,
+    pub(crate) requester: Option<Arc<Requester>>,
 }
 
 /// How an attempt to write at once ended.
@@ -161,18 +161,18 @@ pub(crate) enum Written {
     /// All of it is with the transport. `wake`: the peer's task has something new to look after.
     Done { wake: bool },
     /// The peer allows no further stream at present.
-    NoCredit(Letter),
+    NoCredit(Envelope),
     /// A stream was opened and took only a part, or nothing yet. Rare, and large: all results would be as large.
     Partial(Box<Partial>),
     /// The link is dead.
-    Lost(Letter),
+    Lost(Envelope),
     /// The link is dead, and the peer may have all of the message.
-    Unproven(Letter),
+    Unproven(Envelope),
 }
 
 /// A message of which a stream has taken a part.
 pub(crate) struct Partial {
-    pub(crate) message: Letter,
+    pub(crate) message: Envelope,
     pub(crate) send: SendStream,
     pub(crate) receive: RecvStream,
     pub(crate) rest: Bytes,
@@ -183,7 +183,7 @@ pub(crate) struct Partial {
 pub(crate) struct Swept {
     pub(crate) acknowledged: u64,
     pub(crate) acknowledged_bytes: usize,
-    pub(crate) rejected: Vec<Letter>,
+    pub(crate) rejected: Vec<Envelope>,
     /// When the oldest message that is still not acknowledged was written.
     pub(crate) oldest: Option<Instant>,
 }
@@ -194,14 +194,19 @@ pub(crate) fn link_id(connection: &Connection) -> LinkId {
 
 impl Link {
     /// A link over a connection that this node began.
-    pub(crate) fn new(conn: Arc<Conn>, witness: Arc<Mutex<Witness>>, limits: Limits, answer_timeout: Duration) -> Self {
+    pub(crate) fn new(
+        conn: Arc<Conn>,
+        ack_tracker: Arc<Mutex<AckTracker>>,
+        limits: Limits,
+        answer_timeout: Duration,
+    ) -> Self {
         Self {
             conn,
             asked: AtomicUsize::new(0),
             expected_silence: AtomicU64::new(0),
             probed: AtomicU64::new(u64::MAX),
             lined_up: AtomicU32::new(0),
-            witness,
+            ack_tracker,
             limits,
             answer_timeout,
             doubted: Notify::new(),
@@ -300,12 +305,12 @@ impl Link {
     }
 
     /// Writes a message to a 0.14.3 gateway at once, if the transport takes it.
-    pub(crate) fn write(&self, message: Letter, now: Instant) -> Written {
+    pub(crate) fn write(&self, message: Envelope, now: Instant) -> Written {
         let mut out = self.out();
         if out.dead {
             return Written::Lost(message);
         }
-        if message.asker().is_some() {
+        if message.requester().is_some() {
             return self.write_once(out, message, now);
         }
         let arrived = |lane: &Lane| self.packets_arrived(lane.mark, now, self.connection.rtt());
@@ -331,7 +336,7 @@ impl Link {
     }
 
     /// Takes over a message whose stream has now taken all of it.
-    pub(crate) fn written(&self, message: Letter, mut send: SendStream, receive: RecvStream) -> Written {
+    pub(crate) fn written(&self, message: Envelope, mut send: SendStream, receive: RecvStream) -> Written {
         if self.out().dead {
             // A dropped stream would be finished.
             let _ = send.reset(0u8.into());
@@ -427,7 +432,7 @@ impl Link {
     }
 
     /// Ends the link and gives back what was not acknowledged, oldest first.
-    pub(crate) fn die(&self) -> (Swept, Vec<Letter>) {
+    pub(crate) fn die(&self) -> (Swept, Vec<Envelope>) {
         let swept = self.sweep(Instant::now());
         let mut out = self.out();
         out.dead = true;
@@ -460,7 +465,7 @@ impl Link {
     }
 
     /// Writes without the lock, so that senders on several schedulers do not wait for each other.
-    fn write_once(&self, mut out: MutexGuard<'_, Out>, message: Letter, now: Instant) -> Written {
+    fn write_once(&self, mut out: MutexGuard<'_, Out>, message: Envelope, now: Instant) -> Written {
         let spare = out.spare.take().map(Ok);
         drop(out);
         let opened = spare.or_else(|| now_or_never(self.connection.open_bi()));
@@ -477,7 +482,7 @@ impl Link {
         }
     }
 
-    fn open_lane(&self, mut out: MutexGuard<'_, Out>, message: Letter, now: Instant) -> Written {
+    fn open_lane(&self, mut out: MutexGuard<'_, Out>, message: Envelope, now: Instant) -> Written {
         let opened = now_or_never(self.connection.open_bi()).or_else(|| out.spare.take().map(Ok));
         let (mut send, receive) = match opened {
             Some(Ok(stream)) => stream,
@@ -494,12 +499,12 @@ impl Link {
         let answer_until = message.listens_for(self.answer_timeout).map(|time| now + time);
         let lane = Lane { stream: send.id(), send: Arc::new(Mutex::new(send)), mark, answer_until };
         out.lanes.opened(lane.clone(), now);
-        out.answers.push_back(Answer { stream: receive, frames: self.reassembler(), until: None, asker: None });
+        out.answers.push_back(Answer { stream: receive, frames: self.reassembler(), until: None, requester: None });
         out.remember(message, Proof::Lane(lane), now);
         Written::Done { wake: true }
     }
 
-    fn write_lane(&self, mut out: MutexGuard<'_, Out>, index: usize, message: Letter, now: Instant) -> Written {
+    fn write_lane(&self, mut out: MutexGuard<'_, Out>, index: usize, message: Envelope, now: Instant) -> Written {
         let lane = out.lanes.take(index, now);
         self.line_up(&lock(&lane.send), message.frame.len());
         if !matches!(write_now(&mut lock(&lane.send), &message.frame), Write::All) {
@@ -518,7 +523,7 @@ impl Link {
         Written::Done { wake }
     }
 
-    fn finish(&self, message: Letter, mut send: SendStream, receive: RecvStream, now: Instant) -> Written {
+    fn finish(&self, message: Envelope, mut send: SendStream, receive: RecvStream, now: Instant) -> Written {
         if send.finish().is_err() {
             return Written::Lost(message);
         }
@@ -530,8 +535,8 @@ impl Link {
         let (mut unheard, mut unread) = (None, None);
         if let Some(time) = message.listens_for(self.answer_timeout) {
             wake = true;
-            let (until, asker) = (Some(now + time), message.asker().cloned());
-            unheard = out.listen(Answer { stream: receive, frames: self.reassembler(), until, asker });
+            let (until, requester) = (Some(now + time), message.requester().cloned());
+            unheard = out.listen(Answer { stream: receive, frames: self.reassembler(), until, requester });
         } else {
             unread = Some(receive);
         }
@@ -551,7 +556,7 @@ impl Link {
     }
 
     fn packets_arrived(&self, mark: Mark, now: Instant, round_trip: Duration) -> bool {
-        lock(&self.witness).arrived(mark, now, round_trip)
+        lock(&self.ack_tracker).arrived(mark, now, round_trip)
     }
 
     fn out(&self) -> MutexGuard<'_, Out> {
@@ -599,7 +604,7 @@ impl Out {
     }
 
     /// Keeps a message until it is acknowledged. Returns whether it is the only one.
-    fn remember(&mut self, message: Letter, proof: Proof, written: Instant) -> bool {
+    fn remember(&mut self, message: Envelope, proof: Proof, written: Instant) -> bool {
         self.unacknowledged.push_back(Unacknowledged { message, written, proof });
         self.unacknowledged.len() == 1
     }
@@ -617,9 +622,9 @@ impl Answer {
             loop {
                 match self.frames.next_frame() {
                     Ok(Some(frame)) => {
-                        let asker = self.asker.take();
-                        let is_all = asker.is_some();
-                        frames.push(Answered { frame, asker });
+                        let requester = self.requester.take();
+                        let is_all = requester.is_some();
+                        frames.push(Answered { frame, requester });
                         if is_all {
                             return false;
                         }

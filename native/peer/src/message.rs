@@ -34,7 +34,7 @@ impl Message {
 
 /// A message on its way, and who its answer is for.
 #[derive(Debug, Clone)]
-pub(crate) struct Letter {
+pub(crate) struct Envelope {
     message: Message,
     reader: Reader,
 }
@@ -47,13 +47,13 @@ enum Reader {
     /// Nobody, whatever the type is.
     Nobody,
     /// Who sent the message to this node, which only hands it on.
-    Asker(Arc<Asker>),
+    Requester(Arc<Requester>),
 }
 
-impl Letter {
+impl Envelope {
     /// One that is handed on; `None`: nobody reads an answer.
-    pub(crate) fn handed_on(message: Message, asker: Option<Arc<Asker>>) -> Self {
-        Self { message, reader: asker.map_or(Reader::Nobody, Reader::Asker) }
+    pub(crate) fn handed_on(message: Message, requester: Option<Arc<Requester>>) -> Self {
+        Self { message, reader: requester.map_or(Reader::Nobody, Reader::Requester) }
     }
 
     /// How long an answer is listened for. `usual`: to messages of types that are answered.
@@ -61,14 +61,14 @@ impl Letter {
         match &self.reader {
             Reader::Handler => self.message.kind.is_answered().then_some(usual),
             Reader::Nobody => None,
-            Reader::Asker(asker) => Some(asker.patience),
+            Reader::Requester(requester) => Some(requester.patience),
         }
     }
 
     /// The one who alone gets the answer: it needs a stream of its own.
-    pub(crate) fn asker(&self) -> Option<&Arc<Asker>> {
+    pub(crate) fn requester(&self) -> Option<&Arc<Requester>> {
         match &self.reader {
-            Reader::Asker(asker) => Some(asker),
+            Reader::Requester(requester) => Some(requester),
             Reader::Handler | Reader::Nobody => None,
         }
     }
@@ -78,13 +78,13 @@ impl Letter {
     }
 }
 
-impl From<Message> for Letter {
+impl From<Message> for Envelope {
     fn from(message: Message) -> Self {
         Self { message, reader: Reader::Handler }
     }
 }
 
-impl Deref for Letter {
+impl Deref for Envelope {
     type Target = Message;
 
     fn deref(&self) -> &Message {
@@ -94,7 +94,7 @@ impl Deref for Letter {
 
 /// Who waits for the gateway's answer to one message.
 #[derive(Debug)]
-pub(crate) struct Asker {
+pub(crate) struct Requester {
     pub(crate) token: ReplyToken,
     pub(crate) patience: Duration,
     /// Slow answers that are waited for, this one among them.
@@ -103,17 +103,17 @@ pub(crate) struct Asker {
     pub(crate) answered: Arc<Counter>,
 }
 
-impl Asker {
+impl Requester {
     /// Passes the gateway's answer on.
     pub(crate) fn answer(&self, frame: RawFrame) {
-        // The asker may be gone.
+        // The requester may be gone.
         if self.token.reply(frame.into_bytes()).is_ok() {
             self.answered.add(1);
         }
     }
 }
 
-impl Drop for Asker {
+impl Drop for Requester {
     fn drop(&mut self) {
         if let Some(slow) = &self.slow {
             slow.fetch_sub(1, Ordering::Relaxed);

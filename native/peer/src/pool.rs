@@ -11,7 +11,7 @@ use macula_peer_core::types::{Fingerprint, Path, PeerName, Target};
 use quinn::Connection;
 
 use crate::lifecycle::Lifecycle;
-use crate::message::Letter;
+use crate::message::Envelope;
 use crate::peer::{self, Host, Peer};
 use crate::surroundings::Surroundings;
 
@@ -56,7 +56,7 @@ impl Pool {
     }
 
     /// Sends over the live link to a peer, if there is one with room.
-    pub(crate) fn send_now(&self, target: &Target<'_>, message: Letter, now: Instant) -> Result<(), Letter> {
+    pub(crate) fn send_now(&self, target: &Target<'_>, message: Envelope, now: Instant) -> Result<(), Envelope> {
         // The table stays locked for reading meanwhile, which is cheaper than counting one more reference.
         let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
         let Some(peer) = peers.pool.get(target) else { return Err(message) };

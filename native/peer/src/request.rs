@@ -23,7 +23,7 @@ use crate::deadline::deadline;
 use crate::decoding::Decoding;
 use crate::hello;
 use crate::link::Link;
-use crate::message::Letter;
+use crate::message::Envelope;
 use crate::transfer::is_acknowledged;
 
 /// A peer that takes this long to answer, and says nothing else, is asked for a sign of life: nothing would show otherwise
@@ -96,7 +96,7 @@ pub(crate) async fn run(
     target: Option<NodeId>,
     named: Option<Named>,
     call: Arc<Call<Result<RawFrame, RequestError>>>,
-    message: Letter,
+    message: Envelope,
     decoding: Arc<Decoding>,
 ) -> End {
     let until = message.deadline;
@@ -177,7 +177,7 @@ async fn exchange(
     link: &Link,
     target: Option<NodeId>,
     named: Option<Named>,
-    message: Letter,
+    message: Envelope,
 ) -> Result<RawFrame, Failure> {
     let opened = tokio::select! {
         opened = link.connection.open_bi() => opened.ok(),

@@ -193,8 +193,8 @@ impl Accepted {
     ) -> Option<Result<(), Rejection>> {
         let key = self.key()?;
         let requests = &server.requests;
-        let asker = Owner { key, network: self.remote().ip().into() };
-        let asked = lock(requests).ask(asker, id, again, route.clone(), Instant::now());
+        let requester = Owner { key, network: self.remote().ip().into() };
+        let asked = lock(requests).ask(requester, id, again, route.clone(), Instant::now());
         match asked {
             Asked::New => {
                 let asking = Asking { requests: requests.clone(), key, id };

@@ -29,7 +29,7 @@ impl Shares {
     }
 }
 
-/// Answers that their askers have not made room for yet: an asker that reads nothing has a share of the memory.
+/// Answers that their requesters have not made room for yet: an requester that reads nothing has a share of the memory.
 #[derive(Debug, Clone)]
 pub(crate) struct Unread {
     shares: Shares,
@@ -37,7 +37,7 @@ pub(crate) struct Unread {
 }
 
 impl Unread {
-    /// What all askers have together, as a multiple of what one key has.
+    /// What all requesters have together, as a multiple of what one key has.
     const KEYS: usize = 8;
 
     /// What one key has at the least.
@@ -55,18 +55,18 @@ impl Unread {
         Self { shares: Shares::new(Limits { total, per_key, per_address: total / 2 }), per_key }
     }
 
-    /// Room for so many bytes, as long as it is held. `None`: the asker, or all together, have too many.
-    pub(crate) fn begin(&self, asker: Client, bytes: usize) -> Option<Held> {
-        self.hold(asker, bytes.max(Self::COST))
+    /// Room for so many bytes, as long as it is held. `None`: the requester, or all together, have too many.
+    pub(crate) fn begin(&self, requester: Client, bytes: usize) -> Option<Held> {
+        self.hold(requester, bytes.max(Self::COST))
     }
 
     /// The same for an answer that waits in a queue, behind others.
-    pub(crate) fn queue(&self, asker: Client, bytes: usize) -> Option<Held> {
-        self.hold(asker, bytes.max(Self::COST_QUEUED))
+    pub(crate) fn queue(&self, requester: Client, bytes: usize) -> Option<Held> {
+        self.hold(requester, bytes.max(Self::COST_QUEUED))
     }
 
-    fn hold(&self, asker: Client, bytes: usize) -> Option<Held> {
-        self.shares.take(asker, bytes.min(self.per_key)).ok()
+    fn hold(&self, requester: Client, bytes: usize) -> Option<Held> {
+        self.shares.take(requester, bytes.min(self.per_key)).ok()
     }
 }
 
@@ -97,8 +97,8 @@ mod tests {
     fn an_asker_who_reads_nothing_leaves_room_for_the_answers_of_others() {
         let unread = Unread::new(1 << 10);
         let ask = |key: u8, host: u8, bytes| {
-            let asker = Client::new(Fingerprint::from([key; 32]), [10, 0, 0, host].into());
-            std::iter::from_fn(|| unread.begin(asker, bytes)).take(10_000).collect::<Vec<_>>()
+            let requester = Client::new(Fingerprint::from([key; 32]), [10, 0, 0, host].into());
+            std::iter::from_fn(|| unread.begin(requester, bytes)).take(10_000).collect::<Vec<_>>()
         };
         let short = ask(1, 1, 100);
         assert_eq!((short.len(), ask(1, 2, 100).len()), (256, 0), "the same key elsewhere");

@@ -28,19 +28,19 @@ use tokio::sync::broadcast;
 
 use crate::addresses::{Addresses, Proof};
 
+use self::demux::demux;
+pub(crate) use self::demux::{Received, Signals, Via, signals};
 pub(crate) use self::extras::ExtraId;
 use self::extras::{AddExtraError, Extra, Extras};
 pub(crate) use self::outbox::Outbox;
 use self::receive::Receiver;
 use self::send::{Outcome, Sender};
-use self::sift::sift;
-pub(crate) use self::sift::{Received, Signals, Via, signals};
 
+mod demux;
 mod extras;
 mod outbox;
 mod receive;
 mod send;
-mod sift;
 
 /// How long a writer waits for room when readiness cannot be told any more. A socket buffer of 200 KB drains in 2 ms at
 /// 1 Gbit/s.
@@ -259,7 +259,7 @@ impl Socket {
     ) -> Poll<io::Result<usize>> {
         let received = ready!(self.receiver.poll(&self.io, &self.state, cx, bufs, meta))?;
         for (buffer, meta) in bufs.iter_mut().zip(meta.iter_mut()).take(received) {
-            sift(buffer, meta, Via::Main, &self.signals);
+            demux(buffer, meta, Via::Main, &self.signals);
         }
         Poll::Ready(Ok(received))
     }

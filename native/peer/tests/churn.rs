@@ -272,16 +272,16 @@ fn engines_stop_in_the_middle_of_relayed_messages() {
     let mut random = fastrand::Rng::with_seed(seed);
     let (relay, address) = relay(0);
     let (target, inbox) = member("target", &[&address]);
-    let mut ways = over(&[&address]);
+    let mut candidates = over(&[&address]);
     if random.bool() {
         let port = target.listen(Listen::default()).unwrap().port();
-        ways.endpoints.push(endpoint(&format!("127.0.0.1:{port}")));
+        candidates.endpoints.push(endpoint(&format!("127.0.0.1:{port}")));
     }
     let sender = engine(Config::default());
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
         for number in 0..SENDERS {
-            let (sender, ways, ended) = (&sender, &ways, &ended);
+            let (sender, candidates, ended) = (&sender, &candidates, &ended);
             scope.spawn(move || {
                 let mut random = fastrand::Rng::with_seed(seed ^ number);
                 while !ended.load(Ordering::Relaxed) {
@@ -289,7 +289,7 @@ fn engines_stop_in_the_middle_of_relayed_messages() {
                     let deadline = Some(Instant::now() + Duration::from_secs(3));
                     let message = Message { frame, kind: Publish, deadline, key: None };
                     // Sent or refused: that it ends is what is asked.
-                    let _ = send_to_node(sender, "target", ways.clone(), message);
+                    let _ = send_to_node(sender, "target", candidates.clone(), message);
                 }
             });
         }

@@ -23,7 +23,7 @@ use common::{
     Inbox, PATIENCE, endpoint, engine, listener, member_of, message, node_id, over, relay, send, send_to_node, until,
 };
 use macula_peer::{
-    Config, Engine, Filtering, HolePunching, Listen, Mapping, Path, PunchError, Registration, Target, Ways,
+    Candidates, Config, Engine, Filtering, HolePunching, Listen, Mapping, Path, PunchError, Registration, Target,
 };
 use macula_peer_testkit::quic::{self, Key, tokio_runtime};
 use macula_peer_wire::MessageType::{Publish, PunchCoordinate, PunchRequest, PunchResult};
@@ -943,7 +943,7 @@ fn messages_of_a_link_over_another_socket_go_on_over_the_relay_when_the_socket_m
     let inbox = Arc::new(Inbox::default());
     target.set_handler(Some(inbox.clone()));
     let (gate, nobody) = (Gate::new(local(&target)), Bystander::new(Ipv4Addr::LOCALHOST, 1));
-    let send = |n| send_to_node(&sender, "target", Ways::default(), message(Publish, n, TIMEOUT)).unwrap();
+    let send = |n| send_to_node(&sender, "target", Candidates::default(), message(Publish, n, TIMEOUT)).unwrap();
     send(0);
     until("asked", || !fake.said(PunchRequest).is_empty());
     let punch = Punch::asked(fake.said(PunchRequest)[0].bytes("session_id").unwrap());

@@ -16,8 +16,8 @@ use common::raw::{
 };
 use common::{ALL, Inbox, PATIENCE, engine, frame, member, message, node_id, number, over, send_to_node, until};
 use macula_peer::{
-    Config, ConnectError, Engine, Event, Listen, Message, Registration, RelayConfig, RouteError, Secret, SendError,
-    Ways,
+    Candidates, Config, ConnectError, Engine, Event, Listen, Message, Registration, RelayConfig, RouteError, Secret,
+    SendError,
 };
 use macula_peer_testkit::quic::{self, tokio_runtime};
 use macula_peer_wire::MessageType::{NatProbe, Publish, RelayRequest, Reply};
@@ -389,15 +389,15 @@ fn a_relay_that_leads_to_another_node_gets_no_message_there() {
     let untrusted = Err(SendError::Route(RouteError::Node(ConnectError::Untrusted)));
 
     let sender = engine(Config::default());
-    let pinned = Ways { key: Some(target.fingerprint()), ..over(&[&fake.address]) };
+    let pinned = Candidates { key: Some(target.fingerprint()), ..over(&[&fake.address]) };
     assert_eq!(send_to_node(&sender, "target", pinned, message(Publish, 1, PATIENCE)), untrusted);
     assert_eq!(misled.len(), 0);
 
     // Known by what it showed first.
     let other = engine(Config::default());
     fake.set_manner(Manner::Misroute("target".into()));
-    let ways = over(&[&fake.address]);
-    send_to_node(&other, "target", ways.clone(), message(Publish, 2, PATIENCE)).unwrap();
+    let candidates = over(&[&fake.address]);
+    send_to_node(&other, "target", candidates.clone(), message(Publish, 2, PATIENCE)).unwrap();
     until("it arrives", || inbox.numbers() == [2]);
     fake.set_manner(Manner::Misroute("impostor".into()));
     for circuit in 0..3 {
@@ -405,7 +405,7 @@ fn a_relay_that_leads_to_another_node_gets_no_message_there() {
     }
     until("the link is gone", || {
         // What is accepted while the link is dying goes nowhere else either.
-        let sent = send_to_node(&other, "target", ways.clone(), message(Publish, 3, Duration::from_secs(3)));
+        let sent = send_to_node(&other, "target", candidates.clone(), message(Publish, 3, Duration::from_secs(3)));
         sent.is_err()
     });
     assert_eq!(misled.len(), 0);
@@ -422,8 +422,8 @@ fn a_relay_that_swallows_everything_is_not_the_last_one_asked() {
     let (target, inbox) = member("target", &[&fake.address, &address]);
     let sender = engine(Config::default());
     let begun = Instant::now();
-    let ways = over(&[&fake.address, &address]);
-    send_to_node(&sender, "target", ways, message(Publish, 1, Duration::from_secs(4))).unwrap();
+    let candidates = over(&[&fake.address, &address]);
+    send_to_node(&sender, "target", candidates, message(Publish, 1, Duration::from_secs(4))).unwrap();
     until("it arrives", || inbox.numbers() == [1]);
     assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
     stop(&[&sender, &target, &relay]);

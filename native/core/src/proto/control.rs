@@ -30,7 +30,7 @@ pub const MAX_SUCCESSIONS_LEN: usize = 3072;
 /// Length of a node's proof that it knows the realm's secret.
 pub const PROOF_LEN: usize = 32;
 
-/// A node's name, or what the asker calls a circuit until it has one: 1 to 255 bytes.
+/// A node's name, or what the requester calls a circuit until it has one: 1 to 255 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Id(Bytes);
 

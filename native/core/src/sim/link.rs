@@ -1,4 +1,4 @@
-//! Lanes and witness together on a simulated path, in virtual time: packets are delayed, reordered and lost in both
+//! Lanes and ack tracker together on a simulated path, in virtual time: packets are delayed, reordered and lost in both
 //! directions, acknowledged late, declared lost and sent again as RFC 9002 has it. One thing must never happen: that a
 //! lane takes a message while the one before it has not arrived. A failing seed is printed, and `SEED=n` runs it alone.
 #![allow(clippy::unwrap_used)]
@@ -7,8 +7,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashSet};
 use std::time::{Duration, Instant};
 
+use crate::ack_tracker::{AckTracker, Mark};
 use crate::lanes::{Choice, Lanes};
-use crate::witness::{Mark, Witness};
 
 const SEEDS: u64 = 2000;
 const MESSAGES: usize = 200;
@@ -42,7 +42,7 @@ struct Path {
     spacing: u64,
     // The sender.
     lanes: Lanes<Lane>,
-    witness: Witness,
+    ack_tracker: AckTracker,
     unsent: usize,
     next_packet: u64,
     /// Packets in flight: when sent, and the messages in them.
@@ -73,7 +73,7 @@ impl Path {
             loss,
             spacing,
             lanes: Lanes::default(),
-            witness: Witness::default(),
+            ack_tracker: AckTracker::default(),
             unsent: MESSAGES,
             next_packet: 0,
             in_flight: BTreeMap::new(),
@@ -108,12 +108,12 @@ impl Path {
         let message = MESSAGES - self.unsent;
         self.unsent -= 1;
         let (now, round_trip) = (self.instant(self.now), self.round_trip());
-        let witness = &mut self.witness;
+        let ack_tracker = &mut self.ack_tracker;
         let choice = self.lanes.choose(
             now,
             128,
             || Duration::from_micros(round_trip),
-            |lane| witness.arrived(lane.mark, now, Duration::from_micros(round_trip)),
+            |lane| ack_tracker.arrived(lane.mark, now, Duration::from_micros(round_trip)),
         );
         let mark = Mark::new(now);
         // The packet leaves a moment after the write.
@@ -141,7 +141,7 @@ impl Path {
     fn transmit(&mut self, messages: Vec<usize>) {
         let packet = self.next_packet;
         self.next_packet += 1;
-        self.witness.sent(self.instant(self.now));
+        self.ack_tracker.sent(self.instant(self.now));
         self.contents.insert(packet, messages.clone());
         self.in_flight.insert(packet, (self.now, messages));
         self.travel(Event::Arrive { packet });
@@ -169,11 +169,11 @@ impl Path {
             if let Some((sent, _)) = self.in_flight.remove(&packet) {
                 new = true;
                 self.largest_acknowledged = self.largest_acknowledged.max(Some(packet));
-                self.witness.acknowledged(self.instant(sent));
+                self.ack_tracker.acknowledged(self.instant(sent));
             }
         }
         if new {
-            self.witness.acknowledgements_end(self.instant(self.now), self.in_flight.len() as u64);
+            self.ack_tracker.acknowledgements_end(self.instant(self.now), self.in_flight.len() as u64);
             self.detect_losses();
         }
     }
@@ -187,7 +187,7 @@ impl Path {
             let sent = self.in_flight[&packet].0;
             if largest - packet >= 3 || sent + threshold <= self.now {
                 let (_, messages) = self.in_flight.remove(&packet).unwrap();
-                self.witness.lost(self.instant(self.now));
+                self.ack_tracker.lost(self.instant(self.now));
                 self.transmit(messages);
             } else {
                 self.at(sent + threshold, Event::LossTimer);

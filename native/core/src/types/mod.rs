@@ -1,5 +1,6 @@
 //! What every part speaks of.
 
+mod candidates;
 mod dialect;
 mod endpoint;
 mod fingerprint;
@@ -9,8 +10,8 @@ mod relay_config;
 mod secret;
 mod sender;
 mod verify;
-mod ways;
 
+pub use candidates::Candidates;
 pub use dialect::Dialect;
 pub use endpoint::{Endpoint, EndpointError, EndpointRef, Target, canonical};
 pub use fingerprint::{Fingerprint, NotAFingerprint};
@@ -20,4 +21,3 @@ pub use relay_config::RelayConfig;
 pub use secret::Secret;
 pub use sender::Sender;
 pub use verify::Verify;
-pub use ways::Ways;

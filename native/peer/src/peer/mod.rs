@@ -21,7 +21,7 @@ use macula_peer_core::knowledge::Knowledge;
 use macula_peer_core::queue::{Queue, Queued};
 use macula_peer_core::stats::{PathStatus, PeerStats};
 use macula_peer_core::sync::lock;
-use macula_peer_core::types::{Dialect, Fingerprint, Path, PeerName, Target, Ways};
+use macula_peer_core::types::{Candidates, Dialect, Fingerprint, Path, PeerName, Target};
 use macula_peer_wire::RawFrame;
 use quinn::Connection;
 use space::{Counts, Space};
@@ -30,7 +30,7 @@ use tokio::sync::Notify;
 use crate::call::{Call, Cancel};
 use crate::conn::LinkOwner;
 use crate::link::{DIRECT_WRITES, Link, Partial, Written};
-use crate::message::Letter;
+use crate::message::Envelope;
 use crate::request;
 use crate::session::send::Session;
 use crate::surroundings::Surroundings;
@@ -82,7 +82,7 @@ struct State {
 }
 
 struct Job {
-    message: Option<Letter>,
+    message: Option<Envelope>,
     deadline: Option<Instant>,
     since: Instant,
     who: Who,
@@ -158,13 +158,13 @@ enum Given {
     /// `wake`: the task has something to go on with.
     Taken { wake: bool },
     /// The peer allows no further stream at present.
-    NoCredit(Letter),
+    NoCredit(Envelope),
     /// A stream took only a part.
     Partial(Arc<Link>, Box<Partial>),
     /// The link is dead, and the peer may have the message, which may not be sent twice.
     Dropped,
     /// The link is dead.
-    Lost(Letter),
+    Lost(Envelope),
 }
 
 impl Peer {
@@ -202,7 +202,7 @@ impl Peer {
     }
 
     /// Sends over the live link, or gives the message back if the caller has to wait.
-    pub(crate) fn send_now(&self, message: Letter, now: Instant) -> Result<(), Letter> {
+    pub(crate) fn send_now(&self, message: Envelope, now: Instant) -> Result<(), Envelope> {
         self.touch(now);
         let mut state = lock(&self.state);
         let Some(link) = &state.link else { return Err(message) };
@@ -247,7 +247,7 @@ impl Peer {
     }
 
     /// Gives a message to the live link. What the link takes is held until it is acknowledged.
-    fn give(&self, mut state: MutexGuard<'_, State>, message: Letter, now: Instant) -> Given {
+    fn give(&self, mut state: MutexGuard<'_, State>, message: Envelope, now: Instant) -> Given {
         let Some(link) = &state.link else { return Given::Lost(message) };
         let size = message.frame.len();
         let was_idle = self.counts.hold(size);
@@ -275,7 +275,7 @@ impl Peer {
     /// Queues a message whose sender waits.
     pub(crate) fn send(
         self: &Arc<Self>,
-        message: Letter,
+        message: Envelope,
         call: &Arc<Call<Result<(), SendError>>>,
     ) -> Result<Waiting, Retired> {
         let deadline = message.deadline;
@@ -287,7 +287,7 @@ impl Peer {
     /// Queues a request.
     pub(crate) fn request(
         self: &Arc<Self>,
-        message: Letter,
+        message: Envelope,
         call: &Arc<Call<Result<RawFrame, RequestError>>>,
     ) -> Result<Waiting, Retired> {
         let deadline = message.deadline;
@@ -351,7 +351,7 @@ impl Peer {
 
     fn enqueue(
         self: &Arc<Self>,
-        message: Letter,
+        message: Envelope,
         deadline: Option<Instant>,
         who: Who,
         call: Arc<dyn Cancel>,
@@ -377,10 +377,10 @@ impl Peer {
 
     /// What a caller knows of the ways to this peer, who may want the holder of a key alone. Returns whether to look up the
     /// rest: then [`Peer::resolved`] follows, whatever comes of it.
-    pub(crate) fn learn(&self, ways: Ways, key: Option<Fingerprint>) -> bool {
+    pub(crate) fn learn(&self, candidates: Candidates, key: Option<Fingerprint>) -> bool {
         let now = Instant::now();
         let mut state = lock(&self.state);
-        state.known.learn(ways);
+        state.known.learn(candidates);
         if state.known.knows_better() && state.link.as_ref().is_some_and(|link| link.path.is_relayed()) {
             self.wake.notify_one();
         }
@@ -389,9 +389,9 @@ impl Peer {
     }
 
     /// What was found by looking up, so far.
-    pub(crate) fn found(&self, ways: Ways) {
+    pub(crate) fn found(&self, candidates: Candidates) {
         let mut state = lock(&self.state);
-        state.ways_found |= state.known.found(ways);
+        state.ways_found |= state.known.found(candidates);
         self.wake.notify_one();
     }
 
@@ -462,7 +462,7 @@ impl Peer {
     }
 
     /// Gives a message to the session, whose link is live. Returns whether the task is to go on with it.
-    fn number(&self, state: &mut State, message: Letter, now: Instant) -> bool {
+    fn number(&self, state: &mut State, message: Envelope, now: Instant) -> bool {
         state.queue.expect(message.deadline);
         let sent = state.session.send(message, now);
         self.counters.sent.add(sent.written.into());
@@ -470,7 +470,7 @@ impl Peer {
     }
 
     /// Takes a message for a live link that is busy or has no stream to spare just now.
-    fn accept(&self, state: &mut State, message: Letter) -> Result<(), Letter> {
+    fn accept(&self, state: &mut State, message: Envelope) -> Result<(), Envelope> {
         if !state.queue.may_accept() || state.retired {
             return Err(message);
         }
@@ -566,7 +566,7 @@ impl Queued for Job {
 }
 
 impl Job {
-    fn accepted(message: Option<Letter>, deadline: Option<Instant>) -> Self {
+    fn accepted(message: Option<Envelope>, deadline: Option<Instant>) -> Self {
         Self { message, deadline, since: Instant::now(), who: Who::Accepted, named: None, space: None }
     }
 
@@ -668,7 +668,7 @@ mod tests {
         let node = NodeId::new(b"near").unwrap();
         let target = Target::Node(&node);
         let endpoints = vec![EndpointRef::parse(&address.to_string()).unwrap().to_owned()];
-        client.learn(&node, Ways { endpoints, ..Ways::default() });
+        client.learn(&node, Candidates { endpoints, ..Candidates::default() });
         client.resolved(&node, true);
         let frame: bytes::Bytes = encode(MessageType::Publish, &Value::Map(vec![]), Limits::default()).unwrap().into();
         let message =

@@ -30,7 +30,7 @@ use super::{Given, Job, Peer, State, Who};
 use crate::conn::Conn;
 use crate::deadline::deadline;
 use crate::link::{Answered, Link, Partial, Swept, Written, link_id};
-use crate::message::Letter;
+use crate::message::Envelope;
 use crate::request;
 use crate::session::send::Progress;
 use crate::socket::{Refused, Why, refused};
@@ -101,7 +101,7 @@ struct Task {
 struct WriteOutcome {
     link: Arc<Link>,
     job: Job,
-    message: Letter,
+    message: Envelope,
     result: Result<(SendStream, RecvStream), WriteFailure>,
 }
 
@@ -264,7 +264,7 @@ impl Task {
         let tries = {
             let mut state = lock(&self.peer.state);
             state.known.tried();
-            Tries { ways: state.known.ways(), own_relays, resolving: state.known.resolving(now), bound }
+            Tries { candidates: state.known.candidates(), own_relays, resolving: state.known.resolving(now), bound }
         };
         self.life.search(want, &offers, &tries, relay, now);
         while let Some(action) = self.life.next_action() {
@@ -438,8 +438,8 @@ impl Task {
     }
 
     fn has_relays(&self) -> bool {
-        let ways = lock(&self.peer.state).known.ways();
-        let known = !ways.relays.is_empty() || !ways.last_resorts.is_empty();
+        let candidates = lock(&self.peer.state).known.candidates();
+        let known = !candidates.relays.is_empty() || !candidates.last_resorts.is_empty();
         known || !self.node().config.relays.is_empty() || !self.node().keys.standing.relays().is_empty()
     }
 
@@ -734,7 +734,7 @@ impl Task {
         self.link.take()
     }
 
-    fn owe(&mut self, messages: Vec<Letter>) {
+    fn owe(&mut self, messages: Vec<Envelope>) {
         let now = Instant::now();
         let (mut expired, mut lost) = (0, 0);
         let once = self.node().config.delivery == Delivery::AtMostOnce;
@@ -758,13 +758,13 @@ impl Task {
     }
 
     /// A message that a link or a session held.
-    fn owed(&self, message: Letter, deadline: Instant) -> Job {
+    fn owed(&self, message: Envelope, deadline: Instant) -> Job {
         let space = Space::taken_back(&self.peer.counts, message.frame.len());
         Job { space: Some(space), ..Job::accepted(Some(message), Some(deadline)) }
     }
 
     /// Messages that a link or a session held.
-    fn give_up(&self, messages: Vec<Letter>, reason: UndeliveredReason) {
+    fn give_up(&self, messages: Vec<Envelope>, reason: UndeliveredReason) {
         self.peer.counts.let_go(messages.iter().map(|message| message.frame.len()).sum());
         self.undelivered(messages.len() as u64, reason);
     }
@@ -778,10 +778,10 @@ impl Task {
 
     fn answers_came(&mut self, answers: Vec<Answered>) {
         let Some(link) = &self.link else { return };
-        for Answered { frame, asker } in answers {
+        for Answered { frame, requester } in answers {
             self.peer.counters.received.add(1);
-            match asker {
-                Some(asker) => asker.answer(frame),
+            match requester {
+                Some(requester) => requester.answer(frame),
                 None if is_heavy(frame.payload()) => {
                     self.heavy_answers.spawn(hand_over_heavy(self.peer.clone(), link.clone(), frame));
                 }
@@ -822,7 +822,7 @@ impl Task {
     }
 
     /// A part of it may have arrived, but no receiver makes anything of a part: sending it again is no second delivery.
-    fn write_lost(&mut self, mut job: Job, message: Letter) {
+    fn write_lost(&mut self, mut job: Job, message: Envelope) {
         if job.is_accepted() && job.deadline.is_none() {
             job.deadline = Some(Instant::now() + OWED_WITHOUT_DEADLINE);
         }
@@ -830,7 +830,7 @@ impl Task {
     }
 
     /// Puts a job back that was next, with its message.
-    fn requeue(&self, mut job: Job, message: Letter) {
+    fn requeue(&self, mut job: Job, message: Envelope) {
         job.message = Some(message);
         job.space = Some(self.peer.space(&job));
         lock(&self.peer.state).queue.put_back(job);

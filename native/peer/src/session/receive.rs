@@ -471,7 +471,7 @@ impl Answers {
         }
     }
 
-    /// For the asker to make room.
+    /// For the requester to make room.
     fn wait(&self, len: usize, write: impl Future<Output = ()> + Send + 'static) -> Result<(), ReplyError> {
         let Back { lifecycle, unread, .. } = &*self.back;
         let waiting = unread.begin(self.sender, len).ok_or(ReplyError::Gone)?;

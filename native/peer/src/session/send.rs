@@ -20,14 +20,14 @@ use macula_peer_wire::HEADER_LEN;
 use quinn::{ReadError, RecvStream, SendStream, WriteError};
 
 use crate::link::{DIRECT_WRITES, Link};
-use crate::message::Letter;
+use crate::message::Envelope;
 
 /// The task writes pieces of this size. quinn looks through the pieces of a stream one by one, which many small ones make
 /// slow.
 const PIECE: usize = 32 << 10;
 
 pub(crate) struct Session {
-    sender: SessionSender<Letter>,
+    sender: SessionSender<Envelope>,
     /// One for each channel, while there is a link.
     streams: [Option<Stream>; 2],
 }
@@ -49,7 +49,7 @@ struct Stream {
     words: Words,
 }
 
-impl Owed for Letter {
+impl Owed for Envelope {
     fn size(&self) -> usize {
         self.frame.len()
     }
@@ -66,13 +66,13 @@ pub(crate) struct Progress {
     pub(crate) acknowledged: u64,
     pub(crate) acknowledged_bytes: usize,
     /// Written to a receiver that was restarted, and may not be written again.
-    pub(crate) lost: Vec<Letter>,
+    pub(crate) lost: Vec<Envelope>,
     /// Written to a receiver that has forgotten the session, and so whether it has them.
-    pub(crate) forgotten: Vec<Letter>,
+    pub(crate) forgotten: Vec<Envelope>,
     /// The receiver cannot take them, or has waited too long for the rest of them.
-    pub(crate) rejected: Vec<(Letter, Rejection)>,
+    pub(crate) rejected: Vec<(Envelope, Rejection)>,
     /// Their time was over before they were written completely.
-    pub(crate) expired: Vec<Letter>,
+    pub(crate) expired: Vec<Envelope>,
     /// A channel needs another stream: [`Session::reopen`].
     pub(crate) closed: bool,
     /// The link carries the session no more.
@@ -129,7 +129,7 @@ impl Session {
     }
 
     /// Takes a message over and writes what the stream takes of it.
-    pub(crate) fn send(&mut self, message: Letter, now: Instant) -> Sent {
+    pub(crate) fn send(&mut self, message: Envelope, now: Instant) -> Sent {
         let channel = self.sender.push(message);
         let Some(stream) = &mut self.streams[channel] else { return Sent::default() };
         let first = self.sender.unwritten(channel) == 1;
@@ -172,17 +172,17 @@ impl Session {
     }
 
     /// Gives up what is not on its way and whose time is over. Returns it, and when to look again.
-    pub(crate) fn expire(&mut self, now: Instant) -> (Vec<Letter>, Option<Instant>) {
+    pub(crate) fn expire(&mut self, now: Instant) -> (Vec<Envelope>, Option<Instant>) {
         self.sender.expire(now)
     }
 
     /// Gives up what may not go over the next link.
-    pub(crate) fn refuse(&mut self, refused: impl FnMut(&Letter) -> bool) -> Vec<Letter> {
+    pub(crate) fn refuse(&mut self, refused: impl FnMut(&Envelope) -> bool) -> Vec<Envelope> {
         self.sender.refuse(refused)
     }
 
     /// Ends the session; what is sent from now on is another one's.
-    pub(crate) fn take(&mut self) -> Taken<Letter> {
+    pub(crate) fn take(&mut self) -> Taken<Envelope> {
         for mut stream in std::mem::take(&mut self.streams).into_iter().flatten() {
             // Finishing a stream tells the receiver to forget the session. A connection that is gone has done the same.
             let _ = stream.send.finish();
@@ -191,7 +191,7 @@ impl Session {
     }
 
     /// Everything that is owed.
-    pub(crate) fn messages(&self) -> impl Iterator<Item = &Letter> {
+    pub(crate) fn messages(&self) -> impl Iterator<Item = &Envelope> {
         self.sender.messages()
     }
 
@@ -232,7 +232,7 @@ impl Stream {
     }
 
     /// Writes the next message without waiting.
-    fn write_one(&mut self, sender: &mut SessionSender<Letter>, now: Instant) -> Sent {
+    fn write_one(&mut self, sender: &mut SessionSender<Envelope>, now: Instant) -> Sent {
         let Some(Write { number, keep, message }) = sender.write(self.channel, now) else { return Sent::default() };
         let frame = message.frame.clone();
         self.in_flight += frame.len();
@@ -253,7 +253,7 @@ impl Stream {
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
-        sender: &mut SessionSender<Letter>,
+        sender: &mut SessionSender<Envelope>,
         now: Instant,
         progress: &mut Progress,
     ) -> bool {
@@ -304,7 +304,7 @@ impl Stream {
     }
 
     /// Puts messages into one piece. A large one that is alone is not copied.
-    fn fill(&mut self, sender: &mut SessionSender<Letter>, now: Instant, progress: &mut Progress) {
+    fn fill(&mut self, sender: &mut SessionSender<Envelope>, now: Instant, progress: &mut Progress) {
         if !sender.is_resumed(self.channel) || sender.unwritten(self.channel) == 0 {
             return;
         }
@@ -335,7 +335,7 @@ impl Stream {
     fn poll_words(
         &mut self,
         cx: &mut Context<'_>,
-        sender: &mut SessionSender<Letter>,
+        sender: &mut SessionSender<Envelope>,
         now: Instant,
         progress: &mut Progress,
     ) -> bool {
@@ -376,7 +376,7 @@ impl Stream {
         }
     }
 
-    fn settle(&mut self, settled: Settled<Letter>, progress: &mut Progress) {
+    fn settle(&mut self, settled: Settled<Envelope>, progress: &mut Progress) {
         let rejected = settled.rejected.iter().map(|(message, _)| message);
         let landed: usize = settled.acknowledged.iter().chain(rejected).map(Owed::size).sum();
         self.in_flight = self.in_flight.saturating_sub(landed);
@@ -385,7 +385,7 @@ impl Stream {
 }
 
 impl Progress {
-    fn settle(&mut self, settled: Settled<Letter>) {
+    fn settle(&mut self, settled: Settled<Envelope>) {
         let Settled { acknowledged, mut lost, mut forgotten, mut rejected } = settled;
         self.acknowledged += acknowledged.len() as u64;
         self.acknowledged_bytes += acknowledged.iter().map(Owed::size).sum::<usize>();
@@ -426,7 +426,7 @@ mod tests {
     use crate::message::Message;
     use crate::relay::testing::{PATIENCE, pair, transport};
 
-    fn letter(byte: u8) -> Letter {
+    fn envelope(byte: u8) -> Envelope {
         let frame = vec![1, MessageType::Publish.id(), 0, 0, 0, 0, 0, 1, byte].into();
         Message { frame, kind: MessageType::Publish, deadline: None, key: None }.into()
     }
@@ -466,15 +466,15 @@ mod tests {
         let mut session = Session::new(None, false);
         assert!(session.attach(&link));
         let now = Instant::now();
-        assert!(session.send(letter(0), now - KEEP).written);
-        assert!(session.send(letter(1), now).written);
+        assert!(session.send(envelope(0), now - KEEP).written);
+        assert!(session.send(envelope(1), now).written);
         // The next link is another pair of streams.
         assert!(session.attach(&link));
         let (mut send, mut receive, opening) = opened(&accepted, &mut session).await;
         assert_eq!(opening[HEADER_LEN + 17..], NO_RUN);
         send.write_all(&[vec![0], vec![7; 8], vec![0; 8]].concat()).await.unwrap();
         let Progress { forgotten, .. } = progress(&mut session).await;
-        assert_eq!(forgotten.iter().map(|letter| letter.frame[8]).collect::<Vec<_>>(), [0]);
+        assert_eq!(forgotten.iter().map(|envelope| envelope.frame[8]).collect::<Vec<_>>(), [0]);
         // The number, and the message.
         let mut written = [0; 16 + 9];
         timeout(PATIENCE, receive.read_exact(&mut written)).await.unwrap().unwrap();

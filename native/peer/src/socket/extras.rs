@@ -17,10 +17,10 @@ use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use super::demux::{Signals, Via, demux};
 use super::enlarge_buffers;
 use super::receive::Receiver;
 use super::send::{Outcome, Sender};
-use super::sift::{Signals, Via, sift};
 
 /// How many there may be: every one is looked at whenever something has come.
 const MAX_EXTRAS: usize = 64;
@@ -234,7 +234,7 @@ impl Extras {
             return;
         }
         extra.heard.fetch_add(1, Ordering::Relaxed);
-        sift(buffer, meta, Via::Extra(extra.id), signals);
+        demux(buffer, meta, Via::Extra(extra.id), signals);
         if meta.len == 0 {
             return;
         }

@@ -20,7 +20,7 @@ use crate::common::raw::{
 };
 use crate::common::{PATIENCE, member_of, message, relay, send_to_node, until};
 use bytes::Bytes;
-use macula_peer::{Config, Engine, HolePunching, Ways};
+use macula_peer::{Candidates, Config, Engine, HolePunching};
 use macula_peer_testkit::quic::{self, Key, tokio_runtime};
 use macula_peer_wire::MessageType::{Cast, Connect, Publish, PunchCoordinate, PunchResult, Reply};
 use macula_peer_wire::{Limits, Reassembler};
@@ -445,13 +445,13 @@ fn honest_nodes_notice_nothing_of_a_forger() {
         member_of(Config { hole_punching: HolePunching::Off, ..Config::default() }, "sender", &[&address]);
     let (receiver, inbox) =
         member_of(Config { hole_punching: HolePunching::Off, ..Config::default() }, "receiver", &[&address]);
-    let ways = || Ways { relays: vec![crate::common::endpoint(&address)], ..Ways::default() };
+    let candidates = || Candidates { relays: vec![crate::common::endpoint(&address)], ..Candidates::default() };
     let mut n = 0;
     let mut slowest = |times: usize| {
         let mut took: Vec<Duration> = (0..times)
             .map(|_| {
                 let begun = Instant::now();
-                send_to_node(&sender, "receiver", ways(), message(Publish, n, PATIENCE)).unwrap();
+                send_to_node(&sender, "receiver", candidates(), message(Publish, n, PATIENCE)).unwrap();
                 n += 1;
                 until("it arrives", || inbox.len() as u64 == n);
                 begun.elapsed()

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use macula_peer::{
-    Config, Endpoint, EndpointRef, Engine, Event, Handler, HolePunching, Inbound, Listen, Message, NodeId,
-    Registration, RelayConfig, SendError, Shares, Target, Unhandled, Ways,
+    Candidates, Config, Endpoint, EndpointRef, Engine, Event, Handler, HolePunching, Inbound, Listen, Message, NodeId,
+    Registration, RelayConfig, SendError, Shares, Target, Unhandled,
 };
 use macula_peer_testkit::frame::of_map;
 use macula_peer_testkit::quic::tokio_runtime;
@@ -185,7 +185,7 @@ impl Forwarder {
         let (set_rate, held) = (rate.clone(), hold.clone());
         let thread = std::thread::spawn(move || {
             let (swallow, mute, widest, too_wide, moves, stop) = flags;
-            let mut ways = [Way::default(), Way::default()];
+            let mut candidates = [Way::default(), Way::default()];
             let mut random = fastrand::Rng::with_seed(seed);
             let mut client = None;
             let mut queue: VecDeque<(Instant, bool, Vec<u8>)> = VecDeque::new();
@@ -206,13 +206,13 @@ impl Forwarder {
                         continue;
                     }
                     client = Some(from);
-                    if let Some(out) = ways[0].pass(n, set_rate.load(Ordering::Relaxed)) {
+                    if let Some(out) = candidates[0].pass(n, set_rate.load(Ordering::Relaxed)) {
                         queue.push_back((out + delay, true, buffer[..n].to_vec()));
                     }
                 }
                 while let Ok(n) = back.recv(&mut buffer) {
                     idle = false;
-                    if let Some(out) = ways[1].pass(n, set_rate.load(Ordering::Relaxed)) {
+                    if let Some(out) = candidates[1].pass(n, set_rate.load(Ordering::Relaxed)) {
                         queue.push_back((out + delay, false, buffer[..n].to_vec()));
                     }
                 }
@@ -368,11 +368,11 @@ pub fn member_of(config: Config, name: &str, relays: &[&str]) -> (Engine, Arc<In
 }
 
 /// Sends to a node as the NIF does.
-pub fn send_to_node(engine: &Engine, name: &str, ways: Ways, message: Message) -> Result<(), SendError> {
+pub fn send_to_node(engine: &Engine, name: &str, candidates: Candidates, message: Message) -> Result<(), SendError> {
     let node = node_id(name);
     let target = Target::Node(&node);
     let Err(message) = engine.send_now(&target, message, Instant::now()) else { return Ok(()) };
-    let look_up = engine.learn(&node, ways);
+    let look_up = engine.learn(&node, candidates);
     let (answer, answered) = mpsc::channel();
     engine.send(&target, message, move |sent| answer.send(sent).unwrap());
     if look_up {
@@ -381,6 +381,6 @@ pub fn send_to_node(engine: &Engine, name: &str, ways: Ways, message: Message) -
     answered.recv_timeout(PATIENCE).expect("a call is always answered")
 }
 
-pub fn over(relays: &[&str]) -> Ways {
-    Ways { relays: relays.iter().map(|relay| endpoint(relay)).collect(), ..Ways::default() }
+pub fn over(relays: &[&str]) -> Candidates {
+    Candidates { relays: relays.iter().map(|relay| endpoint(relay)).collect(), ..Candidates::default() }
 }

@@ -37,7 +37,7 @@ pub fn transport() -> TransportConfig {
     transport
 }
 
-/// A request with an id. `again`: the asker knows that it came before.
+/// A request with an id. `again`: the requester knows that it came before.
 pub fn question(id: u64, again: bool, kind: MessageType, n: u64) -> Vec<u8> {
     let name = [&u128::from(id).to_be_bytes()[..], &[again.into()]].concat();
     [raw_frame(REQUEST, &name), frame(kind, n, 8).to_vec()].concat()

@@ -9,9 +9,9 @@ use crate::common::{
     Inbox, PATIENCE, endpoint, engine, listener, member, message, node_id, over, send, send_to_node, until,
 };
 use macula_peer::{
-    Access, AccessList, AdmissionAnswer, AdmissionCallback, AdmissionQuestion, Admit, Config, ConnectError, Engine,
-    Event, Fingerprint, HolePunching, Kick, Listen, NotAdmitted, Refusal, Registration, RelayConfig, SendError, Target,
-    Ways,
+    Access, AccessList, AdmissionAnswer, AdmissionCallback, AdmissionQuestion, Admit, Candidates, Config, ConnectError,
+    Engine, Event, Fingerprint, HolePunching, Kick, Listen, NotAdmitted, Refusal, Registration, RelayConfig, SendError,
+    Target,
 };
 use macula_peer_wire::MessageType;
 
@@ -148,8 +148,8 @@ fn a_node_that_may_not_come_gets_messages_and_sends_none_back_over_the_link() {
     let (a, from_b) = (engine(Config::default()), Arc::new(Inbox::default()));
     a.set_handler(Some(from_b.clone()));
     let (b, inbox, at) = listener(Config::default());
-    let there = || Ways { endpoints: vec![endpoint(&at)], ..Ways::default() };
-    let back = || Ways { key: Some(a.fingerprint()), ..Ways::default() };
+    let there = || Candidates { endpoints: vec![endpoint(&at)], ..Candidates::default() };
+    let back = || Candidates { key: Some(a.fingerprint()), ..Candidates::default() };
     let quick = |n| message(MessageType::Store, n, Duration::from_millis(500));
     assert_eq!(send_to_node(&a, "b", there(), store(1)), Ok(()));
     until("it arrived", || inbox.len() == 1);

@@ -152,13 +152,13 @@ fn silent_link_is_given_up(address: &str, arrived: impl Fn() -> bool) {
 fn a_request_is_answered_over_the_link_that_it_went_over() {
     let gateway = gateway(Duration::from_millis(1500));
     let client = Arc::new(engine(Config::default()));
-    let asker = {
+    let requester = {
         let (client, endpoint) = (client.clone(), gateway.address.clone());
         std::thread::spawn(move || request(&client, &endpoint, message(Ping, 5, TIMEOUT)))
     };
     until("asked", || *gateway.numbers.lock().unwrap() == [5]);
     invalidate(&client, &gateway.address);
-    let answer = asker.join().unwrap().unwrap();
+    let answer = requester.join().unwrap().unwrap();
     assert_eq!(number(answer.payload()), Some(7));
     assert_eq!(*gateway.numbers.lock().unwrap(), [5], "asked once");
     client.stop();

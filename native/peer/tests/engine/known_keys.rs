@@ -11,8 +11,8 @@ use crate::common::{
     until,
 };
 use macula_peer::{
-    Config, ConnectError, Engine, Event, Fingerprint, HolePunching, KnownKeysError, Refusal, Registration, RouteError,
-    SendError, StartError, Target, Ways,
+    Candidates, Config, ConnectError, Engine, Event, Fingerprint, HolePunching, KnownKeysError, Refusal, Registration,
+    RouteError, SendError, StartError, Target,
 };
 use macula_peer_testkit::quic::{self, tokio_runtime};
 use macula_peer_wire::MessageType::Publish;
@@ -24,8 +24,8 @@ fn untrusted() -> Result<(), SendError> {
     Err(RouteError::Node(ConnectError::Untrusted).into())
 }
 
-fn at(address: &str) -> Ways {
-    Ways { endpoints: vec![endpoint(address)], ..Ways::default() }
+fn at(address: &str) -> Candidates {
+    Candidates { endpoints: vec![endpoint(address)], ..Candidates::default() }
 }
 
 fn send(engine: &Engine, address: &str, n: u64) -> Result<(), SendError> {

@@ -37,12 +37,12 @@ impl Net {
 
     /// Sends numbered messages, slowly enough that some are still to be sent when the first have arrived.
     fn send(&self, total: u64) -> std::thread::JoinHandle<()> {
-        let (sender, ways) = (self.sender.clone(), over(&[&self.paths[0].address.to_string()]));
+        let (sender, candidates) = (self.sender.clone(), over(&[&self.paths[0].address.to_string()]));
         std::thread::spawn(move || {
             for n in 0..total {
                 let deadline = Some(Instant::now() + crate::common::PATIENCE);
                 let message = Message { frame: frame(Publish, n, 1000), kind: Publish, deadline, key: None };
-                send_to_node(&sender, "target", ways.clone(), message).unwrap();
+                send_to_node(&sender, "target", candidates.clone(), message).unwrap();
                 if n % 10 == 0 {
                     std::thread::sleep(Duration::from_millis(5));
                 }
@@ -97,14 +97,14 @@ fn a_circuit_goes_on_when_a_leg_becomes_narrow() {
 fn a_lone_large_message_arrives_after_a_leg_has_become_narrow() {
     for leg in 0..2 {
         let net = Net::new([usize::MAX; 2]);
-        let ways = over(&[&net.paths[0].address.to_string()]);
+        let candidates = over(&[&net.paths[0].address.to_string()]);
         net.send(500).join().unwrap();
         net.all_arrive_once_and_in_order(500);
         net.paths[leg].narrow(NARROW);
         let deadline = Some(Instant::now() + crate::common::PATIENCE);
         let begun = Instant::now();
         let message = Message { frame: frame(Publish, 500, 30_000), kind: Publish, deadline, key: None };
-        send_to_node(&net.sender, "target", ways, message).unwrap();
+        send_to_node(&net.sender, "target", candidates, message).unwrap();
         net.all_arrive_once_and_in_order(501);
         assert!(begun.elapsed() < 10 * SILENCE, "{:?}", begun.elapsed());
         assert!(net.lost(leg) > 0, "it does not fit");

@@ -139,8 +139,8 @@ fn a_node_that_moves_is_told_where_it_is_seen_and_looks_again() {
 #[test]
 fn relays_that_hear_nothing_of_a_node_know_when_it_has_moved() {
     let ((busy, first), (quiet, second)) = (relay(), relay());
-    let ways = [&first, &second].map(|relay| Forwarder::new(relay.parse().unwrap(), 0, 0.0, Duration::ZERO));
-    let [busy_way, quiet_way] = ways.each_ref().map(|way| way.address.to_string());
+    let candidates = [&first, &second].map(|relay| Forwarder::new(relay.parse().unwrap(), 0, 0.0, Duration::ZERO));
+    let [busy_way, quiet_way] = candidates.each_ref().map(|way| way.address.to_string());
     let (node, _) = member("node", &[&busy_way, &quiet_way]);
     let (other, inbox) = member("other", &[&first]);
     let addresses = || {
@@ -150,7 +150,7 @@ fn relays_that_hear_nothing_of_a_node_know_when_it_has_moved() {
     };
     let before = addresses();
     let moved = Instant::now();
-    ways.iter().for_each(Forwarder::move_away);
+    candidates.iter().for_each(Forwarder::move_away);
     until("both know", || {
         let n = inbox.len() as u64;
         send_to_node(&node, "other", over(&[&busy_way]), message(Publish, n, PATIENCE)).unwrap();
@@ -159,7 +159,7 @@ fn relays_that_hear_nothing_of_a_node_know_when_it_has_moved() {
     });
     let took = moved.elapsed();
     assert!(took < Duration::from_secs(10), "{took:?}");
-    drop(ways);
+    drop(candidates);
     for engine in [node, other, busy, quiet] {
         engine.stop();
     }
@@ -239,7 +239,7 @@ const SAME: u8 = 0;
 const OTHER_PORT: u8 = 1;
 const OTHER_ADDRESS: u8 = 2;
 
-struct Asker {
+struct Requester {
     _control: Stream,
     _connection: quinn::Connection,
     /// At the same IP address as the connection.
@@ -250,14 +250,14 @@ struct Asker {
     key: hmac::Key,
 }
 
-async fn asker(relay: &str, name: &str) -> Asker {
+async fn requester(relay: &str, name: &str) -> Requester {
     let connection = stranger(relay).await;
     let mut control = Stream::control(&connection).await;
     let said = control.ask(connect_as(name, &[])).await;
     let relay: SocketAddr = relay.parse().unwrap();
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    Asker {
+    Requester {
         _control: control,
         _connection: connection,
         socket,
@@ -268,7 +268,7 @@ async fn asker(relay: &str, name: &str) -> Asker {
     }
 }
 
-impl Asker {
+impl Requester {
     fn request(&self, nonce: u64, from: u8, to_port: u16) -> Vec<u8> {
         let mut request = vec![0x08, 1];
         request.extend_from_slice(&self.id);
@@ -298,27 +298,27 @@ impl Asker {
 fn a_relay_answers_from_both_ports_and_to_another_one_of_the_node() {
     let (relay, address) = relay();
     tokio_runtime(2).unwrap().block_on(async {
-        let asker = asker(&address, "node").await;
-        let me = asker.socket.local_addr().unwrap();
+        let requester = requester(&address, "node").await;
+        let me = requester.socket.local_addr().unwrap();
         for (to, other, from) in [
-            (asker.relay, SAME, asker.relay),
-            (asker.relay, OTHER_PORT, asker.second),
-            (asker.second, SAME, asker.second),
-            (asker.second, OTHER_PORT, asker.relay),
+            (requester.relay, SAME, requester.relay),
+            (requester.relay, OTHER_PORT, requester.second),
+            (requester.second, SAME, requester.second),
+            (requester.second, OTHER_PORT, requester.relay),
         ] {
-            asker.socket.send_to(&asker.request(1, other, 0), to).unwrap();
-            assert_eq!(asker.answer(&asker.socket), (from, 1, me));
+            requester.socket.send_to(&requester.request(1, other, 0), to).unwrap();
+            assert_eq!(requester.answer(&requester.socket), (from, 1, me));
         }
         // It has no other address.
-        asker.socket.send_to(&asker.request(7, OTHER_ADDRESS, 0), asker.relay).unwrap();
-        asker.socket.send_to(&asker.request(7, 3, 0), asker.relay).unwrap();
-        asker.socket.send_to(&asker.request(8, SAME, 0), asker.relay).unwrap();
-        assert_eq!(asker.answer(&asker.socket), (asker.relay, 8, me));
+        requester.socket.send_to(&requester.request(7, OTHER_ADDRESS, 0), requester.relay).unwrap();
+        requester.socket.send_to(&requester.request(7, 3, 0), requester.relay).unwrap();
+        requester.socket.send_to(&requester.request(8, SAME, 0), requester.relay).unwrap();
+        assert_eq!(requester.answer(&requester.socket), (requester.relay, 8, me));
         let another = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         another.set_read_timeout(Some(PATIENCE)).unwrap();
         let port = another.local_addr().unwrap().port();
-        asker.socket.send_to(&asker.request(2, OTHER_PORT, port), asker.relay).unwrap();
-        assert_eq!(asker.answer(&another), (asker.second, 2, me));
+        requester.socket.send_to(&requester.request(2, OTHER_PORT, port), requester.relay).unwrap();
+        assert_eq!(requester.answer(&another), (requester.second, 2, me));
     });
     relay.stop();
 }
@@ -329,17 +329,17 @@ fn a_relay_answers_from_its_other_address_wherever_it_is_bound() {
         let config = RelayConfig { probe_ip: Some(SECOND.into()), ..RelayConfig::default() };
         let (relay, address) = relay_at(ip, config);
         tokio_runtime(2).unwrap().block_on(async {
-            let asker = asker(&address.replace("0.0.0.0", "127.0.0.1"), "node").await;
-            let me = asker.socket.local_addr().unwrap();
-            let third = SocketAddr::from((SECOND, asker.second.port()));
+            let requester = requester(&address.replace("0.0.0.0", "127.0.0.1"), "node").await;
+            let me = requester.socket.local_addr().unwrap();
+            let third = SocketAddr::from((SECOND, requester.second.port()));
             for (to, other, from) in [
-                (asker.relay, OTHER_PORT, asker.second),
-                (asker.relay, OTHER_ADDRESS, third),
-                (asker.second, OTHER_ADDRESS, third),
+                (requester.relay, OTHER_PORT, requester.second),
+                (requester.relay, OTHER_ADDRESS, third),
+                (requester.second, OTHER_ADDRESS, third),
                 (third, SAME, third),
             ] {
-                asker.socket.send_to(&asker.request(1, other, 0), to).unwrap();
-                assert_eq!(asker.answer(&asker.socket), (from, 1, me));
+                requester.socket.send_to(&requester.request(1, other, 0), to).unwrap();
+                assert_eq!(requester.answer(&requester.socket), (from, 1, me));
             }
         });
         relay.stop();
@@ -350,53 +350,53 @@ fn a_relay_answers_from_its_other_address_wherever_it_is_bound() {
 fn a_relay_answers_nobody_else_nowhere_else_and_not_without_end() {
     let (relay, address) = relay();
     tokio_runtime(2).unwrap().block_on(async {
-        let asker = asker(&address, "node").await;
-        let good = asker.request(1, SAME, 0);
+        let requester = requester(&address, "node").await;
+        let good = requester.request(1, SAME, 0);
         // Not the node's address: not answered there, and not anywhere.
         let [(elsewhere, same_port), (third, third_port)] = [0; 2].map(|_| same_port_at_both());
-        elsewhere.send_to(&good, asker.relay).unwrap();
-        let to_third = asker.request(2, SAME, third.local_addr().unwrap().port());
-        elsewhere.send_to(&to_third, asker.relay).unwrap();
+        elsewhere.send_to(&good, requester.relay).unwrap();
+        let to_third = requester.request(2, SAME, third.local_addr().unwrap().port());
+        elsewhere.send_to(&to_third, requester.relay).unwrap();
         // A server's port, which not everybody may listen at.
         let server = (512..1024).find_map(|port| UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).ok());
         let port = server.as_ref().map_or(53, |server| server.local_addr().unwrap().port());
-        asker.socket.send_to(&asker.request(3, SAME, port), asker.relay).unwrap();
+        requester.socket.send_to(&requester.request(3, SAME, port), requester.relay).unwrap();
         // Nobody's secret, another one's, and what is no request.
         let mut forged = good.clone();
         forged[51] ^= 1;
-        asker.socket.send_to(&forged, asker.relay).unwrap();
+        requester.socket.send_to(&forged, requester.relay).unwrap();
         let mut stranger = good.clone();
         stranger[2] ^= 1;
-        asker.socket.send_to(&stranger, asker.relay).unwrap();
-        asker.socket.send_to(&good[..51], asker.relay).unwrap();
+        requester.socket.send_to(&stranger, requester.relay).unwrap();
+        requester.socket.send_to(&good[..51], requester.relay).unwrap();
         // All of them from both ports.
         for bad in [&forged, &stranger] {
-            asker.socket.send_to(bad, asker.second).unwrap();
+            requester.socket.send_to(bad, requester.second).unwrap();
         }
-        elsewhere.send_to(&good, asker.second).unwrap();
-        asker.socket.send_to(&asker.request(4, SAME, 0), asker.relay).unwrap();
-        assert_eq!(asker.answer(&asker.socket).1, 4, "the first that is answered");
+        elsewhere.send_to(&good, requester.second).unwrap();
+        requester.socket.send_to(&requester.request(4, SAME, 0), requester.relay).unwrap();
+        assert_eq!(requester.answer(&requester.socket).1, 4, "the first that is answered");
         for silent in [&elsewhere, &third, &same_port, &third_port].into_iter().chain(&server) {
             silent.set_nonblocking(true).unwrap();
             assert!(silent.recv_from(&mut [0; 100]).is_err());
         }
 
         // As many at once as may be, at both ports together, and what comes anew meanwhile.
-        asker.socket.set_nonblocking(true).unwrap();
+        requester.socket.set_nonblocking(true).unwrap();
         let (begun, mut answered, mut asked) = (Instant::now(), 0, 0);
         while asked < 1000 {
-            for to in [asker.relay, asker.second] {
-                asker.socket.send_to(&good, to).unwrap();
+            for to in [requester.relay, requester.second] {
+                requester.socket.send_to(&good, to).unwrap();
                 asked += 1;
             }
             std::thread::sleep(Duration::from_micros(200));
-            while asker.socket.recv_from(&mut [0; 100]).is_ok() {
+            while requester.socket.recv_from(&mut [0; 100]).is_ok() {
                 answered += 1;
             }
         }
-        asker.socket.set_nonblocking(false).unwrap();
-        asker.socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
-        while asker.socket.recv_from(&mut [0; 100]).is_ok() {
+        requester.socket.set_nonblocking(false).unwrap();
+        requester.socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        while requester.socket.recv_from(&mut [0; 100]).is_ok() {
             answered += 1;
         }
         let most = 200 + 20 * (begun.elapsed().as_secs() + 1);
@@ -419,7 +419,7 @@ fn same_port_at_both() -> (UdpSocket, UdpSocket) {
 fn a_secret_is_good_as_long_as_the_registration() {
     let (relay, address) = relay();
     tokio_runtime(2).unwrap().block_on(async {
-        let (gone, here) = (asker(&address, "gone").await, asker(&address, "here").await);
+        let (gone, here) = (requester(&address, "gone").await, requester(&address, "here").await);
         assert_ne!(gone.id, here.id);
         gone._connection.close(0u8.into(), b"");
         eventually("gone", || relay.stats().relay.unwrap().registrations == 1).await;

@@ -11,8 +11,8 @@ use crate::common::{
     send_to_node, until,
 };
 use macula_peer::{
-    Config, ConnectError, Engine, Event, Message, Path, RequestError, RouteError, SendError, Target, UndeliveredReason,
-    Verify, Ways,
+    Candidates, Config, ConnectError, Engine, Event, Message, Path, RequestError, RouteError, SendError, Target,
+    UndeliveredReason, Verify,
 };
 use macula_peer_testkit::quic::tokio_runtime;
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
@@ -34,13 +34,13 @@ fn named(name: &str) -> (Engine, Arc<Inbox>, String) {
     listener(Config { node_id: Some(node_id(name)), ..Config::default() })
 }
 
-fn at(endpoints: &[&str]) -> Ways {
-    Ways { endpoints: endpoints.iter().map(|address| endpoint(address)).collect(), ..Ways::default() }
+fn at(endpoints: &[&str]) -> Candidates {
+    Candidates { endpoints: endpoints.iter().map(|address| endpoint(address)).collect(), ..Candidates::default() }
 }
 
-fn ask(engine: &Engine, name: &str, ways: Ways, message: Message) -> Result<RawFrame, RequestError> {
+fn ask(engine: &Engine, name: &str, candidates: Candidates, message: Message) -> Result<RawFrame, RequestError> {
     let node = node_id(name);
-    engine.learn(&node, ways);
+    engine.learn(&node, candidates);
     engine.resolved(&node, true);
     let (answer, answered) = mpsc::channel();
     engine.request(&Target::Node(&node), message, move |reply| answer.send(reply).unwrap());
@@ -83,8 +83,8 @@ fn an_endpoint_that_leads_back_to_the_sender_is_not_the_node() {
             assert_eq!(refused, wrong_node().into());
             assert!(begun.elapsed() < PATIENCE / 4, "{:?}", begun.elapsed());
             let before = inbox.len();
-            let ways = Ways { endpoints: at(&[&own]).endpoints, ..over(&[&relay_address]) };
-            let sent = send_to_node(&sender, "target", ways, message(Publish, 1, PATIENCE));
+            let candidates = Candidates { endpoints: at(&[&own]).endpoints, ..over(&[&relay_address]) };
+            let sent = send_to_node(&sender, "target", candidates, message(Publish, 1, PATIENCE));
             assert_eq!(sent, Ok(()), "{verify:?} {name:?}");
             until("it arrives", || inbox.len() == before + 1);
             assert!(matches!(path(&sender, "target"), Some(Path::Relay(_))));
@@ -144,8 +144,8 @@ fn a_relay_that_leads_to_another_node_gets_no_message_there_and_is_not_the_last_
 fn a_node_that_takes_another_id_gets_nothing_more_for_the_old_one() {
     let ((first, first_inbox, first_address), (second, second_inbox, second_address)) = (named("old"), named("spare"));
     let sender = engine(Config::default());
-    let ways = || at(&[&first_address, &second_address]);
-    let send = |n| send_to_node(&sender, "old", ways(), message(Publish, n, PATIENCE)).unwrap();
+    let candidates = || at(&[&first_address, &second_address]);
+    let send = |n| send_to_node(&sender, "old", candidates(), message(Publish, n, PATIENCE)).unwrap();
     (0..10).for_each(send);
     until("they arrive", || first_inbox.len() == 10 && owes_nothing(&sender));
     first.register(node_id("new"), Vec::new());
@@ -168,7 +168,7 @@ fn a_node_that_takes_another_id_gets_nothing_more_for_the_old_one() {
             asked.reply.unwrap().reply(frame(Pong, 21, 1)).unwrap();
         }
     });
-    let answer = ask(&sender, "old", ways(), message(Ping, 21, PATIENCE)).unwrap();
+    let answer = ask(&sender, "old", candidates(), message(Ping, 21, PATIENCE)).unwrap();
     assert_eq!(answer.type_id(), Pong.id());
     answering.join().unwrap();
     assert_eq!(second_inbox.len(), 10);
@@ -233,7 +233,7 @@ fn messages_to_a_node_that_comes_back_with_another_key_end_as_untrusted_until_it
     until("it is reported", || !undelivered(&events).is_empty());
     assert_eq!(undelivered(&events), [UndeliveredReason::Untrusted]);
     assert_eq!(send(3, PATIENCE), Err(untrusted()));
-    assert_eq!(ask(&sender, "target", Ways::default(), message(Ping, 4, PATIENCE)), Err(untrusted().into()));
+    assert_eq!(ask(&sender, "target", Candidates::default(), message(Ping, 4, PATIENCE)), Err(untrusted().into()));
     assert_eq!(inbox.len(), 0);
 
     sender.forget(&node_id("target"));
@@ -274,7 +274,7 @@ fn a_node_that_no_waiting_message_may_go_to_is_not_learnt_and_not_linked() {
     assert_eq!(path(&sender, "target"), None);
     send_to_node(&sender, "target", at(&[&wrong, &right]), only(1)).unwrap();
     until("it arrives", || inbox.len() == 1);
-    send_to_node(&sender, "target", Ways::default(), message(Publish, 2, PATIENCE)).unwrap();
+    send_to_node(&sender, "target", Candidates::default(), message(Publish, 2, PATIENCE)).unwrap();
     until("it arrives", || inbox.len() == 2);
     assert_eq!(stolen.len(), 0);
     for engine in [sender, impostor, target] {
@@ -324,7 +324,7 @@ fn a_call_that_names_a_key_asks_relays_beside_a_link_to_another_node() {
     assert_eq!(ask(&sender, "target", over(&[&relay_address]), asked).unwrap().type_id(), Pong.id());
     answering.join().unwrap();
     assert!(matches!(path(&sender, "target"), Some(Path::Relay(_))), "{:?}", path(&sender, "target"));
-    send_to_node(&sender, "target", Ways::default(), message(Publish, 2, PATIENCE)).unwrap();
+    send_to_node(&sender, "target", Candidates::default(), message(Publish, 2, PATIENCE)).unwrap();
     until("it arrives", || inbox.numbers() == [2]);
     assert_eq!(stolen.len(), 1);
     for engine in [sender, impostor, target, relay] {

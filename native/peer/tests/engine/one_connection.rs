@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{endpoint, listener, member, member_of, message, node_id, over, relay, send_to_node, until};
-use macula_peer::{Config, Engine, HolePunching, Path, Ways};
+use macula_peer::{Candidates, Config, Engine, HolePunching, Path};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -33,7 +33,7 @@ fn one_of_two_circuits_remains_when_both_begin_at_once() {
         let begun = |node: &Engine| 1 - node.stats().accepted.len();
         assert_eq!(begun(a) + begun(b), 1, "one of them began it");
         for (from, to) in [(a, &names[1]), (b, &names[0])] {
-            send_to_node(from, to, Ways::default(), message(Publish, 10, TIMEOUT)).unwrap();
+            send_to_node(from, to, Candidates::default(), message(Publish, 10, TIMEOUT)).unwrap();
         }
         until("it is good for both", || a_inbox.len() == 11 && b_inbox.len() == 11);
         assert_eq!(relay.stats().relay.unwrap().circuits, 1);
@@ -57,15 +57,15 @@ fn a_node_that_can_be_dialled_answers_over_the_direct_connection() {
     until("it arrives", || hidden_inbox.len() == 1);
     assert!(matches!(public.stats().peers[0].link.unwrap().path, Path::Relay(_)));
 
-    let ways = Ways { endpoints: vec![endpoint(&public_address)], ..Ways::default() };
-    send_to_node(&hidden, "public", ways, message(Publish, 2, TIMEOUT)).unwrap();
+    let candidates = Candidates { endpoints: vec![endpoint(&public_address)], ..Candidates::default() };
+    send_to_node(&hidden, "public", candidates, message(Publish, 2, TIMEOUT)).unwrap();
     until("it arrives", || public_inbox.len() == 1);
     until("both use the direct one", || {
         let path = |node: &Engine| node.stats().peers[0].link.as_ref().map(|link| link.path);
         [&public, &hidden].into_iter().all(|node| path(node) == Some(Path::Direct))
     });
     until("the circuit is gone", || relay.stats().relay.unwrap().circuits == 0);
-    send_to_node(&public, "hidden", Ways::default(), message(Publish, 3, TIMEOUT)).unwrap();
+    send_to_node(&public, "hidden", Candidates::default(), message(Publish, 3, TIMEOUT)).unwrap();
     until("it arrives", || hidden_inbox.len() == 2);
     assert_eq!(hidden_inbox.messages.lock().unwrap()[1].path, Path::Direct);
     for engine in [public, hidden, relay] {

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{member_of, message, node_id, over, relay, send_to_node, until};
-use macula_peer::{Config, Engine, HolePunching, Path, PunchError, Target, Ways};
+use macula_peer::{Candidates, Config, Engine, HolePunching, Path, PunchError, Target};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -92,8 +92,8 @@ fn what_is_hopeless_is_asked_for_once_whatever_callers_say() {
     }
     assert_eq!(refused(), 1);
     // What was skipped until now is tried once more.
-    a.learn(&node_id("b"), Ways { hole_punch: Some(false), ..Ways::default() });
-    a.learn(&node_id("b"), Ways { hole_punch: Some(true), ..Ways::default() });
+    a.learn(&node_id("b"), Candidates { hole_punch: Some(false), ..Candidates::default() });
+    a.learn(&node_id("b"), Candidates { hole_punch: Some(true), ..Candidates::default() });
     until("asked once more", || refused() == 2);
     for engine in [a, b, relay] {
         engine.stop();

@@ -6,7 +6,7 @@ use crate::common::raw::{Said, bin, map};
 use crate::common::{
     engine, frame, listener, member, message, node_id, over, relay, relay_of, request, send_to_node, until,
 };
-use macula_peer::{Config, ConnectError, Event, Message, Path, RouteError, SendError, Ways};
+use macula_peer::{Candidates, Config, ConnectError, Event, Message, Path, RouteError, SendError};
 use macula_peer_testkit::crowd::Crowd;
 use macula_peer_testkit::quic::{node_config, transport};
 use macula_peer_wire::MessageType::{self, NatProbe, Publish};
@@ -74,7 +74,7 @@ fn a_relay_that_does_not_know_the_node_is_not_the_last_one_asked() {
     let not_registered = macula_peer::Refusal::NotRegistered;
     assert_eq!(unknown, Err(SendError::Route(RouteError::Setup(not_registered))));
     assert_eq!(
-        send_to_node(&sender, "nowhere", Ways::default(), message(Publish, 1, TIMEOUT)),
+        send_to_node(&sender, "nowhere", Candidates::default(), message(Publish, 1, TIMEOUT)),
         Err(SendError::Route(RouteError::NoRelay))
     );
     for engine in [sender, target, first, second] {
@@ -87,10 +87,10 @@ fn a_node_with_another_key_than_expected_gets_nothing() {
     let (relay, address) = relay(0);
     let (target, inbox) = member("target", &[&address]);
     let sender = engine(Config::default());
-    let wrong = Ways { key: Some([7; 32].into()), ..over(&[&address]) };
+    let wrong = Candidates { key: Some([7; 32].into()), ..over(&[&address]) };
     let refused = send_to_node(&sender, "target", wrong, message(Publish, 1, TIMEOUT));
     assert_eq!(refused, Err(SendError::Route(RouteError::Node(ConnectError::Untrusted))));
-    let right = Ways { key: Some(target.fingerprint()), ..over(&[&address]) };
+    let right = Candidates { key: Some(target.fingerprint()), ..over(&[&address]) };
     send_to_node(&sender, "target", right, message(Publish, 2, TIMEOUT)).unwrap();
     until("it arrives", || inbox.len() == 1);
     assert_eq!(inbox.numbers(), [2]);
@@ -108,12 +108,12 @@ fn messages_survive_relays_that_are_killed_and_a_better_path() {
     let sender = std::sync::Arc::new(engine(Config::default()));
     let total = 30_000;
     let sending = std::thread::spawn({
-        let (sender, ways, mut better) = (sender.clone(), over(&[&address]), over(&[&address]));
+        let (sender, candidates, mut better) = (sender.clone(), over(&[&address]), over(&[&address]));
         better.endpoints.push(crate::common::endpoint(&direct));
         move || {
             for n in 0..total {
                 let message = Message { frame: frame(Publish, n, 100), kind: Publish, deadline: None, key: None };
-                send_to_node(&sender, "target", ways.clone(), message).unwrap();
+                send_to_node(&sender, "target", candidates.clone(), message).unwrap();
                 if n % 100 == 0 {
                     std::thread::sleep(Duration::from_millis(10));
                 }
@@ -199,10 +199,13 @@ fn a_session_goes_on_over_a_better_path_and_back() {
     let direct = format!("127.0.0.1:{}", target.listen(Default::default()).unwrap().port());
     let sender = engine(Config::default());
     let path = || sender.stats().peers[0].link.map(|link| link.path);
-    let send = |n, ways| send_to_node(&sender, "target", ways, message(Publish, n, TIMEOUT)).unwrap();
+    let send = |n, candidates| send_to_node(&sender, "target", candidates, message(Publish, n, TIMEOUT)).unwrap();
     send(0, over(&[&address]));
     until("over the relay", || inbox.len() == 1);
-    sender.learn(&node_id("target"), Ways { endpoints: vec![crate::common::endpoint(&direct)], ..over(&[&address]) });
+    sender.learn(
+        &node_id("target"),
+        Candidates { endpoints: vec![crate::common::endpoint(&direct)], ..over(&[&address]) },
+    );
     until("on the direct path", || path() == Some(Path::Direct));
     send(1, over(&[&address]));
     until("it arrives", || inbox.len() == 2);

@@ -11,8 +11,8 @@ use crate::common::{
     Forwarder, PATIENCE, endpoint, engine, frame, listener, message, node_id, number, request, send, until,
 };
 use macula_peer::{
-    Config, ConnectError, Delivery, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError, Message,
-    ReplyError, RequestError, SendError, Target, Unhandled, Ways,
+    Candidates, Config, ConnectError, Delivery, EndpointRef, Engine, Event, Handler, Inbound, Listen, ListenError,
+    Message, ReplyError, RequestError, SendError, Target, Unhandled,
 };
 use macula_peer_wire::MessageType::{Ping, Pong, Publish};
 use macula_peer_wire::RawFrame;
@@ -70,7 +70,7 @@ fn without_an_answer_the_deadline_is_kept_and_nothing_is_held() {
         (peer.unacknowledged_bytes, peer.failed) == (0, 1)
     });
     let token = inbox.messages.lock().unwrap().remove(0).reply.unwrap();
-    // The asker has stopped reading, which the listener learns with the next packet.
+    // The requester has stopped reading, which the listener learns with the next packet.
     until("the token is void", || token.reply(frame(Pong, 0, 1)) != Ok(()));
     client.stop();
     server.stop();
@@ -166,7 +166,7 @@ fn a_listener_gets_the_port_that_it_asks_for_or_an_error() {
 fn ask(engine: &Engine, endpoints: &[SocketAddr], asked: Message) -> mpsc::Receiver<Result<RawFrame, RequestError>> {
     let node = node_id("asked");
     let endpoints = endpoints.iter().map(|address| endpoint(&address.to_string())).collect();
-    let look_up = engine.learn(&node, Ways { endpoints, ..Ways::default() });
+    let look_up = engine.learn(&node, Candidates { endpoints, ..Candidates::default() });
     let (answer, answered) = mpsc::channel();
     // The receiver may be gone.
     engine.request(&Target::Node(&node), asked, move |reply| drop(answer.send(reply)));

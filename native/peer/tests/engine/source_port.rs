@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::common::{endpoint, engine, listener, member_of, message, over, relay, send, send_to_node, until};
-use macula_peer::{Config, EndpointRef, Engine, HolePunching, SendError, Target, Ways};
+use macula_peer::{Candidates, Config, EndpointRef, Engine, HolePunching, SendError, Target};
 use macula_peer_wire::MessageType::Publish;
 
 /// Three dials fit in a short test.
@@ -170,10 +170,10 @@ fn an_endpoint_and_a_node_behind_a_dead_mapping_are_reached_from_another_port() 
     let mapper = Mapper::new(&address);
     let by_endpoint = engine(config());
     let by_node_id = engine(config());
-    let ways = || Ways { endpoints: vec![endpoint(&mapper.endpoint())], ..Ways::default() };
+    let candidates = || Candidates { endpoints: vec![endpoint(&mapper.endpoint())], ..Candidates::default() };
     let send_both = |n| {
         send_on(|| send(&by_endpoint, &mapper.endpoint(), message(Publish, n, TIMEOUT)));
-        send_on(|| send_to_node(&by_node_id, "target", ways(), message(Publish, n + 1, TIMEOUT)));
+        send_on(|| send_to_node(&by_node_id, "target", candidates(), message(Publish, n + 1, TIMEOUT)));
     };
     send_both(1);
     until("they arrive", || arrived.numbers() == [1, 2]);

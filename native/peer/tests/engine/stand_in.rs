@@ -7,7 +7,7 @@ use crate::common::raw::macula_server;
 use crate::common::{
     Forwarder, Inbox, endpoint, engine, frame, listener, message, node_id, number, over, send_to_node, until,
 };
-use macula_peer::{Config, Delivery, Event, Message, PeerName, SendError, UndeliveredReason, Verify, Ways};
+use macula_peer::{Candidates, Config, Delivery, Event, Message, PeerName, SendError, UndeliveredReason, Verify};
 use macula_peer_wire::MessageType::Publish;
 use macula_peer_wire::{Limits, Reassembler};
 use quinn::Connection;
@@ -52,8 +52,9 @@ fn at_most_once_what_may_have_arrived_is_not_passed_on() {
     });
     let events = Arc::new(Inbox::default());
     sender.set_handler(Some(events.clone()));
-    let ways = Ways { endpoints: vec![endpoint(&forwarder.address.to_string())], ..over(&[&gateway_address]) };
-    let send = |n| send_to_node(&sender, "target", ways.clone(), message(Publish, n, TIMEOUT));
+    let candidates =
+        Candidates { endpoints: vec![endpoint(&forwarder.address.to_string())], ..over(&[&gateway_address]) };
+    let send = |n| send_to_node(&sender, "target", candidates.clone(), message(Publish, n, TIMEOUT));
     send(0).unwrap();
     until("acknowledged", || sender.stats().peers[0].unacknowledged_bytes == 0 && inbox.len() == 1);
     forwarder.swallow(true);

@@ -15,7 +15,7 @@ use crate::queue::{GivenUp, Queue, Queued};
 use crate::race::{self, Attempt, AttemptId, Ended, Tries};
 use crate::session_sender::{Owed, SessionSender, Settled, StreamEnd};
 use crate::trust::{Answer, Verdict};
-use crate::types::{Endpoint, EndpointRef, Fingerprint, Ways};
+use crate::types::{Candidates, Endpoint, EndpointRef, Fingerprint};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const SWEEP_EVERY: Time = 10 * MS;
@@ -25,7 +25,7 @@ const REPLACED_FOR: Time = SECOND;
 
 /// A message on its way.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Letter {
+pub(super) struct Envelope {
     pub(super) id: u32,
     pub(super) deadline: Option<Instant>,
     pub(super) key: Option<Fingerprint>,
@@ -38,7 +38,7 @@ impl Peer {
     }
 }
 
-impl Owed for Letter {
+impl Owed for Envelope {
     fn size(&self) -> usize {
         300
     }
@@ -48,7 +48,7 @@ impl Owed for Letter {
     }
 }
 
-impl Letter {
+impl Envelope {
     fn is_for(&self, shown: Option<Fingerprint>) -> bool {
         self.key.is_none() || self.key == shown
     }
@@ -56,7 +56,7 @@ impl Letter {
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Job {
-    letter: Letter,
+    envelope: Envelope,
     at: Instant,
     /// Its sender has its `ok`.
     accepted: bool,
@@ -76,15 +76,15 @@ impl Queued for Job {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        self.letter.deadline
+        self.envelope.deadline
     }
 
     fn set_deadline(&mut self, deadline: Instant) {
-        self.letter.deadline = Some(deadline);
+        self.envelope.deadline = Some(deadline);
     }
 
     fn key(&self) -> Option<Fingerprint> {
-        self.letter.key
+        self.envelope.key
     }
 }
 
@@ -93,7 +93,7 @@ pub(super) struct Peer {
     pub(super) name: usize,
     pub(super) state: LinkState,
     queue: Queue<Job>,
-    pub(super) session: SessionSender<Letter>,
+    pub(super) session: SessionSender<Envelope>,
     streams: [Option<Out>; 2],
     known: Knowledge,
     arrived: bool,
@@ -175,20 +175,20 @@ impl World {
     }
 
     /// What a caller knows. Whether the rest should be looked up.
-    pub(super) fn learn_ways(&mut self, node: usize, peer: usize, ways: Ways) -> bool {
+    pub(super) fn learn_ways(&mut self, node: usize, peer: usize, candidates: Candidates) -> bool {
         let now = self.clock();
         let knowing = &mut self.nodes[node].peers[peer];
-        knowing.known.learn(ways);
+        knowing.known.learn(candidates);
         let looks_up = !knowing.visible && knowing.known.begin_lookup(now);
         self.touch(node, peer);
         looks_up
     }
 
     /// What a lookup has found.
-    pub(super) fn found_ways(&mut self, node: usize, peer: usize, ways: Ways, ended: bool) {
+    pub(super) fn found_ways(&mut self, node: usize, peer: usize, candidates: Candidates, ended: bool) {
         let now = self.clock();
         let knowing = &mut self.nodes[node].peers[peer];
-        if knowing.known.found(ways) {
+        if knowing.known.found(candidates) {
             knowing.state.ways_found();
         }
         if ended {
@@ -198,22 +198,22 @@ impl World {
     }
 
     /// Sends a message: over the live link, or from the queue.
-    pub(super) fn send(&mut self, node: usize, peer: usize, letter: Letter) {
+    pub(super) fn send(&mut self, node: usize, peer: usize, envelope: Envelope) {
         let (at, now) = (self.clock(), self.now);
         let sending = &mut self.nodes[node].peers[peer];
         sending.used = now;
         let shown = sending.state.link().and_then(|link| link.shown);
-        let fits = sending.visible && letter.is_for(shown);
+        let fits = sending.visible && envelope.is_for(shown);
         let accepted = fits && (sending.queue.is_empty() || sending.queue.may_accept());
         if fits && sending.queue.is_empty() {
-            sending.queue.expect(letter.deadline);
-            sending.session.push(letter);
+            sending.queue.expect(envelope.deadline);
+            sending.session.push(envelope);
         } else {
             sending.watch.calls += u64::from(!accepted);
-            sending.queue.push(Job { letter, at, accepted });
+            sending.queue.push(Job { envelope, at, accepted });
         }
         if accepted {
-            self.accepted(node, letter.id);
+            self.accepted(node, envelope.id);
         }
         self.touch(node, peer);
     }
@@ -265,7 +265,7 @@ impl World {
 
     pub(super) fn keys_of_waiting(&self, node: usize, peer: usize) -> Vec<Option<Fingerprint>> {
         let Peer { queue, session, visible, .. } = &self.nodes[node].peers[peer];
-        let keys = queue.waiting_keys(*visible, session.messages().map(|letter| letter.key));
+        let keys = queue.waiting_keys(*visible, session.messages().map(|envelope| envelope.key));
         if keys.is_empty() { queue.sought().to_vec() } else { keys }
     }
 
@@ -403,7 +403,7 @@ impl World {
         let at = &self.nodes[node].peers[peer];
         let sought = match at.state.is_usable() {
             true => at.queue.parked_keys(),
-            false => at.queue.waiting_keys(at.visible, at.session.messages().map(|letter| letter.key)),
+            false => at.queue.waiting_keys(at.visible, at.session.messages().map(|envelope| envelope.key)),
         };
         let mut offers = Vec::new();
         for key in crate::queue::distinct(sought.into_iter().flatten().chain(expected)) {
@@ -426,7 +426,7 @@ impl World {
         let visible = self.nodes[node].peers[peer].visible;
         if matches!(want, Want::Link | Want::OtherKey) {
             let at = &mut self.nodes[node].peers[peer];
-            let keys: Vec<_> = at.session.messages().map(|letter| letter.key).collect();
+            let keys: Vec<_> = at.session.messages().map(|envelope| envelope.key).collect();
             at.queue.seek(visible, keys.into_iter());
         }
         let began = match want {
@@ -446,7 +446,7 @@ impl World {
             Some(crate::types::Path::Relay(relay)) => Some(endpoint(relay)),
             _ => None,
         };
-        let tries = Tries { ways: at.known.ways(), own_relays, resolving: at.known.resolving(now), bound };
+        let tries = Tries { candidates: at.known.candidates(), own_relays, resolving: at.known.resolving(now), bound };
         at.known.tried();
         at.state.search(want, &began, &tries, relay, now);
         self.obey(node, peer);
@@ -527,11 +527,11 @@ impl World {
         at.visible = true;
         at.queue.found();
         at.watch.up(self.now);
-        let refused = at.session.refuse(|letter| !letter.is_for(link.shown));
+        let refused = at.session.refuse(|envelope| !envelope.is_for(link.shown));
         at.session.attach(id, now);
         at.swept_at = self.now;
-        for letter in refused {
-            self.undelivered(node, letter.id, UndeliveredReason::Untrusted);
+        for envelope in refused {
+            self.undelivered(node, envelope.id, UndeliveredReason::Untrusted);
         }
         self.open_streams(node, peer);
         if link.dialled {
@@ -620,14 +620,14 @@ impl World {
             }
             let shown = at.state.link().and_then(|link| link.shown);
             let Some(job) = at.queue.pop() else { return };
-            if !job.letter.is_for(shown) {
+            if !job.envelope.is_for(shown) {
                 at.queue.park(job, now);
                 continue;
             }
-            at.session.push(job.letter);
-            at.queue.expect(job.letter.deadline);
+            at.session.push(job.envelope);
+            at.queue.expect(job.envelope.deadline);
             if !job.accepted {
-                self.accepted(node, job.letter.id);
+                self.accepted(node, job.envelope.id);
             }
         }
     }
@@ -641,8 +641,8 @@ impl World {
         let (expired, next) = at.session.expire(now);
         let GivenUp { queued, parked } = at.queue.give_up(next, now);
         let late = if at.state.meets_another_key() { UndeliveredReason::Untrusted } else { UndeliveredReason::Expired };
-        for letter in expired {
-            self.undelivered(node, letter.id, late);
+        for envelope in expired {
+            self.undelivered(node, envelope.id, late);
         }
         queued.into_iter().for_each(|job| self.job_failed(node, &job, late));
         parked.into_iter().for_each(|job| self.job_failed(node, &job, UndeliveredReason::Untrusted));
@@ -650,8 +650,8 @@ impl World {
 
     fn job_failed(&mut self, node: usize, job: &Job, why: UndeliveredReason) {
         match job.accepted {
-            true => self.undelivered(node, job.letter.id, why),
-            false => self.call_failed(node, job.letter.id),
+            true => self.undelivered(node, job.envelope.id, why),
+            false => self.call_failed(node, job.envelope.id),
         }
     }
 
@@ -660,7 +660,7 @@ impl World {
         let at = &mut self.nodes[node].peers[peer];
         let later_stay = later_stay || at.known.has_learned();
         let failed = at.queue.fail(begun, later_stay);
-        failed.into_iter().for_each(|job| self.call_failed(node, job.letter.id));
+        failed.into_iter().for_each(|job| self.call_failed(node, job.envelope.id));
     }
 
     // The session's streams.
@@ -719,14 +719,14 @@ impl World {
         })
     }
 
-    fn settled(&mut self, node: usize, settled: Settled<Letter>) {
+    fn settled(&mut self, node: usize, settled: Settled<Envelope>) {
         let Settled { acknowledged, lost, forgotten, rejected } = settled;
-        acknowledged.into_iter().for_each(|letter| self.acknowledged(node, letter.id));
-        lost.into_iter().for_each(|letter| self.undelivered(node, letter.id, UndeliveredReason::LinkLost));
-        forgotten.into_iter().for_each(|letter| self.undelivered(node, letter.id, UndeliveredReason::SessionLost));
+        acknowledged.into_iter().for_each(|envelope| self.acknowledged(node, envelope.id));
+        lost.into_iter().for_each(|envelope| self.undelivered(node, envelope.id, UndeliveredReason::LinkLost));
+        forgotten.into_iter().for_each(|envelope| self.undelivered(node, envelope.id, UndeliveredReason::SessionLost));
         rejected
             .into_iter()
-            .for_each(|(letter, why)| self.undelivered(node, letter.id, UndeliveredReason::Rejected(why)));
+            .for_each(|(envelope, why)| self.undelivered(node, envelope.id, UndeliveredReason::Rejected(why)));
     }
 }
 

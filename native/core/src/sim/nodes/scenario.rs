@@ -3,10 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::network::{Cut, Event, Is, MS, SECOND, Time, Weather};
-use super::peer::{Letter, endpoint};
+use super::peer::{Envelope, endpoint};
 use super::world::{World, trace};
 use crate::sim::gate::Kind;
-use crate::types::{Endpoint, Ways};
+use crate::types::{Candidates, Endpoint};
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -373,8 +373,8 @@ impl World {
         let name = self.nodes[to].name;
         let key = key.then(|| self.keys[self.nodes[to].key]);
         let peer = self.peer(from, name);
-        let ways = self.ways_to(to, 0);
-        if self.learn_ways(from, peer, ways) {
+        let candidates = self.ways_to(to, 0);
+        if self.learn_ways(from, peer, candidates) {
             let starts = self.nodes[from].starts;
             let at = self.now + self.random.u64(1..800) * MS;
             self.plan(at, Step::Found { node: from, starts, to });
@@ -383,12 +383,12 @@ impl World {
         let patience = self.patience(from, peer).as_micros() as Time;
         let id = self.new_message(from, to, key, until, patience);
         trace!(self, "message {id}: node {from} sends to node {to}, for {deadline:?}");
-        let letter = Letter { id, deadline: until.map(|until| self.instant(until)), key };
-        self.send(from, peer, letter);
+        let envelope = Envelope { id, deadline: until.map(|until| self.instant(until)), key };
+        self.send(from, peer, envelope);
     }
 
     /// What callers and lookups say. The relays of a node are known; its address may be a wrong one.
-    fn ways_to(&mut self, to: usize, lookup: u8) -> Ways {
+    fn ways_to(&mut self, to: usize, lookup: u8) -> Candidates {
         let relays: Vec<Endpoint> =
             self.nodes[to].relays.iter().map(|relay| endpoint(self.relay_address(*relay))).collect();
         let mut endpoints = Vec::new();
@@ -399,7 +399,7 @@ impl World {
         if self.is_public(self.nodes[to].host) && self.random.u8(..3) < lookup + 1 {
             endpoints.push(self.address_of(to));
         }
-        Ways { endpoints: endpoints.into_iter().map(endpoint).collect(), relays, ..Ways::default() }
+        Candidates { endpoints: endpoints.into_iter().map(endpoint).collect(), relays, ..Candidates::default() }
     }
 
     fn lookup_ends(&mut self, node: usize, starts: u32, to: usize) {
@@ -408,7 +408,7 @@ impl World {
         }
         let name = self.nodes[to].name;
         let peer = self.peer(node, name);
-        let ways = self.ways_to(to, 1);
-        self.found_ways(node, peer, ways, true);
+        let candidates = self.ways_to(to, 1);
+        self.found_ways(node, peer, candidates, true);
     }
 }

@@ -60,7 +60,7 @@ pub(crate) fn signals() -> (Signals, mpsc::Receiver<(Via, Received)>) {
 
 /// Takes out of one receive buffer what is not QUIC's, and hands on what may be signals. The kernel may have put several
 /// datagrams into it, all of one length but the last.
-pub(super) fn sift(buffer: &mut [u8], meta: &mut RecvMeta, via: Via, signals: &Signals) {
+pub(super) fn demux(buffer: &mut [u8], meta: &mut RecvMeta, via: Via, signals: &Signals) {
     if meta.addr.port() == 0 {
         // No answer can be sent there.
         meta.len = 0;
@@ -105,7 +105,7 @@ mod tests {
     fn sifted(buffer: &mut [u8], stride: usize) -> (Vec<u8>, Vec<Received>) {
         let (signals, mut waiting) = signals();
         let mut meta = meta(buffer.len(), stride);
-        sift(buffer, &mut meta, Via::Main, &signals);
+        demux(buffer, &mut meta, Via::Main, &signals);
         assert_eq!(meta.stride, stride);
         (
             buffer[..meta.len].to_vec(),
@@ -146,7 +146,7 @@ mod tests {
             let mut datagram = [first; 20];
             let mut meta = meta(datagram.len(), datagram.len());
             meta.addr.set_port(0);
-            sift(&mut datagram, &mut meta, Via::Main, &signals);
+            demux(&mut datagram, &mut meta, Via::Main, &signals);
             assert_eq!(meta.len, 0);
         }
         assert!(waiting.try_recv().is_err());
@@ -158,7 +158,7 @@ mod tests {
         for number in 0..WAITING + 10 {
             let mut signal = [&[FIRST_BYTE][..], &number.to_be_bytes()].concat();
             let mut meta = meta(signal.len(), signal.len());
-            sift(&mut signal, &mut meta, Via::Main, &signals);
+            demux(&mut signal, &mut meta, Via::Main, &signals);
             assert_eq!(meta.len, 0);
         }
         let kept: Vec<_> = std::iter::from_fn(|| waiting.try_recv().ok().map(|(_, received)| received)).collect();

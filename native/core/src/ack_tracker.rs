@@ -18,12 +18,12 @@ const REMEMBERED: usize = 64;
 const SETTLING_MARGIN: Duration = Duration::from_millis(5);
 
 /// A moment after which packets carry some data, or leave behind it. Not when the last packet before it left, because the
-/// witness is not told of every packet that leaves: probes of the path's MTU are acknowledged like others.
+/// ack tracker is not told of every packet that leaves: probes of the path's MTU are acknowledged like others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark(Instant);
 
 #[derive(Debug, Default)]
-pub struct Witness {
+pub struct AckTracker {
     last_sent: Option<Instant>,
     lost_since_sent: bool,
     last_loss: Option<Instant>,
@@ -43,7 +43,7 @@ impl Mark {
     }
 }
 
-impl Witness {
+impl AckTracker {
     pub fn sent(&mut self, now: Instant) {
         self.last_sent = Some(now);
         self.lost_since_sent = false;
@@ -103,79 +103,79 @@ mod tests {
     #[test]
     fn nothing_in_flight_proves_all_that_was_sent() {
         let at = clock();
-        let mut witness = Witness::default();
+        let mut ack_tracker = AckTracker::default();
         let before = Mark::new(at(0));
-        assert!(!witness.arrived(before, at(1), RTT));
-        witness.sent(at(1));
+        assert!(!ack_tracker.arrived(before, at(1), RTT));
+        ack_tracker.sent(at(1));
         let after = Mark::new(at(2));
-        witness.acknowledged(at(1));
-        witness.acknowledgements_end(at(101), 0);
-        assert!(witness.arrived(before, at(101), RTT));
-        assert!(!witness.arrived(after, at(101), RTT), "written after the last packet left");
+        ack_tracker.acknowledged(at(1));
+        ack_tracker.acknowledgements_end(at(101), 0);
+        assert!(ack_tracker.arrived(before, at(101), RTT));
+        assert!(!ack_tracker.arrived(after, at(101), RTT), "written after the last packet left");
     }
 
     #[test]
     fn a_loss_is_no_arrival_though_nothing_is_in_flight() {
         let at = clock();
-        let mut witness = Witness::default();
+        let mut ack_tracker = AckTracker::default();
         let mark = Mark::new(at(0));
-        witness.sent(at(1));
-        witness.lost(at(300));
-        witness.acknowledgements_end(at(301), 0);
-        assert!(!witness.arrived(mark, at(1000), RTT));
-        witness.sent(at(302));
-        witness.acknowledged(at(302));
-        witness.acknowledgements_end(at(402), 0);
-        assert!(witness.arrived(mark, at(402), RTT), "sent again and acknowledged");
+        ack_tracker.sent(at(1));
+        ack_tracker.lost(at(300));
+        ack_tracker.acknowledgements_end(at(301), 0);
+        assert!(!ack_tracker.arrived(mark, at(1000), RTT));
+        ack_tracker.sent(at(302));
+        ack_tracker.acknowledged(at(302));
+        ack_tracker.acknowledgements_end(at(402), 0);
+        assert!(ack_tracker.arrived(mark, at(402), RTT), "sent again and acknowledged");
     }
 
     #[test]
     fn with_packets_always_in_flight_a_later_acknowledgement_proves_after_loss_detection() {
         let at = clock();
-        let mut witness = Witness::default();
+        let mut ack_tracker = AckTracker::default();
         let first = Mark::new(at(0));
-        witness.sent(at(1));
-        witness.sent(at(11));
+        ack_tracker.sent(at(1));
+        ack_tracker.sent(at(11));
         let late = Mark::new(at(12));
         for n in 2..30 {
-            witness.sent(at(n * 10 + 1));
+            ack_tracker.sent(at(n * 10 + 1));
         }
-        witness.acknowledged(at(11));
-        witness.acknowledgements_end(at(111), 1000);
-        assert!(!witness.arrived(first, at(112), RTT), "an earlier packet may yet be declared lost");
-        assert!(witness.arrived(first, at(111 + 113 + 6), RTT));
-        assert!(!witness.arrived(late, at(400), RTT), "nothing sent since was acknowledged");
+        ack_tracker.acknowledged(at(11));
+        ack_tracker.acknowledgements_end(at(111), 1000);
+        assert!(!ack_tracker.arrived(first, at(112), RTT), "an earlier packet may yet be declared lost");
+        assert!(ack_tracker.arrived(first, at(111 + 113 + 6), RTT));
+        assert!(!ack_tracker.arrived(late, at(400), RTT), "nothing sent since was acknowledged");
     }
 
     /// Probes of the path's MTU are not told as sent.
     #[test]
     fn a_packet_that_left_unseen_before_the_data_proves_nothing() {
         let at = clock();
-        let mut witness = Witness::default();
-        witness.sent(at(1));
-        witness.acknowledged(at(1));
-        witness.acknowledgements_end(at(101), 0);
+        let mut ack_tracker = AckTracker::default();
+        ack_tracker.sent(at(1));
+        ack_tracker.acknowledged(at(1));
+        ack_tracker.acknowledgements_end(at(101), 0);
         let unseen = at(105);
         let mark = Mark::new(at(110));
-        witness.sent(at(111));
-        witness.acknowledged(unseen);
-        witness.acknowledgements_end(at(205), 1000);
-        assert!(!witness.arrived(mark, at(1000), RTT));
-        witness.acknowledged(at(111));
-        witness.acknowledgements_end(at(1001), 0);
-        assert!(witness.arrived(mark, at(1001), RTT));
+        ack_tracker.sent(at(111));
+        ack_tracker.acknowledged(unseen);
+        ack_tracker.acknowledgements_end(at(205), 1000);
+        assert!(!ack_tracker.arrived(mark, at(1000), RTT));
+        ack_tracker.acknowledged(at(111));
+        ack_tracker.acknowledgements_end(at(1001), 0);
+        assert!(ack_tracker.arrived(mark, at(1001), RTT));
     }
 
     #[test]
     fn with_packets_always_in_flight_a_loss_takes_the_proof_away() {
         let at = clock();
-        let mut witness = Witness::default();
+        let mut ack_tracker = AckTracker::default();
         let mark = Mark::new(at(0));
-        witness.sent(at(1));
-        witness.sent(at(11));
-        witness.acknowledged(at(11));
-        witness.acknowledgements_end(at(111), 1000);
-        witness.lost(at(150));
-        assert!(!witness.arrived(mark, at(1000), RTT));
+        ack_tracker.sent(at(1));
+        ack_tracker.sent(at(11));
+        ack_tracker.acknowledged(at(11));
+        ack_tracker.acknowledgements_end(at(111), 1000);
+        ack_tracker.lost(at(150));
+        assert!(!ack_tracker.arrived(mark, at(1000), RTT));
     }
 }

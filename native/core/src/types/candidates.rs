@@ -7,7 +7,7 @@ const MAX_WAYS: usize = 16;
 
 /// How a peer can be reached.
 #[derive(Debug, Clone, Default)]
-pub struct Ways {
+pub struct Candidates {
     /// Where it may be itself.
     pub endpoints: Vec<Endpoint>,
     /// Relays that may know it, the most likely first.
@@ -20,10 +20,10 @@ pub struct Ways {
     pub hole_punch: Option<bool>,
 }
 
-impl Ways {
+impl Candidates {
     /// Puts what is known now before what was known. Returns whether direct paths may be had that could not before:
     /// there are new endpoints, or NATs may be passed now.
-    pub fn learn(&mut self, new: Ways) -> bool {
+    pub fn learn(&mut self, new: Candidates) -> bool {
         let endpoints = new.endpoints.iter().any(|endpoint| !self.endpoints.contains(endpoint));
         let news = endpoints || (new.hole_punch == Some(true) && self.hole_punch == Some(false));
         merge(&mut self.endpoints, new.endpoints);
