@@ -153,7 +153,7 @@ pub(crate) struct Accepted {
     pub(crate) heavy: AtomicUsize,
     /// One of them waits no more.
     pub(crate) heavy_done: Notify,
-    /// Only [`FIRST_STREAMS`] are allowed so far.
+    /// Only `FIRST_STREAMS` are allowed so far.
     few_streams: AtomicBool,
 }
 
