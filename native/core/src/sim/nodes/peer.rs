@@ -104,8 +104,6 @@ pub(super) struct Peer {
     pub(super) visible: bool,
     replaced: Vec<(ConnId, Time)>,
     swept_at: Time,
-    /// When callers, or messages that came, last used it.
-    pub(super) used: Time,
     dirty: bool,
     armed: Time,
     pub(super) watch: super::promises::Watch,
@@ -165,7 +163,6 @@ impl World {
             visible: false,
             replaced: Vec::new(),
             swept_at: 0,
-            used: self.now,
             dirty: false,
             armed: Time::MAX,
             watch: super::promises::Watch::default(),
@@ -199,9 +196,8 @@ impl World {
 
     /// Sends a message: over the live link, or from the queue.
     pub(super) fn send(&mut self, node: usize, peer: usize, envelope: Envelope) {
-        let (at, now) = (self.clock(), self.now);
+        let at = self.clock();
         let sending = &mut self.nodes[node].peers[peer];
-        sending.used = now;
         let shown = sending.state.link().and_then(|link| link.shown);
         let fits = sending.visible && envelope.is_for(shown);
         let accepted = fits && (sending.queue.is_empty() || sending.queue.may_accept());
