@@ -3,7 +3,6 @@
 //! is printed, and `SEED=n` runs it alone. Whole nodes are in [`super::nodes`].
 #![allow(clippy::unwrap_used)]
 
-use std::collections::HashMap;
 use std::ops::Range;
 
 use self::world::{Ended, World};
@@ -214,6 +213,7 @@ fn a_hostile_peer_gets_nobody_to_send_to_a_bystander() {
 
 #[test]
 fn many_nodes_of_all_kinds_meet_at_many_relays() {
+    let (mut failures, mut all) = (0, 0);
     for seed in seeds(12) {
         let mut world = World::new(seed, 0);
         let relays = world.up_to(19) as usize + 1;
@@ -221,24 +221,22 @@ fn many_nodes_of_all_kinds_meet_at_many_relays() {
         let pairs = world.populate(relays, nodes);
         world.run(READY + 40 * SECOND);
         world.check(|| format!("SEED={seed}"));
-        let mut failed: HashMap<Promise, (u32, u32)> = HashMap::new();
         for (a, b) in pairs {
             let [kind, other] = [a, b].map(|node| world.kind(node));
             let promise = promise(kind, other);
             let connected = world.connected_with(a, b);
             assert_eq!(connected[0], connected[1], "SEED={seed} {kind:?} to {other:?}");
-            let (failures, all) = failed.entry(promise).or_default();
-            *all += 1;
-            *failures += u32::from(!connected[0]);
             match promise {
                 Promise::Always => assert!(connected[0], "SEED={seed} {kind:?} to {other:?}"),
                 Promise::Hopeless | Promise::Never => assert!(!connected[0], "SEED={seed} {kind:?} {other:?}"),
-                Promise::Mostly => {}
+                Promise::Mostly => {
+                    all += 1;
+                    failures += u32::from(!connected[0]);
+                }
             }
-        }
-        if let Some((failures, all)) = failed.get(&Promise::Mostly) {
-            assert!(*all < 10 || failures * 10 <= *all, "SEED={seed}: {failures} of {all} failed after retries");
         }
         assert_eq!(world.sessions_at_relays(), 0, "SEED={seed}");
     }
+    // Each pair tries once, and one run has too few of them.
+    assert!(all < 100 || failures * 10 <= all, "{failures} of {all} failed");
 }
