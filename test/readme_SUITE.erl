@@ -93,7 +93,7 @@ is_in(Test, Sources) ->
     lists:any(fun(Source) -> re:run(Source, ["^(\\s*(async )?fn )?", Name, "\\("], [multiline]) =/= nomatch end, Sources).
 
 tests() ->
-    Patterns = ["native/*/tests/*.rs", "native/*/src/**/*.rs", "test/*_SUITE.erl"],
+    Patterns = ["native/*/tests/**/*.rs", "native/*/src/**/*.rs", "test/*_SUITE.erl"],
     [filename:join(root(), File) || Pattern <- Patterns, File <- filelib:wildcard(Pattern, root())].
 
 snippets(File) ->
