@@ -145,6 +145,8 @@ impl Session {
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<Progress> {
         let mut progress = Progress::default();
         let mut ended = Vec::new();
+        // A link of `macula` carries no session, and needs no streams for it.
+        let carried = self.streams.iter().any(Option::is_some);
         for stream in self.streams.iter_mut().flatten() {
             let alive = stream.poll_words(cx, &mut self.sender, now, &mut progress)
                 && stream.poll_write(cx, &mut self.sender, now, &mut progress);
@@ -163,7 +165,7 @@ impl Session {
                 progress.broken |= !goes_on;
             }
         }
-        progress.closed |= self.sender.missing().is_some();
+        progress.closed |= carried && self.sender.missing().is_some();
         self.reset_unused();
         match progress.is_news() {
             true => Poll::Ready(progress),
@@ -452,6 +454,14 @@ mod tests {
             // Writes what there is.
             _ = poll_fn(|cx| session.poll(cx, Instant::now())) => panic!("it does not wait for what is said"),
         }
+    }
+
+    /// It opened streams to a gateway whenever it was looked at, and gave up the link of a burst that had used all.
+    #[test]
+    fn a_session_beside_a_link_that_carries_none_has_nothing_to_tell() {
+        let mut session = Session::new(None, false);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(session.poll(&mut cx, Instant::now()).is_pending());
     }
 
     /// Its first word was lost with the link, so the sender cannot ask for the run that it met. Only time tells whether a
