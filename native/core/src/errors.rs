@@ -13,8 +13,8 @@ pub enum ReplyError {
     /// This message was answered before.
     #[error("already answered")]
     AlreadyReplied,
-    /// Who asked is gone or has given up.
-    #[error("nobody waits for the answer any more")]
+    /// The requester is gone or has given up.
+    #[error("the requester no longer waits for the answer")]
     Gone,
 }
 
@@ -27,8 +27,8 @@ pub enum ConnectError {
     /// It has addresses, all of the other family than the address that the engine's socket is bound to.
     #[error("address family not supported by the socket")]
     OtherFamily,
-    /// Nobody listens there: ICMP port unreachable.
-    #[error("nobody listens there")]
+    /// ICMP says that the port is unreachable.
+    #[error("port unreachable")]
     Unreachable,
     /// This host has no route there, or no address to send from.
     #[error("no route")]
@@ -227,7 +227,7 @@ pub enum CircuitError {
     /// There is no connection to the relay.
     #[error("relay: {0}")]
     Relay(ConnectError),
-    /// Who answers there is no relay, or none of ours.
+    /// The peer there is not a relay, or speaks only `macula`.
     #[error("not a relay")]
     NotARelay,
     /// The relay refuses the registration or the circuit.

@@ -28,7 +28,7 @@ impl Knowledge {
         self.learned = true;
     }
 
-    /// Whether to look up the rest now. Whoever is told so begins, and calls [`Knowledge::resolved`] in any case.
+    /// Whether to look up the rest now. If so, the caller begins, and calls [`Knowledge::resolved`] whatever comes of it.
     pub fn begin_lookup(&mut self, now: Instant) -> bool {
         self.lookup.begin(now)
     }

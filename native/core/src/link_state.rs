@@ -241,7 +241,7 @@ impl LinkState {
     }
 
     /// Whether the present race is for the holder of another key than the link's.
-    pub fn is_racing_for_key(&self) -> bool {
+    fn is_racing_for_key(&self) -> bool {
         matches!(self.mode, Mode::Linked { search: Search::OtherKey(_), .. })
     }
 
@@ -264,7 +264,7 @@ impl LinkState {
         self.poll_race(now, draw);
     }
 
-    /// What to look for now: [`LinkState::search`] is to be called with it.
+    /// What to look for now. Pass it to [`LinkState::search`].
     pub fn wants(&self, demand: &Demand, now: Instant) -> Option<Want> {
         let held_off = self.hold_off.is_some_and(|until| until > now);
         let redial = self.redial_at.is_none_or(|at| at <= now);
@@ -382,7 +382,7 @@ impl LinkState {
         }
     }
 
-    /// The link is to be given up. `patience`: how long what went over it may still be acknowledged.
+    /// A caller gives the link up. `patience`: how long what went over it may still be acknowledged.
     pub fn invalidate(&mut self, patience: Duration, now: Instant) {
         match &self.mode {
             Mode::Linked { link, since, .. } => {
@@ -426,14 +426,12 @@ impl LinkState {
         }
     }
 
-    /// A lookup has found ways that were unknown: a legacy relay is not needed if they lead to the peer.
-    pub fn ways_found(&mut self) {
-        self.stop_passing_on();
-    }
-
-    /// The legacy relay takes no more.
-    pub fn not_passed_on(&mut self) {
-        self.stop_passing_on();
+    /// A lookup has found ways that were unknown, or the legacy relay takes no more messages.
+    pub fn stop_passing_on(&mut self) {
+        if let Mode::PassedOn { linked_until, .. } = self.mode {
+            self.mode = Mode::Unlinked { race: None, linked_until };
+            self.actions.push_back(Action::StopPassingOn);
+        }
     }
 
     /// Whether the engine, which is stopping, waits no longer for this peer.
@@ -553,13 +551,6 @@ impl LinkState {
         if self.link().is_some() {
             self.mode = Mode::Unlinked { race: None, linked_until: Some(now) };
             self.actions.push_back(how);
-        }
-    }
-
-    fn stop_passing_on(&mut self) {
-        if let Mode::PassedOn { linked_until, .. } = self.mode {
-            self.mode = Mode::Unlinked { race: None, linked_until };
-            self.actions.push_back(Action::StopPassingOn);
         }
     }
 
@@ -1409,7 +1400,7 @@ mod tests {
             assert_eq!(life.wants(call()), None);
             assert_eq!(life.state.next_timeout(life.now()), Some(life.now() + PASSED_ON_FOR));
             if found {
-                life.state.ways_found();
+                life.state.stop_passing_on();
                 life.take();
             } else {
                 life.after(59_999);
@@ -1427,7 +1418,7 @@ mod tests {
         life.tries.candidates.endpoints.clear();
         life.search(Want::Link);
         life.fails(circuit(), Ended::NoCircuit(CircuitError::NotARelay));
-        life.state.not_passed_on();
+        life.state.stop_passing_on();
         assert_eq!(life.state.next_action(), Some(Action::StopPassingOn));
         assert_eq!(life.wants(call()), Some(Want::Link));
     }

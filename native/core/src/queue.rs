@@ -71,7 +71,7 @@ impl<J: Queued> Queue<J> {
         self.jobs.back().is_none_or(Queued::is_accepted) && self.jobs.len() < MAX_ACCEPTED
     }
 
-    /// Queues a job. Returns whether that is news to whoever empties the queue.
+    /// Queues a job. Returns whether the task that empties the queue has to look.
     pub fn push(&mut self, job: J) -> bool {
         let expiry = earliest(self.expiry, job.deadline());
         let news = self.jobs.is_empty() || self.expiry != expiry || !job.is_accepted();

@@ -2,8 +2,8 @@
 //! replaces it.
 //!
 //! Direct dials get a short head start over relays, and relays over each other. A relay is asked for a circuit and for its
-//! help with a punch at the same time. The race decides what to begin, what to abort and which failure to report; whoever
-//! owns it carries out its [`Action`]s and tells it how each attempt [`Ended`].
+//! help with a punch at the same time. The race decides what to begin, what to abort and which failure to report. Its
+//! owner carries out its [`Action`]s and tells it how each attempt [`Ended`].
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

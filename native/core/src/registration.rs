@@ -91,7 +91,7 @@ pub struct Wants {
     pub standing: Option<Id>,
     /// Callers that wait for a circuit.
     pub waiting: usize,
-    /// Circuits that exist, whoever opened them.
+    /// Circuits that exist, opened by either side.
     pub circuits: usize,
 }
 

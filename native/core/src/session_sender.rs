@@ -1,13 +1,14 @@
 //! The sender's half of a session of `macula-peer/1` (docs/protocol.md): which streams it needs, what is written to them,
 //! and what became of the messages when streams, links and receivers come and go.
 //!
-//! Messages from some size on are numbered apart, in a channel of their own, so that they hold up no others. Whoever owns
+//! Messages from some size on are numbered apart, in a channel of their own, so that they hold up no others. The owner of
 //! a sender opens its streams, writes what it says and tells it what is read.
 
 use std::time::{Duration, Instant};
 
 use crate::errors::Rejection;
 use crate::proto::session::{NO_RUN, Opening, Run};
+use crate::queue::OWED_WITHOUT_DEADLINE;
 use crate::session::{Next, Outgoing};
 use crate::session_table::{KEEP, SessionId};
 use crate::types::NodeId;
@@ -17,9 +18,6 @@ const LARGE_MESSAGE: usize = 64 << 10;
 
 /// So many bytes may be written twice rather than wait for a round trip: what two or three packets carry.
 const LITTLE: usize = 3 << 10;
-
-/// How long a message without a deadline is owed after its link died.
-pub const OWED_WITHOUT_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What is sent.
 pub trait Owed {
@@ -32,7 +30,7 @@ pub trait Owed {
 #[derive(Debug)]
 pub struct SessionSender<M> {
     id: SessionId,
-    /// The node that it is for; `None`: whoever is at the other end.
+    /// The node that it is for; `None`: any node at the other end.
     target: Option<NodeId>,
     /// Messages may not be written again to a receiver that was restarted.
     at_most_once: bool,
@@ -41,7 +39,9 @@ pub struct SessionSender<M> {
     run: Run,
     /// The receiver has acknowledged something.
     acknowledged: bool,
-    /// Since when there is no link.
+    /// A link carries the session. One of `macula` never does.
+    attached: bool,
+    /// Since when the session has had no streams.
     detached: Option<Instant>,
 }
 
@@ -124,21 +124,22 @@ impl<M: Owed> SessionSender<M> {
     /// `id`: drawn at random, here and below.
     pub fn new(id: SessionId, target: Option<NodeId>, at_most_once: bool) -> Self {
         let channels = Default::default();
-        Self { id, target, at_most_once, channels, run: NO_RUN, acknowledged: false, detached: None }
+        Self { id, target, at_most_once, channels, run: NO_RUN, acknowledged: false, attached: false, detached: None }
     }
 
-    /// Goes on over another link. Its streams are to be opened ([`SessionSender::open`]).
+    /// Goes on over another link. [`SessionSender::open`] opens its streams.
     pub fn attach(&mut self, id: SessionId, now: Instant) {
         self.detach(now);
+        self.attached = true;
         if !self.acknowledged && !self.channels.iter().any(|channel| channel.owed.may_have_arrived()) {
             // The receiver may know nothing of it, and would take higher numbers for a sign that it was restarted.
             self.renew(id);
         }
     }
 
-    /// The channel that needs a stream next.
+    /// The channel that needs a stream next. Without a link, none does.
     pub fn missing(&self) -> Option<usize> {
-        self.channels.iter().position(|channel| channel.stream.is_none())
+        self.channels.iter().take_while(|_| self.attached).position(|channel| channel.stream.is_none())
     }
 
     /// A stream was opened for a channel. Returns what opens it.
@@ -158,6 +159,7 @@ impl<M: Owed> SessionSender<M> {
 
     /// The link is gone, or carries the session no more.
     pub fn detach(&mut self, now: Instant) {
+        self.attached = false;
         self.detached.get_or_insert(now);
         self.channels.iter_mut().for_each(Channel::close);
     }
@@ -287,6 +289,7 @@ impl<M: Owed> SessionSender<M> {
 
     /// Ends the session, and its streams; what is sent from now on is another one's.
     pub fn take(&mut self, id: SessionId) -> Taken<M> {
+        self.attached = false;
         let mut taken = Taken::default();
         for channel in &mut self.channels {
             channel.close();
@@ -476,6 +479,21 @@ mod tests {
         assert!(goes_on && settled.rejected.len() == 1);
         assert_eq!(sender.len(), 1);
         assert!(!sender.ended(0, StreamEnd::Broken, [2; 16]).1);
+    }
+
+    /// It asked for streams on a link of `macula`, where a burst then lost its link because it had used all.
+    #[test]
+    fn a_session_that_no_link_carries_needs_no_streams() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        assert_eq!(sender.missing(), None, "there was no link yet");
+        linked(&mut sender, 1, now);
+        sender.push(envelope(10));
+        sender.take([2; 16]);
+        assert_eq!(sender.missing(), None, "its messages go another way");
+        sender.attach([3; 16], now);
+        assert_eq!(sender.missing(), Some(0));
+        sender.detach(now);
+        assert_eq!(sender.missing(), None, "the link is gone");
     }
 
     #[test]

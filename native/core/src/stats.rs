@@ -30,7 +30,7 @@ pub struct Stats {
     pub malformed: u64,
     /// What was refused, had to wait or was forgotten, by the limit that did not allow it.
     pub refused: Vec<(&'static str, u64)>,
-    /// What became of those who came, by the lists and by whoever is asked.
+    /// What became of those who came, by the lists and by the callback.
     pub admission: AdmissionStats,
     /// Sessions of senders that this node knows.
     pub sessions: usize,

@@ -178,7 +178,7 @@ impl Accepted {
                 Some(self.hand_over(server, frame, route.map(|route| ReplyToken::new(ReplyTo::Stream(route)))))
             }
             (Some(request), Some(route)) => self.asked(server, request, frame, route),
-            // Who asked has given up, or asks again on another link.
+            // The requester has given up, or asks again on another link.
             (Some(_), None) => Some(Ok(())),
         }
     }
@@ -241,7 +241,7 @@ impl Accepted {
         {
             let answer = answers::nat_probe_reply(frame.payload(), from, SystemTime::now(), server.config.limits);
             let answer = answer.ok_or_else(|| server.inbox.malformed())?;
-            // Who asked may be gone.
+            // The requester may be gone.
             let _ = token.reply(answer);
             return Ok(());
         }

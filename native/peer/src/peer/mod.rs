@@ -73,7 +73,7 @@ struct State {
     partials: Vec<(Arc<Link>, Job, Partial)>,
     /// A caller has given up a call.
     cancelled: bool,
-    /// The link is to be closed.
+    /// A caller gives the link up.
     invalidated: bool,
     /// No longer in the pool: takes nothing new.
     retired: bool,
@@ -401,7 +401,7 @@ impl Peer {
         self.wake.notify_one();
     }
 
-    /// Whether whoever has this key is this peer, as far as is known.
+    /// Whether the holder of this key is this peer, as far as is known.
     pub(crate) fn is_expected_to_have(&self, key: Fingerprint) -> bool {
         let sought = lock(&self.state).queue.sought().contains(&Some(key));
         sought || self.expected_key() == Some(key)
@@ -652,7 +652,7 @@ mod tests {
                 }
                 sleep(Duration::from_micros(200));
             }
-            // Bound until the test is over, so that nobody else gets its packets.
+            // Bound until the test is over, so that no other socket gets its packets.
             sleep(PATIENCE);
         });
         address

@@ -47,7 +47,7 @@ const REPLACED_FOR: Duration = Duration::from_secs(1);
 /// to read.
 const READ_WITHIN: Duration = Duration::from_millis(100);
 
-/// Leaves nobody waiting for a task that is gone, however it ended.
+/// Answers every call that still waits when the task is gone, however it ended.
 struct LeavePool(Arc<Peer>);
 
 impl Drop for LeavePool {
@@ -227,7 +227,7 @@ impl Task {
             self.life.invalidate(link.patience(), now);
         }
         if ways_found {
-            self.life.ways_found();
+            self.life.stop_passing_on();
         }
         if arrived {
             let offers = self.offers();
@@ -337,7 +337,7 @@ impl Task {
                 let host = self.peer.host.upgrade();
                 self.legacy_relay = host.and_then(|host| host.peer(&Target::Endpoint(relay.as_ref())));
                 if self.legacy_relay.is_none() {
-                    self.life.not_passed_on();
+                    self.life.stop_passing_on();
                 }
             }
             Action::StopPassingOn => self.legacy_relay = None,
@@ -581,7 +581,7 @@ impl Task {
         for job in jobs {
             if let Err(job) = relay.adopt(job) {
                 // It has left the pool.
-                self.life.not_passed_on();
+                self.life.stop_passing_on();
                 self.peer.push(&mut lock(&self.peer.state), *job);
             }
         }
@@ -670,7 +670,7 @@ impl Task {
         if let Some(link) = &self.link {
             let mut state = lock(&self.peer.state);
             broken |= closed && !state.session.reopen(link);
-            // Nothing may be on its way any more, and then nobody sweeps.
+            // With nothing on its way any more, no sweep would find that out.
             self.oldest = state.session.oldest();
         }
         if wrong_node {

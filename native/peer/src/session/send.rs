@@ -145,8 +145,6 @@ impl Session {
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>, now: Instant) -> Poll<Progress> {
         let mut progress = Progress::default();
         let mut ended = Vec::new();
-        // A link of `macula` carries no session, and needs no streams for it.
-        let carried = self.streams.iter().any(Option::is_some);
         for stream in self.streams.iter_mut().flatten() {
             let alive = stream.poll_words(cx, &mut self.sender, now, &mut progress)
                 && stream.poll_write(cx, &mut self.sender, now, &mut progress);
@@ -165,7 +163,7 @@ impl Session {
                 progress.broken |= !goes_on;
             }
         }
-        progress.closed |= carried && self.sender.missing().is_some();
+        progress.closed |= self.sender.missing().is_some();
         self.reset_unused();
         match progress.is_news() {
             true => Poll::Ready(progress),

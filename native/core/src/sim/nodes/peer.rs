@@ -186,7 +186,7 @@ impl World {
         let now = self.clock();
         let knowing = &mut self.nodes[node].peers[peer];
         if knowing.known.found(candidates) {
-            knowing.state.ways_found();
+            knowing.state.stop_passing_on();
         }
         if ended {
             knowing.known.resolved(true, now);
@@ -694,7 +694,7 @@ impl World {
         }
         for channel in 0..2 {
             let at = &mut self.nodes[node].peers[peer];
-            if at.session.missing().is_some_and(|missing| missing <= channel) {
+            if !at.session.has_stream(channel) {
                 let out = at.streams[channel].take();
                 if let Some(out) = out {
                     self.reset_stream(out.conn, out.stream, 0);
