@@ -208,7 +208,7 @@ decode(_Frame) -> not_loaded().
 -spec decode_dirty(binary()) -> decoded().
 decode_dirty(_Frame) -> not_loaded().
 
-%% The type is wider than the value: what stands in for these functions says nothing about them.
+%% Wider than the value, so that dialyzer does not take the result of the stubs for that of the NIFs.
 -spec not_loaded() -> term().
 not_loaded() ->
     persistent_term:get(?LOAD_ERROR, {error, {nif_not_loaded, <<"the native library was not loaded">>}}).

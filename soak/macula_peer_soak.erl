@@ -76,7 +76,7 @@ start() ->
     [Gateway, Local] = [gateway(macula_peer_test:endpoint(macula_peer_test:closed_port())) || _ <- [1, 2]],
     Settings = [Registered#{node_id => <<"subject">>, identity_file => identity_file("subject")},
                 Registered#{node_id => <<"target">>, identity_file => identity_file("target"), max_nesting => 16,
-                            gateway => macula_peer_stand_in:endpoint(Local)}],
+                            gateway => macula_peer_fake_gateway:endpoint(Local)}],
     [{Subject, SubjectPort}, {Target, TargetPort}] = [node_with(Of, macula_peer_test:closed_port()) || Of <- Settings],
     #{nodes => [{subject, Subject}, {target, Target}], relay => Relay,
       endpoints => [macula_peer_test:endpoint(Port) || Port <- [SubjectPort, TargetPort]],
@@ -97,7 +97,7 @@ node_with(Settings, Port) ->
     {Node, Port}.
 
 gateway(Endpoint) ->
-    macula_peer_stand_in:start(["--bind", binary_to_list(Endpoint)]).
+    macula_peer_fake_gateway:start(["--bind", binary_to_list(Endpoint)]).
 
 %% Runs in the node.
 prepare(Settings, Port) ->
@@ -162,14 +162,14 @@ happen(#{nodes := Nodes, sampled := Sampled} = Lab, N, Start, End) ->
 
 event({restart, Which}, _N, Lab) ->
     #{Which := Gateway} = Lab,
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
-    ok = macula_peer_stand_in:stop(Gateway),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
+    ok = macula_peer_fake_gateway:stop(Gateway),
     Lab#{Which := gateway(Endpoint)};
 event({silence, Which}, _N, Lab) ->
     #{Which := Gateway} = Lab,
-    ok = macula_peer_stand_in:silence(Gateway, on),
+    ok = macula_peer_fake_gateway:silence(Gateway, on),
     receive after 1000 -> ok end,
-    ok = macula_peer_stand_in:silence(Gateway, off),
+    ok = macula_peer_fake_gateway:silence(Gateway, off),
     Lab;
 event(restart_engine, N, #{nodes := Nodes, endpoints := Endpoints} = Lab) ->
     {{_, Node}, Endpoint} = lists:nth(1 + N div 10 rem 2, lists:zip(Nodes, Endpoints)),
@@ -201,7 +201,7 @@ kinds(target, #{endpoints := [Subject, _]}) ->
      {direct, 2, 10, {send, Subject, 2000}},
      {request, 1, 20, {ping, Subject, 2000}}];
 kinds(subject, #{endpoints := [Subject, Target], gateway := Gateway, victim := {_, Port}}) ->
-    At = macula_peer_stand_in:endpoint(Gateway),
+    At = macula_peer_fake_gateway:endpoint(Gateway),
     [{to_node, 2, 5, {node, <<"target">>, 2000}},
      {direct, 4, 2, {send, Target, 2000}},
      {large, 1, 100, {large, Target, 2000}},

@@ -92,17 +92,17 @@ an_invalidated_link_is_closed_and_loses_nothing(Config) ->
     ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
 
 a_gateway_gets_what_was_on_its_way_once(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     [begin
          ok = send_message(Endpoint, store, #{n => N}, 5000),
          N rem 50 =:= 0 andalso ?POOL:invalidate(Endpoint)
      end || N <- lists:seq(1, 200)],
-    until(fun() -> maps:get(received, macula_peer_stand_in:stats(Gateway)) >= 200 end),
+    until(fun() -> maps:get(received, macula_peer_fake_gateway:stats(Gateway)) >= 200 end),
     until(fun() -> maps:get(unacknowledged_bytes, macula_peer_test:peer_stats(Endpoint)) =:= 0 end),
-    ?assertMatch(#{received := 200, distinct := 200}, macula_peer_stand_in:stats(Gateway)),
+    ?assertMatch(#{received := 200, distinct := 200}, macula_peer_fake_gateway:stats(Gateway)),
     ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()),
-    macula_peer_stand_in:stop(Gateway).
+    macula_peer_fake_gateway:stop(Gateway).
 
 nonsense_is_not_invalidated(_Config) ->
     [?assertEqual(ok, ?POOL:invalidate(Nonsense)) || Nonsense <- [<<>>, <<"nowhere">>, 7, {a, b}, undefined, [300000]]].

@@ -1,4 +1,4 @@
-%% Fresh projects with a stand-in for macula, and this library in the place of its modules, by the steps of docs/drop-in.md:
+%% Fresh projects with a fake of macula, and this library in place of its modules, by the steps of docs/drop-in.md:
 %% what the page says to write is taken from the page.
 -module(drop_in_SUITE).
 
@@ -193,7 +193,7 @@ elixir(Expression) ->
 
 %% ---- projects ----
 
-%% `rebar3 new', with the stand-in and this library in the place of what the dependencies name.
+%% `rebar3 new', with the fake and this library in place of the dependencies it names.
 new(Top, Template, Name, Macula) ->
     {0, _} = run(Top, ["rebar3 new ", Template, " ", Name]),
     Project = filename:join(Top, Name),

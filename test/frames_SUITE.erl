@@ -181,7 +181,7 @@ listen_and_answer(What) ->
 %% Nothing of it is decoded before it is handed over, and the gateway would build it.
 a_gateway_gets_nothing_that_is_too_much(Config) ->
     Node = macula_peer_test:start_node(),
-    Gateway = macula_peer_program:start("gateway_stand_in", []),
+    Gateway = macula_peer_program:start("fake_gateway", []),
     ok = call(Node, macula_peer_test, engine, [#{gateway => endpoint(macula_peer_program:port(Gateway))}]),
     {ok, {_, Port}} = call(Node, macula_peer_node, listen, [#{}]),
     HandedOver = fun() -> maps:get(handed_over, maps:get(gateway, macula_peer_test:stats(Node))) end,

@@ -33,14 +33,14 @@ end_per_testcase(_Case, _Config) ->
 %% ---- arriving ----
 
 all_arrive_from_many_processes(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     Numbers = lists:seq(1, 20000),
     in_processes(10, Numbers, fun(N) -> ok = send(Gateway, cast, #{n => N, payload => <<0:800>>}) end),
     Stats = arrived(Gateway, 20000),
     ?assertMatch(#{connections := 1, received := 20000, incomplete := 0, invalid := 0, extra_bytes := 0}, Stats).
 
 lone_messages_share_streams(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     Send = fun(Count) ->
         [begin
              ok = send(Gateway, cast, #{n => N}),
@@ -53,18 +53,18 @@ lone_messages_share_streams(_Config) ->
     end,
     %% Until it has certainly looked at the streams that will be shared.
     _ = Send(700),
-    macula_peer_stand_in:reset(Gateway),
+    macula_peer_fake_gateway:reset(Gateway),
     ?assert(Send(2000) < 50).
 
 %% The gateway allows 100 streams, and each of these leaves one open for its answer.
 a_burst_of_an_answered_type_goes_on(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     [ok = send(Gateway, store, #{n => N, key => <<"k">>, value => <<"v">>}) || N <- lists:seq(1, 2000)],
     ?assertMatch(#{connections := 1, incomplete := 0, types := #{store := 2000}}, arrived(Gateway, 2000)).
 
 %% A gateway takes frames of less than about 10 KB whole, where nothing comes between their packets.
 messages_larger_than_a_packet_arrive(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     [begin
          ok = send(Gateway, cast, larger(N)),
          ?assertMatch(#{connections := 1, incomplete := 0, invalid := 0, extra_bytes := 0}, arrived(Gateway, N))
@@ -76,7 +76,7 @@ larger(N) ->
 
 %% This gateway takes what one send brings for a frame.
 a_frame_leaves_in_one_send(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--first-look-ms", "0"]),
+    Gateway = macula_peer_fake_gateway:start(["--first-look-ms", "0"]),
     [begin
          ok = send(Gateway, cast, #{n => N, payload => rand:bytes(Size)}),
          ?assertMatch({Size, #{connections := 1, incomplete := 0, invalid := 0, extra_bytes := 0}},
@@ -85,24 +85,24 @@ a_frame_leaves_in_one_send(_Config) ->
 
 %% One gateway under many addresses, each a peer of its own. It refuses connections that come too fast.
 many_peers_are_dialled_at_once(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--bind", "0.0.0.0:0"]),
-    Port = macula_peer_stand_in:port(Gateway),
+    Gateway = macula_peer_fake_gateway:start(["--bind", "0.0.0.0:0"]),
+    Port = macula_peer_fake_gateway:port(Gateway),
     Endpoints = [macula_peer_test:endpoint(["127.0.0.", integer_to_list(N)], Port) || N <- lists:seq(1, 20)],
     in_processes(20, Endpoints, fun(Endpoint) ->
         {ok, {pong, #{<<"timestamp">> := 7}}} =
             macula_peer_connector:send_message_and_wait(Endpoint, ping, #{timestamp => 7}, ?TIMEOUT)
     end),
-    #{refused := Refused} = Stats = macula_peer_stand_in:stats(Gateway),
+    #{refused := Refused} = Stats = macula_peer_fake_gateway:stats(Gateway),
     ct:pal("refused meanwhile: ~p", [Refused]),
     ?assertMatch(#{connections := 20, types := #{ping := 20}}, Stats).
 
 %% ---- answers ----
 
 requests_are_answered(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "500"]),
+    Gateway = macula_peer_fake_gateway:start(["--rpc-delay-ms", "500"]),
     {ok, {_, Port}} = macula_peer_node:local_address(),
     Ask = fun(Type, Msg) ->
-        macula_peer_connector:send_message_and_wait(macula_peer_stand_in:endpoint(Gateway), Type, Msg, ?TIMEOUT)
+        macula_peer_connector:send_message_and_wait(macula_peer_fake_gateway:endpoint(Gateway), Type, Msg, ?TIMEOUT)
     end,
     ?assertMatch({ok, {pong, #{<<"timestamp">> := 42, <<"server_time">> := _}}}, Ask(ping, #{timestamp => 42})),
     ?assertMatch({ok, {nat_probe_reply, #{<<"node_id">> := <<"me">>, <<"reflexive_ip">> := <<"127.0.0.1">>,
@@ -113,10 +113,10 @@ requests_are_answered(_Config) ->
     ?assertMatch({ok, {reply, #{<<"call_id">> := <<"c">>}}}, Ask(call, #{call_id => <<"c">>})),
     ?assertMatch({ok, {rpc_reply, #{<<"request_id">> := <<"r">>, <<"result">> := <<"ok">>}}},
                  Ask(rpc_request, rpc_request(<<"r">>))),
-    ?assertMatch(#{connections := 1}, macula_peer_stand_in:stats(Gateway)).
+    ?assertMatch(#{connections := 1}, macula_peer_fake_gateway:stats(Gateway)).
 
 late_answers_reach_the_handler(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "2000"]),
+    Gateway = macula_peer_fake_gateway:start(["--rpc-delay-ms", "2000"]),
     ok = macula_peer_node:set_handler(self()),
     ok = send(Gateway, rpc_request, rpc_request(<<"late">>)),
     %% Others do not take its stream.
@@ -125,7 +125,7 @@ late_answers_reach_the_handler(_Config) ->
     ?assertMatch(#{types := #{rpc_request := 1}}, arrived(Gateway, 500)).
 
 answers_reach_the_handler(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     ok = macula_peer_node:set_handler(self()),
     [begin
          ok = send(Gateway, ping, #{timestamp => N}),
@@ -133,13 +133,13 @@ answers_reach_the_handler(_Config) ->
          ok = send(Gateway, find_value, #{key => <<"k">>}),
          ?assertMatch(#{message := #{<<"value">> := <<"value">>}}, answer(Gateway, find_value_reply))
      end || N <- lists:seq(1, 20)],
-    ?assertMatch(#{connections := 1, types := #{ping := 20, find_value := 20}}, macula_peer_stand_in:stats(Gateway)).
+    ?assertMatch(#{connections := 1, types := #{ping := 20, find_value := 20}}, macula_peer_fake_gateway:stats(Gateway)).
 
 answer(Gateway, Type) ->
     receive
         {macula_peer_message, #{type := Type} = Answer} ->
             ?assertMatch(#{dialect := macula, reply_to := none}, Answer),
-            ?assertEqual({{127, 0, 0, 1}, macula_peer_stand_in:port(Gateway)}, maps:get(from, Answer)),
+            ?assertEqual({{127, 0, 0, 1}, macula_peer_fake_gateway:port(Gateway)}, maps:get(from, Answer)),
             Answer
     after 10000 -> ct:fail({no_answer, Type, erlang:process_info(self(), messages)})
     end.
@@ -147,23 +147,23 @@ answer(Gateway, Type) ->
 %% ---- trouble ----
 
 silence_loses_nothing_unreported(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     ok = macula_peer_node:set_handler(self()),
     {ok, {pong, _}} = ping(Gateway, ?TIMEOUT),
-    ok = macula_peer_stand_in:silence(Gateway, on),
+    ok = macula_peer_fake_gateway:silence(Gateway, on),
     Sent = [{N, macula_peer_connector:send_message(Endpoint, cast, #{n => N}, 10000)} || N <- lists:seq(1, 50)],
     Accepted = [N || {N, ok} <- Sent],
     ?assertNotEqual([], Accepted),
     %% Longer than it takes to notice.
     ?assertMatch({error, _}, ping(Gateway, 1000)),
-    ok = macula_peer_stand_in:silence(Gateway, off),
+    ok = macula_peer_fake_gateway:silence(Gateway, off),
     _ = macula_peer_test:await(fun() -> macula_peer_test:peer_stats(Endpoint) end,
                                fun(Stats) -> maps:get(unacknowledged_bytes, Stats) =:= 0 end),
     #{undelivered := Undelivered} = macula_peer_node:stats(),
     ?assertEqual(Undelivered, undelivered()),
     %% What is acknowledged is read a moment later.
-    _ = macula_peer_test:await(fun() -> macula_peer_stand_in:stats(Gateway) end,
+    _ = macula_peer_test:await(fun() -> macula_peer_fake_gateway:stats(Gateway) end,
                                fun(#{distinct := Distinct}) -> Distinct + Undelivered >= length(Accepted) end),
     ?assertMatch({ok, {pong, _}}, ping(Gateway, ?TIMEOUT)).
 
@@ -174,10 +174,10 @@ undelivered() ->
     end.
 
 calls_keep_their_deadlines_in_silence(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     {ok, {pong, _}} = ping(Gateway, ?TIMEOUT),
-    ok = macula_peer_stand_in:silence(Gateway, on),
+    ok = macula_peer_fake_gateway:silence(Gateway, on),
     %% While the link still seems alive, and when it is known to be silent.
     [in_processes(10, lists:seq(1, 10), fun(_) -> keeps_deadline(Call, Timeout) end)
      || Timeout <- [0, 300, 1500],
@@ -189,12 +189,12 @@ keeps_deadline(Call, Timeout) ->
     ?assert(Took div 1000 =< Timeout + ?LATE).
 
 a_restarted_gateway_gets_all(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Bind = ["--bind", binary_to_list(macula_peer_stand_in:endpoint(Gateway))],
+    Gateway = macula_peer_fake_gateway:start(),
+    Bind = ["--bind", binary_to_list(macula_peer_fake_gateway:endpoint(Gateway))],
     [ok = send(Gateway, cast, #{n => -N}) || N <- lists:seq(1, 10)],
     _ = arrived(Gateway, 10),
-    ok = macula_peer_stand_in:stop(Gateway),
-    Again = macula_peer_stand_in:start(Bind),
+    ok = macula_peer_fake_gateway:stop(Gateway),
+    Again = macula_peer_fake_gateway:start(Bind),
     [ok = send(Again, cast, #{n => N}) || N <- lists:seq(1, 100)],
     ?assertMatch(#{incomplete := 0, invalid := 0, extra_bytes := 0}, arrived(Again, 100)),
     ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
@@ -202,15 +202,15 @@ a_restarted_gateway_gets_all(_Config) ->
 %% It acknowledges everything at once when it goes on, reads it some time later, and drops what it has not read of a connection
 %% that is closed.
 a_paused_gateway_reads_what_it_acknowledged(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--first-look-ms", "50"]),
+    Gateway = macula_peer_fake_gateway:start(["--first-look-ms", "50"]),
     Sent = counters:new(1, []),
     Sender = spawn_link(fun() -> send_until_told(Gateway, Sent) end),
     [begin
          sends_on(Sent, 100),
-         macula_peer_stand_in:pause(Gateway),
+         macula_peer_fake_gateway:pause(Gateway),
          %% Many messages wait after that time, and the connection is not yet given up.
          timer:sleep(800),
-         macula_peer_stand_in:go_on(Gateway)
+         macula_peer_fake_gateway:go_on(Gateway)
      end || _ <- lists:seq(1, 3)],
     sends_on(Sent, 100),
     Sender ! {stop, self()},
@@ -232,7 +232,7 @@ sends_on(Sent, More) ->
     macula_peer_test:until(fun() -> counters:get(Sent, 1) >= Before + More end, 20000).
 
 a_gateway_reads_what_was_sent_before_a_stop(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--first-look-ms", "20"]),
+    Gateway = macula_peer_fake_gateway:start(["--first-look-ms", "20"]),
     [ok = send(Gateway, cast, #{n => N}) || N <- lists:seq(1, 50)],
     ok = macula_peer_node:stop(),
     ?assertMatch(#{unread := 0}, arrived(Gateway, 50)).
@@ -240,10 +240,10 @@ a_gateway_reads_what_was_sent_before_a_stop(_Config) ->
 %% ---- common ----
 
 send(Gateway, Type, Msg) ->
-    macula_peer_connector:send_message(macula_peer_stand_in:endpoint(Gateway), Type, Msg, ?TIMEOUT).
+    macula_peer_connector:send_message(macula_peer_fake_gateway:endpoint(Gateway), Type, Msg, ?TIMEOUT).
 
 ping(Gateway, Timeout) ->
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     macula_peer_connector:send_message_and_wait(Endpoint, ping, #{timestamp => 1}, Timeout).
 
 rpc_request(Id) ->
@@ -251,7 +251,7 @@ rpc_request(Id) ->
 
 %% What the gateway counts once so many different messages have arrived.
 arrived(Gateway, Distinct) ->
-    macula_peer_test:await(fun() -> macula_peer_stand_in:stats(Gateway) end,
+    macula_peer_test:await(fun() -> macula_peer_fake_gateway:stats(Gateway) end,
                            fun(#{distinct := D}) -> D =:= Distinct end).
 
 %% Deals the items out to so many processes and waits for all.

@@ -213,14 +213,14 @@ a_message_names_the_key_of_its_sender(Config) ->
     ?assertNotEqual(Key, key_of_other(Config)).
 
 an_answer_of_a_gateway_has_no_key(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     ok = macula_peer_node:set_handler(self()),
-    ok = macula_peer_connector:send_message(macula_peer_stand_in:endpoint(Gateway), ping, #{timestamp => 1}),
+    ok = macula_peer_connector:send_message(macula_peer_fake_gateway:endpoint(Gateway), ping, #{timestamp => 1}),
     receive
         {macula_peer_message, Answer} -> ?assertMatch(#{type := pong, dialect := macula, key := undefined}, Answer)
     after ?TIMEOUT -> ct:fail(no_answer)
     end,
-    macula_peer_stand_in:stop(Gateway).
+    macula_peer_fake_gateway:stop(Gateway).
 
 %% ---- who is trusted ----
 
@@ -237,9 +237,9 @@ a_pinned_peer_is_dialled_and_no_other(Config) ->
          ?assertEqual(?UNTRUSTED, send_from_other(Config, Endpoint)),
          ?assertEqual(?UNTRUSTED, ask_from_other(Config, Endpoint))
      end || Pins <- [[], [<<0:256>>]]],
-    Gateway = macula_peer_stand_in:start(),
-    ?assertEqual(?UNTRUSTED, send_from_other(Config, macula_peer_stand_in:endpoint(Gateway))),
-    macula_peer_stand_in:stop(Gateway).
+    Gateway = macula_peer_fake_gateway:start(),
+    ?assertEqual(?UNTRUSTED, send_from_other(Config, macula_peer_fake_gateway:endpoint(Gateway))),
+    macula_peer_fake_gateway:stop(Gateway).
 
 only_pinned_keys_may_connect(Config) ->
     ok = macula_peer_test:engine(#{verify => {pin, [key_of_other(Config)]}}),
@@ -314,14 +314,14 @@ in_production_mode(Config, CA, CADer) ->
     ok = write(in_priv_dir(Config, "ca.pem"), pem(CADer), 8#600),
     {Cert, Key} = node_of(CA),
     ok = write(in_priv_dir(Config, "node.pem"), [pem(Key), pem(Cert)], 8#600),
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     ok = on(Config, macula_peer_test, engine, [#{identity_file => in_priv_dir(Config, "node.pem")}]),
     {ok, {_, Port}} = on(Config, macula_peer_test, listen, [#{}]),
     Send = fun(To) -> macula_peer_connector:send_message(To, cast, #{}, ?TIMEOUT) end,
     [true = os:putenv(Name, Value) || {Name, Value} <- [{"MACULA_TLS_MODE", "production"},
                                                         {"MACULA_TLS_CACERTFILE", in_priv_dir(Config, "ca.pem")}]],
     ok = macula_peer_test:engine(#{}),
-    ?assertEqual(?UNTRUSTED, Send(macula_peer_stand_in:endpoint(Gateway))),
+    ?assertEqual(?UNTRUSTED, Send(macula_peer_fake_gateway:endpoint(Gateway))),
     ?assertEqual(ok, Send(macula_peer_test:endpoint("127.0.0.1", Port))),
     ?assertEqual(?UNTRUSTED, Send(macula_peer_test:endpoint("localhost", Port))),
     ?assertMatch(#{verify_none_links := 0}, macula_peer_node:stats()),
@@ -336,8 +336,8 @@ in_production_mode(Config, CA, CADer) ->
     true = os:putenv("MACULA_TLS_VERIFY_HOSTNAME", "false"),
     ok = macula_peer_test:engine(#{}),
     ?assertEqual(ok, Send(macula_peer_test:endpoint("localhost", Again))),
-    ?assertEqual(?UNTRUSTED, Send(macula_peer_stand_in:endpoint(Gateway))),
-    macula_peer_stand_in:stop(Gateway).
+    ?assertEqual(?UNTRUSTED, Send(macula_peer_fake_gateway:endpoint(Gateway))),
+    macula_peer_fake_gateway:stop(Gateway).
 
 bad_authorities_are_named(Config) ->
     Garbage = in_priv_dir(Config, "garbage.pem"),
@@ -360,11 +360,11 @@ the_mode_is_logged(_Config) ->
      || {Env, Mode} <- [{#{}, "first_seen"}, {#{verify => none}, "none"}, {#{verify => {pin, [<<0:256>>]}}, "pin"}]].
 
 an_unverified_link_is_warned_of_once(_Config) ->
-    Gateways = [macula_peer_stand_in:start() || _ <- [1, 2]],
+    Gateways = [macula_peer_fake_gateway:start() || _ <- [1, 2]],
     ok = macula_peer_node:stop(),
     {ok, _} = application:ensure_all_started(?APP),
     Send = fun(Gateway) ->
-        {ok, _} = macula_peer_connector:send_message_and_wait(macula_peer_stand_in:endpoint(Gateway), ping,
+        {ok, _} = macula_peer_connector:send_message_and_wait(macula_peer_fake_gateway:endpoint(Gateway), ping,
                                                               #{timestamp => 1}, ?TIMEOUT)
     end,
     %% The warning of the first link comes before what is logged after the second.
@@ -375,7 +375,7 @@ an_unverified_link_is_warned_of_once(_Config) ->
     ?assertMatch([_, _], Lines),
     ?assertNotEqual(nomatch, string:find(hd(Lines), "not verified")),
     ?assertMatch(#{verify_none_links := 2}, macula_peer_node:stats()),
-    lists:foreach(fun macula_peer_stand_in:stop/1, Gateways).
+    lists:foreach(fun macula_peer_fake_gateway:stop/1, Gateways).
 
 a_certificate_that_is_half_renewed_is_warned_of(Config) ->
     ok = macula_peer_node:stop(),

@@ -56,7 +56,7 @@ end_per_testcase(_Case, _Config) ->
 %% ---- handing over ----
 
 the_gateway_answers_requests(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "2000"]),
+    Gateway = macula_peer_fake_gateway:start(["--rpc-delay-ms", "2000"]),
     {Node, Endpoint} = start_node(Gateway),
     Ask = fun(Type, Msg) -> macula_peer_connector:send_message_and_wait(Endpoint, Type, Msg, ?TIMEOUT) end,
     ?assertMatch({ok, {find_value_reply, #{<<"value">> := <<"value">>}}}, Ask(find_value, #{key => <<"k">>})),
@@ -71,10 +71,10 @@ the_gateway_answers_requests(_Config) ->
                  macula_peer_test:stats(Node)),
     ?assertMatch(#{connections := 1, incomplete := 0, invalid := 0, extra_bytes := 0,
                    types := #{find_value := 1, find_node := 1, call := 1, rpc_request := 1, store := 1}},
-                 macula_peer_stand_in:stats(Gateway)).
+                 macula_peer_fake_gateway:stats(Gateway)).
 
 a_node_behind_a_relay_answers_requests(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "300"]),
+    Gateway = macula_peer_fake_gateway:start(["--rpc-delay-ms", "300"]),
     Relay = macula_peer_relays:start_relay(here),
     Target = macula_peer_test:start_node(),
     ok = call(Target, macula_peer_test, engine,
@@ -91,20 +91,20 @@ a_node_behind_a_relay_answers_requests(_Config) ->
     ?assertEqual({error, timeout},
                  macula_peer_node:request(macula_peer_relays:id(target), nat_probe, nat_probe(), 500, Opts)),
     ?assertMatch({ok, {pong, #{<<"timestamp">> := 7}}}, Ask(ping, #{timestamp => 7})),
-    ?assertMatch(#{types := Types} when map_size(Types) =:= 2, macula_peer_stand_in:stats(Gateway)).
+    ?assertMatch(#{types := Types} when map_size(Types) =:= 2, macula_peer_fake_gateway:stats(Gateway)).
 
 %% One gateway asks another one without waiting, as macula's RPC does: both nodes only hand over.
 an_answer_to_the_gateway_reaches_it(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Other = macula_peer_stand_in:start(["--rpc-delay-ms", "300"]),
+    Gateway = macula_peer_fake_gateway:start(),
+    Other = macula_peer_fake_gateway:start(["--rpc-delay-ms", "300"]),
     {_Node, Endpoint} = start_node(Other),
     ok = macula_peer_test:engine(#{gateway => endpoint_of(Gateway)}),
     ok = macula_peer_connector:send_message(Endpoint, rpc_request, rpc_request(<<"r">>)),
-    _ = await(fun() -> macula_peer_stand_in:stats(Gateway) end, fun(#{types := Types}) -> Types =:= #{rpc_reply => 1} end),
+    _ = await(fun() -> macula_peer_fake_gateway:stats(Gateway) end, fun(#{types := Types}) -> Types =:= #{rpc_reply => 1} end),
     ?assertMatch(#{gateway := #{handed_over := 1, answered := 0}}, macula_peer_node:stats()).
 
 every_message_of_a_burst_is_handed_over(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     {Node, Endpoint} = start_node(Gateway),
     Count = 5000,
     %% Every tenth is of a type that is answered, or might be.
@@ -121,7 +121,7 @@ type(_) -> cast.
 
 %% What a gateway reads at all, and what it would lose.
 large_messages_are_handed_over(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     {Node, Endpoint} = start_node(Gateway),
     [begin
          ok = macula_peer_connector:send_message(Endpoint, cast, #{n => N, payload => rand:bytes(Size)}),
@@ -134,7 +134,7 @@ large_messages_are_handed_over(_Config) ->
     Casts = fun() -> call(Node, ?MODULE, casts, []) end,
     [{route_message, cast, Message, _Stream, {ok, _From}}] = await(Casts, fun(All) -> All =/= [] end),
     ?assertEqual(#{<<"n">> => 6, <<"payload">> => Payload}, Message),
-    ?assertMatch(#{received := 5, incomplete := 0}, macula_peer_stand_in:stats(Gateway)).
+    ?assertMatch(#{received := 5, incomplete := 0}, macula_peer_fake_gateway:stats(Gateway)).
 
 %% Runs in the node: what the process macula_gateway has not looked at.
 casts() ->
@@ -143,7 +143,7 @@ casts() ->
 
 %% As many as the gateway allows streams on one connection, and more.
 slow_answers_delay_no_other(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "2000"]),
+    Gateway = macula_peer_fake_gateway:start(["--rpc-delay-ms", "2000"]),
     {Node, Endpoint} = start_node(Gateway),
     Asked = spawn_monitor(fun() ->
         Answers = macula_peer_test:in_parallel(150, fun(N) ->
@@ -154,7 +154,7 @@ slow_answers_delay_no_other(_Config) ->
         end),
         exit({answers, length(Answers)})
     end),
-    _ = await(fun() -> macula_peer_stand_in:stats(Gateway) end,
+    _ = await(fun() -> macula_peer_fake_gateway:stats(Gateway) end,
               fun(#{types := Types}) -> maps:get(rpc_request, Types, 0) =:= 150 end),
     %% Meanwhile others go through, and those who get no answer take nobody's place.
     [ok = macula_peer_connector:send_message(Endpoint, store, #{n => N}) || N <- lists:seq(1, 500)],
@@ -164,7 +164,7 @@ slow_answers_delay_no_other(_Config) ->
     ?assertMatch(#{gateway := #{answered := 150}}, macula_peer_test:stats(Node)).
 
 ping_and_nat_probe_are_answered_by_the_node(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     {_Node, Endpoint} = start_node(Gateway),
     {ok, {_, Port}} = macula_peer_node:local_address(),
     ?assertMatch({ok, {pong, #{<<"timestamp">> := 42, <<"server_time">> := _}}},
@@ -172,7 +172,7 @@ ping_and_nat_probe_are_answered_by_the_node(_Config) ->
     ?assertMatch({ok, {nat_probe_reply, #{<<"node_id">> := <<"me">>, <<"reflexive_ip">> := <<"127.0.0.1">>,
                                           <<"reflexive_port">> := Port}}},
                  macula_peer_connector:send_message_and_wait(Endpoint, nat_probe, nat_probe(), ?TIMEOUT)),
-    ?assertMatch(#{received := 0}, macula_peer_stand_in:stats(Gateway)).
+    ?assertMatch(#{received := 0}, macula_peer_fake_gateway:stats(Gateway)).
 
 %% ---- where no gateway listens ----
 
@@ -247,18 +247,18 @@ log(_Event, _Config) ->
     ok.
 
 a_gateway_that_is_restarted_gets_messages_again(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     Bind = ["--bind", binary_to_list(endpoint_of(Gateway))],
     {Node, Endpoint} = start_node(Gateway),
     ok = send_many(Endpoint, 100),
     _ = arrived(Gateway, 100),
-    ok = macula_peer_stand_in:stop(Gateway),
+    ok = macula_peer_fake_gateway:stop(Gateway),
     %% Into the gap: handed over later, or to nobody, and then counted.
     ok = send_many(Endpoint, 500),
-    Again = macula_peer_stand_in:start(Bind),
+    Again = macula_peer_fake_gateway:start(Bind),
     Handed = await(fun() ->
         #{unhandled := Unhandled, undelivered := Undelivered} = macula_peer_test:stats(Node),
-        #{distinct := Distinct} = macula_peer_stand_in:stats(Again),
+        #{distinct := Distinct} = macula_peer_fake_gateway:stats(Again),
         {Distinct + Unhandled + Undelivered >= 500, Distinct, Unhandled, Undelivered}
     end, fun({All, _, _, _}) -> All end),
     ct:pal("handed over, unhandled, undelivered: ~p", [Handed]),
@@ -284,8 +284,8 @@ a_silent_gateway_is_given_up(_Config) ->
 
 %% Wherever macula was told its port.
 the_gateway_of_macula_is_found(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Port = macula_peer_stand_in:port(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Port = macula_peer_fake_gateway:port(Gateway),
     Sender = macula_peer_test:start_node(),
     [begin
          true = Set(),
@@ -297,11 +297,11 @@ the_gateway_of_macula_is_found(_Config) ->
                     fun() -> os:putenv("GATEWAY_PORT", integer_to_list(Port)) end,
                     fun() -> ok =:= application:set_env(macula, quic_port, Port) end,
                     fun() -> ok =:= application:set_env(macula, gateway_port, Port) end]],
-    ?assertMatch(#{types := #{find_value := 4}}, macula_peer_stand_in:stats(Gateway)).
+    ?assertMatch(#{types := #{find_value := 4}}, macula_peer_fake_gateway:stats(Gateway)).
 
 a_handler_takes_the_place_of_the_gateway(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    true = os:putenv("MACULA_QUIC_PORT", integer_to_list(macula_peer_stand_in:port(Gateway))),
+    Gateway = macula_peer_fake_gateway:start(),
+    true = os:putenv("MACULA_QUIC_PORT", integer_to_list(macula_peer_fake_gateway:port(Gateway))),
     Endpoint = listen(#{handler => self()}),
     Sender = macula_peer_test:start_node(),
     ok = call(Sender, macula_peer_connector, send_message, [Endpoint, ping, #{timestamp => 1}]),
@@ -312,7 +312,7 @@ a_handler_takes_the_place_of_the_gateway(_Config) ->
     ?assertMatch(#{types := #{cast := 1}}, arrived(Gateway, 1)).
 
 an_endpoint_comes_before_the_handler(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
+    Gateway = macula_peer_fake_gateway:start(),
     Endpoint = listen(#{gateway => endpoint_of(Gateway), handler => macula_peer_test:collector()}),
     Sender = macula_peer_test:start_node(),
     ok = call(Sender, macula_peer_connector, send_message, [Endpoint, cast, #{n => 1}]),
@@ -325,28 +325,28 @@ an_endpoint_comes_before_the_handler(_Config) ->
 
 none_is_none(_Config) ->
     true = register(macula_gateway, self()),
-    Gateway = macula_peer_stand_in:start(),
-    true = os:putenv("MACULA_QUIC_PORT", integer_to_list(macula_peer_stand_in:port(Gateway))),
+    Gateway = macula_peer_fake_gateway:start(),
+    true = os:putenv("MACULA_QUIC_PORT", integer_to_list(macula_peer_fake_gateway:port(Gateway))),
     Endpoint = listen(#{gateway => none}),
     Sender = macula_peer_test:start_node(),
     ok = call(Sender, macula_peer_connector, send_message, [Endpoint, cast, #{n => 1}]),
     _ = await(fun macula_peer_node:stats/0, fun(#{unhandled := N}) -> N =:= 1 end),
     ?assertNot(maps:is_key(gateway, macula_peer_node:stats())),
-    ?assertMatch(#{received := 0}, macula_peer_stand_in:stats(Gateway)),
+    ?assertMatch(#{received := 0}, macula_peer_fake_gateway:stats(Gateway)),
     ?assertEqual([], macula_peer_test:mailbox()).
 
 %% ---- no circles ----
 
 %% The application itself sends to its gateway, whose late answers are not the gateway's to hear.
 the_gateway_is_not_told_what_it_said(_Config) ->
-    Gateway = macula_peer_stand_in:start(["--rpc-delay-ms", "100"]),
+    Gateway = macula_peer_fake_gateway:start(["--rpc-delay-ms", "100"]),
     ok = macula_peer_test:engine(#{gateway => endpoint_of(Gateway)}),
     ok = macula_peer_connector:send_message(endpoint_of(Gateway), rpc_request, rpc_request(<<"r">>)),
     _ = await(fun macula_peer_node:stats/0, fun(#{unhandled := N}) -> N =:= 1 end),
     ok = macula_peer_node:set_handler(self()),
     ok = macula_peer_connector:send_message(endpoint_of(Gateway), rpc_request, rpc_request(<<"r">>)),
     receive {macula_peer_message, #{type := rpc_reply}} -> ok after ?TIMEOUT -> ct:fail(no_message) end,
-    ?assertMatch(#{received := 2, types := #{rpc_request := 2}}, macula_peer_stand_in:stats(Gateway)).
+    ?assertMatch(#{received := 2, types := #{rpc_request := 2}}, macula_peer_fake_gateway:stats(Gateway)).
 
 %% Two that took each other for gateways would hand messages on for ever.
 another_node_is_no_gateway(_Config) ->
@@ -453,14 +453,14 @@ listen(Settings) ->
     endpoint(Port).
 
 endpoint_of(Gateway) ->
-    macula_peer_stand_in:endpoint(Gateway).
+    macula_peer_fake_gateway:endpoint(Gateway).
 
 send_many(Endpoint, Count) ->
     lists:foreach(fun(N) -> ok = macula_peer_connector:send_message(Endpoint, cast, #{n => N}, 30000) end,
                   lists:seq(1, Count)).
 
 arrived(Gateway, Distinct) ->
-    await(fun() -> macula_peer_stand_in:stats(Gateway) end, fun(#{distinct := D}) -> D =:= Distinct end).
+    await(fun() -> macula_peer_fake_gateway:stats(Gateway) end, fun(#{distinct := D}) -> D =:= Distinct end).
 
 %% So many were for others than the gateway, and none for nobody.
 fallen_back(Count) ->

@@ -103,14 +103,14 @@ a_node_at_one_address_reaches_the_gateway(Config) ->
                               [endpoint(Host, Bound), find_value, #{key => <<"k">>}, 5000])
     end,
     [begin
-         Gateway = macula_peer_stand_in:start(["--bind", Bind ++ ":0"]),
-         At = endpoint(Bind, macula_peer_stand_in:port(Gateway)),
+         Gateway = macula_peer_fake_gateway:start(["--bind", Bind ++ ":0"]),
+         At = endpoint(Bind, macula_peer_fake_gateway:port(Gateway)),
          [begin
               macula_peer_test:engine(#{ip => Ip, gateway => To}),
               {ok, {_, Bound}} = macula_peer_node:listen(#{}),
               ?assertMatch({Ip, To, {ok, {find_value_reply, _}}}, {Ip, To, Ask(Host, Bound)}),
               ?assertMatch(#{gateway := #{handed_over := 1, answered := 1}}, macula_peer_node:stats())
           end || {Ip, Host} <- [{?LOOPBACK, "[::1]"}, {{127, 0, 0, 1}, "127.0.0.1"}], To <- [At | Names(Gateway)]],
-         macula_peer_stand_in:stop(Gateway)
-     end || {Bind, Names} <- [{"127.0.0.1", fun(G) -> [endpoint("localhost", macula_peer_stand_in:port(G))] end},
+         macula_peer_fake_gateway:stop(Gateway)
+     end || {Bind, Names} <- [{"127.0.0.1", fun(G) -> [endpoint("localhost", macula_peer_fake_gateway:port(G))] end},
                               {"[::1]", fun(_) -> [] end}]].

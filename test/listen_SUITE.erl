@@ -195,8 +195,8 @@ a_closed_listener_accepts_no_connection(Config) ->
     answers(Config, Endpoint).
 
 links_follow_the_socket(Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    ToGateway = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    ToGateway = macula_peer_fake_gateway:endpoint(Gateway),
     Ping = fun() -> macula_peer_connector:send_message_and_wait(ToGateway, ping, #{timestamp => 1}, ?TIMEOUT) end,
     {ok, {pong, _}} = Ping(),
     {ok, {_, Before}} = macula_peer_node:local_address(),
@@ -206,7 +206,7 @@ links_follow_the_socket(Config) ->
     ?assertNotEqual(Before, Port),
     [?assertMatch({ok, {pong, _}}, Ping()) || _ <- lists:seq(1, 10)],
     ?assertMatch({ok, {_, Port}}, macula_peer_node:local_address()),
-    ?assertMatch(#{connections := 1}, macula_peer_stand_in:stats(Gateway)),
+    ?assertMatch(#{connections := 1}, macula_peer_fake_gateway:stats(Gateway)),
     ?assertMatch(#{dials := 1}, macula_peer_test:peer_stats(ToGateway)),
     answers(Config, Endpoint).
 

@@ -87,7 +87,7 @@ a_value_is_stored_at_20_peers(Config) ->
     {Ms, Sent} = elapsed(fun() -> store(One, <<"key">>, <<"value">>) end),
     ct:pal("stored at ~b peers in ~b ms", [length(Sent), Ms]),
     ?assertEqual(lists:duplicate(?PEERS, ok), Sent),
-    _ = [macula_peer_test:await(fun() -> macula_peer_stand_in:stats(Gateway) end,
+    _ = [macula_peer_test:await(fun() -> macula_peer_fake_gateway:stats(Gateway) end,
                                 fun(#{types := Types}) -> maps:get(store, Types, 0) =:= 1 end) || Gateway <- Gateways],
     _ = [until(fun() -> call(Node, macula_routing_server, get_local, [<<"key">>]) =:= {ok, [<<"value">>]} end)
          || Node <- [node(Config, <<"two">>), node(Config, <<"three">>)]].
@@ -101,7 +101,7 @@ a_value_is_found_at_others(Config) ->
     ct:pal("~b peers asked in ~b ms", [?PEERS, Ms]),
     ?assert(lists:member(Where, Found)),
     %% Each was asked once.
-    ?assertEqual([1], lists:usort([maps:get(find_value, maps:get(types, macula_peer_stand_in:stats(Gateway)))
+    ?assertEqual([1], lists:usort([maps:get(find_value, maps:get(types, macula_peer_fake_gateway:stats(Gateway)))
                                    || Gateway <- Gateways])).
 
 dead_peers_cost_their_own_time_alone(Config) ->
@@ -263,8 +263,8 @@ send(Node, Name, Opts) ->
 more_peers(Config, Node) ->
     _ = [add_node(Node, endpoint(Config, Name)) || Name <- [<<"two">>, <<"three">>]],
     [begin
-         Gateway = macula_peer_stand_in:start(),
-         add_node(Node, macula_peer_stand_in:endpoint(Gateway)),
+         Gateway = macula_peer_fake_gateway:start(),
+         add_node(Node, macula_peer_fake_gateway:endpoint(Gateway)),
          Gateway
      end || _ <- lists:seq(3, ?PEERS)].
 

@@ -336,15 +336,15 @@ a_relay_that_is_not_there_is_named(_Config) ->
      || Opts <- [#{timeout => 2000}, #{timeout => 2000, relay_endpoint => Nobody}]].
 
 a_relay_of_the_original_gets_the_message_itself(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     Sender = start_cold(here, bootstrap_peers([Endpoint])),
     [?assertEqual(ok, send(Sender, ?NAMES, store, #{n => N, key => <<"k">>, value => <<"v">>}, Opts))
      || {N, Opts} <- [{1, #{}}, {2, #{relay_endpoint => Endpoint}}, {3, #{}}]],
-    until(fun() -> maps:get(distinct, macula_peer_stand_in:stats(Gateway)) =:= 3 end),
+    until(fun() -> maps:get(distinct, macula_peer_fake_gateway:stats(Gateway)) =:= 3 end),
     %% One to find out that it is no relay.
     ?assertMatch(#{connections := 2, received := 3, incomplete := 0, invalid := 0, types := #{store := 3}},
-                 macula_peer_stand_in:stats(Gateway)).
+                 macula_peer_fake_gateway:stats(Gateway)).
 
 %% Each by an engine that knows no relay yet.
 every_form_of_relay_endpoint_works(_Config) ->

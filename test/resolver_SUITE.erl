@@ -28,14 +28,14 @@ suite() -> [{timetrap, {seconds, 60}}].
 all() -> [{group, found}, {group, trouble}, {group, bounds}, {group, reports}, {group, modules}].
 
 groups() ->
-    [{found, [], [by_its_endpoint, by_one_of_many_endpoints, by_its_profile, a_profile_that_gives_no_way,
+    [{found, [], [by_its_endpoint, by_one_of_many_endpoints, by_its_profile, a_profile_without_a_usable_address,
                   by_a_relay_of_the_registry, with_the_key_that_the_dht_has]},
      {trouble, [], [absent_servers_leave_the_original_term, slow_servers_leave_the_original_term,
                     crashing_servers_leave_the_original_term, lies_leave_the_original_term, a_truth_among_lies_is_found,
-                    endless_answers_are_ended, slow_servers_delay_no_direct_way, slow_servers_delay_no_relay,
-                    slow_servers_delay_no_gateway_that_stands_in,
-                    a_gateway_does_not_stand_in_for_what_is_found_soon, what_one_finds_is_tried_before_the_others_answer,
-                    what_is_found_later_ends_the_standing_in, a_lookup_may_call_the_connector,
+                    endless_answers_are_ended, slow_servers_delay_no_direct_path, slow_servers_delay_no_relay,
+                    slow_servers_do_not_delay_sending_to_a_gateway,
+                    no_message_goes_to_a_gateway_if_a_lookup_finds_the_node_soon, what_one_finds_is_tried_before_the_others_answer,
+                    a_node_found_later_gets_the_next_message_instead_of_the_gateway, a_lookup_may_call_the_connector,
                     a_server_that_calls_is_not_asked]},
      {bounds, [], [an_answer_holds_for_all_messages, none_holds_too, a_node_is_looked_up_once_at_a_time,
                    many_nodes_leave_nothing_behind, the_engine_ends_its_lookups,
@@ -101,7 +101,7 @@ by_its_profile(Config) ->
                                 {<<"cone">>, #{mapping_policy => ei, filtering_policy => ei}},
                                 {<<"both">>, #{can_receive_unsolicited => true, requires_relay => false, mapping_policy => pd}}]].
 
-a_profile_that_gives_no_way(Config) ->
+a_profile_without_a_usable_address(Config) ->
     Address = {{127, 0, 0, 1}, ?config(port, Config)},
     [begin
          serve(macula_nat_cache, fun(_, _) -> {ok, Profile#{reflexive_address => Address}} end),
@@ -212,7 +212,7 @@ endless_answers_are_ended(Config) ->
 
 endless(List) -> endless([List | List]).
 
-slow_servers_delay_no_direct_way(Config) ->
+slow_servers_delay_no_direct_path(Config) ->
     [slow(Server) || Server <- ?SERVERS],
     {Took, ok} = elapsed(fun() ->
         send_message_nat_aware(<<"me">>, <<"node">>, store, #{id => 1}, #{endpoint => endpoint(?config(port, Config))})
@@ -229,21 +229,21 @@ slow_servers_delay_no_relay(_Config) ->
     ?assert(Took < ?SOON),
     ?assertMatch(#{path := relay}, macula_peer_relays:delivered(Target, 1)).
 
-slow_servers_delay_no_gateway_that_stands_in(_Config) ->
+slow_servers_do_not_delay_sending_to_a_gateway(_Config) ->
     Gateway = gateway(),
     [slow(Server) || Server <- ?SERVERS],
     {Took, ok} = elapsed(fun() -> send(<<"node">>, 1) end),
     ?assert(Took < ?SOON),
-    until(fun() -> maps:get(distinct, macula_peer_stand_in:stats(Gateway)) =:= 1 end).
+    until(fun() -> maps:get(distinct, macula_peer_fake_gateway:stats(Gateway)) =:= 1 end).
 
 %% As slow as a DHT that asks others may be.
-a_gateway_does_not_stand_in_for_what_is_found_soon(Config) ->
+no_message_goes_to_a_gateway_if_a_lookup_finds_the_node_soon(Config) ->
     Gateway = gateway(),
     serve(macula_routing_server, fun(_, _) ->
         receive after 100 -> listener(Config) end
     end),
     arrives(Config, <<"node">>, direct),
-    ?assertMatch(#{distinct := 0}, macula_peer_stand_in:stats(Gateway)).
+    ?assertMatch(#{distinct := 0}, macula_peer_fake_gateway:stats(Gateway)).
 
 what_one_finds_is_tried_before_the_others_answer(Config) ->
     [slow(Server) || Server <- ?SERVERS],
@@ -258,7 +258,7 @@ what_one_finds_is_tried_before_the_others_answer(Config) ->
      end || {Server, Answer} <- Found].
 
 %% The first message goes to a gateway that may pass it on, the next one to the node itself.
-what_is_found_later_ends_the_standing_in(Config) ->
+a_node_found_later_gets_the_next_message_instead_of_the_gateway(Config) ->
     Gateway = gateway(),
     Test = self(),
     serve(macula_routing_server, fun(_, _) ->
@@ -267,7 +267,7 @@ what_is_found_later_ends_the_standing_in(Config) ->
     end),
     ok = macula_peer_test:forget(?config(node, Config)),
     ok = send(<<"node">>, -1),
-    until(fun() -> maps:get(distinct, macula_peer_stand_in:stats(Gateway)) =:= 1 end),
+    until(fun() -> maps:get(distinct, macula_peer_fake_gateway:stats(Gateway)) =:= 1 end),
     receive {asked, Lookup} -> Lookup ! answer end,
     %% It ends after what it has found was told.
     Id = macula_peer_test:await(fun() ->
@@ -498,7 +498,7 @@ no_resolver_is_asked(Config) ->
     %% The variable is a setting, not somebody who is asked.
     Gateway = gateway(),
     ?assertEqual(ok, send(<<"node">>, 2)),
-    until(fun() -> maps:get(distinct, macula_peer_stand_in:stats(Gateway)) =:= 1 end).
+    until(fun() -> maps:get(distinct, macula_peer_fake_gateway:stats(Gateway)) =:= 1 end).
 
 %% ---- macula's servers, as far as they matter here ----
 
@@ -561,8 +561,8 @@ asked(Function) ->
 
 %% One of 0.14.3, known as a bootstrap peer.
 gateway() ->
-    Gateway = macula_peer_stand_in:start(),
-    true = os:putenv(?BOOTSTRAP, binary_to_list(macula_peer_stand_in:endpoint(Gateway))),
+    Gateway = macula_peer_fake_gateway:start(),
+    true = os:putenv(?BOOTSTRAP, binary_to_list(macula_peer_fake_gateway:endpoint(Gateway))),
     Gateway.
 
 send(Node, Id) ->

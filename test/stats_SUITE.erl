@@ -34,14 +34,14 @@ end_per_testcase(_Case, Config) ->
 %% ---- peers and links ----
 
 a_link_to_a_gateway(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     ?assertMatch(#{peers := [], accepted := [], verify_none_links := 0, undelivered := 0, unhandled := 0,
                    malformed := 0, sessions := 0}, macula_peer_node:stats()),
     [ok = send(Endpoint, #{n => N}) || N <- lists:seq(1, 10)],
     {ok, _} = ping(Endpoint, ?TIMEOUT),
     Stats = acknowledged(Endpoint, 11),
-    Address = {{127, 0, 0, 1}, macula_peer_stand_in:port(Gateway)},
+    Address = {{127, 0, 0, 1}, macula_peer_fake_gateway:port(Gateway)},
     ?assertMatch(#{endpoint := Endpoint, path := direct, dialect := macula, address := Address, sent := 11,
                    received := 1, failed := 0, dials := 1, unacknowledged_bytes := 0}, Stats),
     ?assert(maps:get(round_trip_us, Stats) > 0),
@@ -63,17 +63,17 @@ a_link_between_our_nodes(Config) ->
     stats(accepted, []).
 
 unacknowledged_bytes(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     {ok, _} = ping(Endpoint, ?TIMEOUT),
     _ = acknowledged(Endpoint, 1),
-    ok = macula_peer_stand_in:silence(Gateway, on),
+    ok = macula_peer_fake_gateway:silence(Gateway, on),
     Msg = #{payload => <<0:8000>>},
     {ok, Frame} = macula_peer_wire:encode(cast, Msg),
     [ok = send(Endpoint, Msg) || _ <- lists:seq(1, 3)],
     ?assertMatch(#{sent := 4, acknowledged := 1, unacknowledged_bytes := Bytes} when Bytes =:= 3 * byte_size(Frame),
                  macula_peer_test:peer_stats(Endpoint)),
-    ok = macula_peer_stand_in:silence(Gateway, off),
+    ok = macula_peer_fake_gateway:silence(Gateway, off),
     _ = macula_peer_test:await(fun() -> macula_peer_test:peer_stats(Endpoint) end,
                                fun(#{unacknowledged_bytes := Left}) -> Left =:= 0 end),
     ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
@@ -94,11 +94,11 @@ failed_calls(_Config) ->
     ?assertMatch(#{failed := 2}, macula_peer_test:peer_stats(Endpoint)).
 
 redials(_Config) ->
-    Gateway = macula_peer_stand_in:start(),
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     {ok, _} = ping(Endpoint, ?TIMEOUT),
-    ok = macula_peer_stand_in:stop(Gateway),
-    _ = macula_peer_stand_in:start(["--bind", binary_to_list(Endpoint)]),
+    ok = macula_peer_fake_gateway:stop(Gateway),
+    _ = macula_peer_fake_gateway:start(["--bind", binary_to_list(Endpoint)]),
     {ok, _} = macula_peer_test:await(fun() -> ping(Endpoint, ?TIMEOUT) end, fun({Result, _}) -> Result =:= ok end),
     ?assertMatch(#{dials := Dials, path := direct} when Dials >= 2, macula_peer_test:peer_stats(Endpoint)),
     ?assertMatch(#{verify_none_links := 2}, macula_peer_node:stats()).
@@ -107,14 +107,14 @@ redials(_Config) ->
 
 pool(_Config) ->
     ?assertEqual(#{hits => 0, misses => 0, evictions => 0, total => 0, hit_rate => 0.0, pool_size => 0}, pool()),
-    Endpoint = macula_peer_stand_in:endpoint(macula_peer_stand_in:start()),
+    Endpoint = macula_peer_fake_gateway:endpoint(macula_peer_fake_gateway:start()),
     [{ok, _} = ping(Endpoint, ?TIMEOUT) || _ <- lists:seq(1, 2)],
     [ok = send(Endpoint, #{}) || _ <- lists:seq(1, 2)],
     ?assertEqual(#{hits => 3, misses => 1, evictions => 0, total => 4, hit_rate => 0.75, pool_size => 1}, pool()).
 
 evictions(_Config) ->
     ok = macula_peer_test:engine(#{pool_size => 2}),
-    Port = macula_peer_stand_in:port(macula_peer_stand_in:start(["--bind", "0.0.0.0:0"])),
+    Port = macula_peer_fake_gateway:port(macula_peer_fake_gateway:start(["--bind", "0.0.0.0:0"])),
     [First, Second, Third] = Endpoints = [macula_peer_test:endpoint(["127.0.0.", N], Port) || N <- ["1", "2", "3"]],
     %% A pause, for the clock to tell which was used last.
     [begin
@@ -129,7 +129,7 @@ evictions(_Config) ->
 
 idle_peers_leave(_Config) ->
     ok = macula_peer_test:engine(#{idle_timeout => 300, keep_alive => 100}),
-    Endpoint = macula_peer_stand_in:endpoint(macula_peer_stand_in:start()),
+    Endpoint = macula_peer_fake_gateway:endpoint(macula_peer_fake_gateway:start()),
     {ok, _} = ping(Endpoint, ?TIMEOUT),
     _ = macula_peer_test:await(fun pool/0, fun(#{pool_size := Size}) -> Size =:= 0 end),
     ?assertMatch(#{evictions := 0}, pool()),
@@ -150,7 +150,7 @@ expired_messages(_Config) ->
 
 lost_messages(_Config) ->
     ok = macula_peer_test:engine(#{delivery => at_most_once, connect_timeout => 500}),
-    ?assertEqual(connection_closed, undelivered(fun(Gateway) -> ok = macula_peer_stand_in:stop(Gateway) end)).
+    ?assertEqual(connection_closed, undelivered(fun(Gateway) -> ok = macula_peer_fake_gateway:stop(Gateway) end)).
 
 stopped_messages(_Config) ->
     Endpoint = silent(fun(_Gateway) -> ok end),
@@ -166,12 +166,12 @@ undelivered(Then) ->
     Reason.
 
 silent(Then) ->
-    Gateway = macula_peer_stand_in:start(),
-    Endpoint = macula_peer_stand_in:endpoint(Gateway),
+    Gateway = macula_peer_fake_gateway:start(),
+    Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     ok = macula_peer_node:set_handler(self()),
     {ok, _} = ping(Endpoint, ?TIMEOUT),
     _ = acknowledged(Endpoint, 1),
-    ok = macula_peer_stand_in:silence(Gateway, on),
+    ok = macula_peer_fake_gateway:silence(Gateway, on),
     [ok = macula_peer_connector:send_message(Endpoint, cast, #{n => N}, 400) || N <- lists:seq(1, 3)],
     ok = Then(Gateway),
     Endpoint.

@@ -1,5 +1,5 @@
 %% Which macula_peer_connector is in force: the application says so, and puts its own in the place of macula's where it is told
-%% to, and only there. Each case has a node of its own, with a stand-in for macula first in its code path.
+%% to, and only there. Each case has a node of its own, with the fake of macula first in its code path.
 -module(takeover_SUITE).
 
 -compile([export_all, nowarn_export_all]).

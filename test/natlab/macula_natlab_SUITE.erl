@@ -1,5 +1,5 @@
 %% Nodes of macula behind NATs take full part: what is sent to their node ids reaches their gateways, and what those
-%% answer goes back, over whatever path. The nodes are in the NAT laboratory, with the stand-in for macula on each.
+%% answer goes back, over whatever path. The nodes are in the NAT laboratory, with the fake of macula on each.
 -module(macula_natlab_SUITE).
 
 -compile([export_all, nowarn_export_all]).

@@ -110,7 +110,7 @@ nothing_passes(Lab) ->
 relays_and_gateways_say_the_address_that_was_found_out(Config) ->
     Lab = ?config(lab, Config),
     [_, {Host, [Ip | _]}] = macula_peer_natlab:relays(Lab),
-    Gateway = macula_peer_program:start(Host, "gateway_stand_in",
+    Gateway = macula_peer_program:start(Host, "fake_gateway",
                                         ["--bind", binary_to_list(macula_peer_net:endpoint(Ip, 0))]),
     Asked = [macula_peer_net:endpoint(Ip, macula_peer_program:port(Gateway))],
     _ = [begin
@@ -121,7 +121,7 @@ relays_and_gateways_say_the_address_that_was_found_out(Config) ->
              ?assertEqual([{Endpoint, Address} || Endpoint <- Relays ++ Asked],
                           [{Endpoint, probed(Node, Endpoint)} || Endpoint <- Relays ++ Asked])
          end || Site <- [one, cone]],
-    macula_peer_stand_in:stop(Gateway).
+    macula_peer_fake_gateway:stop(Gateway).
 
 probed(Node, Endpoint) ->
     Probe = #{node_id => <<"me">>, local_port => 0},

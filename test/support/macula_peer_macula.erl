@@ -1,4 +1,4 @@
-%% Nodes with the application that stands in for macula, whose modules this application takes the place of.
+%% Nodes with the fake of macula (test_apps/macula). This application replaces some of its modules.
 -module(macula_peer_macula).
 
 -export([build/0]).
@@ -32,7 +32,7 @@ start_node(Host, Ebin, Settings) ->
         _ -> macula_peer_net:start_node(Host)
     end,
     [Macula, Ours] = [maps:get(Application, Settings, #{}) || Application <- [macula, macula_peer_connector]],
-    Listener = #{listener => macula_peer_program:path("gateway_stand_in")},
+    Listener = #{listener => macula_peer_program:path("fake_gateway")},
     ok = call(Node, ?MODULE, start, [Ebin, maps:merge(Listener, Macula), Ours]),
     Node.
 

@@ -12,7 +12,7 @@ use crate::errors::CircuitError;
 use crate::liveness::{Liveness, Seen};
 use crate::proto::control::{Id, Limit, Refusal};
 use crate::retry::{Backoff, Registering};
-use crate::silence::{Counted, SILENCE, Silence};
+use crate::unanswered::{Counted, SILENCE, Unanswered};
 
 /// Between dials while the relay is silent.
 const FIRST_PAUSE_SILENT: Duration = Duration::from_millis(100);
@@ -409,7 +409,7 @@ impl Registrant {
 /// Watches a relay's connection for silence, by looking at its counters from time to time.
 #[derive(Debug)]
 pub struct Watch {
-    silence: Silence,
+    unanswered: Unanswered,
     suspect: bool,
     look_at: Instant,
 }
@@ -428,7 +428,7 @@ pub struct Look {
 
 impl Watch {
     pub fn new(counted: Counted, now: Instant) -> Self {
-        Self { silence: Silence::new(counted), suspect: false, look_at: now + LOOK_QUIET_EVERY }
+        Self { unanswered: Unanswered::new(counted), suspect: false, look_at: now + LOOK_QUIET_EVERY }
     }
 
     pub fn look_at(&self) -> Instant {
@@ -442,10 +442,10 @@ impl Watch {
 
     /// `liveness` is the relay's, over all its connections.
     pub fn look(&mut self, liveness: &mut Liveness, counted: Counted, round_trip: Duration, now: Instant) -> Look {
-        let soon = self.silence.look(counted, now);
+        let soon = self.unanswered.look(counted, now);
         self.look_at = now + if soon { LOOK_EVERY } else { LOOK_QUIET_EVERY };
         let patience = SILENCE.max(round_trip * 2).max(liveness.expected_silence(now));
-        match liveness.look(counted.heard, self.silence.unanswered_since(), patience, now) {
+        match liveness.look(counted.heard, self.unanswered.since(), patience, now) {
             Seen::Heard => self.suspect = false,
             Seen::Silent(silence) if !self.suspect => {
                 liveness.suspect(counted.heard, silence, now);
@@ -453,7 +453,7 @@ impl Watch {
             }
             Seen::Silent(_) | Seen::Nothing => {}
         }
-        Look { quiet: !soon, pad: self.silence.is_late(now, round_trip), suspect: self.suspect }
+        Look { quiet: !soon, pad: self.unanswered.is_late(now, round_trip), suspect: self.suspect }
     }
 }
 

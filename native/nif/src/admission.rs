@@ -12,9 +12,9 @@ use rustler::{Atom, Encoder, Env, ListIterator, Resource, ResourceArc, Term};
 use crate::atoms;
 use crate::errors::bytes_term;
 use crate::inbound::{address, path};
-use crate::off_scheduler::{Kept, OffScheduler, map};
+use crate::non_scheduler::{Kept, NonScheduler, map};
 use crate::options::{InvalidOption, each, fingerprint, ip, proper_list, text};
-use crate::whom::node_id;
+use crate::recipient::node_id;
 
 /// Entries of one list: reading them takes a tenth of a second.
 const MOST_LISTED: usize = 100_000;
@@ -30,12 +30,12 @@ struct Callback {
 
 impl Admit for Callback {
     fn ask(&self, question: &AdmissionQuestion, answer: AdmissionAnswer) {
-        let here = OffScheduler::here();
+        let here = NonScheduler::here();
         // Dropped, the answer is that the callback failed.
         let Some(here) = here else { return };
         let Some(process) = here.whereis(atoms::macula_peer_admission()) else { return };
         let token = ResourceArc::new(AnswerToken(Mutex::new(Some(answer))));
-        let sent: Result<(), crate::off_scheduler::Dead> = here.send(|env| {
+        let sent: Result<(), crate::non_scheduler::Dead> = here.send(|env| {
             let function = self.function.copy_to(env);
             let timeout = self.timeout.as_millis() as u64;
             let message = (atoms::macula_peer_admit(), token.clone(), function, asked(env, question), timeout);

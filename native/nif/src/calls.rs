@@ -7,7 +7,7 @@ use rustler::env::SavedTerm;
 use rustler::{Encoder, Env, LocalPid, Monitor, OwnedEnv, Resource, ResourceArc, Term};
 
 use crate::atoms;
-use crate::off_scheduler::anywhere;
+use crate::non_scheduler::anywhere;
 
 /// Where one answer goes: `{Tag, Answer}` to the process that called.
 pub(crate) struct Caller {

@@ -1,6 +1,6 @@
 //! From a frame to Erlang terms.
 //!
-//! This runs on the runtime's threads, which may not build every map ([`crate::off_scheduler`]). A map that they may
+//! This runs on the runtime's threads, which may not build every map ([`crate::non_scheduler`]). A map that they may
 //! not build is left *unfinished*: the tuple `{map, [{Key, Value}]}`. Nothing from the network can look like that,
 //! because MessagePack has no tuples. `macula_peer_finisher:finish/1` makes it a map, in a process.
 
@@ -11,7 +11,7 @@ use rustler::{Binary, Encoder, Env, NewBinary, Term, TermType};
 
 use crate::atoms;
 use crate::encode::LIGHT_WORK;
-use crate::off_scheduler::flat_map;
+use crate::non_scheduler::flat_map;
 
 /// Binaries up to this size live on the process heap; larger ones refer to the payload, if that is a binary itself.
 const HEAP_BINARY: usize = 64;

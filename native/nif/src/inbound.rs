@@ -18,7 +18,7 @@ use crate::atoms;
 use crate::decode::{self, Decoded};
 use crate::errors::{Reason, Why, binary, bytes_term};
 use crate::nat;
-use crate::off_scheduler::{Dead, OffScheduler, map};
+use crate::non_scheduler::{Dead, NonScheduler, map};
 
 /// The process that gets what arrives.
 pub(crate) struct Process {
@@ -57,14 +57,14 @@ impl Handler for Process {
 
     fn event(&self, event: Event) -> bool {
         let pid = self.pid;
-        let tell = move |here: &OffScheduler| -> Result<(), Dead> {
+        let tell = move |here: &NonScheduler| -> Result<(), Dead> {
             here.send(|env| {
                 let fields = map(env, &fields(env, &event));
                 Ok((pid, (atoms::macula_peer_event(), fields).encode(env)))
             })
         };
         // The engine tells of events on its own threads.
-        OffScheduler::here().is_some_and(|here| tell(&here).is_ok())
+        NonScheduler::here().is_some_and(|here| tell(&here).is_ok())
     }
 }
 
@@ -78,7 +78,7 @@ impl Fallback for Cast {
     /// but an answer on this stream, which is no quicer stream, is an error to the one who tries; the sender is told that
     /// there will be none.
     fn message(&self, inbound: Inbound) -> Result<(), NotTaken> {
-        let gateway = OffScheduler::here().and_then(|here| here.whereis(atoms::macula_gateway()));
+        let gateway = NonScheduler::here().and_then(|here| here.whereis(atoms::macula_gateway()));
         let Some(gateway) = gateway else { return Err(NotTaken::Absent(Box::new(inbound))) };
         let sent = self.way.send(gateway, &inbound, |env, message| {
             let (kind, stream) = (atoms::name_of(inbound.kind), env.make_ref());
@@ -137,7 +137,7 @@ impl Way {
         inbound: &Inbound,
         whole: impl for<'a> FnOnce(Env<'a>, Option<Term<'a>>) -> Term<'a>,
     ) -> Result<(), Unhandled> {
-        let Some(here) = OffScheduler::here() else { return Err(Unhandled::NoHandler) };
+        let Some(here) = NonScheduler::here() else { return Err(Unhandled::NoHandler) };
         let sender = inbound.sender();
         let is_behind = self.backlog.holds(sender);
         let mut receipt = None;

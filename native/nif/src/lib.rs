@@ -14,10 +14,10 @@ mod errors;
 mod inbound;
 mod log;
 mod nat;
-mod off_scheduler;
+mod non_scheduler;
 mod options;
+mod recipient;
 mod stats;
-mod whom;
 
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -33,7 +33,7 @@ use crate::decode::{Decoded, Terms};
 use crate::encode::{On, Refusal};
 use crate::errors::{Reason, error};
 use crate::inbound::{Cast, Finisher, Process, Receipt, Token, Way};
-use crate::whom::{Text, Whom};
+use crate::recipient::{Recipient, Text};
 
 /// Longer timeouts than this are no timeout: 49 days, as in `receive`.
 const LONGEST_TIMEOUT: u64 = u32::MAX as u64;
@@ -117,7 +117,7 @@ fn start<'a>(
     if engine().is_some() {
         return (atoms::error(), atoms::already_started()).encode(env);
     }
-    if let Err(failed) = off_scheduler::start_courier() {
+    if let Err(failed) = non_scheduler::start_sender_thread() {
         return error(env, &StartError::Runtime(failed));
     }
     let started = match Engine::start(config) {
@@ -228,7 +228,7 @@ fn submit<'a>(
     to: Term<'a>,
     content: Content<'a>,
     timeout: Term<'a>,
-    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &Whom<'_>, Message, Instant) -> Term<'a>,
+    send: impl FnOnce(Env<'a>, Term<'a>, &Engine, &Recipient<'_>, Message, Instant) -> Term<'a>,
 ) -> Term<'a> {
     // Locked for reading meanwhile, which is cheaper than counting one more reference; nothing here waits.
     let engine = ENGINE.read().unwrap_or_else(PoisonError::into_inner);
@@ -242,12 +242,12 @@ fn submit<'a>(
         return (atoms::error(), (atoms::invalid_timeout(), timeout)).encode(env);
     };
     let text = Text::of(to);
-    match Whom::read(to, &text) {
-        Ok(whom) => {
-            let message = Message { frame, kind, deadline, key: whom.key() };
-            send(env, tag, engine, &whom, message, now)
+    match Recipient::read(to, &text) {
+        Ok(recipient) => {
+            let message = Message { frame, kind, deadline, key: recipient.key() };
+            send(env, tag, engine, &recipient, message, now)
         }
-        Err(misnamed) => misnamed.error(env, to),
+        Err(invalid) => invalid.error(env, to),
     }
 }
 
@@ -263,12 +263,12 @@ fn send_message<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     engine: &Engine,
-    whom: &Whom<'_>,
+    recipient: &Recipient<'_>,
     message: Message,
     now: Instant,
 ) -> Term<'a> {
-    let wait = whom.prepare(engine);
-    let message = match engine.send_now(&whom.target(), message, now) {
+    let wait = recipient.prepare(engine);
+    let message = match engine.send_now(&recipient.target(), message, now) {
         Ok(()) => return atoms::ok().encode(env),
         Err(message) => message,
     };
@@ -276,7 +276,7 @@ fn send_message<'a>(
     let caller = Caller::new(env, tag);
     let call = InProgress::monitor(env, &caller.pid());
     let monitored = call.clone();
-    let waiting = engine.send(&whom.target(), message, move |sent| {
+    let waiting = engine.send(&recipient.target(), message, move |sent| {
         drop(monitored);
         caller.answer(move |env| match sent {
             Ok(()) => atoms::ok().encode(env),
@@ -293,16 +293,16 @@ fn send_request<'a>(
     env: Env<'a>,
     tag: Term<'a>,
     engine: &Engine,
-    whom: &Whom<'_>,
+    recipient: &Recipient<'_>,
     message: Message,
     _: Instant,
 ) -> Term<'a> {
-    let Some(wait) = whom.prepare(engine) else { return atoms::unlinked().encode(env) };
+    let Some(wait) = recipient.prepare(engine) else { return atoms::unlinked().encode(env) };
     let caller = Caller::new(env, tag);
     let call = InProgress::monitor(env, &caller.pid());
     let monitored = call.clone();
     let limits = engine.config().limits;
-    let waiting = engine.request(&whom.target(), message, move |answer| {
+    let waiting = engine.request(&recipient.target(), message, move |answer| {
         drop(monitored);
         caller.answer(move |env| match answer {
             Ok(frame) => decode_answer(env, &frame, limits),
@@ -349,15 +349,15 @@ fn deadline(timeout: Term<'_>, now: Instant) -> Result<Option<Instant>, ()> {
 #[rustler::nif]
 fn found<'a>(env: Env<'a>, node: Term<'a>, candidates: Term<'a>) -> Term<'a> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };
-    let Some(node) = whom::node_id(node) else {
+    let Some(node) = recipient::node_id(node) else {
         return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
     };
-    match whom::candidates(candidates) {
+    match recipient::candidates(candidates) {
         Ok(candidates) => {
             engine.found(&node, candidates);
             atoms::ok().encode(env)
         }
-        Err(misnamed) => misnamed.error(env, candidates),
+        Err(invalid) => invalid.error(env, candidates),
     }
 }
 
@@ -365,7 +365,7 @@ fn found<'a>(env: Env<'a>, node: Term<'a>, candidates: Term<'a>) -> Term<'a> {
 #[rustler::nif]
 fn resolved<'a>(env: Env<'a>, node: Term<'a>, answered: bool) -> Term<'a> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };
-    let Some(node) = whom::node_id(node) else {
+    let Some(node) = recipient::node_id(node) else {
         return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
     };
     engine.resolved(&node, answered);
@@ -375,7 +375,7 @@ fn resolved<'a>(env: Env<'a>, node: Term<'a>, answered: bool) -> Term<'a> {
 /// Forgets which key a node has.
 #[rustler::nif]
 fn forget<'a>(env: Env<'a>, node: Term<'a>) -> Term<'a> {
-    let Some(name) = whom::node_id(node) else {
+    let Some(name) = recipient::node_id(node) else {
         return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
     };
     match engine() {
@@ -392,7 +392,7 @@ fn forget<'a>(env: Env<'a>, node: Term<'a>) -> Term<'a> {
 #[rustler::nif]
 fn register<'a>(env: Env<'a>, node: Term<'a>, relays: Term<'a>) -> Term<'a> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };
-    let Some(node) = whom::node_id(node) else {
+    let Some(node) = recipient::node_id(node) else {
         return (atoms::error(), (atoms::invalid_node_id(), node)).encode(env);
     };
     match options::endpoints(relays) {
@@ -454,7 +454,7 @@ fn local_address(env: Env<'_>) -> Term<'_> {
 fn identity(env: Env<'_>) -> Term<'_> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };
     let fingerprint = errors::bytes_term(env, engine.fingerprint().as_bytes());
-    off_scheduler::map(env, &[(atoms::fingerprint(), fingerprint)])
+    non_scheduler::map(env, &[(atoms::fingerprint(), fingerprint)])
 }
 
 /// A process, `{function, Pid}` with the process that calls a function, or `undefined`. Returns the process of the
@@ -533,12 +533,12 @@ fn handed_over(receipt: ResourceArc<Receipt>) -> Atom {
 #[rustler::nif]
 fn invalidate<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
     let text = Text::of(peer);
-    match (Whom::read(peer, &text), engine()) {
-        (Ok(whom), Some(engine)) => {
-            engine.invalidate(&whom.target());
+    match (Recipient::read(peer, &text), engine()) {
+        (Ok(recipient), Some(engine)) => {
+            engine.invalidate(&recipient.target());
             atoms::ok().encode(env)
         }
-        (Err(misnamed), _) => misnamed.error(env, peer),
+        (Err(invalid), _) => invalid.error(env, peer),
         (Ok(_), None) => atoms::not_started().encode(env),
     }
 }
@@ -569,9 +569,9 @@ fn access<'a>(env: Env<'a>, tag: Term<'a>) -> Atom {
 
 /// As `stats`: there may be thousands of connections to look at.
 #[rustler::nif]
-fn kick<'a>(env: Env<'a>, tag: Term<'a>, whom: Term<'a>) -> Term<'a> {
-    let Some(kick) = admission::kick(whom) else {
-        return (atoms::error(), (atoms::invalid_kick(), whom)).encode(env);
+fn kick<'a>(env: Env<'a>, tag: Term<'a>, target: Term<'a>) -> Term<'a> {
+    let Some(kick) = admission::kick(target) else {
+        return (atoms::error(), (atoms::invalid_kick(), target)).encode(env);
     };
     let waits = ask(env, tag, move |engine| {
         let kicked = engine.kick(&kick);
@@ -634,9 +634,9 @@ where
 #[rustler::nif]
 fn path<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
     let text = Text::of(peer);
-    match (Whom::read(peer, &text), engine()) {
-        (Ok(whom), Some(engine)) => (atoms::ok(), stats::path(env, &engine.path(&whom.target()))).encode(env),
-        (Err(misnamed), _) => misnamed.error(env, peer),
+    match (Recipient::read(peer, &text), engine()) {
+        (Ok(recipient), Some(engine)) => (atoms::ok(), stats::path(env, &engine.path(&recipient.target()))).encode(env),
+        (Err(invalid), _) => invalid.error(env, peer),
         (Ok(_), None) => atoms::not_started().encode(env),
     }
 }

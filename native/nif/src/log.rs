@@ -11,7 +11,7 @@ use tracing::{Event, Metadata, Subscriber};
 
 use crate::atoms;
 use crate::errors::binary;
-use crate::off_scheduler::{Dead, anywhere};
+use crate::non_scheduler::{Dead, anywhere};
 
 /// Who logs. Without the application nobody does.
 static LOGGER: RwLock<Option<LocalPid>> = RwLock::new(None);

@@ -7,7 +7,7 @@ use rustler::{Atom, Encoder, Env, Term};
 
 use crate::atoms;
 use crate::inbound::address;
-use crate::off_scheduler::map;
+use crate::non_scheduler::map;
 
 pub(crate) fn term<'a>(env: Env<'a>, status: &NatStatus) -> Term<'a> {
     map(env, &fields(env, status))

@@ -14,7 +14,7 @@ use rustler::{Atom, Binary, Encoder, Env, ListIterator, MapIterator, Term};
 use crate::admission;
 use crate::atoms;
 use crate::errors::Reason;
-use crate::whom::{endpoint, node_id};
+use crate::recipient::{endpoint, node_id};
 
 /// The largest values accepted. Above them a setting would not take effect, or could end the node: quinn keeps memory
 /// for every stream that a connection may open (585 KB at this limit), a frame is gathered in memory, and each worker

@@ -9,7 +9,7 @@ use crate::admission;
 use crate::atoms;
 use crate::errors::{binary, bytes_term};
 use crate::inbound::{self, address, dialect};
-use crate::off_scheduler::map;
+use crate::non_scheduler::map;
 
 pub(crate) fn term<'a>(env: Env<'a>, stats: &Stats) -> Term<'a> {
     let peers: Vec<_> = stats.peers.iter().map(|each| peer(env, each)).collect();

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
+use macula_peer_core::packet_budget::PacketBudget;
 use macula_peer_core::sync::lock;
-use macula_peer_core::targets::Targets;
 use macula_peer_core::types::canonical;
 use macula_peer_core::unproven::Unproven;
 use quinn::Connection;
@@ -31,13 +31,13 @@ pub(crate) struct Addresses {
     /// Whether there are unproven ones: as a rule there are none, and nothing is looked up.
     any_unproven: AtomicBool,
     /// What signals may be sent.
-    targets: Mutex<Targets>,
+    budget: Mutex<PacketBudget>,
 }
 
 impl Default for Addresses {
     fn default() -> Self {
-        let targets = Mutex::new(Targets::new(Instant::now()));
-        Self { proven: RwLock::default(), unproven: Mutex::default(), any_unproven: AtomicBool::default(), targets }
+        let budget = Mutex::new(PacketBudget::new(Instant::now()));
+        Self { proven: RwLock::default(), unproven: Mutex::default(), any_unproven: AtomicBool::default(), budget }
     }
 }
 
@@ -77,17 +77,17 @@ impl Addresses {
 
     /// Whether a signal may be sent to an address that a relay sees somebody at, or to a relay.
     pub(crate) fn may_signal(&self, to: SocketAddr) -> bool {
-        lock(&self.targets).take(to, Instant::now())
+        lock(&self.budget).take(to, Instant::now())
     }
 
     /// Whether a signal may be sent to an address that somebody else has named.
     pub(crate) fn may_signal_unheard(&self, to: SocketAddr) -> bool {
-        lock(&self.targets).take_unheard(to, Instant::now())
+        lock(&self.budget).take_unheard(to, Instant::now())
     }
 
     /// An answer has come from there that only who got the question can make.
     pub(crate) fn heard(&self, from: SocketAddr) {
-        lock(&self.targets).heard(from);
+        lock(&self.budget).heard(from);
     }
 
     /// Forgets in time what came from unproven addresses, also where nothing more comes.

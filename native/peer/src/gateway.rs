@@ -14,7 +14,7 @@ use bytes::Bytes;
 use macula_peer_core::config::{Config, HandOver, LocalGateway};
 use macula_peer_core::counter::Counter;
 use macula_peer_core::errors::{Rejection, SendError};
-use macula_peer_core::handover::{self, Presence};
+use macula_peer_core::gateway_pool::{self, Presence};
 use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::lanes::LARGE_FRAME;
 use macula_peer_core::proto::answers;
@@ -155,9 +155,9 @@ impl Gateway {
             return None;
         }
         let waiting: Vec<_> = lines.iter().map(|line| line.slow.load(Ordering::Relaxed)).collect();
-        let index = match handover::line(&waiting, slow) {
-            handover::Line::Present(index) => index,
-            handover::Line::New => {
+        let index = match gateway_pool::line(&waiting, slow) {
+            gateway_pool::Line::Present(index) => index,
+            gateway_pool::Line::New => {
                 let peer = (self.start)(PeerName::Gateway(self.endpoint.clone()), Arc::downgrade(self) as _)?;
                 lines.push(Line { peer, slow: Arc::default() });
                 lines.len() - 1

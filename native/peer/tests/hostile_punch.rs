@@ -364,7 +364,7 @@ fn a_relay_that_names_a_bystander_again_and_again_makes_no_flood() {
     until("others are heard", || inbox.len() as u64 == sent);
     assert_eq!(inbox.disorder(), None);
     bystander.quiet();
-    // As `macula_peer_core::targets` has it.
+    // As `macula_peer_core::packet_budget` has it.
     let most = 2048 + 50 * (begun.elapsed().as_secs() as usize + 1);
     assert!((2048..=most).contains(&bystander.count()), "{} in {sessions} sessions", bystander.count());
     assert_eq!(bystander.longest(), SIGNAL_LEN);

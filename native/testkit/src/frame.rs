@@ -1,4 +1,4 @@
-//! The frames that the stand-ins read and write, with a MessagePack library of their own: an oracle that is independent of
+//! The frames that the fake gateway reads and writes, with a MessagePack library of their own: an oracle that is independent of
 //! the code under test.
 
 use rmpv::{Value, ValueRef};
@@ -6,7 +6,7 @@ use rmpv::{Value, ValueRef};
 /// Version, type, flags, reserved, then the payload's length in four bytes.
 pub const HEADER: usize = 8;
 
-/// The types that the stand-ins send or answer.
+/// The types that the testkit's programs send or answer.
 pub mod kind {
     #![allow(missing_docs)]
     pub const CONNECT: u8 = 0x01;

@@ -1,5 +1,5 @@
-//! What the stand-ins and load generators have in common. Nothing here is ever shipped, and nothing here uses the
-//! shipped crates: a stand-in is only worth something as an independent reading of the format.
+//! What the fake gateway and the load generators share. Nothing here is shipped, and nothing here uses the shipped
+//! crates: the fake gateway must be an independent implementation of the format.
 
 pub mod control;
 pub mod crowd;

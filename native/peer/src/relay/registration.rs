@@ -19,9 +19,9 @@ use macula_peer_core::proto::packet::padding;
 use macula_peer_core::punch::Role;
 use macula_peer_core::registration::Watch;
 use macula_peer_core::relay::Notices;
-use macula_peer_core::silence::Counted;
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Dialect, canonical};
+use macula_peer_core::unanswered::Counted;
 use macula_peer_wire::{Reassembler, VERSION};
 use quinn::{
     ClientConfig, ConnectError, Connection, ConnectionError, Incoming, ReadError, RecvStream, SendStream, VarInt,

@@ -13,7 +13,7 @@ use crate::liveness::Liveness;
 use crate::proto::control::{FromNode, FromRelay, Id, Reason, Refusal};
 use crate::race::{AttemptId, Ended};
 use crate::registration::{Action, Registrant, RelayEvent, Wants, Watch};
-use crate::silence::Counted;
+use crate::unanswered::Counted;
 
 /// As the engine's.
 const TIMEOUTS: Timeouts = Timeouts { keep_alive: 15 * SECOND, idle: 45 * SECOND };

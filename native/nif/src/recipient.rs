@@ -1,4 +1,4 @@
-//! Whom a message is for: an endpoint, or `{node, NodeId, Candidates}`, where `Candidates` may be `none`.
+//! The recipient of a message: an endpoint, or `{node, NodeId, Candidates}`, where `Candidates` may be `none`.
 
 use macula_peer::{Candidates, Endpoint, EndpointError, EndpointRef, Engine, Fingerprint, NodeId, Target};
 use rustler::{Atom, Binary, Encoder, Env, Term};
@@ -7,23 +7,22 @@ use crate::atoms;
 use crate::errors::{Reason, error};
 use crate::options::{self, InvalidOption};
 
-/// Whom a message is for.
-pub(crate) enum Whom<'a> {
+pub(crate) enum Recipient<'a> {
     Endpoint(EndpointRef<'a>),
-    /// Without ways it is only sent over a link that there is.
+    /// Without candidates, a message goes over an existing link or not at all.
     Node(NodeId, Option<Candidates>),
 }
 
-/// Why a term names nobody.
-pub(crate) enum Misnamed<'a> {
+/// What is wrong with a term that should name a recipient.
+pub(crate) enum InvalidRecipient<'a> {
     Endpoint(EndpointError),
     Relay(EndpointError),
     Node,
     Candidates(InvalidOption<'a>),
 }
 
-impl Misnamed<'_> {
-    /// `{error, Reason}`; `term` is what names nobody.
+impl InvalidRecipient<'_> {
+    /// `{error, Reason}`; `term` is the invalid term.
     pub(crate) fn error<'a>(&self, env: Env<'a>, term: Term<'a>) -> Term<'a> {
         match self {
             Self::Endpoint(invalid) => error(env, invalid),
@@ -37,7 +36,7 @@ impl Misnamed<'_> {
     }
 }
 
-/// What an endpoint's term says, kept while it is in use.
+/// The text of an endpoint's term, which an [`EndpointRef`] borrows from.
 pub(crate) enum Text<'a> {
     Binary(Binary<'a>),
     String(Option<String>),
@@ -60,15 +59,15 @@ impl<'a> Text<'a> {
     }
 }
 
-impl<'t> Whom<'t> {
-    /// `text` is that of the term.
-    pub(crate) fn read<'a>(term: Term<'a>, text: &'t Text<'a>) -> Result<Self, Misnamed<'a>> {
+impl<'t> Recipient<'t> {
+    /// `text` is the text of `term`.
+    pub(crate) fn read<'a>(term: Term<'a>, text: &'t Text<'a>) -> Result<Self, InvalidRecipient<'a>> {
         if let Ok((_, name, candidates)) = term.decode::<(Atom, Term<'_>, Term<'_>)>() {
-            let node = node_id(name).ok_or(Misnamed::Node)?;
+            let node = node_id(name).ok_or(InvalidRecipient::Node)?;
             let candidates = if atoms::none() == candidates { None } else { Some(self::candidates(candidates)?) };
             return Ok(Self::Node(node, candidates));
         }
-        text.endpoint().map(Self::Endpoint).map_err(Misnamed::Endpoint)
+        text.endpoint().map(Self::Endpoint).map_err(InvalidRecipient::Endpoint)
     }
 
     pub(crate) fn target(&self) -> Target<'_> {
@@ -86,8 +85,9 @@ impl<'t> Whom<'t> {
         }
     }
 
-    /// Tells the engine what the caller knows of the ways to a node. Returns what the caller has to do if it must wait:
-    /// just that, or look up more ways as well; `None`, say what it knows first.
+    /// Tells the engine which candidates the caller has for a node. Returns what the caller must do if the message
+    /// cannot leave at once: `wait`, or `resolve` to start a lookup and wait; `None` if it must first call again with
+    /// candidates.
     pub(crate) fn prepare(&self, engine: &Engine) -> Option<Atom> {
         match self {
             Self::Endpoint(_) => Some(atoms::wait()),
@@ -104,20 +104,24 @@ impl<'t> Whom<'t> {
     }
 }
 
-/// What there is where a node's id should be.
+/// What is in the place of a node's id.
 fn name(term: Term<'_>) -> Term<'_> {
     term.decode::<(Term<'_>, Term<'_>, Term<'_>)>().map_or(term, |(_, name, _)| name)
 }
 
-/// The ways to a node that somebody knows.
-pub(crate) fn candidates(options: Term<'_>) -> Result<Candidates, Misnamed<'_>> {
-    let (mut candidates, mut misnamed) = (Candidates::default(), None);
+/// A node's candidates, from a map or list of options.
+pub(crate) fn candidates(options: Term<'_>) -> Result<Candidates, InvalidRecipient<'_>> {
+    let (mut candidates, mut bad_endpoint) = (Candidates::default(), None);
     let read = options::each(options, |key, value| {
         match key {
-            key if key == atoms::endpoints() => candidates.endpoints = all(value, Misnamed::Endpoint, &mut misnamed)?,
-            key if key == atoms::relays() => candidates.relays = all(value, Misnamed::Relay, &mut misnamed)?,
+            key if key == atoms::endpoints() => {
+                candidates.endpoints = all(value, InvalidRecipient::Endpoint, &mut bad_endpoint)?
+            }
+            key if key == atoms::relays() => {
+                candidates.relays = all(value, InvalidRecipient::Relay, &mut bad_endpoint)?
+            }
             key if key == atoms::last_resorts() => {
-                candidates.last_resorts = all(value, Misnamed::Relay, &mut misnamed)?
+                candidates.last_resorts = all(value, InvalidRecipient::Relay, &mut bad_endpoint)?
             }
             key if key == atoms::hole_punch() => candidates.hole_punch = Some(value.decode().ok()?),
             key if key == atoms::fingerprint() => candidates.key = Some(options::fingerprint(value)?),
@@ -125,22 +129,22 @@ pub(crate) fn candidates(options: Term<'_>) -> Result<Candidates, Misnamed<'_>> 
         }
         Some(())
     });
-    match (misnamed, read) {
-        (Some(misnamed), _) => Err(misnamed),
-        (None, Err(invalid)) => Err(Misnamed::Candidates(invalid)),
+    match (bad_endpoint, read) {
+        (Some(invalid), _) => Err(invalid),
+        (None, Err(invalid)) => Err(InvalidRecipient::Candidates(invalid)),
         (None, Ok(())) => Ok(candidates),
     }
 }
 
-/// The endpoints in a list; the first that is none is `misnamed`.
+/// The endpoints in a list. If one is not valid, `bad_endpoint` says why.
 fn all<'a>(
     list: Term<'a>,
-    by: fn(EndpointError) -> Misnamed<'a>,
-    misnamed: &mut Option<Misnamed<'a>>,
+    by: fn(EndpointError) -> InvalidRecipient<'a>,
+    bad_endpoint: &mut Option<InvalidRecipient<'a>>,
 ) -> Option<Vec<Endpoint>> {
     let endpoints: Result<_, _> =
         options::proper_list(list)?.map(|term| Text::of(term).endpoint().map(|endpoint| endpoint.to_owned())).collect();
-    endpoints.map_err(|invalid| *misnamed = Some(by(invalid))).ok()
+    endpoints.map_err(|invalid| *bad_endpoint = Some(by(invalid))).ok()
 }
 
 pub(crate) fn node_id(term: Term<'_>) -> Option<NodeId> {

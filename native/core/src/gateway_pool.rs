@@ -1,20 +1,20 @@
-//! Handing messages over to the local gateway: whether it is there, and over which of several connections.
+//! The connections to the local gateway: whether it is running, and which connection a message takes.
 
 use std::time::{Duration, Instant};
 
-/// How long a gateway that was not there is not looked for again. One that starts gets messages a second later at the
-/// most, and one that is not there costs a dial a second, however many messages arrive.
+/// How long after a failed dial the gateway is not dialled again. A gateway that starts gets messages within a second,
+/// and an absent one costs one dial a second, however many messages arrive.
 const ABSENT_FOR: Duration = Duration::from_secs(1);
 
-/// Messages of one connection whose answer takes as long as somebody's procedure. A 0.14.3 gateway allows 100 streams; the
-/// others are for messages that are answered at once, or not at all.
+/// Calls in flight on one connection, whose answers take as long as a procedure runs. A 0.14.3 gateway allows 100
+/// streams; the others are for messages that are answered at once or not at all.
 const MAX_SLOW: usize = 32;
 
-/// Connections to the gateway at once. It makes one after the other, and 256 procedures that run are more than one BEAM
-/// is likely to answer for within their time.
+/// Connections to the gateway at once. It accepts one after the other, and a BEAM is unlikely to answer more than 256
+/// concurrent procedures in time.
 const MAX_LINES: usize = 8;
 
-/// Whether the gateway is there, as far as is known.
+/// Whether the gateway is running, as far as is known.
 #[derive(Debug, Default)]
 pub struct Presence {
     absent_until: Option<Instant>,
@@ -41,17 +41,17 @@ pub enum Line {
     New,
 }
 
-/// `slow`: the messages of each connection that wait for their slow answer, this one not counted.
+/// `slow` is the number of slow messages in flight on each connection, without this one.
 pub fn line(slow: &[usize], is_slow: bool) -> Line {
     let first = match is_slow {
-        // One connection is enough for all that is answered soon.
+        // One connection is enough for all messages that are answered at once.
         false => slow.first().map(|_| 0),
         true => slow.iter().position(|&waiting| waiting < MAX_SLOW),
     };
     match first {
         Some(index) => Line::Present(index),
         None if slow.len() < MAX_LINES => Line::New,
-        // One of those that wait loses its answer.
+        // One of the waiting messages loses its answer.
         None => (0..slow.len()).min_by_key(|&index| slow[index]).map_or(Line::New, Line::Present),
     }
 }
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_gateway_that_was_not_there_is_looked_for_again_a_second_later_or_when_it_was_found() {
+    fn an_absent_gateway_is_dialled_again_a_second_later() {
         let (mut presence, now) = (Presence::default(), Instant::now());
         assert!(!presence.is_absent(now));
         presence.missed(now);
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn slow_answers_take_another_connection_where_one_has_enough_of_them() {
+    fn slow_calls_are_spread_over_connections() {
         let mut slow = Vec::new();
         for n in 0..MAX_LINES * MAX_SLOW {
             match line(&slow, true) {
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn all_others_take_the_first() {
+    fn fast_messages_take_the_first_connection() {
         assert_eq!(line(&[], false), Line::New);
         assert_eq!(line(&[MAX_SLOW, 0], false), Line::Present(0));
     }

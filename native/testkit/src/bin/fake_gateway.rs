@@ -1,6 +1,6 @@
 //! Behaves towards a sender as an unmodified macula 0.14.3 gateway does, with its faults, and counts what it got.
 //!
-//! `gateway_stand_in [--bind ADDR] [--backlog N] [--handshake-ms MS] [--first-look-ms MS] [--rpc-delay-ms MS]
+//! `fake_gateway [--bind ADDR] [--backlog N] [--handshake-ms MS] [--first-look-ms MS] [--rpc-delay-ms MS]
 //! [--mode gateway|listener]`; the commands are `stats`, `reset`, `silence on`, `silence off` and `quit`. It ends without a word to its peers, as a killed
 //! process would.
 //!
@@ -276,11 +276,8 @@ impl Gateway {
                 ],
             ),
             kind::RPC_REQUEST => {
-                let fields = [
-                    ("request_id", echo("request_id")),
-                    ("from_node", bin(b"gateway_stand_in")),
-                    ("result", bin(b"ok")),
-                ];
+                let fields =
+                    [("request_id", echo("request_id")), ("from_node", bin(b"fake_gateway")), ("result", bin(b"ok"))];
                 return Some((self.rpc_delay, frame::encode(kind::RPC_REPLY, &fields)));
             }
             kind::FIND_VALUE => frame::encode(kind::FIND_VALUE_REPLY, &[("value", bin(b"value"))]),

@@ -1,5 +1,5 @@
-%% The application that stands in for macula does what is known of macula: what holds with it, is to hold with macula.
--module(macula_stand_in_SUITE).
+%% The fake of macula (test_apps/macula) behaves as macula is known to, so that results with it hold for macula.
+-module(fake_macula_SUITE).
 
 -compile([export_all, nowarn_export_all]).
 

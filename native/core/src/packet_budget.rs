@@ -1,5 +1,5 @@
-//! How many signals leave for addresses that others have named: to one address and to all, over all sessions, because one
-//! session after the other must not come to a flood; and to those of which nothing was ever heard.
+//! Limits the signals that go to addresses named by others: to one address, to all, and to those that have never
+//! answered. The limits span all sessions, so that many short sessions do not add up to a flood.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -8,34 +8,33 @@ use std::time::{Duration, Instant};
 use super::punch::MAX_BIRTHDAY_PACKETS;
 use super::shares::Bucket;
 
-/// What one address gets at once: as much as the largest session sends, and some more for what is said again.
+/// The burst to one address: as much as the largest session sends, and some more for retransmissions.
 const BURST_PER_TARGET: u64 = 2048;
 const _: () = assert!(BURST_PER_TARGET >= MAX_BIRTHDAY_PACKETS as u64);
 
-/// What it gets per second in the long run: as much as four sessions of the simplest kind, and with 63 bytes each 3 kB/s,
-/// which hurts nobody.
+/// The sustained rate to one address, per second: as much as four sessions of the simplest kind. At 63 bytes each this
+/// is 3 kB/s, which is harmless.
 const RATE_PER_TARGET: u64 = 50;
 
-/// What all get at once, and per second: some hundred sessions of the simplest kind, or a birthday every three seconds
-/// beside others. 32 kB/s.
+/// The burst to all addresses together, and their rate per second: some hundred sessions of the simplest kind, or a
+/// birthday attempt every three seconds beside others. 32 kB/s.
 const BURST: u64 = 8192;
 const RATE: u64 = 512;
 
-/// Targets that are remembered because they had something not long ago: all sessions that there may be, with every address
-/// that one may have.
+/// Targets remembered because they were sent something recently: as many as all possible sessions have addresses.
 const MAX_TARGETS: usize = 1024;
 
-/// What an address gets of which nothing was heard, and for how long it then gets nothing: enough for two looks, of which
-/// packets may be lost.
+/// What an address that has not answered gets, and for how long it then gets nothing: enough for two probes with
+/// losses.
 const UNHEARD_PACKETS: u32 = 6;
 const UNHEARD_FOR: Duration = Duration::from_secs(600);
 
-/// Such addresses at once. Whoever names more of them names them in vain.
+/// Such addresses at once. Nothing is sent to further ones.
 const MAX_UNHEARD: usize = 64;
 
-/// What may still be sent, and to whom.
+/// What may still be sent, by target.
 #[derive(Debug)]
-pub struct Targets {
+pub struct PacketBudget {
     all: Bucket,
     /// At most `MAX_TARGETS`: those whose buckets are not full again.
     each: HashMap<IpAddr, Bucket>,
@@ -43,22 +42,22 @@ pub struct Targets {
     unheard: HashMap<SocketAddr, Unheard>,
 }
 
-/// An address that somebody has named who is elsewhere.
+/// An address that was named by a node or relay at another address.
 #[derive(Debug)]
 struct Unheard {
     since: Instant,
     sent: u32,
-    /// It has answered, so somebody is there who wants to be asked.
+    /// It has answered, so it expects probes.
     heard: bool,
 }
 
-impl Targets {
+impl PacketBudget {
     pub fn new(now: Instant) -> Self {
         Self { all: Bucket::new(RATE, BURST, now), each: HashMap::new(), unheard: HashMap::new() }
     }
 
-    /// Whether a packet may be sent to that address. Ports do not count: those of one address are of one host, or share
-    /// one line.
+    /// Whether a packet may be sent to an address. Its port does not matter: all ports of an address belong to one
+    /// host, or share one line.
     pub fn take(&mut self, to: SocketAddr, now: Instant) -> bool {
         let target = network(to.ip());
         if !self.each.contains_key(&target) {
@@ -70,11 +69,11 @@ impl Targets {
             }
         }
         let bucket = self.each.entry(target).or_insert_with(|| Bucket::new(RATE_PER_TARGET, BURST_PER_TARGET, now));
-        // One that gets too much takes nothing from the others.
+        // A target over its own limit takes nothing from the others.
         bucket.take(1, now) && self.all.take(1, now)
     }
 
-    /// The same, where it was named by somebody who is elsewhere: until it has answered it gets a few packets.
+    /// Like [`Self::take`], for an address named by a node or relay elsewhere: until it answers it gets a few packets.
     pub fn take_unheard(&mut self, to: SocketAddr, now: Instant) -> bool {
         self.unheard.retain(|_, known| now < known.since + UNHEARD_FOR);
         if !self.unheard.contains_key(&to) && self.unheard.len() >= MAX_UNHEARD {
@@ -88,7 +87,7 @@ impl Targets {
         self.take(to, now)
     }
 
-    /// It has answered what was sent there, and nowhere else.
+    /// The address has answered something that was sent to it alone.
     pub fn heard(&mut self, from: SocketAddr) {
         if let Some(known) = self.unheard.get_mut(&from) {
             known.heard = true;
@@ -96,7 +95,7 @@ impl Targets {
     }
 }
 
-/// Who has one IPv6 address has all of its /64.
+/// The network that counts as one target: a host that has one IPv6 address has all of its /64.
 pub fn network(ip: IpAddr) -> IpAddr {
     match ip.to_canonical() {
         IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
@@ -116,51 +115,51 @@ mod tests {
         text.parse().unwrap()
     }
 
-    fn taken(targets: &mut Targets, to: SocketAddr, now: Instant) -> u64 {
-        (0..100_000).take_while(|_| targets.take(to, now)).count() as u64
+    fn taken(budget: &mut PacketBudget, to: SocketAddr, now: Instant) -> u64 {
+        (0..100_000).take_while(|_| budget.take(to, now)).count() as u64
     }
 
     #[test]
-    fn an_address_gets_a_burst_and_then_so_much_a_second_whatever_the_ports() {
+    fn an_address_gets_a_burst_and_then_a_steady_rate_over_all_its_ports() {
         let now = Instant::now();
-        let mut targets = Targets::new(now);
-        assert_eq!(taken(&mut targets, address("20.0.0.1:7000"), now), BURST_PER_TARGET);
-        assert!(!targets.take(address("20.0.0.1:7001"), now));
-        assert!(!targets.take(address("[::ffff:20.0.0.1]:7001"), now));
+        let mut budget = PacketBudget::new(now);
+        assert_eq!(taken(&mut budget, address("20.0.0.1:7000"), now), BURST_PER_TARGET);
+        assert!(!budget.take(address("20.0.0.1:7001"), now));
+        assert!(!budget.take(address("[::ffff:20.0.0.1]:7001"), now));
         let later = now + Duration::from_secs(10);
-        assert_eq!(taken(&mut targets, address("20.0.0.1:7002"), later), 10 * RATE_PER_TARGET);
+        assert_eq!(taken(&mut budget, address("20.0.0.1:7002"), later), 10 * RATE_PER_TARGET);
     }
 
     #[test]
-    fn one_that_gets_too_much_takes_nothing_from_others() {
+    fn a_target_over_its_limit_takes_nothing_from_others() {
         let now = Instant::now();
-        let mut targets = Targets::new(now);
+        let mut budget = PacketBudget::new(now);
         for _ in 0..2 * BURST {
-            targets.take(address("20.0.0.1:7000"), now);
+            budget.take(address("20.0.0.1:7000"), now);
         }
-        assert_eq!(taken(&mut targets, address("20.0.0.2:7000"), now), BURST_PER_TARGET);
+        assert_eq!(taken(&mut budget, address("20.0.0.2:7000"), now), BURST_PER_TARGET);
     }
 
     #[test]
     fn all_together_are_bounded_too() {
         let now = Instant::now();
-        let mut targets = Targets::new(now);
+        let mut budget = PacketBudget::new(now);
         let to = |n: u32| SocketAddr::new(Ipv4Addr::from_bits(0x1400_0000 + n).into(), 7000);
-        let all: u64 = (0..20).map(|n| taken(&mut targets, to(n), now)).sum();
+        let all: u64 = (0..20).map(|n| taken(&mut budget, to(n), now)).sum();
         assert_eq!(all, BURST);
         let later = now + Duration::from_secs(1);
-        assert_eq!((20..40).map(|n| taken(&mut targets, to(n), later)).sum::<u64>(), RATE);
+        assert_eq!((20..40).map(|n| taken(&mut budget, to(n), later)).sum::<u64>(), RATE);
     }
 
     #[test]
     fn an_address_that_does_not_answer_gets_a_few_packets_and_then_nothing_for_long() {
         let now = Instant::now();
-        let mut targets = Targets::new(now);
+        let mut budget = PacketBudget::new(now);
         let (silent, answers) = (address("20.0.0.1:7000"), address("20.0.0.2:7000"));
-        let mut taken = |to, now| (0..100).take_while(|_| targets.take_unheard(to, now)).count() as u32;
+        let mut taken = |to, now| (0..100).take_while(|_| budget.take_unheard(to, now)).count() as u32;
         assert_eq!((taken(silent, now), taken(answers, now)), (UNHEARD_PACKETS, UNHEARD_PACKETS));
-        targets.heard(answers);
-        let mut taken = |to, now| (0..100).take_while(|_| targets.take_unheard(to, now)).count() as u32;
+        budget.heard(answers);
+        let mut taken = |to, now| (0..100).take_while(|_| budget.take_unheard(to, now)).count() as u32;
         assert_eq!((taken(silent, now), taken(answers, now)), (0, 100));
         let later = now + UNHEARD_FOR - Duration::from_millis(1);
         assert_eq!(taken(silent, later), 0);
@@ -168,36 +167,36 @@ mod tests {
     }
 
     #[test]
-    fn who_names_ever_more_addresses_reaches_so_many() {
+    fn the_number_of_unheard_addresses_is_bounded() {
         let now = Instant::now();
-        let mut targets = Targets::new(now);
+        let mut budget = PacketBudget::new(now);
         let to = |n: u32| SocketAddr::new(Ipv4Addr::from_bits(0x1400_0000 + n).into(), 7000);
-        let reached = (0..1000).filter(|n| targets.take_unheard(to(*n), now)).count();
+        let reached = (0..1000).filter(|n| budget.take_unheard(to(*n), now)).count();
         assert_eq!(reached, MAX_UNHEARD);
-        assert!(targets.take_unheard(to(1000), now + UNHEARD_FOR));
-        assert!(targets.unheard.len() <= MAX_UNHEARD);
+        assert!(budget.take_unheard(to(1000), now + UNHEARD_FOR));
+        assert!(budget.unheard.len() <= MAX_UNHEARD);
     }
 
     #[test]
     fn the_addresses_of_one_ipv6_network_are_one_target() {
         let now = Instant::now();
-        let mut targets = Targets::new(now);
-        let one = taken(&mut targets, address("[2001:db8::1]:7000"), now);
-        assert_eq!((one, taken(&mut targets, address("[2001:db8::2:1]:7000"), now)), (BURST_PER_TARGET, 0));
-        assert_eq!(taken(&mut targets, address("[2001:db8:0:1::1]:7000"), now), BURST_PER_TARGET);
+        let mut budget = PacketBudget::new(now);
+        let one = taken(&mut budget, address("[2001:db8::1]:7000"), now);
+        assert_eq!((one, taken(&mut budget, address("[2001:db8::2:1]:7000"), now)), (BURST_PER_TARGET, 0));
+        assert_eq!(taken(&mut budget, address("[2001:db8:0:1::1]:7000"), now), BURST_PER_TARGET);
     }
 
     #[test]
-    fn those_that_have_not_had_anything_for_long_are_forgotten() {
+    fn targets_that_got_nothing_recently_are_forgotten() {
         let now = Instant::now();
-        let mut targets = Targets::new(now);
+        let mut budget = PacketBudget::new(now);
         let to = |n: u32| SocketAddr::new(Ipv4Addr::from_bits(0x1400_0000 + n).into(), 7000);
         let (known, more) = (0..MAX_TARGETS as u32, MAX_TARGETS as u32..2 * MAX_TARGETS as u32);
-        assert!(known.clone().all(|n| targets.take(to(n), now)));
-        assert!(!targets.take(to(more.start), now), "there is no room");
-        assert!(targets.take(to(0), now), "for those that are known there is");
+        assert!(known.clone().all(|n| budget.take(to(n), now)));
+        assert!(!budget.take(to(more.start), now), "there is no room");
+        assert!(budget.take(to(0), now), "for those that are known there is");
         let later = now + Duration::from_secs(1);
-        assert!(more.into_iter().all(|n| targets.take(to(n), later)));
-        assert!(targets.each.len() <= MAX_TARGETS);
+        assert!(more.into_iter().all(|n| budget.take(to(n), later)));
+        assert!(budget.each.len() <= MAX_TARGETS);
     }
 }

@@ -1,4 +1,4 @@
-//! A relay that speaks only `macula` gets the messages for a node itself.
+//! A relay that speaks only `macula` (a legacy relay) gets a node's messages itself.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use quinn::Connection;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A gateway that allows so many streams: its runtime, its endpoint, and the numbers of what it got.
+/// A gateway that allows `streams` streams: its runtime, its endpoint, and the numbers of the messages it got.
 fn gateway(streams: u32) -> (tokio::runtime::Runtime, String, Arc<Mutex<Vec<u64>>>) {
     let numbers = Arc::new(Mutex::new(Vec::new()));
     let got = numbers.clone();
@@ -37,7 +37,7 @@ async fn serve(connection: Connection, got: Arc<Mutex<Vec<u64>>>) {
     }
 }
 
-/// It may have been the second delivery.
+/// Passing such a message on could deliver it twice.
 #[test]
 fn at_most_once_what_may_have_arrived_is_not_passed_on() {
     let (server, inbox, direct) = listener(Config::default());
@@ -46,7 +46,7 @@ fn at_most_once_what_may_have_arrived_is_not_passed_on() {
     let sender = engine(Config {
         delivery: Delivery::AtMostOnce,
         connect_timeout: Duration::from_secs(1),
-        // Nobody else gets what is meant for a node whose key is known.
+        // Messages for a node whose key is known go to no other node.
         verify: Verify::None,
         ..Config::default()
     });
@@ -73,9 +73,9 @@ fn at_most_once_what_may_have_arrived_is_not_passed_on() {
     gateway.shutdown_background();
 }
 
-/// Whoever stood in took what waited, and made room for more to wait.
+/// The relay took the waiting messages, which made room for more to wait.
 #[test]
-fn no_more_waits_for_a_stand_in_than_may_wait_for_anybody() {
+fn a_legacy_relay_holds_no_more_than_any_peer() {
     let (gateway, address, _) = gateway(0);
     let sender = engine(Config { max_unacknowledged: 50_000, ..Config::default() });
     let call = |n| {
@@ -87,7 +87,7 @@ fn no_more_waits_for_a_stand_in_than_may_wait_for_anybody() {
     let held = || sender.stats().peers.iter().map(|peer| peer.unacknowledged_bytes).max();
     let outcomes: Vec<_> = std::thread::scope(|scope| {
         let first = scope.spawn(move || call(0));
-        until("somebody stands in", || sender.stats().peers.len() == 2);
+        until("the call waits at the legacy relay", || sender.stats().peers.len() == 2);
         let calls: Vec<_> = (1..20).map(|n| scope.spawn(move || call(n))).collect();
         until("some are refused", || calls.iter().any(|call| call.is_finished()));
         assert!(held() <= Some(50_000), "{:?}", held());

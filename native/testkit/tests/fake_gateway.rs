@@ -1,4 +1,4 @@
-//! The stand-in shows each behaviour that was measured on the real gateway.
+//! The fake gateway shows each behaviour that was measured on a real gateway.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -111,7 +111,7 @@ async fn three_unidirectional_streams_at_a_time() {
 
 #[tokio::test]
 async fn a_burst_of_connections_is_refused_in_part() {
-    let mut gateway = Server::start(env!("CARGO_BIN_EXE_gateway_stand_in"), &["--handshake-ms", "20"]);
+    let mut gateway = Server::start(env!("CARGO_BIN_EXE_fake_gateway"), &["--handshake-ms", "20"]);
     let endpoint = endpoint();
     let connecting: Vec<_> = (0..8).map(|_| endpoint.connect(gateway.address, "localhost").unwrap()).collect();
     let (mut accepted, mut refused) = (Vec::new(), 0);
@@ -133,7 +133,7 @@ async fn a_burst_of_connections_is_refused_in_part() {
 
 #[tokio::test]
 async fn handshakes_come_one_after_the_other() {
-    let gateway = Server::start(env!("CARGO_BIN_EXE_gateway_stand_in"), &["--handshake-ms", "50"]);
+    let gateway = Server::start(env!("CARGO_BIN_EXE_fake_gateway"), &["--handshake-ms", "50"]);
     let endpoint = endpoint();
     let start = Instant::now();
     let connecting: Vec<_> = (0..3).map(|_| endpoint.connect(gateway.address, "localhost").unwrap()).collect();
@@ -280,7 +280,7 @@ async fn until(gateway: &mut Server, name: &str, count: u64) {
 }
 
 async fn start(arguments: &[&str]) -> (Server, Connection) {
-    let gateway = Server::start(env!("CARGO_BIN_EXE_gateway_stand_in"), arguments);
+    let gateway = Server::start(env!("CARGO_BIN_EXE_fake_gateway"), arguments);
     let connection = connect(&endpoint(), &gateway).await;
     (gateway, connection)
 }
