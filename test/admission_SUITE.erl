@@ -18,7 +18,7 @@ suite() -> [{timetrap, {seconds, 60}}].
 all() ->
     [the_callback_is_asked_about_connections_and_registrations, its_answers_are_remembered_for_their_time,
      a_slow_callback_refuses_its_node_and_delays_no_other, a_callback_that_fails_refuses_and_is_logged_once,
-     a_callback_s_process_that_is_killed_comes_back, it_works_by_settings_and_without_the_application,
+     a_callback_s_process_that_is_killed_comes_back, lists_can_be_settings_and_work_without_the_application,
      wrong_values_are_named, lists_hold_at_once, lists_are_a_setting, a_kicked_node_leaves_and_waits,
      a_relay_lists_its_nodes, looking_starts_nothing].
 
@@ -127,7 +127,7 @@ a_callback_s_process_that_is_killed_comes_back(_Config) ->
     until(fun() -> Now = whereis(macula_peer_admission), is_pid(Now) andalso Now =/= Killed end),
     ?assertEqual(ok, send(client(#{}), Here)).
 
-it_works_by_settings_and_without_the_application(_Config) ->
+lists_can_be_settings_and_work_without_the_application(_Config) ->
     Port = macula_peer_test:free_port(),
     Settings = #{listen => #{port => Port, admission => callback(allow)}, handler => macula_peer_test:collector()},
     ok = engine(Settings),

@@ -19,8 +19,8 @@ all() ->
     [a_wrong_value_stops_the_start_and_is_named, every_setting_has_a_type_and_wrong_values, an_unknown_setting_is_named,
      a_wrong_secret_is_not_shown, there_is_memory_for_the_largest_frame, the_sentence_in_the_log_names_setting_and_value, right_values_start,
      an_application_file_is_enough, a_wrong_variable_stops_the_start_and_is_named, hole_punching_is_turned_off,
-     a_node_that_listens_is_a_relay, the_settings_win_over_variables, what_is_listened_with_is_checked,
-     bootstrap_peers, the_gateway_is_where_macula_puts_it, what_macula_does_not_read_is_not_checked,
+     a_node_that_listens_is_a_relay, the_settings_win_over_variables, the_options_of_listen_are_checked,
+     bootstrap_peers, the_gateway_is_where_macula_puts_it, variables_that_macula_does_not_read_are_not_checked,
      a_service_link_is_explained, production_means_verified_by_authorities, production_without_authorities_stops_the_start,
      a_setting_wins_over_production, variables_that_mean_nothing_here_are_named].
 
@@ -176,7 +176,7 @@ the_settings_win_over_variables(_Config) ->
     ?assertEqual(plain, hole_punching()),
     ?assertEqual(#{relay => #{max_sessions => 9, bandwidth => 1000}}, listens_with()).
 
-what_is_listened_with_is_checked(_Config) ->
+the_options_of_listen_are_checked(_Config) ->
     [is_refused({invalid_option, {listen, Wrong}}, [{listen, Opts}])
      || {Opts, Wrong} <- [{#{port => 65536}, {port, 65536}}, {#{handler => self()}, {handler, self()}},
                           {#{no_option => 1}, {no_option, 1}}, {#{relay => #{bandwidth => 0}}, {bandwidth, 0}},
@@ -206,7 +206,7 @@ the_gateway_is_where_macula_puts_it(_Config) ->
     ok = settings([{gateway, "127.0.0.1:4435"}]),
     ?assertMatch({ok, #{native := #{gateway := "127.0.0.1:4435"}}}, macula_peer_config:read()).
 
-what_macula_does_not_read_is_not_checked(_Config) ->
+variables_that_macula_does_not_read_are_not_checked(_Config) ->
     ok = application:set_env(macula, quic_port, "4433"),
     is_refused({invalid_option, {{macula, quic_port}, "4433"}}, []),
     ok = put_variable("GATEWAY_PORT", "tcp://10.96.0.7:80"),

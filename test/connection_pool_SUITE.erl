@@ -15,10 +15,10 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [it_has_the_functions_of_macula, it_is_a_supervisors_child, without_an_engine_there_is_nothing, it_counts_as_macula_does,
+    [the_pool_has_the_functions_of_macula, the_pool_is_a_supervisors_child, without_an_engine_there_is_nothing, the_pool_counts_as_macula_does,
      connected_peers_are_endpoints_with_a_live_link, an_invalidated_link_is_closed_and_loses_nothing,
-     a_gateway_gets_what_was_on_its_way_once, nonsense_is_not_invalidated, there_is_no_connection_to_get,
-     it_counts_what_it_is_given, it_gives_back_what_is_alive].
+     a_gateway_gets_messages_in_flight_once, nonsense_is_not_invalidated, there_is_no_connection_to_get,
+     the_pool_counts_the_connections_it_is_given, the_pool_returns_live_connections].
 
 init_per_suite(Config) ->
     {Node, Port} = macula_peer_test:start_listener(),
@@ -35,12 +35,12 @@ init_per_testcase(_Case, Config) ->
 end_per_testcase(_Case, _Config) ->
     macula_peer_node:stop().
 
-it_has_the_functions_of_macula(_Config) ->
+the_pool_has_the_functions_of_macula(_Config) ->
     Wanted = [{start_link, 0}, {start_link, 1}, {get_connection, 1}, {return_connection, 2}, {invalidate, 1}, {stats, 0},
               {put, 2}, {get_connected_peers, 0}],
     ?assertEqual([], Wanted -- ?POOL:module_info(exports)).
 
-it_is_a_supervisors_child(_Config) ->
+the_pool_is_a_supervisors_child(_Config) ->
     {ok, Supervisor} = supervisor:start_link(?MODULE, [#{id => pool, start => {?POOL, start_link, [#{max_connections => 3}]}}]),
     Pid = whereis(?POOL),
     ?assertMatch([{pool, Pid, worker, _}], supervisor:which_children(Supervisor)),
@@ -59,7 +59,7 @@ without_an_engine_there_is_nothing(Config) ->
     ?assertEqual(ok, ?POOL:invalidate(?config(endpoint, Config))),
     ?assertEqual(not_started, macula_peer_call:stats(), "asking does not start it").
 
-it_counts_as_macula_does(Config) ->
+the_pool_counts_as_macula_does(Config) ->
     ?assertEqual(?ZEROS, ?POOL:stats()),
     [ok = send_message(?config(endpoint, Config), store, #{}, 5000) || _ <- lists:seq(1, 4)],
     ?assertEqual(#{hits => 3, misses => 1, evictions => 0, total => 4, hit_rate => 75.0, pool_size => 1}, ?POOL:stats()).
@@ -91,7 +91,7 @@ an_invalidated_link_is_closed_and_loses_nothing(Config) ->
     ?assertMatch(#{dials := Again} when Again =:= Dials + 1, macula_peer_test:peer_stats(Endpoint)),
     ?assertMatch(#{undelivered := 0}, macula_peer_node:stats()).
 
-a_gateway_gets_what_was_on_its_way_once(_Config) ->
+a_gateway_gets_messages_in_flight_once(_Config) ->
     Gateway = macula_peer_fake_gateway:start(),
     Endpoint = macula_peer_fake_gateway:endpoint(Gateway),
     [begin
@@ -116,7 +116,7 @@ there_is_no_connection_to_get(Config) ->
     ?assertMatch(#{pool_size := 1}, ?POOL:stats()).
 
 %% The same steps as in macula's tests, with terms that are not connections.
-it_counts_what_it_is_given(_Config) ->
+the_pool_counts_the_connections_it_is_given(_Config) ->
     {ok, Pool} = ?POOL:start_link(#{max_connections => 3, idle_timeout_ms => 60000}),
     ?assertEqual(?ZEROS, ?POOL:stats()),
     ?assertEqual({error, no_quicer_connection}, ?POOL:get_connection(<<"127.0.0.1:9999">>)),
@@ -145,7 +145,7 @@ it_counts_what_it_is_given(_Config) ->
     ?assertEqual(?ZEROS, ?POOL:stats()).
 
 %% With a quicer that says so.
-it_gives_back_what_is_alive(_Config) ->
+the_pool_returns_live_connections(_Config) ->
     ok = quicer(),
     {ok, Pool} = ?POOL:start_link(#{idle_timeout_ms => 50}),
     Connections = [{Peer, make_ref()} || Peer <- [<<"a:1">>, <<"b:1">>]],

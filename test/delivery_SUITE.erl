@@ -14,8 +14,8 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [a_restarted_peer_gets_every_message, what_a_dead_peer_was_owed_arrives_when_it_is_back,
-     a_peer_that_stays_away_is_reported, at_most_once_sends_nothing_twice_and_reports_it,
+    [a_restarted_peer_gets_every_message, unacknowledged_messages_arrive_when_a_dead_peer_is_back,
+     a_peer_that_stays_away_is_reported, at_most_once_sends_no_message_twice_and_reports_it,
      messages_pass_a_request_that_waits, a_burst_survives_a_graceful_stop,
      a_stop_reports_what_it_leaves_behind, a_function_is_told_of_the_stop_too].
 
@@ -38,7 +38,7 @@ a_restarted_peer_gets_every_message(Config) ->
     settled(Endpoint),
     macula_peer_test:stop_node(Node).
 
-what_a_dead_peer_was_owed_arrives_when_it_is_back(Config) ->
+unacknowledged_messages_arrive_when_a_dead_peer_is_back(Config) ->
     ok = macula_peer_node:set_handler(self()),
     macula_peer_test:kill_node(linked_listener(Config)),
     Accepted = accepted(Config, 20000),
@@ -58,7 +58,7 @@ a_peer_that_stays_away_is_reported(Config) ->
     reported(Config, length(Accepted), expired),
     settled(?config(endpoint, Config)).
 
-at_most_once_sends_nothing_twice_and_reports_it(Config) ->
+at_most_once_sends_no_message_twice_and_reports_it(Config) ->
     macula_peer_test:engine([{delivery, at_most_once}]),
     ok = macula_peer_node:set_handler(self()),
     macula_peer_test:kill_node(linked_listener(Config)),

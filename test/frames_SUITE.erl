@@ -15,8 +15,8 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [millions_of_terms_are_refused_before_they_are_built, what_is_not_taken_is_told_to_its_sender,
-     what_is_not_taken_over_a_relay_is_told_to_its_sender, a_request_that_is_not_taken_fails_at_once,
+    [millions_of_terms_are_refused_before_they_are_built, the_sender_is_told_of_a_refused_message,
+     the_sender_is_told_of_a_message_refused_over_a_relay, a_request_that_is_not_taken_fails_at_once,
      an_answer_of_too_many_terms_is_an_error, a_gateway_gets_nothing_that_is_too_much, the_most_terms_arrive,
      large_messages_of_one_sender_hold_up_no_small_ones_of_others].
 
@@ -113,10 +113,10 @@ undelivered(Config) ->
     Events = macula_peer_test:events(?config(generous, Config), undelivered),
     lists:sort([{Why, Count} || #{reason := Why, count := Count} <- Events]).
 
-what_is_not_taken_is_told_to_its_sender(Config) ->
+the_sender_is_told_of_a_refused_message(Config) ->
     told(Config, fun(What) -> send(Config, generous, What) end).
 
-what_is_not_taken_over_a_relay_is_told_to_its_sender(Config) ->
+the_sender_is_told_of_a_message_refused_over_a_relay(Config) ->
     {Relay, Port} = {macula_peer_test:start_node(), macula_peer_test:free_port()},
     {ok, _} = call(Relay, macula_peer_node, listen, [#{port => Port, relay => #{bandwidth => 100000000}}]),
     Registered = ?config(node, Config),

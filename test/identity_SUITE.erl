@@ -9,7 +9,7 @@
 -export([a_key_is_new_at_every_start/1, a_key_in_a_file_stays/1, a_fingerprint_is_of_the_public_key/1]).
 -export([a_bad_file_is_named/1, a_secret_of_kubernetes_is_read/1, a_key_is_made_where_there_are_no_links/1, wrong_values_are_named/1, a_wrong_secret_is_not_shown/1]).
 -export([a_message_names_the_key_of_its_sender/1, an_answer_of_a_gateway_has_no_key/1]).
--export([a_pinned_peer_is_dialled_and_no_other/1, only_pinned_keys_may_connect/1]).
+-export([only_a_pinned_peer_is_dialled/1, only_pinned_keys_may_connect/1]).
 -export([a_listener_may_trust_others_than_its_node/1, signed_nodes_trust_only_each_other/1]).
 -export([bad_authorities_are_named/1, in_macula_s_production_mode_peers_are_verified/1]).
 -export([the_mode_is_logged/1, an_unverified_link_is_warned_of_once/1]).
@@ -25,7 +25,7 @@ all() ->
     [a_key_is_new_at_every_start, a_key_in_a_file_stays, a_fingerprint_is_of_the_public_key, a_bad_file_is_named,
      a_secret_of_kubernetes_is_read, a_key_is_made_where_there_are_no_links, wrong_values_are_named,
      a_wrong_secret_is_not_shown, a_message_names_the_key_of_its_sender, an_answer_of_a_gateway_has_no_key,
-     a_pinned_peer_is_dialled_and_no_other, only_pinned_keys_may_connect,
+     only_a_pinned_peer_is_dialled, only_pinned_keys_may_connect,
      a_listener_may_trust_others_than_its_node, signed_nodes_trust_only_each_other,
      bad_authorities_are_named, in_macula_s_production_mode_peers_are_verified, the_mode_is_logged, an_unverified_link_is_warned_of_once,
      a_certificate_that_is_half_renewed_is_warned_of].
@@ -224,7 +224,7 @@ an_answer_of_a_gateway_has_no_key(_Config) ->
 
 %% ---- who is trusted ----
 
-a_pinned_peer_is_dialled_and_no_other(Config) ->
+only_a_pinned_peer_is_dialled(Config) ->
     Endpoint = listen(#{}),
     Key = key(),
     [begin

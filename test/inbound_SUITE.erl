@@ -18,12 +18,12 @@ all() ->
      the_gateway_answers_requests, a_node_behind_a_relay_answers_requests, an_answer_to_the_gateway_reaches_it,
      every_message_of_a_burst_is_handed_over, large_messages_are_handed_over, slow_answers_delay_no_other,
      ping_and_nat_probe_are_answered_by_the_node,
-     a_missing_gateway_delays_no_message, macula_gateway_gets_what_no_gateway_takes,
-     the_handler_gets_what_the_gateway_does_not_take, a_message_without_a_receiver_is_counted_and_logged_once,
+     a_missing_gateway_delays_no_message, the_process_macula_gateway_gets_messages_without_a_gateway,
+     the_handler_gets_messages_the_gateway_does_not_take, a_message_without_a_receiver_is_counted_and_logged_once,
      a_gateway_that_is_restarted_gets_messages_again, a_silent_gateway_is_given_up,
      the_gateway_of_macula_is_found, a_handler_takes_the_place_of_the_gateway, an_endpoint_comes_before_the_handler,
-     none_is_none,
-     the_gateway_is_not_told_what_it_said, another_node_is_no_gateway,
+     gateway_none_hands_nothing_over,
+     the_gateway_does_not_get_its_own_messages_back, another_node_is_not_taken_for_the_gateway,
      the_gateways_port_is_left_to_it, a_wrong_gateway_stops_the_start,
      a_node_listens_as_it_starts, a_wrong_listen_stops_the_start].
 
@@ -186,7 +186,7 @@ a_missing_gateway_delays_no_message(_Config) ->
     ?assert(Took < ?LATE),
     fallen_back(1000).
 
-macula_gateway_gets_what_no_gateway_takes(_Config) ->
+the_process_macula_gateway_gets_messages_without_a_gateway(_Config) ->
     true = register(macula_gateway, self()),
     %% The handler is not asked.
     Endpoint = listen(#{gateway => endpoint(macula_peer_test:closed_port()), handler => macula_peer_test:collector()}),
@@ -202,7 +202,7 @@ macula_gateway_gets_what_no_gateway_takes(_Config) ->
     end,
     ?assertEqual(0, macula_peer_test:asked(count)).
 
-the_handler_gets_what_the_gateway_does_not_take(_Config) ->
+the_handler_gets_messages_the_gateway_does_not_take(_Config) ->
     Endpoint = listen(#{gateway => endpoint(macula_peer_test:closed_port()), handler => self()}),
     Sender = macula_peer_test:start_node(),
     Request = spawn_monitor(fun() ->
@@ -323,7 +323,7 @@ an_endpoint_comes_before_the_handler(_Config) ->
     ok = macula_peer_node:register(<<"me">>, [macula_peer_relays:endpoint(Relay)]),
     until(fun() -> [E || #{event := registration, state := registered} = E <- macula_peer_test:asked(events)] =/= [] end).
 
-none_is_none(_Config) ->
+gateway_none_hands_nothing_over(_Config) ->
     true = register(macula_gateway, self()),
     Gateway = macula_peer_fake_gateway:start(),
     true = os:putenv("MACULA_QUIC_PORT", integer_to_list(macula_peer_fake_gateway:port(Gateway))),
@@ -338,7 +338,7 @@ none_is_none(_Config) ->
 %% ---- no circles ----
 
 %% The application itself sends to its gateway, whose late answers are not the gateway's to hear.
-the_gateway_is_not_told_what_it_said(_Config) ->
+the_gateway_does_not_get_its_own_messages_back(_Config) ->
     Gateway = macula_peer_fake_gateway:start(["--rpc-delay-ms", "100"]),
     ok = macula_peer_test:engine(#{gateway => endpoint_of(Gateway)}),
     ok = macula_peer_connector:send_message(endpoint_of(Gateway), rpc_request, rpc_request(<<"r">>)),
@@ -349,7 +349,7 @@ the_gateway_is_not_told_what_it_said(_Config) ->
     ?assertMatch(#{received := 2, types := #{rpc_request := 2}}, macula_peer_fake_gateway:stats(Gateway)).
 
 %% Two that took each other for gateways would hand messages on for ever.
-another_node_is_no_gateway(_Config) ->
+another_node_is_not_taken_for_the_gateway(_Config) ->
     {Other, Port} = macula_peer_test:start_listener(),
     Endpoint = listen(#{gateway => endpoint(Port), handler => self()}),
     Sender = macula_peer_test:start_node(),

@@ -15,7 +15,7 @@ suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
     [every_spelling_is_one_peer, a_closed_port_is_down, a_bad_bracket_is_refused, the_sender_is_seen_with_its_address,
-     a_listener_of_one_address_is_told_as_it_is, answers_come_back, the_other_family_is_refused_at_once,
+     a_listener_at_one_address_reports_that_address, answers_come_back, the_other_family_is_refused_at_once,
      a_node_at_one_address_reaches_the_gateway].
 
 init_per_suite(Config) ->
@@ -69,7 +69,7 @@ from(Config, Id) ->
     Received = macula_peer_test:received(?config(node, Config)),
     [From || #{from := From, message := #{<<"id">> := I}} <- Received, I =:= Id].
 
-a_listener_of_one_address_is_told_as_it_is(_Config) ->
+a_listener_at_one_address_reports_that_address(_Config) ->
     ?assertMatch({ok, {?LOOPBACK, _}}, macula_peer_node:listen(#{ip => ?LOOPBACK, handler => self()})),
     {ok, {?LOOPBACK, Port}} = macula_peer_node:local_address(),
     ok = send_message(endpoint("::1", Port), store, #{}),

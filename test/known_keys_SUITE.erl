@@ -15,8 +15,8 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [a_name_is_its_keys_after_a_restart_until_it_is_forgotten, a_node_changes_its_key,
-     a_name_moves_to_the_key_that_a_call_names, what_is_wrong_with_a_file_is_named].
+    [a_name_stays_bound_to_its_key_after_a_restart_until_it_is_forgotten, a_node_changes_its_key,
+     a_name_moves_to_the_key_that_a_call_names, errors_name_what_is_wrong_with_a_file].
 
 init_per_testcase(Case, Config) ->
     Dir = filename:join(proplists:get_value(priv_dir, Config), atom_to_list(Case)),
@@ -28,7 +28,7 @@ end_per_testcase(_Case, _Config) ->
     ok = macula_peer_test:engine(#{}),
     macula_peer_node:stop().
 
-a_name_is_its_keys_after_a_restart_until_it_is_forgotten(Config) ->
+a_name_stays_bound_to_its_key_after_a_restart_until_it_is_forgotten(Config) ->
     [{Right, At}, {Wrong, WrongAt}] = [listener(settings(target, [])) || _ <- [right, wrong]],
     Settings = #{known_keys_file => file(Config, "keys")},
     ok = macula_peer_test:engine(Settings),
@@ -88,7 +88,7 @@ a_name_moves_to_the_key_that_a_call_names(_Config) ->
     _ = delivered(Right, 4),
     ?assertEqual([1], macula_peer_test:ids(Wrong)).
 
-what_is_wrong_with_a_file_is_named(Config) ->
+errors_name_what_is_wrong_with_a_file(Config) ->
     File = file(Config, "keys"),
     Settings = #{known_keys_file => File},
     ok = macula_peer_test:engine(Settings),

@@ -19,7 +19,7 @@ calls(Opts, Result) ->
 called() ->
     receive {called, What} -> [What | called()] after 0 -> [] end.
 
-a_live_link_needs_no_ways_test() ->
+a_live_link_needs_no_candidates_test() ->
     ?assertEqual(ok, macula_peer_path:call(?NODE, #{}, fun({node, ?NODE, none}, 10000) -> ok end)).
 
 without_a_link_the_environment_is_asked_test() ->

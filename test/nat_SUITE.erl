@@ -18,7 +18,7 @@ all() ->
      options_are_checked, {group, real}].
 
 groups() ->
-    [{real, [], [two_relays_tell_everything, so_does_one_with_two_addresses, long_ways_make_no_difference]}].
+    [{real, [], [two_relays_tell_everything, a_relay_with_two_addresses_tells_as_much, a_long_distance_makes_no_difference]}].
 
 init_per_group(real, Config) ->
     case macula_peer_net:available() of
@@ -89,14 +89,14 @@ two_relays_tell_everything(Config) ->
     all_are_told_apart(?config(lab, Config), [#{}, #{}]).
 
 %% The other relay host has no relay.
-so_does_one_with_two_addresses(Config) ->
+a_relay_with_two_addresses_tells_as_much(Config) ->
     Lab = ?config(lab, Config),
     [{_, [_, Second | _]} | _] = macula_peer_natlab:relays(Lab, none),
     %% Of the same family as the first.
     are_told_apart(Lab, macula_peer_natlab:kinds() -- [ipv6_firewall], [#{probe_ip => Second}]).
 
 %% Nothing in it depends on quick answers. From here on the cables are long.
-long_ways_make_no_difference(Config) ->
+a_long_distance_makes_no_difference(Config) ->
     Lab = ?config(lab, Config),
     ok = macula_peer_natlab:lengthen(Lab, 40),
     all_are_told_apart(Lab, [#{}, #{}]).

@@ -15,8 +15,8 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [every_host_reaches_every_other, a_firewall_drops_what_was_not_asked_for, a_firewall_passes_answers,
-     an_opened_firewall_passes_all, a_forwarder_takes_its_time_in_both_directions, a_capture_has_what_passes,
+    [every_host_reaches_every_other, a_firewall_drops_unsolicited_packets, a_firewall_passes_answers,
+     an_opened_firewall_passes_all, a_forwarder_takes_its_time_in_both_directions, a_capture_has_the_packets_that_pass,
      nodes_send_to_each_other, a_firewalled_node_cannot_be_reached, a_firewalled_node_reaches_others,
      nothing_is_left_after_the_end, nothing_is_left_of_a_run_that_died].
 
@@ -39,7 +39,7 @@ every_host_reaches_every_other(Config) ->
     [reaches(From, To) || From <- Sockets, To <- Sockets, From =/= To].
 
 %% What is not to arrive is waited for until the firewall has counted it.
-a_firewall_drops_what_was_not_asked_for(Config) ->
+a_firewall_drops_unsolicited_packets(Config) ->
     [Inside, Outside, Other] = ?config(hosts, Config),
     ok = macula_peer_net:firewall(Inside),
     {_, Socket} = Protected = {Inside, macula_peer_net:socket(Inside, 4000)},
@@ -113,7 +113,7 @@ round_trip(Socket, To, Echo) ->
     {erlang:monotonic_time(microsecond) - Sent, {Ip, Port}}.
 
 %% Both ways, and not what passes elsewhere.
-a_capture_has_what_passes(Config) ->
+a_capture_has_the_packets_that_pass(Config) ->
     [Host, Other, Third] = ?config(hosts, Config),
     File = filename:join(?config(priv_dir, Config), "frames"),
     Capture = macula_peer_program:start(Host, "capture", ["--file", File]),

@@ -21,11 +21,11 @@ all() ->
 
 groups() ->
     [{precompiled, [a_precompiled_nif_is_taken_without_rust, a_precompiled_nif_needs_its_checksum,
-                    a_precompiled_nif_with_another_checksum_is_refused, what_is_not_there_is_named,
-                    the_file_is_that_of_the_target, without_cargo_the_build_says_what_to_do]},
-     {source, [what_the_project_says_of_rust_is_not_ours, flags_of_the_user_are_kept, too_old_a_rust_is_named,
-               read_only_sources_will_do, an_escript_says_what_to_do]},
-     {package, [the_package_has_what_belongs_in_it, the_links_of_the_package_lead_somewhere,
+                    a_precompiled_nif_with_another_checksum_is_refused, missing_programs_are_named,
+                    the_file_is_that_of_the_target, without_cargo_the_build_gives_instructions]},
+     {source, [the_rust_settings_of_the_project_do_not_apply, flags_of_the_user_are_kept, too_old_a_rust_is_named,
+               read_only_sources_will_do, an_escript_gives_instructions]},
+     {package, [the_package_has_exactly_the_files_it_needs, the_links_of_the_package_lead_somewhere,
                 a_project_builds_it_from_source]},
      {repository, [a_project_has_it_as_a_git_dependency, a_project_has_it_as_a_checkout, two_builds_at_once]}].
 
@@ -86,7 +86,7 @@ a_precompiled_nif_with_another_checksum_is_refused(Config) ->
     refused(Config, [{"MACULA_PEER_NIF_DIR", ?config(nif_dir, Config)}, {"MACULA_PEER_NIF_SHA256", Other}],
             [Other, ?config(nif_sum, Config), "not installed"]).
 
-what_is_not_there_is_named(Config) ->
+missing_programs_are_named(Config) ->
     Sum = ?config(nif_sum, Config),
     Nowhere = filename:join([?config(priv_dir, Config)]),
     refused(Config, [{"MACULA_PEER_NIF_DIR", Nowhere}, {"MACULA_PEER_NIF_SHA256", Sum}],
@@ -122,7 +122,7 @@ the_file_is_that_of_the_target(Config) ->
          ?assertMatch([_ | _], string:find(Named, "-of-my-own.so "))
      end || {Architecture, Target} <- Targets].
 
-without_cargo_the_build_says_what_to_do(Config) ->
+without_cargo_the_build_gives_instructions(Config) ->
     refused(Config, [{"CARGO", "there-is-no-such-cargo"}], ["cargo", "install Rust", "MACULA_PEER_NIF_DIR"]).
 
 %% The build fails, says this, and leaves nothing behind.
@@ -171,7 +171,7 @@ path(Dir) ->
 %% ---- from source ----
 
 %% A dependency lies in the project that uses it, below its rust-toolchain.toml and .cargo/config.toml.
-what_the_project_says_of_rust_is_not_ours(Config) ->
+the_rust_settings_of_the_project_do_not_apply(Config) ->
     {Project, Env} = with_rust(Config, "1.99.0"),
     Above = filename:dirname(Project),
     ok = file:write_file(filename:join(Above, "rust-toolchain.toml"), "[toolchain]\nchannel = \"1.60.0\"\n"),
@@ -251,7 +251,7 @@ read_only_sources(Config) ->
     ?assertNot(rust_was_called(Config)).
 
 %% Then it follows the advice.
-an_escript_says_what_to_do(Config) ->
+an_escript_gives_instructions(Config) ->
     Dir = ?config(priv_dir, Config),
     Lib = filename:join(Dir, "lib"),
     App = filename:join(Lib, ?APP),
@@ -319,7 +319,7 @@ expand(Path, Project) ->
                                end,
                        filelib:is_regular(filename:join(Project, File))].
 
-the_package_has_what_belongs_in_it(Config) ->
+the_package_has_exactly_the_files_it_needs(Config) ->
     Files = ?config(files, Config),
     {0, Committed} = run(root(), [], "git ls-tree -r --name-only HEAD"),
     ?assertEqual([], Files -- ["src/macula_peer_connector.app.src" | string:lexemes(Committed, "\n")]),

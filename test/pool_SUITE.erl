@@ -12,7 +12,7 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [the_least_recently_used_peer_gives_way, an_evicted_peer_loses_no_message,
+    [the_least_recently_used_peer_is_evicted, an_evicted_peer_loses_no_message,
      a_caller_of_an_evicted_peer_is_answered, an_idle_peer_is_forgotten, a_used_peer_is_kept,
      hits_and_misses_are_counted, spellings_of_one_address_are_one_peer].
 
@@ -25,7 +25,7 @@ end_per_suite(Config) ->
     macula_peer_test:stop_node(?config(node, Config)),
     macula_peer_node:stop().
 
-the_least_recently_used_peer_gives_way(Config) ->
+the_least_recently_used_peer_is_evicted(Config) ->
     macula_peer_test:engine([{pool_size, 3}]),
     [A, B, C, D, E] = peers(Config),
     [use(Peer) || Peer <- [A, B, C]],

@@ -37,7 +37,7 @@ all() ->
 groups() ->
     [{network, [],
       [a_firewalled_node_is_reached_through_a_bootstrap_peer, a_firewalled_node_is_reached_through_a_configured_relay,
-       a_long_way_to_the_relay_costs_four_round_trips, long_ways_to_and_from_the_relay_cost_four_round_trips,
+       a_long_distance_to_the_relay_costs_four_round_trips, long_distances_on_both_sides_of_the_relay_cost_four_round_trips,
        firewalled_nodes_ask_each_other, all_arrive_once_and_in_order_whatever_happens_to_relay_and_path,
        another_relay_takes_over, a_dead_mapping_that_is_silent_cuts_no_node_off,
        a_dead_mapping_that_refuses_cuts_no_node_off, a_relay_sees_no_plaintext]}].
@@ -95,7 +95,7 @@ is_reached_soon(Sender, Target, Relay) ->
                  macula_peer_relays:relay_stats(Relay)).
 
 %% The whole delay is on the way that is gone the most often.
-a_long_way_to_the_relay_costs_four_round_trips(Config) ->
+a_long_distance_to_the_relay_costs_four_round_trips(Config) ->
     [RelayHost, SenderHost, TargetHost, Way | _] = ?config(hosts, Config),
     ok = macula_peer_net:firewall(TargetHost),
     Relay = start_relay(RelayHost),
@@ -103,7 +103,7 @@ a_long_way_to_the_relay_costs_four_round_trips(Config) ->
     There = way(Way, Relay),
     costs_four_round_trips([start_cold(SenderHost, bootstrap_peers([There])) || _ <- lists:seq(1, 3)], Target, 50).
 
-long_ways_to_and_from_the_relay_cost_four_round_trips(Config) ->
+long_distances_on_both_sides_of_the_relay_cost_four_round_trips(Config) ->
     [RelayHost, SenderHost, TargetHost, Way, OtherWay] = ?config(hosts, Config),
     ok = macula_peer_net:firewall(TargetHost),
     Relay = start_relay(RelayHost),

@@ -17,7 +17,7 @@ suite() -> [{timetrap, {seconds, 120}}].
 all() ->
     [a_node_id_is_its_first_owners, a_node_id_is_kept_for_its_owner_for_a_while, sessions, sessions_per_node,
      registrations, accept_rate, shares, a_realm_needs_its_secret, idle_circuits_end,
-     what_is_beyond_the_bandwidth_arrives_later, what_the_queue_has_no_room_for_arrives_later].
+     messages_beyond_the_bandwidth_arrive_later, messages_beyond_the_queue_arrive_later].
 
 %% ---- node ids ----
 
@@ -150,7 +150,7 @@ idle_circuits_end(_Config) ->
     ?assertEqual([], events(A, undelivered)).
 
 %% 500 KB at 100 KB/s, of which 64 KB may go at once.
-what_is_beyond_the_bandwidth_arrives_later(_Config) ->
+messages_beyond_the_bandwidth_arrive_later(_Config) ->
     Relay = start_relay(here, #{bandwidth => 100000}),
     [A, B] = members([a, b], Relay),
     {Took, ok} = elapsed(fun() -> transfer(A, B, 50, 10000) end),
@@ -159,7 +159,7 @@ what_is_beyond_the_bandwidth_arrives_later(_Config) ->
     limit_is_told(bandwidth, A, Relay).
 
 %% The target's way is slow, so what is to go to it has to wait.
-what_the_queue_has_no_room_for_arrives_later(_Config) ->
+messages_beyond_the_queue_arrive_later(_Config) ->
     Relay = start_relay(here, #{packet_queue => 4000, bandwidth => 1 bsl 30}),
     Way = macula_peer_forwarder:start(here, endpoint(Relay), #{delay => 25}),
     [A] = members([a], Relay),

@@ -34,10 +34,10 @@ groups() ->
                     crashing_servers_leave_the_original_term, lies_leave_the_original_term, a_truth_among_lies_is_found,
                     endless_answers_are_ended, slow_servers_delay_no_direct_path, slow_servers_delay_no_relay,
                     slow_servers_do_not_delay_sending_to_a_gateway,
-                    no_message_goes_to_a_gateway_if_a_lookup_finds_the_node_soon, what_one_finds_is_tried_before_the_others_answer,
+                    no_message_goes_to_a_gateway_if_a_lookup_finds_the_node_soon, the_first_result_is_tried_before_the_others_answer,
                     a_node_found_later_gets_the_next_message_instead_of_the_gateway, a_lookup_may_call_the_connector,
                     a_server_that_calls_is_not_asked]},
-     {bounds, [], [an_answer_holds_for_all_messages, none_holds_too, a_node_is_looked_up_once_at_a_time,
+     {bounds, [], [an_answer_holds_for_all_messages, an_empty_result_is_cached_too, a_node_is_looked_up_once_at_a_time,
                    many_nodes_leave_nothing_behind, the_engine_ends_its_lookups,
                    the_process_that_bounds_them_may_be_killed, the_application_supervises_them]},
      {reports, [], [success_is_reported, failure_is_reported, a_dead_caller_is_a_failure, advice_after_the_call_is_reported,
@@ -245,7 +245,7 @@ no_message_goes_to_a_gateway_if_a_lookup_finds_the_node_soon(Config) ->
     arrives(Config, <<"node">>, direct),
     ?assertMatch(#{distinct := 0}, macula_peer_fake_gateway:stats(Gateway)).
 
-what_one_finds_is_tried_before_the_others_answer(Config) ->
+the_first_result_is_tried_before_the_others_answer(Config) ->
     [slow(Server) || Server <- ?SERVERS],
     Found = [{macula_routing_server, listener(Config)},
              {macula_nat_cache, {ok, #{reflexive_address => {{127, 0, 0, 1}, ?config(port, Config)},
@@ -320,7 +320,7 @@ an_answer_holds_for_all_messages(Config) ->
     [ok = send(<<"node">>, N) || N <- lists:seq(1, 20)],
     ?assertMatch([_], asked(find_value)).
 
-none_holds_too(_Config) ->
+an_empty_result_is_cached_too(_Config) ->
     serve(macula_routing_server, fun(_, _) -> {error, not_found} end),
     [?assertEqual(?NO_RELAY, send(<<"node">>, N)) || N <- lists:seq(1, 20)],
     ?assertMatch([_], asked(find_value)).

@@ -16,14 +16,14 @@
 suite() -> [{timetrap, {seconds, 60}}].
 
 all() ->
-    [{group, interactive}, {group, embedded}, ours_is_known_however_it_was_compiled, it_is_known_before_it_is_loaded,
+    [{group, interactive}, {group, embedded}, our_module_is_recognized_however_it_was_compiled, our_module_is_recognized_before_it_is_loaded,
      code_that_is_in_use_is_not_taken_over, callers_in_the_module_before_are_let_finish,
      the_running_pool_of_macula_goes_on, each_has_its_own_switch, a_wrong_switch_stops_the_start,
-     what_was_left_out_cannot_take_over, a_mock_stays_and_ours_comes_after_it, meck_leaves_ours_in_force,
-     what_a_tool_loads_is_replaced, one_switch_guards_one_module].
+     a_module_left_out_cannot_take_over, a_mock_stays_and_our_module_follows_it, meck_leaves_ours_in_force,
+     a_module_loaded_by_a_tool_is_replaced, one_switch_guards_one_module].
 
 groups() ->
-    Both = [nothing_is_replaced_unasked, ours_takes_over, the_start_says_which_is_in_force],
+    Both = [nothing_is_replaced_unasked, our_module_takes_over, the_start_says_which_is_in_force],
     [{interactive, Both}, {embedded, Both}].
 
 init_per_suite(Config) ->
@@ -44,7 +44,7 @@ end_per_group(_, _Config) -> ok.
 
 init_per_testcase(Case, Config) ->
     Paths = case Case of
-        ours_is_known_however_it_was_compiled -> [];
+        our_module_is_recognized_however_it_was_compiled -> [];
         _ -> [?config(macula, Config)]
     end,
     Args = proplists:get_value(args, Config, []),
@@ -77,7 +77,7 @@ nothing_is_replaced_unasked(Config) ->
                  which(Node)),
     ?assertEqual({error, original}, send(Node)).
 
-ours_takes_over(Config) ->
+our_module_takes_over(Config) ->
     Node = with_macula(Config),
     {ok, _} = start(Node, [{takeover, true}, {takeover_pool, true}]),
     #{?CONNECTOR := Connector, ?POOL := Pool} = which(Node),
@@ -103,7 +103,7 @@ the_start_says_which_is_in_force(Config) ->
     [{warning, Text}, {notice, Now}] = said(Node),
     ?assertMatch({match, _}, re:run(Now, "is in force: .*ours \\(.*macula_peer_connector.beam\\).*other \\(")).
 
-ours_is_known_however_it_was_compiled(Config) ->
+our_module_is_recognized_however_it_was_compiled(Config) ->
     Node = ?config(node, Config),
     ?assertMatch(#{?CONNECTOR := #{module := ours, loaded := false}}, which(Node)),
     {ok, ?CONNECTOR} = call(Node, cover, compile_beam, [filename:join(own_ebin(), "macula_peer_connector.beam")]),
@@ -120,7 +120,7 @@ ours_is_known_however_it_was_compiled(Config) ->
     ?assertEqual(undefined, proplists:get_value(application, call(Node, ?CONNECTOR, module_info, [attributes]))),
     ?assertMatch(#{?CONNECTOR := #{module := ours, loaded := true}}, which(Node)).
 
-it_is_known_before_it_is_loaded(Config) ->
+our_module_is_recognized_before_it_is_loaded(Config) ->
     Node = ?config(node, Config),
     ?assertMatch(#{?CONNECTOR := #{module := other, loaded := false}}, which(Node)),
     {Stripped, Macula} = stripped(Config),
@@ -184,7 +184,7 @@ a_wrong_switch_stops_the_start(Config) ->
     ?assertMatch(#{?CONNECTOR := #{module := other}}, which(Node)).
 
 %% Ours, and not macula's, was left out.
-what_was_left_out_cannot_take_over(Config) ->
+a_module_left_out_cannot_take_over(Config) ->
     Node = with_macula(Config),
     {Stripped, _} = stripped(Config),
     ok = file:delete(filename:join(Stripped, "macula_peer_connector.beam")),
@@ -196,7 +196,7 @@ what_was_left_out_cannot_take_over(Config) ->
 %% ---- mocks, and tools that load code ----
 
 %% Before the start or after it. Unloading loads the next one in the code path.
-a_mock_stays_and_ours_comes_after_it(Config) ->
+a_mock_stays_and_our_module_follows_it(Config) ->
     Node = with_macula(Config),
     [begin
          mock(Node, Module),
@@ -235,7 +235,7 @@ meck_leaves_ours_in_force(Config) ->
             {skip, "this host has no meck"}
     end.
 
-what_a_tool_loads_is_replaced(Config) ->
+a_module_loaded_by_a_tool_is_replaced(Config) ->
     Node = with_macula(Config),
     {ok, _} = start(Node, [{takeover, true}, {takeover_pool, true}]),
     ok = call(Node, logger, add_handler, [told, ?MODULE, #{config => self_on(Node)}]),

@@ -17,8 +17,8 @@ suite() -> [{timetrap, {seconds, 120}}].
 all() ->
     [{group, ours}, {group, original}, {group, relayed}, {group, raw},
      messages_of_one_sender_stay_in_order, macula_gateway_gets_every_term,
-     a_killed_process_that_finishes_messages_is_replaced, what_the_process_that_finishes_messages_had_is_counted,
-     a_function_that_is_replaced_gets_what_was_on_its_way, a_handler_that_died_is_counted,
+     a_killed_process_that_finishes_messages_is_replaced, messages_lost_with_the_finisher_are_counted,
+     a_replaced_function_gets_the_messages_in_flight, a_handler_that_died_is_counted,
      the_deepest_nesting_that_is_accepted,
      busy_dirty_schedulers_delay_no_call, a_heavy_message_keeps_its_timeout, decoding_finishes_terms].
 
@@ -336,7 +336,7 @@ a_killed_process_that_finishes_messages_is_replaced(Config) ->
     ?assertMatch(#{unhandled := 0}, macula_peer_test:stats(Node)),
     macula_peer_test:stop_node(Node).
 
-what_the_process_that_finishes_messages_had_is_counted(Config) ->
+messages_lost_with_the_finisher_are_counted(Config) ->
     Node = macula_peer_test:start_node(),
     Endpoint = endpoint(listen(Node)),
     [Finisher] = call(Node, macula_peer_test, finishers, []),
@@ -358,7 +358,7 @@ what_the_process_that_finishes_messages_had_is_counted(Config) ->
     macula_peer_test:stop_node(Node).
 
 %% A function that is replaced gets what had arrived for it, also what is not finished yet.
-a_function_that_is_replaced_gets_what_was_on_its_way(Config) ->
+a_replaced_function_gets_the_messages_in_flight(Config) ->
     Node = macula_peer_test:start_node(),
     {ok, {_, Port}} = call(Node, macula_peer_node, listen, [#{handler => {?MODULE, keep_slowly, []}}]),
     [Finisher] = call(Node, macula_peer_test, finishers, []),

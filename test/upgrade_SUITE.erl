@@ -17,7 +17,7 @@ suite() -> [{timetrap, {minutes, 15}}].
 
 all() ->
     [every_module_is_loaded_again_under_its_callers, the_library_is_loaded_again_under_its_callers,
-     the_library_is_deleted_and_loaded, another_library_in_the_place_of_the_loaded_one, the_application_is_unloaded_and_loaded,
+     the_library_is_deleted_and_loaded, another_library_at_the_path_of_the_loaded_one, the_application_is_unloaded_and_loaded,
      a_retired_library_starts_no_engine, the_appup_is_beside_the_application, a_release_is_upgraded_and_downgraded].
 
 init_per_testcase(_Case, Config) ->
@@ -117,7 +117,7 @@ reload(Module) ->
     code:load_file(Module).
 
 %% What `make nif' does under a running node. The library in memory is the one that counts, until the node is started anew.
-another_library_in_the_place_of_the_loaded_one(Config) ->
+another_library_at_the_path_of_the_loaded_one(Config) ->
     Dir = installed(?config(priv_dir, Config), version(), filename:join(code:lib_dir(?APP), "priv/macula_peer_nif.so")),
     Ebin = filename:join(Dir, "ebin"),
     Node = macula_peer_test:start_node([Ebin, test_dir()]),

@@ -10,7 +10,7 @@
 -export([decoding_makes_no_atom/1]).
 -export([nesting_is_limited/1, frame_size_is_limited/1]).
 -export([a_missing_field_is_named/1, keys_are_atoms_or_binaries/1, other_types_need_no_field/1]).
--export([what_cannot_be_encoded_is_named/1]).
+-export([errors_name_the_term_that_cannot_be_encoded/1]).
 
 -define(MAX_FRAME, (16 * 1024 * 1024)).
 -define(MAX_DEPTH, 64).
@@ -21,7 +21,7 @@ all() ->
     [encodes_as_the_original, decodes_as_the_original, any_term_comes_back_as_documented,
      any_bytes_are_decoded_or_refused, mutated_frames_are_decoded_or_refused, decoding_makes_no_atom,
      nesting_is_limited, frame_size_is_limited, a_missing_field_is_named, keys_are_atoms_or_binaries,
-     other_types_need_no_field, what_cannot_be_encoded_is_named].
+     other_types_need_no_field, errors_name_the_term_that_cannot_be_encoded].
 
 %% ---- vectors recorded from the original ----
 
@@ -325,7 +325,7 @@ encode(Type, Keys) ->
 missing(Field) ->
     {error, {invalid_message, {missing_field, Field}}}.
 
-what_cannot_be_encoded_is_named(_Config) ->
+errors_name_the_term_that_cannot_be_encoded(_Config) ->
     Values = [{tuple, {a, 1}}, {pid, self()}, {port, hd(erlang:ports())}, {reference, make_ref()},
               {function, fun erlang:abs/1}, {bitstring, <<1:3>>}, {improper_list, [a | b]},
               {improper_list, [1 | 2]}, {integer_out_of_range, 1 bsl 64}, {integer_out_of_range, -(1 bsl 63) - 1}],

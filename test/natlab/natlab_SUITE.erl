@@ -19,7 +19,7 @@ groups() ->
       [none, full_cone, address_restricted, port_restricted, symmetric, symmetric_sequential, carrier_grade,
        ipv6_firewall, udp_blocked, udp_is_blocked_but_to_relays, neighbours_reach_each_other_inside,
        isolated_neighbours_do_not, neighbours_reach_each_other_outside_where_there_is_a_hairpin,
-       and_do_not_where_there_is_none]},
+       neighbours_do_not_reach_each_other_outside_without_a_hairpin]},
      {cables, [],
       [a_packet_takes_its_time_over_every_cable, as_many_packets_are_lost_as_asked_for,
        nodes_send_much_over_long_cables]},
@@ -119,7 +119,7 @@ neighbours_reach_each_other_outside_where_there_is_a_hairpin(Config) ->
     Sites = [{hairpin, Kind} || Kind <- cones()],
     ?assertEqual([{Site, true} || Site <- Sites], [hairpin(?config(lab, Config), Site) || Site <- Sites]).
 
-and_do_not_where_there_is_none(Config) ->
+neighbours_do_not_reach_each_other_outside_without_a_hairpin(Config) ->
     Sites = macula_peer_natlab:kinds() -- [none, ipv6_firewall],
     ?assertEqual([{Site, false} || Site <- Sites], [hairpin(?config(lab, Config), Site) || Site <- Sites]).
 

@@ -29,8 +29,8 @@ all() ->
      relays_and_gateways_say_the_address_that_was_found_out, one_connection_remains_when_both_begin_at_once,
      one_connection_remains_when_a_hard_one_and_another_begin_at_once,
      a_caller_that_skips_hole_punching_stays_on_the_relay, a_node_that_never_punches_stays_on_the_relay,
-     nor_is_one_punched_that_never_does, many_packets_are_not_sent_where_they_are_not_allowed,
-     what_is_hopeless_is_not_tried_for_every_message, punching_leaves_descriptors_to_the_application, a_stream_goes_on_when_the_router_moves,
+     a_node_that_never_punches_is_not_punched, many_packets_are_not_sent_where_they_are_not_allowed,
+     a_hopeless_punch_is_not_tried_for_every_message, punching_leaves_descriptors_to_the_application, a_stream_goes_on_when_the_router_moves,
      a_stream_goes_on_when_the_host_moves].
 
 init_per_suite(Config) ->
@@ -178,7 +178,7 @@ a_caller_that_skips_hole_punching_stays_on_the_relay(Config) ->
 a_node_that_never_punches_stays_on_the_relay(Config) ->
     stays_on_relay(Config, [one, two], [#{hole_punching => off}, #{}], #{}, hole_punch_skipped).
 
-nor_is_one_punched_that_never_does(Config) ->
+a_node_that_never_punches_is_not_punched(Config) ->
     Ms = stays_on_relay(Config, [one, two], [#{}, #{hole_punching => off}], #{}, not_allowed),
     ct:pal("said after ~p ms", [Ms]),
     ?assert(Ms < ?ATTEMPT).
@@ -216,7 +216,7 @@ stays_on_relay(Config, [Site, OtherSite], [Settings, OtherSettings], Opts, Why) 
     Ms.
 
 %% A caller may say the ways each time. It asks the relay no more often for that.
-what_is_hopeless_is_not_tried_for_every_message(Config) ->
+a_hopeless_punch_is_not_tried_for_every_message(Config) ->
     [{Sender, Name}, {Target, Other}] = begin_anew(Config, [hard, random]),
     Relays = [Relay || #{relay := Relay} <- maps:get(registrations, macula_peer_test:stats(Sender))],
     Opts = #{relay_endpoint => hd(Relays), skip_hole_punch => false},

@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_denied_is_refused_and_nothing_else() {
+    fn only_denied_clients_are_refused() {
         let rules = deny(AccessList {
             keys: Some(vec![key(1)]),
             node_ids: Some(vec![NodeId::new(b"a").unwrap()]),
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_allowed_shuts_out_the_rest_of_its_kind() {
+    fn an_allow_list_refuses_the_rest_of_its_kind() {
         let rules = allow(AccessList { keys: Some(vec![key(1)]), ..AccessList::default() });
         assert!(rules.permit_key(Some(&key(1))) && !rules.permit_key(Some(&key(2))) && !rules.permit_key(None));
         assert!(rules.permit_node_id(b"a") && rules.select_by_key());

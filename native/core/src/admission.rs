@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_holds_for_its_time_and_for_exactly_what_was_asked() {
+    fn an_answer_holds_for_its_time_and_its_question() {
         let (start, mut answers) = (Instant::now(), Answers::new(Duration::from_secs(1)));
         let [allowed, denied] = [subject(1), subject(2)];
         answers.remember(allowed.clone(), true, start);
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_those_who_are_denied_makes_nobody_forgotten_who_is_allowed() {
+    fn a_flood_of_denied_clients_evicts_no_allowed_one() {
         let (now, mut answers) = (Instant::now(), Answers::new(Duration::from_secs(1)));
         answers.remember(subject(0), true, now);
         for n in 1..MAX_REMEMBERED as u32 + 10 {
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_kicked_waits_by_key_and_by_node_id() {
+    fn a_kicked_node_waits_by_key_and_by_node_id() {
         let (start, mut kicked) = (Instant::now(), Kicked::default());
         let [one, other] = [[1; 32].into(), [2; 32].into()];
         kicked.add(Kick::Key(one), start);

@@ -509,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn both_begin_at_one_moment_and_not_before_they_can() {
+    fn both_begin_at_the_same_moment_and_not_too_early() {
         let mut relay = Relay::new();
         let [mut a, mut b] = relay.nodes();
         (a.round_trip, b.round_trip) = (ms(20), ms(100));
@@ -543,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_can_name_an_address_that_is_not_local() {
+    fn only_local_addresses_can_be_named() {
         let mut relay = Relay::new();
         let [a, b] = [1, 2].map(|n| relay.node(n, "20.0.0.1:7000"));
         let named = [
@@ -593,7 +593,7 @@ mod tests {
     }
 
     #[test]
-    fn two_nodes_have_one_session_whoever_asks_until_one_says_that_it_is_over() {
+    fn two_nodes_share_one_session_until_one_ends_it() {
         let mut relay = Relay::new();
         let [a, b, c] = relay.nodes();
         relay.request(&a, &b, "s").unwrap();
@@ -653,7 +653,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_takes_part_in_so_many_sessions_and_asks_so_often() {
+    fn sessions_and_requests_of_a_node_are_limited() {
         let mut relay = Relay::new();
         let all: [Party; 40] = relay.nodes();
         let target = &all[0];

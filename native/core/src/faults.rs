@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_that_come_one_by_one_are_none() {
+    fn single_errors_are_ignored() {
         let now = Instant::now();
         let mut faults = Faults::default();
         for n in 0..10_000 {

@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn who_dribbles_is_given_up_however_the_bytes_come() {
+    fn a_sender_that_dribbles_is_given_up_whatever_its_pattern() {
         for seed in 0..200 {
             let mut random = fastrand::Rng::with_seed(seed);
             let rate = random.f64() * 500.0 + 1.0;

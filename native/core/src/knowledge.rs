@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_tried_is_news_no_more_until_another_way_is_known() {
+    fn candidates_that_were_tried_are_not_news_until_another_is_known() {
         let mut known = Knowledge::default();
         known.learn(endpoints("one:1"));
         assert!(known.has_learned() && known.knows_better());
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_callers_say_comes_first() {
+    fn candidates_from_callers_come_first() {
         let mut known = Knowledge::default();
         known.found(endpoints("found:1"));
         known.learn(endpoints("said:1"));
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_relay_that_is_found_is_news_but_no_better_way() {
+    fn a_new_relay_is_news_but_no_better_path() {
         let mut known = Knowledge::default();
         let Candidates { endpoints: relays, .. } = endpoints("relay:1");
         assert!(known.found(Candidates { relays, ..Candidates::default() }));

@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_word_on_a_name_counts() {
+    fn the_last_line_for_a_name_counts() {
         let file = appended(&[(b"a", Some(1)), (b"b", Some(2)), (b"c", Some(3)), (b"a", Some(4)), (b"b", None)]);
         let read = read(file.as_bytes()).unwrap();
         assert_eq!(read.keys, [(node(b"c"), key(3)), (node(b"a"), key(4))]);
@@ -143,7 +143,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_wherever_it_is_cut_off(
+        fn a_file_cut_off_anywhere_can_be_read(
             changes in vec((vec(any::<u8>(), 1..255), prop::option::of(any::<u8>())), 0..20), cut in any::<prop::sample::Index>(),
         ) {
             let changes: Vec<_> = changes.iter().map(|(name, n)| (&name[..], *n)).collect();

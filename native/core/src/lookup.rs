@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_end_is_not_waited_for() {
+    fn a_lookup_that_hangs_is_not_waited_for() {
         let start = Instant::now();
         let mut lookup = Lookup::default();
         assert!(lookup.begin(start));
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_holds_at_once_and_until_the_next_answer() {
+    fn a_result_holds_at_once_and_until_the_next_one() {
         let start = Instant::now();
         let mut lookup = Lookup::default();
         assert!(lookup.begin(start));
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn where_nobody_could_be_asked_the_last_answer_stays_and_the_next_caller_tries() {
+    fn without_a_resolver_the_last_answer_stays_and_the_next_caller_tries() {
         let start = Instant::now();
         let mut lookup = Lookup::default();
         assert!(lookup.begin(start));

@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_looked_up_once_for_all_who_ask() {
+    fn a_name_is_looked_up_once_for_all_callers() {
         let now = Instant::now();
         let mut names = Names::new(LIMIT);
         assert_eq!([0; 3].map(|_| names.ask("a", now)), [Ask::Start, Ask::Join, Ask::Join]);
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_has_a_turn_unless_nobody_wants_it_any_more() {
+    fn a_waiting_lookup_has_its_turn_unless_it_is_cancelled() {
         let now = Instant::now();
         let mut names = Names::new(4);
         assert_eq!(
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn only_so_many_names_are_remembered() {
+    fn the_number_of_remembered_names_is_bounded() {
         let now = Instant::now();
         let mut names = Names::new(LIMIT);
         (0..2 * MAX_NAMES).for_each(|n| {

@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn fewer_places_take_none_away() {
+    fn lowering_the_limit_takes_no_place_away() {
         let now = Instant::now();
         let mut places = Places::new(&LIMITS, now);
         assert_eq!(connect(&mut places, 1, now).0, 40);

@@ -712,7 +712,7 @@ mod tests {
     }
 
     #[test]
-    fn both_sides_do_what_belongs_together() {
+    fn the_roles_of_both_sides_match() {
         let all = [UNKNOWN, OPEN, STRICT, SEQUENTIAL, RANDOM];
         for ours in &all {
             for theirs in &all {
@@ -727,7 +727,7 @@ mod tests {
     }
 
     #[test]
-    fn a_strategy_is_as_simple_as_the_two_nats_let_it_be() {
+    fn the_strategy_is_the_simplest_for_the_two_nats() {
         let choose = |ours, theirs| Strategy::choose(&ours, &theirs, true);
         for theirs in [UNKNOWN, OPEN, STRICT] {
             assert_eq!(choose(UNKNOWN, theirs), Strategy::Plain);
@@ -774,7 +774,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pong_proves_only_the_way_that_its_ping_went() {
+    fn a_pong_proves_only_the_path_of_its_ping() {
         let mut side = Side::new(STRICT, STRICT, |_| ());
         let (_, _, _, nonce) = side.pings()[0];
         side.hear(Via::Main, peer(), Signal::Pong { nonce: nonce ^ 1 });

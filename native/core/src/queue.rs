@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_over_or_unwanted_is_given_up_and_the_next_deadline_known() {
+    fn expired_and_cancelled_messages_are_removed_and_the_next_deadline_is_known() {
         let (now, mut queue) = (Instant::now(), Queue::default());
         queue.push(Job { deadline: Some(now), ..job("over", true, now) });
         queue.push(Job { deadline: Some(now + SECOND), ..job("due", true, now) });

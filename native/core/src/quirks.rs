@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn only_so_many_destinations_are_remembered() {
+    fn the_number_of_remembered_destinations_is_bounded() {
         let now = Instant::now();
         let mut quirks = Quirks::default();
         let to = |n: usize| SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 1));

@@ -487,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn the_owner_may_come_back_within_the_grace_period_and_it_then_starts_anew() {
+    fn an_owner_that_returns_within_the_grace_period_restarts_it() {
         let (start, at) = clock();
         let mut book = book(&unshared(), start);
         let first = registered(&mut book, "a", alice(), start);
@@ -543,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn circuits_are_limited_in_all_and_for_each_node_those_it_opens_apart_from_those_to_it() {
+    fn circuits_are_limited_in_total_and_per_node_in_each_direction() {
         let (start, _) = clock();
         let config = RelayConfig { max_sessions: 8, max_sessions_per_node: 3, ..unshared() };
         let mut book = book(&config, start);
@@ -635,7 +635,7 @@ mod tests {
     }
 
     #[test]
-    fn who_had_a_name_for_the_grace_period_finds_it_again_whoever_fills_the_relay() {
+    fn filling_a_relay_does_not_evict_a_name_held_for_the_grace_period() {
         let (start, at) = clock();
         let config = RelayConfig { max_registrations: 50, accept_rate: 1000, ..RelayConfig::default() };
         let mut book = book(&config, start);
@@ -695,7 +695,7 @@ mod tests {
 
     /// Whoever asks for what is somebody else's uses up nothing that honest nodes need.
     #[test]
-    fn asking_for_names_of_others_takes_no_registration_from_anybody() {
+    fn attempts_at_taken_names_use_up_no_registrations() {
         let (start, at) = clock();
         let config = RelayConfig { accept_rate: 20, ..RelayConfig::default() };
         let mut book = book(&config, start);
@@ -715,7 +715,7 @@ mod tests {
     }
 
     #[test]
-    fn who_had_a_name_for_long_keeps_it_longer_than_those_who_come_and_go() {
+    fn long_held_names_outlast_short_lived_ones() {
         let (start, at) = clock();
         let mut book = book(&RelayConfig { max_registrations: 3, ..unshared() }, start);
         let mut ms = 0;
@@ -748,7 +748,7 @@ mod tests {
     }
 
     #[test]
-    fn claims_are_forgotten_though_nobody_asks_for_them() {
+    fn unused_claims_expire() {
         let (start, at) = clock();
         let mut book = book(&unshared(), start);
         let a = registered(&mut book, "a", alice(), start);

@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_asked_again_is_handed_over_once_and_answered_where_it_was_asked_last() {
+    fn a_repeated_request_is_handed_over_once_and_answered_on_the_last_stream() {
         let (mut requests, now) = (Requests::new(MOST), Instant::now());
         assert_eq!(requests.ask(owner(1, 1), id(1), false, "first", now), Asked::New);
         assert_eq!(requests.ask(owner(1, 2), id(1), true, "second", now), Asked::Waits, "from elsewhere");
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_restarted_node_does_not_know_is_not_done_twice() {
+    fn a_restarted_node_refuses_repeated_requests() {
         let mut requests = Requests::new(MOST);
         assert_eq!(requests.ask(owner(1, 1), id(1), true, (), Instant::now()), Asked::Over(Ended::Forgotten));
         assert!(is_empty(&requests));
@@ -440,7 +440,7 @@ mod tests {
 
     /// Whatever happens, nothing is handed over twice within the bounds, and the books agree.
     #[test]
-    fn books_agree_and_nothing_is_handed_over_twice() {
+    fn the_tables_agree_and_nothing_is_handed_over_twice() {
         for seed in 0..300 {
             let mut random = fastrand::Rng::with_seed(seed);
             let (mut requests, start, mut now) = (Requests::new(MOST), Instant::now(), 0);

@@ -109,7 +109,7 @@ mod tests {
     use crate::admission::KICKED_FOR;
 
     #[test]
-    fn who_was_kicked_waits_until_it_may_come_back() {
+    fn a_kicked_node_waits_until_it_may_return() {
         for draw in [0.0, 0.5, 1.0] {
             assert!(Registering::pause_kicked(draw) >= KICKED_FOR);
         }
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn two_nodes_with_one_key_change_ever_more_rarely_and_say_so_once() {
+    fn two_nodes_with_one_key_alternate_with_growing_pauses_and_report_it_once() {
         let (lasted, said) = disputed(24);
         let within = |time: u64| {
             lasted
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_is_alone_again_begins_anew() {
+    fn a_node_that_is_alone_again_starts_with_short_pauses() {
         let mut node = Registering::default();
         let first = node.pause_taken_over(1.0);
         assert_eq!(first, (FIRST_PAUSE_TAKEN_OVER, false));
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registration_that_does_not_last_is_none() {
+    fn a_short_registration_does_not_reset_the_pauses() {
         let mut node = Registering::default();
         assert_eq!(node.pause(1.0), FIRST_PAUSE);
         node.lasted(LASTING / 2);

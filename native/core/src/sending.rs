@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn what_icmp_says_of_others_refuses_nobody() {
+    fn icmp_errors_of_others_refuse_no_destination() {
         for fault in [Fault::Others, Fault::NoRoute, Fault::TooLarge] {
             for times in 0..CONFIRMED - 1 {
                 let mut left = times;
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn what_this_host_lacks_is_a_lost_packet() {
+    fn a_lack_of_resources_on_this_host_is_a_lost_packet() {
         assert_eq!(sent(ALL, |_| Err(Fault::Local)), (Err(Next::Lost), 1));
         assert_eq!(sent(ALL, |_| Err(Fault::TooLarge)), (Err(Next::Lost), 3));
     }

@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_in_vain_takes_from_nobody_else() {
+    fn refused_requests_take_nothing_from_others() {
         let (start, _) = clock();
         let mut rates = Rates::new(Limits { total: 10, per_key: 4, per_address: 8 }, Duration::from_secs(1), start);
         let one = client(1, "10.0.0.1");
@@ -509,7 +509,7 @@ mod tests {
         /// In no window of time does a key or an address get more than its burst and its rate; and one that keeps to its
         /// rate always gets it, whatever others do within a part of the total.
         #[test]
-        fn rates_hold_over_any_time_and_who_keeps_to_them_is_never_refused(
+        fn rates_hold_over_any_period_and_senders_within_them_are_never_refused(
             hostile in vec((0..3u32, 1..4u64, 0..40u64), 1..400)
         ) {
             let (start, at) = clock();

@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn who_refuses_for_long_is_dialled_from_another_port_too() {
+    fn a_destination_that_keeps_refusing_is_dialled_from_another_port_too() {
         let left = dialled(&mut SourcePorts::default(), Failed::Refused, 10, 1);
         assert_eq!(left, [false, false, false, false, false, false, true, false, true, false]);
         let rarely = dialled(&mut SourcePorts::default(), Failed::Refused, 4, 60);
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_ends_it() {
+    fn an_answer_ends_the_search_for_another_port() {
         for how in [Failed::Silent, Failed::Refused] {
             let mut ports = SourcePorts::default();
             dialled(&mut ports, how, 2, 10);

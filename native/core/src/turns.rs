@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_works_at_a_time_and_senders_take_turns() {
+    fn one_job_runs_at_a_time_and_senders_take_turns() {
         let mut turns = Turns::new(1);
         assert!(turns.begin());
         assert!(!turns.begin());
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_comes_waits_for_one_turn_of_each_other_sender() {
+    fn a_new_sender_waits_for_one_turn_of_each_other_sender() {
         for seed in 0..200 {
             let mut random = fastrand::Rng::with_seed(seed);
             let (mut turns, mut due) = (Turns::new(1), Vec::new());

@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_gets_three_times_what_came_and_others_nothing() {
+    fn an_address_gets_three_times_its_bytes_and_others_nothing() {
         let (mut unproven, now) = (Unproven::default(), Instant::now());
         unproven.received(address(1), 100, now);
         assert!(!unproven.take(address(2), 1, now));
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_came_long_ago_does_not_count_and_what_was_proved_is_forgotten() {
+    fn old_packets_do_not_count_and_proven_addresses_are_forgotten() {
         let (mut unproven, now) = (Unproven::default(), Instant::now());
         unproven.received(address(1), 100, now);
         assert!(!unproven.take(address(1), 1, now + LIFE));
@@ -141,7 +141,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_more_is_sent_than_three_times_what_came(
+        fn at_most_three_times_the_received_bytes_are_sent(
             steps in vec((any::<bool>(), 0..4u32, 0..2000usize, 0..4000u64), 0..200),
         ) {
             let mut unproven = Unproven::default();

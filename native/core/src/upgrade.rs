@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_will_not_change_waits_until_something_changes() {
+    fn a_hopeless_attempt_waits_until_something_changes() {
         let start = Instant::now();
         let mut upgrade = Upgrade::new(start);
         for failure in [Failure::BothHard, Failure::NotAllowed] {

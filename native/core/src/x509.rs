@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_or_longer_has_no_key() {
+    fn a_certificate_with_a_wrong_length_has_no_key() {
         let whole = certificate();
         for cut in 0..whole.len() {
             assert_eq!(public_key(&CertificateDer::from(&whole[..cut])), None, "{cut}");

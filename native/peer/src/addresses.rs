@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_moves_is_followed_and_gets_everything_at_the_new_address() {
+    async fn a_peer_that_moves_gets_everything_at_its_new_address() {
         let (client, addresses) = (endpoint(None), Arc::new(Addresses::default()));
         let (dialled, accepted, remote) = accepted(&client, &addresses).await;
         let before = client.local_addr().unwrap();

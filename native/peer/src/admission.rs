@@ -526,7 +526,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn neither_many_keys_at_one_address_nor_many_names_of_one_key_keep_others_from_being_asked_about() {
+    async fn one_address_and_one_key_leave_questions_to_others() {
         let floods: [(Who, usize); 2] = [(|n| (n, n), 64), (|n| (1, n), 32)];
         for (who, most) in floods {
             let (admissions, stuck) = stuck();
@@ -539,7 +539,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_asks_the_same_waits_for_one_answer() {
+    async fn equal_questions_wait_for_one_answer() {
         let (admissions, stuck) = stuck();
         let (waiting, refused) = flood(&admissions, |_| (1, 1)).await;
         assert_eq!((lock(&stuck.1).len(), refused), (1, 0));
@@ -551,7 +551,7 @@ mod tests {
     /// Room is given back when the question is answered or dropped, not when nobody waits any more: it is still being
     /// worked on.
     #[tokio::test]
-    async fn who_gives_up_makes_no_room_for_more_questions() {
+    async fn a_client_that_gives_up_makes_no_room_for_more_questions() {
         let (admissions, stuck) = stuck();
         let (waiting, _) = flood(&admissions, |n| (n, n)).await;
         drop(waiting);

@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn one_sender_with_too_much_holds_up_nobody_else() {
+    fn one_sender_over_its_limit_delays_no_other() {
         let backlog = Arc::new(Backlog::default());
         let large = backlog.enter(sender(1), SHARE);
         assert!(backlog.is_full(sender(1)) && !backlog.is_full(sender(2)));

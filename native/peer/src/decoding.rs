@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn one_works_at_a_time_and_who_gives_up_holds_up_nobody() {
+    async fn one_job_runs_at_a_time_and_a_cancelled_one_delays_no_other() {
         let decoding = Decoding::new(Arc::default());
         let first = decoding.turn(sender(1)).await.unwrap();
         let wait = |n| {
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_waits_to_be_finished_is_waited_for() {
+    async fn unfinished_frames_are_waited_for() {
         let backlog = Arc::new(Backlog::default());
         let decoding = Decoding::new(backlog.clone());
         let (small, large) = (backlog.enter(sender(1), 100), backlog.enter(sender(1), MANY_TERMS + 1));

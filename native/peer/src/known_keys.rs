@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_fails_holds_up_nobody_and_gets_everything_later() {
+    fn a_failing_disk_blocks_nothing_and_gets_everything_later() {
         with_path("fault", |path| {
             let (mut file, _) = KeysFile::open(path).unwrap();
             // It cannot be written.
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_no_hindrance() {
+    fn files_left_by_a_killed_process_are_harmless() {
         with_path("left", |path| {
             fs::write(beside(path, "new"), "half").unwrap();
             fs::write(beside(path, "lock"), "").unwrap();

@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_lookup_serves_all_who_ask_for_the_name() {
+    async fn one_lookup_serves_all_callers() {
         static LOOKUPS: AtomicUsize = AtomicUsize::new(0);
         let resolver = Resolver::with(4, |_| {
             LOOKUPS.fetch_add(1, Ordering::Relaxed);
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn those_that_wait_have_their_turn() {
+    async fn waiting_lookups_have_their_turn() {
         let resolver = Resolver::with(2, |_| Ok(vec![([192, 0, 2, 1], 0).into()]));
         let mut all = JoinSet::new();
         for n in 0..100 {

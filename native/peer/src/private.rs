@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_else_decides_whom_to_trust() {
+    fn files_that_other_users_may_write_are_refused() {
         for (mode, owner, us, unaltered) in [
             (0o644, 0, 1000, true),
             (0o444, 1000, 1000, true),

@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_follows_its_files_and_what_is_wrong_is_tried_once() {
+    fn a_value_follows_its_files_and_a_bad_version_is_tried_once() {
         let directory = std::env::temp_dir().join(format!("macula-peer-renewal-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
         let files = ["a", "b"].map(|name| directory.join(name));

@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_dropped_is_given_back() {
+    fn dropping_a_share_returns_it() {
         let shares = Shares::new(Limits { total: 3, per_key: 2, per_address: 2 });
         let client = Client::new(None, [10, 0, 0, 1].into());
         let held = shares.take(client, 2).unwrap();
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn an_asker_who_reads_nothing_leaves_room_for_the_answers_of_others() {
+    fn a_requester_that_reads_nothing_leaves_room_for_the_answers_of_others() {
         let unread = Unread::new(1 << 10);
         let ask = |key: u8, host: u8, bytes| {
             let requester = Client::new(Fingerprint::from([key; 32]), [10, 0, 0, host].into());

@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn the_word_of_a_key_of_every_kind_holds_for_its_successor_alone_and_for_thirty_days() {
+    fn a_statement_holds_for_its_successor_alone_and_for_thirty_days() {
         let now = SystemTime::now();
         for kind in [&PKCS_ECDSA_P256_SHA256, &PKCS_ECDSA_P384_SHA384, &PKCS_ED25519] {
             let (key, predecessor) = key(kind);
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_signed_anew_when_half_of_its_time_is_over() {
+    fn a_statement_is_renewed_after_half_of_its_time() {
         let now = SystemTime::now();
         let signed = sign(&*key(&PKCS_ED25519).0, successor(), now).unwrap();
         let after = |days: u64| now + Duration::from_secs(days * 24 * 3600);
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signature_without_the_context_is_none() {
+    fn a_signature_without_the_context_is_invalid() {
         let now = SystemTime::now();
         let (key, predecessor) = key(&PKCS_ED25519);
         let mut statement = sign(&*key, successor(), now).unwrap().statement.to_vec();
@@ -171,7 +171,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_altered_or_invented_is_not_valid(
+        fn altered_and_invented_statements_are_invalid(
             at in any::<prop::sample::Index>(), by in 1..=255u8, cut in any::<prop::sample::Index>(),
             noise in prop::collection::vec(any::<u8>(), 0..300),
         ) {

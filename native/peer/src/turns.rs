@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn however_many_have_much_to_do_what_is_ready_waits_for_a_few_turns() {
+    async fn ready_work_waits_for_a_few_turns_however_many_are_busy() {
         for others in [1, 8, 100] {
             let work = work_beside(6, others).await;
             assert!(work <= 4, "{work} turns of {others}");

@@ -168,7 +168,7 @@ fn with_little_room() {
 }
 
 #[test]
-fn what_is_accepted_arrives_or_is_reported_when_the_engine_is_stopped_in_the_middle() {
+fn a_stopping_engine_delivers_or_reports_each_message() {
     let seed = seed();
     let (server, inbox, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), seed, 0.02, Duration::from_millis(1));
@@ -247,7 +247,7 @@ fn through_restarts(delivery: Delivery, seed: u64) -> (Vec<u64>, Vec<u64>, u64) 
 }
 
 #[test]
-fn nothing_is_lost_to_receivers_that_are_killed() {
+fn no_message_is_lost_to_receivers_that_are_killed() {
     let seed = seed();
     let (sent, arrived, reported) = through_restarts(Delivery::AtLeastOnce, seed);
     // What the receiver had handed over and not acknowledged came twice; what it had read and not handed over, again.
@@ -257,7 +257,7 @@ fn nothing_is_lost_to_receivers_that_are_killed() {
 }
 
 #[test]
-fn at_most_once_nothing_comes_twice_to_receivers_that_are_killed() {
+fn at_most_once_holds_for_receivers_that_are_killed() {
     let seed = seed();
     let (sent, arrived, reported) = through_restarts(Delivery::AtMostOnce, seed);
     let twice: Vec<_> = arrived.windows(2).filter(|pair| pair[0] == pair[1]).collect();

@@ -224,7 +224,7 @@ async fn told_of_candidates(control: &mut Stream, target: &str, expected: &[&str
 }
 
 #[test]
-fn a_node_that_asks_for_ever_more_attempts_disturbs_nobody() {
+fn a_flood_of_punch_requests_disturbs_no_other_node() {
     let _among = among_others();
     let (relay, address) = relay(0);
     let names: Vec<_> = (0..8).map(|n| format!("victim {n}")).collect();
@@ -285,7 +285,7 @@ fn a_node_that_asks_for_ever_more_attempts_disturbs_nobody() {
 
 /// What others have a node told is no reason to let go of it.
 #[test]
-fn a_node_is_not_disconnected_for_what_another_has_it_told() {
+fn a_node_is_not_disconnected_because_of_messages_from_another() {
     let _among = among_others();
     let (relay, address) = relay(0);
     tokio_runtime(2).unwrap().block_on(async {
@@ -377,7 +377,7 @@ fn a_relay_that_names_a_bystander_again_and_again_makes_no_flood() {
 }
 
 #[test]
-fn an_address_that_is_no_hosts_is_not_sent_to_and_the_relay_hears_of_it() {
+fn an_address_of_no_host_is_sent_nothing_and_the_relay_is_told() {
     let _among = among_others();
     let (runtime, fake) = fake_relay();
     let (node, _) = at_fake(&fake, Config::default(), "node");
@@ -396,7 +396,7 @@ fn an_address_that_is_no_hosts_is_not_sent_to_and_the_relay_hears_of_it() {
 }
 
 #[test]
-fn who_does_not_punch_sends_nothing_whoever_asks() {
+fn a_node_with_hole_punching_off_sends_nothing() {
     let _among = among_others();
     let (runtime, fake) = fake_relay();
     let off = Config { hole_punching: HolePunching::Off, ..Config::default() };
@@ -436,7 +436,7 @@ fn begun(runtime: &Runtime, fake: &FakeRelay, node: &str, last: u8) -> (Vec<u8>,
 }
 
 #[test]
-fn what_the_other_one_says_ends_an_attempt_at_once() {
+fn a_stop_by_the_other_node_ends_an_attempt_at_once() {
     let _among = among_others();
     let (runtime, fake) = fake_relay();
     let (victim, _) = at_fake(&fake, Config::default(), "victim");
@@ -582,7 +582,7 @@ fn local(engine: &Engine) -> SocketAddr {
 }
 
 #[test]
-fn a_ping_is_worth_one_pong_and_nothing_else_is_worth_any() {
+fn a_ping_gets_one_pong_and_other_packets_get_none() {
     let _among = among_others();
     let (runtime, fake) = fake_relay();
     let (victim, inbox, address) = listening_at_fake(&fake);
@@ -669,7 +669,7 @@ fn a_ping_is_worth_one_pong_and_nothing_else_is_worth_any() {
 }
 
 #[test]
-fn only_who_is_expected_gets_in_where_it_is_expected_and_not_for_long() {
+fn only_the_expected_node_gets_in_where_and_when_it_is_expected() {
     let _among = among_others();
     let (runtime, fake) = fake_relay();
     let (victim, inbox) = at_fake(&fake, Config::default(), "victim");
@@ -710,7 +710,7 @@ fn only_who_is_expected_gets_in_where_it_is_expected_and_not_for_long() {
 
 /// The relay may not hear of it, or say nothing.
 #[test]
-fn nothing_more_is_sent_when_the_connection_is_there() {
+fn no_signals_are_sent_once_the_connection_is_up() {
     let _among = among_others();
     let (runtime, fake) = fake_relay();
     let (victim, _) = at_fake(&fake, Config::default(), "victim");
@@ -825,7 +825,7 @@ fn told(runtime: &Runtime, fake: &FakeRelay, node: &str, ip: Ipv4Addr, port: u16
 }
 
 #[test]
-fn hundreds_of_sockets_are_opened_where_that_is_allowed_and_all_are_closed() {
+fn hundreds_of_sockets_are_opened_only_where_allowed_and_all_are_closed() {
     let _alone = FILES.write().unwrap_or_else(PoisonError::into_inner);
     let (runtime, fake) = fake_relay();
     let (on, _liar) = deceived(&fake, true, HolePunching::On, "on");
@@ -854,7 +854,7 @@ fn hundreds_of_sockets_are_opened_where_that_is_allowed_and_all_are_closed() {
 }
 
 #[test]
-fn ports_are_guessed_where_that_is_allowed_and_not_for_ever() {
+fn ports_are_predicted_only_where_allowed_and_for_a_bounded_time() {
     let _among = among_others();
     let (runtime, fake) = fake_relay();
     let (on, _liar) = deceived(&fake, false, HolePunching::On, "on");
@@ -934,7 +934,7 @@ impl Drop for Gate {
 
 /// Such a path ends with the socket that it led through, and neither side is told.
 #[test]
-fn messages_of_a_link_over_another_socket_go_on_over_the_relay_when_the_socket_moves() {
+fn when_the_socket_moves_a_link_over_an_extra_socket_falls_back_to_the_relay() {
     let _among = among_others();
     let (runtime, fake) = fake_relay();
     fake.set_manner(Manner::Misroute("target".into()));

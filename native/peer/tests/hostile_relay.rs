@@ -58,7 +58,7 @@ fn stop(engines: &[&Engine]) {
 // ---- names ----
 
 #[test]
-fn a_second_key_takes_no_name_neither_while_its_owner_is_there_nor_right_after() {
+fn a_second_key_cannot_take_a_name_while_or_right_after_its_owner_has_it() {
     let (relay, address) = relay(RelayConfig::default());
     let runtime = tokio_runtime(2).unwrap();
     let (owner, _) = member("name", &[&address]);
@@ -84,7 +84,7 @@ fn a_second_key_takes_no_name_neither_while_its_owner_is_there_nor_right_after()
 /// With all names taken, those that nobody has at the moment give way. Who comes and goes with one name after the other
 /// must not get at the name of a node that is restarting.
 #[test]
-fn a_flood_of_short_registrations_does_not_take_the_name_of_a_node_that_is_away() {
+fn a_flood_of_short_registrations_does_not_take_the_name_of_an_absent_node() {
     let config = RelayConfig { max_registrations: 20, accept_rate: 10_000, ..RelayConfig::default() };
     let (relay, address) = relay(config);
     let runtime = tokio_runtime(2).unwrap();
@@ -107,7 +107,7 @@ fn a_flood_of_short_registrations_does_not_take_the_name_of_a_node_that_is_away(
 
 /// A relay whose names are all taken, mostly by the same few. None of them gets the name of a node that is away for a moment.
 #[test]
-fn those_who_fill_a_relay_do_not_get_the_name_of_a_node_that_is_away() {
+fn filling_a_relay_does_not_take_the_name_of_an_absent_node() {
     let (relay, address) = relay(RelayConfig { max_registrations: 50, accept_rate: 10_000, ..RelayConfig::default() });
     let runtime = tokio_runtime(2).unwrap();
     let (owner, _) = member("name", &[&address]);
@@ -152,7 +152,7 @@ fn those_who_fill_a_relay_do_not_get_the_name_of_a_node_that_is_away() {
 
 /// A flood from the same address as the honest nodes', of what comes to nothing.
 #[test]
-fn whoever_asks_for_names_of_others_keeps_nobody_from_registering() {
+fn a_flood_of_attempts_at_taken_names_keeps_no_node_from_registering() {
     let (relay, address) = relay(RelayConfig::default());
     let (owner, _) = member("taken", &[&address]);
     let runtime = tokio_runtime(2).unwrap();
@@ -262,7 +262,7 @@ fn circuits_are_limited_in_all_and_for_each_node_and_only_their_ends_close_them(
 
 /// One node, and then many names, keys and connections at one address, open as many circuits to a node as they get.
 #[test]
-fn those_who_open_circuits_to_a_node_cut_it_off_from_nobody() {
+fn a_flood_of_circuits_does_not_cut_off_a_node() {
     let (relay, address) = relay(generous());
     let (victim, inbox) = member("victim", &[&address]);
     let (other, other_inbox) = member("other", &[&address]);
@@ -302,7 +302,7 @@ fn those_who_open_circuits_to_a_node_cut_it_off_from_nobody() {
 }
 
 #[test]
-fn a_relay_sends_nothing_to_an_address_that_somebody_names() {
+fn a_relay_sends_nothing_to_an_address_named_in_a_request() {
     let (relay, address) = relay(generous());
     let bystander = UdpSocket::bind("127.0.0.1:0").unwrap();
     bystander.set_nonblocking(true).unwrap();
@@ -357,7 +357,7 @@ fn a_relay_sends_nothing_to_an_address_that_somebody_names() {
 
 /// RFC 9000, section 8.1: an address that somebody else writes on a first packet gets three times as much at the most.
 #[test]
-fn a_first_packet_with_somebody_elses_address_draws_three_times_its_size_at_most() {
+fn a_forged_first_packet_draws_at_most_three_times_its_size() {
     let (relay, address) = relay(generous());
     let bystander = UdpSocket::bind("127.0.0.1:0").unwrap();
     let mut sent = 0;
@@ -413,7 +413,7 @@ fn a_relay_that_leads_to_another_node_gets_no_message_there() {
 }
 
 #[test]
-fn a_relay_that_swallows_everything_is_not_the_last_one_asked() {
+fn after_a_relay_that_drops_everything_the_next_relay_is_asked() {
     let runtime = tokio_runtime(2).unwrap();
     let inside = runtime.enter();
     let fake = FakeRelay::new(Manner::Swallow);
@@ -461,7 +461,7 @@ fn messages_arrive_once_though_a_relay_repeats_their_packets() {
 
 /// 10,000 circuits that nobody opened, each with the first packet of a handshake.
 #[test]
-fn a_relay_that_invents_circuits_has_a_node_begin_few_connections_at_once() {
+fn invented_circuits_start_few_connections_at_once() {
     let runtime = tokio_runtime(2).unwrap();
     let inside = runtime.enter();
     let fake = FakeRelay::new(Manner::Swallow);
@@ -488,7 +488,7 @@ fn a_relay_that_invents_circuits_has_a_node_begin_few_connections_at_once() {
 }
 
 #[test]
-fn a_relay_that_complains_all_the_time_is_reported_now_and_then() {
+fn repeated_complaints_of_a_relay_are_rate_limited() {
     let runtime = tokio_runtime(2).unwrap();
     let inside = runtime.enter();
     let fake = FakeRelay::new(Manner::Swallow);
@@ -513,7 +513,7 @@ fn a_relay_that_complains_all_the_time_is_reported_now_and_then() {
 
 /// Many streams that say nothing, floods of messages, and garbage: all over circuits.
 #[test]
-fn a_node_is_there_for_others_while_one_floods_it_over_a_circuit() {
+fn a_node_stays_reachable_while_one_floods_it_over_a_circuit() {
     let (relay, address) = relay(generous());
     let (target, inbox) = member("target", &[&address]);
     let sender = engine(Config::default());
@@ -752,7 +752,7 @@ impl Beside {
 /// 256 questions on each of 400 sessions, from nodes that allow no stream for an answer.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
-fn those_who_make_no_room_for_answers_cost_a_relay_little() {
+fn connections_without_credit_for_answers_cost_a_relay_little() {
     let Beside { mut relay, runtime, honest, before } = Beside::start();
     let address = relay.address.clone();
     let questions = [raw::numbered(0), probe().repeat(256)].concat();
@@ -786,7 +786,7 @@ fn those_who_make_no_room_for_answers_cost_a_relay_little() {
 /// 16 MB of empty maps each.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[test]
-fn a_relay_does_not_gather_long_questions() {
+fn a_relay_does_not_buffer_long_requests() {
     let Beside { mut relay, runtime, honest, before } = Beside::start();
     let address = relay.address.clone();
     let question = raw::raw_frame(NatProbe.id(), &vec![0x80; 16 * MIB - 8]);
@@ -815,7 +815,7 @@ fn a_relay_does_not_gather_long_questions() {
 
 /// More questions on one stream than answers may wait.
 #[test]
-fn a_relay_answers_every_question_of_a_stream_at_the_pace_of_who_asks() {
+fn a_relay_answers_each_request_of_a_stream_as_fast_as_it_is_read() {
     let (relay, address) = relay(RelayConfig::default());
     tokio_runtime(2).unwrap().block_on(async {
         let mut transport = raw::transport();

@@ -146,7 +146,7 @@ impl Handler for Gone {
 }
 
 #[test]
-fn what_happened_before_the_handler_was_set_is_logged_if_it_does_not_take_it() {
+fn events_from_before_the_handler_was_set_are_logged_if_it_refuses_them() {
     log();
     let (relay, address) = relay(0);
     let (owner, _) = member("taken", &[&address]);

@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_frame_is_told_apart() {
+    fn malformed_frames_are_recognized() {
         let ping = encode(kind::PING, &[("timestamp", ValueRef::from(1))]);
         assert_eq!(decode(&ping[..ping.len() - 1]).unwrap_err(), Fault::Incomplete);
         assert_eq!(decode(&ping[..5]).unwrap_err(), Fault::Incomplete);

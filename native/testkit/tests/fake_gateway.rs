@@ -16,7 +16,7 @@ const SOON: Duration = Duration::from_secs(30);
 const LONG_ENOUGH: Duration = Duration::from_millis(300);
 
 #[tokio::test]
-async fn what_follows_a_frame_in_its_chunk_is_dropped() {
+async fn bytes_after_a_frame_in_its_chunk_are_dropped() {
     let (mut gateway, connection) = start(&[]).await;
     let (mut send, _receive) = connection.open_bi().await.unwrap();
     let two = [store(1), store(2)].concat();
@@ -62,7 +62,7 @@ async fn a_frame_of_more_than_64_kilobytes_is_lost() {
 }
 
 #[tokio::test]
-async fn without_stopping_its_half_a_hundred_streams_are_all() {
+async fn without_stop_sending_a_hundred_streams_use_up_the_credit() {
     let (mut gateway, connection) = start(&[]).await;
     let mut kept = Vec::new();
     for number in 0..100 {
@@ -194,7 +194,7 @@ async fn a_remote_call_is_answered_late() {
 }
 
 #[tokio::test]
-async fn silence_loses_packets_both_ways_until_it_ends() {
+async fn silence_loses_packets_in_both_directions_until_it_ends() {
     let (mut gateway, connection) = start(&[]).await;
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
     assert_eq!(gateway.command("silence on"), "ok.");

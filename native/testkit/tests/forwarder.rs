@@ -23,7 +23,7 @@ fn every_direction_takes_the_delay() {
 }
 
 #[test]
-fn packets_on_their_way_do_not_wait_for_each_other() {
+fn packets_in_flight_do_not_wait_for_each_other() {
     let forwarder = Server::start(env!("CARGO_BIN_EXE_forwarder"), &["--to", &echo(), "--delay-ms", "50"]);
     let client = client(&forwarder);
     let start = Instant::now();
@@ -49,7 +49,7 @@ fn every_client_gets_its_own_answers() {
 }
 
 #[test]
-fn what_is_swallowed_never_comes() {
+fn swallowed_packets_never_arrive() {
     let mut forwarder = Server::start(env!("CARGO_BIN_EXE_forwarder"), &["--to", &echo()]);
     let client = client(&forwarder);
     assert_eq!(forwarder.command("swallow"), "ok.");
@@ -61,7 +61,7 @@ fn what_is_swallowed_never_comes() {
 }
 
 #[test]
-fn about_as_many_as_asked_for_are_lost() {
+fn the_loss_rate_is_about_the_configured_one() {
     const PACKETS: u64 = 1000;
     let mut forwarder = Server::start(env!("CARGO_BIN_EXE_forwarder"), &["--to", &sink(), "--loss", "200"]);
     let client = client(&forwarder);

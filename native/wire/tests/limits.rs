@@ -105,7 +105,7 @@ fn frame_length() {
 }
 
 #[test]
-fn what_is_too_large_is_not_copied_first() {
+fn too_large_payloads_are_refused_before_they_are_copied() {
     type Write<'a> = &'a dyn Fn(&mut FrameWriter<'_>) -> Result<(), EncodeError>;
 
     let text = "a".repeat(1 << 20);
@@ -255,7 +255,7 @@ impl Build for Few {
 }
 
 #[test]
-fn a_builder_stops_the_reading() {
+fn a_builder_can_stop_decoding() {
     let three = [0x92, 1, 2];
     assert_eq!(decode_payload(&three, Limits::default(), &mut Few(3)), Ok(()));
     assert_eq!(decode_payload(&three, Limits::default(), &mut Few(2)), Err(PayloadError::Stopped));

@@ -57,7 +57,7 @@ fn required_fields() {
 }
 
 #[test]
-fn names_that_are_not_the_types_own() {
+fn dht_store_is_an_alias_and_unknown_names_are_refused() {
     assert_eq!(MessageType::from_name("dht_store"), Some(MessageType::Store));
     assert_eq!(MessageType::Store.name(), "store");
     for name in ["", "Ping", "ping ", "unknown"] {

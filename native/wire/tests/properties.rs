@@ -104,7 +104,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_checked_is_what_is_decoded(bytes in vec(any::<u8>(), 0..64)) {
+    fn checking_accepts_exactly_what_decoding_accepts(bytes in vec(any::<u8>(), 0..64)) {
         let decoded = decode_payload(&bytes, Limits::default(), &mut ValueBuilder);
         prop_assert!(count_terms(&bytes, usize::MAX) <= bytes.len());
         prop_assert_eq!(check_payload(&bytes, Limits::default()), decoded.map(drop));

@@ -694,7 +694,7 @@ mod tests {
     }
 
     #[test]
-    fn a_side_does_not_take_what_only_the_other_says() {
+    fn a_side_refuses_messages_that_only_the_other_may_send() {
         for message in &from_node()[..3] {
             let frame = raw(&message.encode());
             assert_eq!(FromRelay::decode(&frame), Err(ControlError::Type(frame.type_id())));
@@ -807,7 +807,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_decoded_to_what_can_be_said_again_or_refused(
+        fn any_bytes_are_refused_or_decoded_to_an_encodable_message(
             ty in prop::sample::select(vec![0x01, 0x02, 0x21, 0x22, 0x56, 0xF2, 0x00]),
             payload in vec(any::<u8>(), 0..256),
         ) {
@@ -815,7 +815,7 @@ mod tests {
         }
 
         #[test]
-        fn so_are_messages_with_some_bytes_changed(
+        fn mutated_messages_are_decoded_or_refused(
             which in any::<prop::sample::Index>(),
             changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
         ) {

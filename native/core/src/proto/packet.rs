@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn what_carries_nothing_is_no_packet() {
+    fn an_empty_packet_is_invalid() {
         for datagram in
             [&b""[..], b"\0\0\0\x01", b"\0\0\0\x01\0", b"\0\0\0\x01\x01\0", b"\0\0\0\x01\x02\0\0", b"\0\0\0\x01\x05xyz"]
         {
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn lone_halves_give_way_to_newer_ones() {
+    fn lone_halves_are_replaced_by_newer_ones() {
         let now = Instant::now();
         let half = |half, id| Packet { circuit: 1, form: Form::RelayHalf(half, id), bytes: Bytes::from_static(b"x") };
         let mut joiner = Joiner::default();

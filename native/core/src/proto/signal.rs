@@ -337,7 +337,7 @@ mod tests {
         }
 
         #[test]
-        fn who_has_the_key_may_say_anything(mut bytes in vec(any::<u8>(), HEADER_LEN..=HEADER_LEN + PROBE_LEN), kind in 0..6u8) {
+        fn with_the_key_any_content_decodes(mut bytes in vec(any::<u8>(), HEADER_LEN..=HEADER_LEN + PROBE_LEN), kind in 0..6u8) {
             (bytes[0], bytes[1]) = (FIRST_BYTE, kind);
             let mac = key(1).mac(&bytes);
             bytes.extend(mac);

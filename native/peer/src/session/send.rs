@@ -456,7 +456,7 @@ mod tests {
 
     /// It opened streams to a gateway whenever it was looked at, and gave up the link of a burst that had used all.
     #[test]
-    fn a_session_beside_a_link_that_carries_none_has_nothing_to_tell() {
+    fn a_session_beside_a_link_without_sessions_reports_nothing() {
         let mut session = Session::new(None, false);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(session.poll(&mut cx, Instant::now()).is_pending());
@@ -465,7 +465,7 @@ mod tests {
     /// Its first word was lost with the link, so the sender cannot ask for the run that it met. Only time tells whether a
     /// receiver that does not know the session never had it or has forgotten it.
     #[tokio::test]
-    async fn what_was_written_too_long_ago_to_a_receiver_that_was_never_heard_is_not_written_again() {
+    async fn old_messages_to_a_receiver_never_heard_are_not_resent() {
         let [dialled, accepted] = pair(&transport).await;
         let (path, limits) = (Path::Direct, Limits::default());
         let remote = Remote::fixed(dialled.remote_address());

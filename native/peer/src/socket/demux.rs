@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn quic_and_signals_in_one_buffer_go_their_ways() {
+    fn quic_and_signals_in_one_buffer_are_separated() {
         let quic = |number: u8, len: usize| [&[0x40, number][..], &vec![number; len - 2]].concat();
         let signal = |number: u8, len: usize| [&[FIRST_BYTE, number][..], &vec![number; len - 2]].concat();
         let datagrams = [quic(1, 50), signal(2, 50), quic(3, 50), signal(4, 50), signal(5, 50), quic(6, 20)];
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_neither_is_dropped() {
+    fn other_packets_are_dropped() {
         for mut stranger in [vec![0; 20], vec![0x3F; 1200], vec![FIRST_BYTE; MAX_LEN + 1]] {
             let len = stranger.len();
             let (left, found) = sifted(&mut stranger, len);
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_answered_is_dropped() {
+    fn packets_without_a_return_address_are_dropped() {
         let (signals, mut waiting) = signals();
         for first in [FIRST_BYTE, 0x40] {
             let mut datagram = [first; 20];
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn signals_that_nobody_looks_at_are_dropped() {
+    fn signals_that_are_not_read_are_dropped() {
         let (signals, mut waiting) = signals();
         for number in 0..WAITING + 10 {
             let mut signal = [&[FIRST_BYTE][..], &number.to_be_bytes()].concat();

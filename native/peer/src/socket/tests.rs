@@ -337,7 +337,7 @@ async fn a_source_address_that_is_gone_is_left_out() {
 }
 
 #[tokio::test]
-async fn what_one_destination_refuses_costs_others_nothing() {
+async fn the_errors_of_one_destination_cost_others_nothing() {
     let (client, mut server) = (side(false), side(true));
     let segments = client.socket.max_transmit_segments();
     let mut refused = client.socket.refusals.subscribe();
@@ -513,7 +513,7 @@ fn received(socket: &std::net::UdpSocket, state: &UdpSocketState, len: usize) ->
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn what_a_driver_sends_in_a_row_leaves_in_as_few_sends_as_fit() {
+async fn consecutive_packets_leave_in_as_few_sends_as_possible() {
     const SEGMENT: usize = 1400;
     let side = side(false);
     let receiver = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -546,7 +546,7 @@ async fn what_a_driver_sends_in_a_row_leaves_in_as_few_sends_as_fit() {
 /// Another destination, another size: neither is joined to what is there, and the order stays.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn what_does_not_continue_the_packets_before_leaves_by_itself() {
+async fn a_packet_that_does_not_continue_a_batch_leaves_alone() {
     let side = side(false);
     let receivers = [(); 2].map(|()| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
     let states = receivers.each_ref().map(|receiver| UdpSocketState::new(UdpSockRef::from(receiver)).unwrap());

@@ -164,7 +164,7 @@ async fn answer(control: &mut Stream, session: &str) -> Said {
 
 /// Before, three nodes sent 116 kB to it.
 #[test]
-fn a_packet_with_somebody_elses_address_has_nobody_send_there() {
+fn a_forged_source_address_is_sent_nothing() {
     let (relay, address) = relay(0);
     let names = ["one", "two", "three"];
     let members = names.map(|name| member_of(Config::default(), name, &[&address]).0);
@@ -195,7 +195,7 @@ fn a_packet_with_somebody_elses_address_has_nobody_send_there() {
 
 /// quinn answers each with 1,200 bytes, as it takes each for the first packet of a path.
 #[test]
-fn many_packets_with_somebody_elses_address_draw_three_times_their_size_at_most() {
+fn many_forged_packets_draw_at_most_three_times_their_size() {
     let (relay, address) = relay(0);
     let runtime = tokio_runtime(2).unwrap();
     runtime.block_on(async {
@@ -222,7 +222,7 @@ fn many_packets_with_somebody_elses_address_draw_three_times_their_size_at_most(
 
 /// Who shares the address that a relay sees gets to know local addresses, and has packets sent to those that he names.
 #[test]
-fn who_forges_the_address_of_a_node_learns_none_of_its_local_addresses() {
+fn forging_the_address_of_a_node_reveals_none_of_its_local_addresses() {
     let (relay, address) = relay(0);
     let runtime = tokio_runtime(2).unwrap();
     runtime.block_on(async {
@@ -335,7 +335,7 @@ async fn deaf_relay(endpoint: Endpoint, times: u64) -> usize {
 
 /// Before, each was a message to every relay, and what one does not read was kept.
 #[test]
-fn a_relay_that_says_all_the_time_that_a_node_has_moved_is_hardly_heard() {
+fn repeated_reports_that_a_node_has_moved_are_rate_limited() {
     const TIMES: u64 = 5000;
     const AT_ONCE: usize = 8;
     let (runtime, fake) = fake_relay();
@@ -369,7 +369,7 @@ async fn with_key(to: &str, own: Ipv4Addr, key: &Key) -> Connection {
 
 /// Before, no one else could look for a way to the node as long as it went on.
 #[test]
-fn one_key_with_many_names_keeps_nobody_from_a_node() {
+fn one_key_with_many_names_leaves_room_at_a_node() {
     let (relay, address) = relay(0);
     let (victim, _) = member_of(Config::default(), "victim", &[&address]);
     let runtime = tokio_runtime(2).unwrap();
@@ -439,7 +439,7 @@ fn a_node_keeps_places_for_other_keys_and_addresses() {
 
 /// Beside one who forges all the time messages go on.
 #[test]
-fn honest_nodes_notice_nothing_of_a_forger() {
+fn honest_nodes_are_unaffected_by_a_forger() {
     let (relay, address) = relay(0);
     let (sender, _) =
         member_of(Config { hole_punching: HolePunching::Off, ..Config::default() }, "sender", &[&address]);

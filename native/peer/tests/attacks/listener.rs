@@ -220,7 +220,7 @@ where
 
 /// Those with much to do used to have it done all at once, and half of the requests beside them took more than 16 ms.
 #[test]
-fn one_key_that_sends_without_end_costs_others_little_time() {
+fn a_key_that_floods_messages_costs_others_little_time() {
     let (quiet, flooded) = beside(|address| flood_messages(address, 8));
     assert!(flooded < 8 * quiet + Duration::from_millis(10), "{quiet:?}, {flooded:?}");
 }
@@ -351,7 +351,7 @@ fn refused_by(engine: &Engine, limit: &str) -> u64 {
 }
 
 #[test]
-fn one_key_has_its_share_of_the_connections_and_nobody_else_is_refused() {
+fn one_key_has_its_share_of_the_connections_and_no_other_is_refused() {
     let attackers = attackers();
     let (engine, server, address) = server(Config::default());
     let before = quiet(&server, &address);

@@ -60,7 +60,7 @@ fn numbers_may_jump_forwards_and_not_back_and_end_before_they_overflow() {
 
 /// The link on which it was said may have died before the sender heard it.
 #[test]
-fn what_is_refused_is_refused_again_until_the_sender_knows() {
+fn a_refusal_is_repeated_until_the_sender_acknowledges_it() {
     let limits = Limits { max_depth: 8, ..Limits::default() };
     let (server, inbox, address) = listener(Config { limits, ..Config::default() });
     let (good, bad) = (|n| frame(Publish, n, 8).to_vec(), deep(1, 9).frame.to_vec());
@@ -94,7 +94,7 @@ fn what_is_refused_is_refused_again_until_the_sender_knows() {
 }
 
 #[test]
-fn what_is_no_session_and_no_control_stream_is_stopped() {
+fn an_unknown_stream_is_stopped() {
     let (server, inbox, address) = listener(Config::default());
     tokio_runtime(2).unwrap().block_on(async {
         let connection = stranger(&address).await;
@@ -148,7 +148,7 @@ fn a_second_control_stream_is_refused_and_the_first_goes_on() {
 }
 
 #[test]
-fn who_shows_no_certificate_has_no_session() {
+fn a_client_without_a_certificate_gets_no_session() {
     let (server, inbox, address) = listener(Config::default());
     tokio_runtime(2).unwrap().block_on(async {
         let client = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -228,7 +228,7 @@ impl Handler for Echo {
 }
 
 #[test]
-fn who_reads_no_answers_is_not_heard_without_end() {
+fn a_sender_that_reads_no_answers_is_not_read_on() {
     let server = engine(Config::default());
     let echo = Arc::new(Echo::default());
     server.set_handler(Some(echo.clone()));
@@ -282,7 +282,7 @@ impl Handler for Long {
 
 /// Of one key 64 MiB wait, and those of others as well.
 #[test]
-fn long_answers_that_are_not_read_take_the_share_of_their_asker() {
+fn unread_answers_take_the_share_of_their_requester() {
     const ASKED: usize = 100;
     const KEPT: usize = 64;
     let server = engine(Config::default());
@@ -329,7 +329,7 @@ fn long_answers_that_are_not_read_take_the_share_of_their_asker() {
 
 /// A stream that carries several messages has a queue of answers. Each of them used to be as long as its count allowed.
 #[test]
-fn long_answers_in_the_queues_of_streams_take_the_share_of_their_asker() {
+fn answers_queued_on_streams_take_the_share_of_their_requester() {
     const STREAMS: usize = 10;
     const EACH: usize = 10;
     const KEPT: usize = 64;
@@ -367,7 +367,7 @@ fn long_answers_in_the_queues_of_streams_take_the_share_of_their_asker() {
 }
 
 #[test]
-fn who_reads_no_acknowledgements_is_not_heard_either() {
+fn a_sender_that_reads_no_acknowledgements_is_not_read_on() {
     let (server, inbox, address) = listener(Config { frame_timeout: Duration::from_millis(300), ..Config::default() });
     tokio_runtime(2).unwrap().block_on(async {
         let mut transport = raw::transport();
@@ -383,7 +383,7 @@ fn who_reads_no_acknowledgements_is_not_heard_either() {
 
 /// However often something of it comes.
 #[test]
-fn who_dribbles_is_given_up() {
+fn a_sender_that_dribbles_is_disconnected() {
     let (server, inbox, address) = listener(Config { frame_timeout: Duration::from_millis(400), ..Config::default() });
     tokio_runtime(2).unwrap().block_on(async {
         let connection = stranger(&address).await;
@@ -491,7 +491,7 @@ fn greeting(known: u8, expected: u64) -> Vec<u8> {
 }
 
 #[test]
-fn a_receiver_that_lies_about_what_has_come_loses_nothing_of_what_is_written_and_hurts_nobody_else() {
+fn a_receiver_with_false_acknowledgements_harms_only_itself() {
     let (other, inbox, honest) = listener(Config::default());
     let lies = [
         // More than there is, also before anything came.
@@ -616,7 +616,7 @@ fn a_message_that_is_too_slow_for_its_receiver_is_tried_twice_on_the_same_connec
 }
 
 #[test]
-fn an_answer_that_is_none_is_not_read_on() {
+fn a_malformed_answer_is_not_read_on() {
     let mut receiver = Receiver::new();
     let client = engine(Config::default());
     send(&client, &receiver.address, message(Publish, 0, PATIENCE)).unwrap();
@@ -632,7 +632,7 @@ fn an_answer_that_is_none_is_not_read_on() {
 }
 
 #[test]
-fn large_answers_that_nobody_asked_for_do_not_fill_the_memory() {
+fn unsolicited_large_answers_do_not_fill_the_memory() {
     let mut receiver = Receiver::new();
     let client = engine(Config::default());
     send(&client, &receiver.address, message(Publish, 0, PATIENCE)).unwrap();
@@ -660,7 +660,7 @@ fn large_answers_that_nobody_asked_for_do_not_fill_the_memory() {
 
 /// Whether the message is there already cannot be known any more, and sent again it would arrive twice.
 #[test]
-fn what_a_receiver_may_have_that_has_forgotten_the_session_is_reported_and_the_rest_goes_on() {
+fn a_forgotten_session_is_reported_and_the_rest_is_sent_again() {
     const RUN: [u8; 8] = [7; 8];
     let mut receiver = Receiver::new();
     let (client, inbox) = (engine(Config::default()), Arc::new(crate::common::Inbox::default()));

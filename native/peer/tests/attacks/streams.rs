@@ -24,7 +24,7 @@ async fn stopped(connection: &Connection, bytes: Bytes) -> Option<VarInt> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_no_frame_is_stopped_and_counted_and_harms_no_other_stream() {
+async fn a_malformed_frame_stops_its_stream_and_no_other() {
     let (server, inbox, address) = listener(Config::default());
     let connection = connect(&address, "macula").await.unwrap();
     let not_a_frame = Some(VarInt::from_u32(2));
@@ -73,7 +73,7 @@ async fn many_large_frames_begun_at_once_do_not_fill_the_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn chunks_and_frames_may_lie_anyhow_on_a_stream() {
+async fn frames_may_be_cut_into_any_chunks() {
     let (server, inbox, address) = listener(Config::default());
     let connection = connect(&address, "macula").await.unwrap();
     let (mut send, _receive) = connection.open_bi().await.unwrap();

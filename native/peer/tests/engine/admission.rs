@@ -97,7 +97,7 @@ fn not_trusted() -> Result<(), SendError> {
 // ---- lists ----
 
 #[test]
-fn a_denied_key_is_refused_at_once_also_where_it_is_connected() {
+fn a_denied_key_is_refused_and_its_connections_end() {
     let (server, inbox, at) = listener(Config::default());
     let [honest, other] = [engine(Config::default()), engine(Config::default())];
     for (n, client) in [(1, &honest), (2, &other)] {
@@ -116,7 +116,7 @@ fn a_denied_key_is_refused_at_once_also_where_it_is_connected() {
 }
 
 #[test]
-fn where_keys_are_allowed_no_others_come() {
+fn only_allowed_keys_are_let_in() {
     let (server, inbox, at) = listener(Config::default());
     let [honest, other] = [engine(Config::default()), engine(Config::default())];
     let keys = Some(vec![honest.fingerprint()]);
@@ -144,7 +144,7 @@ fn a_denied_network_is_refused_before_a_handshake_and_its_connections_end() {
 
 /// Whom this node sends to is its own affair, but it hears nothing from one that may not come.
 #[test]
-fn a_node_that_may_not_come_gets_messages_and_sends_none_back_over_the_link() {
+fn a_denied_node_gets_messages_but_none_are_taken_from_it() {
     let (a, from_b) = (engine(Config::default()), Arc::new(Inbox::default()));
     a.set_handler(Some(from_b.clone()));
     let (b, inbox, at) = listener(Config::default());
@@ -191,7 +191,7 @@ fn a_node_behind_a_relay_is_checked_by_its_key_and_not_by_its_network() {
 // ---- whoever is asked ----
 
 #[test]
-fn who_is_asked_decides_and_is_asked_once_for_all_that_is_the_same() {
+fn a_callback_decides_once_for_equal_questions() {
     let decider = Decider::new(Some(Err(NotAdmitted::Callback)));
     let (server, inbox, at) = guarded(&decider, Duration::from_secs(60));
     let [denied, allowed] = [engine(Config::default()), engine(Config::default())];
@@ -212,7 +212,7 @@ fn who_is_asked_decides_and_is_asked_once_for_all_that_is_the_same() {
 }
 
 #[test]
-fn who_does_not_answer_lets_nobody_in_and_holds_up_nobody_else() {
+fn a_callback_that_hangs_lets_no_node_in_and_delays_no_other() {
     let decider = Decider::new(Some(Ok(())));
     let (server, inbox, at) = guarded(&decider, Duration::from_secs(60));
     let quick = || engine(Config { connect_timeout: Duration::from_millis(1500), ..Config::default() });
@@ -245,7 +245,7 @@ fn who_does_not_answer_lets_nobody_in_and_holds_up_nobody_else() {
 }
 
 #[test]
-fn who_drops_the_question_lets_nobody_in() {
+fn a_dropped_question_is_a_refusal() {
     struct Dropper(AtomicUsize);
     impl Admit for Dropper {
         fn ask(&self, _: &AdmissionQuestion, _: AdmissionAnswer) {
@@ -345,7 +345,7 @@ fn a_node_whose_key_is_denied_is_told_so_and_its_connection_ends() {
 }
 
 #[test]
-fn who_is_kicked_is_told_and_is_not_registered_again_at_once() {
+fn a_kicked_node_is_told_and_not_registered_again_at_once() {
     let (relay, at) = relay(None);
     let [(a, of_a), (b, of_b)] = ["a", "b"].map(|name| member(name, &[&at]));
     assert!(relay.kick(&Kick::NodeId(node_id("a"))));

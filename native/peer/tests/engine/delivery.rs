@@ -94,7 +94,7 @@ fn a_restarted_peer_costs_no_message() {
 }
 
 #[test]
-fn what_does_not_arrive_in_time_is_reported() {
+fn a_message_past_its_deadline_is_reported() {
     let (server, _, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), 1, 0.0, Duration::ZERO);
     let endpoint = forwarder.address.to_string();
@@ -157,7 +157,7 @@ fn at_most_once_is_reported_and_not_sent_to_a_restarted_peer() {
 }
 
 #[test]
-fn what_was_accepted_is_sent_before_the_engine_stops() {
+fn accepted_messages_are_sent_before_the_engine_stops() {
     let (server, inbox, address) = listener(Config::default());
     let client = engine(Config::default());
     for n in 0..2000 {
@@ -169,7 +169,7 @@ fn what_was_accepted_is_sent_before_the_engine_stops() {
 }
 
 #[test]
-fn a_stopped_engine_answers_those_who_wait() {
+fn a_stopped_engine_answers_waiting_calls() {
     let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
     let endpoint = silent.local_addr().unwrap().to_string();
     let client = Arc::new(engine(Config::default()));

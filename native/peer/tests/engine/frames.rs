@@ -51,7 +51,7 @@ fn slow(took: Duration) -> (Engine, Arc<Slow>, String) {
 }
 
 #[test]
-fn a_frame_that_is_much_work_holds_up_no_packets() {
+fn an_expensive_frame_delays_no_packets() {
     let (server, handler, address) = slow(Duration::from_millis(1500));
     let [sender, other] = [(); 2].map(|()| engine(Config::default()));
     let ping = || request(&other, &address, message(Ping, 0, PATIENCE)).map(drop);
@@ -75,7 +75,7 @@ fn a_frame_that_is_much_work_holds_up_no_packets() {
 }
 
 #[test]
-fn frames_that_are_much_work_are_handed_over_one_at_a_time_and_their_senders_take_turns() {
+fn expensive_frames_are_decoded_one_at_a_time_and_senders_take_turns() {
     let (server, handler, address) = slow(Duration::from_millis(50));
     let [greedy, modest] = [(); 2].map(|()| engine(Config::default()));
     // As requests, so that each has a stream of its own and waits by itself.
@@ -100,7 +100,7 @@ fn frames_that_are_much_work_are_handed_over_one_at_a_time_and_their_senders_tak
 }
 
 #[test]
-fn messages_of_one_sender_stay_in_order_whatever_work_they_are() {
+fn messages_of_one_sender_stay_in_order_whatever_they_cost() {
     let (server, inbox, address) = listener(Config::default());
     let client = engine(Config::default());
     for n in 0..300 {

@@ -125,7 +125,7 @@ fn an_original_peer_is_answered_on_its_stream_and_no_byte_is_changed() {
 
 /// Who has stopped reading has no use for an answer, and the gateway is not asked for one.
 #[test]
-fn who_reads_no_answer_costs_the_gateway_no_stream() {
+fn a_peer_that_reads_no_answer_holds_no_gateway_stream() {
     let gateway = Gateway::new(100);
     let (node, address) = node(gateway.address);
     let connection = macula(&gateway.runtime, &address);
@@ -146,7 +146,7 @@ fn who_reads_no_answer_costs_the_gateway_no_stream() {
 
 /// What is more than the gateway takes stays with those who send it.
 #[test]
-fn a_gateway_that_does_not_keep_up_slows_those_who_send() {
+fn a_slow_gateway_slows_its_senders() {
     const MESSAGES: u64 = 40_000;
     const SIZE: usize = 1000;
     let gateway = Gateway::new(0);
@@ -184,7 +184,7 @@ fn settled(count: &impl Fn() -> u64) -> bool {
 
 /// Beside the gateway a handler gets what it does not take, and what is its own.
 #[test]
-fn the_handler_gets_what_came_while_there_was_no_gateway() {
+fn the_handler_gets_messages_while_the_gateway_is_absent() {
     let nobody = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let (node, address) = node(nobody);
     let inbox = Arc::new(Inbox::default());
@@ -211,7 +211,7 @@ fn the_handler_gets_what_came_while_there_was_no_gateway() {
 
 /// A gateway hears the answers to what this node sent for it.
 #[test]
-fn an_answer_that_comes_later_is_handed_over() {
+fn a_late_answer_is_handed_over() {
     let gateway = Gateway::new(100);
     let (node, _) = node(gateway.address);
     let other = engine(Config::default());
@@ -312,7 +312,7 @@ fn a_request_to_a_gateway_that_is_restarted_is_asked_again() {
 const HUGE: usize = 4 << 20;
 
 #[test]
-fn a_message_that_a_restarted_gateway_has_half_goes_over_the_new_link() {
+fn a_message_half_sent_to_a_restarted_gateway_goes_over_the_new_link() {
     for delivery in [Delivery::AtLeastOnce, Delivery::AtMostOnce] {
         let gateway = Gateway::new(100);
         let forwarder = Forwarder::new(gateway.address, 0, 0.0, Duration::ZERO);
@@ -336,7 +336,7 @@ fn a_message_that_a_restarted_gateway_has_half_goes_over_the_new_link() {
 
 /// The link is live for a while after that.
 #[test]
-fn a_message_that_a_replaced_link_has_half_is_not_delivered_twice() {
+fn a_message_half_sent_over_a_replaced_link_is_not_delivered_twice() {
     let gateway = Gateway::new(0);
     let client = engine(Config { delivery: Delivery::AtMostOnce, ..Config::default() });
     let address = gateway.address.to_string();

@@ -106,7 +106,7 @@ fn certificates_and_authorities_that_others_may_write_are_refused() {
 
 #[cfg(unix)]
 #[test]
-fn what_is_no_regular_file_is_not_opened() {
+fn only_regular_files_are_opened() {
     use nix::sys::stat::Mode;
     let directory = Directory::new("irregular");
     assert_eq!(file_error(&directory.0), ErrorKind::IsADirectory);
@@ -142,7 +142,7 @@ fn a_file_may_be_reached_by_links() {
 }
 
 #[test]
-fn a_file_that_is_no_key_is_refused_and_left_alone() {
+fn a_file_without_a_key_is_refused_and_left_alone() {
     let directory = Directory::new("garbage");
     let ca = Authority::new("somebody");
     let (stranger, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
@@ -331,7 +331,7 @@ fn both_sides_know_each_others_key_on_every_link() {
 }
 
 #[test]
-fn who_shows_no_certificate_may_only_speak_as_macula() {
+fn a_client_without_a_certificate_may_only_speak_macula() {
     let (server, inbox, endpoint) = listener(Config::default());
     let runtime = tokio_runtime(1).unwrap();
     runtime.block_on(async {
@@ -348,7 +348,7 @@ fn who_shows_no_certificate_may_only_speak_as_macula() {
 }
 
 #[test]
-fn links_whose_peer_may_be_anybody_are_counted() {
+fn links_to_unverified_peers_are_counted() {
     let gateway = Gateway::macula();
     let (server, _, endpoint) = listener(Config::default());
     let pin = Verify::Pin(vec![server.fingerprint(), gateway.fingerprint()]);
@@ -366,7 +366,7 @@ fn links_whose_peer_may_be_anybody_are_counted() {
 // ---- whom we dial ----
 
 #[test]
-fn a_pinned_peer_is_dialled_and_no_other() {
+fn only_a_pinned_peer_is_dialled() {
     let (server, inbox, endpoint) = listener(Config::default());
     let other = Identity::generate().unwrap().fingerprint();
     arrives(&trusting(Verify::Pin(vec![other, server.fingerprint()])), &endpoint, &inbox);
@@ -377,7 +377,7 @@ fn a_pinned_peer_is_dialled_and_no_other() {
 }
 
 #[test]
-fn a_pinned_gateway_is_dialled_and_no_other() {
+fn only_a_pinned_gateway_is_dialled() {
     let gateway = Gateway::macula();
     let client = trusting(Verify::Pin(vec![gateway.fingerprint()]));
     send(&client, &gateway.endpoint, message(Publish, 0, PATIENCE)).unwrap();
@@ -416,7 +416,7 @@ fn a_gateway_with_a_version_1_certificate_is_dialled() {
 }
 
 #[test]
-fn a_signed_peer_is_dialled_by_its_name_and_no_other() {
+fn only_a_peer_with_a_signed_certificate_is_dialled() {
     let directory = Directory::new("dialled");
     let (ca, namesake) = (Authority::new("ca"), Authority::new("ca"));
     let stranger = Authority::new("stranger");
@@ -448,12 +448,12 @@ fn a_signed_peer_is_dialled_by_its_name_and_no_other() {
 // ---- who dials us ----
 
 #[test]
-fn who_is_pinned_is_let_in_and_no_other() {
+fn only_pinned_clients_are_let_in() {
     let (friend, stranger) = (engine(Config::default()), engine(Config::default()));
     let (server, inbox, endpoint) = admitting(Config::default(), Verify::Pin(vec![friend.fingerprint()]));
     arrives(&friend, &endpoint, &inbox);
     fails(&stranger, &endpoint, &ConnectError::NotTrusted);
-    nobody_unknown_is_let_in(&endpoint);
+    no_unknown_client_is_let_in(&endpoint);
     // Another listener of the same engine may let others in.
     assert!(server.close());
     let port = server.listen(Listen::default()).unwrap().port();
@@ -463,7 +463,7 @@ fn who_is_pinned_is_let_in_and_no_other() {
 }
 
 #[test]
-fn who_is_signed_is_let_in_and_no_other() {
+fn only_clients_with_a_signed_certificate_are_let_in() {
     let directory = Directory::new("let_in");
     let (ca, namesake) = (Authority::new("ca"), Authority::new("ca"));
     let signed = |name: &str, pem: &str| {
@@ -476,7 +476,7 @@ fn who_is_signed_is_let_in_and_no_other() {
     arrives(&signed("client.pem", &ca.node("any.name")), &endpoint, &inbox);
     fails(&signed("namesake.pem", &namesake.node("any.name")), &endpoint, &ConnectError::NotTrusted);
     fails(&engine(Config::default()), &endpoint, &ConnectError::NotTrusted);
-    nobody_unknown_is_let_in(&endpoint);
+    no_unknown_client_is_let_in(&endpoint);
     server.stop();
 }
 
@@ -620,7 +620,7 @@ fn authorities_that_cannot_be_read_are_named() {
 
 /// It had a link, and the peer has changed its mind since.
 #[test]
-fn a_message_for_a_peer_that_trusts_us_no_more_is_reported() {
+fn a_message_to_a_peer_that_no_longer_trusts_us_is_reported() {
     let (server, inbox, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), 0, 0.0, Duration::ZERO);
     let endpoint = forwarder.address.to_string();
@@ -861,7 +861,7 @@ fn fails(client: &Engine, endpoint: &str, error: &ConnectError) {
 
 /// Who shows no certificate gets no message through, whatever it speaks.
 #[track_caller]
-fn nobody_unknown_is_let_in(endpoint: &str) {
+fn no_unknown_client_is_let_in(endpoint: &str) {
     let runtime = tokio_runtime(1).unwrap();
     for alpn in ["macula", "macula-peer/1"] {
         let ended = runtime.block_on(async {

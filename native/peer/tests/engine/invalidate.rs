@@ -149,7 +149,7 @@ fn silent_link_is_given_up(address: &str, arrived: impl Fn() -> bool) {
 }
 
 #[test]
-fn a_request_is_answered_over_the_link_that_it_went_over() {
+fn a_request_is_answered_over_its_own_link() {
     let gateway = gateway(Duration::from_millis(1500));
     let client = Arc::new(engine(Config::default()));
     let requester = {
@@ -166,7 +166,7 @@ fn a_request_is_answered_over_the_link_that_it_went_over() {
 }
 
 #[test]
-fn without_a_link_nothing_happens() {
+fn invalidating_without_a_link_does_nothing() {
     let (server, inbox, address) = listener(Config::default());
     let client = engine(Config::default());
     invalidate(&client, &address);

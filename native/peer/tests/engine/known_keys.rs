@@ -125,7 +125,7 @@ fn an_end_that_was_not_written_completely_costs_no_other_name() {
 }
 
 #[test]
-fn a_file_that_cannot_be_relied_on_stops_the_start_and_is_left_alone() {
+fn a_damaged_file_stops_the_start_and_is_left_alone() {
     let directory = Directory::new("bad");
     let file = directory.path("keys");
     let refused = || match Engine::start(Config { known_keys_file: Some(file.clone()), ..Config::default() }) {
@@ -206,7 +206,7 @@ fn with_key(directory: &Directory, key: &str, previous: &[&str], port: u16) -> C
 }
 
 #[test]
-fn a_node_changes_its_key_by_the_word_of_the_one_before() {
+fn a_statement_by_the_old_key_lets_a_node_change_its_key() {
     let directory = Directory::new("change");
     let file = directory.path("keys");
     let (before, inbox, address) = target(with_key(&directory, "a", &[], 0));
@@ -246,7 +246,7 @@ fn a_node_changes_its_key_by_the_word_of_the_one_before() {
 
 /// A call that names the old key meant that one alone.
 #[test]
-fn a_call_that_names_the_key_before_does_not_get_the_one_after() {
+fn a_call_that_names_the_old_key_does_not_reach_the_new_one() {
     let directory = Directory::new("named");
     let (before, _, address) = target(with_key(&directory, "a", &[], 0));
     let port = address.rsplit_once(':').unwrap().1.parse().unwrap();
@@ -263,7 +263,7 @@ fn a_call_that_names_the_key_before_does_not_get_the_one_after() {
 }
 
 #[test]
-fn a_relay_gives_a_name_to_the_key_after_by_the_word_of_the_one_before() {
+fn a_statement_by_the_old_key_moves_a_name_at_a_relay() {
     let directory = Directory::new("relay");
     let (relay, address) = relay(0);
     let (before, inbox) = member_of(with_key(&directory, "a", &[], 0), "target", &[&address]);
@@ -301,7 +301,7 @@ fn refused(events: &Inbox) -> bool {
 }
 
 #[test]
-fn a_node_shows_the_word_of_its_own_keys_alone() {
+fn a_node_shows_only_statements_by_its_own_keys() {
     let directory = Directory::new("asked");
     let (before, _, _) = target(with_key(&directory, "a", &[], 0));
     let old = before.fingerprint();
@@ -355,7 +355,7 @@ async fn claims_all(connection: Connection, statement: Option<Vec<u8>>) {
 }
 
 #[test]
-fn the_word_of_a_key_is_of_no_use_to_any_but_the_key_that_it_names() {
+fn a_statement_is_useless_to_other_keys() {
     let directory = Directory::new("thief");
     let (before, _, address) = target(with_key(&directory, "a", &[], 0));
     let port = address.rsplit_once(':').unwrap().1.parse().unwrap();

@@ -39,7 +39,7 @@ async fn serve(connection: Connection, got: Arc<Mutex<Vec<u64>>>) {
 
 /// Passing such a message on could deliver it twice.
 #[test]
-fn at_most_once_what_may_have_arrived_is_not_passed_on() {
+fn at_most_once_holds_when_messages_move_to_a_legacy_relay() {
     let (server, inbox, direct) = listener(Config::default());
     let forwarder = Forwarder::new(direct.parse().unwrap(), 1, 0.0, Duration::ZERO);
     let (gateway, gateway_address, passed_on) = gateway(100);

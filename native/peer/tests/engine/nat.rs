@@ -76,7 +76,7 @@ fn a_relay_with_a_second_address_tells_as_much_as_two_relays() {
 
 /// Nothing needs it.
 #[test]
-fn a_node_that_looks_for_no_direct_paths_asks_nothing_and_knows_where_it_is_seen() {
+fn a_node_without_hole_punching_sends_no_probes_and_knows_its_address() {
     let (relay, address) =
         relay_at(Ipv4Addr::LOCALHOST, RelayConfig { probe_ip: Some(SECOND.into()), ..RelayConfig::default() });
     let (node, _) = member("node", &[&address]);
@@ -170,7 +170,7 @@ fn free_port() -> u16 {
 }
 
 #[test]
-fn what_is_lost_is_asked_again() {
+fn lost_probes_are_repeated() {
     let (relay, address) = relay();
     let forgetful = Forgetful::new(address.parse().unwrap());
     let (node, _) = finder("node", &[&forgetful.address.to_string()]);
@@ -295,7 +295,7 @@ impl Requester {
 }
 
 #[test]
-fn a_relay_answers_from_both_ports_and_to_another_one_of_the_node() {
+fn a_relay_answers_from_both_ports_and_to_a_second_port_of_the_node() {
     let (relay, address) = relay();
     tokio_runtime(2).unwrap().block_on(async {
         let requester = requester(&address, "node").await;
@@ -347,7 +347,7 @@ fn a_relay_answers_from_its_other_address_wherever_it_is_bound() {
 }
 
 #[test]
-fn a_relay_answers_nobody_else_nowhere_else_and_not_without_end() {
+fn a_relay_answers_only_its_nodes_at_their_addresses_and_within_limits() {
     let (relay, address) = relay();
     tokio_runtime(2).unwrap().block_on(async {
         let requester = requester(&address, "node").await;

@@ -119,7 +119,7 @@ fn a_node_with_another_id_gets_no_message_and_its_key_is_not_learnt() {
 }
 
 #[test]
-fn a_relay_that_leads_to_another_node_gets_no_message_there_and_is_not_the_last_one_asked() {
+fn after_a_relay_leads_to_a_wrong_node_the_next_relay_is_asked() {
     let runtime = tokio_runtime(2).unwrap();
     let inside = runtime.enter();
     let fake = FakeRelay::new(Manner::Misroute("other".into()));
@@ -265,7 +265,7 @@ fn forgetting_a_node_gives_up_the_link_to_it_and_no_message() {
 
 /// The wrong one claims to be the node.
 #[test]
-fn a_node_that_no_waiting_message_may_go_to_is_not_learnt_and_not_linked() {
+fn a_node_that_no_waiting_message_accepts_is_not_linked() {
     let ((impostor, stolen, wrong), (target, inbox, right)) = (named("target"), named("target"));
     let key = Some(target.fingerprint());
     let sender = engine(Config::default());
@@ -284,7 +284,7 @@ fn a_node_that_no_waiting_message_may_go_to_is_not_learnt_and_not_linked() {
 
 /// As above, but a call that names no key has trusted the wrong one already.
 #[test]
-fn a_call_that_names_the_right_key_takes_the_name_back_from_a_wrong_node_that_is_linked() {
+fn a_call_that_names_the_right_key_replaces_the_link_to_a_wrong_node() {
     let ((impostor, stolen, wrong), (target, inbox, right)) = (named("target"), named("target"));
     let sender = engine(Config::default());
     send_to_node(&sender, "target", at(&[&wrong]), message(Publish, 0, PATIENCE)).unwrap();
@@ -306,7 +306,7 @@ fn a_call_that_names_the_right_key_takes_the_name_back_from_a_wrong_node_that_is
 
 /// A relayed path to the right one is better than a direct one to the wrong one.
 #[test]
-fn a_call_that_names_a_key_asks_relays_beside_a_link_to_another_node() {
+fn a_call_that_names_a_key_asks_relays_while_another_node_is_linked() {
     let (relay, relay_address) = relay(0);
     let ((impostor, stolen, wrong), (target, inbox)) = (named("target"), member("target", &[&relay_address]));
     let answering = std::thread::spawn({
@@ -333,7 +333,7 @@ fn a_call_that_names_a_key_asks_relays_beside_a_link_to_another_node() {
 }
 
 #[test]
-fn messages_that_name_no_key_go_on_over_the_link_while_another_key_is_looked_for() {
+fn messages_without_a_key_keep_the_link_while_another_key_is_looked_for() {
     let (target, inbox, address) = named("target");
     // Never answers.
     let nowhere = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -372,7 +372,7 @@ fn messages_that_name_no_key_go_on_over_the_link_while_another_key_is_looked_for
 
 /// The answer to the dial comes when the call is over.
 #[test]
-fn a_dial_for_a_call_that_names_a_key_and_has_given_up_teaches_nothing() {
+fn a_dial_whose_call_has_given_up_binds_no_name() {
     let ((impostor, stolen, wrong), (target, inbox, right)) = (named("target"), named("target"));
     let slow = Forwarder::new(wrong.parse().unwrap(), 0, 0.0, Duration::from_millis(100));
     let slow_address = slow.address.to_string();
@@ -394,7 +394,7 @@ fn a_dial_for_a_call_that_names_a_key_and_has_given_up_teaches_nothing() {
 // ---- what a node says to others ----
 
 #[test]
-fn what_is_for_another_node_is_refused_whatever_its_sender_asked_before() {
+fn a_message_for_another_node_is_refused() {
     let wrong = Err(Some(VarInt::from_u32(7)));
     let ((server, inbox, address), (nameless, _, any)) = (named("me"), listener(Config::default()));
     let own = server.fingerprint();

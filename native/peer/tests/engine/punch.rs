@@ -73,7 +73,7 @@ fn one_connection_remains(names: [String; 2], relay: &str) {
 
 /// Callers may name a relay with every message. That is no reason to ask it again for what it has refused.
 #[test]
-fn what_is_hopeless_is_asked_for_once_whatever_callers_say() {
+fn a_hopeless_punch_is_tried_once_whatever_callers_say() {
     let (relay, address) = relay(0);
     let (v4, v6) = (address.clone(), address.replace("127.0.0.1", "[::1]"));
     let (a, _) = member_of(Config::default(), "a", &[&v4]);
@@ -102,7 +102,7 @@ fn what_is_hopeless_is_asked_for_once_whatever_callers_say() {
 
 /// It was found out by waiting for three seconds.
 #[test]
-fn the_no_of_the_other_node_is_known_at_once() {
+fn a_refusal_by_the_other_node_is_known_at_once() {
     let (relay, address) = relay(0);
     let (a, _) = member_of(Config::default(), "a", &[&address]);
     let off = Config { hole_punching: HolePunching::Off, ..Config::default() };

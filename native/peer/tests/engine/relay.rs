@@ -63,7 +63,7 @@ fn a_relay_answers_nat_probes_with_what_it_sees() {
 }
 
 #[test]
-fn a_relay_that_does_not_know_the_node_is_not_the_last_one_asked() {
+fn after_a_relay_without_the_node_the_next_relay_is_asked() {
     let ((first, first_address), (second, second_address)) = (relay(0), relay(0));
     let (target, inbox) = member("target", &[&second_address]);
     let sender = engine(Config::default());
@@ -143,7 +143,7 @@ fn messages_survive_relays_that_are_killed_and_a_better_path() {
 }
 
 #[test]
-fn what_is_meant_for_a_known_node_is_not_given_to_whoever_took_the_relays_place() {
+fn messages_for_a_known_node_do_not_go_to_an_impostor_of_its_relay() {
     let (relay, address) = relay(0);
     let port = address.rsplit_once(':').unwrap().1.parse().unwrap();
     let (target, inbox) = member("target", &[&address]);
@@ -168,7 +168,7 @@ fn what_is_meant_for_a_known_node_is_not_given_to_whoever_took_the_relays_place(
 }
 
 #[test]
-fn a_caller_that_names_the_right_key_overrules_what_was_seen_first() {
+fn a_key_named_by_the_caller_overrules_the_key_seen_first() {
     let (relay, address) = relay(0);
     let (first, first_inbox) = member("target", &[&address]);
     let sender = engine(Config { idle_timeout: Duration::from_millis(100), ..Config::default() });
@@ -222,7 +222,7 @@ fn a_session_goes_on_over_a_better_path_and_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn registered_nodes_take_no_place_of_those_who_connect_otherwise() {
+async fn registered_nodes_take_no_place_of_other_connections() {
     let (relay, address) = relay_of(Config { max_accepted: 40, ..Config::default() });
     let mut crowd = Crowd::new(address.parse().unwrap()).unwrap();
     crowd.register(200).await.unwrap();
@@ -241,7 +241,7 @@ async fn registered_nodes_take_no_place_of_those_who_connect_otherwise() {
 
 /// quinn keeps memory for every stream that it allows.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_may_open_many_streams_once_it_sends_messages_and_not_for_being_registered() {
+async fn a_connection_gets_more_streams_when_it_sends_messages_not_when_it_registers() {
     let (relay, address) = relay(0);
     let mut crowd = Crowd::new(address.parse().unwrap()).unwrap();
     crowd.register(1).await.unwrap();

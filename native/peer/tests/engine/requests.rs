@@ -210,18 +210,18 @@ fn answers_come_over_the_next_link(delivery: Delivery, answered_late: bool) {
 }
 
 #[test]
-fn an_answer_that_does_not_come_through_comes_over_the_next_link() {
+fn a_lost_answer_comes_over_the_next_link() {
     answers_come_over_the_next_link(Delivery::AtLeastOnce, false);
 }
 
 #[test]
-fn a_question_is_handed_over_once_and_answered_over_the_next_link() {
+fn a_request_is_handed_over_once_and_answered_over_the_next_link() {
     answers_come_over_the_next_link(Delivery::AtMostOnce, true);
 }
 
 /// The process that had the question is gone, and its successor gets it no second time.
 #[test]
-fn a_question_to_a_node_that_is_restarted_fails_and_is_not_asked_again() {
+fn a_request_to_a_restarted_node_fails_and_is_not_repeated() {
     let (server, inbox, address) = listener(Config::default());
     let address: SocketAddr = address.parse().unwrap();
     let client = engine(Config::default());
@@ -245,7 +245,7 @@ fn a_question_to_a_node_that_is_restarted_fails_and_is_not_asked_again() {
 
 /// Messages to a peer that hangs up soon after every handshake must not become a storm of handshakes.
 #[test]
-fn a_peer_that_hangs_up_is_not_stormed() {
+fn a_peer_that_hangs_up_is_dialled_with_growing_pauses() {
     let accepted = Arc::new(AtomicUsize::new(0));
     let count = accepted.clone();
     let (_runtime, address) = macula_server(100, move |connection| {

@@ -96,7 +96,7 @@ fn small_messages_do_not_wait_behind_large_ones() {
 }
 
 #[test]
-fn over_its_bound_callers_wait_and_are_told_that_it_is_overloaded() {
+fn above_the_bound_callers_wait_and_then_get_overloaded() {
     let (server, inbox, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
     let endpoint = forwarder.address.to_string();
@@ -166,7 +166,7 @@ fn a_batch_that_comes_at_once_is_handed_over_to_its_end() {
 }
 
 #[test]
-fn a_message_that_the_receiver_does_not_take_is_reported_and_holds_up_nothing() {
+fn a_message_that_the_receiver_refuses_is_reported_and_delays_nothing() {
     let limits = Limits { max_frame: 20_000, ..Limits::default() };
     let (server, inbox, address) = listener(Config { limits, ..Config::default() });
     let client = engine(Config::default());
@@ -418,7 +418,7 @@ fn a_listener_that_allows_one_stream_is_sent_to_all_the_same() {
 
 /// What was accepted behind a call that waited for room took that room, and waited for the call.
 #[test]
-fn smaller_messages_behind_one_that_waits_for_room_do_not_keep_it_waiting() {
+fn smaller_messages_do_not_starve_one_that_waits_for_room() {
     let (server, inbox, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
     let endpoint = forwarder.address.to_string();
@@ -485,7 +485,7 @@ fn a_call_made_in_doubt_goes_out_when_the_link_is_heard_again() {
 
 /// The task went by what it had seen before the last acknowledgement.
 #[test]
-fn an_engine_with_nothing_on_its_way_stops_at_once() {
+fn an_engine_with_nothing_in_flight_stops_at_once() {
     let (server, _, address) = listener(Config::default());
     for _ in 0..5 {
         let client = engine(Config::default());
@@ -506,7 +506,7 @@ fn an_engine_with_nothing_on_its_way_stops_at_once() {
 }
 
 #[test]
-fn answers_that_nobody_makes_room_for_do_not_keep_the_engine_from_stopping() {
+fn answers_without_stream_credit_do_not_keep_the_engine_from_stopping() {
     let (server, inbox, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
     let endpoint = forwarder.address.to_string();
@@ -526,7 +526,7 @@ fn answers_that_nobody_makes_room_for_do_not_keep_the_engine_from_stopping() {
 }
 
 #[test]
-fn a_relayed_path_that_is_not_used_any_more_leaves_no_circuit() {
+fn an_unused_relayed_path_leaves_no_circuit() {
     let (relay, relay_address) = relay(0);
     let (target, inbox) = member("target", &[&relay_address]);
     let direct = endpoint(&format!("127.0.0.1:{}", target.listen(Listen::default()).unwrap().port()));

@@ -120,7 +120,7 @@ fn large_requests_and_answers_arrive_over_a_slow_path() {
 }
 
 #[test]
-fn what_cannot_arrive_in_time_ends_as_expired_and_makes_room() {
+fn a_message_too_slow_for_its_deadline_expires_and_makes_room() {
     let net = Net::new();
     let events = Arc::new(Inbox::default());
     net.client.set_handler(Some(events.clone()));
@@ -145,7 +145,7 @@ fn what_cannot_arrive_in_time_ends_as_expired_and_makes_room() {
 
 /// Like a host that has a tenth of the processor time that it needs, or sleeps.
 #[test]
-fn a_peer_that_stands_still_again_and_again_is_dialled_anew_once_and_not_each_time() {
+fn a_peer_that_stalls_repeatedly_is_redialled_once() {
     let net = Net::new();
     net.path.throttle(usize::MAX);
     let standing_still = AtomicBool::new(true);

@@ -21,7 +21,7 @@ fn stall() -> Child {
 
 /// What had come was not read yet, and the peer was taken for silent and dialled anew.
 #[test]
-fn a_peer_is_not_doubted_for_what_nobody_had_time_to_hear() {
+fn a_peer_is_not_suspected_while_this_host_is_stalled() {
     let (server, inbox, address) = listener(Config::default());
     let client = engine(Config::default());
     let mut n = 0;
