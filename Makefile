@@ -109,7 +109,7 @@ fuzz: setup
 compile: setup
 	$(REBAR) compile
 
-# What rebar3 calls by itself, without make.
+# What rebar3 calls itself, without make.
 nif:
 	@sh native/nif.sh
 

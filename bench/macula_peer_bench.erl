@@ -51,7 +51,7 @@ dialect({Alpn, Bare}, {Messages, Rounds}) ->
      end || Senders <- ?SENDERS],
     ok.
 
-%% Rounds interleave the contenders, so that whatever the machine does besides hits them alike.
+%% Rounds interleave the contenders, so that other load of the machine affects them alike.
 rows(Senders, [First | _] = Rounds) ->
     Medians = [begin
         Results = [proplists:get_value(Name, Round) || Round <- Rounds],
@@ -95,7 +95,7 @@ message() ->
     ?FRAME_SIZE = byte_size(Frame),
     Msg.
 
-%% What so many calls in so many processes at once take, each in nanoseconds.
+%% The time of each of Count calls in as many concurrent processes, in nanoseconds.
 -spec each(fun(() -> ok), pos_integer(), pos_integer()) -> [integer()].
 each(Call, Processes, Each) ->
     Parent = self(),

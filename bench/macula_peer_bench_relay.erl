@@ -21,11 +21,11 @@ circuits({Messages, Rounds}) ->
     RelayEndpoint = call(Relay, listen, [#{relay => #{bandwidth => 1 bsl 30, accept_rate => 10000}}]),
     TargetEndpoint = call(Target, listen, [#{}]),
     ok = peer:call(Target, macula_peer_node, register, [?REGISTERED, [RelayEndpoint]]),
-    Ways = [{direct, TargetEndpoint, at_endpoint},
+    Paths = [{direct, TargetEndpoint, at_endpoint},
             {circuit, ?REGISTERED, #{relay_endpoint => RelayEndpoint, skip_hole_punch => true}}],
-    ok = linked(Ways, Target),
+    ok = linked(Paths, Target),
     io:format("~nfrom BEAM to BEAM, decoded and delivered to one process, directly and through a relay~n"),
-    Measure = fun(Count, Fun) -> [[{Way, Fun(To)} || {Way, _, _} = To <- Ways] || _ <- lists:seq(1, Count)] end,
+    Measure = fun(Count, Fun) -> [[{Path, Fun(To)} || {Path, _, _} = To <- Paths] || _ <- lists:seq(1, Count)] end,
     [rates(Senders, Measure(Rounds, fun(To) -> rate(To, Senders, Messages, Target) end)) || Senders <- ?SENDERS],
     Requests = Measure(Rounds, fun round_trips/1),
     [times(io_lib:format("~s of a request's round trip", [Key]), spreads(Key, Requests)) || Key <- [p50, p99]],
@@ -43,19 +43,19 @@ times(What, [{direct, {Direct, _, _}}, {circuit, {Circuit, _, _}}] = Spreads) ->
     io:format("~s, us: ~s, difference ~.1f~n", [What, both(1, Spreads), float(Circuit - Direct)]).
 
 both(Unit, Spreads) ->
-    lists:join(", ", [io_lib:format("~s ~.1f (~.1f-~.1f)", [Way | [Value / Unit || Value <- tuple_to_list(Spread)]])
-                      || {Way, Spread} <- Spreads]).
+    lists:join(", ", [io_lib:format("~s ~.1f (~.1f-~.1f)", [Path | [Value / Unit || Value <- tuple_to_list(Spread)]])
+                      || {Path, Spread} <- Spreads]).
 
 spreads(Key, Rounds) ->
-    spreads([[{Way, maps:get(Key, Result)} || {Way, Result} <- Round] || Round <- Rounds]).
+    spreads([[{Path, maps:get(Key, Result)} || {Path, Result} <- Round] || Round <- Rounds]).
 
 spreads([First | _] = Rounds) ->
-    [{Way, macula_peer_bench:spread([proplists:get_value(Way, Round) || Round <- Rounds])} || {Way, _} <- First].
+    [{Path, macula_peer_bench:spread([proplists:get_value(Path, Round) || Round <- Rounds])} || {Path, _} <- First].
 
 %% Until the target has the first message over each, which takes as long as its registration does.
-linked(Ways, Target) ->
-    [ok = until_sent(To) || To <- Ways],
-    Count = length(Ways),
+linked(Paths, Target) ->
+    [ok = until_sent(To) || To <- Paths],
+    Count = length(Paths),
     Count = call(Target, counted, [Count]),
     ok.
 
@@ -169,7 +169,7 @@ listen(Opts) ->
     {ok, {_, Port}} = macula_peer_node:listen(Opts#{handler => Counter}),
     iolist_to_binary(["127.0.0.1:", integer_to_list(Port)]).
 
-%% Waits until so many messages have come since the last call.
+%% Waits until Count messages have come since the last call.
 -spec counted(pos_integer()) -> pos_integer().
 counted(Expected) ->
     ?MODULE ! {counted, Expected, self()},

@@ -19,7 +19,7 @@
 -export([handle_cast/2]).
 -export([handle_info/2]).
 
-%% A callback that fails is logged at once, and then once in so many milliseconds, with the number of failures since.
+%% A callback that fails is logged at once, and then once per this many milliseconds, with the number of failures since.
 -define(LOG_EVERY, 60000).
 
 -type question() :: macula_peer_node:admission_question().

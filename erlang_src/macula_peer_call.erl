@@ -13,16 +13,16 @@
 -export([left/2]).
 -export([encode/2]).
 
--export_type([target/0, ways/0]).
+-export_type([target/0, candidates/0]).
 
--type target() :: macula_peer_connector:endpoint() | {node, NodeId :: binary(), ways() | none}.
-%% A node without ways is only sent to over a link that there is; otherwise the answer is `unlinked'.
+-type target() :: macula_peer_connector:endpoint() | {node, NodeId :: binary(), candidates() | none}.
+%% Without candidates, a message to a node goes over an existing link; without one the answer is `unlinked'.
 
--type ways() :: #{endpoints => [macula_peer_connector:endpoint()], relays => [macula_peer_connector:endpoint()],
+-type candidates() :: #{endpoints => [macula_peer_connector:endpoint()], relays => [macula_peer_connector:endpoint()],
                   last_resorts => [macula_peer_connector:endpoint()], fingerprint => binary(), hole_punch => boolean()}.
 
-%% How long encoding a message of many terms may take at least, in milliseconds, whatever its timeout is: a timeout of 0 means to
-%% do what is possible at once, and with a free dirty scheduler encoding is.
+%% The least time that encoding a message of many terms may take, in milliseconds, whatever its timeout: a timeout of 0
+%% means to do what is possible at once, and with a free dirty scheduler encoding is.
 -define(ENCODING, 200).
 
 %% @doc Sends a message.
@@ -146,7 +146,7 @@ access() ->
     Tag = make_ref(),
     told(macula_peer_nif:access(Tag), Tag).
 
-%% @doc Makes somebody leave; as {@link stats/0}.
+%% @doc Disconnects a node; waits as {@link stats/0} does.
 -spec kick(term()) -> ok | not_started | {error, not_found | {invalid_kick, term()} | macula_peer_error:native()}.
 kick(Whom) ->
     Tag = make_ref(),

@@ -1,6 +1,6 @@
 %% @private
-%% @doc What this node is told: the application environment of `macula_peer_connector', and the environment variables that
-%% macula's operators set. This is the one place where they are read and checked, all of them before anything starts. The
+%% @doc The settings of this node: the application environment of `macula_peer_connector', and the environment variables
+%% that operators of macula set. They are read and checked only here, all of them before anything starts. The
 %% application environment wins over a variable.
 -module(macula_peer_config).
 
@@ -114,7 +114,7 @@ with_native(_Env, {error, _} = Error) ->
 remarks() ->
     bootstrap_remarks() ++ verify_remarks() ++ certificate_remarks().
 
-%% @doc Every entry of `MACULA_BOOTSTRAP_PEERS' that is an endpoint, and what is wrong where there is none.
+%% @doc Every entry of `MACULA_BOOTSTRAP_PEERS' that is an endpoint, and what is wrong with the others.
 -spec bootstrap_peers() -> {[string()], no_bootstrap_peers | invalid_bootstrap_format | invalid_bootstrap_port}.
 bootstrap_peers() ->
     Checked = checked_bootstrap_peers(),
@@ -153,7 +153,7 @@ identity_file(erofs) -> "it does not exist, and cannot be made on a read-only fi
 identity_file(eacces) -> "this user may not read it, or may not make it in its directory";
 identity_file(eisdir) -> "it is a directory";
 identity_file(insecure_permissions) -> "others than its owner may read or write it";
-identity_file({foreign_owner, _}) -> "it belongs to a user other than root and the one that runs this node";
+identity_file({foreign_owner, _}) -> "it belongs to a user other than root and the user of this node";
 identity_file(not_a_key) -> "it has no private key in PEM format";
 identity_file(encrypted_key) -> "its key is encrypted; `openssl pkey' decrypts it";
 identity_file(unsupported_key) -> "its key is damaged, or is not ECDSA P-256 or P-384, Ed25519, or RSA of 2048 bits or more";
@@ -281,7 +281,7 @@ verify_hostname() ->
 verify_remarks() ->
     case {application:get_env(?APP, verify), tls_mode(), os:getenv("MACULA_TLS_CACERTFILE", "")} of
         {{ok, Verify}, {ok, production}, _} when Verify =:= none; Verify =:= first_seen ->
-            [io_lib:format("MACULA_TLS_MODE is production, but the setting verify is ~s: anybody may be the peer", [Verify])];
+            [io_lib:format("MACULA_TLS_MODE is production, but the setting verify is ~s: any node may pose as the peer", [Verify])];
         {undefined, {ok, development}, File} when File =/= "" ->
             ["MACULA_TLS_CACERTFILE is only used with MACULA_TLS_MODE=production, as in macula: peers are not verified by it"];
         _ ->

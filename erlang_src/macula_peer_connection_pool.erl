@@ -1,9 +1,9 @@
 %% @doc In the place of macula's pool of the same name: its functions, over the engine's peers.
 %%
-%% macula's gateway supervisor starts it, and others in macula ask it what there is. Messages use the engine's connections. The
-%% pool keeps quicer connections that other code in macula gives it as the original does: up to `max_connections', the least
-%% recently used gives way, and one that is idle for `idle_timeout_ms' is closed. The counters are sums over both. The setting
-%% `takeover_pool' decides whether this module or macula's is in force.
+%% macula's gateway supervisor starts it, and other parts of macula ask it for its connections. Messages use the
+%% engine's connections. The pool keeps quicer connections that other code in macula gives it as the original does: up
+%% to `max_connections', evicting the least recently used, and closing one that is idle for `idle_timeout_ms'. The
+%% counters are sums over both. The setting `takeover_pool' decides whether this module or macula's is in force.
 -module(macula_peer_connection_pool).
 
 -behaviour(gen_server).
@@ -61,8 +61,8 @@ start_link() ->
 start_link(Opts) ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, Opts, []).
 
-%% @doc A connection of quicer that was returned or put, if it is alive. This function opens none: only the original connector
-%% asked for one, and to send, call {@link macula_peer_connector:send_message/4}.
+%% @doc A quicer connection that was returned or put, if it is alive. This function opens none: only the original
+%% connector needed one. To send, call {@link macula_peer_connector:send_message/4}.
 -spec get_connection(macula_peer_connector:endpoint()) ->
           {ok, Connection :: term(), Stream :: term()} | {error, no_quicer_connection}.
 get_connection(Endpoint) ->
@@ -78,8 +78,8 @@ return_connection(Endpoint, {Connection, Stream}) ->
 return_connection(_Endpoint, _NoConnection) ->
     ok.
 
-%% @doc Closes the link to an endpoint, if there is one. What is on its way goes over the next one if it has to; the next message
-%% dials again. A connection that was given to the pool is closed too.
+%% @doc Closes the link to an endpoint, if there is one. Messages in flight go over the next link if they have to; the
+%% next message dials again. A connection that was given to the pool is closed too.
 -spec invalidate(macula_peer_connector:endpoint()) -> ok.
 invalidate(Endpoint) ->
     _ = macula_peer_nif:invalidate(Endpoint),
@@ -99,7 +99,7 @@ stats() ->
 put(Peer, Connection) ->
     gen_server:cast(?MODULE, {put_direct, Peer, Connection}).
 
-%% @doc The endpoints with a live link, and the peers whose connections were given.
+%% @doc The endpoints with a live link, and the peers whose connections the pool was given.
 -spec get_connected_peers() -> [binary()].
 get_connected_peers() ->
     Linked = case macula_peer_call:stats() of

@@ -82,13 +82,13 @@ send_message_nat_aware(LocalNodeId, TargetNodeId, Type, Msg) ->
 %% yet, the node is looked up meanwhile ({@link macula_peer_resolver}), for the node `LocalNodeId'.
 %%
 %% Relays are tried in this order: `relay_endpoint', those that this node is registered at, the setting `relays', and at
-%% last all of `MACULA_BOOTSTRAP_PEERS'; those that were looked up as soon as they are known. One that speaks only `macula'
-%% gets the message itself, as in the original.
+%% last all of `MACULA_BOOTSTRAP_PEERS'; relays from a lookup as soon as they are known. A relay that speaks only
+%% `macula' gets the message itself, as in the original.
 %%
 %% A node with another node id than `TargetNodeId' gets nothing, and neither does this node itself: the error is then
 %% `{nat_connection_failed, {connect_failed, wrong_node}}', unless another path leads to the node.
 %%
-%% With `fingerprint' nobody but the owner of that key gets the message. Without it, and where `verify' is not set, a node must
+%% With `fingerprint' only the owner of that key gets the message. Without it, and if `verify' is not set, a node must
 %% have the key that it was first seen with; {@link macula_peer_node:forget/1} allows another one.
 -spec send_message_nat_aware(binary(), binary(), macula_peer_wire:type(), map(), nat_opts()) ->
           ok | {error, macula_peer_error:send_to_node()}.

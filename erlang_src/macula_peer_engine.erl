@@ -107,7 +107,7 @@ return(Fun) ->
     end,
     exit({?MODULE, Outcome}).
 
-%% @doc Stops the engine, if it runs; what is on its way has a second to arrive.
+%% @doc Stops the engine, if it runs. Messages in flight have a second to arrive.
 -spec stop() -> ok.
 stop() ->
     to_the_end(fun() -> stopped(contained(fun macula_peer_nif:stop/0)) end).

@@ -34,7 +34,7 @@ stop(Supervisor) ->
     end,
     ok.
 
-%% @doc Sends a message behind those that the process already has for the same receiver.
+%% @doc Sends a message after those that the process already has for the same receiver.
 -spec forward(Supervisor :: pid(), pid(), term()) -> ok.
 forward(Supervisor, To, Message) ->
     _ = case macula_peer_finisher_sup:finisher(Supervisor) of
@@ -44,7 +44,7 @@ forward(Supervisor, To, Message) ->
     end,
     ok.
 
-%% @private Sends the message by way of the finisher, or directly if that ends first: it may have been told to stop.
+%% @private Sends the message through the finisher, or directly if that ends first: it may have been told to stop.
 -spec pass_on(pid(), pid(), term()) -> term().
 pass_on(Finisher, To, Message) ->
     try

@@ -9,7 +9,8 @@
 
 -export([init/1]).
 
-%% Restarts within so many seconds that mean that it is of no use. Then messages that need it are counted as unhandled.
+%% The period, in seconds, of the restart limit. Beyond the limit, messages that need the finisher are counted as
+%% unhandled.
 -define(RESTARTS, 100).
 -define(SECONDS, 10).
 

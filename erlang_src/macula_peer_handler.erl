@@ -27,7 +27,7 @@ start({_Module, _Function, _Args} = MFA) ->
 start(PidOrUndefined) ->
     PidOrUndefined.
 
-%% @doc Ends the process of a function after the messages that it has, and those that the finisher has for it.
+%% @doc Ends the process of a function after the messages it has, and those that the finisher has for it.
 -spec stop(pid() | none, Supervisor :: pid()) -> ok.
 stop(none, _Supervisor) ->
     ok;

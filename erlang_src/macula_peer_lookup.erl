@@ -28,17 +28,17 @@
 %% How long the set waits for the result of the call, in milliseconds.
 -define(REPORT_WITHIN, 60000).
 
-%% Ways that are taken from one answer, as many as a peer keeps, and bytes of one: a host name has at most 253.
--define(MAX_WAYS, 16).
+%% Candidates that are taken from one answer, as many as a peer keeps, and bytes of one: a host name has at most 253.
+-define(MAX_CANDIDATES, 16).
 -define(MAX_WAY_SIZE, 300).
 
-%% In words, 32 MB: a process that is given more than that, by whatever it asks, is killed.
+%% In words, 32 MB: a process that receives more than that, from any server, is killed.
 -define(MAX_HEAP, #{size => 4 bsl 20, kill => true, error_logger => false}).
 
 -type kind() :: endpoints | nat_profile | relays | bootstrap_peers | request_connection | report_result.
 
 -type data() :: #{owner := pid(), resolver := module(), local := binary() | undefined, node := binary(),
-                  %% The process whose call it is for, and those that wait for it.
+                  %% The process whose call it is for, and its callers.
                   callers := [pid(), ...], caller := reference(),
                   %% The processes that ask, and what.
                   asking := #{pid() => kind()},
@@ -116,7 +116,7 @@ terminate(_Reason, _State, Data) ->
 
 -spec go_on(data()) -> next().
 go_on(#{resolved := false, node := NodeId, owner := Owner, asking := Asking} = Data) ->
-    %% Advice is no way to the node.
+    %% Advice is not a candidate.
     case maps:values(Asking) -- [request_connection] of
         [] ->
             %% In this order: another set may begin when the engine has been told.
@@ -153,18 +153,18 @@ answered(request_connection, {?MODULE, none}, Data) ->
 answered(report_result, {?MODULE, _}, Data) ->
     Data;
 answered(_Kind, {?MODULE, Found}, #{node := NodeId} = Data) ->
-    %% One by one: a way that is wrong says nothing about the others.
-    ok = lists:foreach(fun(Ways) -> found(NodeId, Ways) end, Found),
+    %% One by one: an invalid candidate says nothing about the others.
+    ok = lists:foreach(fun(Candidates) -> found(NodeId, Candidates) end, Found),
     Data;
 answered(Kind, Failure, #{node := NodeId} = Data) ->
     ?LOG_DEBUG("macula_peer_connector: ~p of ~p: ~0tP", [Kind, NodeId, Failure, 30], ?DOMAIN),
     Data.
 
--spec found(binary(), macula_peer_call:ways()) -> ok.
-found(NodeId, Ways) ->
-    case macula_peer_nif:found(NodeId, Ways) of
+-spec found(binary(), macula_peer_call:candidates()) -> ok.
+found(NodeId, Candidates) ->
+    case macula_peer_nif:found(NodeId, Candidates) of
         ok -> ok;
-        Refused -> ?LOG_DEBUG("macula_peer_connector: a way to ~p: ~0tP", [NodeId, Refused, 30], ?DOMAIN)
+        Refused -> ?LOG_DEBUG("macula_peer_connector: a candidate for ~p: ~0tP", [NodeId, Refused, 30], ?DOMAIN)
     end.
 
 -spec end_lookups(data()) -> ok.
@@ -188,15 +188,15 @@ ask(Resolver, Kind, Args, Callers) ->
     end,
     exit(Outcome).
 
--spec understood(kind(), term()) -> [macula_peer_call:ways()] | {ok, term()} | none.
-understood(endpoints, Ways) ->
-    [with_fingerprint(Way, #{endpoints => [Endpoint]}) || {Way, Endpoint} <- ways(Ways)];
+-spec understood(kind(), term()) -> [macula_peer_call:candidates()] | {ok, term()} | none.
+understood(endpoints, Candidates) ->
+    [with_fingerprint(Candidate, #{endpoints => [Endpoint]}) || {Candidate, Endpoint} <- candidates(Candidates)];
 understood(nat_profile, #{reflexive_address := Address} = Profile) ->
-    [#{endpoints => [Endpoint]} || receives(Profile), {_, Endpoint} <- ways([Address])];
-understood(relays, Ways) ->
-    [#{relays => [Relay]} || {_, Relay} <- ways(Ways)];
-understood(bootstrap_peers, Ways) ->
-    [#{last_resorts => [Relay]} || {_, Relay} <- ways(Ways)];
+    [#{endpoints => [Endpoint]} || receives(Profile), {_, Endpoint} <- candidates([Address])];
+understood(relays, Candidates) ->
+    [#{relays => [Relay]} || {_, Relay} <- candidates(Candidates)];
+understood(bootstrap_peers, Candidates) ->
+    [#{last_resorts => [Relay]} || {_, Relay} <- candidates(Candidates)];
 understood(request_connection, {ok, Strategy, Session})
   when Strategy =:= direct; Strategy =:= hole_punch; Strategy =:= relay ->
     {ok, Session};
@@ -212,19 +212,19 @@ receives(#{can_receive_unsolicited := Receives}) -> Receives =:= true;
 receives(#{mapping_policy := ei, filtering_policy := ei}) -> true;
 receives(#{}) -> false.
 
--spec with_fingerprint(term(), macula_peer_call:ways()) -> macula_peer_call:ways().
-with_fingerprint(#{<<"fingerprint">> := Fingerprint}, Ways) -> Ways#{fingerprint => Fingerprint};
-with_fingerprint(#{fingerprint := Fingerprint}, Ways) -> Ways#{fingerprint => Fingerprint};
-with_fingerprint(_Way, Ways) -> Ways.
+-spec with_fingerprint(term(), macula_peer_call:candidates()) -> macula_peer_call:candidates().
+with_fingerprint(#{<<"fingerprint">> := Fingerprint}, Candidates) -> Candidates#{fingerprint => Fingerprint};
+with_fingerprint(#{fingerprint := Fingerprint}, Candidates) -> Candidates#{fingerprint => Fingerprint};
+with_fingerprint(_Candidate, Candidates) -> Candidates.
 
 %% The first of them that are endpoints.
--spec ways(term()) -> [{term(), binary()}].
-ways(Ways) ->
-    [{Way, Endpoint} || Way <- first(?MAX_WAYS, Ways), {ok, Endpoint} <- [endpoint(Way)]].
+-spec candidates(term()) -> [{term(), binary()}].
+candidates(Candidates) ->
+    [{Candidate, Endpoint} || Candidate <- first(?MAX_CANDIDATES, Candidates), {ok, Endpoint} <- [endpoint(Candidate)]].
 
-%% However long the list is, and whatever it ends in.
+%% However long the list is, and even if it is improper.
 -spec first(non_neg_integer(), term()) -> [term()].
-first(N, [Way | Ways]) when N > 0 -> [Way | first(N - 1, Ways)];
+first(N, [Candidate | Candidates]) when N > 0 -> [Candidate | first(N - 1, Candidates)];
 first(_N, _Ways) -> [].
 
 -spec endpoint(term()) -> {ok, binary()} | error.

@@ -17,8 +17,8 @@
 -export([handle_cast/2]).
 -export([handle_info/2]).
 
-%% Sets at once, also those that only wait to report the result of the call: more than twice the peers that are kept. Each
-%% has at most six processes.
+%% Sets of lookups at once, including those that only wait to report the result of the call: more than twice the peers
+%% that are kept. Each has at most six processes.
 -define(MAX_SETS, 256).
 
 -type state() :: #{supervised := boolean(),
@@ -40,8 +40,8 @@ start_link() ->
             Started
     end.
 
-%% @doc Begins to look up the ways to a node for a call of this process, which is known by `Tag'. The engine is told what is
-%% found. Without `LocalNodeId' this node's id is that of the settings.
+%% @doc Starts a lookup of a node for a call of this process, which is known by `Tag'. The engine is told the results.
+%% Without `LocalNodeId' this node's id is that of the settings.
 -spec look_up(binary(), term(), reference()) -> ok.
 look_up(NodeId, LocalNodeId, Tag) ->
     gen_server:cast(server(), {look_up, NodeId, LocalNodeId, callers(), Tag}).
@@ -58,7 +58,7 @@ server() ->
             Pid
     end.
 
-%% This process, and those who wait for it as far as is known: the key is that of Elixir's `Task'.
+%% This process, and its callers as far as they are known: the key is that of Elixir's `Task'.
 -spec callers() -> [pid(), ...].
 callers() ->
     case get('$callers') of

@@ -47,8 +47,8 @@
 -type unfinished() :: term().
 %% A term for macula_peer_finisher:finish/1.
 
-%% A node whose library is missing keeps running, and every call says what is wrong. Only where the module runs already
-%% with its library does loading fail: libraries are not replaced, and the running module stays.
+%% A node whose library is missing keeps running, and every call says what is wrong. Loading fails only if the module
+%% already runs with its library: libraries are not replaced, and the running module stays.
 -spec init() -> ok | {error, {upgrade, string()}}.
 init() ->
     %% Here, because nothing is logged before this module is loaded.

@@ -257,22 +257,23 @@ close() ->
         Result -> Result
     end.
 
-%% @doc The address of the one socket, which listens, dials and is seen by others. Returns `{error, not_started}' where no engine
-%% runs, as do the other functions that only look: {@link identity/0}, {@link stats/0}, {@link path/1} and {@link nat_profile/0}.
+%% @doc The address of the node's one socket, which listens, dials and is seen by others. Returns `{error, not_started}'
+%% if no engine runs, as do the other functions that only read: {@link identity/0}, {@link stats/0}, {@link path/1} and
+%% {@link nat_profile/0}.
 -spec local_address() -> {ok, {inet:ip_address(), inet:port_number()}} | {error, gone | macula_peer_error:engine()}.
 local_address() ->
     macula_peer_engine:figures(fun macula_peer_nif:local_address/0).
 
-%% @doc Who this node is to others. The same at every start where `identity_file' is set.
+%% @doc This node's key, as others see it. The same at every start if `identity_file' is set.
 -spec identity() -> #{fingerprint := fingerprint()} | {error, macula_peer_error:engine()}.
 identity() ->
     macula_peer_engine:figures(fun macula_peer_nif:identity/0).
 
 %% @doc Keeps this node registered under a node id at these relays, and at no others, so that others reach it through
 %% them. Returns at once; an event tells the handler when it is registered, and {@link stats/0} says so too. A node id
-%% belongs to the key that registers it; keep the key with the setting `identity_file'. From now on, and until {@link
-%% unregister/0}, this is the node's id: it refuses messages for any other, also those that come directly, and also where the list
-%% of relays is empty.
+%% belongs to the key that registers it; keep the key with the setting `identity_file'. Until {@link unregister/0} this
+%% is the node's id, even with an empty list of relays: it refuses messages for any other id, including those that come
+%% directly.
 -spec register(binary(), [macula_peer_connector:endpoint()]) ->
           ok | {error, macula_peer_error:invalid_node_id() | macula_peer_error:start()}.
 register(NodeId, Relays) ->
@@ -283,15 +284,15 @@ register(NodeId, Relays) ->
 unregister() ->
     macula_peer_engine:running(fun macula_peer_nif:unregister/0).
 
-%% @doc Forgets which key a node has. This node accepts for a node id only the key that it first saw with it. A node that was
-%% restarted without its `identity_file' has a new key: it is refused with `untrusted_peer', and a warning in the log names it.
-%% After this call another key is accepted, and remembered once it has proved to serve the id. A link to the node is closed; what
-%% is on its way over it is sent again over the next one.
+%% @doc Forgets which key a node has. This node accepts for a node id only the key that it first saw with it. A node
+%% that was restarted without its `identity_file' has a new key: it is refused with `untrusted_peer', and a warning in
+%% the log names it. After this call another key is accepted, and remembered once it has proved to serve the id. A link
+%% to the node is closed; messages in flight over it are sent again over the next one.
 %%
 %% With the setting `known_keys_file' the key is removed from the file too. A node that changes its key with
 %% `previous_identity_files' need not be forgotten.
 %%
-%% Make sure that it is the right node: a refusal can also mean that somebody else has taken its address or its node id.
+%% Make sure that it is the right node: a refusal can also mean that another node has taken its address or its node id.
 -spec forget(binary()) -> ok | {error, macula_peer_error:invalid_node_id() | macula_peer_error:start()}.
 forget(NodeId) ->
     case macula_peer_nif:forget(NodeId) of
@@ -324,8 +325,8 @@ request(NodeId, Type, Msg, Timeout, Opts) when is_map(Opts) ->
 request(_NodeId, _Type, _Msg, _Timeout, Opts) ->
     {error, {invalid_option, {options, Opts}}}.
 
-%% @doc Sets who gets what arrives: messages to the listener, and answers to messages that were sent without waiting.
-%% Without a handler that is macula's gateway on this host, as the setting `gateway' says.
+%% @doc Sets the receiver of incoming messages: messages to the listener, and answers to messages that were sent without
+%% waiting. Without a handler that is macula's gateway on this host, as the setting `gateway' says.
 -spec set_handler(handler() | undefined) -> ok | {error, macula_peer_error:start()}.
 set_handler(undefined) ->
     replace_handler(undefined);
@@ -389,14 +390,14 @@ path_to_endpoint(Endpoint, NotANode) ->
         {Found, _} -> Found
     end.
 
-%% @doc Says who may come to this node: the lists take the place of those before, and of the setting `access'. They hold until
-%% {@link stop/0}. Those who are here and may not are gone when this returns: their connections are closed, and nodes that are
-%% registered here are told that they are `denied'.
+%% @doc Sets which nodes may connect to this node: the lists replace those before, and the setting `access'. They hold
+%% until {@link stop/0}. When this returns, nodes that may no longer connect are gone: their connections are closed, and
+%% nodes that are registered here are told that they are `denied'.
 %%
-%% Lists of keys and networks are about everybody who connects, and about registrations; those of node ids about registrations
-%% alone. A network is about those who connect straight from it, not through a relay. A node that is refused for its network
-%% gets `connection_refused', otherwise `rejected_by_peer'. Whom this node sends to is not limited: but who may not come sends
-%% nothing back on such a link, apart from answers.
+%% Lists of keys and networks apply to all connections and to registrations; those of node ids to registrations alone. A
+%% network applies to connections that come straight from it, not through a relay. A node that is refused for its
+%% network gets `connection_refused', otherwise `rejected_by_peer'. This node may send to any node, but a denied node
+%% sends nothing back on such a link, apart from answers.
 -spec set_access(access()) -> ok | {error, macula_peer_error:start()}.
 set_access(Access) when is_map(Access) ->
     macula_peer_engine:running(fun() -> macula_peer_nif:set_access(Access) end);
@@ -408,9 +409,9 @@ set_access(Access) ->
 access() ->
     macula_peer_engine:figures(fun macula_peer_call:access/0).
 
-%% @doc Makes a node leave: ends its registrations at this relay, or the one under a node id, and its connections. The node is told
-%% `kicked', and is not registered again for 30 seconds; it may connect again at once. The callback is asked about everybody
-%% again. To keep a node away use {@link set_access/1}.
+%% @doc Disconnects a node: ends its registrations at this relay, or the one under a node id, and its connections. The
+%% node is told `kicked', and is not registered again for 30 seconds; it may connect again at once. Cached answers of
+%% the callback are dropped. To keep a node away use {@link set_access/1}.
 -spec kick({key, fingerprint()} | {node_id, binary()}) ->
           ok | {error, not_found | {invalid_kick, term()} | macula_peer_error:engine()}.
 kick(Whom) ->
@@ -454,8 +455,8 @@ which() ->
 start() ->
     macula_peer_engine:ensure_started().
 
-%% @doc Stops the engine: what is on its way has a second to arrive, calls that wait are answered with an error. The next
-%% call starts it again.
+%% @doc Stops the engine: messages in flight have a second to arrive, and waiting calls get an error. The next call
+%% starts it again.
 -spec stop() -> ok.
 stop() ->
     macula_peer_engine:stop().

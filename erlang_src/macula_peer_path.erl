@@ -1,5 +1,5 @@
 %% @private
-%% @doc Calls to a node, wherever it is: what the caller's options and the environment say of the ways to it.
+%% @doc Calls to a node by its id: the candidates come from the caller's options and the environment.
 -module(macula_peer_path).
 
 -export([call/3]).
@@ -14,44 +14,44 @@
 call(NodeId, Opts, Call) when is_map(Opts) ->
     Start = erlang:monotonic_time(millisecond),
     Timeout = maps:get(timeout, Opts, ?TIMEOUT),
-    case ways_of_caller(Opts) of
+    case candidates_of_caller(Opts) of
         None when map_size(None) =:= 0 ->
             case Call({node, NodeId, none}, Timeout) of
-                unlinked -> with_ways(NodeId, None, macula_peer_call:left(Timeout, Start), Call);
+                unlinked -> with_candidates(NodeId, None, macula_peer_call:left(Timeout, Start), Call);
                 Result -> Result
             end;
-        Ways ->
-            with_ways(NodeId, Ways, Timeout, Call)
+        Candidates ->
+            with_candidates(NodeId, Candidates, Timeout, Call)
     end;
 call(_NodeId, Opts, _Call) ->
     {error, {invalid_option, {options, Opts}}}.
 
--spec with_ways(binary(), macula_peer_call:ways(), timeout(), call(Result)) -> Result.
-with_ways(NodeId, Ways, Timeout, Call) ->
+-spec with_candidates(binary(), macula_peer_call:candidates(), timeout(), call(Result)) -> Result.
+with_candidates(NodeId, Candidates, Timeout, Call) ->
     {LastResorts, Reason} = macula_peer_config:bootstrap_peers(),
-    case Call({node, NodeId, Ways#{last_resorts => LastResorts}}, Timeout) of
+    case Call({node, NodeId, Candidates#{last_resorts => LastResorts}}, Timeout) of
         {error, {nat_connection_failed, {no_relay_available, _}}} ->
             {error, {nat_connection_failed, {no_relay_available, Reason}}};
         unlinked ->
-            %% The ways were said.
+            %% The engine has the candidates.
             error(unlinked);
         Result ->
             Result
     end.
 
--spec ways_of_caller(map()) -> macula_peer_call:ways().
-ways_of_caller(Opts) ->
-    maps:fold(fun way/3, #{}, Opts).
+-spec candidates_of_caller(map()) -> macula_peer_call:candidates().
+candidates_of_caller(Opts) ->
+    maps:fold(fun option/3, #{}, Opts).
 
--spec way(term(), term(), macula_peer_call:ways()) -> macula_peer_call:ways().
-way(_Key, undefined, Ways) -> Ways;
-way(endpoint, Endpoint, Ways) -> Ways#{endpoints => [Endpoint]};
-way(relay_endpoint, {ok, Host, Port}, Ways) -> Ways#{relays => [host_port(Host, Port)]};
-way(relay_endpoint, {Host, Port}, Ways) -> Ways#{relays => [host_port(Host, Port)]};
-way(relay_endpoint, Relay, Ways) -> Ways#{relays => [Relay]};
-way(skip_hole_punch, Skip, Ways) when is_boolean(Skip) -> Ways#{hole_punch => not Skip};
-way(fingerprint, Fingerprint, Ways) -> Ways#{fingerprint => Fingerprint};
-way(_Key, _Value, Ways) -> Ways.
+-spec option(term(), term(), macula_peer_call:candidates()) -> macula_peer_call:candidates().
+option(_Key, undefined, Candidates) -> Candidates;
+option(endpoint, Endpoint, Candidates) -> Candidates#{endpoints => [Endpoint]};
+option(relay_endpoint, {ok, Host, Port}, Candidates) -> Candidates#{relays => [host_port(Host, Port)]};
+option(relay_endpoint, {Host, Port}, Candidates) -> Candidates#{relays => [host_port(Host, Port)]};
+option(relay_endpoint, Relay, Candidates) -> Candidates#{relays => [Relay]};
+option(skip_hole_punch, Skip, Candidates) when is_boolean(Skip) -> Candidates#{hole_punch => not Skip};
+option(fingerprint, Fingerprint, Candidates) -> Candidates#{fingerprint => Fingerprint};
+option(_Key, _Value, Candidates) -> Candidates.
 
 -spec host_port(term(), term()) -> binary() | undefined.
 host_port(Host, Port) when is_integer(Port), is_binary(Host) orelse is_list(Host) ->

@@ -1,6 +1,6 @@
-%% @doc Asks macula's own servers where a node is, those that run: the DHT for its endpoints (`macula_routing_server'), the
-%% cache of NAT profiles (`macula_nat_cache'), the coordinator (`macula_nat_coordinator') and the registry of relays
-%% (`macula_relay_registry').
+%% @doc Asks those of macula's own servers that run where a node is: the DHT for its endpoints
+%% (`macula_routing_server'), the cache of NAT profiles (`macula_nat_cache'), the coordinator (`macula_nat_coordinator')
+%% and the registry of relays (`macula_relay_registry').
 -module(macula_peer_resolver_macula).
 
 -behaviour(macula_peer_resolver).
@@ -15,7 +15,7 @@
 -define(NODES, 20).
 
 %% @doc What the DHT has under the key that macula's nodes store their endpoint at: a list of entries, or one.
--spec endpoints(binary()) -> [macula_peer_resolver:way()].
+-spec endpoints(binary()) -> [macula_peer_resolver:candidate()].
 endpoints(NodeId) ->
     Key = crypto:hash(sha256, <<"peer.endpoint.", NodeId/binary>>),
     case ask(macula_routing_server, find_value, fun(Server) -> [Server, Key, ?NODES] end) of
@@ -31,8 +31,8 @@ nat_profile(NodeId) ->
         _ -> undefined
     end.
 
-%% @doc One relay, whoever the node is.
--spec relays(binary()) -> [macula_peer_resolver:way()].
+%% @doc One relay, the same for every node.
+-spec relays(binary()) -> [macula_peer_resolver:candidate()].
 relays(_NodeId) ->
     case ask(macula_relay_registry, find_relay, fun(_) -> [<<>>] end) of
         {ok, #{endpoint := Endpoint}} -> [Endpoint];

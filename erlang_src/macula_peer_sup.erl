@@ -7,7 +7,7 @@
 
 -export([init/1]).
 
-%% The engine has a second for what is on its way, and some for its threads.
+%% The engine has a second for messages in flight, and some time for its threads.
 -define(ENGINE_SHUTDOWN, 5000).
 
 -spec start_link() -> supervisor:startlink_ret().

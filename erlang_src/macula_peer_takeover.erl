@@ -94,8 +94,8 @@ put_in_front() ->
         _ -> ok
     end.
 
-%% The code server ends processes that run code which is old already, so there must be none. Those that run what is
-%% current now go on with it.
+%% The code server kills processes that run old code, so there must be none. Those that run the current code go on with
+%% it.
 -spec load(module()) -> ok | {error, macula_peer_error:takeover()}.
 load(Module) ->
     File = own_file(Module),
@@ -111,7 +111,8 @@ load(Module) ->
             end
     end.
 
-%% rebar3 reloads a module whose attribute `vsn' differs from that of the first file in the code path. A module without it stays.
+%% rebar3 reloads a module whose attribute `vsn' differs from that of the first file in the code path. It leaves a
+%% module without the attribute.
 -spec load_without_version(module(), file:filename(), binary()) -> {module, module()} | {error, code:load_error_rsn() | beam_lib:chnk_rsn()}.
 load_without_version(Module, File, Binary) ->
     case beam_lib:all_chunks(Binary) of
@@ -225,7 +226,7 @@ describe(#{module := Whose, file := File}) -> io_lib:format("~s (~ts)", [Whose, 
 -spec explain(term()) -> iolist().
 explain({takeover_failed, Module, old_code_in_use}) ->
     io_lib:format("cannot take the place of ~s: processes still run code of it that was replaced before, and would be killed. "
-                  "Start ~s before macula, or start the node anew", [Module, ?APP]);
+                  "Start ~s before macula, or restart the node", [Module, ?APP]);
 explain({takeover_failed, Module, {not_found, File}}) ->
     io_lib:format("cannot take the place of ~s: there is no ~ts. It may have been left out of the release; then leave "
                   "out the module of macula instead", [Module, File]);

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Puts the NIF into priv/: built by cargo, or taken precompiled from MACULA_PEER_NIF_DIR (docs/packaging.md). With the word
-# `package` it makes such a precompiled file instead. rebar3 calls this before it compiles, in whatever directory it has the
-# application in; plain sh, because small images have no more.
+# Puts the NIF into priv/: built by cargo, or taken precompiled from MACULA_PEER_NIF_DIR (docs/packaging.md). With the
+# word `package` it makes such a precompiled file instead. rebar3 calls this before it compiles, in the directory where
+# it keeps the application; plain sh, because small images have no more.
 set -eu
 cd "$(dirname "$0")/.."
 PATH="$PATH:${HOME:-}/.cargo/bin"
@@ -66,7 +66,7 @@ build() {
     fail "the NIF needs Rust $(rust_version) or newer, and this is $("$cargo" --version). \`rustup update\` gets a newer one;" \
       "RUSTUP_TOOLCHAIN names another that is installed"
   link_dynamically
-  # Whatever profile a configuration file sets, a panic unwinds: rustler refuses to be compiled otherwise.
+  # A panic must unwind, even if a configuration file sets another profile: rustler refuses to be compiled otherwise.
   artifacts=$("$cargo" build --release --locked -p macula-peer-nif --message-format json-render-diagnostics \
     --target-dir "$target_dir" --config 'profile.release.panic="unwind"' \
     --config "target.'cfg(target_env=\"musl\")'.rustflags=['-Ctarget-feature=-crt-static']") ||

@@ -1,5 +1,5 @@
-%% @doc What `make soak' runs: a node is worked hard for some minutes, by everything that may happen to it at once, and
-%% is to be afterwards as it was before. Two nodes are measured, the one that does all this and one that it talks to.
+%% @doc What `make soak' runs: a node works hard for some minutes, under every fault at once, and must afterwards hold
+%% what it held before. Two nodes are measured, the one under load and one that it talks to.
 %%
 %% The load is on for a warm-up, then both nodes rest and are measured; then it is on for the given time, and they are
 %% measured again. At rest nothing is called, no link is up, and the engine runs on; then it is stopped, and they are
@@ -17,7 +17,7 @@
 -define(SAMPLE, 30).
 %% What a deadline may be late by on a busy machine, in milliseconds.
 -define(LATE, 2000).
-%% Until the links are gone that nobody uses, in milliseconds.
+%% The time until unused links are closed, in milliseconds.
 -define(REST, 30000).
 %% What a node at rest is watched for, in seconds.
 -define(SETTLE, 12).
@@ -36,7 +36,7 @@
     total => 4 bsl 20,
     %% Where a binary that a process does not use any more lies until its next collection.
     binary => 1 bsl 20,
-    %% malloc keeps what was freed, in pieces; how many depends on what was on its way at once.
+    %% malloc keeps freed memory in fragments; how many depends on how much was in flight at once.
     rss => 16 bsl 20
 }).
 
@@ -68,7 +68,7 @@ soak(Seconds) ->
     report(Counts, Before, After),
     Violations ++ missing(Counts) ++ grown(Before, After).
 
-%% ---- who there is ----
+%% ---- the nodes ----
 
 start() ->
     Relay = macula_peer_relays:start_relay(here, #{accept_rate => 1000}),
@@ -84,13 +84,13 @@ start() ->
       gateway => Gateway, local_gateway => Local,
       victim => node_with(?SETTINGS, macula_peer_test:closed_port())}.
 
-%% With it the relay knows the node again whose engine starts anew.
+%% With it the relay knows a node again after its engine was restarted.
 identity_file(Name) ->
     File = lists:concat(["_build/soak/", Name, ".pem"]),
     _ = file:delete(File),
     File.
 
-%% That port is in nobody's range, so it is free again when the node is gone.
+%% That port is in no range, so it is free again when the node is gone.
 node_with(Settings, Port) ->
     Node = macula_peer_test:start_node(macula_peer_test:node_paths(), ?FEW_ARENAS),
     ok = call(Node, ?MODULE, prepare, [Settings, Port]),
@@ -123,7 +123,7 @@ answering(_Other) ->
 
 %% ---- the work ----
 
-%% Load for so many seconds, while things happen to those that the subject talks to, and to itself.
+%% Load for this many seconds, while faults hit the subject and the nodes it talks to.
 work(#{nodes := Nodes} = Lab, Seconds) ->
     Start = now_ms(),
     _ = [ok = call(Node, ?MODULE, load, [kinds(Name, Lab)]) || {Name, Node} <- Nodes],
@@ -269,7 +269,7 @@ worker(Counts, Kind, Pause, What) ->
     receive
         stop -> exit(normal);
         {udp, _, _, _, _} -> worker(Counts, Kind, Pause, What);
-        %% Nobody but `unload' has anything to tell the caller.
+        %% Only `unload' has anything to tell the caller.
         Stray -> _ = ets:insert(Counts, {{violation, Kind, stray}, Stray}), worker(Counts, Kind, Pause, What)
     after Pause ->
         worker(Counts, Kind, Pause, What)

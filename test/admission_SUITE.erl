@@ -1,4 +1,4 @@
-%% Who may come to a node is decided by a callback and by lists, while the node runs.
+%% A callback and lists, which can change while the node runs, decide which nodes may connect.
 -module(admission_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -133,7 +133,7 @@ lists_can_be_settings_and_work_without_the_application(_Config) ->
     ok = engine(Settings),
     Client = client(#{connect_timeout => 500}),
     ?assertEqual(ok, send(Client, endpoint(Port))),
-    %% While nobody can be asked, nobody is let in.
+    %% While the callback cannot be asked, no node is let in.
     true = exit(whereis(macula_peer_admission), kill),
     Other = client(#{connect_timeout => 500}),
     ?assertEqual(?REFUSED, send(Other, endpoint(Port))),

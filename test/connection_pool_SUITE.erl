@@ -124,7 +124,7 @@ the_pool_counts_the_connections_it_is_given(_Config) ->
     [First | Others] = Endpoints = [<<"endpoint", N, ":1111">> || N <- "1234"],
     [begin
          ok = ?POOL:return_connection(Endpoint, {make_ref(), make_ref()}),
-         %% Each is used later than the one before.
+         %% Each is used after the one before.
          #{} = ?POOL:stats(),
          Used = erlang:monotonic_time(millisecond),
          until(fun() -> erlang:monotonic_time(millisecond) > Used end)

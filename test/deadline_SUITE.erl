@@ -1,4 +1,4 @@
-%% Every function keeps its timeout, and a peer that is silent delays nobody but its own callers.
+%% Every function keeps its timeout, and a silent peer delays only its own callers.
 -module(deadline_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -43,7 +43,7 @@ a_silent_peer_costs_the_timeout(Config) ->
      || Timeout <- [20, 300], Call <- [fun sends/2, fun asks/2]],
     Down = {error, {nat_connection_failed, {no_relay_available, no_bootstrap_peers}}},
     takes(300, fun() -> Down = sends_nat_aware(?config(silent, Config), 300) end),
-    %% Two ways that are both silent share the one timeout.
+    %% Two silent paths share the one timeout.
     RelayDown = {error, {nat_connection_failed, {relay_connect_failed, transport_down}}},
     Opts = #{endpoint => ?config(silent, Config), relay_endpoint => ?config(silent, Config), timeout => 300},
     takes(300, fun() -> RelayDown = send_message_nat_aware(<<"a">>, <<"b">>, store, #{}, Opts) end).

@@ -71,8 +71,8 @@ at_most_once_sends_no_message_twice_and_reports_it(Config) ->
     ?assertEqual([0], ids(Node)),
     macula_peer_test:stop_node(Node).
 
-%% Each message takes a stream, of which a link has so many; the streams come back although an older one is still waited
-%% on.
+%% Each message takes a stream, of which a link has a limited number; the streams come back although an older one is
+%% still unfinished.
 messages_pass_a_request_that_waits(Config) ->
     Node = linked_listener(Config),
     Endpoint = ?config(endpoint, Config),

@@ -124,7 +124,7 @@ common_test(Config) ->
     {Status, Said} = run(Project, "rebar3 ct --cover"),
     ?assertMatch({0, {match, _}}, {Status, re:run(Said, "All 1 tests passed")}).
 
-%% Two applications: the one that calls, and one that is called and knows nothing of macula.
+%% Two applications: one that calls, and one that is called and does not know macula.
 umbrella(Config) ->
     Top = ?config(top, Config),
     new(Top, "umbrella", "market", ?config(macula, Config)),
@@ -160,7 +160,7 @@ mix_release(Config) ->
     ?assertMatch({match, _}, re:run(Said, "Duplicated modules:\\s+macula_peer_connector")),
     With = insert(Whole, "deps: deps()", "deps: deps(), releases: releases()"),
     ok = file:write_file(Mix, insert(With, "# Run \"mix help deps\"", [fragment("mix.exs: releases"), "\n# Deps"])),
-    %% Nothing is to be replaced here.
+    %% No module is replaced here.
     ok = file:delete(filename:join(Project, "config/config.exs")),
     {0, _} = run(Project, "MIX_ENV=prod mix release"),
     Program = filename:join(Project, "_build/prod/rel/shop/bin/shop"),

@@ -57,7 +57,7 @@ a_chunk_is_one_frame(Config) ->
     Node = ?config(node, Config),
     {ok, One} = macula_peer_wire:encode(cast, #{n => 1}),
     {ok, Two} = macula_peer_wire:encode(cast, #{n => 2}),
-    %% The listener's own line for a chunk, which is the same whoever sent it.
+    %% The listener's own line for a chunk, which is the same for every sender.
     ok = call(Node, ?MODULE, chunk, [<<One/binary, Two/binary>>]),
     ok = call(Node, ?MODULE, chunk, [binary:part(One, 0, 9)]),
     ok = call(Node, ?MODULE, chunk, [Two]),

@@ -1,4 +1,4 @@
-%% What a frame costs who gets it is bounded before anything is built of it, and what a node does not take is told to its sender.
+%% What a frame costs its receiver is bounded before terms are built from it, and the sender is told of a refused frame.
 -module(frames_SUITE).
 
 -compile([export_all, nowarn_export_all]).

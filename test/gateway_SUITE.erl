@@ -1,4 +1,4 @@
-%% A gateway of macula 0.14.3, with its faults, gets every message that was accepted. Its answers reach those who asked.
+%% A gateway of macula 0.14.3, with its faults, gets every accepted message. Its answers reach the callers.
 -module(gateway_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -226,7 +226,7 @@ send_until_told(Gateway, Sent) ->
     after 2 -> send_until_told(Gateway, Sent)
     end.
 
-%% Waits until so many more messages have been sent.
+%% Waits until Count more messages have been sent.
 sends_on(Sent, More) ->
     Before = counters:get(Sent, 1),
     macula_peer_test:until(fun() -> counters:get(Sent, 1) >= Before + More end, 20000).
@@ -249,12 +249,12 @@ ping(Gateway, Timeout) ->
 rpc_request(Id) ->
     #{request_id => Id, procedure => <<"p">>, args => [], from_node => <<"me">>}.
 
-%% What the gateway counts once so many different messages have arrived.
+%% The gateway's counters once Count different messages have arrived.
 arrived(Gateway, Distinct) ->
     macula_peer_test:await(fun() -> macula_peer_fake_gateway:stats(Gateway) end,
                            fun(#{distinct := D}) -> D =:= Distinct end).
 
-%% Deals the items out to so many processes and waits for all.
+%% Deals the items out to Count processes and waits for all.
 in_processes(Count, Items, Fun) ->
     Dealt = lists:zip(lists:seq(1, length(Items)), Items),
     Workers = [spawn_monitor(fun() -> [Fun(Item) || {N, Item} <- Dealt, N rem Count =:= Worker] end)

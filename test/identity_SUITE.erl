@@ -1,4 +1,4 @@
-%% A node keeps its key, others know it by that, and it talks to whom it is told to trust.
+%% A node keeps its key, others know it by that, and it talks only to nodes whose key it trusts.
 -module(identity_SUITE).
 
 -include_lib("kernel/include/file.hrl").
@@ -121,7 +121,7 @@ p521() ->
 a_secret_of_kubernetes_is_read(_Config) ->
     case os:cmd("unshare --mount setpriv --reuid 1000 true 2>&1") of
         "" -> secret_is_read(string:trim(os:cmd("mktemp -d")));
-        _ -> {skip, "only root may mount file systems and run a node as somebody else"}
+        _ -> {skip, "only root may mount file systems and run a node as another user"}
     end.
 
 secret_is_read(Dir) ->
@@ -201,7 +201,7 @@ a_wrong_secret_is_not_shown(_Config) ->
      || Secret <- ["secret", <<>>, secret]],
     ok = start(#{realm_secret => <<"secret">>}).
 
-%% ---- whose a message is ----
+%% ---- the key of a message ----
 
 a_message_names_the_key_of_its_sender(Config) ->
     Endpoint = listen(#{}),
@@ -222,7 +222,7 @@ an_answer_of_a_gateway_has_no_key(_Config) ->
     end,
     macula_peer_fake_gateway:stop(Gateway).
 
-%% ---- who is trusted ----
+%% ---- trust ----
 
 only_a_pinned_peer_is_dialled(Config) ->
     Endpoint = listen(#{}),
@@ -486,7 +486,7 @@ send_from_other(Config, Endpoint) ->
 ask_from_other(Config, Endpoint) ->
     on(Config, macula_peer_connector, send_message_and_wait, [Endpoint, ping, #{timestamp => 1}, ?TIMEOUT]).
 
-%% Whose key the next message came with.
+%% The key that the next message came with.
 sender() ->
     receive {macula_peer_message, #{key := Key}} -> Key after ?TIMEOUT -> ct:fail(no_message) end.
 

@@ -1,5 +1,5 @@
-%% What arrives at a node is handed over to macula's own gateway on the same host, and its answers reach those who asked.
-%% Where there is none, the process macula_gateway gets it, or the handler, or it is counted.
+%% A node hands messages over to macula's own gateway on the same host, and its answers reach the senders. Without a
+%% gateway the process macula_gateway gets them, or the handler, or they are counted.
 -module(inbound_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -87,7 +87,7 @@ a_node_behind_a_relay_answers_requests(_Config) ->
     ?assertMatch({ok, {find_value_reply, #{<<"value">> := <<"value">>}}}, Ask(find_value, #{key => <<"k">>})),
     ?assertMatch({ok, {rpc_reply, #{<<"request_id">> := <<"r">>}}}, Ask(rpc_request, rpc_request(<<"r">>))),
     ?assertMatch({ok, #{path := relay}}, macula_peer_node:path({node, macula_peer_relays:id(target)})),
-    %% Nobody knows the address that a probe through a relay came from.
+    %% The address of a probe through a relay is not known.
     ?assertEqual({error, timeout},
                  macula_peer_node:request(macula_peer_relays:id(target), nat_probe, nat_probe(), 500, Opts)),
     ?assertMatch({ok, {pong, #{<<"timestamp">> := 7}}}, Ask(ping, #{timestamp => 7})),
@@ -156,7 +156,7 @@ slow_answers_delay_no_other(_Config) ->
     end),
     _ = await(fun() -> macula_peer_fake_gateway:stats(Gateway) end,
               fun(#{types := Types}) -> maps:get(rpc_request, Types, 0) =:= 150 end),
-    %% Meanwhile others go through, and those who get no answer take nobody's place.
+    %% Meanwhile others go through, and messages without an answer take no place of theirs.
     [ok = macula_peer_connector:send_message(Endpoint, store, #{n => N}) || N <- lists:seq(1, 500)],
     _ = arrived(Gateway, 500),
     {Pid, Monitor} = Asked,
@@ -229,7 +229,7 @@ a_message_without_a_receiver_is_counted_and_logged_once(_Config) ->
         Sender = macula_peer_test:start_node(),
         [ok = call(Sender, macula_peer_connector, send_message, [endpoint(Port), cast, #{}]) || _ <- lists:seq(1, 20)],
         _ = await(fun macula_peer_node:stats/0, fun(#{unhandled := N}) -> N =:= 20 end),
-        receive {logged, Text} -> ?assertMatch({match, _}, re:run(Text, "nobody handles them")) after ?TIMEOUT -> ct:fail(not_logged) end,
+        receive {logged, Text} -> ?assertMatch({match, _}, re:run(Text, "no handler takes them")) after ?TIMEOUT -> ct:fail(not_logged) end,
         receive {logged, Again} -> ct:fail({logged_again, Again}) after 0 -> ok end
     after
         logger:remove_handler(?MODULE),
@@ -253,7 +253,7 @@ a_gateway_that_is_restarted_gets_messages_again(_Config) ->
     ok = send_many(Endpoint, 100),
     _ = arrived(Gateway, 100),
     ok = macula_peer_fake_gateway:stop(Gateway),
-    %% Into the gap: handed over later, or to nobody, and then counted.
+    %% Into the gap: handed over later, or dropped and counted.
     ok = send_many(Endpoint, 500),
     Again = macula_peer_fake_gateway:start(Bind),
     Handed = await(fun() ->
@@ -337,7 +337,7 @@ gateway_none_hands_nothing_over(_Config) ->
 
 %% ---- no circles ----
 
-%% The application itself sends to its gateway, whose late answers are not the gateway's to hear.
+%% The application itself sends to its gateway, whose late answers are not for the gateway.
 the_gateway_does_not_get_its_own_messages_back(_Config) ->
     Gateway = macula_peer_fake_gateway:start(["--rpc-delay-ms", "100"]),
     ok = macula_peer_test:engine(#{gateway => endpoint_of(Gateway)}),
@@ -439,7 +439,7 @@ a_wrong_listen_stops_the_start(_Config) ->
 
 %% ---- common ----
 
-%% A node whose gateway this is, and where it listens.
+%% A node in front of a gateway, and where it listens.
 start_node(Gateway) ->
     Node = macula_peer_test:start_node(),
     ok = call(Node, macula_peer_test, engine, [#{gateway => endpoint_of(Gateway)}]),
@@ -462,7 +462,7 @@ send_many(Endpoint, Count) ->
 arrived(Gateway, Distinct) ->
     await(fun() -> macula_peer_fake_gateway:stats(Gateway) end, fun(#{distinct := D}) -> D =:= Distinct end).
 
-%% So many were for others than the gateway, and none for nobody.
+%% This many were for others than the gateway, and none were dropped.
 fallen_back(Count) ->
     Stats = await(fun macula_peer_node:stats/0, fun(#{gateway := #{fallen_back := N}}) -> N =:= Count end),
     ?assertMatch(#{unhandled := 0, gateway := #{handed_over := 0}}, Stats).

@@ -91,11 +91,11 @@ the_other_family_is_refused_at_once(Config) ->
          end),
          ?assertEqual([NotSupported, NotSupported], Results),
          ?assert(Elapsed < 1000),
-         %% Of a name's addresses those that can be reached are used.
+         %% Of a name's addresses the reachable ones are used.
          ?assertEqual(ok, send_message(endpoint("localhost", Port), store, #{}))
      end || {Ip, Other} <- [{?LOOPBACK, "127.0.0.1"}, {{127, 0, 0, 1}, "[::1]"}]].
 
-%% It is on this host, whatever address this node has.
+%% It is on this host, at any address of this node.
 a_node_at_one_address_reaches_the_gateway(Config) ->
     Sender = ?config(node, Config),
     Ask = fun(Host, Bound) ->

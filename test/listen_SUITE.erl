@@ -1,4 +1,4 @@
-%% Who listens gets what others send, answers it, and goes on whatever comes in.
+%% A listener gets what others send, answers it, and survives any input.
 -module(listen_SUITE).
 
 -include_lib("public_key/include/public_key.hrl").
@@ -116,12 +116,12 @@ a_request_is_answered_once(Config) ->
 
 an_answer_may_come_too_late(Config) ->
     Endpoint = listen(#{handler => self()}),
-    %% Who asked has given up, but is there.
+    %% The requester has given up, but is still connected.
     Impatient = ask(Config, Endpoint, 1, 100),
     #{reply_to := Late} = message(call),
     ?assertEqual({error, timeout}, answer(Impatient)),
     ?assert(lists:member(macula_peer_node:reply(Late, reply, #{}), [ok, {error, gone}])),
-    %% Who asked has left.
+    %% The requester has left.
     Gone = ask(Config, Endpoint, 2),
     #{reply_to := TooLate} = message(call),
     ok = on(Config, macula_peer_node, stop, []),
@@ -266,7 +266,7 @@ garbage_hurts_no_connection(Config) ->
     {ok, Socket} = gen_udp:open(0),
     [ok = gen_udp:send(Socket, {127, 0, 0, 1}, Port, garbage()) || _ <- lists:seq(1, 10000)],
     answers(Config, Endpoint),
-    %% Nor somebody who comes new.
+    %% Nor a new client.
     ok = on(Config, macula_peer_node, stop, []),
     answers(Config, Endpoint),
     gen_udp:close(Socket).

@@ -12,7 +12,7 @@
 -define(TIMEOUT, 5000).
 %% What a deadline may be late by on a busy machine, in milliseconds.
 -define(LATE, 1500).
-%% What a call may take that waits for nobody.
+%% The longest time of a call that waits for no other node.
 -define(SOON, 1000).
 -define(PEERS, 20).
 -define(NO_RELAY, {error, {nat_connection_failed, {no_relay_available, no_bootstrap_peers}}}).
@@ -217,7 +217,7 @@ an_unknown_node_has_the_original_term(Config) ->
              ?assert(Result =:= ?NO_RELAY orelse Timeout < 5000 andalso Result =:= {error, timeout})
          end || Timeout <- [0, 1000, 6000]].
 
-%% Runs in the node: the engine begins anew, with these relays.
+%% Runs in the node: restarts the engine with these relays.
 engine(Relays) ->
     ok = macula_peer_node:stop(),
     ok = application:set_env(macula_peer_connector, relays, Relays),
@@ -241,11 +241,11 @@ a_relay_is_used_at_once(Config) ->
              ?assert(Ms < ?SOON)
          end || {Name, Opts} <- [{<<"two">>, #{}}, {<<"three">>, #{relay_endpoint => ?config(relay, Config)}}]].
 
-%% The server that is asked is the one that waits for the answer.
+%% The server that is asked is itself waiting for the answer.
 a_lookup_from_inside_the_server_ends(Config) ->
     One = node(Config, <<"one">>),
     Absent = ?config(variant, Config) =:= absent,
-    %% Somebody stores all the same.
+    %% Another node stores all the same.
     _ = [ok = call(One, macula_variant, set, [macula_routing_server, normal]) || Absent],
     _ = [ok = call(One, macula_routing_server, add_node, [#{node_id => Name}]) || Name <- [<<"two">>, <<"nobody">>]],
     {Ms, Sent} = elapsed(fun() -> store(One, <<"key">>, <<"value">>) end),
@@ -259,7 +259,7 @@ send(Node, Name, Opts) ->
 
 %% ---- common ----
 
-%% The node knows so many peers: the other nodes, and gateways of their own kind.
+%% The number of peers that the node knows: the other nodes, and their gateways.
 more_peers(Config, Node) ->
     _ = [add_node(Node, endpoint(Config, Name)) || Name <- [<<"two">>, <<"three">>]],
     [begin

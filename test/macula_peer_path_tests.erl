@@ -1,4 +1,4 @@
-%% What a caller's options and the environment say of the ways to a node, without a network.
+%% The candidates of a node from a caller's options and the environment, without a network.
 -module(macula_peer_path_tests).
 
 -include_lib("eunit/include/eunit.hrl").
@@ -11,7 +11,7 @@ calls(Opts, Result) ->
     Self = self(),
     Call = fun
         ({node, ?NODE, none}, _Timeout) -> Self ! {called, none}, unlinked;
-        ({node, ?NODE, Ways}, Timeout) -> Self ! {called, {Ways, Timeout}}, Result
+        ({node, ?NODE, Candidates}, Timeout) -> Self ! {called, {Candidates, Timeout}}, Result
     end,
     Returned = macula_peer_path:call(?NODE, Opts, Call),
     {Returned, called()}.
@@ -30,8 +30,8 @@ without_a_link_the_environment_is_asked_test() ->
 the_options_come_first_test() ->
     without_bootstrap_peers(fun() ->
         Opts = #{endpoint => <<"a:1">>, relay_endpoint => <<"r:1">>, fingerprint => <<1:256>>, timeout => 7},
-        Ways = #{endpoints => [<<"a:1">>], relays => [<<"r:1">>], fingerprint => <<1:256>>, last_resorts => []},
-        ?assertEqual({ok, [{Ways, 7}]}, calls(Opts, ok))
+        Candidates = #{endpoints => [<<"a:1">>], relays => [<<"r:1">>], fingerprint => <<1:256>>, last_resorts => []},
+        ?assertEqual({ok, [{Candidates, 7}]}, calls(Opts, ok))
     end).
 
 spellings_of_a_relay_test() ->

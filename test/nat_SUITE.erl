@@ -113,7 +113,7 @@ are_told_apart(Lab, Kinds, Limits) ->
     _ = try until(fun() -> Expected =:= found(Members) end, 10000) catch error:{not_in_time, _} -> ok end,
     ?assertEqual(Expected, found(Members)).
 
-%% Who looks for no direct paths does not ask what its NAT is like.
+%% A node that looks for no direct paths does not find out what its NAT does.
 settings(Name, Relays) ->
     (macula_peer_relays:settings(Name, Relays))#{hole_punching => on}.
 

@@ -1,5 +1,5 @@
-%% The laboratory of macula_peer_net: hosts that reach each other, firewalls that nobody gets through unasked, paths as
-%% slow as asked for, and nothing left of it afterwards.
+%% The laboratory of macula_peer_net: hosts that reach each other, firewalls that drop unsolicited packets, paths with
+%% the configured delay, and nothing left of it afterwards.
 -module(net_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -112,7 +112,7 @@ round_trip(Socket, To, Echo) ->
     {ok, {_, _, <<"back">>}} = gen_udp:recv(Socket, 0, 5000),
     {erlang:monotonic_time(microsecond) - Sent, {Ip, Port}}.
 
-%% Both ways, and not what passes elsewhere.
+%% In both directions, and nothing that passes elsewhere.
 a_capture_has_the_packets_that_pass(Config) ->
     [Host, Other, Third] = ?config(hosts, Config),
     File = filename:join(?config(priv_dir, Config), "frames"),

@@ -35,8 +35,8 @@ an_endpoint_that_leads_back_here_is_not_the_node(_Config) ->
     Relay = start_relay(here),
     Target = start_member(here, settings(target, [Relay])),
     await_registered(Target, [Relay]),
-    Ways = #{endpoint => endpoint(Port), relay_endpoint => macula_peer_relays:endpoint(Relay)},
-    ?assertEqual(ok, send(target, 2, Ways)),
+    Options = #{endpoint => endpoint(Port), relay_endpoint => macula_peer_relays:endpoint(Relay)},
+    ?assertEqual(ok, send(target, 2, Options)),
     ?assertMatch(#{path := relay}, delivered(Target, 2)),
     ?assertMatch({ok, {pong, _}}, ask(target, #{})),
     receive {macula_peer_message, Stray} -> ct:fail({ours, Stray}) after 0 -> ok end.

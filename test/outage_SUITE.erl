@@ -79,7 +79,7 @@ an_answer_outlives_the_address_that_was_asked(Config) ->
     receive {'DOWN', Monitor, process, Asker, Answer} -> ?assertMatch({ok, {rpc_reply, #{<<"result">> := <<"late">>}}}, Answer) end,
     ?assertEqual(3, count(Listener)).
 
-%% Messages and requests, begun at different times of the outage.
+%% Messages and requests that start at different times of the outage.
 calls_wait(Config, Down, Up) ->
     [Sender, Endpoint] = [?config(Key, Config) || Key <- [sender, endpoint]],
     _ = Down(),

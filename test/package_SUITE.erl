@@ -69,7 +69,7 @@ a_precompiled_nif_is_taken_without_rust(Config) ->
     Env = without_rust(Config, ?config(precompiled, Config)),
     ?assertMatch({0, _}, run(Project, Env, "make --no-print-directory nif")),
     ?assertEqual(?config(nif_sum, Config), sha256(filename:join(Project, ?NIF))),
-    %% The same through rebar3, whatever way the digits are written.
+    %% The same through rebar3, with any spelling of the digits.
     ok = file:del_dir_r(filename:join(Project, "priv")),
     Upper = lists:keyreplace("MACULA_PEER_NIF_SHA256", 1, Env,
                              {"MACULA_PEER_NIF_SHA256", string:uppercase(?config(nif_sum, Config))}),
@@ -288,7 +288,7 @@ an_escript_gives_instructions(Config) ->
 
 %% ---- the package ----
 
-%% Built as `rebar3 hex build' does it, from a clone in which somebody has worked.
+%% Built as `rebar3 hex build' does it, from a clone with other files in it.
 package(Config) ->
     Project = clone(Config),
     [begin
@@ -406,7 +406,7 @@ a_project_has_it_as_a_checkout(Config) ->
     ?assertMatch({0, _}, run(Project, ?config(precompiled, Config), "rebar3 compile")),
     works_in(Project).
 
-%% Neither installs half a library, nor trips over the other one's.
+%% Neither installs half a library, nor fails because of the other's.
 two_builds_at_once(Config) ->
     Project = clone(Config),
     Env = ?config(precompiled, Config),

@@ -1,4 +1,4 @@
-%% The pool keeps so many peers, lets the least recently used one go, and forgets who is not used.
+%% The pool keeps a bounded number of peers, evicts the least recently used one, and forgets unused ones.
 -module(pool_SUITE).
 
 -compile([export_all, nowarn_export_all]).

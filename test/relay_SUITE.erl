@@ -1,5 +1,5 @@
-%% A node that nobody can dial is reached by its node id, through a relay that it registered with: soon, whatever happens
-%% to relays and paths, and without the relay reading along.
+%% A node that cannot be dialled is reached by its node id, through a relay that it registered with: soon, in spite of
+%% faults of relays and paths, and the relay cannot read the messages.
 -module(relay_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -67,7 +67,7 @@ a_firewalled_node_is_reached_through_a_bootstrap_peer(Config) ->
     Target = target(TargetHost, [Relay]),
     Sender = start_cold(SenderHost, bootstrap_peers([Relay])),
     is_reached_soon(Sender, Target, Relay),
-    %% There was no other way.
+    %% There was no other path.
     {ok, {_, Port}} = call(Target, macula_peer_node, listen, [#{}]),
     ?assertEqual({error, {connect_failed, transport_down}},
                  call(Sender, macula_peer_connector, send_message,
@@ -94,25 +94,25 @@ is_reached_soon(Sender, Target, Relay) ->
                      when Packets > 2 andalso Bytes > 1200,
                  macula_peer_relays:relay_stats(Relay)).
 
-%% The whole delay is on the way that is gone the most often.
+%% The whole delay is on the leg that is used most often.
 a_long_distance_to_the_relay_costs_four_round_trips(Config) ->
-    [RelayHost, SenderHost, TargetHost, Way | _] = ?config(hosts, Config),
+    [RelayHost, SenderHost, TargetHost, Leg | _] = ?config(hosts, Config),
     ok = macula_peer_net:firewall(TargetHost),
     Relay = start_relay(RelayHost),
     Target = target(TargetHost, [Relay]),
-    There = way(Way, Relay),
+    There = leg(Leg, Relay),
     costs_four_round_trips([start_cold(SenderHost, bootstrap_peers([There])) || _ <- lists:seq(1, 3)], Target, 50).
 
 long_distances_on_both_sides_of_the_relay_cost_four_round_trips(Config) ->
-    [RelayHost, SenderHost, TargetHost, Way, OtherWay] = ?config(hosts, Config),
+    [RelayHost, SenderHost, TargetHost, Leg, OtherLeg] = ?config(hosts, Config),
     ok = macula_peer_net:firewall(TargetHost),
     Relay = start_relay(RelayHost),
-    [There, Onwards] = [way(Host, Relay) || Host <- [Way, OtherWay]],
+    [There, Onwards] = [leg(Host, Relay) || Host <- [Leg, OtherLeg]],
     Target = target(TargetHost, [Onwards]),
     costs_four_round_trips([start_cold(SenderHost, bootstrap_peers([There])) || _ <- lists:seq(1, 3)], Target, 100).
 
 %% 50 ms there and back.
-way(Host, Relay) ->
+leg(Host, Relay) ->
     macula_peer_forwarder:endpoint(macula_peer_forwarder:start(Host, endpoint(Relay), #{delay => 25})).
 
 %% On a busy machine some take longer.
@@ -128,7 +128,7 @@ round_trip(Sender) ->
                                                      [id(target), ping, #{timestamp => 1}, 5000]]),
     Us.
 
-%% ---- both ways ----
+%% ---- both directions ----
 
 firewalled_nodes_ask_each_other(Config) ->
     [RelayHost | Hosts] = ?config(hosts, Config),
@@ -189,7 +189,7 @@ another_relay_takes_over(Config) ->
 paced(Settings) ->
     Settings#{max_unacknowledged => 128 bsl 10}.
 
-%% Returns when so many have arrived and others are still to be sent.
+%% Returns when Count have arrived and others are still unsent.
 amid_the_stream(Sender, Target, Count) ->
     await_count(Target, Count),
     ?assertMatch({Sent, []} when Sent < ?STREAM, streamed(Sender)).
@@ -219,14 +219,14 @@ a_dead_mapping_cuts_no_node_off(Config, Cut) ->
         Client = start_member(ClientHost, #{gateway => none, node_id => <<"client">>, relays => [?SERVICE],
                                             hole_punching => off}),
         until(fun() -> registered(One) =:= 1 end),
-        Ways = [fun(Id) -> call(Client, macula_peer_connector, send_message, [?SERVICE, store, #{id => Id}]) end,
+        Sends = [fun(Id) -> call(Client, macula_peer_connector, send_message, [?SERVICE, store, #{id => Id}]) end,
                 fun(Id) -> send(Client, {<<"client">>, <<"service">>}, Id, #{endpoint => ?SERVICE}) end],
-        [ok = Way(1) || Way <- Ways],
+        [ok = Send(1) || Send <- Sends],
         until(fun() -> length(received(One)) =:= 2 end),
         lead_to(ClientHost, OtherHost),
         macula_peer_test:kill_node(One),
         _ = Cut(OneHost),
-        {Ms, ok} = elapsed(fun() -> heals(Other, Ways) end),
+        {Ms, ok} = elapsed(fun() -> heals(Other, Sends) end),
         ct:pal("reached again after ~p ms", [Ms]),
         ?assert(Ms < 30000)
     after
@@ -234,9 +234,9 @@ a_dead_mapping_cuts_no_node_off(Config, Cut) ->
         macula_peer_net:nft(ClientHost, "delete table ip service")
     end.
 
-%% Calls return `ok' for what is on its way over a link that is not known to be dead yet, so they count when they arrive.
-heals(Node, Ways) ->
-    [until(fun() -> _ = Way(Id), arrived(Node, Id) end, 45000) || {Id, Way} <- lists:zip([2, 3], Ways)],
+%% Calls return `ok' for messages over a link that is not known to be dead yet, so they count when they arrive.
+heals(Node, Sends) ->
+    [until(fun() -> _ = Send(Id), arrived(Node, Id) end, 45000) || {Id, Send} <- lists:zip([2, 3], Sends)],
     until(fun() -> registered(Node) =:= 1 end, 45000).
 
 arrived(Node, Id) ->
@@ -389,7 +389,7 @@ a_request_refuses_another_key_than_the_pinned_one(_Config) ->
     ?assertEqual([], received(Target)),
     ?assertMatch({ok, {pong, _}}, Ask(fingerprint(Target))).
 
-%% Somebody else gets the node id, by a relay that does not keep it.
+%% Another node gets the node id, from a relay that does not protect it.
 a_key_seen_first_is_the_only_one_accepted(_Config) ->
     Relay = start_relay(here, #{grace => 0}),
     Target = target(here, [Relay]),

@@ -69,7 +69,7 @@ sessions_per_node(_Config) ->
     Relay = start_relay(here, #{max_sessions_per_node => 1}),
     [A, B, C, D] = members([a, b, c, d], Relay),
     ?assertEqual(ok, send(A, {a, c}, 1, #{})),
-    %% What a node opens counts, and what leads to it; each by itself.
+    %% Circuits that a node opens and circuits to it have separate limits.
     [?assertEqual(refused(sessions_per_node), send(From, Names, 2, #{}))
      || {From, Names} <- [{A, {a, d}}, {B, {b, c}}]],
     ?assertEqual(ok, send(B, {b, d}, 3, #{})),
@@ -158,12 +158,12 @@ messages_beyond_the_bandwidth_arrive_later(_Config) ->
     ?assert(Took >= 4000),
     limit_is_told(bandwidth, A, Relay).
 
-%% The target's way is slow, so what is to go to it has to wait.
+%% The path to the target is slow, so packets to it have to wait.
 messages_beyond_the_queue_arrive_later(_Config) ->
     Relay = start_relay(here, #{packet_queue => 4000, bandwidth => 1 bsl 30}),
-    Way = macula_peer_forwarder:start(here, endpoint(Relay), #{delay => 25}),
+    Path = macula_peer_forwarder:start(here, endpoint(Relay), #{delay => 25}),
     [A] = members([a], Relay),
-    [B] = members([b], macula_peer_forwarder:endpoint(Way)),
+    [B] = members([b], macula_peer_forwarder:endpoint(Path)),
     transfer(A, B, 30, 10000),
     limit_is_told(packet_queue, A, Relay).
 

@@ -1,5 +1,5 @@
-%% A node is found by what macula's own servers know of it. Absent, slow, crashing or lying, they cost nobody more than what
-%% they would have known, and they are told what came of their advice.
+%% A node is found with the help of macula's own servers. If they are absent, slow, crash or lie, calls lose only what
+%% the servers would have known. They are told the outcome of their advice.
 -module(resolver_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -180,12 +180,12 @@ lies() ->
      {ok, relay, 1}, {ok, dig, <<"session">>}, {error, not_found}, not_found, {ok, fun() -> ok end}, {ok, <<1:3>>},
      {ok, #{endpoint => undefined}}, {ok, #{endpoint => {a, b, c}}}, {ok, #{reflexive_address => undefined,
                                                                         can_receive_unsolicited => true}}
-     | [{ok, [wrong(Way)]} || Way <- wrong_ways()] ++ [{ok, #{endpoint => Way}} || Way <- wrong_ways()]
-       ++ [{ok, #{reflexive_address => Way, can_receive_unsolicited => true}} || Way <- wrong_ways()]].
+     | [{ok, [wrong(Candidate)]} || Candidate <- wrong_candidates()] ++ [{ok, #{endpoint => Candidate}} || Candidate <- wrong_candidates()]
+       ++ [{ok, #{reflexive_address => Candidate, can_receive_unsolicited => true}} || Candidate <- wrong_candidates()]].
 
 wrong({Host, Port}) -> #{<<"host">> => Host, <<"port">> => Port}.
 
-wrong_ways() ->
+wrong_candidates() ->
     [{<<255, 254>>, 9443}, {<<>>, 9443}, {"", 9443}, {[16#D800], 9443}, {[a], 9443}, {["h" | o], 9443}, {host, 9443},
      {{1, 2, 3}, 9443}, {{256, 0, 0, 1}, 9443}, {<<"a b:c">>, 9443}, {<<"127.0.0.1">>, 0}, {<<"127.0.0.1">>, 65536},
      {<<"127.0.0.1">>, -1}, {<<"127.0.0.1">>, <<"9443">>}, {<<"127.0.0.1">>, 1 bsl 100}, {<<"127.0.0.1">>, 1.0},
@@ -196,7 +196,7 @@ a_truth_among_lies_is_found(Config) ->
     [begin
          serve(macula_routing_server, fun(_, _) -> {ok, [wrong(Lie), Truth | Lie]} end),
          arrives(Config, <<"node", N>>, direct)
-     end || {N, Lie} <- numbered(wrong_ways())],
+     end || {N, Lie} <- numbered(wrong_candidates())],
     serve(macula_routing_server, fun(_, _) -> {ok, [Truth#{<<"fingerprint">> => 1}, Truth]} end),
     arrives(Config, <<"fingerprint">>, direct).
 
@@ -437,7 +437,7 @@ advice_after_the_call_is_reported(Config) ->
     receive {asked, Pid} -> Pid ! answer end,
     until(fun() -> reported(<<"late">>) =:= [[<<"late">>, <<"me">>, success]] end).
 
-%% It has no other name than that of the settings; without one nobody is asked for advice.
+%% Its only name is that of the settings; without one no advice is asked for.
 a_request_is_this_nodes(Config) ->
     Ask = fun(Node) -> macula_peer_node:request(Node, ping, #{timestamp => 1}, 5000) end,
     serve(macula_routing_server, fun(_, _) -> listener(Config) end),
@@ -495,7 +495,7 @@ no_resolver_is_asked(Config) ->
     ok = macula_peer_test:engine(#{resolver => none}),
     ?assertEqual(?NO_RELAY, send(<<"node">>, 1)),
     ?assertEqual([], asked(find_value)),
-    %% The variable is a setting, not somebody who is asked.
+    %% The variable is a setting and is not asked.
     Gateway = gateway(),
     ?assertEqual(ok, send(<<"node">>, 2)),
     until(fun() -> maps:get(distinct, macula_peer_fake_gateway:stats(Gateway)) =:= 1 end).
@@ -514,7 +514,7 @@ functions(macula_relay_registry) -> [{find_relay, 1}].
 serve(Server, Answer) ->
     serve(Server, Answer, functions(Server)).
 
-%% A process with that name, and a module whose functions answer so.
+%% A process with that name, and a module whose functions answer like this.
 serve(Server, Answer, Functions) ->
     absent(Server),
     ok = persistent_term:put({?MODULE, Server}, Answer),
@@ -535,7 +535,7 @@ function(Server, {Name, Arity}) ->
     Body = {call, 1, {remote, 1, {atom, 1, ?MODULE}, {atom, 1, answer}}, [{atom, 1, Server}, {atom, 1, Name}, List]},
     {function, 1, Name, Arity, [{clause, 1, Args, [], [Body]}]}.
 
-%% Runs in who asks.
+%% Runs in the calling process.
 answer(Server, Function, Args) ->
     true = ets:insert(?ASKED, {Function, Args, make_ref()}),
     (persistent_term:get({?MODULE, Server}))(Function, Args).

@@ -58,7 +58,7 @@ the_application_starts_and_stops_the_engine(_Config) ->
     {ok, Socket} = gen_udp:open(Port),
     ok = gen_udp:close(Socket).
 
-%% Every caller gets one result for each call, whatever it is, and no caller is left waiting.
+%% Every caller gets one result for each call, and no caller is left waiting.
 the_application_stops_and_starts_under_its_callers(Config) ->
     {Socket, Silent} = silent_port(),
     Stop = atomics:new(2, []),
@@ -179,7 +179,7 @@ a_start_that_fails_fails_for_every_caller(_Config) ->
     until(fun() -> macula_peer_test:handlers() =:= [] andalso macula_peer_test:finishers() =:= [] end),
     ok = gen_udp:close(Taken).
 
-%% The end of an application takes every process that has its group leader, whatever it belongs to.
+%% When an application stops, every process with its group leader ends, even one of another application.
 the_engine_outlives_the_application_that_called_first(_Config) ->
     ok = macula_peer_node:stop(),
     ok = application:set_env(?APP, handler, {erlang, is_tuple, []}),

@@ -1,4 +1,4 @@
-%% A destination that cannot be reached, or only in some way, affects only the calls to it.
+%% A destination that cannot be reached, or only in part, affects only the calls to it.
 -module(route_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -94,7 +94,7 @@ a_source_address_that_was_removed_costs_others_nothing(Config) ->
     ?assert(Large > 0),
     ?assert(Marked > 0).
 
-%% First on the way to the listener alone, then on both ways. A node that registers with a relay dials as any other.
+%% First towards the listener alone, then in both directions. A node that registers with a relay dials as any other.
 a_path_that_drops_ecn_marks_gives_a_connection(Config) ->
     [A, B] = ?config(hosts, Config),
     {Listener, Endpoint} = listener(B),
@@ -136,7 +136,7 @@ names_that_hang_delay_no_other(Config) ->
         file:del_dir_r(Files)
     end.
 
-%% Runs in the node: sends to so many names that get no answer.
+%% Runs in the node: sends to Count names that give no answer.
 hang(Count) ->
     _ = [spawn(macula_peer_connector, send_message,
                [iolist_to_binary(["h", integer_to_list(I), ".invalid.example:9443"]), store, #{}])

@@ -10,7 +10,7 @@
 
 -import(macula_peer_test, [call/4, until/1]).
 
-%% Runs as another user who owns nothing.
+%% Runs as a user that owns nothing.
 -define(AS_USER, ["--reuid", "54321", "--regid", "54321", "--clear-groups"]).
 -define(TRIES, 20).
 

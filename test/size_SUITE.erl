@@ -99,7 +99,7 @@ sixty_four_levels_arrive_and_one_more_is_refused(Config) ->
     until(fun() -> lists:member(maps_nested(64), [Message || #{message := Message} <- received(Config)]) end),
     until(fun() -> lists:member(lists_nested(64), [Message || #{message := Message} <- received(Config)]) end).
 
-%% So many containers inside one another; at the bottom one that is empty.
+%% This many containers inside one another; the innermost one is empty.
 maps_nested(1) -> #{};
 maps_nested(Depth) -> #{<<"m">> => maps_nested(Depth - 1)}.
 

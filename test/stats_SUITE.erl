@@ -252,7 +252,7 @@ send(Endpoint, Msg) ->
 ping(Endpoint, Timeout) ->
     macula_peer_connector:send_message_and_wait(Endpoint, ping, #{timestamp => 1}, Timeout).
 
-%% What is counted for a peer once so many messages are acknowledged.
+%% The counters of a peer once Count messages are acknowledged.
 acknowledged(Endpoint, Count) ->
     macula_peer_test:await(fun() -> macula_peer_test:peer_stats(Endpoint) end,
                            fun(#{acknowledged := N}) -> N =:= Count end).

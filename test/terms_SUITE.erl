@@ -274,7 +274,7 @@ decoding_finishes_terms(_Config) ->
          ?assertEqual({Name, true}, {Name, {ok, {store, Message}} =:= macula_peer_wire:decode(Frame)})
      end || {Name, Message} <- messages()].
 
-%% ---- the way through the process that finishes ----
+%% ---- through the finisher ----
 
 %% Messages that do not need that process do not overtake those that do.
 messages_of_one_sender_stay_in_order(Config) ->
@@ -387,7 +387,7 @@ kill(Pid) ->
     true = exit(Pid, kill),
     receive {'DOWN', Monitor, process, _, _} -> true end.
 
-%% The one that suspends must live on.
+%% The process that suspends must live on.
 suspend(Pid) ->
     Self = self(),
     _ = spawn(fun() ->
@@ -505,7 +505,7 @@ a_heavy_message_keeps_its_timeout(Config) ->
     until(fun() -> not is_busy(Node) end),
     ?assertEqual([], call(Node, macula_peer_test, mailbox, [])),
     ?assertMatch({_, {ok, reply}}, Heavy(send_message_and_wait, ?TIMEOUT)),
-    %% Work that can be done at once is done, whatever the timeout is.
+    %% Work that can be done at once is done, even with a timeout of 0.
     ?assertMatch({_, ok}, Heavy(send_message, 0)),
     macula_peer_test:stop_node(Node).
 

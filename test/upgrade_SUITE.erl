@@ -29,7 +29,7 @@ end_per_testcase(_Case, Config) ->
 
 %% ---- the Erlang modules ----
 
-%% Twice, so that the code before is purged: at both ends, and nobody notices.
+%% Twice, so that the old code is purged: at both ends, unnoticed by callers.
 every_module_is_loaded_again_under_its_callers(Config) ->
     Receiver = start_node(),
     Node = start_node(),
@@ -55,7 +55,7 @@ erlang_modules() ->
     {ok, Modules} = application:get_key(?APP, modules),
     Modules -- [macula_peer_nif].
 
-%% As the shell's l/1 does it. Nobody waits inside these modules, so nobody is killed.
+%% As the shell's l/1 does it. No process waits inside these modules, so none is killed.
 load_again(Module) ->
     Killed = code:purge(Module),
     {module, Module} = code:load_file(Module),
@@ -104,8 +104,8 @@ the_library_is_deleted_and_loaded(Config) ->
     gen_udp:close(Silent),
     stop_node(Node).
 
-%% Nobody may call meanwhile: in OTP 25 a call that loads a module with an on_load function again, while that is purged,
-%% leaves the code server waiting for ever.
+%% There must be no calls meanwhile: in OTP 25 a call that loads a module with an on_load function again, while that is
+%% purged, leaves the code server waiting for ever.
 delete_and_load() ->
     true = code:delete(macula_peer_nif),
     _ = code:purge(macula_peer_nif),
@@ -116,7 +116,7 @@ reload(Module) ->
     _ = code:purge(Module),
     code:load_file(Module).
 
-%% What `make nif' does under a running node. The library in memory is the one that counts, until the node is started anew.
+%% What `make nif' does under a running node. The library in memory is used until the node is restarted.
 another_library_at_the_path_of_the_loaded_one(Config) ->
     Dir = installed(?config(priv_dir, Config), version(), filename:join(code:lib_dir(?APP), "priv/macula_peer_nif.so")),
     Ebin = filename:join(Dir, "ebin"),

@@ -1,4 +1,4 @@
-%% The wire format is that of macula 0.14.3, whatever is encoded, and safe, whatever is decoded.
+%% The wire format is that of macula 0.14.3 for every term, and decoding is safe for every input.
 -module(wire_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").

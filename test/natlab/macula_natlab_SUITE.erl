@@ -1,5 +1,5 @@
-%% Nodes of macula behind NATs take full part: what is sent to their node ids reaches their gateways, and what those
-%% answer goes back, over whatever path. The nodes are in the NAT laboratory, with the fake of macula on each.
+%% Nodes of macula work behind NATs: messages to their node ids reach their gateways, and the answers go back, over any
+%% path. The nodes are in the NAT laboratory, with the fake of macula on each.
 -module(macula_natlab_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -27,7 +27,7 @@ groups() ->
 %% `direct': behind one router, at the endpoint that the DHT has.
 paths() -> [direct, hole_punch, relay].
 
-%% Who meets there: a host of a site.
+%% The hosts that meet there: one of each site.
 ends(direct) -> {{near, 1}, {near, 2}};
 ends(hole_punch) -> {{home, 1}, {other, 1}};
 ends(relay) -> {{hard, 1}, {random, 1}}.
@@ -90,13 +90,13 @@ end_per_testcase(_Case, Config) ->
     {_, Other} = ?config(two, Config),
     ?assertEqual(?config(path, Config), path(Node, Other)).
 
-%% Which address of its the other one sees.
+%% The address at which the other node sees it.
 seen(direct, {Site, N}, Config) ->
     macula_peer_net:address(lists:nth(N, macula_peer_natlab:hosts(?config(lab, Config), Site)));
 seen(_Path, {Site, _}, Config) ->
     macula_peer_natlab:public(?config(lab, Config), Site).
 
-%% The DHT of the one has the endpoint of the other.
+%% One node's DHT has the endpoint of the other.
 known(Config, Node, {Site, N} = End) ->
     Host = lists:nth(N, macula_peer_natlab:hosts(?config(lab, Config), Site)),
     Where = #{<<"host">> => list_to_binary(inet:ntoa(macula_peer_net:address(Host))), <<"port">> => ?PORT},
@@ -203,7 +203,7 @@ probes_are_answered(Config) ->
     Probed = Ask(nat_probe, #{node_id => <<"me">>, local_port => 1}),
     case ?config(path, Config) of
         relay ->
-            %% Nobody knows where a packet comes from that came through a relay.
+            %% The source address of a packet that came through a relay is unknown.
             ?assertEqual({error, timeout}, Probed);
         _ ->
             %% What the other side sees, and not what its gateway sees on the loopback.

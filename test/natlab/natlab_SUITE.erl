@@ -1,5 +1,6 @@
-%% The NAT laboratory: each NAT is what it says, as far as plain UDP sockets on both sides of it can tell, and its
-%% cables are as long and as bad as asked for. Then nodes meet in it: `make natlab' has all pairs, here are the telling.
+%% The NAT laboratory: each NAT behaves as configured, as far as plain UDP sockets on both sides can tell, and its
+%% cables have the configured delay and loss. Then nodes meet in it: `make natlab' has all pairs, here are the most
+%% telling ones.
 -module(natlab_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -85,7 +86,7 @@ is_what_it_says(Kind, Config) ->
     Public = macula_peer_natlab:public(Lab, Kind),
     ?assertEqual(Public, macula_peer_nat_probe:address_outside(Host, Observer)),
     ?assertEqual(lists:member(Kind, [none, ipv6_firewall]), Public =:= macula_peer_net:address(Host)),
-    %% Nor does it change when somebody sends there too early.
+    %% Nor does it change if another host sends there too early.
     {Port, Arrived, Seen} = macula_peer_nat_probe:after_early_packet(Host, Observer, Public),
     ?assertEqual(Kind =/= none, Arrived =:= []),
     ?assertEqual(Mapping =:= ei, length(lists:usort(Seen)) =:= 1),
@@ -134,10 +135,10 @@ cones() ->
 
 a_packet_takes_its_time_over_every_cable(Config) ->
     Lab = ?config(lab, Config),
-    Ways = [{home, relay}, {home, public}, {firewall, relay}, {public, relay}],
-    Undelayed = [round_trip(Lab, From, To) || {From, To} <- Ways],
+    Paths = [{home, relay}, {home, public}, {firewall, relay}, {public, relay}],
+    Undelayed = [round_trip(Lab, From, To) || {From, To} <- Paths],
     ok = macula_peer_natlab:lengthen(Lab, 20),
-    Delayed = [round_trip(Lab, From, To) || {From, To} <- Ways],
+    Delayed = [round_trip(Lab, From, To) || {From, To} <- Paths],
     ct:pal("microseconds there and back: ~p, then ~p", [Undelayed, Delayed]),
     ?assert(lists:max(Undelayed) < 40000),
     [?assert(Us >= 80000 andalso Us < 120000) || Us <- Delayed].

@@ -1,5 +1,5 @@
 %% Paths between nodes behind NATs change, are lost and found again, and no message is lost. The nodes are those of the
-%% NAT laboratory, each with an engine that begins anew in every case.
+%% NAT laboratory, with a new engine in every case.
 -module(path_SUITE).
 
 -compile([export_all, nowarn_export_all]).
@@ -19,7 +19,7 @@
 -define(HEALED, 10000).
 %% Less than an attempt to punch that comes to nothing takes.
 -define(ATTEMPT, 2500).
-%% Packets that a node may have sent when it hears that the other one wants none. An attempt is hundreds.
+%% Packets that a node may have sent when it hears that the other one wants none. An attempt sends hundreds.
 -define(A_FEW, 100).
 
 suite() -> [{timetrap, {seconds, 90}}].
@@ -89,7 +89,7 @@ an_unused_direct_path_is_let_go(Config) ->
     until(fun() -> lists:sum(macula_peer_natlab:passed(Lab)) > 4 end),
     _ = await_path(Sender, Other, none),
     until(fun() -> accepted([Target]) =:= [] end),
-    %% Its last words are under way, and the other side may look for the path for three seconds.
+    %% Its last packets are in flight, and the other side may look for the path for three seconds.
     until(fun() -> nothing_passes(Lab) end),
     Sent = now_ms(),
     ok = send(Sender, Name, Other, 3),
@@ -106,7 +106,7 @@ nothing_passes(Lab) ->
 
 %% ---- addresses ----
 
-%% The one socket has one mapping, whoever asks.
+%% One socket has one mapping, for every observer.
 relays_and_gateways_say_the_address_that_was_found_out(Config) ->
     Lab = ?config(lab, Config),
     [_, {Host, [Ip | _]}] = macula_peer_natlab:relays(Lab),
@@ -150,7 +150,7 @@ begin_at_once(Config, Sites) ->
     end),
     _ = [ok = await_count(Node, 20) || Node <- [One, Other]],
     _ = [await_path(Node, To, hole_punch) || {Node, _, To} <- tuple_to_list(Sends)],
-    %% Those that were replaced are closed a second later.
+    %% Replaced links are closed a second later.
     until(fun() -> length(accepted([One, Other])) =:= 1 end),
     Ms = now_ms() - Start,
     _ = [ok = send(Node, From, To, 21) || {Node, From, To} <- tuple_to_list(Sends)],
@@ -183,7 +183,7 @@ a_node_that_never_punches_is_not_punched(Config) ->
     ct:pal("said after ~p ms", [Ms]),
     ?assert(Ms < ?ATTEMPT).
 
-%% Neither by the one that does not allow it, nor for long by the other one, which is told.
+%% Neither by the node that does not allow it, nor for long by the other one, which is told.
 many_packets_are_not_sent_where_they_are_not_allowed(Config) ->
     Ms = [stays_on_relay(Config, Sites, Settings, #{}, not_allowed)
           || Sites <- [[hard, two], [two, hard]],
@@ -209,13 +209,13 @@ stays_on_relay(Config, [Site, OtherSite], [Settings, OtherSettings], Opts, Why) 
     [Packets, Back] = macula_peer_natlab:passed(Lab),
     Most = case Why of
         hole_punch_skipped -> 0;
-        %% Until the one's no has come to the other.
+        %% Until one node's refusal has reached the other.
         not_allowed -> ?A_FEW
     end,
     ?assertMatch({true, true, _}, {Packets =< Most, Back =< Most, {Packets, Back}}),
     Ms.
 
-%% A caller may say the ways each time. It asks the relay no more often for that.
+%% A caller may pass the candidates each time. That does not make it ask the relay more often.
 a_hopeless_punch_is_not_tried_for_every_message(Config) ->
     [{Sender, Name}, {Target, Other}] = begin_anew(Config, [hard, random]),
     Relays = [Relay || #{relay := Relay} <- maps:get(registrations, macula_peer_test:stats(Sender))],
@@ -372,7 +372,7 @@ arrived(Target, Wanted, After, Old) ->
     hd([At div 1000 || #{path := Path, at := At, from := From} <- macula_peer_test:received(Target),
                        Path =:= Wanted, At div 1000 > After, From =/= Old]).
 
-%% How often relays were asked for a direct path.
+%% The number of requests to relays for a direct path.
 asked_relays(Config) ->
     #{lab := Lab, nodes := Nodes} = ?config(pairs, Config),
     lists:sum([maps:get(punches, maps:get(relay, macula_peer_test:stats(maps:get(Host, Nodes))))

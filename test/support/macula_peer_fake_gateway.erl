@@ -14,7 +14,7 @@ start() ->
 start(Args) ->
     macula_peer_program:start("fake_gateway", Args).
 
-%% Ends it without a word to those who are connected.
+%% Ends it without closing its connections.
 stop(Gateway) ->
     macula_peer_program:stop(Gateway).
 

@@ -32,7 +32,7 @@ delay({_Where, Program}, Ms) ->
 loss({_Where, Program}, Permille) ->
     ok = macula_peer_program:command(Program, ["loss ", integer_to_list(Permille)]).
 
-%% Nothing gets through, and nobody is told.
+%% Drops all packets silently.
 swallow({_Where, Program}) ->
     ok = macula_peer_program:command(Program, "swallow").
 

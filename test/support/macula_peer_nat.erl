@@ -5,7 +5,7 @@
 -export([is/1]).
 -export([install/3]).
 
-%% So many flows at once, each with a port of its own.
+%% The most flows at once, each with a port of its own.
 -define(SEQUENTIAL_PORTS, 4096).
 -define(FIRST_SEQUENTIAL_PORT, 40000).
 %% How long a mapping lives in the kernel, in seconds: until it is answered, and from then on. As widespread as any.
@@ -55,22 +55,22 @@ rules(Cone, Public, Opts) ->
 sequential_port(N) ->
     lists:concat([N, ":", ?FIRST_SEQUENTIAL_PORT + N]).
 
-%% What nobody inside asked for does not come in, unless a rule of `inward' has given it an address inside.
+%% Unsolicited packets do not come in, unless a rule of `inward' has given them an address inside.
 through(First) ->
     chain("through", "filter hook forward priority 0",
           First ++ ["ct state established,related accept", "ct status dnat accept",
                     "iifname outside meta l4proto udp drop"]).
 
-%% The router takes no UDP for itself. Otherwise it would remember who sent it, and move what is sent there from inside
-%% to another port: nodes that begin at the same moment would fail for a reason that no real NAT has.
+%% The router takes no UDP for itself. Otherwise it would remember the source, and move packets that inside hosts send
+%% there to another port: nodes that begin at the same moment would fail for a reason that no real NAT has.
 input() ->
     chain("input", "filter hook input priority 0", ["iifname != lo ct state new meta l4proto udp drop"]).
 
 outward(Rules) ->
     chain("outward", "nat hook postrouting priority 100", Rules).
 
-%% The kernel itself passes answers, and nothing else. For others there are rules, and what those ask: which host has
-%% the port, and whom it has sent to.
+%% The kernel itself passes answers, and nothing else. For other packets there are rules, and the sets they look in:
+%% which host has the port, and which addresses it has sent to.
 inward([]) ->
     [];
 inward(Rules) ->

@@ -30,7 +30,7 @@ mapping(Socket, Public) ->
         {false, _} -> pd
     end.
 
-%% Who may send to the address that the first one sees. What it sends itself comes last.
+%% Which hosts may send to the address that the first one sees. What it sends itself comes last.
 filtering(Socket, [Asked, OtherPort, OtherHost]) ->
     {Ip, Port} = seen(Socket, Asked),
     Senders = [{OtherHost, <<"other host">>}, {OtherPort, <<"other port">>}, {Asked, <<"control">>}],
@@ -64,7 +64,7 @@ address_outside(Inside, Observer) ->
     close([Socket | Sockets]),
     Ip.
 
-%% The port of a new socket, and those that the observers see it at, if the first of them had sent there before.
+%% The port of a new socket, and the ports that the observers see, if the first of them had sent there before.
 after_early_packet(Inside, Observer, Outside) ->
     [Early | _] = Public = observers(Observer),
     Socket = socket(Inside),

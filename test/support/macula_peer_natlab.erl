@@ -9,7 +9,7 @@
 
 -define(CARRIER, {100, 64, 0, 1}).
 -define(HOME, {192, 168, 1, 1}).
-%% Of an address from the one before, where somebody moves.
+%% The distance from a host's old address to its new one, when it moves.
 -define(AWAY, 100).
 
 %% Of sites.
@@ -31,7 +31,7 @@ start(Sites) ->
 stop() ->
     macula_peer_net:stop().
 
-%% What macula_peer_net does for the switch: every way leads over two of its cables.
+%% Like macula_peer_net for the switch: every path crosses two of its cables.
 lengthen(#{switch := Switch}, Ms) ->
     macula_peer_net:lengthen(Switch, Ms).
 
@@ -45,7 +45,7 @@ between(#{switch := Switch} = Lab, Name, Other, Verdict) ->
 passed(#{switch := Switch}) ->
     macula_peer_net:passed(Switch).
 
-%% The site's router gets another address outside instead of the one that it has.
+%% The site's router gets another address outside in place of its present one.
 move_router(#{sites := Sites} = Lab, Name) ->
     #{router := Router, public := Public} = Site = maps:get(Name, Sites),
     Other = second(Public, ?AWAY),
@@ -53,7 +53,7 @@ move_router(#{sites := Sites} = Lab, Name) ->
     ok = macula_peer_net:give(Router, "outside", [subnet(Other)]),
     Lab#{sites := Sites#{Name := Site#{public := Other}}}.
 
-%% The first host of the site gets another address inside instead of the one that it has. Nobody calls it by that.
+%% The first host of the site gets another address inside in place of its present one. No host addresses it by that.
 move_host(Lab, Name) ->
     Host = hd(hosts(Lab, Name)),
     Inside = macula_peer_net:address(Host),
@@ -142,7 +142,7 @@ subnet(Ip) -> {Ip, 64}.
 default_route(Host, Gateway) ->
     route(Host, "default", Gateway).
 
-%% Whoever has an IPv6 address on the switch is told which networks are behind which firewall.
+%% Each host with an IPv6 address on the switch is told which networks are behind which firewall.
 connect_ipv6(#{relays := Relays, sites := Sites}) ->
     Firewalls = [Site || #{kind := ipv6_firewall} = Site <- maps:values(Sites)],
     Public = [Host || {Host, _} <- Relays] ++ [Host || #{kind := none, hosts := [Host]} <- maps:values(Sites)]

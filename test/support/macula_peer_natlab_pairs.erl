@@ -1,5 +1,5 @@
 %% Two nodes of the NAT laboratory meet: how soon the first message arrives, and which path there is in the end. Each
-%% host has a node, which is started once; for each meeting both engines start anew, as nodes that nobody knows yet.
+%% host has a node, which is started once; for each meeting both engines start with new names.
 -module(macula_peer_natlab_pairs).
 
 -export([kinds/0, sites/1, start/1]).
@@ -48,7 +48,7 @@ relay(Node) ->
 
 %% ---- meetings ----
 
-%% So many, or more where that is too few to tell.
+%% This many, or more if that is too few to tell.
 meet_as_expected(Pairs, Kind, Other, Count) ->
     Ends = {{{Kind, here}, 1}, end_of(Kind, Other)},
     Expected = expected(Kind, Other),
@@ -63,10 +63,10 @@ judged(Pairs, Ends, Expected, Meetings) ->
         Verdict -> {Verdict, Meetings}
     end.
 
-%% Of the nodes on the N-th hosts of two sites, of which the first sends to the other. What is wrong is `failed'.
-%% `first' and `direct' are the milliseconds until the first message had arrived and until there was a direct path
-%% (`none': there was not), `path' is the one in the end, and `said' the milliseconds until the node said that there is
-%% no direct one (`none': it did not), and `why'.
+%% For the nodes on the N-th hosts of two sites, of which the first sends to the other. `failed' is an error. `first'
+%% and `direct' are the milliseconds until the first message had arrived and until there was a direct path (`none':
+%% there was not), `path' is the final one, and `said' the milliseconds until the node reported that there is no direct
+%% one (`none': it did not), and `why'.
 meet(Pairs, Ends, Expected) ->
     try
         try_to_meet(Pairs, Ends, Expected)
@@ -86,7 +86,7 @@ try_to_meet(Pairs, Ends, Expected) ->
             #{failed => Reason}
     end.
 
-%% The node on the N-th host of a site, with a name that nobody knows, as soon as it can be met.
+%% The node on the N-th host of a site, with a name that is new, as soon as it can be reached.
 begin_anew(#{lab := Lab, nodes := Nodes} = Pairs, {Site, N}, Settings) ->
     Node = maps:get(lists:nth(N, macula_peer_natlab:hosts(Lab, Site)), Nodes),
     Name = crypto:strong_rand_bytes(32),
@@ -143,7 +143,7 @@ confirm(#{path := Path} = Outcome, Sender, {Name, Other}, Target) ->
         #{} -> Outcome
     end.
 
-%% ---- what is to come out ----
+%% ---- the expected outcome ----
 
 %% Between two kinds of site, or two neighbours of one: `direct' every time, `mostly_direct', which is nine times of
 %% ten, by `relay', `said' to be by relay only, or `any'.
@@ -185,7 +185,7 @@ judge(Expected, Meetings) ->
         {_, _} -> broken
     end.
 
-%% Those that are otherwise.
+%% The results that differ.
 misses(Expected, Meetings) ->
     [Meeting || Meeting <- Meetings, not fits(Expected, Meeting)].
 

@@ -1,5 +1,5 @@
-%% A laboratory of hosts, each a network namespace, around switches. There is no way out of it, and nothing of it in the
-%% namespace that it was made from. One to a BEAM; the processes on the hosts end with it.
+%% A laboratory of hosts, each a network namespace, around switches. It has no connection to the outside, and nothing of
+%% it is in the namespace that it was made from. One per BEAM; the processes on the hosts end with it.
 -module(macula_peer_net).
 
 -export([available/0, init_suite/1]).
@@ -68,7 +68,7 @@ attempt() ->
 
 %% ---- the laboratory ----
 
-%% So many hosts on one switch, which reach each other.
+%% Count hosts on one switch, which reach each other.
 start(Count) ->
     Switch = start(),
     [begin
@@ -133,7 +133,7 @@ ports({Place, Bridge}) ->
                             [global, multiline, {capture, all_but_first, list}]),
     lists:append(Ports).
 
-%% From now on each cable of the switch loses so many UDP packets of a thousand.
+%% From now on each cable of the switch loses this many UDP packets of a thousand.
 loss({Place, _Bridge}, Permille) ->
     Lost = " meta l4proto udp numgen random mod 1000 < " ++ integer_to_list(Permille) ++ " drop\n",
     %% A packet that is passed on comes over one cable and leaves over another.
@@ -150,7 +150,7 @@ watch({Place, _Bridge}, [Ip, Other], Verdict) when Verdict =:= accept; Verdict =
                             ++ Rules ++ ["}\n}"])),
     ok.
 
-%% How many came from the one and from the other.
+%% The packets from each of the two.
 passed({Place, _Bridge}) ->
     {match, Counts} = re:run(nft(Place, "list table bridge watch"), "counter packets (\\d+)",
                              [global, {capture, [1], list}]),
@@ -160,7 +160,7 @@ stop() ->
     [remove(Name) || Name <- namespaces(os:getpid())],
     ok.
 
-%% The names of those that the BEAM with this process id made, or all.
+%% The names of the namespaces that the BEAM with this process id made, or of all.
 namespaces(all) ->
     [Name || ?PREFIX ++ _ = Name <- listed()];
 namespaces(Pid) ->
@@ -183,7 +183,7 @@ remove(Name) ->
 is_digits(Text) ->
     lists:all(fun(Char) -> Char >= $0 andalso Char =< $9 end, Text).
 
-%% Addresses are `{Ip, PrefixLength}'. Nobody else has them, and nobody waits until that is found out.
+%% Addresses are `{Ip, PrefixLength}'. They are unique, so duplicate address detection is off.
 give(Host, Interface, Addresses) ->
     _ = [ip(Host, lists:concat(["address add ", inet:ntoa(Ip), "/", Length, " dev ", Interface, " nodad"]))
          || {Ip, Length} <- Addresses],
@@ -210,7 +210,7 @@ endpoint(Where, Port) -> endpoint(address(Where), Port).
 
 %% ---- the firewall of a host ----
 
-%% Drops what comes by UDP and was not asked for.
+%% Drops unsolicited UDP packets.
 firewall(Host) ->
     nft(Host, ?NO_TABLE "; add table " ?TABLE ";"
               "add chain " ?TABLE " input { type filter hook input priority 0; policy accept; };"

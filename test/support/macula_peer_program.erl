@@ -19,7 +19,7 @@ start(Where, Name, Args) ->
     "ready " ++ Port = line(Program),
     {Program, list_to_integer(Port)}.
 
-%% Ends it without a word to those who are connected.
+%% Ends it without closing its connections.
 stop({Program, _Port}) ->
     true = port_command(Program, "quit\n"),
     receive
@@ -27,7 +27,7 @@ stop({Program, _Port}) ->
     after ?PATIENCE -> error(program_does_not_end)
     end.
 
-%% The one that it is bound to.
+%% The port that it is bound to.
 port({_Program, Port}) ->
     Port.
 

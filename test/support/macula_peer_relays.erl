@@ -29,7 +29,7 @@ start_relay(Where, Limits, Port) ->
     {ok, {_, Bound}} = call(Node, macula_peer_test, listen, [#{port => Port, relay => Limits}]),
     {relay, Node, Where, Limits, Bound}.
 
-%% Without a word to those who are connected; on the same port again.
+%% Without closing its connections; on the same port again.
 restart_relay({relay, _Node, Where, Limits, Port} = Relay) ->
     ok = kill_relay(Relay),
     start_relay(Where, Limits, Port).
@@ -124,7 +124,7 @@ start_node(Where) ->
 
 %% ---- messages ----
 
-%% From the node, which has the first name, to the one with the second: a message with that id.
+%% Sends a message with that id from the node with the first name to the one with the second.
 send(Node, Names, Id, Opts) ->
     send(Node, Names, store, #{id => Id}, Opts).
 
@@ -151,8 +151,8 @@ delivered(Target, Id) ->
 
 %% ---- a stream of numbered messages ----
 
-%% The node sends so many, one after the other, while others do something else; or, with `{every, Ms}', one each time
-%% until the stream is ended.
+%% The node sends Count messages, one after the other, while the test does something else; or, with `{every, Ms}', one
+%% each time until the stream is ended.
 start_stream(Node, {From, To}, Rhythm, Opts) ->
     ok = call(Node, ?MODULE, stream, [id(From), id(To), Rhythm, Opts]).
 
@@ -160,11 +160,11 @@ start_stream(Node, {From, To}, Rhythm, Opts) ->
 stream_with(Node, Opts) ->
     ok = call(Node, ?MODULE, stream_opts, [Opts]).
 
-%% After one more and so many in all, sent without a pause; how many they are.
+%% Sends at least one more and Count in total, without a pause; returns their number.
 end_stream(Node, AtLeast) ->
     call(Node, ?MODULE, stream_end, [AtLeast]).
 
-%% How many were sent, and those that were not accepted.
+%% The number of sent messages, and those that were not accepted.
 streamed(Node) ->
     call(Node, ?MODULE, stream_state, []).
 
@@ -217,7 +217,7 @@ stream_on(Id, {every, Ms}, Send) ->
     end;
 stream_on(Id, Count, Send) when Id =< Count ->
     Send(Id),
-    %% Some seconds long, so that relays can be killed and started under way.
+    %% Some seconds long, so that relays can be killed and started meanwhile.
     Id rem 20 =:= 0 andalso receive after 1 -> ok end,
     stream_on(Id + 1, Count, Send);
 stream_on(_Id, _Count, _Send) ->

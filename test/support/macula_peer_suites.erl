@@ -1,4 +1,4 @@
-%% A hook of Common Test: each suite begins without an engine, and without settings that the one before it has left.
+%% A hook of Common Test: each suite starts without an engine, and without settings of the suite before it.
 -module(macula_peer_suites).
 
 -export([init/2, pre_init_per_suite/3]).

@@ -19,7 +19,7 @@
 
 %% ---- the engine of this node ----
 
-%% Starts the engine anew with these settings and no others.
+%% Restarts the engine with these settings and no others.
 engine(Env) when is_map(Env) ->
     engine(maps:to_list(Env));
 engine(Env) ->
@@ -192,13 +192,13 @@ reply(Token, Result) ->
     Reply = #{request_id => <<"r">>, from_node => <<"n">>, result => Result},
     macula_peer_node:reply(Token, rpc_reply, Reply).
 
-%% A request for the listener: `bytes' is answered with so many, `late' after so many milliseconds, others never.
+%% A request for the listener: `bytes' is answered with that many, `late' after that many milliseconds, others never.
 rpc(Procedure, Args) ->
     #{request_id => <<"r">>, procedure => Procedure, args => Args, from_node => <<"n">>}.
 
 %% ---- ports ----
 
-%% Nobody listens there. Below the range that the system hands out, so that nobody will.
+%% A port without a listener. Below the range that the system hands out, so that it stays free.
 closed_port() ->
     Port = 20000 + rand:uniform(10000),
     case gen_udp:open(Port, [inet6, {ipv6_v6only, false}]) of
@@ -207,7 +207,7 @@ closed_port() ->
         {error, eaddrinuse} -> closed_port()
     end.
 
-%% For a listener that is to be started.
+%% A free port for a listener.
 free_port() ->
     {ok, Socket} = gen_udp:open(0),
     {ok, Port} = inet:port(Socket),

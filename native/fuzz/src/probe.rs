@@ -1,4 +1,4 @@
-//! Any payload as that of a `ping` or a `nat_probe`: nothing panics, and who asked can read the answer.
+//! Any payload as that of a `ping` or a `nat_probe`: nothing panics, and the requester can read the answer.
 #![no_main]
 
 use std::net::SocketAddr;

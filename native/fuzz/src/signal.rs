@@ -12,7 +12,7 @@ fuzz_target!(|bytes: &[u8]| {
     if let Some(unverified) = Unverified::parse(bytes) {
         assert_eq!(unverified.verify(&key), None);
     }
-    // The same bytes by somebody who knows the secret.
+    // The same bytes, signed by a holder of the secret.
     let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()), bytes);
     let made = [bytes, &mac.as_ref()[..16]].concat();
     if let Some(signal) = Unverified::parse(&made).and_then(|made| made.verify(&key)) {

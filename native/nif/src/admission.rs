@@ -66,7 +66,7 @@ fn asked<'a>(env: Env<'a>, question: &AdmissionQuestion) -> Term<'a> {
     map(env, &fields)
 }
 
-/// The way to answer one question, as an Erlang term.
+/// The token that answers one question, as an Erlang term.
 pub(crate) struct AnswerToken(Mutex<Option<AdmissionAnswer>>);
 
 #[rustler::resource_impl]

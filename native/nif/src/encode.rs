@@ -60,7 +60,7 @@ pub(crate) enum On {
     Dirty,
 }
 
-/// A frame under way, and the work that may still go into it.
+/// A frame that is being encoded, and the work that may still go into it.
 struct Walk<'w> {
     writer: FrameWriter<'w>,
     work: usize,

@@ -1,4 +1,4 @@
-//! The one table from Rust's errors to Erlang's terms. The original's terms are kept where it had one.
+//! The only table from Rust's errors to Erlang's terms. Where the original has a term, it is kept.
 
 use std::io;
 

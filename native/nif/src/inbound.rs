@@ -74,9 +74,9 @@ pub(crate) struct Cast {
 }
 
 impl Fallback for Cast {
-    /// `gen_server:cast(macula_gateway, {route_message, Type, Msg, Stream, {ok, {Ip, Port}}})`. It may act on the message,
-    /// but an answer on this stream, which is no quicer stream, is an error to the one who tries; the sender is told that
-    /// there will be none.
+    /// `gen_server:cast(macula_gateway, {route_message, Type, Msg, Stream, {ok, {Ip, Port}}})`. The gateway may act on
+    /// the message, but an attempt to answer on this stream, which is no quicer stream, is an error there. The sender
+    /// is told that no answer will come.
     fn message(&self, inbound: Inbound) -> Result<(), NotTaken> {
         let gateway = NonScheduler::here().and_then(|here| here.whereis(atoms::macula_gateway()));
         let Some(gateway) = gateway else { return Err(NotTaken::Absent(Box::new(inbound))) };
@@ -273,7 +273,7 @@ pub(crate) fn path(path: Path) -> Atom {
     }
 }
 
-/// The way to answer a message, as an Erlang term.
+/// The token that answers a message, as an Erlang term.
 pub(crate) struct Token(pub(crate) ReplyToken);
 
 #[rustler::resource_impl]

@@ -1,8 +1,8 @@
 //! The NIF of `macula_peer_connector`: Erlang terms to calls of the engine, answers to processes. It knows nothing of
 //! QUIC.
 //!
-//! No function here waits. A function whose work is too much for a normal scheduler returns `heavy` there, and a dirty
-//! one does the work in another function: `encode_frame`, `decode_dirty`.
+//! No function here waits. A function whose work is too much for a normal scheduler returns `heavy` there, and another
+//! function does the work on a dirty one: `encode_frame`, `decode_dirty`.
 #![forbid(unsafe_code)]
 
 mod admission;
@@ -62,7 +62,7 @@ rustler::init!("macula_peer_nif", load = load);
 /// application's file is not in the code path.
 fn load(env: Env<'_>, version: Term<'_>) -> bool {
     log::install();
-    // A library that was retired stays mapped, and this may be the way back to it.
+    // A retired library stays mapped, and may be loaded again.
     *RETIRED.lock().unwrap_or_else(PoisonError::into_inner) = false;
     let fits = |version: String| version.is_empty() || version == env!("CARGO_PKG_VERSION");
     options::text(version).is_some_and(fits) && atoms::load(env)
@@ -168,7 +168,7 @@ fn stop_engine(env: Env<'_>) -> Term<'_> {
 
 // ---- sending ----
 
-/// A message in its frame, on its way from the function that encoded it to the one that sends it.
+/// A message in its frame, between the function that encoded it and the one that sends it.
 struct Frame {
     kind: MessageType,
     bytes: Bytes,
@@ -345,7 +345,7 @@ fn deadline(timeout: Term<'_>, now: Instant) -> Result<Option<Instant>, ()> {
     }
 }
 
-/// What was found by looking up the ways to a node, so far.
+/// The candidates that a lookup has found so far.
 #[rustler::nif]
 fn found<'a>(env: Env<'a>, node: Term<'a>, candidates: Term<'a>) -> Term<'a> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };
@@ -361,7 +361,7 @@ fn found<'a>(env: Env<'a>, node: Term<'a>, candidates: Term<'a>) -> Term<'a> {
     }
 }
 
-/// Looking up the ways to a node is over.
+/// A lookup for a node is over.
 #[rustler::nif]
 fn resolved<'a>(env: Env<'a>, node: Term<'a>, answered: bool) -> Term<'a> {
     let Some(engine) = engine() else { return atoms::not_started().encode(env) };

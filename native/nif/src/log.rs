@@ -13,7 +13,7 @@ use crate::atoms;
 use crate::errors::binary;
 use crate::non_scheduler::{Dead, anywhere};
 
-/// Who logs. Without the application nobody does.
+/// The process that logs. Without the application there is none.
 static LOGGER: RwLock<Option<LocalPid>> = RwLock::new(None);
 
 pub(crate) fn set_logger(pid: LocalPid) {

@@ -31,7 +31,7 @@ const MOST_FRAME_MEMORY: usize = MOST_BYTES.saturating_mul(16);
 /// With fewer, the share of one key would be too small for one that sends and asks honestly.
 const LEAST_KNOWN: usize = 1024;
 
-/// Who waits to be let in gives up after this long.
+/// The longest `admission_timeout`: a client that waits longer has given up.
 const LONGEST_ADMISSION: Duration = Duration::from_secs(60);
 
 /// Each may make a relay verify a signature.
@@ -62,7 +62,7 @@ pub(crate) fn config(options: Term<'_>) -> Result<Config, InvalidOption<'_>> {
     }
 }
 
-/// Where and as whom to listen.
+/// Where to listen, and under which node id.
 pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
     let mut listen = Listen::default();
     let (mut certificate, mut key, mut in_relay) = (None, None, None);
@@ -98,7 +98,7 @@ pub(crate) fn listen(options: Term<'_>) -> Result<Listen, InvalidOption<'_>> {
         (Some(certificate), Some(key)) => listen.certificate = Certificate::Files { certificate, key },
         (None, None) => {}
         (certificate, _) => {
-            // One without the other: name the one that is missing.
+            // A certificate without its key, or a key without its certificate: the error names the missing one.
             let env = options.get_env();
             let missing = if certificate.is_none() { atoms::certfile() } else { atoms::keyfile() };
             return Err(InvalidOption { key: missing.encode(env), value: atoms::undefined().encode(env) });

@@ -180,7 +180,7 @@ impl Inbox {
             }
             Unhandled::NoHandler | Unhandled::TooMany => {
                 if self.unhandled.add(1) == 0 {
-                    tracing::warn!(%why, "messages arrive and nobody handles them");
+                    tracing::warn!(%why, "messages arrive and no handler takes them");
                 }
             }
         }

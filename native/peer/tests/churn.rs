@@ -18,7 +18,7 @@ use macula_peer_wire::MessageType::Publish;
 const TIMEOUT: Duration = Duration::from_secs(60);
 const SENDERS: u64 = 3;
 
-/// A number tells who sent it, too.
+/// A message's number also identifies its sender.
 const SENDER: u64 = 1 << 32;
 
 fn seed() -> u64 {
@@ -134,7 +134,7 @@ fn in_order_and_once(client: Config, receivers: usize, total: u64) {
     events.events.lock().unwrap().retain(|event| !matches!(event, Event::Path { .. }));
     assert_eq!(*events.events.lock().unwrap(), [], "SEED={seed}: nothing is lost");
     for (_, inbox, _) in &servers {
-        assert_eq!(*inbox.events.lock().unwrap(), [], "SEED={seed}: nobody was restarted");
+        assert_eq!(*inbox.events.lock().unwrap(), [], "SEED={seed}: no node was restarted");
     }
     stop(&client, seed);
     for (server, ..) in &servers {
@@ -142,7 +142,7 @@ fn in_order_and_once(client: Config, receivers: usize, total: u64) {
     }
 }
 
-/// A handshake whose packets were swallowed is begun anew soon.
+/// A handshake whose packets were swallowed is soon repeated.
 fn impatient() -> Config {
     Config { connect_timeout: Duration::from_secs(3), ..Config::default() }
 }

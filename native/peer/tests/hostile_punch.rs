@@ -1,7 +1,6 @@
-//! What nodes and relays that mean no good can do to those who look for direct paths, and have them do to others.
+//! What hostile nodes and relays can do to nodes that look for direct paths, and make them do to others.
 //!
-//! Bystanders are sockets of the test at addresses of their own: what comes there was sent to somebody who has nothing to
-//! do with it.
+//! Bystanders are sockets of the test at their own addresses: whatever they receive was sent to an uninvolved host.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
@@ -44,7 +43,7 @@ const MAX_PER_WAY: usize = 80;
 /// As often as a relay allows.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
 
-/// Whoever counts open files does so alone.
+/// The test that counts open files runs alone.
 static FILES: RwLock<()> = RwLock::new(());
 
 fn among_others() -> RwLockReadGuard<'static, ()> {
@@ -198,7 +197,7 @@ async fn told_of(control: &mut Stream, session: &str, target: &str) {
     }
 }
 
-/// Only an address that nobody else can have at the other node's place is passed on.
+/// Only an address that cannot belong to another host from the other node's view is passed on.
 #[test]
 fn a_relay_passes_on_no_address_that_a_node_claims_to_have_in_public() {
     let _among = among_others();
@@ -270,7 +269,7 @@ fn a_flood_of_punch_requests_disturbs_no_other_node() {
     });
     assert_eq!(inbox.disorder(), None);
     let (seconds, punches) = (begun.elapsed().as_secs() + 1, relay.stats().relay.unwrap().punches);
-    // A burst of 16, 4 a second, and the one of the others.
+    // A burst of 16, 4 a second, and the request of the others.
     assert!(asked > 200 && (17..=17 + 4 * seconds).contains(&punches), "{asked} asked, {punches} made");
     assert!(refused(&relay, "request_rate") > 100);
     bystander.quiet();
@@ -369,7 +368,7 @@ fn a_relay_that_names_a_bystander_again_and_again_makes_no_flood() {
     assert!((2048..=most).contains(&bystander.count()), "{} in {sessions} sessions", bystander.count());
     assert_eq!(bystander.longest(), SIGNAL_LEN);
 
-    // What is left of all that keeps nobody from meeting.
+    // The remaining budget does not keep other nodes from meeting.
     let peer = Peer::new();
     runtime.block_on(peer.meets(&fake, "victim", Punch::RESPONDER));
     assert_eq!(peer.hears().0, Punch::PING);
@@ -454,7 +453,7 @@ fn a_stop_by_the_other_node_ends_an_attempt_at_once() {
         bystander.quiet();
         assert!(bystander.lasted() < Duration::from_millis(2500), "not to its end: {:?}", bystander.lasted());
     }
-    // The other one knows.
+    // The other node knows.
     assert!(fake.said(PunchResult).is_empty());
     stop(&[&victim]);
 }
@@ -496,7 +495,7 @@ fn an_attempt_ends_when_the_socket_moves_and_the_next_one_is_soon() {
     until("relayed", || path(&a, "b").is_some());
     let moved = Instant::now();
     a.listen(Listen { port: Some(free_port()), ..Listen::default() }).unwrap();
-    until("the other one is told", || !fake.said(PunchResult).is_empty());
+    until("the other node is told", || !fake.said(PunchResult).is_empty());
     assert_eq!(fake.said(PunchResult)[0].text("error").as_deref(), Some("interrupted"));
     until("said", || how_it_went(&a, "b") == Some(PunchError::Interrupted));
     until("asked again", || fake.said(PunchRequest).len() == 2);
@@ -558,7 +557,7 @@ impl Peer {
         }
     }
 
-    /// Pings until it is answered, as who is about to connect.
+    /// Pings until it gets a pong, as a node that is about to connect does.
     fn is_heard(&self, to: SocketAddr) {
         assert_eq!(self.pongs(to, fastrand::u64(..)), []);
     }
@@ -570,7 +569,7 @@ impl Peer {
     }
 }
 
-/// The connection, or `None` if nobody answers for a while.
+/// The connection, or `None` without an answer for a while.
 async fn connects(quic: &Endpoint, to: SocketAddr, key: &Key) -> Option<Connection> {
     let config = quic::client_config_with_key(raw::ALPN, quic::transport(0, 0), key).unwrap();
     let connecting = quic.connect_with(config, to, "node").unwrap();
@@ -650,7 +649,7 @@ fn a_ping_gets_one_pong_and_other_packets_get_none() {
         }
         assert_eq!(peer.pongs(to, 11), [], "none for what was there before");
         let came = replay.recv_from(&mut [0; 100]).map_err(|error| error.kind());
-        assert_eq!(came, Err(ErrorKind::WouldBlock), "nothing to who has kept it");
+        assert_eq!(came, Err(ErrorKind::WouldBlock), "nothing to a node that has kept it");
 
         // The session is over once nothing comes any more.
         peer.socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
@@ -703,7 +702,7 @@ fn only_the_expected_node_gets_in_where_and_when_it_is_expected() {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         assert!(heard.elapsed() > Duration::from_secs(9), "{:?}", heard.elapsed());
-        assert!(expected.close_reason().is_none(), "who is in stays");
+        assert!(expected.close_reason().is_none(), "an existing connection stays");
     });
     victim.stop();
 }
@@ -739,8 +738,8 @@ struct Liar {
 }
 
 impl Liar {
-    /// The node will take its NAT for one that lets in only who was sent to, and if `random` for one that gives each
-    /// destination another port.
+    /// The node will take its NAT for one that lets in only addresses it has sent to, and if `random` for one that
+    /// gives each destination another port.
     fn new(fake: &FakeRelay, random: bool) -> Self {
         let [front, second, back] = [(); 3].map(|()| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
         for socket in [&front, &second, &back] {
@@ -836,7 +835,7 @@ fn hundreds_of_sockets_are_opened_only_where_allowed_and_all_are_closed() {
     let mut rounds = 0;
     // One after the other: at once, the second is told that there is none.
     while rounds < 2 {
-        // Nobody at one address gets two in a row.
+        // No node at an address gets two in a row.
         for (name, n) in [("on", rounds), ("plain", 2)] {
             told(&runtime, &fake, name, ips[n], bystanders[n].ports[0], &strict());
             told(&runtime, &fake, name, ips[n], bystanders[n].ports[0], &strict());
@@ -870,8 +869,8 @@ fn ports_are_predicted_only_where_allowed_and_for_a_bounded_time() {
         thread::sleep(Duration::from_millis(100));
     }
     bystanders[0].quiet();
-    // 2,048 and 50 a second; without that there would be three times as many. Twice as many hits as are to be expected
-    // have a probability of less than 10^-10.
+    // A burst of 2,048 and 50 a second; without the limit there would be three times as many. The probability of twice
+    // the expected hits is less than 10^-10.
     let sent = 2048.0 + 50.0 * begun.elapsed().as_secs_f64();
     let hits = bystanders[0].count();
     assert!((8..=(2.0 * sent * 2000.0 / 64_512.0) as usize).contains(&hits), "{hits}");
@@ -879,7 +878,7 @@ fn ports_are_predicted_only_where_allowed_and_for_a_bounded_time() {
     stop(&[&on, &plain]);
 }
 
-/// A NAT of the test before a node, which lets in everybody until it lets in nobody new.
+/// A NAT in front of a node, made by the test. It lets in every address until it is told to let in no new one.
 struct Gate {
     address: SocketAddr,
     closed: Arc<AtomicBool>,
@@ -905,7 +904,7 @@ impl Gate {
                             back.set_nonblocking(true).unwrap();
                             inside.insert(from, back);
                         }
-                        // Who is refused has lost a packet, here and below.
+                        // A refused packet is a lost packet, here and below.
                         let _ = inside.get(&from).map(|back| back.send(&buffer[..len]));
                     }
                     for (to, back) in &inside {

@@ -81,8 +81,8 @@ fn a_second_key_cannot_take_a_name_while_or_right_after_its_owner_has_it() {
     stop(&[&owner, &relay]);
 }
 
-/// With all names taken, those that nobody has at the moment give way. Who comes and goes with one name after the other
-/// must not get at the name of a node that is restarting.
+/// With all names taken, those of absent nodes are evicted first. A node that registers one name after the other must
+/// not get the name of a node that is restarting.
 #[test]
 fn a_flood_of_short_registrations_does_not_take_the_name_of_an_absent_node() {
     let config = RelayConfig { max_registrations: 20, accept_rate: 10_000, ..RelayConfig::default() };
@@ -105,7 +105,8 @@ fn a_flood_of_short_registrations_does_not_take_the_name_of_an_absent_node() {
     stop(&[&owner, &relay]);
 }
 
-/// A relay whose names are all taken, mostly by the same few. None of them gets the name of a node that is away for a moment.
+/// A relay whose names are all taken, most of them by the same few nodes. None of these gets the name of a node that is
+/// absent for a moment.
 #[test]
 fn filling_a_relay_does_not_take_the_name_of_an_absent_node() {
     let (relay, address) = relay(RelayConfig { max_registrations: 50, accept_rate: 10_000, ..RelayConfig::default() });
@@ -342,7 +343,7 @@ fn a_relay_sends_nothing_to_an_address_named_in_a_request() {
         }
         eventually("many of them arrive, as strays", || relay.stats().relay.unwrap().stray > sent / 2).await;
 
-        // A circuit of its own, for packets that would be for somebody else if anything in them counted.
+        // A circuit of its own, for packets that would belong to another one if their content mattered.
         let circuit = control.circuit_to("victim").await.unwrap();
         hostile.send_datagram_wait(packet(circuit, &first)).await.unwrap();
         let came = tokio::time::timeout(PATIENCE, victim.read_datagram()).await.unwrap().unwrap();
@@ -355,7 +356,7 @@ fn a_relay_sends_nothing_to_an_address_named_in_a_request() {
     stop(&[&relay]);
 }
 
-/// RFC 9000, section 8.1: an address that somebody else writes on a first packet gets three times as much at the most.
+/// RFC 9000, section 8.1: an address that is forged on a first packet gets at most three times its size.
 #[test]
 fn a_forged_first_packet_draws_at_most_three_times_its_size() {
     let (relay, address) = relay(generous());
@@ -377,7 +378,7 @@ fn a_forged_first_packet_draws_at_most_three_times_its_size() {
 
 // ---- circuits of a node ----
 
-/// A circuit's packets need not be from whom the relay says.
+/// A circuit's packets need not come from the node that the relay names.
 #[test]
 fn a_relay_that_leads_to_another_node_gets_no_message_there() {
     let runtime = tokio_runtime(2).unwrap();
@@ -459,7 +460,7 @@ fn messages_arrive_once_though_a_relay_repeats_their_packets() {
     all_arrive_once_and_in_order(Manner::Replay, 3000);
 }
 
-/// 10,000 circuits that nobody opened, each with the first packet of a handshake.
+/// 10,000 invented circuits, each with the first packet of a handshake.
 #[test]
 fn invented_circuits_start_few_connections_at_once() {
     let runtime = tokio_runtime(2).unwrap();
@@ -528,7 +529,7 @@ fn a_node_stays_reachable_while_one_floods_it_over_a_circuit() {
         transport.mtu_discovery_config(None);
         let inner = dial_with(&bridge.address.to_string(), &key, transport).await;
         let mut silent = Vec::new();
-        // A message first: those who have shown that they need them get more streams.
+        // A message first: connections that have shown that they need streams get more.
         let mut first = Stream::open(&inner).await;
         first.say(frame(Publish, 1_000_000, 10)).await;
         until_more(&inner, &mut silent).await;
@@ -552,7 +553,7 @@ fn a_node_stays_reachable_while_one_floods_it_over_a_circuit() {
     stop(&[&sender, &target, &relay]);
 }
 
-/// As many streams as there are to be had.
+/// As many streams as are allowed.
 async fn until_more(connection: &Connection, streams: &mut Vec<Stream>) {
     while let Ok(Ok((send, receive))) = tokio::time::timeout(Duration::from_millis(500), connection.open_bi()).await {
         let mut stream = Stream::from((send, receive));
@@ -565,7 +566,7 @@ async fn until_more(connection: &Connection, streams: &mut Vec<Stream>) {
 
 // ---- attempts by the thousand ----
 
-/// A relay in a process of its own, whose memory is nobody else's.
+/// A relay in a process of its own, so that its memory can be measured.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod alone {
     use std::io::{BufRead, BufReader, Lines, Write};
@@ -645,7 +646,7 @@ mod alone {
     }
 }
 
-/// What was begun and is left as it is.
+/// Attempts that are begun and left incomplete.
 #[derive(Default)]
 struct Begun {
     endpoints: Vec<quinn::Endpoint>,
@@ -672,7 +673,7 @@ async fn attempts(address: &str, times: usize) -> Begun {
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
         for _ in 0..150 {
             let connecting = endpoint.connect_with(config.clone(), to, "node").unwrap();
-            // Given up on the way.
+            // Given up before it was complete.
             let _ = tokio::time::timeout(Duration::from_micros(fastrand::u64(0..1500)), connecting).await;
         }
         for n in 0..60 {
@@ -761,7 +762,7 @@ fn connections_without_credit_for_answers_cost_a_relay_little() {
     runtime.block_on(async {
         for _ in 0..4 {
             let connection = dial_with(&address, &quic::key().unwrap(), quic::transport(0, 0)).await;
-            // A message first: those who have shown that they need them get more streams.
+            // A message first: connections that have shown that they need streams get more.
             Stream::open(&connection).await.say(probe()).await;
             for n in 0..100 {
                 let mut session = Stream::open(&connection).await;
@@ -773,7 +774,7 @@ fn connections_without_credit_for_answers_cost_a_relay_little() {
             connections.push(connection);
         }
     });
-    // Whatever is begun for them is held for long.
+    // Answers that are begun for them are held for long.
     let most = (0..15).map(|_| {
         sleep(Duration::from_millis(100));
         relay.resident()
@@ -854,7 +855,7 @@ fn ten_thousand_attempts_leave_a_relay_serving_and_as_small_as_before() {
         let begun = runtime.block_on(attempts(&address, times));
         (runtime, begun)
     };
-    // Like that of a process which is killed: nobody says goodbye.
+    // Like the end of a killed process: no connection is closed.
     let end = |(runtime, begun): (tokio::runtime::Runtime, Begun)| {
         runtime.shutdown_background();
         drop(begun);
@@ -884,7 +885,7 @@ fn ten_thousand_attempts_leave_a_relay_serving_and_as_small_as_before() {
     assert!(most > baseline && most - baseline < 512 * MIB, "{} MiB, {} before", most / MIB, baseline / MIB);
 
     end(attacking);
-    // Who does not say goodbye is kept for 45 s.
+    // A connection that ends without a close is kept for 45 s.
     let deadline = Instant::now() + 4 * PATIENCE;
     loop {
         let now = relay.resident();

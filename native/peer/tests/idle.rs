@@ -1,4 +1,4 @@
-//! An engine with nothing to do costs nothing. Alone in its process, whose processor time it measures.
+//! An idle engine costs no processor time. Alone in its process, whose time it measures.
 #![cfg(target_os = "linux")]
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
@@ -18,7 +18,7 @@ fn processor_ticks() -> u64 {
     fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
 }
 
-/// A peer whose dial had failed, and that nobody wanted any more, kept its task spinning.
+/// A peer whose dial had failed, and that no caller used any more, kept its task spinning.
 #[test]
 fn a_dead_peer_and_a_quiet_link_cost_no_processor_time() {
     let (server, inbox, endpoint) = listener(Config::default());

@@ -116,7 +116,7 @@ fn a_registration_that_is_lost_or_refused_is_logged_once_where_no_handler_is_tol
     }
 }
 
-/// The one of the settings is set when the engine has started, and the node may be registered by then.
+/// The handler of the settings is set after the engine has started, and the node may be registered by then.
 #[test]
 fn a_handler_is_told_what_happened_just_before_it_was_set() {
     log();

@@ -42,7 +42,7 @@ struct Node {
 }
 
 impl Crowd {
-    /// Nobody yet. Must be called inside a runtime.
+    /// Starts without nodes. Must be called inside a runtime.
     pub fn new(relay: SocketAddr) -> Result<Self, Error> {
         let mut transport = quic::transport(0, 0);
         transport.keep_alive_interval(Some(KEEP_ALIVE));
@@ -54,7 +54,7 @@ impl Crowd {
         Ok(Self { relay, endpoints: endpoints.collect::<Result<_, _>>()?, config, nodes: Vec::new() })
     }
 
-    /// Registers nodes until there are so many.
+    /// Registers nodes until `count` are registered.
     pub async fn register(&mut self, many: usize) -> Result<(), Error> {
         let mut registering = JoinSet::new();
         for number in self.nodes.len()..many {
@@ -70,8 +70,8 @@ impl Crowd {
         Ok(())
     }
 
-    /// Opens so many circuits, each from one node to its neighbour, and passes a packet over every one. Returns how many
-    /// packets arrived.
+    /// Opens `count` circuits, each from one node to its neighbour, and passes a packet over every one. Returns how
+    /// many packets arrived.
     pub async fn circuits(&mut self, many: usize) -> Result<usize, Error> {
         let mut arrived = 0;
         for number in 0..many {
@@ -87,7 +87,7 @@ impl Crowd {
         Ok(arrived)
     }
 
-    /// Those that the relay has not ended.
+    /// Circuits that the relay has not ended.
     pub fn connections(&self) -> impl Iterator<Item = &Connection> {
         self.nodes.iter().map(|node| &node.connection).filter(|connection| connection.close_reason().is_none())
     }

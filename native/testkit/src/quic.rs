@@ -15,7 +15,7 @@ use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 
-/// Whatever can go wrong before traffic flows.
+/// Any error before traffic flows.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// A server with a fresh self-signed certificate; the first of `alpn` that the client offers is chosen.

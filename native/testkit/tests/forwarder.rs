@@ -1,4 +1,4 @@
-//! The forwarder is a path with the delay and the faults that it was asked for.
+//! The forwarder is a path with the configured delay and faults.
 #![allow(clippy::unwrap_used)]
 
 mod common;

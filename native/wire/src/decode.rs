@@ -9,7 +9,7 @@ use rmp::Marker;
 /// frame's memory by its depth and by the size of a term.
 const MAX_PREALLOCATED: usize = 256;
 
-/// Reads the one MessagePack value that `payload` must consist of.
+/// Reads the single MessagePack value that `payload` must consist of.
 ///
 /// # Errors
 /// [`PayloadError::TooManyTerms`] before anything is built; else the first met going through the
@@ -98,7 +98,7 @@ pub enum PayloadError {
     /// A string, given here, is not UTF-8.
     #[error("a string that is not UTF-8")]
     InvalidString(Vec<u8>),
-    /// There is a value of an extension type, begun by the marker byte given here.
+    /// A value of an extension type follows, begun by the given marker byte.
     #[error("extension type {0:#04x}")]
     Extension(u8),
     /// The builder declined to [go on](Build::goes_on).

@@ -102,7 +102,7 @@ impl<'a> FrameWriter<'a> {
     /// Opens an array of `len` elements.
     ///
     /// # Errors
-    /// [`EncodeError::TooDeep`]; [`EncodeError::TooLarge`], also when so many elements cannot fit.
+    /// [`EncodeError::TooDeep`]; [`EncodeError::TooLarge`], also when that many elements cannot fit.
     pub fn array(&mut self, len: usize) -> Result<(), EncodeError> {
         let announced = self.open(len)?;
         msgpack::write_array_len(&mut self.out, announced).map_err(|_| self.too_large())?;
@@ -112,7 +112,7 @@ impl<'a> FrameWriter<'a> {
     /// Opens a map of `len` pairs of key and value.
     ///
     /// # Errors
-    /// [`EncodeError::TooDeep`]; [`EncodeError::TooLarge`], also when so many pairs cannot fit.
+    /// [`EncodeError::TooDeep`]; [`EncodeError::TooLarge`], also when that many pairs cannot fit.
     pub fn map(&mut self, len: usize) -> Result<(), EncodeError> {
         let announced = self.open(len)?;
         msgpack::write_map_len(&mut self.out, announced).map_err(|_| self.too_large())?;

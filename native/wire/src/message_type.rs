@@ -87,8 +87,8 @@ impl MessageType {
         self as u8
     }
 
-    /// Whether a 0.14.3 gateway answers this type on the stream it came on, so that a sender who
-    /// stops reading at once never sees the answer.
+    /// Whether a 0.14.3 gateway answers this type on the stream it came on, so that a sender that stops reading at once
+    /// never sees the answer.
     pub const fn is_answered(self) -> bool {
         matches!(
             self,
@@ -108,7 +108,7 @@ impl MessageType {
 pub struct Required {
     /// The names of the fields. Empty: anything goes.
     pub fields: &'static [&'static str],
-    /// Whether the keys may all be binaries instead of all being atoms. Which of the two is asked
-    /// for follows from the spelling in which the *first* field is there.
+    /// Whether the keys may all be binaries instead of all being atoms. The spelling of the *first* field decides which
+    /// of the two is required.
     pub binary_keys: bool,
 }

@@ -5,7 +5,7 @@ use crate::frame::{FrameError, Header};
 use crate::limits::{HEADER_LEN, Limits};
 use bytes::{Buf, Bytes, BytesMut};
 
-/// Cuts a stream of bytes, arriving in whatever pieces, into frames.
+/// Cuts a stream of bytes, arriving in chunks of any size, into frames.
 ///
 /// A frame that lies inside one chunk is a slice of that chunk, and keeps the chunk alive as long as
 /// it lives; other frames are copied together. Memory follows what has arrived,
@@ -26,8 +26,8 @@ impl Reassembler {
         Self { limits, partial: BytesMut::new(), chunks: VecDeque::new(), buffered: 0 }
     }
 
-    /// Adds the next bytes of the stream. Frames are to be taken out before more is added: nothing
-    /// here bounds the number of chunks that wait.
+    /// Adds the next bytes of the stream. Take out the frames before adding more: nothing here bounds the number of
+    /// waiting chunks.
     pub fn push(&mut self, chunk: Bytes) {
         if !chunk.is_empty() {
             self.buffered += chunk.len();

@@ -9,8 +9,7 @@ use crate::frame::FrameError;
 use crate::limits::Limits;
 use crate::message_type::MessageType;
 
-/// Writes a frame of type `ty` with `value` as its payload, and returns its bytes. Required fields
-/// are not asked for.
+/// Writes a frame of type `ty` with `value` as its payload, and returns its bytes. Does not check required fields.
 ///
 /// # Errors
 /// [`EncodeError`].

@@ -69,7 +69,7 @@ fn terms() {
     let odd = Limits { max_terms: 999, ..Limits::default() };
     assert!(value::encode(MessageType::Store, &keys(999), odd).is_ok());
     assert!(value::encode(MessageType::Store, &keys(1001), odd).is_err());
-    // Whatever the bytes, there may be as many of them.
+    // Any number of bytes is allowed, whatever they are.
     let binary = Value::Array(vec![Value::Bin(vec![0; 100_000]); 500]);
     assert!(value::encode(MessageType::Store, &binary, odd).is_err(), "the frame is too large");
     let binary = Value::Array(vec![Value::Bin(vec![0; 10_000]); 500]);
@@ -231,7 +231,7 @@ fn nested_keys(depth: usize) -> Value {
     (1..depth).fold(Value::Map(vec![]), |inner, _| Value::Map(vec![(inner, Value::Nil)]))
 }
 
-/// Goes on for so many values.
+/// A builder that stops after this many values.
 struct Few(usize);
 
 impl Build for Few {

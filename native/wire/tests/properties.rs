@@ -163,7 +163,7 @@ fn values() -> impl Strategy<Value = Value> {
 
 fn wire(type_id: u8, payload: &[u8]) -> Vec<u8> {
     let len = u32::try_from(payload.len()).unwrap();
-    // The two bytes that nobody looks at are kept as they are.
+    // The two unchecked bytes are kept as they are.
     let mut bytes = vec![1, type_id, 0xA5, 0x5A];
     bytes.extend_from_slice(&len.to_be_bytes());
     bytes.extend_from_slice(payload);

@@ -1,4 +1,4 @@
-%% Asks those whom this node is connected to at which address they see it.
+%% Asks connected nodes at which address they see this one.
 -module(macula_nat_detector).
 
 -behaviour(gen_server).
@@ -27,7 +27,7 @@ handle_call(detect, _From, State) ->
 handle_cast(_Request, State) ->
     {noreply, State}.
 
-%% Nobody sends it anything: a call of the connector leaves nothing behind.
+%% No messages arrive: a call of the connector leaves nothing behind.
 handle_info(Info, _State) ->
     exit({stray, Info}).
 

@@ -35,7 +35,7 @@ handle_call({publish, Topic, Payload}, _From, Number) ->
 handle_cast(_Request, State) ->
     {noreply, State}.
 
-%% Nobody sends it anything: a call of the connector leaves nothing behind.
+%% No messages arrive: a call of the connector leaves nothing behind.
 handle_info(Info, _State) ->
     exit({stray, Info}).
 

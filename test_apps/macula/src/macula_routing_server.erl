@@ -17,7 +17,7 @@
 start_link() ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
 
-%% `{ok, Values}', or `{nodes, Nodes}' when nobody has any. Those asked know more than this node.
+%% `{ok, Values}', or `{nodes, Nodes}' without any. The nodes asked know more than this one.
 find_value(Server, Key, Count) ->
     gen_server:call(Server, {find_value, Key, Count}, infinity).
 
@@ -61,7 +61,7 @@ handle_call({add_node, Node}, _From, #{nodes := Nodes} = State) ->
 handle_cast({store_local, Key, Value}, State) ->
     {noreply, keep(Key, Value, State)}.
 
-%% Nobody sends it anything: a call of the connector leaves nothing behind.
+%% No messages arrive: a call of the connector leaves nothing behind.
 handle_info(Info, _State) ->
     exit({stray, Info}).
 

@@ -1,4 +1,4 @@
-%% Asynchronous calls of procedures on other nodes: a request goes out, the reply comes back by itself.
+%% Asynchronous calls of procedures on other nodes: a request goes out, and the reply comes back as a message.
 -module(macula_rpc_handler).
 
 -behaviour(gen_server).
@@ -29,8 +29,8 @@ handle_call({request, Target, Procedure, Args, Opts}, {Caller, _}, Pending) ->
     Local = macula_node:id(),
     Request = #{type => <<"rpc_request">>, request_id => Id, procedure => Procedure, args => Args, from_node => Local,
                 timestamp => os:system_time(millisecond)},
-    Way = maps:with([endpoint], Opts),
-    case macula_peer_connector:send_message_nat_aware(Local, Target, rpc_request, Request, Way) of
+    Path = maps:with([endpoint], Opts),
+    case macula_peer_connector:send_message_nat_aware(Local, Target, rpc_request, Request, Path) of
         ok ->
             Timer = erlang:send_after(maps:get(timeout, Opts, ?TIMEOUT), self(), {timeout, Id}),
             {reply, {ok, Id}, Pending#{Id => {Caller, Timer}}};

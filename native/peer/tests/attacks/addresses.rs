@@ -1,7 +1,7 @@
-//! Addresses are earned: what somebody gets who writes, names or claims an address that is not his.
+//! Earned addresses: what is sent to an address that a node has forged, named or claimed without having it.
 //!
-//! Bystanders are sockets of the test at addresses of their own: what comes there was sent to somebody who has nothing to
-//! do with it. Here they also are who seems to have sent what is forged.
+//! Bystanders are sockets of the test at their own addresses: whatever they receive was sent to an uninvolved host.
+//! Here their addresses are also the source of the forged packets.
 #![allow(clippy::print_stderr)]
 
 use rmpv::Value;
@@ -28,7 +28,7 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Connection, Endpoint, EndpointConfig, Runtime as _, TokioRuntime, UdpPoller};
 use tokio::time::{sleep, timeout};
 
-/// How much more than what came may be sent to an address that nobody has proved.
+/// How much more than what was received may be sent to an unproven address.
 const FACTOR: usize = 3;
 
 /// Of a ping or a pong.
@@ -38,7 +38,7 @@ const SIGNAL_LEN: usize = 35;
 struct Forger {
     own: Arc<dyn AsyncUdpSocket>,
     bystander: UdpSocket,
-    /// So many of the next packets seem to be the bystander's.
+    /// How many of the next packets get the bystander's address as their source.
     next: AtomicUsize,
     /// Bytes that seemed to be.
     forged: AtomicUsize,
@@ -185,7 +185,7 @@ fn a_forged_source_address_is_sent_nothing() {
         control.say(requests).await;
         forger.has_forged().await;
         eventually("they are told", || relay.stats().relay.unwrap().punches == before + 3).await;
-        // Until then they send to who has asked.
+        // Until then the answers go to the requester.
         let (came, forged) = (tokio::task::block_in_place(|| forger.came()), forger.forged());
         assert!(came <= FACTOR * forged, "{came} bytes for {forged}");
     });
@@ -220,7 +220,7 @@ fn many_forged_packets_draw_at_most_three_times_their_size() {
     stop(&[&relay]);
 }
 
-/// Who shares the address that a relay sees gets to know local addresses, and has packets sent to those that he names.
+/// A node that shares the address a relay sees learns local addresses, and has packets sent to those it names.
 #[test]
 fn forging_the_address_of_a_node_reveals_none_of_its_local_addresses() {
     let (relay, address) = relay(0);
@@ -240,7 +240,7 @@ fn forging_the_address_of_a_node_reveals_none_of_its_local_addresses() {
         let told = answer(&mut victim, "forged").await;
         assert_eq!(told.text("peer_host").as_deref(), Some("127.0.0.2"));
         assert_eq!(told.texts("candidates"), Some(vec![]));
-        // It is on its way to the bystander, and comes again.
+        // It is in flight to the bystander, and is repeated.
         connection.send_datagram(Bytes::from_static(b"own")).unwrap();
         assert_eq!(answer(&mut control, "forged").await.texts("candidates"), Some(vec![]));
         control.say(punch_result("forged", false)).await;
@@ -303,8 +303,8 @@ fn an_address_that_a_relay_names_as_its_second_gets_a_few_packets_until_it_answe
     }
 }
 
-/// Registers whoever comes, says that the node is seen elsewhere, again and again, and reads nothing. Afterwards, what the
-/// node had to say is read.
+/// Registers any node, tells it repeatedly that it is seen elsewhere, and reads nothing. At the end it reads what the
+/// node has sent.
 async fn deaf_relay(endpoint: Endpoint, times: u64) -> usize {
     let connection = endpoint.accept().await.unwrap().await.unwrap();
     // Not every stream that is opened is needed.
@@ -367,7 +367,7 @@ async fn with_key(to: &str, own: Ipv4Addr, key: &Key) -> Connection {
     timeout(PATIENCE, connecting).await.expect("connected in time").unwrap()
 }
 
-/// Before, no one else could look for a way to the node as long as it went on.
+/// Without the share, no other client could look for a path to the node while the flood lasted.
 #[test]
 fn one_key_with_many_names_leaves_room_at_a_node() {
     let (relay, address) = relay(0);
@@ -426,7 +426,7 @@ fn a_node_keeps_places_for_other_keys_and_addresses() {
     coordinate([99; 32], &honest);
     let begun = Instant::now();
     let mut buffer = [0; 100];
-    until("the other one is pinged", || honest.recv(&mut buffer.clone()).is_ok_and(|len| len == SIGNAL_LEN));
+    until("the other node is pinged", || honest.recv(&mut buffer.clone()).is_ok_and(|len| len == SIGNAL_LEN));
     assert!(begun.elapsed() < Duration::from_secs(2));
     let pinged: Vec<bool> = hostile.iter().map(|at| at.recv(&mut buffer).is_ok()).collect();
     // Each attempt has a task of its own, so it may be any of them.
@@ -437,7 +437,7 @@ fn a_node_keeps_places_for_other_keys_and_addresses() {
     runtime.shutdown_background();
 }
 
-/// Beside one who forges all the time messages go on.
+/// Messages go on while another node forges packets.
 #[test]
 fn honest_nodes_are_unaffected_by_a_forger() {
     let (relay, address) = relay(0);

@@ -46,7 +46,7 @@ fn server(config: Config) -> (Engine, Arc<Server>, String) {
     (engine, server, format!("127.0.0.1:{port}"))
 }
 
-/// A node that sends one numbered message after the other, each with a request whose time is taken.
+/// A node that sends numbered messages one after the other, and measures a request with each.
 struct Honest {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<(Engine, u64, Vec<Duration>)>,
@@ -102,7 +102,7 @@ fn report(what: &str, quiet: Duration, flooded: Duration) {
     eprintln!("{what}: 99 of 100 requests within {quiet:?} before, {flooded:?} meanwhile");
 }
 
-/// Opens sessions, whose streams are then reset, as fast as the receiver greets them.
+/// Opens sessions as fast as the receiver greets them; their streams are then reset.
 async fn open_and_reset(connection: &Connection, ids: std::ops::Range<u64>) {
     let mut streams = JoinSet::new();
     for id in ids {
@@ -174,7 +174,7 @@ fn one_key_has_only_so_many_open_sessions_and_costs_others_no_time() {
     engine.stop();
 }
 
-/// Sends messages in a session each over so many connections, as many as are taken.
+/// Sends messages over `connections` connections, in a session each, as fast as they are taken.
 async fn flood_messages(address: String, connections: u64) {
     let key = quic::key().unwrap();
     let messages = raw::map(Publish, &[("text", raw::bin("a flood"))]).repeat(1000);
@@ -191,8 +191,8 @@ async fn flood_messages(address: String, connections: u64) {
     floods.join_all().await;
 }
 
-/// The median time of a request, quiet and beside a flood: of three rounds the one in which the flood cost least, because
-/// other work of the machine may add to it.
+/// The median time of a request, without and with a flood: of three rounds the one in which the flood cost least,
+/// because other work of the machine may add to it.
 fn beside<F>(flood: impl Fn(String) -> F) -> (Duration, Duration)
 where
     F: Future<Output = ()> + Send + 'static,
@@ -262,7 +262,7 @@ fn sessions_of_one_key_cost_no_other_sender_its_own() {
             floods.spawn(async move { open_and_reset(&attacker, 3000 * n..3000 * (n + 1)).await });
         }
         floods.join_all().await;
-        // Its own have given way, and it is told: nothing of what it says is taken.
+        // Its own sessions were evicted, and it is told: nothing more is taken from it.
         let mut stream = Stream::open(&attacker).await;
         let again = [opening_to(u64::MAX, 0, first_run), numbered(0), frame(Publish, 1000, 8).to_vec()].concat();
         stream.say(again).await;
@@ -359,7 +359,8 @@ fn one_key_has_its_share_of_the_connections_and_no_other_is_refused() {
     attackers.block_on(async {
         let key = Arc::new(quic::key().unwrap());
         let flood = flood(&address, "127.0.0.1", || key.clone(), 500).await;
-        // A tenth of 1,024, beside the honest node. To who connects the handshake is over before its key has been looked at.
+        // A tenth of 1,024, beside the honest node. For the client, the handshake ends before the listener has checked
+        // its key.
         eventually("only its share is left", || engine.stats().accepted.len() == 103 + 1).await;
         assert!(refused_by(&engine, "connections_per_key") > 0);
         let took = tokio::task::spawn_blocking({

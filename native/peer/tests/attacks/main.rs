@@ -1,4 +1,4 @@
-//! Attacks, and what they come to. Those that measure the whole process are programs of their own.
+//! Attacks and their outcomes. Those that measure the whole process are separate programs.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../common/mod.rs"]

@@ -255,7 +255,7 @@ fn a_sender_that_reads_no_answers_is_not_read_on() {
         assert_eq!(stream.hear().await.kind, Pong.id(), "others are answered");
 
         receive.stop(0u8.into()).unwrap();
-        eventually("who wants no answers any more is heard", || echo.0.load(Ordering::Relaxed) == 100_001).await;
+        eventually("it is read again once it stops the answers", || echo.0.load(Ordering::Relaxed) == 100_001).await;
     });
     server.stop();
 }
@@ -445,7 +445,7 @@ struct Lie {
 }
 
 impl Receiver {
-    /// Lies to all who dial. Returns the numbers in the messages that come.
+    /// Lies to every client. Returns the numbers in the messages that arrive.
     fn lie(&mut self, lie: Lie) -> Arc<Mutex<Vec<u64>>> {
         let (none, came) = (mpsc::unbounded_channel().1, Arc::new(Mutex::new(Vec::new())));
         let mut connections = std::mem::replace(&mut self.connections, none);
@@ -690,7 +690,7 @@ fn a_forgotten_session_is_reported_and_the_rest_is_sent_again() {
     let session = receiver.runtime.block_on(async {
         let (mut stream, opening) = accept(&connection).await;
         let (session, run) = opened(opening);
-        assert_eq!(run, [0; 8], "it has met nobody");
+        assert_eq!(run, [0; 8], "it has met no peer");
         stream.say(greeting(0, 0)).await;
         assert_eq!(next(&mut stream).await.payload(), 0u64.to_be_bytes());
         assert_eq!(number(next(&mut stream).await.payload()), Some(0));

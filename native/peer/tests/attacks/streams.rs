@@ -86,7 +86,7 @@ async fn frames_may_be_cut_into_any_chunks() {
 
     let mut uni = connection.open_uni().await.unwrap();
     uni.write_all(&frame(Publish, 50, 30)).await.unwrap();
-    until("the one on a unidirectional stream too", || inbox.len() == 51);
+    until("the frame on a unidirectional stream too", || inbox.len() == 51);
     assert!(inbox.messages.lock().unwrap()[50].reply.is_none());
     block_in_place(|| server.stop());
 }

@@ -216,7 +216,7 @@ impl Forwarder {
                         queue.push_back((out + delay, false, buffer[..n].to_vec()));
                     }
                 }
-                // In the order of each direction: a slow one does not hold up the other.
+                // Each direction has its own queue: a slow one does not delay the other.
                 let due = |queue: &VecDeque<(Instant, bool, Vec<u8>)>| {
                     let due = queue.iter().position(|(due, ..)| *due <= Instant::now());
                     due.filter(|_| !held.load(Ordering::Relaxed))
@@ -251,7 +251,7 @@ impl Forwarder {
         self.hold.store(all, Ordering::Relaxed);
     }
 
-    /// From now on only so many bytes a second pass in each direction, behind a queue of [`QUEUE`].
+    /// From now on, limits each direction to `rate` bytes a second, behind a queue of [`QUEUE`].
     pub fn throttle(&self, bytes_per_second: usize) {
         self.rate.store(bytes_per_second, Ordering::Relaxed);
     }
@@ -270,7 +270,7 @@ impl Forwarder {
         self.moves.store(true, Ordering::Relaxed);
     }
 
-    /// From now on longer packets are lost without a word, as where ICMP is filtered.
+    /// From now on, silently drops longer packets, as where ICMP is filtered.
     pub fn narrow(&self, widest: usize) {
         self.widest.store(widest, Ordering::Relaxed);
     }

@@ -64,7 +64,8 @@ pub async fn stranger(to: &str) -> Connection {
     dial(to, &quic::key().unwrap()).await
 }
 
-/// Speaks only `macula`, allows so many streams and serves each connection so. It lives as long as the runtime.
+/// Speaks only `macula`, allows `streams` streams, and serves each connection with `serve`. It lives as long as the
+/// runtime.
 pub fn macula_server<S>(streams: u32, serve: impl Fn(Connection) -> S + Send + Sync + 'static) -> (Runtime, SocketAddr)
 where
     S: Future<Output = ()> + Send + 'static,
@@ -141,7 +142,7 @@ pub async fn words(stream: &mut Stream) -> (u8, u64) {
     (word[0], u64::from_be_bytes(word[1..].try_into().unwrap()))
 }
 
-/// One frame, of whatever type.
+/// One frame, of any type.
 pub fn raw_frame(type_id: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = vec![1, type_id, 0, 0];
     frame.put_u32(payload.len() as u32);
@@ -221,7 +222,7 @@ impl Punch {
         Self { session: fastrand::u128(..).to_be_bytes(), secret: [fastrand::u8(..); 32] }
     }
 
-    /// One that the node has asked for under this id.
+    /// An answer that the node has requested under this id.
     pub fn asked(session: &[u8]) -> Self {
         Self { session: session.try_into().unwrap(), ..Self::new() }
     }
@@ -358,7 +359,7 @@ impl Stream {
     }
 
     pub async fn say(&mut self, bytes: impl AsRef<[u8]>) {
-        // Who does not want to hear it may have said so already; what it says back tells.
+        // The receiver may have stopped the stream already; what it sends back tells.
         let _ = timeout(PATIENCE, self.send.write_all(bytes.as_ref())).await.expect("written in time");
     }
 
@@ -396,7 +397,7 @@ impl Stream {
         }
     }
 
-    /// So many bytes. `Err`: as for a frame.
+    /// The next `len` bytes. `Err`: as for a frame.
     pub async fn bytes(&mut self, len: usize) -> Result<Vec<u8>, Option<VarInt>> {
         let mut bytes = vec![0; len];
         match timeout(PATIENCE, self.receive.read_exact(&mut bytes)).await.expect("heard in time") {
@@ -459,7 +460,7 @@ pub struct Bridge {
 }
 
 impl Bridge {
-    /// For one who dials `address`.
+    /// For a client that dials `address`.
     pub async fn new(connection: Connection, circuit: u32) -> Self {
         let socket = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
         let address = socket.local_addr().unwrap();

@@ -48,7 +48,7 @@ struct Decider {
     answer: Mutex<Option<Result<(), NotAdmitted>>>,
     kept: Mutex<Vec<AdmissionAnswer>>,
     asked: Mutex<Vec<AdmissionQuestion>>,
-    /// Whoever has this key is let in all the same.
+    /// A node with this key is let in all the same.
     allowed: Mutex<Option<Fingerprint>>,
 }
 
@@ -142,7 +142,7 @@ fn a_denied_network_is_refused_before_a_handshake_and_its_connections_end() {
     assert_eq!(send(&other, &at, store(3)), Ok(()));
 }
 
-/// Whom this node sends to is its own affair, but it hears nothing from one that may not come.
+/// A denied node still gets messages from this node, but this node takes none from it.
 #[test]
 fn a_denied_node_gets_messages_but_none_are_taken_from_it() {
     let (a, from_b) = (engine(Config::default()), Arc::new(Inbox::default()));
@@ -188,7 +188,7 @@ fn a_node_behind_a_relay_is_checked_by_its_key_and_not_by_its_network() {
     assert!(refused(&target, "key") >= 2);
 }
 
-// ---- whoever is asked ----
+// ---- the callback ----
 
 #[test]
 fn a_callback_decides_once_for_equal_questions() {
@@ -261,7 +261,7 @@ fn a_dropped_question_is_a_refusal() {
     assert!(dropper.0.load(Ordering::Relaxed) >= 1 && refused(&server, "crash") >= 1);
 }
 
-/// While nobody answers about many keys at one address, a node at another one registers as fast as ever.
+/// While questions about many keys at one address are pending, a node at another address registers without delay.
 #[test]
 fn strangers_at_one_address_have_a_share_of_the_questions() {
     let decider = Decider::new(None);
@@ -354,7 +354,7 @@ fn a_kicked_node_is_told_and_not_registered_again_at_once() {
     assert_eq!(relay.stats().relay.unwrap().registrations, 0, "at once");
     hears(&of_a, Refusal::Kicked);
     hears(&of_b, Refusal::Kicked);
-    // One that does not wait by itself.
+    // A client that does not wait by itself.
     a.unregister();
     a.register(node_id("a"), vec![endpoint(&at)]);
     let refusals = || states(&of_a).iter().filter(|state| matches!(state, Registration::Refused(_))).count();

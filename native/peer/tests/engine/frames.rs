@@ -1,5 +1,5 @@
-//! What the frames of some cost the others: those that are much work are handed over one at a time, off the threads that
-//! move packets, and their senders take turns.
+//! What expensive frames of one sender cost the others: they are handed over one at a time, off the threads that move
+//! packets, and their senders take turns.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -24,7 +24,7 @@ struct Slow {
 impl Handler for Slow {
     fn message(&self, message: Inbound) -> Result<(), Unhandled> {
         if message.kind == Ping {
-            let _ = message.reply.expect("it is asked for").reply(crate::common::frame(Pong, 0, 8));
+            let _ = message.reply.expect("a request").reply(crate::common::frame(Pong, 0, 8));
             return Ok(());
         }
         if message.payload.len() > MANY {
@@ -78,7 +78,7 @@ fn an_expensive_frame_delays_no_packets() {
 fn expensive_frames_are_decoded_one_at_a_time_and_senders_take_turns() {
     let (server, handler, address) = slow(Duration::from_millis(50));
     let [greedy, modest] = [(); 2].map(|()| engine(Config::default()));
-    // As requests, so that each has a stream of its own and waits by itself.
+    // As requests, so that each has its own stream and waits independently.
     let ask = |engine: &Engine, n| {
         let target = macula_peer::Target::Endpoint(macula_peer::EndpointRef::parse(&address).unwrap());
         let asked = Message { deadline: Some(Instant::now() + PATIENCE), ..wide(n, MANY) };
@@ -90,7 +90,7 @@ fn expensive_frames_are_decoded_one_at_a_time_and_senders_take_turns() {
     ask(&modest, 1000);
     let place = || handler.handled.lock().unwrap().iter().position(|&(_, n)| n == 1000);
     until("it is handled", || place().is_some());
-    // The connection, the one that is worked on, and one more of each sender.
+    // The connection, the frame in progress, and one more of each sender.
     assert!(place().unwrap() <= before + 8, "{:?} after {before}", place());
     until("all are", || handler.handled.lock().unwrap().len() == 31);
     assert_eq!(handler.most.load(Ordering::Relaxed), 1);
@@ -115,7 +115,7 @@ fn messages_of_one_sender_stay_in_order_whatever_they_cost() {
     server.stop();
 }
 
-/// Answers become terms too. Who asked keeps its timeout, and small answers do not wait.
+/// Answers become terms too. The caller keeps its timeout, and small answers do not wait.
 #[test]
 fn a_large_answer_waits_for_its_turn_within_the_callers_timeout() {
     let (client, handler, its_address) = slow(Duration::from_millis(1500));
@@ -143,7 +143,7 @@ impl Handler for Answers {
     fn message(&self, message: Inbound) -> Result<(), Unhandled> {
         let asked = number(&message.payload).unwrap();
         let answer = if asked == 1 { wide(1, MANY).frame } else { crate::common::frame(Pong, asked, 8) };
-        let _ = message.reply.expect("it is asked for").reply(answer);
+        let _ = message.reply.expect("a request").reply(answer);
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! What arrives is handed over to the gateway of this host, and what it answers goes to those who asked.
+//! Messages are handed over to the gateway of this host, and its answers go to the senders.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A gateway that reads so many streams at a time, and answers what is to be found with the same bytes.
+/// A gateway that reads `streams` streams at a time, and answers requests with the same bytes.
 struct Gateway {
     runtime: Runtime,
     address: SocketAddr,
@@ -68,7 +68,7 @@ async fn serve_stream(
         frames.push(chunk.bytes);
         while let Ok(Some(frame)) = frames.next_frame() {
             if frame.type_id() == FindValue.id() {
-                // Nobody may read it.
+                // Nothing may read it.
                 let _ = send.write_all(&raw_frame(FindValueReply.id(), frame.payload())).await;
             }
             got.lock().unwrap().push(frame);
@@ -105,7 +105,7 @@ fn an_original_peer_is_answered_on_its_stream_and_no_byte_is_changed() {
     let (node, address) = node(gateway.address);
     let connection = macula(&gateway.runtime, &address);
     let mut question = raw_frame(FindValue.id(), &[0xC1, 1, 2, 3]);
-    // Bytes of the header that nobody looks at.
+    // Bytes of the header that are not checked.
     (question[2], question[3]) = (0x55, 0xAA);
     let answer = gateway.runtime.block_on(async {
         let (mut send, mut receive) = connection.open_bi().await.unwrap();
@@ -123,7 +123,7 @@ fn an_original_peer_is_answered_on_its_stream_and_no_byte_is_changed() {
     gateway.runtime.shutdown_background();
 }
 
-/// Who has stopped reading has no use for an answer, and the gateway is not asked for one.
+/// A peer that has stopped reading needs no answer, and the gateway is not asked for one.
 #[test]
 fn a_peer_that_reads_no_answer_holds_no_gateway_stream() {
     let gateway = Gateway::new(100);
@@ -144,7 +144,7 @@ fn a_peer_that_reads_no_answer_holds_no_gateway_stream() {
     gateway.runtime.shutdown_background();
 }
 
-/// What is more than the gateway takes stays with those who send it.
+/// Messages beyond what the gateway takes stay with their senders.
 #[test]
 fn a_slow_gateway_slows_its_senders() {
     const MESSAGES: u64 = 40_000;
@@ -195,7 +195,7 @@ fn the_handler_gets_messages_while_the_gateway_is_absent() {
     }
     until("all arrive", || inbox.len() == 500);
     assert_eq!(inbox.numbers(), (0..500).collect::<Vec<_>>());
-    // The way to answer comes with it.
+    // The token comes with it.
     let answering = inbox.clone();
     let asked = std::thread::scope(|scope| {
         let asking = scope.spawn(|| request(&client, &address, message(FindValue, 7, TIMEOUT)));
@@ -229,7 +229,8 @@ fn a_late_answer_is_handed_over() {
     gateway.runtime.shutdown_background();
 }
 
-/// The engine stops while messages wait for a gateway that takes none: nobody waits for ever, and they are counted.
+/// The engine stops while messages wait for a gateway that takes none: no sender waits for ever, and the messages are
+/// counted.
 #[test]
 fn an_engine_that_stops_leaves_nothing_uncounted() {
     let gateway = Gateway::new(0);

@@ -1,4 +1,4 @@
-//! Keys, and whom they are trusted by.
+//! Keys, and how they are trusted.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -63,7 +63,7 @@ fn a_file_that_others_may_read_or_write_is_refused() {
     }
 }
 
-/// Whoever may write them decides whom this node trusts, or who it is.
+/// A user that may write them decides which keys this node trusts, or which key it has.
 #[cfg(unix)]
 #[test]
 fn certificates_and_authorities_that_others_may_write_are_refused() {
@@ -144,7 +144,7 @@ fn a_file_may_be_reached_by_links() {
 #[test]
 fn a_file_without_a_key_is_refused_and_left_alone() {
     let directory = Directory::new("garbage");
-    let ca = Authority::new("somebody");
+    let ca = Authority::new("a node");
     let (stranger, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
     let not_its_own = key.serialize_pem() + &ca.signed("127.0.0.1", &stranger);
     let cut_off = key.serialize_pem() + "-----BEGIN CERTIFICATE-----\nMIIB";
@@ -310,7 +310,7 @@ fn a_restarted_node_resets_the_connections_of_the_process_before() {
     after.stop();
 }
 
-// ---- who is who ----
+// ---- both sides know the other's key ----
 
 #[test]
 fn both_sides_know_each_others_key_on_every_link() {
@@ -363,7 +363,7 @@ fn links_to_unverified_peers_are_counted() {
     server.stop();
 }
 
-// ---- whom we dial ----
+// ---- keys of dialled peers ----
 
 #[test]
 fn only_a_pinned_peer_is_dialled() {
@@ -445,7 +445,7 @@ fn only_a_peer_with_a_signed_certificate_is_dialled() {
     server.stop();
 }
 
-// ---- who dials us ----
+// ---- keys of clients ----
 
 #[test]
 fn only_pinned_clients_are_let_in() {
@@ -499,7 +499,8 @@ fn a_listener_may_show_a_certificate_of_its_own() {
     server.stop();
 }
 
-/// New connections see the renewed certificate; those that are there go on. Kubernetes exchanges both files at once, by a link.
+/// New connections see the renewed certificate; existing ones go on. Kubernetes replaces both files at once, through a
+/// link.
 #[cfg(unix)]
 #[test]
 fn a_renewed_certificate_is_shown_to_new_connections() {
@@ -594,7 +595,7 @@ fn renewed_authorities_count_for_new_connections() {
     trust(&new);
     until("the new authority counts", || reaches(&of_new, &endpoint));
     assert!(!reaches(&of_old, &endpoint));
-    until("it counts for who dials", || reaches(&dialler, &to_new));
+    until("it counts when dialling", || reaches(&dialler, &to_new));
     assert!(inbox.len() >= 2);
     [of_old, of_new, dialler, server].iter().for_each(Engine::stop);
 }
@@ -655,7 +656,7 @@ fn a_message_to_a_peer_that_no_longer_trusts_us_is_reported() {
 /// Not as our listener does it: this one allows streams before it has seen the certificate.
 #[test]
 fn a_peer_that_refuses_us_late_costs_neither_an_answer_nor_a_storm() {
-    let authority = Authority::new("nobody's");
+    let authority = Authority::new("an unknown authority");
     let mut roots = rustls::RootCertStore::empty();
     roots.add(authority.certificate.der().clone()).unwrap();
     let clients = WebPkiClientVerifier::builder_with_provider(roots.into(), default_provider().into()).build().unwrap();
@@ -775,7 +776,7 @@ impl Authority {
     }
 }
 
-/// A bare quinn server that lets in whom its settings let in, and reads nothing.
+/// A bare quinn server that lets in clients by its settings, and reads nothing.
 struct Gateway {
     endpoint: String,
     _runtime: tokio::runtime::Runtime,
@@ -859,7 +860,7 @@ fn fails(client: &Engine, endpoint: &str, error: &ConnectError) {
     client.stop();
 }
 
-/// Who shows no certificate gets no message through, whatever it speaks.
+/// A client without a certificate gets no message through, in any dialect.
 #[track_caller]
 fn no_unknown_client_is_let_in(endpoint: &str) {
     let runtime = tokio_runtime(1).unwrap();

@@ -1,4 +1,4 @@
-//! A link that somebody wants closed is closed, and costs no message.
+//! An invalidated link is closed, and no message is lost.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -65,7 +65,7 @@ async fn serve_stream(
     }
 }
 
-/// A message of 3,000 bytes and a small one by turns: neither fits the way that the other one takes.
+/// Alternates a message of 3,000 bytes and a small one, which are sent differently.
 fn send_and_invalidate(client: &Engine, endpoint: &str) {
     for n in 0..300 {
         let bytes = if n % 2 == 0 { 3000 } else { 10 };

@@ -194,7 +194,7 @@ fn a_file_behind_a_link_stays_where_it_is() {
 
 // ---- another key ----
 
-/// A node with a key of its own in a file, and those that it had before.
+/// A node with its own key in a file, and its old keys.
 fn with_key(directory: &Directory, key: &str, previous: &[&str], port: u16) -> Config {
     Config {
         identity_file: Some(directory.path(key)),
@@ -217,7 +217,7 @@ fn a_statement_by_the_old_key_lets_a_node_change_its_key() {
     send(&sender, &address, 0).unwrap();
     assert_eq!(inbox.len(), 1);
     ended(before);
-    // One who does not have the old key, or has the word of another one.
+    // A client without the old key, or with a statement by another one.
     for previous in [&[][..], &["other"]] {
         let (stranger, stolen, _) = target(with_key(&directory, "stranger", previous, port));
         assert_eq!(send(&sender, &address, 1), untrusted());
@@ -327,7 +327,7 @@ fn a_node_shows_only_statements_by_its_own_keys() {
     after.stop();
 }
 
-/// What anybody gets who asks a node for the word of its old key.
+/// The answer of a node to a request for the statement by its old key.
 async fn word(address: &str, old: Fingerprint) -> Vec<u8> {
     let connection = stranger(address).await;
     let mut stream = Stream::open(&connection).await;

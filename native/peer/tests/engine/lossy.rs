@@ -1,4 +1,4 @@
-//! Over ways that lose packets, messages arrive all the same, and most of them soon.
+//! Messages arrive over paths that lose packets, and most of them soon.
 #![allow(clippy::print_stdout)]
 
 use std::thread;
@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use crate::common::{Forwarder, PATIENCE, member, message, over, relay, send_to_node};
 use macula_peer_wire::MessageType::Publish;
 
-/// Of each of the two ways: 400 ms from node to node and back, and one packet of ten lost on the way there. With twice the
-/// loss, one handshake in a thousand takes more than 10 s, and is given up.
+/// For each direction: a round trip of 400 ms, and a loss of one packet in ten. With twice the loss, one handshake in a
+/// thousand takes more than 10 s and is given up.
 const DELAY: Duration = Duration::from_millis(100);
 const LOSS: f64 = 0.05;
 

@@ -1,4 +1,4 @@
-//! Circuits over paths that carry only small packets, and over such that become narrow under way.
+//! Circuits over paths with a small MTU, and over paths whose MTU drops while they are in use.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -92,7 +92,7 @@ fn a_circuit_goes_on_when_a_leg_becomes_narrow() {
     }
 }
 
-/// Nothing else is on its way that would show what is lost and what is not.
+/// Nothing else is in flight that would show which packets are lost.
 #[test]
 fn a_lone_large_message_arrives_after_a_leg_has_become_narrow() {
     for leg in 0..2 {

@@ -1,4 +1,4 @@
-//! Nodes find out what their NATs are like, and relays that help them harm nobody.
+//! Nodes find out what their NATs do, and the relays that help them cannot be misused.
 //!
 //! There is no NAT on loopback: nodes behind real ones are in the Common Test suites.
 
@@ -204,7 +204,7 @@ impl Forgetful {
             while !stop.load(Ordering::Relaxed) {
                 let mut forgets = |packet: &[u8]| packet[0] == 0x08 && known.insert(packet.to_vec());
                 while let Ok((len, from)) = front.recv_from(&mut buffer) {
-                    // Other sockets of the node ask too; this one is only for the one socket.
+                    // Other sockets of the node send requests too; this filter is for one socket.
                     let node = *client.get_or_insert(from);
                     if forgets(&buffer[..len]) {
                         forgotten.fetch_add(1, Ordering::Relaxed);
@@ -361,7 +361,7 @@ fn a_relay_answers_only_its_nodes_at_their_addresses_and_within_limits() {
         let server = (512..1024).find_map(|port| UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).ok());
         let port = server.as_ref().map_or(53, |server| server.local_addr().unwrap().port());
         requester.socket.send_to(&requester.request(3, SAME, port), requester.relay).unwrap();
-        // Nobody's secret, another one's, and what is no request.
+        // No secret, another node's secret, and a malformed request.
         let mut forged = good.clone();
         forged[51] ^= 1;
         requester.socket.send_to(&forged, requester.relay).unwrap();
@@ -381,7 +381,7 @@ fn a_relay_answers_only_its_nodes_at_their_addresses_and_within_limits() {
             assert!(silent.recv_from(&mut [0; 100]).is_err());
         }
 
-        // As many at once as may be, at both ports together, and what comes anew meanwhile.
+        // The maximum at once, at both ports together, and new requests meanwhile.
         requester.socket.set_nonblocking(true).unwrap();
         let (begun, mut answered, mut asked) = (Instant::now(), 0, 0);
         while asked < 1000 {
@@ -433,7 +433,7 @@ fn a_secret_is_good_as_long_as_the_registration() {
         gone.socket.set_nonblocking(true).unwrap();
         assert!(gone.socket.recv_from(&mut [0; 100]).is_err());
 
-        // A node that is no relay any more answers nobody.
+        // A node that is no longer a relay answers no one.
         assert!(relay.close());
         here.socket.send_to(&here.request(4, SAME, 0), here.relay).unwrap();
         here.socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();

@@ -215,7 +215,7 @@ fn a_node_without_an_id_serves_any_and_is_not_learnt() {
 fn messages_to_a_node_that_comes_back_with_another_key_end_as_untrusted_until_it_is_forgotten() {
     let (target, inbox, address) = named("target");
     let forwarder = Forwarder::new(address.parse().unwrap(), 0, 0.0, Duration::ZERO);
-    // The swallowed way is tried again each time.
+    // The path that swallows packets is tried each time.
     let sender = engine(Config { connect_timeout: SECOND, ..Config::default() });
     let events = Arc::new(Inbox::default());
     sender.set_handler(Some(events.clone()));
@@ -362,7 +362,7 @@ fn messages_without_a_key_keep_the_link_while_another_key_is_looked_for() {
     assert_eq!(inbox.disorder(), None);
     let stats = sender.path(&Target::Node(&node_id("target")));
     assert_eq!(stats.link.map(|link| link.remote), link.map(|link| link.remote));
-    // The one that is there is asked too, and has another key.
+    // The linked node is asked too, and has another key.
     let wanted = Message { key: Some([7; 32].into()), ..message(Ping, 99, SECOND) };
     assert_eq!(ask(&sender, "target", at(&[&address]), wanted), Err(untrusted().into()));
     for engine in [&*sender, &target] {

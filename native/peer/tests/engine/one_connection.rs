@@ -1,4 +1,4 @@
-//! Two nodes that send to each other need one connection, whoever began it.
+//! Two nodes that send to each other need one connection, whichever side began it.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -73,7 +73,7 @@ fn a_node_that_can_be_dialled_answers_over_the_direct_connection() {
     }
 }
 
-/// Who began the connection sends nothing over it for long, while the other side does.
+/// The node that began the connection sends nothing over it for long, while the other one does.
 #[test]
 fn a_connection_that_the_other_side_uses_is_not_idle() {
     let (relay, address) = relay(0);

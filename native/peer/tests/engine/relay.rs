@@ -1,4 +1,4 @@
-//! Nodes that nobody dials are reached through relays.
+//! Nodes that cannot be dialled are reached through relays.
 
 use std::time::{Duration, Instant};
 
@@ -160,7 +160,7 @@ fn messages_for_a_known_node_do_not_go_to_an_impostor_of_its_relay() {
     let refused = send_to_node(&sender, "target", over(&[&address]), message(Publish, 2, Duration::from_secs(2)));
     assert!(matches!(refused, Err(SendError::Route(_))), "{refused:?}");
     send_to_node(&sender, "stranger", over(&[&address]), message(Publish, 3, TIMEOUT)).unwrap();
-    until("what is for nobody known is passed on, as in the original", || stolen.len() == 1);
+    until("messages for unknown nodes are passed on, as in the original", || stolen.len() == 1);
     assert_eq!(stolen.numbers(), [3]);
     for engine in [sender, impostor] {
         engine.stop();

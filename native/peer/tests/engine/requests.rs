@@ -148,7 +148,7 @@ fn a_name_is_looked_up_and_both_families_are_tried() {
     server.stop();
 }
 
-/// The port that was asked for, and no other, though the socket that is to be replaced has it.
+/// The requested port and no other, though the socket that will be replaced holds it.
 #[test]
 fn a_listener_gets_the_port_that_it_asks_for_or_an_error() {
     let server = engine(Config::default());

@@ -1,4 +1,4 @@
-//! Between nodes that run this library: in order and exactly once, over whatever sequence of links.
+//! Between nodes that run this library: in order and exactly once, over any sequence of links.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -28,8 +28,8 @@ fn numbered(inbox: &Inbox, large: bool) -> Vec<u64> {
     messages.iter().filter(|m| (m.payload.len() >= LARGE) == large).filter_map(|m| number(&m.payload)).collect()
 }
 
-/// How many messages came over each connection. Where this host had no time for one of the two, the other one may have begun to
-/// dial anew, and that is no mistake; a message that had to go over another connection is one.
+/// How many messages came over each connection. If this host starved one of the two, the other may have begun to
+/// redial, which is fine; a message that had to go over another connection is an error.
 fn over_each(server: &Engine) -> Vec<u64> {
     server.stats().accepted.iter().map(|accepted| accepted.received).filter(|received| *received > 0).collect()
 }
@@ -459,7 +459,7 @@ fn a_call_made_in_doubt_goes_out_when_the_link_is_heard_again() {
     let client = Arc::new(engine(Config::default()));
     for round in 0..4 {
         send(&client, &endpoint, of_size(round, 64)).unwrap();
-        until("nothing is on its way", || client.stats().peers[0].unacknowledged_bytes == 0);
+        until("nothing is in flight", || client.stats().peers[0].unacknowledged_bytes == 0);
         forwarder.swallow(true);
         let calling = |n, asks| {
             let (client, endpoint) = (client.clone(), endpoint.clone());
@@ -490,7 +490,7 @@ fn an_engine_with_nothing_in_flight_stops_at_once() {
     for _ in 0..5 {
         let client = engine(Config::default());
         send(&client, &address, of_size(0, 64)).unwrap();
-        // Long enough for the task to look while something is on its way.
+        // Long enough for the task to look while something is in flight.
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_millis(50) {
             send(&client, &address, of_size(1, 64)).unwrap();

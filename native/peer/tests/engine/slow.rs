@@ -1,4 +1,4 @@
-//! Slow paths: what takes long still arrives, and does not hold up the rest.
+//! Slow paths: slow messages still arrive, and do not delay the rest.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

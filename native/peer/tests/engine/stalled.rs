@@ -19,7 +19,7 @@ fn stall() -> Child {
     Command::new("sh").args(["-c", &script]).spawn().unwrap()
 }
 
-/// What had come was not read yet, and the peer was taken for silent and dialled anew.
+/// Packets that had arrived were not read yet, so the peer was taken for silent and redialled.
 #[test]
 fn a_peer_is_not_suspected_while_this_host_is_stalled() {
     let (server, inbox, address) = listener(Config::default());

@@ -4,7 +4,7 @@
 //!   the commands are `stats`, `reset` and `quit`. At the default of 256 streams a stream per message is bound by the
 //!   round trip that gives the credit back, so compare only with what has the same limit. A session (docs/protocol.md)
 //!   gets the acknowledgements that it waits for; its opening and its numbers are not counted as frames.
-//! - `bare_quinn echo`, with the same options and commands, returns the one frame of each bidirectional stream.
+//! - `bare_quinn echo`, with the same options and commands, returns the frame of each bidirectional stream.
 //! - `bare_quinn source --addr ADDR [--shape bi|framed|sync|framed-sync] [--senders N] [--messages M] [--size BYTES]
 //!   [--coalesce N] [--driver plain|yield] [--alpn NAME] [--workers N]` sends and reports. The framed shapes write all
 //!   frames to one stream, so many at a time, and then a call is what writes them.
@@ -232,7 +232,7 @@ impl Progress {
         frames
     }
 
-    /// What a session's sender is to be told, if anything since `said`.
+    /// What to tell the sender of a session, if anything is new since `said`.
     fn acknowledgement(&self, said: &mut Option<u64>) -> Option<Vec<u8>> {
         const UNKNOWN_AND_EXPECTS_0: [u8; 17] = [0; 17];
         const EXPECTED: u8 = 0;
@@ -306,7 +306,7 @@ impl Counters {
     }
 }
 
-/// What a load generator is to do.
+/// The task of a load generator.
 struct Load {
     address: SocketAddr,
     shape: String,
@@ -401,7 +401,7 @@ fn source(load: Load) -> Result<(), Error> {
         other => Err(format!("no such shape: {other}").into()),
     }?;
     load.report(start.elapsed(), calls)?;
-    // It ends without a goodbye: whoever is told that a connection is closed drops what has arrived and was not read.
+    // It ends without closing: a peer that is told that a connection is closed drops what has arrived and was not read.
     std::mem::forget(connection);
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Many nodes at one relay, to see what each costs it.
 //!
-//! `crowd --relay ADDR`; the commands are `register N` (until there are so many), `circuits N` (that many more, with a
-//! packet over each), `leave` and `quit`.
+//! `crowd --relay ADDR`; the commands are `register N` (until N are registered), `circuits N` (N more, with a packet
+//! over each), `leave` and `quit`.
 
 use std::fmt::Display;
 

@@ -1,16 +1,16 @@
 //! Behaves towards a sender as an unmodified macula 0.14.3 gateway does, with its faults, and counts what it got.
 //!
-//! `fake_gateway [--bind ADDR] [--backlog N] [--handshake-ms MS] [--first-look-ms MS] [--rpc-delay-ms MS]
-//! [--mode gateway|listener]`; the commands are `stats`, `reset`, `silence on`, `silence off` and `quit`. It ends without a word to its peers, as a killed
-//! process would.
+//! `fake_gateway [--bind ADDR] [--backlog N] [--handshake-ms MS] [--first-look-ms MS] [--rpc-delay-ms MS] [--mode
+//! gateway|listener]`; the commands are `stats`, `reset`, `silence on`, `silence off` and `quit`. It ends without
+//! closing its connections, as a killed process would.
 //!
 //! It looks at a new stream `--first-look-ms` after the first bytes came (default 1), and what a connection carried that is
 //! closed by then is lost. With 0 it looks at once: each receive from the socket, which is what one send of a sender on
 //! this host brought, is a chunk of its own. The real one is sometimes as fast as that.
 //!
-//! As a `listener` it answers nothing by itself and is to whoever started it what quicer is to macula: each receive chunk is
-//! a line `received STREAM ADDRESS HEX`, which may come before the answer to a command, and `send STREAM HEX` writes
-//! to a stream.
+//! As a `listener` it answers nothing by itself, and serves its parent process as quicer serves macula: each receive
+//! chunk is a line `received STREAM ADDRESS HEX`, which may come before the answer to a command, and `send STREAM HEX`
+//! writes to a stream.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, IoSliceMut};
@@ -195,7 +195,7 @@ struct Gateway {
     counters: Mutex<Counters>,
 }
 
-/// Who answers.
+/// Whether the program answers, or its parent process.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Gateway,
@@ -234,7 +234,7 @@ impl Gateway {
     fn receive(&self, chunk: &[u8], stream: u64, peer: SocketAddr) -> Option<(Duration, Vec<u8>)> {
         let frame = self.counters().chunk(chunk);
         if self.mode == Mode::Listener {
-            // Without a reader there is nobody to tell that.
+            // Without a reader the error has no recipient.
             let _ = control::say(format_args!("received {stream} {peer} {}", hex(chunk)));
             return None;
         }
@@ -290,7 +290,7 @@ impl Gateway {
     }
 }
 
-/// Those that can be written to, by number.
+/// Streams that can be written to, by number.
 #[derive(Default)]
 struct Streams {
     next: AtomicU64,
@@ -354,7 +354,7 @@ struct Counters {
 }
 
 impl Counters {
-    /// One chunk is one frame, whatever else is in it.
+    /// One chunk is one frame, whatever follows the frame in it.
     fn chunk<'a>(&mut self, chunk: &'a [u8]) -> Option<Frame<'a>> {
         const MOST_DISTINCT: usize = 1 << 20;
         self.bytes += chunk.len() as u64;

@@ -73,7 +73,7 @@ async fn connected(server: SocketAddr) -> io::Result<UdpSocket> {
 async fn answers(back: Arc<UdpSocket>, homeward: Line, path: Arc<Path>) {
     let mut packet = vec![0; LARGEST_PACKET];
     loop {
-        // An error is the system's report that nobody listens there; somebody may later.
+        // An error is the system's report that no socket listens there; one may later.
         if let Ok(length) = back.recv(&mut packet).await {
             path.admit(&packet[..length], &homeward);
         }
