@@ -267,7 +267,7 @@ impl<M: Owed> SessionSender<M> {
         Some(expired)
     }
 
-    /// Gives up what is not on its way and whose time is over. Returns it, and when to look again.
+    /// Gives up messages whose deadline has passed, unless they are on their way. Returns them, and when to look again.
     pub fn expire(&mut self, now: Instant) -> (Vec<M>, Option<Instant>) {
         let owed_until = self.detached.map(|since| since + OWED_WITHOUT_DEADLINE);
         let until = |message: &M| message.deadline().or(owed_until);
@@ -287,7 +287,7 @@ impl<M: Owed> SessionSender<M> {
         channels.flat_map(|channel| channel.owed.give_up(|message, _| refused(message))).collect()
     }
 
-    /// Ends the session, and its streams; what is sent from now on is another one's.
+    /// Ends the session and its streams. What is sent from now on belongs to a new session.
     pub fn take(&mut self, id: SessionId) -> Taken<M> {
         self.attached = false;
         let mut taken = Taken::default();
@@ -385,9 +385,14 @@ mod tests {
     }
 
     const RUN: Run = [7; 8];
+    const MS: Duration = Duration::from_millis(1);
 
     fn envelope(size: usize) -> Envelope {
         Envelope { size, deadline: None }
+    }
+
+    fn until(deadline: Instant) -> Envelope {
+        Envelope { size: 10, deadline: Some(deadline) }
     }
 
     fn sender(at_most_once: bool) -> SessionSender<Envelope> {
@@ -489,7 +494,7 @@ mod tests {
         linked(&mut sender, 1, now);
         sender.push(envelope(10));
         sender.take([2; 16]);
-        assert_eq!(sender.missing(), None, "its messages go another way");
+        assert_eq!(sender.missing(), None, "another dialect carries its messages");
         sender.attach([3; 16], now);
         assert_eq!(sender.missing(), Some(0));
         sender.detach(now);
@@ -517,5 +522,217 @@ mod tests {
         }
         let keeps: Vec<_> = std::iter::from_fn(|| sender.write(0, now).map(|write| write.keep)).collect();
         assert_eq!(keeps, [None, Some(4 * KEEP.as_secs() as u32), None]);
+    }
+
+    #[test]
+    fn messages_of_64_kib_and_more_are_numbered_apart() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        assert_eq!([10, (64 << 10) - 1, 64 << 10].map(|size| sender.push(envelope(size))), [0, 0, 1]);
+        assert_eq!([0, 1].map(|channel| sender.unwritten(channel)), [2, 1]);
+        assert_eq!((sender.len(), sender.messages().count()), (3, 3));
+        assert!(sender.owes(0) && sender.owes(1) && !sender.is_empty());
+        linked(&mut sender, 1, now);
+        assert_eq!(sender.write(1, now).and_then(|write| write.number), Some(0));
+        assert_eq!((sender.unwritten(0), sender.unwritten(1)), (2, 0));
+        assert_eq!(sender.expected(1, 1).acknowledged.len(), 1);
+        assert!(!sender.owes(1) && !sender.is_empty(), "the other channel still owes something");
+    }
+
+    #[test]
+    fn the_oldest_message_is_the_first_written_of_both_channels() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        let later = now + Duration::from_secs(1);
+        sender.push(envelope(10));
+        sender.push(envelope(LARGE_MESSAGE));
+        assert_eq!(sender.oldest(), None, "nothing was written");
+        sender.write(1, now);
+        sender.write(0, later);
+        assert_eq!(sender.oldest(), Some(now));
+        sender.expected(1, 1);
+        assert_eq!(sender.oldest(), Some(later));
+    }
+
+    #[test]
+    fn a_receiver_that_acknowledged_nothing_is_not_sent_the_same_session_again() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        sender.greeting(0, false, RUN, 0, now);
+        assert_eq!(linked(&mut sender, 2, now), [[2; 16]; 2], "its greeting acknowledged nothing");
+        sender.expected(0, 0);
+        assert_eq!(linked(&mut sender, 3, now), [[3; 16]; 2], "neither did its word on the stream");
+        sender.push(envelope(2 * LITTLE));
+        written(&mut sender, now);
+        linked(&mut sender, 4, now);
+        assert_eq!(sender.greeting(0, true, RUN, 1, now).acknowledged.len(), 1);
+        assert_eq!(linked(&mut sender, 5, now), [[3; 16]; 2], "its greeting acknowledged a message");
+    }
+
+    #[test]
+    fn nothing_is_repeated_before_the_receivers_word_where_nothing_may_arrive_twice() {
+        let (now, mut sender) = (Instant::now(), sender(true));
+        assert!(!sender.has_stream(0) && !sender.is_resumed(0));
+        linked(&mut sender, 1, now);
+        assert!(sender.has_stream(0) && sender.is_resumed(0), "nothing was written before");
+        sender.push(envelope(10));
+        assert_eq!(written(&mut sender, now), [Some(0)]);
+        linked(&mut sender, 2, now);
+        assert!(sender.has_stream(0) && !sender.is_resumed(0));
+        assert_eq!(written(&mut sender, now), []);
+        assert_eq!(sender.greeting(0, true, RUN, 0, now).lost.len(), 0, "the receiver knows the session");
+        assert!(sender.is_resumed(0));
+        assert_eq!(written(&mut sender, now), [Some(0)]);
+        sender.detach(now);
+        assert!(!sender.has_stream(0));
+    }
+
+    #[test]
+    fn a_receiver_that_may_have_forgotten_an_old_message_is_asked_first() {
+        for (greeted, after, again) in
+            [(false, KEEP - MS, vec![Some(0)]), (false, KEEP, vec![]), (true, KEEP, vec![Some(0)])]
+        {
+            let (now, mut sender) = (Instant::now(), sender(false));
+            linked(&mut sender, 1, now);
+            if greeted {
+                sender.greeting(0, false, RUN, 0, now);
+            }
+            sender.push(envelope(10));
+            written(&mut sender, now);
+            linked(&mut sender, 2, now + after);
+            assert_eq!(written(&mut sender, now + after), again, "greeted: {greeted}, {after:?}");
+        }
+    }
+
+    #[test]
+    fn an_old_message_to_a_receiver_that_was_never_met_is_forgotten_unless_the_receiver_knows_the_session() {
+        // Whether the receiver was met, when it greets, and how many messages are forgotten.
+        for (met, after, forgotten) in [(false, KEEP - MS, 0), (false, KEEP, 1), (true, KEEP, 0)] {
+            let (now, mut sender) = (Instant::now(), sender(false));
+            linked(&mut sender, 1, now);
+            if met {
+                sender.greeting(0, false, RUN, 0, now);
+            }
+            sender.push(envelope(2 * LITTLE));
+            written(&mut sender, now);
+            linked(&mut sender, 2, now + after);
+            let settled = sender.greeting(0, false, [8; 8], 0, now + after);
+            assert_eq!(settled.forgotten.len(), forgotten, "met: {met}, {after:?}");
+            assert_eq!(written(&mut sender, now + after).len(), 1 - forgotten, "the rest is written again");
+        }
+    }
+
+    #[test]
+    fn a_receiver_that_was_not_asked_makes_no_message_forgotten() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        sender.push(envelope(10));
+        written(&mut sender, now);
+        linked(&mut sender, 2, now + KEEP - MS);
+        assert_eq!(sender.greeting(0, false, RUN, 0, now + KEEP).forgotten.len(), 0);
+        assert_eq!(written(&mut sender, now + KEEP), [Some(0)]);
+    }
+
+    #[test]
+    fn a_message_that_stalls_is_written_again_and_given_back_the_second_time() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        sender.push(envelope(10));
+        for rejected in [0, 1] {
+            assert_eq!(written(&mut sender, now), [Some(0)]);
+            sender.greeting(0, true, RUN, 0, now);
+            let (settled, goes_on) = sender.ended(0, StreamEnd::Rejected(Rejection::TooSlow), [2; 16]);
+            assert!(goes_on);
+            assert_eq!(settled.rejected.len(), rejected);
+            assert_eq!(sender.missing(), Some(0));
+            sender.open(0, now);
+        }
+        sender.greeting(0, true, RUN, 0, now);
+        let (_, goes_on) = sender.ended(0, StreamEnd::Rejected(Rejection::TooLarge), [2; 16]);
+        assert!(!goes_on, "no message was on its way");
+    }
+
+    #[test]
+    fn a_refused_message_is_given_back_after_all_before_it_were_acknowledged() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        for _ in 0..3 {
+            sender.push(envelope(10));
+        }
+        written(&mut sender, now);
+        let settled = sender.refused(0, 1, Rejection::TooLarge);
+        assert_eq!((settled.acknowledged.len(), settled.rejected.len(), sender.len()), (1, 1, 1));
+    }
+
+    #[test]
+    fn an_expired_message_that_is_partly_written_is_given_back_and_its_stream_replaced() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        sender.push(until(now + MS));
+        written(&mut sender, now);
+        assert!(sender.abandon(0, now).is_none(), "its deadline is not over");
+        assert!(sender.has_stream(0));
+        assert!(sender.abandon(0, now + MS).is_some());
+        assert_eq!(sender.missing(), Some(0));
+    }
+
+    #[test]
+    fn a_message_expires_at_its_deadline_unless_it_is_on_its_way() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        for deadline in [3, 1, 2] {
+            sender.push(until(now + deadline * MS));
+        }
+        assert_eq!(sender.write(0, now).map(|write| write.number), Some(Some(0)));
+        let (expired, next) = sender.expire(now + MS);
+        assert_eq!((expired.len(), next), (1, Some(now + 2 * MS)));
+        let (expired, next) = sender.expire(now + 3 * MS);
+        assert_eq!((expired.len(), next), (1, None), "a deadline that has passed is no time to look again");
+        assert_eq!(sender.len(), 1, "the first one is on its way");
+    }
+
+    #[test]
+    fn a_message_without_a_deadline_does_not_expire_while_its_session_has_all_its_streams() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        linked(&mut sender, 1, now);
+        sender.push(envelope(10));
+        sender.detach(now);
+        sender.detach(now + MS);
+        assert_eq!(sender.expire(now).1, Some(now + OWED_WITHOUT_DEADLINE), "counted from when the link died");
+        sender.attach([2; 16], now + MS);
+        sender.open(0, now + MS);
+        assert_eq!(sender.expire(now).1, Some(now + OWED_WITHOUT_DEADLINE), "it has only one of its streams");
+        sender.open(1, now + MS);
+        assert_eq!(sender.expire(now).1, None);
+    }
+
+    #[test]
+    fn messages_that_may_not_go_over_the_next_link_are_given_back() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        for size in [1, 2, LARGE_MESSAGE] {
+            sender.push(envelope(size));
+        }
+        sender.attach([1; 16], now);
+        let refused = sender.refuse(|message| message.size != 1);
+        assert_eq!(refused.iter().map(|message| message.size).collect::<Vec<_>>(), [2, LARGE_MESSAGE]);
+        assert_eq!(sender.len(), 1);
+    }
+
+    #[test]
+    fn a_session_that_ends_gives_everything_back_and_only_unwritten_messages_may_then_be_sent_again() {
+        for (at_most_once, owed, lost) in [(true, vec![2], vec![1]), (false, vec![1, 2], vec![])] {
+            let (now, mut sender) = (Instant::now(), sender(at_most_once));
+            linked(&mut sender, 1, now);
+            sender.push(envelope(1));
+            written(&mut sender, now);
+            sender.push(envelope(2));
+            let taken = sender.take([2; 16]);
+            let sizes = |messages: &[Envelope]| messages.iter().map(|message| message.size).collect::<Vec<_>>();
+            assert_eq!((sizes(&taken.owed), sizes(&taken.lost)), (owed, lost));
+            assert!(sender.is_empty());
+            sender.attach([3; 16], now);
+            sender.push(envelope(1));
+            sender.open(0, now);
+            assert_eq!(written(&mut sender, now), [Some(0)], "a new session");
+        }
     }
 }

@@ -436,7 +436,7 @@ fn faults(seed: u64, twin: bool) -> World {
 fn a_node_is_registered_again_within_a_minute_after_the_last_fault() {
     for seed in seeds(3000) {
         let mut world = faults(seed, false);
-        // Who was kicked waits for up to a minute; then the dial and the request.
+        // A node that was kicked waits for up to a minute. Then come the dial and the request.
         world.run_until(world.now + secs(60) + 2 * DIAL_TIMEOUT);
         world.assert_registered(seed);
     }
@@ -488,7 +488,7 @@ fn a_relay_that_stays_away_is_dialled_ever_more_rarely() {
 }
 
 #[test]
-fn a_relay_that_refuses_is_not_asked_again_at_once_whoever_waits() {
+fn a_relay_that_refuses_is_not_asked_again_at_once_even_if_callers_wait() {
     let mut world = World::new(1);
     world.refuses = Some(Refusal::Registrations);
     world.want(0, standing("name"));
@@ -602,7 +602,7 @@ fn a_registration_on_demand_ends_when_it_is_not_used() {
 }
 
 #[test]
-fn a_node_that_nobody_wants_registered_does_not_dial() {
+fn a_node_that_needs_no_registration_does_not_dial() {
     let mut world = World::new(1);
     world.want(0, Wants { circuits: 1, ..Wants::default() });
     world.run_until(world.start + IDLE);
@@ -748,4 +748,219 @@ fn a_distant_relay_may_take_two_round_trips() {
         }
     }
     assert_eq!(suspect_at, Some(2000));
+}
+
+/// A node that is registered under its standing name.
+fn registered(now: Instant) -> Registrant {
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    machine.want(standing("name"), now);
+    machine.dialled(Ok(()), 0, 0.5, now);
+    machine.answered(Ok(ADDRESS), 0.5, now);
+    actions(&mut machine);
+    machine
+}
+
+fn actions(machine: &mut Registrant) -> Vec<Action> {
+    std::iter::from_fn(|| machine.poll()).collect()
+}
+
+#[test]
+fn a_relay_that_is_not_used_is_dropped_after_the_idle_time_whatever_circuits_come_and_go() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    assert_eq!((machine.next_timeout(), machine.state()), (Some(now + IDLE), (&RegistrationState::Unused, now)));
+    machine.want(Wants { circuits: 1, ..Wants::default() }, now + secs(1));
+    assert_eq!(machine.next_timeout(), Some(now + IDLE), "a circuit that exists needs no registration");
+    machine.timeout(now + IDLE - ms(1));
+    assert_eq!(actions(&mut machine), []);
+    machine.timeout(now + IDLE);
+    assert_eq!((actions(&mut machine), machine.next_timeout()), (vec![Action::End], None));
+}
+
+#[test]
+fn the_state_tells_since_when_it_is_what_it_is() {
+    let start = Instant::now();
+    let at = |s| start + secs(s);
+    let mut machine = Registrant::new(id("own"), IDLE, start);
+    machine.want(standing("name"), at(1));
+    assert_eq!(machine.state(), (&RegistrationState::Connecting, at(1)));
+    let error = CircuitError::NotARelay;
+    machine.dialled(Err(error.clone()), 0, 1.0, at(2));
+    assert_eq!(machine.state(), (&RegistrationState::Down(error.clone()), at(2)));
+    machine.timeout(at(3));
+    assert_eq!(machine.state(), (&RegistrationState::Down(error.clone()), at(2)), "until it is known to be up");
+    machine.dialled(Err(error.clone()), 0, 1.0, at(4));
+    assert_eq!(machine.state(), (&RegistrationState::Down(error), at(2)), "no news");
+    machine.timeout(at(5));
+    machine.dialled(Ok(()), 0, 1.0, at(6));
+    machine.answered(Ok(ADDRESS), 1.0, at(7));
+    assert_eq!(machine.state(), (&RegistrationState::Registered { address: ADDRESS }, at(7)));
+}
+
+#[test]
+fn a_registered_node_that_stops_leaves_gently_and_ends_once() {
+    let mut machine = registered(Instant::now());
+    machine.stop();
+    let ended = Action::Report(RelayEvent::Ended);
+    assert_eq!(actions(&mut machine), [Action::StopDial, Action::Hold, Action::LeaveGently, ended, Action::End]);
+    machine.stop();
+    assert_eq!(actions(&mut machine), []);
+}
+
+#[test]
+fn a_node_that_stops_while_it_dials_has_no_registration_to_leave() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    machine.want(standing("name"), now);
+    machine.stop();
+    assert_eq!(actions(&mut machine), [Action::Dial, Action::End]);
+}
+
+#[test]
+fn a_new_address_is_reported_once_and_only_of_a_registered_node() {
+    let now = Instant::now();
+    let moved = SocketAddr::from(([10, 0, 0, 1], 1));
+    let mut machine = registered(now);
+    machine.moved(ADDRESS, now + secs(1));
+    assert_eq!(actions(&mut machine), [], "it is the same");
+    machine.moved(moved, now + secs(2));
+    assert_eq!(actions(&mut machine), [Action::Report(RelayEvent::Moved { address: moved })]);
+    assert_eq!(machine.state(), (&RegistrationState::Registered { address: moved }, now + secs(2)));
+    machine.lost(CircuitError::RelayLost, 0.5, now + secs(3));
+    actions(&mut machine);
+    machine.moved(ADDRESS, now + secs(4));
+    assert_eq!(actions(&mut machine), []);
+    assert_eq!(machine.state().0, &RegistrationState::Down(CircuitError::RelayLost));
+}
+
+#[test]
+fn a_lost_registration_is_reported_and_made_again() {
+    let now = Instant::now();
+    let mut machine = registered(now);
+    machine.lost(CircuitError::RelayLost, 1.0, now + secs(2));
+    let lost = Action::Report(RelayEvent::Lost);
+    let failed = Action::Fail(CircuitError::RelayLost);
+    assert_eq!(actions(&mut machine), [Action::StopDial, Action::Hold, Action::Leave, lost, failed]);
+    machine.timeout(machine.next_timeout().unwrap());
+    assert_eq!(actions(&mut machine), [Action::Dial]);
+}
+
+#[test]
+fn a_pause_is_shortened_by_callers_alone_and_not_where_the_relay_refuses() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    machine.want(standing("name"), now);
+    for _ in 0..8 {
+        machine.timeout(machine.next_timeout().unwrap_or(now));
+        machine.dialled(Err(CircuitError::NotARelay), 0, 1.0, now);
+    }
+    machine.want(standing("other"), now);
+    machine.want(Wants { circuits: 1, ..standing("other") }, now);
+    assert_eq!(machine.next_timeout(), Some(now + secs(10)), "no caller waits");
+    machine.timeout(now + secs(10));
+    machine.dialled(Err(CircuitError::Refused(Refusal::Registrations)), 0, 1.0, now);
+    machine.want(Wants { waiting: 1, ..standing("other") }, now);
+    assert_eq!(machine.next_timeout(), Some(now + secs(10)));
+}
+
+#[test]
+fn callers_that_wait_keep_the_pauses_below_a_second() {
+    let now = Instant::now();
+    let mut machine = Registrant::new(id("own"), IDLE, now);
+    machine.want(Wants { waiting: 1, ..Wants::default() }, now);
+    for _ in 0..8 {
+        machine.timeout(machine.next_timeout().unwrap_or(now));
+        machine.dialled(Err(CircuitError::NotARelay), 0, 1.0, now);
+    }
+    assert_eq!(machine.next_timeout(), Some(now + LONGEST_PAUSE_WANTED));
+}
+
+#[test]
+fn a_registration_is_idle_from_the_answer_on_where_its_callers_have_gone() {
+    let now = Instant::now();
+    for (wants, idle_at) in [
+        (Wants::default(), Some(now + IDLE)),
+        (Wants { circuits: 1, ..Wants::default() }, None),
+        (Wants { waiting: 1, ..Wants::default() }, None),
+    ] {
+        let mut machine = Registrant::new(id("own"), IDLE, now - secs(5));
+        machine.want(Wants { waiting: 2, ..Wants::default() }, now - secs(5));
+        machine.dialled(Ok(()), 0, 0.5, now - secs(1));
+        machine.want(wants.clone(), now - secs(1));
+        machine.answered(Ok(ADDRESS), 0.5, now);
+        assert_eq!(machine.next_timeout(), idle_at, "{wants:?}");
+    }
+}
+
+#[test]
+fn a_registration_is_idle_from_when_nothing_uses_it() {
+    let now = Instant::now();
+    let mut machine = registered(now);
+    let waiting = Wants { waiting: 1, ..Wants::default() };
+    let circuits = |circuits| Wants { circuits, ..Wants::default() };
+    for (wants, used) in [(waiting, true), (circuits(1), true), (circuits(0), false), (circuits(2), true)] {
+        machine.want(wants.clone(), now + secs(1));
+        assert_eq!(machine.next_timeout(), (!used).then_some(now + secs(1) + IDLE), "{wants:?}");
+    }
+}
+
+#[test]
+fn a_dial_beside_a_silent_connection_does_not_end_a_registration_that_is_idle() {
+    let now = Instant::now();
+    let mut machine = registered(now);
+    machine.want(Wants::default(), now);
+    machine.suspected(0);
+    machine.dialled(Err(CircuitError::NotARelay), 0, 1.0, now);
+    actions(&mut machine);
+    assert_eq!(machine.next_timeout(), Some(now + FIRST_PAUSE_SILENT));
+    machine.timeout(now + FIRST_PAUSE_SILENT);
+    assert_eq!(actions(&mut machine), [Action::Dial]);
+    machine.timeout(now + IDLE);
+    assert!(actions(&mut machine).ends_with(&[Action::End]));
+}
+
+#[test]
+fn a_relay_that_answers_another_connection_while_it_is_silent_gets_a_new_registration() {
+    let now = Instant::now();
+    let mut machine = registered(now);
+    machine.suspected(7);
+    machine.suspected(8);
+    assert_eq!(actions(&mut machine), [Action::Hold, Action::Dial], "one dial");
+    machine.dialled(Ok(()), 7, 1.0, now + secs(1));
+    let lost = Action::Report(RelayEvent::Lost);
+    let register = Action::Register(id("name"));
+    assert_eq!(actions(&mut machine), [Action::StopDial, Action::Hold, Action::Leave, lost, register]);
+    assert_eq!(machine.state(), (&RegistrationState::Connecting, now + secs(1)));
+    machine.cleared();
+    assert_eq!(actions(&mut machine), [], "the old connection is gone");
+}
+
+#[test]
+fn a_relay_that_is_not_suspect_cannot_be_cleared() {
+    let mut machine = registered(Instant::now());
+    machine.cleared();
+    assert_eq!(actions(&mut machine), []);
+}
+
+#[test]
+fn a_relay_that_is_asked_is_looked_at_soon_and_a_quiet_one_rarely() {
+    let start = Instant::now();
+    let (mut watch, mut liveness) = (Watch::new(Counted::default(), start), Liveness::new(start));
+    assert_eq!(watch.look_at(), start + LOOK_QUIET_EVERY);
+    watch.asked(start);
+    assert_eq!(watch.look_at(), start + LOOK_EVERY);
+    watch.asked(start + secs(1));
+    assert_eq!(watch.look_at(), start + LOOK_EVERY, "no later than before");
+    let (now, round_trip) = (start + LOOK_EVERY, ms(100));
+    let asked = Counted { asked: 1, heard: 0 };
+    let look = watch.look(&mut liveness, asked, round_trip, now);
+    assert_eq!((look, watch.look_at()), (Look { quiet: false, pad: false, suspect: false }, now + LOOK_EVERY));
+    let look = watch.look(&mut liveness, asked, round_trip, now + ms(200));
+    assert_eq!(look, Look { quiet: false, pad: true, suspect: false }, "the answer is late");
+    let now = now + ms(300);
+    let answered = Counted { asked: 1, heard: 1 };
+    watch.look(&mut liveness, answered, round_trip, now);
+    let look = watch.look(&mut liveness, answered, round_trip, now + SILENCE);
+    assert_eq!(look, Look { quiet: true, pad: false, suspect: false });
+    assert_eq!(watch.look_at(), now + SILENCE + LOOK_QUIET_EVERY);
 }
