@@ -13,7 +13,7 @@ use macula_peer_core::events::Event;
 use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::proto::codes::stream::{MALFORMED, SESSION_FORGOTTEN, TOO_MANY_SESSIONS, TOO_SLOW};
 use macula_peer_core::proto::session::{NO_RUN, NUMBER, Opening, Run, Word, parse_number};
-use macula_peer_core::session::{Arrival, Incoming};
+use macula_peer_core::session::{Acknowledged, Arrival, Incoming};
 use macula_peer_core::session_table::{Met, Opened, Refused, SessionKey, SessionTable};
 use macula_peer_core::shares::Client;
 use macula_peer_core::sync::{lock, now_or_never};
@@ -35,7 +35,7 @@ use crate::transfer::{self, Write, write_now};
 /// would doubt that.
 const STILL_HERE: Duration = Duration::from_millis(200);
 
-/// Frames handed over before the stream's task lets others run and says how far it is.
+/// Frames handed over before the stream's task lets others run.
 const BATCH: usize = 128;
 
 /// The clock is looked at after so many, or after one with so many bytes for each of them.
@@ -193,13 +193,14 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         }
     };
     drop(busy);
-    let (begun_before, mut said) = open.session.begin(channel);
+    let (begun_before, expected) = open.session.begin(channel);
     // Its other channel may have made the session, which says nothing of what the run before this one had of this one.
     let known = known && (begun_before || run != NO_RUN);
-    let greeting = Word::Greeting { known, run: server.sessions.run, expected: said };
+    let greeting = Word::Greeting { known, run: server.sessions.run, expected };
     if !say(&mut stream, &mut send, greeting.bytes()).await {
         return;
     }
+    let mut acknowledged = Acknowledged::new(expected, Instant::now());
     let mut number = None;
     let mut words = BytesMut::new();
     let mut spent = Spent::default();
@@ -213,7 +214,9 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
             if let Ok(turn) = timeout(STILL_HERE, &mut ready).await {
                 break turn;
             }
-            if !say(&mut stream, &mut send, Word::Expected(said).bytes()).await {
+            let expected = acknowledged.due(open.session.expected(channel, number), false, Instant::now());
+            let expected = expected.unwrap_or(acknowledged.expected());
+            if !say(&mut stream, &mut send, Word::Expected(expected).bytes()).await {
                 return;
             }
         };
@@ -225,13 +228,14 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         }
         let piece = Piece::begin(Instant::now());
         let batch = read_batch(&mut stream, &open, channel, &mut number, &mut words);
-        spent.add(piece, Instant::now());
+        let now = Instant::now();
+        spent.add(piece, now);
         drop(busy);
         let next = if let Batch::Heavy(heavy, _) = &batch { Some(*heavy) } else { number };
-        let expected = open.session.expected(channel, next);
-        if expected != said {
-            said = expected;
-            Word::Expected(said).put(&mut words);
+        // What was refused is said at once, and what was handed over before it with it.
+        let more = matches!(batch, Batch::Full) && words.is_empty();
+        if let Some(expected) = acknowledged.due(open.session.expected(channel, next), more, now) {
+            Word::Expected(expected).put(&mut words);
         }
         if !words.is_empty() && !say(&mut stream, &mut send, words.split().freeze()).await {
             return;
@@ -239,7 +243,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         match batch {
             // The sender learns which one it was: the one that is expected next.
             Batch::Refused(why) => return stream.refuse(why),
-            Batch::Full => drop(turn),
+            Batch::Full | Batch::Crowded => drop(turn),
             Batch::Last => {
                 drop(turn);
                 let mut more = pin!(stream.more());
@@ -260,7 +264,8 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                 let taken = loop {
                     match timeout(STILL_HERE, &mut taken).await {
                         Ok(taken) => break taken,
-                        Err(_) if say(&mut stream, &mut send, Word::Expected(said).bytes()).await => {}
+                        Err(_)
+                            if say(&mut stream, &mut send, Word::Expected(acknowledged.expected()).bytes()).await => {}
                         Err(_) => return,
                     }
                 };
@@ -281,6 +286,8 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
 enum Batch {
     /// There may be more.
     Full,
+    /// There may be more, and the handler has no room for it.
+    Crowded,
     /// There is no more until bytes come.
     Last,
     /// The message of this number comes next, and is much work.
@@ -306,7 +313,7 @@ fn read_batch(
             }
         }
         if stream.server.inbox.is_crowded(Sender::Key(open.key.0)) {
-            break;
+            return Batch::Crowded;
         }
         let frame = match stream.next_frame() {
             Ok(Some(frame)) => frame,
