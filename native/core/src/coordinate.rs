@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::nat::NatProfile;
-use super::punch::{LONGEST, LOWEST_PORT, MAX_CANDIDATES, MAX_PORTS, Role, Strategy};
+use super::punch::{LONGEST, LOWEST_PORT, MAX_CANDIDATES, MAX_PORTS, Strategy};
 use super::relay::Generation;
 use super::shares::{Bucket, Client, Counts, Limits};
 use crate::proto::control::Id;
 use crate::proto::control::{self, Refusal};
+use crate::proto::signal::Role;
 use crate::types::Fingerprint;
 
 /// Sessions in all: at a few seconds each a relay so begins some hundreds a second.

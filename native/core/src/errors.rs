@@ -4,8 +4,7 @@ use macula_peer_wire::{FrameError, PayloadError};
 use thiserror::Error;
 
 use crate::proto::codes::stream::{MALFORMED, TOO_DEEP, TOO_LARGE, TOO_MANY_TERMS, TOO_SLOW};
-use crate::proto::control::{GivenUp, Reason, Refusal};
-use crate::punch::Failure;
+use crate::proto::control::{PunchFailure, Reason, Refusal};
 
 /// Why an answer was not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -169,28 +168,16 @@ pub enum Rejection {
 /// Why there is no direct path.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum PunchError {
-    /// It was not to be looked for.
+    /// The settings or the call forbid hole punching.
     #[error("skipped")]
     Skipped,
-    /// Neither NAT gives ports that the other side could know.
-    #[error("no port of either node can be known to the other")]
-    BothHard,
-    /// It would take packets, or hundreds of them, which one of the two does not allow.
-    #[error("it would take too many packets")]
-    NotAllowed,
-    /// Nothing came through.
-    #[error("nothing came through")]
-    TimedOut,
-    /// One of the two makes as many attempts as it may.
-    #[error("too many attempts at once")]
-    Busy,
-    /// The socket of one of the two moved meanwhile.
-    #[error("a socket moved meanwhile")]
-    Interrupted,
-    /// There is no relay that both are registered at.
+    /// An attempt was made, or could not begin, at this node or at the other one.
+    #[error("failed: {}", .0.name())]
+    Failed(PunchFailure),
+    /// The two nodes have no relay in common that can be reached.
     #[error("no relay: {0}")]
     Relay(ConnectError),
-    /// The relay does not bring the two together.
+    /// The relay does not introduce the two nodes to each other.
     #[error("refused by the relay: {}", .0.name())]
     Refused(Refusal),
     /// There is a path, but no connection over it.
@@ -199,25 +186,20 @@ pub enum PunchError {
 }
 
 impl PunchError {
-    /// Whether another attempt comes to the same, as long as the two NATs are what they are.
-    pub fn failure(&self) -> Failure {
+    /// What the other node is told, and what the time of the next attempt depends on.
+    pub fn failure(&self) -> PunchFailure {
         match self {
-            Self::BothHard | Self::Refused(Refusal::AddressFamily) => Failure::BothHard,
-            Self::NotAllowed | Self::Skipped => Failure::NotAllowed,
-            Self::Interrupted => Failure::Interrupted,
-            _ => Failure::TimedOut,
+            Self::Failed(failure) => *failure,
+            Self::Refused(Refusal::AddressFamily) => PunchFailure::BothHard,
+            Self::Skipped => PunchFailure::NotAllowed,
+            Self::Relay(_) | Self::Refused(_) | Self::Connect(_) => PunchFailure::TimedOut,
         }
     }
 }
 
-impl From<Failure> for PunchError {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::BothHard => Self::BothHard,
-            Failure::NotAllowed => Self::NotAllowed,
-            Failure::TimedOut | Failure::Budget => Self::TimedOut,
-            Failure::Interrupted => Self::Interrupted,
-        }
+impl From<PunchFailure> for PunchError {
+    fn from(failure: PunchFailure) -> Self {
+        Self::Failed(failure)
     }
 }
 
@@ -267,32 +249,6 @@ impl Failures {
         self.direct = newer.direct.or(self.direct.take());
         self.hole_punch = newer.hole_punch.or(self.hole_punch.take());
         self.relay = newer.relay.or(self.relay.take());
-    }
-}
-
-impl From<GivenUp> for PunchError {
-    fn from(why: GivenUp) -> Self {
-        match why {
-            GivenUp::NotAllowed => Self::NotAllowed,
-            GivenUp::BothHard => Self::BothHard,
-            GivenUp::Busy => Self::Busy,
-            GivenUp::Interrupted => Self::Interrupted,
-            GivenUp::TimedOut | GivenUp::Unwanted | GivenUp::Unknown => Self::TimedOut,
-        }
-    }
-}
-
-impl From<&PunchError> for GivenUp {
-    fn from(error: &PunchError) -> Self {
-        match error {
-            PunchError::NotAllowed | PunchError::Skipped => Self::NotAllowed,
-            PunchError::BothHard => Self::BothHard,
-            PunchError::Busy => Self::Busy,
-            PunchError::Interrupted => Self::Interrupted,
-            PunchError::TimedOut | PunchError::Relay(_) | PunchError::Refused(_) | PunchError::Connect(_) => {
-                Self::TimedOut
-            }
-        }
     }
 }
 

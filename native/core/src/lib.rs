@@ -10,6 +10,7 @@
 pub mod access;
 pub mod ack_tracker;
 pub mod admission;
+pub mod circuits;
 pub mod config;
 pub mod coordinate;
 pub mod counter;

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use crate::errors::{ConnectError, Failures, PunchError, RouteError, SendError};
 use crate::liveness::{Liveness, Seen};
+use crate::proto::control::PunchFailure;
 use crate::proto::control::Refusal;
-use crate::punch::Failure;
 use crate::race::{self, AttemptId, Ended, Outcome, Race, Tries};
 use crate::retry::Backoff;
 use crate::types::{Dialect, Endpoint, Fingerprint, Link, LinkId, Path};
@@ -645,8 +645,8 @@ impl LinkState {
         let punch = self.failures.hole_punch.as_ref().map(PunchError::failure);
         // An endpoint may be reached later whatever the NATs are.
         let dialled = self.failures.direct.is_some();
-        let counts = |failure: &Failure| *failure == Failure::Interrupted || !dialled;
-        let failure = punch.filter(counts).unwrap_or(Failure::TimedOut);
+        let counts = |failure: &PunchFailure| *failure == PunchFailure::Interrupted || !dialled;
+        let failure = punch.filter(counts).unwrap_or(PunchFailure::TimedOut);
         self.upgrade.failed(failure, now, draw);
         self.plan_upgrade();
         self.tell_path();
@@ -932,7 +932,7 @@ mod tests {
                 let how = match attempt {
                     Attempt::Dial(_) => Ended::NotDialled(dial.clone()),
                     Attempt::Circuit(_) => Ended::NoCircuit(circuit.clone()),
-                    Attempt::Punch(_) => Ended::NotPunched(PunchError::TimedOut),
+                    Attempt::Punch(_) => Ended::NotPunched(PunchFailure::TimedOut.into()),
                     Attempt::Adopt(_) => Ended::NotAdopted,
                 };
                 done.extend(self.fails(attempt, how));
@@ -1315,7 +1315,7 @@ mod tests {
         life.search(Want::Link);
         let link = life.link(relayed(), true, 9);
         life.comes_to(circuit(), link, false);
-        life.fails(punch(), Ended::NotPunched(PunchError::BothHard));
+        life.fails(punch(), Ended::NotPunched(PunchFailure::BothHard.into()));
         let pause = life.state.next_timeout(life.now()).unwrap() - life.now();
         assert!(pause > Duration::from_secs(60), "{pause:?}");
     }
@@ -1446,7 +1446,7 @@ mod tests {
             life.search(Want::Better);
         }
         life.fails(dial(), Ended::NotDialled(ConnectError::TimedOut));
-        life.fails(punch(), Ended::NotPunched(PunchError::Interrupted));
+        life.fails(punch(), Ended::NotPunched(PunchFailure::Interrupted.into()));
         assert_eq!(life.state.next_timeout(life.now()), Some(life.now() + Duration::from_secs(1)));
     }
 

@@ -9,6 +9,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::nat::{Filtering, NatProfile};
+use super::proto::control::PunchFailure;
+use super::proto::signal::Role;
 
 /// The first pings go out in this pause: less than most round trips, so that a lost one costs little time.
 const FAST: Duration = Duration::from_millis(30);
@@ -79,15 +81,6 @@ pub(super) const MAX_PER_STRANGER: u32 = 8;
 pub(super) const MAX_PACKETS: u32 = 768;
 pub(super) const MAX_BIRTHDAY_PACKETS: u32 = MAX_PACKETS + PROBES;
 
-/// Which side a node is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// It asked, decides for a path, and makes the connection.
-    Initiator,
-    /// It was asked for.
-    Responder,
-}
-
 /// How a node goes about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Strategy {
@@ -100,22 +93,7 @@ pub enum Strategy {
     /// This node guesses the ports of the peer.
     BirthdayProbe,
     /// None is of use.
-    None(Failure),
-}
-
-/// Why there is no path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
-    /// Neither side's port can be known to the other.
-    BothHard,
-    /// It would take hundreds of packets, which is not allowed.
-    NotAllowed,
-    /// No pong came.
-    TimedOut,
-    /// No pong came, for as many packets as may be sent.
-    Budget,
-    /// The socket of one of the two moved meanwhile.
-    Interrupted,
+    None(PunchFailure),
 }
 
 /// What a session begins with.
@@ -169,16 +147,16 @@ pub enum Action {
         to: SocketAddr,
     },
     /// Nothing was proven, and nothing follows.
-    Over(Failure),
+    Over(PunchFailure),
 }
 
 impl Strategy {
     /// What a node does, given both profiles. The peer, given the same, does what belongs to it.
     pub fn choose(ours: &NatProfile, theirs: &NatProfile, hard: bool) -> Self {
-        let birthday = |strategy| if hard { strategy } else { Self::None(Failure::NotAllowed) };
+        let birthday = |strategy| if hard { strategy } else { Self::None(PunchFailure::NotAllowed) };
         match (Kind::of(ours), Kind::of(theirs)) {
             (Kind::Random, Kind::Random | Kind::Sequential) | (Kind::Sequential, Kind::Random) => {
-                Self::None(Failure::BothHard)
+                Self::None(PunchFailure::BothHard)
             }
             (Kind::Random, Kind::Strict) => birthday(Self::BirthdayOpen),
             (Kind::Strict, Kind::Random) => birthday(Self::BirthdayProbe),
@@ -356,8 +334,7 @@ impl Punch {
             if !self.settled {
                 self.fail(match self.strategy {
                     Strategy::None(failure) => failure,
-                    _ if self.packets_left == 0 => Failure::Budget,
-                    _ => Failure::TimedOut,
+                    _ => PunchFailure::TimedOut,
                 });
             }
             self.over = true;
@@ -567,7 +544,7 @@ impl Punch {
         Some(Action::Send { via, to, signal: Signal::Ping { nonce } })
     }
 
-    fn fail(&mut self, failure: Failure) {
+    fn fail(&mut self, failure: PunchFailure) {
         self.over = true;
         self.ready.push_back(Action::Over(failure));
     }
@@ -741,9 +718,9 @@ mod tests {
             assert_eq!(choose(SEQUENTIAL, theirs), Strategy::Predicted);
         }
         assert_eq!(choose(RANDOM, STRICT), Strategy::BirthdayOpen);
-        assert_eq!(choose(RANDOM, SEQUENTIAL), Strategy::None(Failure::BothHard));
-        assert_eq!(Strategy::choose(&RANDOM, &STRICT, false), Strategy::None(Failure::NotAllowed));
-        assert_eq!(Strategy::choose(&STRICT, &RANDOM, false), Strategy::None(Failure::NotAllowed));
+        assert_eq!(choose(RANDOM, SEQUENTIAL), Strategy::None(PunchFailure::BothHard));
+        assert_eq!(Strategy::choose(&RANDOM, &STRICT, false), Strategy::None(PunchFailure::NotAllowed));
+        assert_eq!(Strategy::choose(&STRICT, &RANDOM, false), Strategy::None(PunchFailure::NotAllowed));
         let by_host = NatProfile { mapping: Some(Mapping::HostDependent), ..RANDOM };
         assert_eq!(choose(by_host, STRICT), Strategy::BirthdayOpen);
 
@@ -767,7 +744,7 @@ mod tests {
         nonces.sort_unstable();
         nonces.dedup();
         assert_eq!(nonces.len(), pings.len());
-        assert_eq!(side.last(), (3050, Action::Over(Failure::TimedOut)));
+        assert_eq!(side.last(), (3050, Action::Over(PunchFailure::TimedOut)));
         assert_eq!(side.punch.next(side.now()), None);
         side.hear(Via::Main, peer(), Signal::Ping { nonce: 7 });
         assert_eq!(side.pongs(), 0, "over is over");
@@ -849,7 +826,7 @@ mod tests {
                 side.run(10_000);
                 assert_eq!(side.pings().len(), sent);
                 let at = if begun { 200 } else { 50 };
-                assert_eq!(side.last(), (at, Action::Over(Failure::TimedOut)));
+                assert_eq!(side.last(), (at, Action::Over(PunchFailure::TimedOut)));
                 assert_eq!(side.punch.next(side.now()), None);
             }
         }
@@ -922,18 +899,18 @@ mod tests {
     fn both_hard_is_said_at_once_unless_there_is_a_local_address() {
         for (ours, theirs) in [(RANDOM, RANDOM), (SEQUENTIAL, RANDOM), (RANDOM, SEQUENTIAL)] {
             let side = Side::new(ours, theirs, |setup| setup.begin += LONGEST);
-            assert_eq!(side.log, [(0, Action::Over(Failure::BothHard))]);
+            assert_eq!(side.log, [(0, Action::Over(PunchFailure::BothHard))]);
             assert_eq!(side.punch.next(side.now()), None);
         }
         let side = Side::new(RANDOM, STRICT, |setup| setup.hard = false);
-        assert_eq!(side.log, [(0, Action::Over(Failure::NotAllowed))]);
+        assert_eq!(side.log, [(0, Action::Over(PunchFailure::NotAllowed))]);
 
         let mut side = Side::new(RANDOM, RANDOM, |setup| setup.candidates = vec![local()]);
         side.punch.learn_ports(&[7001], side.now());
         side.run(10_000);
         assert!(side.pinged().iter().all(|to| *to == local()));
         assert_eq!(side.pinged().len() as u32, MAX_PER_LOCAL);
-        assert_eq!(side.last(), (1000, Action::Over(Failure::BothHard)));
+        assert_eq!(side.last(), (1000, Action::Over(PunchFailure::BothHard)));
     }
 
     #[test]
@@ -976,7 +953,7 @@ mod tests {
         let round: Vec<Via> = (0..256).map(Via::Extra).collect();
         assert_eq!(sockets, [round.clone(), round].concat());
         assert!(pings[255].0 < 300 && pings[256].0 >= 1300, "{} {}", pings[255].0, pings[256].0);
-        assert_eq!(side.last(), (3000, Action::Over(Failure::TimedOut)));
+        assert_eq!(side.last(), (3000, Action::Over(PunchFailure::TimedOut)));
     }
 
     #[test]
@@ -1044,7 +1021,7 @@ mod tests {
         }
         let packets = side.sent(|action| matches!(action, Action::Send { .. }));
         assert_eq!(packets, MAX_PACKETS as usize);
-        assert_eq!(side.last(), (3000, Action::Over(Failure::Budget)));
+        assert_eq!(side.last(), (3000, Action::Over(PunchFailure::TimedOut)));
     }
 
     #[derive(Debug, Clone)]

@@ -384,6 +384,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+    use crate::proto::control::PunchFailure;
     use crate::types::EndpointRef;
 
     const TIMEOUT: Duration = Duration::from_secs(5);
@@ -483,7 +484,7 @@ mod tests {
         run.ended(Attempt::Circuit(at("two:1")), Ended::NoCircuit(CircuitError::Inner(ConnectError::Untrusted)), 500);
         run.ended(Attempt::Circuit(at("one:1")), Ended::NoCircuit(CircuitError::NotRegistered), 500);
         run.poll(500);
-        run.ended(Attempt::Punch(at("two:1")), Ended::NotPunched(PunchError::BothHard), 500);
+        run.ended(Attempt::Punch(at("two:1")), Ended::NotPunched(PunchError::Failed(PunchFailure::BothHard)), 500);
         let untrusted: SendError = RouteError::Node(ConnectError::Untrusted).into();
         assert_eq!(run.poll(500), Some(Outcome::Lost(untrusted)));
         let mut failures = Failures::default();
@@ -542,8 +543,8 @@ mod tests {
         for (error, goes_on) in [
             (PunchError::Refused(Refusal::NotRegistered), true),
             (PunchError::Relay(ConnectError::TimedOut), true),
-            (PunchError::BothHard, false),
-            (PunchError::TimedOut, false),
+            (PunchError::Failed(PunchFailure::BothHard), false),
+            (PunchError::Failed(PunchFailure::TimedOut), false),
         ] {
             let mut run = Run::new(Candidates::default(), &["one:1", "two:1"]);
             run.poll(0);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::punch::Failure;
+use super::proto::control::PunchFailure;
 use super::retry::Backoff;
 use crate::types::Fingerprint;
 
@@ -37,16 +37,18 @@ impl Upgrade {
     }
 
     /// An attempt failed. `draw` is uniform in 0..1, here and below.
-    pub fn failed(&mut self, failure: Failure, now: Instant, draw: f64) {
+    pub fn failed(&mut self, failure: PunchFailure, now: Instant, draw: f64) {
         self.next = now
             + match failure {
-                Failure::BothHard | Failure::NotAllowed => HOPELESS.mul_f64(0.5 + draw / 2.0),
-                Failure::TimedOut | Failure::Budget => self.pauses.pause(draw),
-                // It says nothing of the NATs. But the other one may say it again and again.
-                Failure::Interrupted => {
+                PunchFailure::BothHard | PunchFailure::NotAllowed => HOPELESS.mul_f64(0.5 + draw / 2.0),
+                // It says nothing about the NATs, but a peer may claim it again and again.
+                PunchFailure::Interrupted => {
                     if self.interrupted.replace(now).is_none_or(|last| now >= last + LONGEST) {
                         self.pauses.reset();
                     }
+                    self.pauses.pause(draw)
+                }
+                PunchFailure::TimedOut | PunchFailure::Busy | PunchFailure::Unwanted | PunchFailure::Unknown => {
                     self.pauses.pause(draw)
                 }
             };
@@ -77,11 +79,11 @@ mod tests {
         let mut upgrade = Upgrade::new(start);
         assert_eq!(upgrade.next(), start, "at once");
         let pauses = [0; 8].map(|_| {
-            upgrade.failed(Failure::TimedOut, start, 1.0);
+            upgrade.failed(PunchFailure::TimedOut, start, 1.0);
             (upgrade.next() - start).as_secs()
         });
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
-        upgrade.failed(Failure::Budget, start, 0.0);
+        upgrade.failed(PunchFailure::Busy, start, 0.0);
         assert_eq!(upgrade.next(), start + LONGEST / 2, "not in step with others");
     }
 
@@ -89,14 +91,14 @@ mod tests {
     fn a_hopeless_attempt_waits_until_something_changes() {
         let start = Instant::now();
         let mut upgrade = Upgrade::new(start);
-        for failure in [Failure::BothHard, Failure::NotAllowed] {
+        for failure in [PunchFailure::BothHard, PunchFailure::NotAllowed] {
             upgrade.failed(failure, start, 1.0);
             assert_eq!(upgrade.next(), start + HOPELESS);
         }
         let later = start + Duration::from_secs(100);
         upgrade.changed(later, 1.0);
         assert_eq!(upgrade.next(), later + FIRST);
-        upgrade.failed(Failure::TimedOut, later + FIRST, 1.0);
+        upgrade.failed(PunchFailure::TimedOut, later + FIRST, 1.0);
         assert_eq!(upgrade.next(), later + FIRST + 2 * FIRST, "the change's pause was the first");
     }
 
@@ -105,13 +107,13 @@ mod tests {
         let start = Instant::now();
         let mut upgrade = Upgrade::new(start);
         for _ in 0..8 {
-            upgrade.failed(Failure::TimedOut, start, 1.0);
+            upgrade.failed(PunchFailure::TimedOut, start, 1.0);
         }
-        upgrade.failed(Failure::Interrupted, start, 1.0);
+        upgrade.failed(PunchFailure::Interrupted, start, 1.0);
         assert_eq!(upgrade.next(), start + FIRST);
         let mut at = upgrade.next();
         let pauses = [0; 7].map(|_| {
-            upgrade.failed(Failure::Interrupted, at, 1.0);
+            upgrade.failed(PunchFailure::Interrupted, at, 1.0);
             let pause = upgrade.next() - at;
             at = upgrade.next();
             pause.as_secs()

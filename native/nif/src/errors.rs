@@ -3,8 +3,8 @@
 use std::io;
 
 use macula_peer::{
-    ConnectError, EndpointError, IdentityError, KnownKeysError, ListenError, PemError, PunchError, Rejection,
-    ReplyError, RequestError, RouteError, SendError, StartError, TlsError, UndeliveredReason,
+    ConnectError, EndpointError, IdentityError, KnownKeysError, ListenError, PemError, PunchError, PunchFailure,
+    Rejection, ReplyError, RequestError, RouteError, SendError, StartError, TlsError, UndeliveredReason,
 };
 use macula_peer_wire::{FrameError, PayloadError};
 use nix::errno::Errno;
@@ -83,11 +83,14 @@ impl Why for PunchError {
     fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
             Self::Skipped => atoms::hole_punch_skipped().encode(env),
-            Self::BothHard => atoms::both_hard().encode(env),
-            Self::NotAllowed => atoms::not_allowed().encode(env),
-            Self::TimedOut => atoms::timeout().encode(env),
-            Self::Busy => atoms::busy().encode(env),
-            Self::Interrupted => atoms::interrupted().encode(env),
+            Self::Failed(failure) => match failure {
+                PunchFailure::BothHard => atoms::both_hard(),
+                PunchFailure::NotAllowed => atoms::not_allowed(),
+                PunchFailure::Busy => atoms::busy(),
+                PunchFailure::Interrupted => atoms::interrupted(),
+                PunchFailure::TimedOut | PunchFailure::Unwanted | PunchFailure::Unknown => atoms::timeout(),
+            }
+            .encode(env),
             Self::Relay(error) => (atoms::relay_connect_failed(), error.why(env)).encode(env),
             Self::Refused(refusal) => (atoms::relay_setup_failed(), atoms::named(env, refusal.name())).encode(env),
             Self::Connect(error) => error.reason(env),

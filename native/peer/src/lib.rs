@@ -74,7 +74,7 @@ pub use macula_peer_core::errors::{
 };
 pub use macula_peer_core::events::{Event, NatStatus, Registration};
 pub use macula_peer_core::nat::{Allocation, Filtering, Mapping, NatProfile};
-pub use macula_peer_core::proto::control::{Limit, Refusal};
+pub use macula_peer_core::proto::control::{Limit, PunchFailure, Refusal};
 pub use macula_peer_core::stats::{
     AcceptedStats, AdmissionStats, GatewayStats, LinkStats, Passed, PathStatus, PeerStats, RegistrationStats,
     RelayNode, RelayStats, Stats,

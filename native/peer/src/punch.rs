@@ -13,9 +13,10 @@ use macula_peer_core::coordinate::{DESCRIBED_WITHIN, is_local};
 use macula_peer_core::errors::{CircuitError, ConnectError, PunchError};
 use macula_peer_core::nat::Description;
 use macula_peer_core::packet_budget::network;
-use macula_peer_core::proto::control::{GivenUp, Refusal};
+use macula_peer_core::proto::control::{PunchFailure, Refusal};
+use macula_peer_core::proto::signal::Role;
 use macula_peer_core::proto::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
-use macula_peer_core::punch::{self, Action, Punch, Role, Setup, Strategy};
+use macula_peer_core::punch::{self, Action, Punch, Setup, Strategy};
 use macula_peer_core::shares::{Client, Limits};
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, PeerName, canonical};
@@ -185,13 +186,13 @@ impl Entry {
         let (heard, waiting) = mpsc::channel(MAX_HEARD);
         let session = Session { key, peer, heard };
         let share = match peer {
-            Role::Initiator => Some(puncher.asked.take(who, 1).map_err(|_| PunchError::Busy)?),
+            Role::Initiator => Some(puncher.asked.take(who, 1).map_err(|_| PunchError::Failed(PunchFailure::Busy))?),
             Role::Responder => None,
         };
         let mut sessions = lock(&puncher.sessions);
         let begun = sessions.values().filter(|session| session.peer == Role::Responder).count();
         if sessions.contains_key(&id) || share.is_none() && begun >= MAX_SESSIONS {
-            return Err(PunchError::Busy);
+            return Err(PunchError::Failed(PunchFailure::Busy));
         }
         sessions.insert(id, session.clone());
         drop(sessions);
@@ -221,8 +222,8 @@ pub(crate) async fn initiate(
     let session = ask(&puncher, &relay, &target).await?;
     let (peer, shown) = (session.coordinate.address, session.coordinate.key);
     let mut attempt = Attempt::new(&puncher, session, &relay).await?;
-    let found = attempt.run().await.and_then(|found| found.ok_or(PunchError::TimedOut));
-    attempt.session.tell_result(found.as_ref().map(drop).map_err(GivenUp::from));
+    let found = attempt.run().await.and_then(|found| found.ok_or(PunchError::Failed(PunchFailure::TimedOut)));
+    attempt.session.tell_result(found.as_ref().map(drop).map_err(PunchError::failure));
     let (via, address) = found?;
     tracing::debug!(node = ?target, %peer, ?via, %address, "direct path found");
     let mut moves = attempt.moves.clone();
@@ -231,7 +232,7 @@ pub(crate) async fn initiate(
     let link = tokio::select! {
         connected = timeout(CONNECT_TIMEOUT, connecting) => connected.unwrap_or(Err(ConnectError::TimedOut)),
         // The path was the old socket's. The sender is the node's.
-        Ok(()) = moves.changed() => return Err(PunchError::Interrupted),
+        Ok(()) = moves.changed() => return Err(PunchError::Failed(PunchFailure::Interrupted)),
     };
     let mut link = link.map_err(PunchError::Connect)?;
     link.extra = extra;
@@ -260,7 +261,7 @@ async fn ask(puncher: &Arc<Puncher>, relay: &Endpoint, target: &NodeId) -> Resul
 /// Lets another node find a direct path to this one.
 pub(crate) async fn respond(puncher: Arc<Puncher>, mut session: PunchSession, relay: Endpoint) {
     if puncher.config.hole_punching == HolePunching::Off {
-        return session.tell_result(Err(GivenUp::NotAllowed));
+        return session.tell_result(Err(PunchFailure::NotAllowed));
     }
     let mut attempt = match Attempt::new(&puncher, session, &relay).await {
         Ok(attempt) => attempt,
@@ -271,7 +272,7 @@ pub(crate) async fn respond(puncher: Arc<Puncher>, mut session: PunchSession, re
     match &found {
         // The initiator says it.
         Ok(_) => attempt.session.close(),
-        Err(error) => attempt.session.tell_result(Err(error.into())),
+        Err(error) => attempt.session.tell_result(Err(error.failure())),
     }
     let expected = std::mem::take(&mut attempt.expected);
     drop(attempt);
@@ -340,7 +341,7 @@ impl Attempt {
                 session,
             }),
             Err(error) => {
-                session.tell_result(Err((&error).into()));
+                session.tell_result(Err(error.failure()));
                 Err(error)
             }
         }
@@ -366,7 +367,7 @@ impl Attempt {
         let strategy = Strategy::choose(&ours, &theirs, allowed);
         let hard = match strategy {
             Strategy::BirthdayOpen | Strategy::BirthdayProbe => {
-                Some(puncher.hard(role, network(ip)).ok_or(PunchError::Busy)?)
+                Some(puncher.hard(role, network(ip)).ok_or(PunchError::Failed(PunchFailure::Busy))?)
             }
             _ => None,
         };
@@ -405,7 +406,7 @@ impl Attempt {
                     Action::Proven { via, to } if self.role == Role::Initiator => return Ok(Some((via, to))),
                     Action::Proven { .. } => met = true,
                     Action::Over(_) if met => return Ok(None),
-                    Action::Over(failure) => return Err(given_up.map_or_else(|| failure.into(), PunchError::from)),
+                    Action::Over(failure) => return Err(given_up.unwrap_or(failure).into()),
                 }
             }
             // Without a path it would have been over.
@@ -426,7 +427,7 @@ impl Attempt {
                     self.punch.stop(Instant::now());
                 }
                 // The sender is the node's.
-                Ok(()) = self.moves.changed() => return Err(PunchError::Interrupted),
+                Ok(()) = self.moves.changed() => return Err(PunchError::Failed(PunchFailure::Interrupted)),
                 () = sleep_until(next.into()) => {}
             }
         }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use macula_peer_core::config::Config;
 use macula_peer_core::errors::{CircuitError, ConnectError, PunchError};
 use macula_peer_core::nat::Description;
+use macula_peer_core::proto::control::PunchFailure;
 use macula_peer_core::sync::now_or_never;
 use macula_peer_core::types::{Dialect, Endpoint, Fingerprint, NodeId, Path, PeerName};
 use quinn::{Connection, RecvStream, SendStream};
@@ -109,7 +110,7 @@ impl Surroundings {
         key: Option<Fingerprint>,
     ) -> Result<Link, PunchError> {
         let punch = self.others.upgrade().map(|others| others.punch(relay, target, key));
-        punch.ok_or(PunchError::Interrupted)?.await
+        punch.ok_or(PunchError::Failed(PunchFailure::Interrupted))?.await
     }
 
     /// The relay at an address, if this node uses it.

@@ -22,7 +22,8 @@ use common::{
     Inbox, PATIENCE, endpoint, engine, listener, member_of, message, node_id, over, relay, send, send_to_node, until,
 };
 use macula_peer::{
-    Candidates, Config, Engine, Filtering, HolePunching, Listen, Mapping, Path, PunchError, Registration, Target,
+    Candidates, Config, Engine, Filtering, HolePunching, Listen, Mapping, Path, PunchError, PunchFailure, Registration,
+    Target,
 };
 use macula_peer_testkit::quic::{self, Key, tokio_runtime};
 use macula_peer_wire::MessageType::{Publish, PunchCoordinate, PunchRequest, PunchResult};
@@ -462,11 +463,11 @@ fn a_stop_by_the_other_node_ends_an_attempt_at_once() {
 fn the_initiator_is_told_why() {
     let _among = among_others();
     let told = [
-        ("not_allowed", PunchError::NotAllowed),
-        ("busy", PunchError::Busy),
-        ("both_hard", PunchError::BothHard),
-        ("interrupted", PunchError::Interrupted),
-        ("full_moon", PunchError::TimedOut),
+        ("not_allowed", PunchError::Failed(PunchFailure::NotAllowed)),
+        ("busy", PunchError::Failed(PunchFailure::Busy)),
+        ("both_hard", PunchError::Failed(PunchFailure::BothHard)),
+        ("interrupted", PunchError::Failed(PunchFailure::Interrupted)),
+        ("full_moon", PunchError::Failed(PunchFailure::Unknown)),
     ];
     for (error, expected) in told {
         let (runtime, fake) = fake_relay();
@@ -497,7 +498,7 @@ fn an_attempt_ends_when_the_socket_moves_and_the_next_one_is_soon() {
     a.listen(Listen { port: Some(free_port()), ..Listen::default() }).unwrap();
     until("the other node is told", || !fake.said(PunchResult).is_empty());
     assert_eq!(fake.said(PunchResult)[0].text("error").as_deref(), Some("interrupted"));
-    until("said", || how_it_went(&a, "b") == Some(PunchError::Interrupted));
+    until("said", || how_it_went(&a, "b") == Some(PunchError::Failed(PunchFailure::Interrupted)));
     until("asked again", || fake.said(PunchRequest).len() == 2);
     assert!(moved.elapsed() < Duration::from_millis(2500), "the attempt went on for {:?}", moved.elapsed());
     until("it arrives", || inbox.len() == 1);

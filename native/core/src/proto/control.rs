@@ -11,8 +11,7 @@ use serde::Deserialize;
 
 use super::map::{BadField, Binary, Map, MapWriter};
 use crate::nat::{Allocation, Filtering, Mapping, NatProfile};
-use crate::proto::signal::{SECRET_LEN, Secret};
-use crate::punch::Role;
+use crate::proto::signal::{Role, SECRET_LEN, Secret};
 use crate::types::Fingerprint;
 
 /// The longest message and the deepest nesting: several times what the longest of today needs, so that later ones may
@@ -73,7 +72,7 @@ pub enum FromNode {
     /// Ports that the node's NAT is about to give, the likeliest first.
     PunchExecute { session_id: Id, ports: Vec<u16> },
     /// The node's attempt is over.
-    PunchResult { session_id: Id, result: Result<(), GivenUp> },
+    PunchResult { session_id: Id, result: Result<(), PunchFailure> },
 }
 
 /// What a relay says.
@@ -98,7 +97,7 @@ pub enum FromRelay {
     /// Why there is no attempt to find a direct path.
     NotPunched { session_id: Id, error: Refusal },
     /// The other node's attempt is over, and so is the session.
-    PunchResult { session_id: Id, result: Result<(), GivenUp> },
+    PunchResult { session_id: Id, result: Result<(), PunchFailure> },
 }
 
 /// What one of two nodes needs to know to find a direct path to the other.
@@ -220,19 +219,19 @@ names! {
 }
 
 names! {
-    /// Why a node looks no longer for a direct path to another, or not at all.
-    pub GivenUp {
-        /// It would take more packets than the node's settings allow.
+    /// Why an attempt to find a direct path failed, as nodes tell each other.
+    pub PunchFailure {
+        /// The node's settings allow no hole punching, or not as many packets as it would take.
         NotAllowed "not_allowed",
         /// Neither NAT gives ports that the other side could know.
         BothHard "both_hard",
         /// Nothing came through.
         TimedOut "timeout",
-        /// The node makes as many attempts as it may.
+        /// The node has reached its limit of attempts.
         Busy "busy",
         /// The node's socket has moved.
         Interrupted "interrupted",
-        /// Nobody at the node wants it any more.
+        /// The node no longer needs the path.
         Unwanted "unwanted",
     }
 }
@@ -481,15 +480,15 @@ fn read(frame: &RawFrame) -> Result<Map<'_>, ControlError> {
     Map::split(frame.payload(), LIMITS)?.ok_or(ControlError::NotAMap)
 }
 
-fn punch_result(session_id: &Id, result: Result<(), GivenUp>) -> Bytes {
+fn punch_result(session_id: &Id, result: Result<(), PunchFailure>) -> Bytes {
     let map = MapWriter::default().bin("session_id", session_id).value("success", &result.is_ok());
     map.optional_bin("error", result.err().as_ref()).frame(MessageType::PunchResult)
 }
 
-fn read_punch_result(map: &Map<'_>) -> Result<Result<(), GivenUp>, ControlError> {
+fn read_punch_result(map: &Map<'_>) -> Result<Result<(), PunchFailure>, ControlError> {
     Ok(match map.value("success")? {
         true => Ok(()),
-        false => Err(map.optional_bin("error")?.unwrap_or(GivenUp::Unknown)),
+        false => Err(map.optional_bin("error")?.unwrap_or(PunchFailure::Unknown)),
     })
 }
 
@@ -615,7 +614,7 @@ mod tests {
             FromNode::PunchRequest { session_id: some_id(b"s"), target_id: some_id(b"b") },
             FromNode::PunchExecute { session_id: some_id(b"s"), ports: vec![u16::MAX; MAX_LISTED] },
             FromNode::PunchResult { session_id: some_id(b"s"), result: Ok(()) },
-            FromNode::PunchResult { session_id: some_id(b"s"), result: Err(GivenUp::NotAllowed) },
+            FromNode::PunchResult { session_id: some_id(b"s"), result: Err(PunchFailure::NotAllowed) },
         ]
     }
 
@@ -650,7 +649,7 @@ mod tests {
             FromRelay::PunchExecute { session_id: some_id(b"s"), ports: vec![1] },
             FromRelay::NotPunched { session_id: some_id(b"s"), error: Refusal::InProgress },
             FromRelay::PunchResult { session_id: some_id(b"s"), result: Ok(()) },
-            FromRelay::PunchResult { session_id: some_id(b"s"), result: Err(GivenUp::Busy) },
+            FromRelay::PunchResult { session_id: some_id(b"s"), result: Err(PunchFailure::Busy) },
         ]
     }
 
@@ -709,8 +708,8 @@ mod tests {
         let refusals = Refusal::ALL.map(Refusal::name);
         let reasons = Reason::ALL.map(Reason::name);
         let limits = Limit::ALL.map(Limit::name);
-        let given_up = GivenUp::ALL.map(GivenUp::name);
-        for name in refusals.iter().chain(&reasons).chain(&limits).chain(&given_up) {
+        let failures = PunchFailure::ALL.map(PunchFailure::name);
+        for name in refusals.iter().chain(&reasons).chain(&limits).chain(&failures) {
             assert!(document.contains(&format!("`{name}`")), "{name}");
         }
     }

@@ -12,7 +12,13 @@ use ring::hmac;
 use ring::rand::SecureRandom;
 use subtle::ConstantTimeEq;
 
-use crate::punch::Role;
+/// Which side of a punch a node is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It asked for the direct path, chooses it, and makes the connection.
+    Initiator,
+    Responder,
+}
 
 /// What every signal begins with. QUIC's packets have one of the two highest bits set.
 pub const FIRST_BYTE: u8 = 0x08;

@@ -8,17 +8,16 @@ use std::time::{Duration, Instant};
 use std::{io, mem};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use macula_peer_core::circuits::{self, Action};
 use macula_peer_core::errors::CircuitError;
 use macula_peer_core::liveness::Liveness;
 use macula_peer_core::nat::Description;
 use macula_peer_core::proto::codes::stream::NOT_A_RELAY;
 use macula_peer_core::proto::control::{
-    Coordinate, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, OPENER, Probes, Reason, Refusal,
+    Coordinate, FromNode, FromRelay, Id, LIMITS, Limit, OPENER, Probes, PunchFailure, Reason,
 };
 use macula_peer_core::proto::packet::padding;
-use macula_peer_core::punch::Role;
 use macula_peer_core::registration::Watch;
-use macula_peer_core::relay::Notices;
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Dialect, canonical};
 use macula_peer_core::unanswered::Counted;
@@ -43,15 +42,11 @@ const MAX_REQUESTS: usize = 64;
 /// heard tries again a second later.
 const MAX_ARRIVING: usize = 64;
 
-/// Direct paths that this node looks for at once with the help of one relay, and as many that others look for. As many as a
-/// relay of ours allows.
-const MAX_PUNCHES: usize = 16;
-
-/// Times that the other node may tell ports before they are looked at: it does so once.
+/// Unread port predictions of the other node: it sends one.
 const MAX_TOLD: usize = 4;
 
-/// Bytes of messages that wait for the stream, from which on nothing more is said of punches: otherwise a relay that tells of
-/// many and does not read would have this node keep ever more. Those that may be under way at once fit.
+/// With this many bytes waiting for the stream, say nothing more of punches: a relay that begins many and does not read
+/// would otherwise fill this node's memory. The answers to those that may be under way at once fit.
 const MAX_UNSENT: usize = 16 << 10;
 
 /// An inner connection says in a last packet why it ends. The end of its circuit, which goes another way, must not
@@ -99,7 +94,7 @@ pub(crate) struct PunchSession {
     /// Ports that the other node tells.
     pub(crate) ports: mpsc::Receiver<Vec<u16>>,
     /// How the other node's attempt went, once it is over.
-    pub(crate) over: mpsc::Receiver<Result<(), GivenUp>>,
+    pub(crate) over: mpsc::Receiver<Result<(), PunchFailure>>,
     commands: mpsc::UnboundedSender<Command>,
     /// Whether the relay is still to be told how it went.
     open: bool,
@@ -112,7 +107,7 @@ impl PunchSession {
     }
 
     /// Tells the relay, and so the other node, how it went, unless they know that it is over.
-    pub(crate) fn tell_result(&mut self, result: Result<(), GivenUp>) {
+    pub(crate) fn tell_result(&mut self, result: Result<(), PunchFailure>) {
         if mem::replace(&mut self.open, false) {
             self.say(FromNode::PunchResult { session_id: self.coordinate.session_id.clone(), result });
         }
@@ -124,15 +119,16 @@ impl PunchSession {
     }
 
     fn say(&self, message: FromNode) {
-        // Nobody there: the registration has ended, and the session with it.
+        // Fails if the registration has ended, and the session with it.
         let _ = self.commands.send(Command::Say(message));
     }
 }
 
 impl Drop for PunchSession {
     fn drop(&mut self) {
-        // Until the relay knows, it lets neither of the two ask again, and the other one goes on.
-        self.tell_result(Err(GivenUp::Unwanted));
+        // Until the relay knows, it lets neither node ask again, and the other node goes on.
+        self.tell_result(Err(PunchFailure::Unwanted));
+        let _ = self.commands.send(Command::PunchEnded(self.coordinate.session_id.clone()));
     }
 }
 
@@ -222,7 +218,7 @@ impl Drop for Closing {
 pub(crate) struct Serving {
     terms: Arc<Terms>,
     // In this order: the inner connections end before the outer one does.
-    circuits: Circuits,
+    outer: Circuits,
     carrying: JoinSet<()>,
     connection: Closing,
     send: SendStream,
@@ -233,14 +229,13 @@ pub(crate) struct Serving {
     /// For those that make connections over circuits.
     handle: mpsc::UnboundedSender<Command>,
     commands: mpsc::UnboundedReceiver<Command>,
-    /// At most `MAX_REQUESTS`.
+    circuits: circuits::Circuits,
+    /// Callers that wait for an answer, at most `MAX_REQUESTS`.
     requests: HashMap<Id, Request>,
-    /// At most `MAX_REQUESTS`.
-    punch_requests: HashMap<Id, PunchRequest>,
-    /// At most `MAX_PUNCHES` of each role.
-    punches: HashMap<Id, Told>,
+    /// Attempts at direct paths.
+    punches: HashMap<Id, Other>,
     description: watch::Receiver<Option<Description>>,
-    open: HashMap<u32, Open>,
+    inner: HashMap<u32, Inner>,
     arriving: Arc<Semaphore>,
     /// Resolve to the circuits whose inner connections have ended.
     ended: JoinSet<(u32, usize)>,
@@ -258,20 +253,23 @@ impl Drop for Serving {
     }
 }
 
-/// What the relay passes on of the other node of a punch.
-struct Told {
-    /// This node's.
-    role: Role,
+/// Takes what the relay passes on from the other node of a punch.
+struct Other {
     ports: mpsc::Sender<Vec<u16>>,
-    over: mpsc::Sender<Result<(), GivenUp>>,
+    over: mpsc::Sender<Result<(), PunchFailure>>,
 }
 
 #[derive(Debug)]
 enum Command {
-    Request(Id, Request),
-    PunchRequest(Id, PunchRequest),
+    Request {
+        session_id: Id,
+        target: Id,
+        until: Instant,
+        request: Request,
+    },
     /// About a session.
     Say(FromNode),
+    PunchEnded(Id),
     /// A connection is being made on the circuit that another node has opened.
     Accepting {
         circuit: u32,
@@ -287,38 +285,32 @@ enum Command {
     },
 }
 
-#[derive(Debug)]
-struct PunchRequest {
-    target: Id,
-    answer: oneshot::Sender<Result<PunchSession, CircuitError>>,
-    until: Instant,
-    _permit: OwnedSemaphorePermit,
-}
-
+/// A caller that waits for the relay's answer.
 #[derive(Debug)]
 struct Request {
-    target: Id,
-    answer: oneshot::Sender<Result<Opening, CircuitError>>,
-    until: Instant,
+    answer: Answer,
     _permit: OwnedSemaphorePermit,
 }
 
-/// A circuit that we know.
-struct Open {
-    /// We asked for it.
-    ours: bool,
-    inner: Inner,
-    notices: Notices,
+#[derive(Debug)]
+enum Answer {
+    Circuit(oneshot::Sender<Result<Opening, CircuitError>>),
+    Punch(oneshot::Sender<Result<PunchSession, CircuitError>>),
 }
 
-impl Open {
-    fn new(ours: bool, ended: oneshot::Sender<Reason>) -> Self {
-        Self { ours, inner: Inner::Opening(ended), notices: Notices::default() }
+impl Request {
+    fn fail(self, error: CircuitError) {
+        // Either fails if the caller no longer waits.
+        match self.answer {
+            Answer::Circuit(answer) => drop(answer.send(Err(error))),
+            Answer::Punch(answer) => drop(answer.send(Err(error))),
+        }
     }
 }
 
+/// The inner connection of a circuit.
 enum Inner {
-    /// Its connection is being made, by somebody who wants to know when the circuit ends.
+    /// It is being made, by a task that wants to know when the circuit ends.
     Opening(oneshot::Sender<Reason>),
     Live(Connection),
 }
@@ -331,13 +323,13 @@ impl Serving {
         count: watch::Sender<usize>,
     ) -> io::Result<(Self, Handle)> {
         let Registration { address, connection, send, receive, frames, .. } = registration;
-        let (circuits, driver) = Circuits::new(connection.0.clone(), terms.server.clone())?;
+        let (outer, driver) = Circuits::new(connection.0.clone(), terms.server.clone())?;
         let mut carrying = JoinSet::new();
         carrying.spawn(driver);
         let (sender, commands) = mpsc::unbounded_channel();
         let handle = Handle {
             terms: terms.clone(),
-            endpoint: circuits.endpoint().clone(),
+            endpoint: outer.endpoint().clone(),
             commands: sender.clone(),
             permits: Arc::new(Semaphore::new(MAX_REQUESTS)),
         };
@@ -348,7 +340,7 @@ impl Serving {
         description.mark_changed();
         let serving = Self {
             terms,
-            circuits,
+            outer,
             carrying,
             connection,
             send,
@@ -357,11 +349,11 @@ impl Serving {
             unsent: BytesMut::new(),
             handle: sender,
             commands,
+            circuits: circuits::Circuits::new(address),
             requests: HashMap::new(),
-            punch_requests: HashMap::new(),
             punches: HashMap::new(),
             description,
-            open: HashMap::new(),
+            inner: HashMap::new(),
             arriving: Arc::new(Semaphore::new(MAX_ARRIVING)),
             ended: JoinSet::new(),
             watch,
@@ -395,13 +387,12 @@ impl Serving {
                 Ok(()) => {}
                 Err(error) => return error,
             }
-            // All of them, or a relay that tells of many punches would make them more and more.
+            // All of them: a relay that begins many punches would otherwise fill the queue.
             while let Ok(command) = self.commands.try_recv() {
                 self.obey(command);
             }
-            self.count.send_if_modified(|count| mem::replace(count, self.open.len()) != self.open.len());
-            let punches = self.punch_requests.values().map(|request| request.until);
-            let overdue = self.requests.values().map(|request| request.until).chain(punches).min();
+            let count = self.circuits.count();
+            self.count.send_if_modified(|known| mem::replace(known, count) != count);
             tokio::select! {
                 Some(command) = self.commands.recv() => self.obey(command),
                 // The sender is the node's.
@@ -417,21 +408,20 @@ impl Serving {
                     }
                     Err(_) => return CircuitError::RelayLost,
                 },
-                Some(incoming) = self.circuits.endpoint().accept() => self.announce(incoming),
+                Some(incoming) = self.outer.endpoint().accept() => self.announce(incoming),
                 Some(Ok((circuit, connection))) = self.ended.join_next() => self.inner_ended(circuit, connection),
                 _ = self.carrying.join_next() => return CircuitError::RelayLost,
-                () = self.circuits.sent() => self.look_soon(),
+                () = self.outer.sent() => self.look_soon(),
                 () = sleep_until(self.watch.look_at().into()) => self.look(),
-                // A relay that acknowledges packets and answers no request is of no use.
-                () = at(overdue) => return CircuitError::RelayLost,
+                () = at(self.circuits.overdue()) => return CircuitError::RelayLost,
             }
         }
     }
 
     /// Ends the inner connections so that the other nodes hear of it.
     pub(crate) async fn finish(&mut self) {
-        self.circuits.endpoint().close(CLOSED, b"");
-        if !self.open.is_empty() {
+        self.outer.endpoint().close(CLOSED, b"");
+        if self.circuits.count() > 0 {
             sleep(LINGER).await;
         }
     }
@@ -439,37 +429,47 @@ impl Serving {
     /// Takes what the relay has said.
     fn deliver(&mut self) -> Result<(), CircuitError> {
         while let Some(message) = next_message(&mut self.frames)? {
-            match message {
-                FromRelay::Opened { session_id, circuit } => self.opened(&session_id, circuit)?,
-                FromRelay::NotOpened { session_id, error } => self.not_opened(&session_id, error),
-                FromRelay::Disconnect { circuit, reason } => self.circuit_ended(circuit, reason),
-                FromRelay::Dropped { circuit, limit } => self.dropped(circuit, limit),
-                FromRelay::Refused { error } => return Err(CircuitError::Refused(error)),
-                FromRelay::Registered { address, .. } => {
-                    self.seen_at.send_if_modified(|known| mem::replace(known, address) != address);
-                }
-                FromRelay::PunchCoordinate(coordinate) => self.coordinated(*coordinate),
-                FromRelay::PunchExecute { session_id, ports } => {
-                    if let Some(session) = self.punches.get(&session_id) {
-                        // More than it looks at are of no use.
-                        let _ = session.ports.try_send(ports);
+            self.circuits.told(message, Instant::now())?;
+            self.carry_out();
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self) {
+        while let Some(action) = self.circuits.poll() {
+            match action {
+                Action::Say(message) => self.say(message),
+                Action::SayIfRead(message) => self.say_if_read(message),
+                Action::Moved(address) => drop(self.seen_at.send_replace(address)),
+                Action::Opened { session_id, circuit } => self.opened(&session_id, circuit),
+                Action::NotOpened { session_id, error } | Action::NotPunched { session_id, error } => {
+                    if let Some(request) = self.requests.remove(&session_id) {
+                        request.fail(error);
                     }
                 }
-                FromRelay::PunchResult { session_id, result } => {
-                    if let Some(session) = self.punches.remove(&session_id) {
-                        // It is the only one, and nobody hears it if nobody waits any more.
-                        let _ = session.over.try_send(result);
+                Action::Ended { circuit, reason } => match self.inner.remove(&circuit) {
+                    // Its own silence would tell it much later.
+                    Some(Inner::Live(connection)) => connection.close(CLOSED, b"circuit ended"),
+                    // Fails if the task has ended.
+                    Some(Inner::Opening(ended)) => drop(ended.send(reason)),
+                    None => {}
+                },
+                Action::Dropped { circuit, limit } => (self.terms.on_dropped)(circuit, limit),
+                Action::Punch(coordinate) => self.punch(*coordinate),
+                Action::Ports { session_id, ports } => {
+                    if let Some(other) = self.punches.get(&session_id) {
+                        // More than the attempt reads are of no use.
+                        let _ = other.ports.try_send(ports);
                     }
                 }
-                FromRelay::NotPunched { session_id, error } => {
-                    if let Some(request) = self.punch_requests.remove(&session_id) {
-                        // Nobody waits any more.
-                        let _ = request.answer.send(Err(refused(error)));
+                Action::PunchOver { session_id, result } => {
+                    if let Some(other) = self.punches.remove(&session_id) {
+                        // The only one. It fails if the attempt is over.
+                        let _ = other.over.try_send(result);
                     }
                 }
             }
         }
-        Ok(())
     }
 
     fn describe(&mut self) {
@@ -479,140 +479,93 @@ impl Serving {
         }
     }
 
-    fn coordinated(&mut self, mut coordinate: Coordinate) {
-        self.punches.retain(|_, session| !session.ports.is_closed());
-        // At another address a local one is somebody else's.
-        if coordinate.address.ip() != self.seen_at.borrow().ip() {
-            coordinate.candidates.clear();
-        }
-        let asked = self.punch_requests.remove(&coordinate.session_id);
-        let session_id = coordinate.session_id.clone();
-        if self.punches.contains_key(&session_id) {
-            return;
-        }
-        let role = coordinate.role;
-        if self.punches.values().filter(|told| told.role == role).count() >= MAX_PUNCHES {
-            return self.say_if_read(FromNode::PunchResult { session_id, result: Err(GivenUp::Busy) });
-        }
-        let ((tell_ports, ports), (tell_over, over)) = (mpsc::channel(MAX_TOLD), mpsc::channel(1));
-        let told = Told { role, ports: tell_ports, over: tell_over };
-        let commands = self.handle.clone();
-        let mut session = PunchSession { told: Instant::now(), ports, over, commands, open: true, coordinate };
-        match (session.coordinate.role, asked) {
-            // Nobody waits any more: then it is dropped.
-            (Role::Initiator, Some(request)) => drop(request.answer.send(Ok(session))),
-            // It was not asked for. Nothing is said of it: a relay that does not read must not make this node say ever more.
-            (Role::Initiator, None) => {
-                session.close();
-                return;
-            }
-            (Role::Responder, _) => (self.terms.on_punch)(session),
-        }
-        self.punches.insert(session_id, told);
-    }
-
-    fn opened(&mut self, session_id: &Id, circuit: u32) -> Result<(), CircuitError> {
-        // An answer to nothing, or a number that is taken: the relay has lost its books.
-        let request = self.requests.remove(session_id).ok_or(CircuitError::NotARelay)?;
-        if self.open.contains_key(&circuit) {
-            return Err(CircuitError::NotARelay);
-        }
+    fn opened(&mut self, session_id: &Id, circuit: u32) {
         let (ended, circuit_ended) = oneshot::channel();
-        self.open.insert(circuit, Open::new(true, ended));
-        // Dropped because nobody waits any more, it gives the circuit up by itself.
-        let _ = request.answer.send(Ok(Opening { circuit, ended: circuit_ended, commands: Some(self.handle.clone()) }));
-        Ok(())
-    }
-
-    fn not_opened(&mut self, session_id: &Id, error: Refusal) {
-        let Some(request) = self.requests.remove(session_id) else { return };
-        // Nobody waits any more.
-        let _ = request.answer.send(Err(refused(error)));
-    }
-
-    fn circuit_ended(&mut self, circuit: u32, reason: Reason) {
-        match self.open.remove(&circuit).map(|open| open.inner) {
-            // Its own silence would tell it much later.
-            Some(Inner::Live(connection)) => connection.close(CLOSED, b"circuit ended"),
-            // Nobody waits any more.
-            Some(Inner::Opening(ended)) => drop(ended.send(reason)),
-            None => {}
+        let opening = Opening { circuit, ended: circuit_ended, commands: Some(self.handle.clone()) };
+        self.inner.insert(circuit, Inner::Opening(ended));
+        // Dropped, because the caller no longer waits, it gives the circuit up by itself.
+        if let Some(Request { answer: Answer::Circuit(answer), .. }) = self.requests.remove(session_id) {
+            let _ = answer.send(Ok(opening));
         }
     }
 
-    /// Told no more often than a relay of ours says it.
-    fn dropped(&mut self, circuit: u32, limit: Limit) {
-        let due = self.open.get_mut(&circuit).is_some_and(|open| open.notices.due(limit, Instant::now()));
-        if due {
-            (self.terms.on_dropped)(circuit, limit);
+    fn punch(&mut self, coordinate: Coordinate) {
+        let session_id = coordinate.session_id.clone();
+        let ((tell_ports, ports), (tell_over, over)) = (mpsc::channel(MAX_TOLD), mpsc::channel(1));
+        self.punches.insert(session_id.clone(), Other { ports: tell_ports, over: tell_over });
+        let commands = self.handle.clone();
+        let session = PunchSession { told: Instant::now(), ports, over, commands, open: true, coordinate };
+        match self.requests.remove(&session_id) {
+            Some(Request { answer: Answer::Punch(answer), .. }) => drop(answer.send(Ok(session))),
+            _ => (self.terms.on_punch)(session),
         }
     }
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::PunchRequest(session_id, request) => {
-                // What the relay is to go by comes before.
-                if self.description.has_changed().unwrap_or(false) {
-                    self.describe();
+            Command::Request { session_id, target, until, request } => {
+                match request.answer {
+                    Answer::Circuit(_) => self.circuits.request(session_id.clone(), target, until),
+                    Answer::Punch(_) => {
+                        // The relay must know the latest description before it reads the request.
+                        if self.description.has_changed().unwrap_or(false) {
+                            self.describe();
+                        }
+                        self.circuits.request_punch(session_id.clone(), target, until);
+                    }
                 }
-                let target_id = request.target.clone();
-                self.say(FromNode::PunchRequest { session_id: session_id.clone(), target_id });
-                self.punch_requests.insert(session_id, request);
-            }
-            Command::Say(message) => self.say_if_read(message),
-            Command::Request(session_id, request) => {
-                let target_id = request.target.clone();
-                self.say(FromNode::RelayRequest { session_id: session_id.clone(), target_id });
                 self.requests.insert(session_id, request);
             }
-            Command::Accepting { circuit, ended } => {
-                // One connection per circuit; dropped, `ended` says no to another one.
-                self.open.entry(circuit).or_insert(Open::new(false, ended));
+            Command::Say(message) => self.say_if_read(message),
+            Command::PunchEnded(session_id) => {
+                self.circuits.punch_ended(&session_id);
+                self.punches.remove(&session_id);
             }
-            Command::Carries { circuit, connection } => match self.open.get_mut(&circuit) {
-                Some(open) => {
-                    open.inner = Inner::Live(connection.clone());
-                    self.ended.spawn(async move {
-                        connection.closed().await;
-                        sleep(LINGER).await;
-                        (circuit, connection.stable_id())
-                    });
+            Command::Accepting { circuit, ended } => {
+                // Dropped, `ended` refuses a second connection.
+                if self.circuits.accepting(circuit) {
+                    self.inner.insert(circuit, Inner::Opening(ended));
                 }
-                None => connection.close(CLOSED, b"circuit ended"),
-            },
+            }
+            Command::Carries { circuit, connection } => self.carries(circuit, connection),
             Command::Abandoned { circuit } => {
-                if self.open.get(&circuit).is_some_and(|open| matches!(open.inner, Inner::Opening(_))) {
-                    self.end(circuit);
+                if self.circuits.abandoned(circuit) {
+                    self.inner.remove(&circuit);
                 }
             }
         }
+        self.carry_out();
+    }
+
+    fn carries(&mut self, circuit: u32, connection: Connection) {
+        if !self.circuits.carries(circuit, connection.stable_id()) {
+            return connection.close(CLOSED, b"circuit ended");
+        }
+        self.inner.insert(circuit, Inner::Live(connection.clone()));
+        self.ended.spawn(async move {
+            connection.closed().await;
+            sleep(LINGER).await;
+            (circuit, connection.stable_id())
+        });
+    }
+
+    fn inner_ended(&mut self, circuit: u32, connection: usize) {
+        if self.circuits.inner_ended(circuit, connection) {
+            self.inner.remove(&circuit);
+        }
+        self.carry_out();
     }
 
     /// Another node begins a connection over a circuit.
     fn announce(&mut self, incoming: Incoming) {
         let circuit = Circuits::circuit(incoming.remote_address());
-        let Some(circuit) = circuit.filter(|circuit| !self.open.contains_key(circuit)) else {
+        let Some(circuit) = circuit.filter(|circuit| self.circuits.is_free(*circuit)) else {
             return incoming.refuse();
         };
         let Ok(permit) = self.arriving.clone().try_acquire_owned() else { return incoming.ignore() };
         let commands = self.handle.clone();
         let relay = canonical(self.connection.0.remote_address());
         (self.terms.on_incoming)(IncomingCircuit { relay, circuit, incoming, commands, _permit: permit });
-    }
-
-    fn inner_ended(&mut self, circuit: u32, connection: usize) {
-        // The number may be another circuit's by now.
-        let same = |open: &Open| matches!(&open.inner, Inner::Live(live) if live.stable_id() == connection);
-        if self.open.get(&circuit).is_some_and(same) {
-            self.end(circuit);
-        }
-    }
-
-    fn end(&mut self, circuit: u32) {
-        // Who accepted leaves the circuit to who asked for it: both would say the same.
-        if self.open.remove(&circuit).is_some_and(|open| open.ours) {
-            self.say(FromNode::Disconnect { circuit, reason: Reason::Closed });
-        }
     }
 
     fn say(&mut self, message: FromNode) {
@@ -634,20 +587,13 @@ impl Serving {
         let (connection, now) = (&self.connection.0, Instant::now());
         let look = self.watch.look(&mut lock(&self.terms.liveness), counted(connection), connection.rtt(), now);
         if look.quiet {
-            self.circuits.tell_again();
+            self.outer.tell_again();
         }
         if look.pad && connection.datagram_send_buffer_space() >= padding().len() {
             // Lost, it comes again.
             let _ = connection.send_datagram(padding());
         }
         self.suspect.send_if_modified(|suspect| mem::replace(suspect, look.suspect) != look.suspect);
-    }
-}
-
-fn refused(error: Refusal) -> CircuitError {
-    match error {
-        Refusal::NotRegistered => CircuitError::NotRegistered,
-        other => CircuitError::Refused(other),
     }
 }
 
@@ -702,30 +648,29 @@ pub(crate) struct Handle {
 impl Handle {
     /// Opens a circuit to the node.
     pub(crate) async fn open(&self, target: &Id) -> Result<Opening, CircuitError> {
-        let (session_id, permit) = self.begin_request().await;
-        let (answer, answered) = oneshot::channel();
-        let until = Instant::now() + self.terms.timeout;
-        let request = Request { target: target.clone(), answer, until, _permit: permit };
-        self.commands.send(Command::Request(session_id, request)).map_err(|_| CircuitError::RelayLost)?;
-        answered.await.unwrap_or(Err(CircuitError::RelayLost))
-    }
-
-    async fn begin_request(&self) -> (Id, OwnedSemaphorePermit) {
-        #[expect(clippy::expect_used, reason = "16 bytes are a good id, and nobody closes the semaphore")]
-        let (session_id, permit) = {
-            let id = Id::new(fastrand::u128(..).to_be_bytes().to_vec()).expect("1 to 255 bytes");
-            (id, self.permits.clone().acquire_owned().await.expect("never closed"))
-        };
-        (session_id, permit)
+        self.request(target, Answer::Circuit).await
     }
 
     /// Asks for a direct path to a node.
     pub(crate) async fn punch(&self, target: &Id) -> Result<PunchSession, CircuitError> {
-        let (session_id, permit) = self.begin_request().await;
-        let (answer, answered) = oneshot::channel();
+        self.request(target, Answer::Punch).await
+    }
+
+    async fn request<T>(
+        &self,
+        target: &Id,
+        answer: impl FnOnce(oneshot::Sender<Result<T, CircuitError>>) -> Answer,
+    ) -> Result<T, CircuitError> {
+        #[expect(clippy::expect_used, reason = "16 bytes are a good id, and the semaphore is never closed")]
+        let (session_id, permit) = {
+            let id = Id::new(fastrand::u128(..).to_be_bytes().to_vec()).expect("1 to 255 bytes");
+            (id, self.permits.clone().acquire_owned().await.expect("never closed"))
+        };
+        let (sender, answered) = oneshot::channel();
+        let request = Request { answer: answer(sender), _permit: permit };
         let until = Instant::now() + self.terms.timeout;
-        let request = PunchRequest { target: target.clone(), answer, until, _permit: permit };
-        self.commands.send(Command::PunchRequest(session_id, request)).map_err(|_| CircuitError::RelayLost)?;
+        let command = Command::Request { session_id, target: target.clone(), until, request };
+        self.commands.send(command).map_err(|_| CircuitError::RelayLost)?;
         answered.await.unwrap_or(Err(CircuitError::RelayLost))
     }
 

@@ -24,7 +24,7 @@ use macula_peer_core::counter::Counter;
 use macula_peer_core::proto::codes::connection::DENIED;
 use macula_peer_core::proto::codes::stream::{NOT_A_RELAY, TOO_SLOW};
 use macula_peer_core::proto::control::{
-    ControlError, FromNode, FromRelay, GivenUp, Id, LIMITS, Limit, PROOF_LEN, Reason, Refusal,
+    ControlError, FromNode, FromRelay, Id, LIMITS, Limit, PROOF_LEN, PunchFailure, Reason, Refusal,
 };
 use macula_peer_core::proto::packet::{Fit, Form, SplitBy, Splitter, is_padding, parse};
 use macula_peer_core::proto::signal::Secret;
@@ -563,7 +563,7 @@ impl Relay {
         }
     }
 
-    fn punched(&self, registration: &Registration, session_id: Id, result: Result<(), GivenUp>) {
+    fn punched(&self, registration: &Registration, session_id: Id, result: Result<(), PunchFailure>) {
         let state = &mut *lock(&self.state);
         let other = state.coordinator.result(registration.generation, &session_id, result.is_ok(), Instant::now());
         let Some(other) = other else { return };

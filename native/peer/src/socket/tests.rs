@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
+use macula_peer_core::proto::signal::Role;
 use macula_peer_core::proto::signal::{Body, Key, MAX_LEN, Secret, Signal, Unverified};
-use macula_peer_core::punch::Role;
 use quinn::{Connection, Endpoint, EndpointConfig, TransportConfig};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::{member_of, message, node_id, over, relay, send_to_node, until};
-use macula_peer::{Candidates, Config, Engine, HolePunching, Path, PunchError, Target};
+use macula_peer::{Candidates, Config, Engine, HolePunching, Path, PunchError, PunchFailure, Target};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -113,7 +113,7 @@ fn a_refusal_by_the_other_node_is_known_at_once() {
     let failed = || a.path(&Target::Node(&node_id("b"))).failures.hole_punch;
     until("it is told", || failed().is_some());
     // Without its word it would be `TimedOut`.
-    assert_eq!(failed(), Some(PunchError::NotAllowed));
+    assert_eq!(failed(), Some(PunchError::Failed(PunchFailure::NotAllowed)));
     assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
     until("it arrives", || inbox.len() == 1);
     assert_eq!(path(&a, "b").map(|path| matches!(path, Path::Relay(_))), Some(true));

@@ -8,7 +8,7 @@ use std::ops::Range;
 use self::world::{Ended, World};
 use super::gate::Kind;
 use crate::nat::{Allocation, Filtering, Mapping, NatProfile};
-use crate::punch::Failure;
+use crate::proto::control::PunchFailure;
 
 mod world;
 
@@ -69,7 +69,7 @@ fn every_pair_of_kinds_meets_directly_if_it_can() {
                 let (ended, took) = attempts[0];
                 let said = match ended {
                     Ended::Direct => world.connected_with(a, b) == [true, true],
-                    Ended::Failed(failure) => (failure == Failure::BothHard) == (promise == Promise::Hopeless),
+                    Ended::Failed(failure) => (failure == PunchFailure::BothHard) == (promise == Promise::Hopeless),
                     Ended::Refused(_) => false,
                 };
                 assert!(said, "SEED={seed} {one:?} to {other:?}: {ended:?} after {took} us");
@@ -184,7 +184,7 @@ fn homes_behind_one_carrier_meet_if_it_sends_back_what_they_send_to_each_other()
             world.attempt_at(READY, a, b);
             world.run(READY + 6 * SECOND);
             world.check(|| format!("SEED={seed} hairpin: {hairpin}"));
-            let expected = if hairpin { Ended::Direct } else { Ended::Failed(Failure::TimedOut) };
+            let expected = if hairpin { Ended::Direct } else { Ended::Failed(PunchFailure::TimedOut) };
             assert_eq!(world.attempts(a)[0].0, expected, "SEED={seed} hairpin: {hairpin}");
         }
     }

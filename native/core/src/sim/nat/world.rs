@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use super::READY;
 use crate::coordinate::{Coordinate, Coordinator, Party, Refused};
 use crate::nat::{NatProfile, Observations, Unsolicited};
-use crate::proto::control::Id;
+use crate::proto::control::{Id, PunchFailure};
+use crate::proto::signal::Role;
 use crate::punch::{
-    Action, Failure, MAX_BIRTHDAY_PACKETS, MAX_PACKETS, MAX_PER_STRANGER, MAX_PER_WAY, MAX_STRANGERS, Punch, Role,
-    Setup, Signal, Strategy, Via,
+    Action, MAX_BIRTHDAY_PACKETS, MAX_PACKETS, MAX_PER_STRANGER, MAX_PER_WAY, MAX_STRANGERS, Punch, Setup, Signal,
+    Strategy, Via,
 };
 use crate::relay::{Book, Generation};
 use crate::sim::gate::{Gate, Kind};
@@ -37,7 +38,7 @@ const INTERNET: usize = 0;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
     Direct,
-    Failed(Failure),
+    Failed(PunchFailure),
     Refused(Refused),
 }
 

@@ -5,7 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::quic::{ConnId, QuicPacket};
 use super::world::World;
-use crate::punch::{Role, Signal};
+use crate::proto::signal::Role;
+use crate::punch::Signal;
 use crate::sim::gate::{Gate, Kind};
 
 /// Microseconds since the run began.

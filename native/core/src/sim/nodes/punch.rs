@@ -11,10 +11,10 @@ use super::quic::{Carrier, ConnId, KNOWN_PATH_RTT};
 use super::relay::{OTHER_PORT, RELAY_PORT};
 use super::world::{World, trace};
 use crate::coordinate::is_local;
-use crate::errors::PunchError;
 use crate::nat::{NatProfile, Observations, Unsolicited};
-use crate::proto::control::{Coordinate, FromNode, GivenUp, Id};
-use crate::punch::{Action, Punch, Role, Setup, Signal, Strategy, Via};
+use crate::proto::control::{Coordinate, FromNode, Id, PunchFailure};
+use crate::proto::signal::Role;
+use crate::punch::{Action, Punch, Setup, Signal, Strategy, Via};
 use crate::race::{AttemptId, Ended};
 use crate::types::Fingerprint;
 
@@ -280,7 +280,7 @@ impl World {
             self.attempt_punches(node, peer, attempt, told.key);
         }
         if attempt.is_none() && told.role == Role::Initiator {
-            return self.give_up_punch(node, relay, told.session_id.clone(), GivenUp::Unwanted);
+            return self.give_up_punch(node, relay, told.session_id.clone(), PunchFailure::Unwanted);
         }
         let mut candidates = told.candidates.clone();
         // At another address a local one is somebody else's.
@@ -334,7 +334,7 @@ impl World {
         self.arm_node(node, now);
     }
 
-    fn give_up_punch(&mut self, node: usize, relay: SocketAddr, session_id: Id, why: GivenUp) {
+    fn give_up_punch(&mut self, node: usize, relay: SocketAddr, session_id: Id, why: PunchFailure) {
         self.say_to_relay(node, relay, FromNode::PunchResult { session_id, result: Err(why) });
     }
 
@@ -347,7 +347,7 @@ impl World {
     }
 
     /// The other node's attempt is over.
-    pub(super) fn punch_over(&mut self, node: usize, id: &Id, result: Result<(), GivenUp>) {
+    pub(super) fn punch_over(&mut self, node: usize, id: &Id, result: Result<(), PunchFailure>) {
         let clock = self.clock();
         if let Some(session) = self.nodes[node].punches.iter_mut().find(|session| session.id == *id) {
             session.met |= result.is_ok();
@@ -477,10 +477,9 @@ impl World {
                 if session.met {
                     return;
                 }
-                let error = PunchError::from(failure);
-                self.give_up_punch(node, relay, id, GivenUp::from(&error));
+                self.give_up_punch(node, relay, id, failure);
                 if let Some((peer, attempt)) = attempt {
-                    self.attempt_failed(node, peer, attempt, Ended::NotPunched(error));
+                    self.attempt_failed(node, peer, attempt, Ended::NotPunched(failure.into()));
                 }
             }
         }
@@ -511,9 +510,9 @@ impl World {
             if session.over.is_some() {
                 continue;
             }
-            self.give_up_punch(node, session.relay, session.id.clone(), GivenUp::Interrupted);
+            self.give_up_punch(node, session.relay, session.id.clone(), PunchFailure::Interrupted);
             if let Some((peer, attempt)) = session.attempt {
-                self.attempt_failed(node, peer, attempt, Ended::NotPunched(PunchError::Interrupted));
+                self.attempt_failed(node, peer, attempt, Ended::NotPunched(PunchFailure::Interrupted.into()));
             }
         }
     }

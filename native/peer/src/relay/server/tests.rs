@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use macula_peer_core::nat::NatProfile;
 use macula_peer_core::proto::control::OPENER;
 use macula_peer_core::proto::packet::{Half, Joiner, Packet};
-use macula_peer_core::punch::Role;
+use macula_peer_core::proto::signal::Role;
 use macula_peer_core::types::Secret;
 use macula_peer_testkit::quic;
 use macula_peer_wire::{Limits, VERSION};
@@ -392,24 +392,24 @@ async fn one_of_two_hears_at_once_how_the_others_attempt_went_and_nobody_else_ha
     let told = |session, result| FromRelay::PunchResult { session_id: id(session), result };
 
     brought_together(&mut a, &mut b, "1", "b").await;
-    c.say(over("1", Err(GivenUp::Busy))).await;
+    c.say(over("1", Err(PunchFailure::Busy))).await;
     c.say(over("1", Ok(()))).await;
     assert_eq!(c.request("nobody").await, Err(Refusal::NotRegistered));
     // It does not decide.
     b.say(over("1", Ok(()))).await;
-    b.say(over("1", Err(GivenUp::NotAllowed))).await;
-    assert_eq!(a.hear().await, told("1", Err(GivenUp::NotAllowed)), "only that");
+    b.say(over("1", Err(PunchFailure::NotAllowed))).await;
+    assert_eq!(a.hear().await, told("1", Err(PunchFailure::NotAllowed)), "only that");
     assert_eq!(running.relay.stats().punched, 0);
 
     brought_together(&mut b, &mut a, "2", "a").await;
-    b.say(over("2", Err(GivenUp::Interrupted))).await;
-    assert_eq!(a.hear().await, told("2", Err(GivenUp::Interrupted)));
+    b.say(over("2", Err(PunchFailure::Interrupted))).await;
+    assert_eq!(a.hear().await, told("2", Err(PunchFailure::Interrupted)));
     brought_together(&mut a, &mut b, "3", "b").await;
     a.say(over("3", Ok(()))).await;
     // No more is said of what is over.
-    a.say(over("3", Err(GivenUp::TimedOut))).await;
+    a.say(over("3", Err(PunchFailure::TimedOut))).await;
     assert_eq!(b.hear().await, told("3", Ok(())));
-    b.say(over("3", Err(GivenUp::TimedOut))).await;
+    b.say(over("3", Err(PunchFailure::TimedOut))).await;
     for (node, name) in [(&mut a, "b"), (&mut b, "a"), (&mut c, "a")] {
         node.circuit_to(name).await;
     }
