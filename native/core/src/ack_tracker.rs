@@ -143,8 +143,50 @@ mod tests {
         ack_tracker.acknowledged(at(11));
         ack_tracker.acknowledgements_end(at(111), 1000);
         assert!(!ack_tracker.arrived(first, at(112), RTT), "an earlier packet may yet be declared lost");
-        assert!(ack_tracker.arrived(first, at(111 + 113 + 6), RTT));
+        // 9/8 of a round trip and 5 ms later.
+        assert!(!ack_tracker.arrived(first, at(111 + 117), RTT), "nor has loss detection had its time");
+        assert!(ack_tracker.arrived(first, at(111) + Duration::from_micros(117_500), RTT));
         assert!(!ack_tracker.arrived(late, at(400), RTT), "nothing sent since was acknowledged");
+    }
+
+    #[test]
+    fn a_later_acknowledgement_does_not_put_off_what_an_earlier_one_proves() {
+        let at = clock();
+        let mut ack_tracker = AckTracker::default();
+        let mark = Mark::new(at(0));
+        for n in 1..=30 {
+            ack_tracker.sent(at(n * 10));
+        }
+        for n in 1..=2 {
+            ack_tracker.acknowledged(at(n * 100));
+            ack_tracker.acknowledgements_end(at(n * 100 + 100), 1000);
+        }
+        assert!(ack_tracker.arrived(mark, at(200 + 118), RTT));
+    }
+
+    #[test]
+    fn acknowledgements_are_remembered_up_to_a_bound_and_the_oldest_gives_way() {
+        let at = clock();
+        let mut ack_tracker = AckTracker::default();
+        for n in 0..=REMEMBERED as u64 {
+            ack_tracker.acknowledged(at(n));
+            ack_tracker.acknowledgements_end(at(n), 1000);
+        }
+        assert_eq!(ack_tracker.acknowledged.len(), REMEMBERED);
+        assert_eq!(ack_tracker.acknowledged.front(), Some(&(at(1), at(1))));
+    }
+
+    #[test]
+    fn a_packet_that_left_at_the_same_moment_as_the_data_was_written_proves_nothing() {
+        let at = clock();
+        for in_flight in [0, 1000] {
+            let mut ack_tracker = AckTracker::default();
+            let mark = Mark::new(at(1));
+            ack_tracker.sent(at(1));
+            ack_tracker.acknowledged(at(1));
+            ack_tracker.acknowledgements_end(at(101), in_flight);
+            assert!(!ack_tracker.arrived(mark, at(1000), RTT), "{in_flight} bytes in flight");
+        }
     }
 
     /// Probes of the path's MTU are not told as sent.

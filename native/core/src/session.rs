@@ -27,7 +27,7 @@ struct Owed<M> {
     stalled: bool,
 }
 
-/// What is to be written next.
+/// What to write next.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Next<'a, M> {
     pub number: u64,
@@ -67,7 +67,7 @@ impl<M> Outgoing<M> {
         self.owed.drain(..arrived).map(|owed| owed.message)
     }
 
-    /// The present stream is gone: everything is to be written again.
+    /// The present stream is gone: everything is written again, on the next one.
     pub fn rewind(&mut self) {
         self.written = 0;
         self.announced = None;
@@ -85,7 +85,7 @@ impl<M> Outgoing<M> {
         may_have_arrived
     }
 
-    /// Whether the receiver may have something of what is to be written: it should be asked first.
+    /// Whether the receiver may have something of what comes next: it should be asked first.
     pub fn may_have_arrived(&self) -> bool {
         self.owed.front().is_some_and(|owed| owed.written.is_some())
     }
@@ -122,7 +122,7 @@ impl<M> Outgoing<M> {
     /// The receiver does not take the message of this number, below which everything is acknowledged, and goes on behind
     /// it.
     pub fn refused(&mut self, number: u64) -> Option<M> {
-        let (first, _) = self.owed.front().filter(|_| self.written > 0)?.written?;
+        let (first, _) = self.owed.front()?.written?;
         if first == number { self.reject() } else { None }
     }
 
@@ -195,11 +195,11 @@ pub struct Incoming {
 /// What to do with a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrival {
-    /// It is to be handed over, and [`Incoming::refuse`] to be told if it cannot be.
+    /// Hand it over. If that fails, call [`Incoming::refuse`].
     New,
     /// It was handed over.
     Repeated,
-    /// It was handed over or refused: whoever cannot take it now could not take it then, and is to say so again.
+    /// It was handed over or refused. A handler that cannot take it now could not take it then either: refuse it again.
     Doubtful,
 }
 
@@ -207,7 +207,7 @@ impl Incoming {
     /// What a message of this number would be.
     pub fn arrival(&self, number: u64) -> Arrival {
         match self.refused {
-            // None comes after the highest number, which is therefore nobody's.
+            // The highest number would have no successor, so no message has it.
             _ if number >= self.expected && number < u64::MAX => Arrival::New,
             Some((lowest, highest)) if (lowest..=highest).contains(&number) => Arrival::Doubtful,
             _ => Arrival::Repeated,
@@ -392,7 +392,7 @@ mod tests {
             }
             self.streams.push(Stream::default());
             self.outgoing.rewind();
-            // Who owes little does not ask; the receiver says it all the same, later.
+            // A sender that owes little does not ask. The receiver says it nevertheless, later.
             if self.outgoing.may_have_arrived() && self.random.bool() {
                 self.let_go += self.outgoing.resume(self.incoming.expected(0)).count();
             }
@@ -451,12 +451,84 @@ mod tests {
     }
 
     #[test]
-    fn the_highest_number_is_nobodys() {
+    fn no_message_has_the_highest_number() {
         let mut incoming = Incoming::default();
         assert_eq!(incoming.accept(u64::MAX - 1), Arrival::New);
         assert_eq!(incoming.accept(u64::MAX), Arrival::Repeated);
         assert_eq!(incoming.accept(0), Arrival::Repeated, "it does not begin again");
         assert_eq!(incoming.expected(u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn what_is_owed_is_kept_in_order_until_it_is_acknowledged_or_taken() {
+        let mut outgoing = Outgoing::default();
+        let (now, later) = (Instant::now(), Instant::now() + std::time::Duration::from_secs(1));
+        assert_eq!((outgoing.len(), outgoing.oldest(), outgoing.is_under_way()), (0, None, false));
+        ['a', 'b', 'c'].into_iter().for_each(|message| outgoing.push(message));
+        assert_eq!((outgoing.len(), outgoing.oldest(), outgoing.is_under_way()), (3, None, false));
+        outgoing.write(now);
+        outgoing.write(later);
+        assert_eq!((outgoing.len(), outgoing.oldest(), outgoing.is_under_way()), (3, Some(now), true));
+        outgoing.acknowledge(1).for_each(drop);
+        assert_eq!((outgoing.len(), outgoing.oldest(), outgoing.unwritten()), (2, Some(later), 1));
+        outgoing.rewind();
+        assert_eq!((outgoing.oldest(), outgoing.is_under_way()), (Some(later), false), "it was written before");
+        assert_eq!(outgoing.messages().collect::<Vec<_>>(), [&'b', &'c']);
+        assert_eq!(outgoing.take(), ['b', 'c']);
+        assert!(outgoing.is_empty());
+    }
+
+    #[test]
+    fn a_session_that_is_numbered_again_starts_from_0_and_nothing_in_it_may_have_arrived() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push('a');
+        outgoing.write(Instant::now());
+        outgoing.acknowledge(1).for_each(drop);
+        outgoing.rewind();
+        outgoing.renumber();
+        outgoing.push('b');
+        assert_eq!(outgoing.write(Instant::now()), Some(Next { number: 0, announce: true, message: &'b' }));
+        assert_eq!(outgoing.forgotten(), []);
+    }
+
+    #[test]
+    fn only_the_first_message_on_its_way_can_be_refused() {
+        let mut outgoing = Outgoing::default();
+        assert_eq!(outgoing.refused(0), None);
+        outgoing.push('a');
+        outgoing.push('b');
+        assert_eq!(outgoing.refused(0), None, "it was never written");
+        outgoing.write(Instant::now());
+        outgoing.rewind();
+        assert_eq!(outgoing.refused(0), None, "it is not written to this stream");
+        outgoing.write(Instant::now());
+        outgoing.write(Instant::now());
+        assert_eq!(outgoing.refused(1), None, "another message comes first");
+        assert_eq!(outgoing.refused(0), Some('a'));
+        assert_eq!(outgoing.refused(1), Some('b'));
+    }
+
+    #[test]
+    fn a_message_that_may_have_arrived_is_refused_again_until_the_sender_knows() {
+        let mut incoming = Incoming::default();
+        for number in 0..4 {
+            assert_eq!(incoming.accept(number), Arrival::New);
+        }
+        incoming.refuse(1);
+        incoming.refuse(3);
+        assert_eq!([0, 1, 2, 3].map(|number| incoming.arrival(number)), {
+            use Arrival::{Doubtful, Repeated};
+            [Repeated, Doubtful, Doubtful, Doubtful]
+        });
+        assert_eq!([0, 1, 2, 3, 4].map(|next| incoming.expected(next)), [1, 1, 2, 3, 4]);
+        incoming.begin(2);
+        assert_eq!([1, 2, 3].map(|number| incoming.arrival(number)), {
+            use Arrival::{Doubtful, Repeated};
+            [Repeated, Doubtful, Doubtful]
+        });
+        incoming.begin(4);
+        assert_eq!([2, 3].map(|number| incoming.arrival(number)), [Arrival::Repeated; 2]);
+        assert_eq!(incoming.expected(0), 4);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The sessions that a receiver knows: how many may be open, how long the others are kept, and which one makes room.
 //!
 //! Keys are free, so an address is bounded as well as each key. A session with an open stream is never forgotten. When the
-//! table is full, a session makes room that is closed and belongs to whoever has most: the address with the most closed
-//! sessions, and of its keys the one with the most. So what one stranger opens costs nobody a session who has fewer.
+//! table is full, it evicts a closed session of the sender with the most: the address with the most closed sessions, and
+//! of its keys the one with the most. So a sender never loses a session to one that has more.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub enum Met {
     Nobody,
     /// This receiver, in its present run.
     ThisRun,
-    /// The receiver before it was restarted, or another one.
+    /// The receiver before it was restarted, or another receiver.
     AnotherRun,
 }
 
@@ -218,7 +218,7 @@ impl Closed {
         self.queues.remove(Owner { key, network }, (forget_at, id), 1);
     }
 
-    /// The one that would be forgotten first of whoever has most.
+    /// Of the sender with the most, the session that would be forgotten first.
     fn take_from_heaviest(&mut self, needs_room: Owner) -> Option<SessionKey> {
         let (Owner { key, network }, (forget_at, id)) = self.queues.first_of_heaviest(needs_room)?;
         self.remove((key, id), network, forget_at);
@@ -297,6 +297,17 @@ mod tests {
     }
 
     #[test]
+    fn closed_sessions_tell_when_they_are_forgotten() {
+        let mut table = SessionTable::new(1000);
+        for (id, now) in [(1, 3), (2, 2), (3, 2)] {
+            open_and_close(&mut table, session(1, id), 1, now);
+        }
+        open(&mut table, session(1, 4), 1, Met::Nobody, 3).unwrap();
+        let keep = KEEP.as_millis() as u64;
+        assert_eq!(table.forgotten_at(), [keep + 2, keep + 2, keep + 3]);
+    }
+
+    #[test]
     fn an_ended_session_is_forgotten_with_its_last_stream() {
         let (mut table, key) = (SessionTable::new(1000), session(1, 1));
         for _ in 0..2 {
@@ -327,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_has_most_makes_room() {
+    fn the_sender_with_the_most_sessions_makes_room() {
         let mut table = SessionTable::new(100);
         let honest = [session(1, 1), session(2, 1)];
         open_and_close(&mut table, honest[0], 1, 0);

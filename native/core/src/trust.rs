@@ -12,14 +12,14 @@ use hashlink::LruCache;
 use crate::errors::ConnectError;
 use crate::types::{Dialect, Fingerprint, NodeId, PeerName};
 
-/// Names remembered; the one that was not seen for longest gives way.
+/// Names remembered. The one that was not seen for longest is evicted.
 const MAX_NAMES: usize = 16_384;
 
 /// How long a name that is not seen is remembered, unless the keys are kept in a file. After that another key is accepted.
 const FORGET_AFTER: Duration = Duration::from_secs(24 * 3600);
 
-/// Keys that say they do not serve a name, one for each name: they are asked again, whatever a relay says. The oldest give
-/// way, which costs messages a detour.
+/// Keys that say they do not serve a name, one for each name: they are asked again, whatever a relay says. The oldest is
+/// evicted, which costs messages a detour.
 const MAX_DISOWNED: usize = 1024;
 
 /// Trust on first use: the keys that names are bound to.
@@ -66,7 +66,7 @@ impl Default for TofuStore {
 impl TofuStore {
     /// One that is kept in a file, where these bindings are from, the one that was not seen for longest first.
     pub fn kept(known: Vec<(NodeId, Fingerprint)>, now: Instant) -> Self {
-        let mut store = Self { unsaved: Some(Unsaved::Names(HashSet::new())), ..Self::default() };
+        let mut store = Self::default();
         known.into_iter().for_each(|(node, key)| store.bind(node, key, now));
         store.unsaved = Some(Unsaved::Names(HashSet::new()));
         store
@@ -101,8 +101,8 @@ impl TofuStore {
         self.names.insert(node, Binding { key, seen: now, mismatch_told });
     }
 
-    /// The holder of the key that the name is bound to has said that it belongs to another one from now on. Whether that
-    /// was so.
+    /// The holder of the key `from` has said that the name belongs to `to` from now on. Returns whether the name was bound
+    /// to `from`.
     pub fn hand_on(&mut self, node: &NodeId, from: Fingerprint, to: Fingerprint, now: Instant) -> bool {
         let bound = self.names.peek(node).is_some_and(|binding| binding.key == from);
         if bound {
@@ -145,7 +145,7 @@ impl TofuStore {
         }
     }
 
-    /// What is to be written to the file now, which has it then.
+    /// What the file lacks. The caller writes it, and the file then has it.
     pub fn take_unsaved(&mut self) -> Changes {
         match self.unsaved.replace(Unsaved::Names(HashSet::new())) {
             Some(Unsaved::All) => {
@@ -159,7 +159,7 @@ impl TofuStore {
         }
     }
 
-    /// The file is to be written from the start: it may have lost something, or become too long.
+    /// The next [`Changes`] rewrite the file from the start: it may have lost something, or become too long.
     pub fn save_all(&mut self) {
         self.unsaved = self.unsaved.take().map(|_| Unsaved::All);
     }
@@ -182,7 +182,7 @@ pub struct Facts<'a> {
     /// The key that the other end has shown.
     pub shown: Option<Fingerprint>,
     pub dialect: Dialect,
-    /// The key that a lookup, or whoever wants the link, names.
+    /// The key that a lookup or the caller names.
     pub named: Option<Fingerprint>,
     /// The relay that led there says that the node registered under the name has this key.
     pub registered: bool,
@@ -267,7 +267,7 @@ impl Facts<'_> {
             }
         }
         match self.dialect {
-            // It has no node ids: whoever is there is believed, and proves nothing.
+            // It has no node ids: the node there is believed, and proves nothing.
             Dialect::Macula => Verdict::Accept,
             Dialect::MaculaPeer1 if self.shown.is_some() && self.shown == self.bound => Verdict::Accept,
             Dialect::MaculaPeer1 if self.registered && !self.disowned => Verdict::Accept,
@@ -317,7 +317,7 @@ pub enum Answer {
     HasNone,
 }
 
-/// What this node says when it is asked for a node id. `None`: it has another one.
+/// What this node says when it is asked for a node id. `None`: it has another id.
 pub fn answer(own: Option<&NodeId>, key: &Fingerprint, asked: &[u8]) -> Option<Answer> {
     match own {
         Some(own) if own.as_bytes() == asked => Some(Answer::HasIt),
@@ -345,13 +345,14 @@ mod tests {
     fn a_name_is_bound_until_it_was_not_seen_for_a_day() {
         let (start, mut store) = (Instant::now(), TofuStore::default());
         store.bind(node(1), key(1), start);
-        let almost = FORGET_AFTER - Duration::from_secs(1);
+        let day = Duration::from_secs(86_400);
+        let almost = day - Duration::from_secs(1);
         assert_eq!(store.key_of(&node(1), start + almost), Some(key(1)));
-        assert_eq!(store.key_of(&node(1), start + FORGET_AFTER), None, "asked for, and not seen");
+        assert_eq!(store.key_of(&node(1), start + day), None, "asked for, and not seen");
         store.bind(node(1), key(1), start);
         store.bind(node(1), key(1), start + almost);
         assert_eq!(store.key_of(&node(1), start + 2 * almost), Some(key(1)), "seen since");
-        assert_eq!(store.key_of(&node(1), start + almost + FORGET_AFTER), None);
+        assert_eq!(store.key_of(&node(1), start + almost + day), None);
     }
 
     #[test]
@@ -408,6 +409,16 @@ mod tests {
         in_memory.bind(node(1), key(1), now);
         in_memory.save_all();
         assert!(!in_memory.is_unsaved());
+    }
+
+    #[test]
+    fn a_file_is_written_from_the_start_when_more_names_have_changed_than_are_kept() {
+        let now = Instant::now();
+        for (names, all) in [(MAX_NAMES, false), (MAX_NAMES + 1, true)] {
+            let mut store = TofuStore::kept(Vec::new(), now);
+            (0..names).for_each(|n| store.bind(node(n), key(1), now));
+            assert_eq!(matches!(store.take_unsaved(), Changes::All(_)), all, "{names}");
+        }
     }
 
     #[test]
@@ -534,7 +545,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_bound_by_the_nodes_word_or_by_who_names_the_key_and_not_by_a_nameless_node() {
+    fn a_name_is_bound_by_the_nodes_word_or_by_a_caller_that_names_the_key_and_not_by_a_node_without_an_id() {
         all(|facts| {
             assert!(facts.binds(Answer::HasIt));
             let vouched_for =
