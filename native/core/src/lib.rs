@@ -7,6 +7,7 @@
 #![allow(missing_docs)]
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
+pub mod accepted;
 pub mod access;
 pub mod ack_tracker;
 pub mod admission;
@@ -15,6 +16,7 @@ pub mod config;
 pub mod coordinate;
 pub mod counter;
 pub mod descriptors;
+pub mod drive;
 pub mod errors;
 pub mod events;
 pub mod faults;
@@ -30,6 +32,7 @@ pub mod lookup;
 pub mod names;
 pub mod nat;
 pub mod packet_budget;
+pub mod patience;
 pub mod places;
 pub mod proto;
 pub mod punch;
@@ -43,6 +46,7 @@ pub mod requests;
 pub mod retry;
 pub mod sending;
 pub mod session;
+pub mod session_receiver;
 pub mod session_sender;
 pub mod session_table;
 pub mod shares;

@@ -41,6 +41,13 @@ const PASSED_ON_FOR: Duration = Duration::from_secs(60);
 /// How long a peer that is stopped may send what is on its way.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
+pub const SWEEP_EVERY: Duration = Duration::from_millis(10);
+
+/// A link that was replaced lives on for this long, and as long again while a request waits on it: answers to messages
+/// that went over it are on their way.
+pub const REPLACED_FOR: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Clone, Copy)]
 pub struct Setup {
     /// This node's key.
@@ -69,6 +76,8 @@ pub enum Action {
     Retire,
     /// Let go of the link. What was asked over it may still be answered.
     Replace,
+    /// Look again at the connections that the peer has begun, and tell [`LinkState::began`].
+    LookAgain,
     /// Give everything that waits to this relay, until [`Action::StopPassingOn`].
     PassOn(Endpoint),
     StopPassingOn,
@@ -562,7 +571,8 @@ impl LinkState {
             self.drop_attempts(if finishes { Action::FinishRace } else { Action::StopRace });
         }
         self.mode = Mode::Linked { link, since, search: Search::Nothing };
-        self.actions.push_back(Action::Show);
+        // The race that ended may have waited for a connection of the peer's.
+        self.actions.extend([Action::Show, Action::LookAgain]);
         self.plan_upgrade();
     }
 
@@ -577,7 +587,10 @@ impl LinkState {
             Mode::Linked { .. } => Want::Better,
             _ => Want::Link,
         };
-        self.take_race();
+        if self.take_race().is_some_and(|race| race.leaves_out()) && self.link().is_some() {
+            // The peer may keep one of those that were left out.
+            self.actions.push_back(Action::LookAgain);
+        }
         match (mode, outcome) {
             (Want::OtherKey, _) => {
                 self.redial_at = Some(now + self.redial.pause(draw));
@@ -967,6 +980,21 @@ mod tests {
         matches!(action, Action::Fail { .. })
     }
 
+    /// The peer dialled so often that a race took no more of its connections, and then kept the last one: each node had a
+    /// connection of its own for ever.
+    #[test]
+    fn a_connection_that_a_race_left_out_is_looked_at_when_the_race_is_over() {
+        for (began, looks) in [(8, false), (9, true)] {
+            let (mut life, _) = Life::linked_by(relayed());
+            let offers: Vec<Offer> =
+                (0..began).map(|_| Offer { link: life.link(Path::Direct, false, 9), sought: false }).collect();
+            life.state.began(&offers, life.now());
+            life.take();
+            let done = life.loses(ConnectError::TimedOut, CircuitError::RelayLost);
+            assert_eq!(done.contains(&Action::LookAgain), looks, "{began} connections");
+        }
+    }
+
     #[test]
     fn a_race_begins_for_what_is_wanted_and_ends_with_a_link() {
         let mut life = Life::new();
@@ -1079,7 +1107,7 @@ mod tests {
         life.search(Want::Link);
         assert_eq!(life.under_way(), [dial()]);
         life.after(10).heard(2);
-        assert_eq!(life.done(), [Action::StopRace, Action::Show]);
+        assert_eq!(life.done(), [Action::StopRace, Action::Show, Action::LookAgain]);
         assert!(life.state.is_usable() && !life.state.is_racing());
     }
 
@@ -1113,7 +1141,7 @@ mod tests {
         life.search(Want::Link);
         life.done();
         life.heard(1);
-        assert_eq!(life.done(), [Action::FinishRace, Action::Show]);
+        assert_eq!(life.done(), [Action::FinishRace, Action::Show, Action::LookAgain]);
     }
 
     #[test]

@@ -115,6 +115,8 @@ pub struct Race {
     helpers: VecDeque<Endpoint>,
     /// Connections that the peer began, failed ones included. At most `MAX_ADOPTING`.
     adopting: Vec<LinkId>,
+    /// There were more of them.
+    left_out: bool,
     /// Relays to ask, and when.
     waiting: VecDeque<(Instant, Endpoint)>,
     /// Every way that was taken into the race.
@@ -139,6 +141,7 @@ impl Race {
             begun_attempts: 0,
             helpers: VecDeque::new(),
             adopting: Vec::new(),
+            left_out: false,
             waiting: VecDeque::new(),
             taken: Candidates::default(),
             bound: false,
@@ -181,10 +184,20 @@ impl Race {
 
     /// Waits for a connection that the peer began to allow streams, unless it does so already.
     pub fn adopt(&mut self, connection: LinkId, now: Instant) {
-        if self.adopting.len() < MAX_ADOPTING && !self.adopting.contains(&connection) {
-            self.adopting.push(connection);
-            self.begin(Attempt::Adopt(connection), now);
+        if self.adopting.contains(&connection) {
+            return;
         }
+        if self.adopting.len() >= MAX_ADOPTING {
+            self.left_out = true;
+            return;
+        }
+        self.adopting.push(connection);
+        self.begin(Attempt::Adopt(connection), now);
+    }
+
+    /// Whether the peer began more connections than the race waits for.
+    pub fn leaves_out(&self) -> bool {
+        self.left_out
     }
 
     /// From now on only direct links are of use.

@@ -14,6 +14,9 @@ use crate::proto::control::{Id, Limit, Refusal};
 use crate::retry::{Backoff, Registering};
 use crate::unanswered::{Counted, SILENCE, Unanswered};
 
+/// How long an endpoint that is no relay is taken for none. A gateway need not be asked again for each node.
+pub const NOT_A_RELAY_FOR: Duration = Duration::from_secs(60);
+
 /// Between dials while the relay is silent.
 const FIRST_PAUSE_SILENT: Duration = Duration::from_millis(100);
 

@@ -11,7 +11,7 @@ use crate::proto::session::{NO_RUN, Opening, Run};
 use crate::queue::OWED_WITHOUT_DEADLINE;
 use crate::session::{Next, Outgoing};
 use crate::session_table::{KEEP, SessionId};
-use crate::types::NodeId;
+use crate::types::{Dialect, NodeId};
 
 /// Messages from this size on are numbered apart. The same bound as for a frame that a 0.14.3 gateway can read at all.
 const LARGE_MESSAGE: usize = 64 << 10;
@@ -134,6 +134,17 @@ impl<M: Owed> SessionSender<M> {
         if !self.acknowledged && !self.channels.iter().any(|channel| channel.owed.may_have_arrived()) {
             // The receiver may know nothing of it, and would take higher numbers for a sign that it was restarted.
             self.renew(id);
+        }
+    }
+
+    /// The same over a link of any dialect. One of `macula` carries no session: what was numbered goes over it one by one.
+    pub fn link(&mut self, dialect: Dialect, id: SessionId, now: Instant) -> Taken<M> {
+        match dialect {
+            Dialect::MaculaPeer1 => {
+                self.attach(id, now);
+                Taken::default()
+            }
+            Dialect::Macula => self.take(id),
         }
     }
 

@@ -10,9 +10,10 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use macula_peer_core::packet_budget::PacketBudget;
+use macula_peer_core::patience::Patience;
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::canonical;
 use macula_peer_core::unproven::Unproven;
@@ -135,6 +136,8 @@ pub(crate) struct Remote {
     validated: AtomicU64,
     /// Told when another path is validated.
     changed: Notify,
+    /// How long the other end may be silent, as its acknowledgements tell.
+    pub(crate) patience: Patience,
 }
 
 #[derive(Debug)]
@@ -169,6 +172,7 @@ impl Remote {
             newest: AtomicU64::new(newest),
             validated: AtomicU64::new(FIRST),
             changed: Notify::new(),
+            patience: Patience::default(),
         }
     }
 
@@ -229,7 +233,8 @@ struct Following {
 }
 
 impl Observer for Following {
-    fn acknowledged(&mut self, _sent: Instant) {
+    fn acknowledged(&mut self, _sent: Instant, shortest: Duration) {
+        self.remote.patience.measured(shortest);
         if !self.validated {
             self.validated = true;
             self.remote.is_validated(self.path);
@@ -247,7 +252,6 @@ impl Observer for Following {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use std::net::{Ipv4Addr, UdpSocket};
-    use std::time::Duration;
 
     use quinn::{Endpoint, EndpointConfig};
     use tokio::time::{sleep, timeout};

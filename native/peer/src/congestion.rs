@@ -3,7 +3,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics, CubicConfig};
 use quinn_proto::RttEstimator;
@@ -13,8 +13,8 @@ pub(crate) trait Observer: Send + Sync + 'static {
     /// Packets were sent.
     fn sent(&mut self, _now: Instant) {}
 
-    /// One packet, sent at `sent`, was acknowledged.
-    fn acknowledged(&mut self, sent: Instant);
+    /// One packet, sent at `sent`, was acknowledged. `shortest`: what a round trip took at best.
+    fn acknowledged(&mut self, sent: Instant, shortest: Duration);
 
     /// The batch of acknowledgements is complete.
     fn acknowledgements_end(&mut self, _now: Instant, _in_flight: u64) {}
@@ -58,7 +58,7 @@ impl<O: Observer> Controller for Observed<O> {
     }
 
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
-        self.observer.acknowledged(sent);
+        self.observer.acknowledged(sent, rtt.min());
         self.inner.on_ack(now, sent, bytes, app_limited, rtt);
     }
 

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use macula_peer_core::accepted::{self, GivenUp};
 use macula_peer_core::counter::Counter;
 use macula_peer_core::shares::Client;
 use macula_peer_core::stats::{AcceptedStats, LinkStats};
@@ -25,15 +25,14 @@ pub(crate) struct Conn {
     pub(crate) remote: Arc<Remote>,
     /// Messages that came over it.
     pub(crate) received: Counter,
-    /// Datagrams received when it was last found to be silent.
-    silent_at: AtomicU64,
+    given_up: GivenUp,
 }
 
 impl Conn {
     pub(crate) fn new(connection: Connection, dialect: Dialect, path: Path, remote: Arc<Remote>) -> Arc<Self> {
         let shown = shown_key(&connection);
-        let (received, silent_at) = (Counter::default(), AtomicU64::new(u64::MAX));
-        Arc::new(Self { connection, dialect, path, shown, remote, received, silent_at })
+        let (received, given_up) = (Counter::default(), GivenUp::default());
+        Arc::new(Self { connection, dialect, path, shown, remote, received, given_up })
     }
 
     /// The key of who sends what comes over it. Only `macula-peer/1` binds messages to keys.
@@ -61,21 +60,19 @@ impl Conn {
         self.connection.stats().udp_rx.datagrams
     }
 
-    /// Its other end has been silent for so long that it may be gone.
+    /// Its other end may be gone: it was silent, or allowed no streams, for too long.
     pub(crate) fn mark_silent(&self) {
-        self.silent_at.store(self.datagrams(), Ordering::Relaxed);
+        self.given_up.mark(self.datagrams());
     }
 
     /// Whether it can serve as a link.
     pub(crate) fn is_live(&self) -> bool {
-        self.connection.close_reason().is_none() && self.silent_at.load(Ordering::Relaxed) != self.datagrams()
+        self.connection.close_reason().is_none() && !self.given_up.is_silent(self.datagrams())
     }
 
-    /// Whether a message has come for the first time since the connection was given up as silent. The other node may keep
-    /// this one of several connections.
+    /// Whether a message that has come is the first since the connection was given up as silent.
     pub(crate) fn is_heard_again(&self) -> bool {
-        let silent = |at: u64| at != u64::MAX;
-        silent(self.silent_at.load(Ordering::Relaxed)) && silent(self.silent_at.swap(u64::MAX, Ordering::Relaxed))
+        self.given_up.is_heard_again()
     }
 
     /// For a link on it: answers to what is sent come on streams of their own.
@@ -129,15 +126,13 @@ impl AcceptedTable {
         }
     }
 
-    /// Those that the holder of a key began and that can serve as a link, direct ones first.
+    /// Those that the holder of a key began and that can serve as a link.
     pub(crate) fn from(&self, key: Fingerprint) -> Vec<Arc<Conn>> {
-        let mut found: Vec<_> = {
+        let all = {
             let table = lock(&self.0);
             table.of_key.get(&key).into_iter().flat_map(HashMap::values).cloned().collect()
         };
-        found.retain(|conn| conn.is_live());
-        found.sort_by_key(|conn| conn.path.is_relayed());
-        found
+        accepted::usable(all, |conn: &Arc<Conn>| conn.is_live(), |conn| conn.path.is_relayed())
     }
 
     pub(crate) fn stats(&self) -> Vec<AcceptedStats> {

@@ -213,7 +213,8 @@ impl Dialer {
     ) -> Result<Link, ConnectError> {
         let mut refusals = self.refusals.subscribe();
         let ack_tracker = Arc::new(Mutex::new(AckTracker::default()));
-        let config = self.client_config(address, ack_tracker.clone());
+        let remote = Remote::fixed(address);
+        let config = self.client_config(address, ack_tracker.clone(), remote.clone());
         let mut connecting = self.quic.connect_with(config, address, name).map_err(not_begun)?;
         let connecting = async {
             if !matches!(connecting.handshake_data().await.err(), Some(ConnectionError::TimedOut)) {
@@ -230,7 +231,7 @@ impl Dialer {
         };
         let dialect = dialect_of(&connection).ok_or(ConnectError::NoProtocol)?;
         let Config { limits, answer_timeout, .. } = *self.config;
-        let conn = Conn::new(connection, dialect, self.path, Remote::fixed(address));
+        let conn = Conn::new(connection, dialect, self.path, remote);
         let link = Link::new(conn, ack_tracker, limits, answer_timeout);
         if dialect == Dialect::MaculaPeer1 {
             // To us the handshake is over before the peer has seen our certificate. One that may refuse it allows
@@ -240,7 +241,12 @@ impl Dialer {
         Ok(link)
     }
 
-    fn client_config(&self, address: SocketAddr, ack_tracker: Arc<Mutex<AckTracker>>) -> ClientConfig {
+    fn client_config(
+        &self,
+        address: SocketAddr,
+        ack_tracker: Arc<Mutex<AckTracker>>,
+        remote: Arc<Remote>,
+    ) -> ClientConfig {
         let initial_window = address.ip().to_canonical().is_loopback().then_some(LOCAL_INITIAL_WINDOW);
         let mut transport = TransportConfig::default();
         transport
@@ -254,6 +260,7 @@ impl Dialer {
             .congestion_controller_factory(Arc::new(TrackedFactory {
                 _proof: self.socket.get().prove(address),
                 ack_tracker,
+                remote,
                 initial_window,
             }));
         set_idle_timeout(&mut transport, &self.config);
@@ -297,19 +304,21 @@ struct TrackedFactory {
     /// As long as the connection lives, its packets may go where it was dialled.
     _proof: Proof,
     ack_tracker: Arc<Mutex<AckTracker>>,
+    remote: Arc<Remote>,
     /// `None`: RFC 9002's.
     initial_window: Option<u64>,
 }
 
 impl ControllerFactory for TrackedFactory {
     fn build(self: Arc<Self>, now: Instant, mtu: u16) -> Box<dyn Controller> {
-        let observer = Tracking { ack_tracker: self.ack_tracker.clone(), odd: false };
+        let observer = Tracking { ack_tracker: self.ack_tracker.clone(), remote: self.remote.clone(), odd: false };
         observed(observer, self.initial_window, now, mtu)
     }
 }
 
 struct Tracking {
     ack_tracker: Arc<Mutex<AckTracker>>,
+    remote: Arc<Remote>,
     /// Changes with each acknowledgement. quinn's pacer looks at the round trip only when the window changes, and would
     /// otherwise cut a burst, and a frame in it, at what the round trip was guessed to be before the handshake.
     odd: bool,
@@ -320,7 +329,8 @@ impl Observer for Tracking {
         lock(&self.ack_tracker).sent(now);
     }
 
-    fn acknowledged(&mut self, sent: Instant) {
+    fn acknowledged(&mut self, sent: Instant, shortest: Duration) {
+        self.remote.patience.measured(shortest);
         lock(&self.ack_tracker).acknowledged(sent);
     }
 
@@ -338,7 +348,7 @@ impl Observer for Tracking {
     }
 
     fn next_path(&self) -> Self {
-        Self { ack_tracker: self.ack_tracker.clone(), odd: self.odd }
+        Self { ack_tracker: self.ack_tracker.clone(), remote: self.remote.clone(), odd: self.odd }
     }
 }
 

@@ -49,18 +49,6 @@ const LANE_PATIENCE: Duration = Duration::from_millis(150);
 /// and for a moment newer frames leave before older ones.
 const PRIORITIES: u32 = 1 << 30;
 
-/// A peer that has acknowledged nothing and sent nothing for this long, while something is unacknowledged, may have been
-/// restarted: a new link is tried beside the old one. A false alarm costs a handshake.
-const DOUBT_AFTER: Duration = Duration::from_millis(500);
-
-/// The same in round trips. A lost packet is asked for after three round trips and the peer's delay (RFC 9002, section
-/// 6.2), and repeated one later; the question may be lost too.
-const DOUBT_AFTER_ROUND_TRIPS: u32 = 6;
-
-/// The same where the peer has not confirmed the handshake, which it does as soon as it has our last part of it. Until
-/// then it reads nothing, and if that part was lost it takes several round trips, and more the more was lost before.
-const UNCONFIRMED_DOUBT_AFTER_HALF_ROUND_TRIPS: u32 = 3;
-
 /// How long a connection that was given up is kept until a stopped 0.14.3 gateway is heard again, and how long the
 /// gateway then has to read what it has acknowledged: one message takes it far less than a millisecond.
 const HEARD_WITHIN: Duration = Duration::from_secs(30);
@@ -74,8 +62,6 @@ pub(crate) struct Link {
     pub(crate) conn: Arc<Conn>,
     /// Requests that wait for their answer.
     pub(crate) asked: AtomicUsize,
-    /// Milliseconds for which the peer may be silent because it was recently.
-    expected_silence: AtomicU64,
     /// What had been heard when the peer was last asked for a sign of life.
     probed: AtomicU64,
     /// Streams that have been put in line.
@@ -203,7 +189,6 @@ impl Link {
         Self {
             conn,
             asked: AtomicUsize::new(0),
-            expected_silence: AtomicU64::new(0),
             probed: AtomicU64::new(u64::MAX),
             lined_up: AtomicU32::new(0),
             ack_tracker,
@@ -352,17 +337,12 @@ impl Link {
 
     /// How long the peer may be silent while it owes an acknowledgement.
     pub(crate) fn patience(&self) -> Duration {
-        let round_trip = self.connection.rtt();
-        let expected = Duration::from_millis(self.expected_silence.load(Ordering::Relaxed));
-        DOUBT_AFTER.max(expected).max(match self.is_confirmed(&self.connection.stats()) {
-            true => round_trip * DOUBT_AFTER_ROUND_TRIPS,
-            false => round_trip * UNCONFIRMED_DOUBT_AFTER_HALF_ROUND_TRIPS / 2,
-        })
+        self.remote.patience.at(self.connection.rtt(), self.is_confirmed(&self.connection.stats()))
     }
 
     /// The peer was silent for long recently and was there nevertheless.
     pub(crate) fn expect_silence(&self, expected: Duration) {
-        self.expected_silence.store(expected.as_millis() as u64, Ordering::Relaxed);
+        self.remote.patience.expect_silence(expected);
     }
 
     /// Datagrams received so far, or none as long as they may all be from a peer that still waits for the handshake's

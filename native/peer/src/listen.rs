@@ -180,10 +180,12 @@ pub(crate) async fn serve_link(server: Arc<Server>, peer: Weak<dyn LinkOwner>, c
 /// Accepts a connection that comes over a circuit, and serves it.
 pub(crate) async fn accept_circuit(server: Arc<Server>, incoming: IncomingCircuit, place: Place) {
     let relay = incoming.relay;
-    let config = server.known_ways.config_for(server.admissions.select_by_key());
+    // It cannot move. Its acknowledgements tell how long it may be silent.
+    let remote = Remote::following(relay);
+    let config = server.known_ways.following(server.admissions.select_by_key(), remote.clone());
     if let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.accept(&config)).await {
         let Some(dialect) = dialect_of(&connection) else { return };
-        let conn = Conn::new(connection, dialect, Path::Relay(relay), Remote::fixed(relay));
+        let conn = Conn::new(connection, dialect, Path::Relay(relay), remote);
         serve(server, conn, place).await;
     }
 }

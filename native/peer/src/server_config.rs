@@ -85,11 +85,6 @@ impl Admission {
         Arc::new(server)
     }
 
-    /// For a client that connects now.
-    pub(crate) fn config_for(&self, select_by_key: bool) -> Arc<ServerConfig> {
-        if select_by_key { self.strict.clone() } else { self.config.clone() }
-    }
-
     pub(crate) fn let_in(connection: &Connection, dialect: Dialect, config: &Config) {
         let streams = match dialect {
             Dialect::Macula => config.max_streams,

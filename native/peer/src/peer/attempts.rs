@@ -67,10 +67,14 @@ impl Attempts {
         key: Option<Fingerprint>,
         until: Instant,
     ) {
-        let adopted = node.clone().adopt(name.clone(), accepted, key);
+        let adopted = node.clone().adopt(name.clone(), accepted.clone(), key);
         self.spawn(id, async move {
-            let adopted = timeout_at(until.into(), adopted).await;
-            adopted.ok().and_then(Result::ok).ok_or(Ended::NotAdopted)
+            let Ok(adopted) = timeout_at(until.into(), adopted).await else {
+                // The peer may allow streams later, and keep this one of several connections.
+                accepted.mark_silent();
+                return Err(Ended::NotAdopted);
+            };
+            adopted.map_err(|_| Ended::NotAdopted)
         });
     }
 

@@ -8,10 +8,11 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use macula_peer_core::config::Delivery;
+use macula_peer_core::drive::{self, Owner};
 use macula_peer_core::errors::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
 use macula_peer_core::events::Event;
 use macula_peer_core::heavy::is_heavy;
-use macula_peer_core::link_state::{self, Action, Demand, LinkState, Offer, Want};
+use macula_peer_core::link_state::{self, Action, Demand, LinkState, Offer, REPLACED_FOR, SWEEP_EVERY, Want};
 use macula_peer_core::nat::Description;
 use macula_peer_core::queue::{GivenUp, OWED_WITHOUT_DEADLINE, Queued, distinct};
 use macula_peer_core::race::{self, Attempt, AttemptId, Ended, Tries};
@@ -35,13 +36,6 @@ use crate::request;
 use crate::session::send::Progress;
 use crate::socket::{Refused, Why, refused};
 use crate::surroundings::Surroundings;
-
-/// How often acknowledgements are looked for while some are missing. Memory held meanwhile: what is sent in this time.
-const SWEEP_EVERY: Duration = Duration::from_millis(10);
-
-/// A link that was replaced lives on for this long, and as long again while a request waits on it: answers to messages
-/// that went over it are on their way.
-const REPLACED_FOR: Duration = Duration::from_secs(1);
 
 /// When a connection is closed, a 0.14.3 gateway drops what it has acknowledged but not read. This is how long it gets
 /// to read.
@@ -188,90 +182,9 @@ impl Task {
 
     /// Everything that time or the callers may have changed.
     fn look_after(&mut self, now: Instant) {
-        self.answer_expired(now);
-        self.start_partials();
-        self.look_at_callers(now);
-        // Callers may have written since it was last looked.
-        if now >= self.swept_at + SWEEP_EVERY || self.life.is_leaving() {
-            self.sweep(now);
-        }
-        self.go_on(now);
+        drive::look_after(self, now);
         if let (Some(link), true) = (&self.link, self.answers_until.is_none_or(|until| until <= now)) {
             self.answers_until = link.expire_answers(now);
-        }
-        if let Some(want) = self.life.wants(&self.demand(now), now) {
-            self.search(want, now);
-            self.go_on(now);
-        }
-    }
-
-    /// Carries out what is decided, and gives the queue to the link or to a legacy relay.
-    fn go_on(&mut self, now: Instant) {
-        let unacknowledged = self.oldest.is_some() || !self.writers.is_empty();
-        self.life.poll(unacknowledged, now, fastrand::f64());
-        while let Some(action) = self.life.next_action() {
-            self.carry_out(action, now);
-        }
-        self.pass_on(now);
-        self.flush();
-    }
-
-    /// What callers, and lookups for them, have asked for.
-    fn look_at_callers(&mut self, now: Instant) {
-        let (invalidated, ways_found, arrived) = {
-            let mut state = lock(&self.peer.state);
-            let State { invalidated, ways_found, arrived, .. } = &mut *state;
-            (take(invalidated), take(ways_found), take(arrived))
-        };
-        if let (true, Some(link)) = (invalidated, &self.link) {
-            self.life.invalidate(link.patience(), now);
-        }
-        if ways_found {
-            self.life.stop_passing_on();
-        }
-        if arrived {
-            let offers = self.offers();
-            self.life.began(&offers, now);
-        }
-    }
-
-    fn demand(&self, now: Instant) -> Demand {
-        let state = lock(&self.peer.state);
-        let owed = !state.queue.is_empty() || !state.session.is_empty();
-        Demand {
-            waited_for: state.queue.is_waited_for(now),
-            owed: owed || !self.requests.is_empty() || self.oldest.is_some(),
-            parked: state.queue.has_parked(),
-            parked_waited_for: state.queue.is_other_key_waited_for(now),
-            learned: state.known.has_learned(),
-            better: state.known.knows_better(),
-        }
-    }
-
-    fn search(&mut self, want: Want, now: Instant) {
-        if matches!(want, Want::Link | Want::OtherKey) {
-            lock(&self.peer.state).seek();
-        }
-        let offers = if matches!(want, Want::Link | Want::OtherKey) { self.offers() } else { Vec::new() };
-        let node = self.node();
-        let bound = self.peer.name.node().is_some_and(|name| node.keys.known_key(name).is_some());
-        let mut own_relays = node.keys.standing.relays();
-        own_relays.extend_from_slice(&node.config.relays);
-        let relay = match self.life.link().map(|link| link.path) {
-            Some(Path::Relay(relay)) => node.relay_at(relay),
-            _ => None,
-        };
-        let tries = {
-            let mut state = lock(&self.peer.state);
-            state.known.tried();
-            Tries { candidates: state.known.candidates(), own_relays, resolving: state.known.resolving(now), bound }
-        };
-        self.life.search(want, &offers, &tries, relay, now);
-        while let Some(action) = self.life.next_action() {
-            self.carry_out(action, now);
-        }
-        if matches!(want, Want::Link | Want::OtherKey) && self.life.is_racing() {
-            self.peer.counters.dials.add(1);
         }
     }
 
@@ -296,64 +209,6 @@ impl Task {
         offers
     }
 
-    fn offer(&self, link: types::Link) -> Offer {
-        let state = lock(&self.peer.state);
-        let sought = state.link.is_some() && link.shown.is_some_and(|shown| state.queue.seeks(shown));
-        Offer { link, sought }
-    }
-
-    fn carry_out(&mut self, action: Action, now: Instant) {
-        match action {
-            Action::Attempt(race::Action::Begin { id, attempt: Attempt::Adopt(connection), until, .. }) => {
-                self.adopt(id, connection, until);
-            }
-            Action::Attempt(race::Action::Begin { id, attempt, key, until }) => {
-                let Peer { node, name, .. } = &*self.peer;
-                self.attempts.begin(node, name, id, attempt, key, until);
-            }
-            Action::Attempt(race::Action::Abort(id)) => self.attempts.abort(id),
-            Action::StopRace => self.attempts = Attempts::default(),
-            Action::FinishRace => drop(self.helpers.spawn(take(&mut self.attempts).finish())),
-            Action::Use(_) => self.use_link(now),
-            Action::Close(_) => {
-                if let Some(link) = self.offered.take() {
-                    link.close();
-                }
-            }
-            Action::Hide => {
-                tracing::debug!(peer = %self.peer.name, "the link is hidden from callers");
-                lock(&self.peer.state).hide_link();
-            }
-            Action::Show => {
-                let mut state = lock(&self.peer.state);
-                state.queue.found();
-                state.link = self.link.clone();
-                // The race that ended may have waited for a connection of the peer's.
-                state.arrived = true;
-            }
-            Action::Retire => self.retire_link(),
-            Action::Replace => self.replace_link(),
-            Action::PassOn(relay) => {
-                let host = self.peer.host.upgrade();
-                self.legacy_relay = host.and_then(|host| host.peer(&Target::Endpoint(relay.as_ref())));
-                if self.legacy_relay.is_none() {
-                    self.life.stop_passing_on();
-                }
-            }
-            Action::StopPassingOn => self.legacy_relay = None,
-            Action::Fail { error, begun, later_stay } => self.fail_waiting(error, begun, later_stay),
-            Action::FailParked { begun } => {
-                let failed = lock(&self.peer.state).queue.fail_parked(begun);
-                failed.into_iter().for_each(|job| self.not_for_this_peer(job));
-            }
-            Action::Failures(failures) => lock(&self.peer.state).failures = failures,
-            Action::Path(path) => {
-                let (peer, failures) = (self.peer.name.clone(), lock(&self.peer.state).failures.clone());
-                self.node().inbox.event(Event::Path { peer, path, failures });
-            }
-        }
-    }
-
     /// Uses a connection that the peer began: at once, if it allows streams.
     fn adopt(&mut self, id: AttemptId, connection: LinkId, until: Instant) {
         let accepted = self.began.iter().find(|accepted| link_id(&accepted.connection) == connection).cloned();
@@ -366,21 +221,12 @@ impl Task {
     }
 
     fn attempted(&mut self, id: AttemptId, attempted: Result<Link, Ended>) {
-        let now = Instant::now();
-        if self.life.is_suspect() {
-            self.sweep(now);
-        }
-        match attempted {
-            Ok(link) => {
-                let about = link.about();
-                self.offered = Some(Arc::new(link));
-                self.life.linked(id, self.offer(about), now);
-                while let Some(action) = self.life.next_action() {
-                    self.carry_out(action, now);
-                }
-            }
-            Err(how) => self.life.failed(id, how, now),
-        }
+        let attempted = attempted.map(|link| {
+            let about = link.about();
+            self.offered = Some(Arc::new(link));
+            about
+        });
+        drive::attempted(self, id, attempted, Instant::now());
     }
 
     fn next_look(&self, now: Instant) -> Instant {
@@ -534,24 +380,6 @@ impl Task {
         self.writers.spawn(write_rest(link, job, partial));
     }
 
-    fn sweep(&mut self, now: Instant) {
-        self.swept_at = now;
-        let Some(link) = self.link.clone() else { return };
-        match link.dialect {
-            Dialect::MaculaPeer1 => self.oldest = lock(&self.peer.state).session.oldest(),
-            Dialect::Macula => {
-                let swept = link.sweep(now);
-                self.oldest = swept.oldest;
-                if swept.acknowledged > 0 {
-                    self.read_by = Some(now + READ_WITHIN);
-                }
-                self.account(swept);
-            }
-        }
-        self.life.heard(link.heard(), self.oldest, link.patience(), now);
-        link.expect_silence(self.life.expected_silence(now));
-    }
-
     fn account(&self, swept: Swept) {
         self.peer.counters.acknowledged.add(swept.acknowledged);
         self.peer.counts.let_go(swept.acknowledged_bytes);
@@ -603,13 +431,8 @@ impl Task {
         self.link = Some(link.clone());
         let mut state = lock(&self.peer.state);
         let refused = state.session.refuse(|message| !message.is_for(link.shown));
-        let taken = match link.dialect {
-            Dialect::MaculaPeer1 => Taken::default(),
-            // The peer is another one than before: what was numbered goes the other way.
-            Dialect::Macula => state.session.take(),
-        };
+        let (taken, attached) = state.session.attach(&link);
         state.queue.found();
-        let attached = link.dialect == Dialect::Macula || state.session.attach(&link);
         if attached {
             state.link = Some(link.clone());
         }
@@ -969,6 +792,165 @@ impl Task {
 
     fn node(&self) -> &Arc<Surroundings> {
         &self.peer.node
+    }
+}
+
+impl Owner for Task {
+    fn life(&mut self) -> &mut LinkState {
+        &mut self.life
+    }
+
+    fn expire(&mut self, now: Instant) {
+        self.answer_expired(now);
+        self.start_partials();
+    }
+
+    fn look_at_callers(&mut self, now: Instant) {
+        let (invalidated, ways_found, arrived) = {
+            let mut state = lock(&self.peer.state);
+            let State { invalidated, ways_found, arrived, .. } = &mut *state;
+            (take(invalidated), take(ways_found), take(arrived))
+        };
+        if let (true, Some(link)) = (invalidated, &self.link) {
+            self.life.invalidate(link.patience(), now);
+        }
+        if ways_found {
+            self.life.stop_passing_on();
+        }
+        if arrived {
+            let offers = self.offers();
+            self.life.began(&offers, now);
+        }
+    }
+
+    fn swept_at(&self) -> Instant {
+        self.swept_at
+    }
+
+    fn sweep(&mut self, now: Instant) {
+        self.swept_at = now;
+        let Some(link) = self.link.clone() else { return };
+        match link.dialect {
+            Dialect::MaculaPeer1 => self.oldest = lock(&self.peer.state).session.oldest(),
+            Dialect::Macula => {
+                let swept = link.sweep(now);
+                self.oldest = swept.oldest;
+                if swept.acknowledged > 0 {
+                    self.read_by = Some(now + READ_WITHIN);
+                }
+                self.account(swept);
+            }
+        }
+        self.life.heard(link.heard(), self.oldest, link.patience(), now);
+        link.expect_silence(self.life.expected_silence(now));
+    }
+
+    fn is_unacknowledged(&self) -> bool {
+        self.oldest.is_some() || !self.writers.is_empty()
+    }
+
+    fn carry_out(&mut self, action: Action, now: Instant) {
+        match action {
+            Action::Attempt(race::Action::Begin { id, attempt: Attempt::Adopt(connection), until, .. }) => {
+                self.adopt(id, connection, until);
+            }
+            Action::Attempt(race::Action::Begin { id, attempt, key, until }) => {
+                let Peer { node, name, .. } = &*self.peer;
+                self.attempts.begin(node, name, id, attempt, key, until);
+            }
+            Action::Attempt(race::Action::Abort(id)) => self.attempts.abort(id),
+            Action::StopRace => self.attempts = Attempts::default(),
+            Action::FinishRace => drop(self.helpers.spawn(take(&mut self.attempts).finish())),
+            Action::Use(_) => self.use_link(now),
+            Action::Close(_) => {
+                if let Some(link) = self.offered.take() {
+                    link.close();
+                }
+            }
+            Action::Hide => {
+                tracing::debug!(peer = %self.peer.name, "the link is hidden from callers");
+                lock(&self.peer.state).hide_link();
+            }
+            Action::Show => {
+                let mut state = lock(&self.peer.state);
+                state.queue.found();
+                state.link = self.link.clone();
+            }
+            Action::LookAgain => self.peer.arrived(),
+            Action::Retire => self.retire_link(),
+            Action::Replace => self.replace_link(),
+            Action::PassOn(relay) => {
+                let host = self.peer.host.upgrade();
+                self.legacy_relay = host.and_then(|host| host.peer(&Target::Endpoint(relay.as_ref())));
+                if self.legacy_relay.is_none() {
+                    self.life.stop_passing_on();
+                }
+            }
+            Action::StopPassingOn => self.legacy_relay = None,
+            Action::Fail { error, begun, later_stay } => self.fail_waiting(error, begun, later_stay),
+            Action::FailParked { begun } => {
+                let failed = lock(&self.peer.state).queue.fail_parked(begun);
+                failed.into_iter().for_each(|job| self.not_for_this_peer(job));
+            }
+            Action::Failures(failures) => lock(&self.peer.state).failures = failures,
+            Action::Path(path) => {
+                let (peer, failures) = (self.peer.name.clone(), lock(&self.peer.state).failures.clone());
+                self.node().inbox.event(Event::Path { peer, path, failures });
+            }
+        }
+    }
+
+    fn hand_on(&mut self, now: Instant) {
+        self.pass_on(now);
+        self.flush();
+    }
+
+    fn demand(&self, now: Instant) -> Demand {
+        let state = lock(&self.peer.state);
+        let owed = !state.queue.is_empty() || !state.session.is_empty();
+        Demand {
+            waited_for: state.queue.is_waited_for(now),
+            owed: owed || !self.requests.is_empty() || self.oldest.is_some(),
+            parked: state.queue.has_parked(),
+            parked_waited_for: state.queue.is_other_key_waited_for(now),
+            learned: state.known.has_learned(),
+            better: state.known.knows_better(),
+        }
+    }
+
+    fn search(&mut self, want: Want, now: Instant) {
+        if matches!(want, Want::Link | Want::OtherKey) {
+            lock(&self.peer.state).seek();
+        }
+        let offers = if matches!(want, Want::Link | Want::OtherKey) { self.offers() } else { Vec::new() };
+        let node = self.node();
+        let bound = self.peer.name.node().is_some_and(|name| node.keys.known_key(name).is_some());
+        let mut own_relays = node.keys.standing.relays();
+        own_relays.extend_from_slice(&node.config.relays);
+        let relay = match self.life.link().map(|link| link.path) {
+            Some(Path::Relay(relay)) => node.relay_at(relay),
+            _ => None,
+        };
+        let tries = {
+            let mut state = lock(&self.peer.state);
+            state.known.tried();
+            Tries { candidates: state.known.candidates(), own_relays, resolving: state.known.resolving(now), bound }
+        };
+        self.life.search(want, &offers, &tries, relay, now);
+        drive::carry_out(self, now);
+        if matches!(want, Want::Link | Want::OtherKey) && self.life.is_racing() {
+            self.peer.counters.dials.add(1);
+        }
+    }
+
+    fn offer(&self, link: types::Link) -> Offer {
+        let state = lock(&self.peer.state);
+        let sought = state.link.is_some() && link.shown.is_some_and(|shown| state.queue.seeks(shown));
+        Offer { link, sought }
+    }
+
+    fn draw(&mut self) -> f64 {
+        fastrand::f64()
     }
 }
 

@@ -11,7 +11,7 @@ use macula_peer_core::errors::{CircuitError, ConnectError};
 use macula_peer_core::events::{Event, Registration};
 use macula_peer_core::nat::Description;
 use macula_peer_core::proto::control::{Id, MAX_SUCCESSIONS_LEN};
-use macula_peer_core::registration::{RegistrationState, RelayEvent};
+use macula_peer_core::registration::{NOT_A_RELAY_FOR, RegistrationState, RelayEvent};
 use macula_peer_core::stats::RegistrationStats;
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Endpoint, NodeId};
@@ -33,9 +33,6 @@ pub const MAX_RELAYS: usize = 64;
 
 /// How long a registration that nobody asked for is kept after its last circuit.
 const UNUSED_FOR: Duration = Duration::from_secs(60);
-
-/// How long an endpoint that is no relay is taken for none. A gateway need not be asked anew for each node.
-const NOT_A_RELAY_FOR: Duration = Duration::from_secs(60);
 
 /// What the clients use of the node.
 pub(crate) struct Handles {

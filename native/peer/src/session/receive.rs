@@ -12,9 +12,10 @@ use macula_peer_core::errors::{Rejection, ReplyError};
 use macula_peer_core::events::Event;
 use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::proto::codes::stream::{MALFORMED, SESSION_FORGOTTEN, TOO_MANY_SESSIONS, TOO_SLOW};
-use macula_peer_core::proto::session::{NO_RUN, NUMBER, Opening, Run, Word, parse_number};
-use macula_peer_core::session::{Acknowledged, Arrival, Incoming};
-use macula_peer_core::session_table::{Met, Opened, Refused, SessionKey, SessionTable};
+use macula_peer_core::proto::session::{NUMBER, Opening, Run, Word, parse_number};
+use macula_peer_core::session::{Acknowledged, Arrival};
+use macula_peer_core::session_receiver::{Channel, Greeting, met};
+use macula_peer_core::session_table::{Opened, Refused, SessionKey, SessionTable};
 use macula_peer_core::shares::Client;
 use macula_peer_core::sync::{lock, now_or_never};
 use macula_peer_core::turns::{Piece, Spent};
@@ -67,8 +68,7 @@ struct Back {
 /// sender, which may have let go of that one while it waited for its answer.
 pub(crate) struct Answers {
     sender: Client,
-    /// `None` until the first stream of the channel.
-    channels: [Mutex<Option<Incoming>>; 2],
+    channels: [Mutex<Channel>; 2],
     /// One stream of a channel hands over at a time: an older one may still carry the same messages.
     turns: [Semaphore; 2],
     /// The connections of its open streams, with their number, the last one opened last.
@@ -113,11 +113,7 @@ impl Sessions {
         run: Run,
     ) -> Result<(Open, Opened<Arc<Answers>>), Refused> {
         let connection = &stream.accepted.connection;
-        let met = match run {
-            NO_RUN => Met::Nobody,
-            run if run == self.run => Met::ThisRun,
-            _ => Met::AnotherRun,
-        };
+        let met = met(run, self.run);
         let network = stream.accepted.remote().ip().into();
         let now = self.clock();
         let opened = lock(&self.table).open((key, id), network, met, now, || {
@@ -193,9 +189,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         }
     };
     drop(busy);
-    let (begun_before, expected) = open.session.begin(channel);
-    // Its other channel may have made the session, which says nothing of what the run before this one had of this one.
-    let known = known && (begun_before || run != NO_RUN);
+    let Greeting { known, expected } = lock(&open.session.channels[channel]).greet(known, run);
     let greeting = Word::Greeting { known, run: server.sessions.run, expected };
     if !say(&mut stream, &mut send, greeting.bytes()).await {
         return;
@@ -368,7 +362,6 @@ fn hand_over(
     frame: RawFrame,
 ) -> Result<(), Rejection> {
     let mut incoming = lock(&session.channels[channel]);
-    let incoming = incoming.get_or_insert_default();
     match incoming.accept(number) {
         Arrival::New => {}
         Arrival::Repeated => return Ok(()),
@@ -395,7 +388,7 @@ fn take_heavy(
     let sender = accepted.sender();
     let hand_over = move || {
         let Turn { session, channel } = &turn;
-        let arrival = lock(&session.channels[*channel]).get_or_insert_default().arrival(number);
+        let arrival = lock(&session.channels[*channel]).arrival(number);
         match arrival {
             Arrival::New => {}
             Arrival::Repeated => return Ok(()),
@@ -404,7 +397,6 @@ fn take_heavy(
         let reply = session.reply_to(&frame);
         let taken = accepted.hand_over(&server, frame, reply);
         let mut incoming = lock(&session.channels[*channel]);
-        let incoming = incoming.get_or_insert_default();
         incoming.accept(number);
         if taken.is_err() {
             incoming.refuse(number);
@@ -442,21 +434,14 @@ impl Answers {
         })
     }
 
-    /// Begins a stream of a channel. Returns whether it is not the first, and the number expected.
-    fn begin(&self, channel: usize) -> (bool, u64) {
-        let mut incoming = lock(&self.channels[channel]);
-        let begun_before = incoming.is_some();
-        (begun_before, incoming.get_or_insert_default().expected(0))
-    }
-
     /// A stream of a channel begins with this number.
     fn begins(&self, channel: usize, number: u64) {
-        lock(&self.channels[channel]).get_or_insert_default().begin(number);
+        lock(&self.channels[channel]).begin(number);
     }
 
     /// What may be said on a stream on which this number comes next.
     fn expected(&self, channel: usize, next: Option<u64>) -> u64 {
-        lock(&self.channels[channel]).get_or_insert_default().expected(next.unwrap_or(0))
+        lock(&self.channels[channel]).expected(next)
     }
 
     fn streams_on(&self, connection: &Connection) {
@@ -531,7 +516,7 @@ async fn write_rest(mut send: SendStream, rest: Bytes) {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use macula_peer_core::proto::session::put_number;
+    use macula_peer_core::proto::session::{NO_RUN, put_number};
     use tokio::task::spawn_blocking;
     use tokio::time::sleep;
 

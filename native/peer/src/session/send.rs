@@ -95,11 +95,11 @@ impl Session {
         Self { sender: SessionSender::new(new_id(), target, at_most_once), streams: [None, None] }
     }
 
-    /// Goes on over a link. False if it has no streams to spare.
-    pub(crate) fn attach(&mut self, link: &Link) -> bool {
-        self.sender.attach(new_id(), Instant::now());
+    /// Goes on over a link. Returns what goes over it without the session, and false if the link has no streams to spare.
+    pub(crate) fn attach(&mut self, link: &Link) -> (Taken<Envelope>, bool) {
+        let taken = self.sender.link(link.dialect, new_id(), Instant::now());
         self.reset_unused();
-        self.reopen(link)
+        (taken, self.reopen(link))
     }
 
     /// Opens the streams that are missing. False if the link has none to spare.
@@ -472,12 +472,12 @@ mod tests {
         let conn = Conn::new(dialled, Dialect::MaculaPeer1, path, remote);
         let link = Link::new(conn, Arc::default(), limits, PATIENCE);
         let mut session = Session::new(None, false);
-        assert!(session.attach(&link));
+        assert!(session.attach(&link).1);
         let now = Instant::now();
         assert!(session.send(envelope(0), now - KEEP).written);
         assert!(session.send(envelope(1), now).written);
         // The next link is another pair of streams.
-        assert!(session.attach(&link));
+        assert!(session.attach(&link).1);
         let (mut send, mut receive, opening) = opened(&accepted, &mut session).await;
         assert_eq!(opening[HEADER_LEN + 17..], NO_RUN);
         send.write_all(&[vec![0], vec![7; 8], vec![0; 8]].concat()).await.unwrap();

@@ -10,6 +10,7 @@ use self::network::SECOND;
 use self::scenario::Theme;
 use self::world::World;
 
+mod gateway;
 mod network;
 mod node;
 mod peer;
@@ -29,13 +30,29 @@ fn variable(name: &str) -> Option<u64> {
 fn play(seed: u64, seconds: u64, traced: bool) -> Result<u64, String> {
     let theme = Theme::ALL[(seed % Theme::ALL.len() as u64) as usize];
     let mut world = World::new(seed, traced);
-    world.populate(theme, seconds * SECOND);
+    world.populate(theme, seed / Theme::ALL.len() as u64 % 5 == 4, seconds * SECOND);
     world.run(seconds * SECOND);
     world.check_all();
     match world.promises.broken {
         Some(broken) => Err(format!("{theme:?}: {broken}")),
         None => Ok(world.happened),
     }
+}
+
+/// A lost packet and its repetition take several seconds there.
+#[test]
+fn a_slow_link_that_loses_packets_is_not_given_up() {
+    let mut given_up = 0;
+    for seed in 0..200 {
+        let mut world = World::new(seed, false);
+        world.populate_slow(120 * SECOND);
+        world.run(120 * SECOND);
+        assert_eq!(world.promises.broken, None, "seed {seed}");
+        assert!(world.promises.has_arrived_all(), "seed {seed}");
+        given_up += world.promises.given_up;
+    }
+    // Of some 13,000 messages.
+    assert!(given_up <= 2, "{given_up} links");
 }
 
 /// `SEED=n` plays one run with a trace. `RUNS` and `SECONDS` say how many there are, and how long each is.

@@ -31,6 +31,7 @@ pub(super) type HostId = usize;
 pub(super) enum Is {
     Node(usize),
     Relay(usize),
+    Gateway(usize),
     /// Refuses every port: ICMP port unreachable.
     Closed,
     /// Swallows what it gets.
@@ -330,6 +331,7 @@ impl World {
         match receiver.is {
             Is::Node(node) => self.at_node(node, Packet { from, to, body }),
             Is::Relay(relay) => self.at_relay(relay, Packet { from, to, body }),
+            Is::Gateway(gateway) => self.at_gateway(gateway, Packet { from, to, body }),
             Is::Closed if !matches!(body, Body::Unreachable(_)) => self.refuse(host, to, from),
             Is::Closed | Is::Silent => {}
         }

@@ -9,13 +9,15 @@ use hashbrown::{HashMap, HashSet};
 use super::network::{Body, Event, HostId, Is, MS, Packet, SECOND, Time};
 use super::peer::Peer;
 use super::punch::{Nat, Session};
-use super::quic::{Carrier, ConnId, Item, KeyId, Notice, Opened, StreamId, Timeouts};
+use super::quic::{Carrier, Conn, ConnId, Item, KeyId, Notice, Opened, Serves, StreamId, Timeouts};
 use super::registration::Registration;
 use super::world::{World, trace};
+use crate::accepted::{self, GivenUp};
 use crate::proto::session::{NO_RUN, Run};
 use crate::race::AttemptId;
-use crate::session::{Arrival, Incoming};
-use crate::session_table::{KEEP, Met, Refused, SessionKey, SessionTable};
+use crate::session::Arrival;
+use crate::session_receiver::{Channel, Greeting, met};
+use crate::session_table::{KEEP, Refused, SessionKey, SessionTable};
 use crate::sim::gate::Kind;
 use crate::trust::{self, Facts, Mismatch, TofuStore, Verdict};
 use crate::types::{Dialect, Fingerprint, Link, LinkId, Path};
@@ -49,13 +51,15 @@ pub(super) struct Node {
     pub(super) tofu: TofuStore,
     pub(super) peers: Vec<Peer>,
     pub(super) accepted: Vec<ConnId>,
-    /// Since when each that was given up has been silent.
-    pub(super) silent: HashMap<ConnId, u64>,
+    /// Those that were given up as silent.
+    pub(super) given_up: HashMap<ConnId, GivenUp>,
     pub(super) uses: HashMap<ConnId, Use>,
     table: SessionTable<usize>,
-    incoming: Vec<[Option<Incoming>; 2]>,
+    incoming: Vec<[Channel; 2]>,
     reading: Vec<Reading>,
     pub(super) registrations: Vec<Registration>,
+    /// Where there was no relay, and until when that is believed.
+    pub(super) not_relays: HashMap<SocketAddr, Time>,
     pub(super) nat: Nat,
     pub(super) punches: Vec<Session>,
     /// When the earliest event for its timers comes.
@@ -122,12 +126,13 @@ impl World {
             tofu: TofuStore::default(),
             peers: Vec::new(),
             accepted: Vec::new(),
-            silent: HashMap::new(),
+            given_up: HashMap::new(),
             uses: HashMap::new(),
             table: SessionTable::new(MAX_KNOWN_SESSIONS),
             incoming: Vec::new(),
             reading: Vec::new(),
             registrations: Vec::new(),
+            not_relays: HashMap::new(),
             nat: Nat::default(),
             punches: Vec::new(),
             armed: Time::MAX,
@@ -157,12 +162,13 @@ impl World {
         stopped.up = false;
         stopped.peers.clear();
         stopped.accepted.clear();
-        stopped.silent.clear();
+        stopped.given_up.clear();
         stopped.uses.clear();
         stopped.table = SessionTable::new(MAX_KNOWN_SESSIONS);
         stopped.incoming.clear();
         stopped.reading.clear();
         stopped.registrations.clear();
+        stopped.not_relays.clear();
         stopped.nat = Nat::default();
         stopped.punches.clear();
         stopped.tofu = TofuStore::default();
@@ -177,13 +183,13 @@ impl World {
         id
     }
 
-    pub(super) fn node_accepts(&self, node: usize, carrier: Carrier) -> Option<(KeyId, Timeouts)> {
+    pub(super) fn node_accepts(&self, node: usize, carrier: Carrier) -> Option<Serves> {
         let node = &self.nodes[node];
         let fits = match carrier {
             Carrier::Udp { .. } => node.up,
             Carrier::Circuit { outer, circuit } => node.is_free_circuit(outer, circuit),
         };
-        fits.then_some((node.key, Timeouts { keep_alive: 0, ..node.timeouts }))
+        fits.then(|| Serves::peer1(node.key, Timeouts { keep_alive: 0, ..node.timeouts }))
     }
 
     pub(super) fn at_node(&mut self, node: usize, packet: Packet) {
@@ -235,6 +241,8 @@ impl World {
             Notice::Open if client => self.opened(node, id),
             Notice::Open => self.accept(node, id),
             Notice::Allowed => self.allowed(node, id),
+            Notice::Credit => self.credit_came(node, id),
+            Notice::Acknowledged(stream) => self.whole_arrived(node, id, stream),
             Notice::Closed(why) => self.conn_closed(node, id, why),
             Notice::Item(stream, item) => self.take_item(node, id, stream, item),
             Notice::WasReset(stream, code) | Notice::WasStopped(stream, code) => {
@@ -245,8 +253,11 @@ impl World {
 
     fn opened(&mut self, node: usize, id: ConnId) {
         self.prove(id);
-        if let Some(&Use::Registration(at)) = self.nodes[node].uses.get(&id) {
-            self.relay_dialled(node, at, id);
+        match self.nodes[node].uses.get(&id) {
+            Some(&Use::Registration(at)) => self.relay_dialled(node, at, id),
+            // A gateway's streams are allowed from the handshake on.
+            _ if self.conn(id).is_some_and(|conn| conn.dialect == Dialect::Macula) => self.allowed(node, id),
+            _ => {}
         }
     }
 
@@ -278,7 +289,7 @@ impl World {
     fn conn_closed(&mut self, node: usize, id: ConnId, why: super::quic::Why) {
         let closing = &mut self.nodes[node];
         closing.accepted.retain(|known| *known != id);
-        closing.silent.remove(&id);
+        closing.given_up.remove(&id);
         let (ended, left): (Vec<_>, Vec<_>) =
             std::mem::take(&mut closing.reading).into_iter().partition(|reading| reading.conn == id);
         closing.reading = left;
@@ -309,7 +320,7 @@ impl World {
             Item::Greeting { .. } | Item::Expected(_) => self.sender_hears(node, id, stream, &item),
             Item::Answer(answer) => self.asked(node, id, stream, Ok(answer)),
             Item::FromRelay(told) => self.relay_told(node, id, &told),
-            Item::FromNode(_) => {}
+            Item::Whole(_) | Item::FromNode(_) => {}
         }
     }
 
@@ -332,15 +343,11 @@ impl World {
         if own.is_none() {
             return self.refuse_stream(id, stream, WRONG_NODE);
         }
-        let met = match opened.run {
-            NO_RUN => Met::Nobody,
-            run if run == serving.run => Met::ThisRun,
-            _ => Met::AnotherRun,
-        };
+        let met = met(opened.run, serving.run);
         let key = (key, opened.id);
         let incoming = &mut serving.incoming;
         let made = serving.table.open(key, remote.into(), met, now, || {
-            incoming.push([None, None]);
+            incoming.push(<[Channel; 2]>::default());
             incoming.len() - 1
         });
         let made = match made {
@@ -348,11 +355,7 @@ impl World {
             Err(Refused::Forgotten) => return self.refuse_stream(id, stream, FORGOTTEN),
             Err(Refused::TooMany) => return self.refuse_stream(id, stream, TOO_MANY),
         };
-        let channel = &mut serving.incoming[made.session][opened.channel];
-        let begun_before = channel.is_some();
-        let expected = channel.get_or_insert_default().expected(0);
-        // Its other channel may have made the session, which says nothing of what the run before had of this one.
-        let known = made.known && (begun_before || opened.run != NO_RUN);
+        let Greeting { known, expected } = serving.incoming[made.session][opened.channel].greet(made.known, opened.run);
         let run = serving.run;
         serving.reading.push(Reading {
             conn: id,
@@ -372,13 +375,13 @@ impl World {
             return;
         };
         if reading.number.replace(number).is_none() {
-            reader.incoming[reading.session][reading.channel].get_or_insert_default().begin(number);
+            reader.incoming[reading.session][reading.channel].begin(number);
         }
     }
 
     fn message_came(&mut self, node: usize, id: ConnId, stream: StreamId, message: u32) {
         // A connection that was given up as silent may be the one that the other node keeps.
-        if self.nodes[node].silent.remove(&id).is_some() {
+        if self.nodes[node].given_up.get(&id).is_some_and(GivenUp::is_heard_again) {
             self.offer_to_peers(node, id);
         }
         let reader = &mut self.nodes[node];
@@ -387,9 +390,9 @@ impl World {
         };
         let Some(number) = reading.number else { return };
         reading.number = Some(number + 1);
-        let incoming = reader.incoming[reading.session][reading.channel].get_or_insert_default();
+        let incoming = &mut reader.incoming[reading.session][reading.channel];
         let arrival = incoming.accept(number);
-        let expected = incoming.expected(number + 1);
+        let expected = incoming.expected(reading.number);
         if arrival == Arrival::New {
             self.delivered(node, message);
         }
@@ -434,21 +437,21 @@ impl World {
             },
         };
         let shown = conn.shown.map(|key| self.keys[key]);
-        Some(Link { id: link_id(id), path, dialect: Dialect::MaculaPeer1, dialled: conn.client, shown })
+        Some(Link { id: link_id(id), path, dialect: conn.dialect, dialled: conn.client, shown })
     }
 
-    /// Connections that the holder of a key began, direct ones first.
+    /// Connections that the holder of a key began and that can serve as a link.
     pub(super) fn accepted_from(&self, node: usize, key: Fingerprint) -> Vec<ConnId> {
         let accepting = &self.nodes[node];
-        let mut found: Vec<ConnId> = accepting.accepted.clone();
-        found.retain(|id| {
-            self.conn(*id).is_some_and(|conn| {
-                let silent = accepting.silent.get(id).is_some_and(|heard| *heard == conn.heard);
-                conn.is_open() && !silent && conn.shown.is_some_and(|shown| self.keys[shown] == key)
-            })
-        });
-        found.sort_by_key(|id| matches!(self.conn(*id).map(|conn| conn.carrier), Some(Carrier::Circuit { .. })));
-        found
+        let has_key =
+            |id: &ConnId| self.conn(*id).and_then(|conn| conn.shown).is_some_and(|shown| self.keys[shown] == key);
+        let is_live = |id: &ConnId| {
+            let is_silent = |heard| accepting.given_up.get(id).is_some_and(|given_up| given_up.is_silent(heard));
+            self.conn(*id).is_some_and(|conn| conn.is_open() && !is_silent(conn.heard))
+        };
+        let is_relayed = |id: &ConnId| matches!(self.conn(*id).map(|conn| conn.carrier), Some(Carrier::Circuit { .. }));
+        let all = accepting.accepted.iter().copied().filter(has_key).collect();
+        accepted::usable(all, is_live, is_relayed)
     }
 
     /// What the real rule says of a connection, for a peer.
@@ -460,8 +463,8 @@ impl World {
         said: Said,
         decide: impl FnOnce(&Facts<'_>) -> T,
     ) -> Option<T> {
-        let shown = self.conn(id)?.shown.map(|key| self.keys[key]);
-        let now = self.clock();
+        let Conn { shown, dialect, .. } = *self.conn(id)?;
+        let (shown, now) = (shown.map(|key| self.keys[key]), self.clock());
         let own = self.keys[self.nodes[node].key];
         let waiting = self.keys_of_waiting(node, peer);
         let name = self.names[self.nodes[node].peers[peer].name].clone();
@@ -470,7 +473,7 @@ impl World {
         Some(decide(&Facts {
             own,
             shown,
-            dialect: Dialect::MaculaPeer1,
+            dialect,
             named: said.key,
             registered: said.registered,
             bound,

@@ -1,27 +1,28 @@
 //! A node's peers: carries out what the link's machine decides, with the real queue and the real session.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use super::network::{Event, MS, SECOND, Time};
+use super::network::{Event, MS, Time};
 use super::node::{FORGOTTEN, Node, Said, Use, WRONG_NODE, link_id, refusal};
 use super::quic::{Carrier, ConnId, Item, Opened, StreamId, Why};
 use super::world::{World, trace};
+use crate::drive::{self, Owner};
 use crate::errors::{CircuitError, ConnectError, PunchError, SendError, UndeliveredReason};
 use crate::knowledge::Knowledge;
-use crate::link_state::{Action, Demand, LinkState, Offer, Setup, Want};
-use crate::queue::{GivenUp, Queue, Queued};
+use crate::link_state::{self, Action, Demand, LinkState, Offer, Setup, Want};
+use crate::patience::Patience;
+use crate::queue::{GivenUp, OWED_WITHOUT_DEADLINE, Queue, Queued};
 use crate::race::{self, Attempt, AttemptId, Ended, Tries};
 use crate::session_sender::{Owed, SessionSender, Settled, StreamEnd};
 use crate::trust::{Answer, Verdict};
-use crate::types::{Candidates, Endpoint, EndpointRef, Fingerprint};
+use crate::types::{Candidates, Dialect, Endpoint, EndpointRef, Fingerprint, Link};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const SWEEP_EVERY: Time = 10 * MS;
-const DOUBT_AFTER: Duration = Duration::from_millis(500);
-/// A link that was replaced lives on for this long.
-const REPLACED_FOR: Time = SECOND;
+const SWEEP_EVERY: Time = link_state::SWEEP_EVERY.as_micros() as Time;
+const REPLACED_FOR: Time = link_state::REPLACED_FOR.as_micros() as Time;
 
 /// A message on its way.
 #[derive(Debug, Clone, Copy)]
@@ -32,10 +33,30 @@ pub(super) struct Envelope {
 }
 
 impl Peer {
+    /// When the oldest message that is not acknowledged was written.
+    fn oldest(&self) -> Option<Instant> {
+        self.session.oldest().into_iter().chain(self.written.front().map(|written| written.at)).min()
+    }
+
+    fn why_late(&self) -> UndeliveredReason {
+        if self.state.meets_another_key() { UndeliveredReason::Untrusted } else { UndeliveredReason::Expired }
+    }
+
+    /// How many messages it has.
+    pub(super) fn owed(&self) -> usize {
+        self.session.len() + self.written.len()
+    }
+
     /// Whether a connection is about to be closed because there is a better one.
     pub(super) fn has_replaced(&self, conn: ConnId) -> bool {
         self.replaced.iter().any(|(replaced, _)| *replaced == conn)
     }
+}
+
+/// A message that a link or a session held.
+fn owed(envelope: Envelope, now: Instant) -> Job {
+    let deadline = Some(envelope.deadline.unwrap_or(now + OWED_WITHOUT_DEADLINE));
+    Job { envelope: Envelope { deadline, ..envelope }, at: now, accepted: true }
 }
 
 impl Owed for Envelope {
@@ -95,11 +116,19 @@ pub(super) struct Peer {
     queue: Queue<Job>,
     pub(super) session: SessionSender<Envelope>,
     streams: [Option<Out>; 2],
+    /// Whether it is a gateway, known by its address.
+    gateway: Option<usize>,
+    /// What went over a link of `macula`, oldest first.
+    written: VecDeque<Written>,
+    /// The peer that gets the messages instead.
+    legacy_relay: Option<usize>,
     known: Knowledge,
     arrived: bool,
     trying: Vec<Trying>,
     /// The connection that messages go over, suspect or not.
     pub(super) link: Option<ConnId>,
+    /// How long it may be silent.
+    patience: Patience,
     /// Callers see it.
     pub(super) visible: bool,
     replaced: Vec<(ConnId, Time)>,
@@ -107,6 +136,14 @@ pub(super) struct Peer {
     dirty: bool,
     armed: Time,
     pub(super) watch: super::promises::Watch,
+}
+
+/// A message that has its stream for itself.
+struct Written {
+    envelope: Envelope,
+    at: Instant,
+    stream: StreamId,
+    arrived: bool,
 }
 
 /// A stream of the session that goes out.
@@ -147,19 +184,26 @@ impl World {
             return known;
         }
         let own = self.keys[self.nodes[node].key];
-        let setup = Setup { own, race: race::Setup { to_node: true, connect_timeout: CONNECT_TIMEOUT } };
+        let gateway = self.gateways.iter().position(|gateway| gateway.name == name);
+        let to_node = gateway.is_none();
+        let setup = Setup { own, race: race::Setup { to_node, connect_timeout: CONNECT_TIMEOUT } };
         let (now, id) = (self.clock(), self.new_session_id());
-        let target = Some(self.names[name].clone());
+        let target = to_node.then(|| self.names[name].clone());
+        let address = gateway.map(|gateway| endpoint(self.gateway_address(gateway)));
         let made = Peer {
             name,
             state: LinkState::new(setup, now),
             queue: Queue::default(),
             session: SessionSender::new(id, target, false),
             streams: [None, None],
-            known: Knowledge::default(),
+            gateway,
+            written: VecDeque::new(),
+            legacy_relay: None,
+            known: address.map_or_else(Knowledge::default, Knowledge::of),
             arrived: false,
             trying: Vec::new(),
             link: None,
+            patience: Patience::default(),
             visible: false,
             replaced: Vec::new(),
             swept_at: 0,
@@ -176,7 +220,7 @@ impl World {
         let now = self.clock();
         let knowing = &mut self.nodes[node].peers[peer];
         knowing.known.learn(candidates);
-        let looks_up = !knowing.visible && knowing.known.begin_lookup(now);
+        let looks_up = !knowing.visible && knowing.gateway.is_none() && knowing.known.begin_lookup(now);
         self.touch(node, peer);
         looks_up
     }
@@ -200,18 +244,53 @@ impl World {
         let sending = &mut self.nodes[node].peers[peer];
         let shown = sending.state.link().and_then(|link| link.shown);
         let fits = sending.visible && envelope.is_for(shown);
-        let accepted = fits && (sending.queue.is_empty() || sending.queue.may_accept());
-        if fits && sending.queue.is_empty() {
-            sending.queue.expect(envelope.deadline);
-            sending.session.push(envelope);
-        } else {
-            sending.watch.calls += u64::from(!accepted);
-            sending.queue.push(Job { envelope, at, accepted });
+        let is_next = fits && sending.queue.is_empty();
+        if is_next && self.give(node, peer, envelope) {
+            self.accepted(node, envelope.id);
+            return self.touch(node, peer);
         }
+        let sending = &mut self.nodes[node].peers[peer];
+        let accepted = fits && sending.visible && sending.queue.may_accept();
+        sending.watch.calls += u64::from(!accepted);
+        sending.queue.push(Job { envelope, at, accepted });
         if accepted {
             self.accepted(node, envelope.id);
         }
         self.touch(node, peer);
+    }
+
+    /// Gives a message to the link. False if it takes none at present.
+    fn give(&mut self, node: usize, peer: usize, envelope: Envelope) -> bool {
+        let now = self.clock();
+        let at = &mut self.nodes[node].peers[peer];
+        let Some(link) = at.state.link().copied() else { return false };
+        at.queue.expect(envelope.deadline);
+        if link.dialect == Dialect::MaculaPeer1 {
+            at.session.push(envelope);
+            return true;
+        }
+        let Some(conn) = at.link else { return false };
+        let Some(stream) = self.try_open_stream(conn) else { return false };
+        self.write(conn, stream, Item::Whole(envelope.id));
+        self.nodes[node].peers[peer].written.push_back(Written { envelope, at: now, stream, arrived: false });
+        true
+    }
+
+    pub(super) fn credit_came(&mut self, node: usize, id: ConnId) {
+        for peer in 0..self.nodes[node].peers.len() {
+            if self.nodes[node].peers[peer].link == Some(id) {
+                self.touch(node, peer);
+            }
+        }
+    }
+
+    pub(super) fn whole_arrived(&mut self, node: usize, id: ConnId, stream: StreamId) {
+        for peer in self.nodes[node].peers.iter_mut().filter(|peer| peer.link == Some(id)) {
+            peer.written
+                .iter_mut()
+                .filter(|written| written.stream == stream)
+                .for_each(|written| written.arrived = true);
+        }
     }
 
     pub(super) fn invalidate(&mut self, node: usize, peer: usize) {
@@ -246,6 +325,9 @@ impl World {
         let now = self.clock();
         let Node { peers, tofu, .. } = &mut self.nodes[node];
         let peer = &peers[peer];
+        if peer.gateway.is_some() {
+            return None;
+        }
         let shown = peer.state.link().filter(|_| peer.visible).and_then(|link| link.shown);
         shown.or_else(|| peer.known.key()).or_else(|| tofu.key_of(&self.names[peer.name], now))
     }
@@ -305,19 +387,32 @@ impl World {
 
     pub(super) fn patience(&mut self, node: usize, peer: usize) -> Duration {
         let now = self.clock();
-        let Peer { link, state, .. } = &mut self.nodes[node].peers[peer];
-        let (link, expected) = (*link, state.expected_silence(now));
-        let round_trip = link.and_then(|link| self.conn(link)).and_then(|conn| conn.round_trip).unwrap_or(0);
-        DOUBT_AFTER.max(expected).max(Duration::from_micros(round_trip) * 6)
+        let Peer { link, state, patience, .. } = &mut self.nodes[node].peers[peer];
+        patience.expect_silence(state.expected_silence(now));
+        let link = *link;
+        let conn = link.and_then(|link| self.conn(link));
+        let (round_trip, shortest) = conn.map_or((None, 0), |conn| (conn.round_trip, conn.shortest));
+        // Links are up once the peer has confirmed the handshake.
+        let round_trip = Duration::from_micros(round_trip.unwrap_or(0));
+        let shortest = Duration::from_micros(shortest);
+        let patience = &self.nodes[node].peers[peer].patience;
+        patience.measured(shortest);
+        let patience = patience.at(round_trip, true);
+        self.watch_patience(node, patience, shortest);
+        patience
     }
 
     fn sweep(&mut self, node: usize, peer: usize) {
         let (now, patience) = (self.clock(), self.patience(node, peer));
-        let Some(link) = self.nodes[node].peers[peer].link else { return };
-        let heard = self.conn(link).map_or(0, |conn| conn.heard);
         let sweeping = &mut self.nodes[node].peers[peer];
         sweeping.swept_at = self.now;
-        let oldest = sweeping.session.oldest();
+        let Some(link) = sweeping.link else { return };
+        let arrived = sweeping.written.iter().take_while(|written| written.arrived).count();
+        let arrived: Vec<Written> = sweeping.written.drain(..arrived).collect();
+        arrived.iter().for_each(|written| self.acknowledged(node, written.envelope.id));
+        let heard = self.conn(link).map_or(0, |conn| conn.heard);
+        let sweeping = &mut self.nodes[node].peers[peer];
+        let oldest = sweeping.oldest();
         sweeping.state.heard(heard, oldest, patience, now);
     }
 
@@ -327,32 +422,8 @@ impl World {
             return;
         }
         self.nodes[node].peers[peer].dirty = false;
-        self.expire(node, peer);
-        self.end_attempts(node, peer);
-        self.end_replaced(node, peer);
-        let at = &self.nodes[node].peers[peer];
-        if (at.session.oldest().is_some() || at.state.is_suspect()) && at.swept_at + SWEEP_EVERY <= self.now {
-            self.sweep(node, peer);
-        }
-        let (now, draw) = (self.clock(), self.random.f64());
-        if std::mem::take(&mut self.nodes[node].peers[peer].arrived) {
-            let began = self.began(node, peer);
-            self.nodes[node].peers[peer].state.began(&began, now);
-        }
-        let unacknowledged = self.nodes[node].peers[peer].session.oldest().is_some();
-        self.nodes[node].peers[peer].state.poll(unacknowledged, now, draw);
-        self.obey(node, peer);
-        self.flush_queue(node, peer);
-        let demand = self.demand(node, peer);
-        if let Some(want) = self.nodes[node].peers[peer].state.wants(&demand, now) {
-            self.search(node, peer, want);
-            self.watch_race(node, peer);
-            let (at, draw) = (&mut self.nodes[node].peers[peer], self.random.f64());
-            let unacknowledged = at.session.oldest().is_some();
-            at.state.poll(unacknowledged, now, draw);
-            self.obey(node, peer);
-            self.flush_queue(node, peer);
-        }
+        let now = self.clock();
+        drive::look_after(&mut Driven { world: self, node, peer }, now);
         self.watch_race(node, peer);
         self.pump(node, peer);
         self.arm_peer(node, peer);
@@ -360,10 +431,10 @@ impl World {
 
     fn demand(&self, node: usize, peer: usize) -> Demand {
         let now = self.clock();
-        let Peer { queue, session, known, .. } = &self.nodes[node].peers[peer];
+        let Peer { queue, session, known, written, .. } = &self.nodes[node].peers[peer];
         Demand {
             waited_for: queue.is_waited_for(now),
-            owed: !queue.is_empty() || !session.is_empty(),
+            owed: !queue.is_empty() || !session.is_empty() || !written.is_empty(),
             parked: queue.has_parked(),
             parked_waited_for: queue.is_other_key_waited_for(now),
             learned: known.has_learned(),
@@ -374,7 +445,7 @@ impl World {
     fn arm_peer(&mut self, node: usize, peer: usize) {
         let now = self.clock();
         let at = &self.nodes[node].peers[peer];
-        let sweep = at.link.is_some() && (at.session.oldest().is_some() || at.state.is_suspect());
+        let sweep = at.link.is_some() && (at.oldest().is_some() || at.state.is_suspect());
         let attempts = at.trying.iter().filter_map(|trying| trying.until).min();
         let times = [at.state.next_timeout(now), at.queue.expiry(), attempts];
         let mut next = times.into_iter().flatten().min().map_or(Time::MAX, |at| self.time(at));
@@ -395,6 +466,9 @@ impl World {
 
     /// Connections of the peer that may be of use.
     fn began(&mut self, node: usize, peer: usize) -> Vec<Offer> {
+        if self.nodes[node].peers[peer].gateway.is_some() {
+            return Vec::new();
+        }
         let expected = self.expected_key(node, peer);
         let at = &self.nodes[node].peers[peer];
         let sought = match at.state.is_usable() {
@@ -404,17 +478,16 @@ impl World {
         let mut offers = Vec::new();
         for key in crate::queue::distinct(sought.into_iter().flatten().chain(expected)) {
             for conn in self.accepted_from(node, key) {
-                offers.extend(self.offer(node, peer, conn));
+                offers.extend(self.link(node, conn).map(|link| self.offer(node, peer, link)));
             }
         }
         offers
     }
 
-    fn offer(&self, node: usize, peer: usize, conn: ConnId) -> Option<Offer> {
-        let link = self.link(node, conn)?;
+    fn offer(&self, node: usize, peer: usize, link: Link) -> Offer {
         let at = &self.nodes[node].peers[peer];
         let sought = at.visible && link.shown.is_some_and(|shown| at.queue.seeks(shown));
-        Some(Offer { link, sought })
+        Offer { link, sought }
     }
 
     fn search(&mut self, node: usize, peer: usize, want: Want) {
@@ -445,56 +518,80 @@ impl World {
         let tries = Tries { candidates: at.known.candidates(), own_relays, resolving: at.known.resolving(now), bound };
         at.known.tried();
         at.state.search(want, &began, &tries, relay, now);
-        self.obey(node, peer);
+        drive::carry_out(&mut Driven { world: self, node, peer }, now);
+        self.watch_race(node, peer);
     }
 
-    /// Carries out what the machine decided.
-    fn obey(&mut self, node: usize, peer: usize) {
-        while let Some(action) = self.nodes[node].peers[peer].state.next_action() {
-            match action {
-                Action::Attempt(race::Action::Begin { id, attempt, key, until }) => {
-                    self.begin_attempt(node, peer, id, attempt, key, until);
-                }
-                Action::Attempt(race::Action::Abort(id)) => self.abort_attempt(node, peer, id),
-                Action::StopRace | Action::FinishRace => {
-                    let all: Vec<_> = self.nodes[node].peers[peer].trying.iter().map(|trying| trying.id).collect();
-                    all.into_iter().for_each(|id| self.abort_attempt(node, peer, id));
-                }
-                Action::Use(_) => self.use_link(node, peer),
-                Action::Close(link) => {
-                    if let Some(conn) = self.conn_of(link) {
-                        self.close_own(conn);
-                    }
-                }
-                Action::Hide => {
-                    trace!(self, "node {node} hides its link to {}", self.nodes[node].peers[peer].name);
-                    self.watch_doubt(node, peer);
-                    let at = &mut self.nodes[node].peers[peer];
-                    at.visible = false;
-                    at.queue.unpark();
-                }
-                Action::Show => {
-                    trace!(self, "node {node} shows its link to {}", self.nodes[node].peers[peer].name);
-                    let at = &mut self.nodes[node].peers[peer];
-                    at.visible = true;
-                    at.queue.found();
-                    // The race that ended may have waited for a connection of the peer's.
-                    self.arrived(node, peer);
-                }
-                Action::Retire => self.let_go(node, peer, true),
-                Action::Replace => self.let_go(node, peer, false),
-                Action::PassOn(_) | Action::StopPassingOn => {}
-                Action::Fail { error, begun, later_stay } => self.fail_calls(node, peer, error, begun, later_stay),
-                Action::FailParked { begun } => {
-                    let failed = self.nodes[node].peers[peer].queue.fail_parked(begun);
-                    failed.into_iter().for_each(|job| self.job_failed(node, &job, UndeliveredReason::Untrusted));
-                }
-                Action::Failures(failures) => trace!(self, "node {node}: {failures:?}"),
-                Action::Path(path) => {
-                    trace!(self, "node {node} reaches {} by {path:?}", self.nodes[node].peers[peer].name)
+    fn carry_out(&mut self, node: usize, peer: usize, action: Action) {
+        match action {
+            Action::Attempt(race::Action::Begin { id, attempt, key, until }) => {
+                self.begin_attempt(node, peer, id, attempt, key, until);
+            }
+            Action::Attempt(race::Action::Abort(id)) => self.abort_attempt(node, peer, id),
+            Action::StopRace | Action::FinishRace => {
+                let all: Vec<_> = self.nodes[node].peers[peer].trying.iter().map(|trying| trying.id).collect();
+                all.into_iter().for_each(|id| self.abort_attempt(node, peer, id));
+            }
+            Action::Use(_) => self.use_link(node, peer),
+            Action::Close(link) => {
+                if let Some(conn) = self.conn_of(link) {
+                    self.close_own(conn);
                 }
             }
+            Action::Hide => {
+                trace!(self, "node {node} hides its link to {}", self.nodes[node].peers[peer].name);
+                self.watch_doubt(node, peer);
+                let at = &mut self.nodes[node].peers[peer];
+                at.visible = false;
+                at.queue.unpark();
+            }
+            Action::Show => {
+                trace!(self, "node {node} shows its link to {}", self.nodes[node].peers[peer].name);
+                let at = &mut self.nodes[node].peers[peer];
+                at.visible = true;
+                at.queue.found();
+            }
+            Action::LookAgain => self.arrived(node, peer),
+            Action::Retire => self.let_go(node, peer, true),
+            Action::Replace => self.let_go(node, peer, false),
+            Action::PassOn(relay) => self.pass_on_to(node, peer, address(&relay)),
+            Action::StopPassingOn => self.nodes[node].peers[peer].legacy_relay = None,
+            Action::Fail { error, begun, later_stay } => self.fail_calls(node, peer, error, begun, later_stay),
+            Action::FailParked { begun } => {
+                let failed = self.nodes[node].peers[peer].queue.fail_parked(begun);
+                failed.into_iter().for_each(|job| self.job_failed(node, &job, UndeliveredReason::Untrusted));
+            }
+            Action::Failures(failures) => trace!(self, "node {node}: {failures:?}"),
+            Action::Path(path) => {
+                trace!(self, "node {node} reaches {} by {path:?}", self.nodes[node].peers[peer].name)
+            }
         }
+    }
+
+    /// The messages go to a gateway from now on.
+    fn pass_on_to(&mut self, node: usize, peer: usize, relay: SocketAddr) {
+        let gateway = (0..self.gateways.len()).find(|gateway| self.gateway_address(*gateway) == relay);
+        trace!(self, "node {node} gives {relay} the messages for {}", self.nodes[node].peers[peer].name);
+        match gateway.map(|gateway| self.gateways[gateway].name) {
+            Some(name) => self.nodes[node].peers[peer].legacy_relay = Some(self.peer(node, name)),
+            None => self.nodes[node].peers[peer].state.stop_passing_on(),
+        }
+    }
+
+    /// Gives everything that waits to the legacy relay.
+    fn pass_on(&mut self, node: usize, peer: usize) {
+        let now = self.clock();
+        let id = self.new_session_id();
+        let at = &mut self.nodes[node].peers[peer];
+        let Some(relay) = at.legacy_relay else { return };
+        let owed = at.session.take(id).owed.into_iter().map(|envelope| owed(envelope, now));
+        let jobs: Vec<Job> = owed.chain(at.queue.take()).collect();
+        for job in jobs {
+            let relay = &mut self.nodes[node].peers[relay];
+            relay.watch.calls += u64::from(!job.accepted);
+            relay.queue.push(job);
+        }
+        self.touch(node, relay);
     }
 
     fn conn_of(&self, link: crate::types::LinkId) -> Option<ConnId> {
@@ -519,17 +616,21 @@ impl World {
         trace!(self, "node {node} uses {link:?} to {}", self.nodes[node].peers[peer].name);
         let id = self.new_session_id();
         let at = &mut self.nodes[node].peers[peer];
-        at.link = Some(conn);
-        at.visible = true;
+        (at.link, at.patience) = (Some(conn), Patience::default());
         at.queue.found();
         at.watch.up(self.now);
         let refused = at.session.refuse(|envelope| !envelope.is_for(link.shown));
-        at.session.attach(id, now);
+        let taken = at.session.link(link.dialect, id, now);
         at.swept_at = self.now;
         for envelope in refused {
             self.undelivered(node, envelope.id, UndeliveredReason::Untrusted);
         }
-        self.open_streams(node, peer);
+        self.owe(node, peer, taken.owed);
+        if !self.open_streams(node, peer) {
+            // As if it had died at once.
+            return self.link_died(node, peer);
+        }
+        self.nodes[node].peers[peer].visible = true;
         if link.dialled {
             self.allow_streams(conn);
             self.nodes[node].uses.insert(conn, Use::Link);
@@ -538,21 +639,26 @@ impl World {
         }
     }
 
-    fn open_streams(&mut self, node: usize, peer: usize) {
+    /// False if the link has no stream to spare.
+    fn open_streams(&mut self, node: usize, peer: usize) -> bool {
         let now = self.clock();
-        let Some(conn) = self.nodes[node].peers[peer].link else { return };
+        let Some(conn) = self.nodes[node].peers[peer].link else { return true };
         while let Some(channel) = self.nodes[node].peers[peer].session.missing() {
-            let stream = self.open_stream(conn);
+            let Some(stream) = self.try_open_stream(conn) else { return false };
             let at = &mut self.nodes[node].peers[peer];
             let opening = at.session.open(channel, now);
             let opened = Opened { id: opening.id, channel, run: opening.run, target: at.name };
             at.streams[channel] = Some(Out { conn, stream, opening: Some(Rc::new(opened)) });
         }
+        true
     }
 
-    /// Writes what the session owes.
+    /// Opens the streams that the session wants, and writes what it owes.
     fn pump(&mut self, node: usize, peer: usize) {
         let now = self.clock();
+        if !self.open_streams(node, peer) {
+            return self.link_died(node, peer);
+        }
         for channel in 0..2 {
             let at = &mut self.nodes[node].peers[peer];
             let Some(out) = at.streams[channel].as_mut().filter(|_| at.session.owes(channel)) else { continue };
@@ -584,15 +690,33 @@ impl World {
         at.queue.unpark();
         at.queue.detach(now);
         at.visible = false;
+        let written = std::mem::take(&mut at.written);
         let Some(conn) = at.link.take() else { return };
-        if !retires {
-            at.replaced.push((conn, self.now + REPLACED_FOR));
+        let (arrived, left): (Vec<Written>, Vec<Written>) = written.into_iter().partition(|written| written.arrived);
+        arrived.iter().for_each(|written| self.acknowledged(node, written.envelope.id));
+        left.iter().for_each(|written| self.reset_stream(conn, written.stream, 0));
+        self.owe(node, peer, left.into_iter().map(|written| written.envelope).collect());
+        if !retires || self.conn(conn).is_some_and(|conn| conn.dialect == Dialect::Macula) {
+            // A gateway gets time to read, also where it is silent.
+            self.nodes[node].peers[peer].replaced.push((conn, self.now + REPLACED_FOR));
             return;
         }
+        self.watch_given_up(conn);
         if let Some(heard) = self.conn(conn).filter(|conn| !conn.client).map(|conn| conn.heard) {
-            self.nodes[node].silent.insert(conn, heard);
+            self.nodes[node].given_up.entry(conn).or_default().mark(heard);
         }
         self.close_own(conn);
+    }
+
+    /// What a link or a session held goes to the front of the queue.
+    fn owe(&mut self, node: usize, peer: usize, messages: Vec<Envelope>) {
+        let now = self.clock();
+        let at = &mut self.nodes[node].peers[peer];
+        let (over, left): (Vec<Envelope>, Vec<Envelope>) =
+            messages.into_iter().partition(|envelope| envelope.deadline.is_some_and(|deadline| deadline <= now));
+        left.into_iter().rev().for_each(|envelope| at.queue.put_back(owed(envelope, now)));
+        let late = at.why_late();
+        over.into_iter().for_each(|envelope| self.undelivered(node, envelope.id, late));
     }
 
     fn end_replaced(&mut self, node: usize, peer: usize) {
@@ -617,11 +741,16 @@ impl World {
             let shown = at.state.link().and_then(|link| link.shown);
             let Some(job) = at.queue.pop() else { return };
             if !job.envelope.is_for(shown) {
-                at.queue.park(job, now);
+                match at.gateway {
+                    Some(_) => self.job_failed(node, &job, UndeliveredReason::Untrusted),
+                    None => at.queue.park(job, now),
+                }
                 continue;
             }
-            at.session.push(job.envelope);
-            at.queue.expect(job.envelope.deadline);
+            if !self.give(node, peer, job.envelope) {
+                // The next stream that is allowed wakes the task.
+                return self.nodes[node].peers[peer].queue.put_back(job);
+            }
             if !job.accepted {
                 self.accepted(node, job.envelope.id);
             }
@@ -636,7 +765,7 @@ impl World {
         let at = &mut self.nodes[node].peers[peer];
         let (expired, next) = at.session.expire(now);
         let GivenUp { queued, parked } = at.queue.give_up(next, now);
-        let late = if at.state.meets_another_key() { UndeliveredReason::Untrusted } else { UndeliveredReason::Expired };
+        let late = at.why_late();
         for envelope in expired {
             self.undelivered(node, envelope.id, late);
         }
@@ -701,7 +830,6 @@ impl World {
                 }
             }
         }
-        self.open_streams(node, peer);
         self.touch(node, peer);
     }
 
@@ -810,7 +938,7 @@ impl World {
         let attempt = self.trying(node, peer, id).map(|trying| trying.attempt.clone());
         trace!(self, "node {node}: {attempt:?} came to {how:?}");
         self.abort_attempt(node, peer, id);
-        self.nodes[node].peers[peer].state.failed(id, how, now);
+        drive::attempted(&mut Driven { world: self, node, peer }, id, Err(how), now);
         self.touch(node, peer);
     }
 
@@ -846,9 +974,21 @@ impl World {
                     let error = CircuitError::Relay(ConnectError::TimedOut);
                     self.attempt_failed(node, peer, id, Ended::NoCircuit(error));
                 }
-                _ => self.not_connected(node, peer, id, ConnectError::TimedOut),
+                Some(_) => self.not_connected(node, peer, id, ConnectError::TimedOut),
+                None => {
+                    self.not_allowed(node, peer, id);
+                    self.not_connected(node, peer, id, ConnectError::TimedOut);
+                }
             }
         }
+    }
+
+    /// The peer may allow streams later, and keep this one of several connections.
+    fn not_allowed(&mut self, node: usize, peer: usize, id: AttemptId) {
+        let adopting = self.trying(node, peer, id).filter(|trying| matches!(trying.attempt, Attempt::Adopt(_)));
+        let Some(conn) = adopting.and_then(|trying| trying.conn) else { return };
+        let heard = self.conn(conn).map_or(0, |conn| conn.heard);
+        self.nodes[node].given_up.entry(conn).or_default().mark(heard);
     }
 
     /// The other end of a connection allows streams.
@@ -871,6 +1011,9 @@ impl World {
 
     /// Lets a connection carry messages for a peer if whoever is at the other end is that peer.
     fn admit(&mut self, node: usize, peer: usize, id: AttemptId, conn: ConnId) {
+        if self.nodes[node].peers[peer].gateway.is_some() {
+            return self.attempt_linked(node, peer, id, conn);
+        }
         let said = self.said(node, peer, id);
         let shown = self.conn(conn).and_then(|conn| conn.shown).map(|key| self.keys[key]);
         let punched = self.trying(node, peer, id).and_then(|trying| trying.punched);
@@ -915,22 +1058,84 @@ impl World {
 
     fn attempt_linked(&mut self, node: usize, peer: usize, id: AttemptId, conn: ConnId) {
         let now = self.clock();
-        let Some(offer) = self.offer(node, peer, conn) else { return };
-        if self.nodes[node].peers[peer].state.is_suspect() {
-            // A peer that is back answers on both links.
-            self.sweep(node, peer);
-            self.obey(node, peer);
-        }
+        let Some(link) = self.link(node, conn) else { return };
         let at = &mut self.nodes[node].peers[peer];
-        // Sweeping may have ended the race.
-        let place = at.trying.iter().position(|trying| trying.id == id);
-        if let Some(place) = place {
+        if let Some(place) = at.trying.iter().position(|trying| trying.id == id) {
             at.trying.swap_remove(place);
             self.nodes[node].uses.remove(&conn);
         }
-        let at = &mut self.nodes[node].peers[peer];
-        at.state.linked(id, offer, now);
-        self.obey(node, peer);
+        drive::attempted(&mut Driven { world: self, node, peer }, id, Ok(link), now);
         self.touch(node, peer);
+    }
+}
+
+/// A peer of a node's, as what drives it sees it.
+struct Driven<'a> {
+    world: &'a mut World,
+    node: usize,
+    peer: usize,
+}
+
+impl Driven<'_> {
+    fn peer(&self) -> &Peer {
+        &self.world.nodes[self.node].peers[self.peer]
+    }
+}
+
+impl Owner for Driven<'_> {
+    fn life(&mut self) -> &mut LinkState {
+        &mut self.world.nodes[self.node].peers[self.peer].state
+    }
+
+    fn expire(&mut self, _now: Instant) {
+        let Self { world, node, peer } = self;
+        world.expire(*node, *peer);
+        world.end_attempts(*node, *peer);
+        world.end_replaced(*node, *peer);
+    }
+
+    fn look_at_callers(&mut self, now: Instant) {
+        let Self { world, node, peer } = self;
+        if std::mem::take(&mut world.nodes[*node].peers[*peer].arrived) {
+            let began = world.began(*node, *peer);
+            world.nodes[*node].peers[*peer].state.began(&began, now);
+        }
+    }
+
+    fn swept_at(&self) -> Instant {
+        self.world.instant(self.peer().swept_at)
+    }
+
+    fn sweep(&mut self, _now: Instant) {
+        self.world.sweep(self.node, self.peer);
+    }
+
+    fn is_unacknowledged(&self) -> bool {
+        self.peer().oldest().is_some()
+    }
+
+    fn carry_out(&mut self, action: Action, _now: Instant) {
+        self.world.carry_out(self.node, self.peer, action);
+    }
+
+    fn hand_on(&mut self, _now: Instant) {
+        self.world.pass_on(self.node, self.peer);
+        self.world.flush_queue(self.node, self.peer);
+    }
+
+    fn demand(&self, _now: Instant) -> Demand {
+        self.world.demand(self.node, self.peer)
+    }
+
+    fn search(&mut self, want: Want, _now: Instant) {
+        self.world.search(self.node, self.peer, want);
+    }
+
+    fn offer(&self, link: Link) -> Offer {
+        self.world.offer(self.node, self.peer, link)
+    }
+
+    fn draw(&mut self) -> f64 {
+        self.world.random.f64()
     }
 }

@@ -5,13 +5,14 @@ use std::time::Duration;
 use hashbrown::HashMap;
 
 use super::network::{INTERNET, MS, SECOND, Time};
+use super::peer::Peer;
 use super::quic::{Carrier, ConnId};
 use super::scenario::Theme;
 use super::world::{World, trace};
 use crate::errors::UndeliveredReason;
 use crate::link_state::Want;
 use crate::sim::gate::Kind;
-use crate::types::Fingerprint;
+use crate::types::{Dialect, Fingerprint};
 
 /// The least pause between two races for messages that nobody waits for, and after a link that was short-lived.
 const LEAST_PAUSE: Time = 50 * MS;
@@ -23,6 +24,9 @@ const LATE: Time = 10 * MS;
 /// How long after the last fault everything works again, and how long a message then takes at most.
 pub(super) const RECOVERED_AFTER: Time = 20 * SECOND;
 pub(super) const ARRIVES_WITHIN: Time = 3 * SECOND;
+
+/// How long a link may be silent at most, unless its path is slow.
+const LONGEST_SILENCE: Duration = Duration::from_secs(3);
 
 /// How long two nodes may take to let go of one of two connections.
 const SETTLES_WITHIN: Time = 3 * SECOND;
@@ -36,6 +40,8 @@ pub(super) struct Promises {
     /// For each sender, as often as it was started, the key with which a name first got a message.
     bound: HashMap<(usize, u32, usize), Fingerprint>,
     accepted: u64,
+    /// Links that were given up though both ends had them.
+    pub(super) given_up: usize,
     /// Nodes that have lost their key.
     pub(super) lost_keys: Vec<usize>,
 }
@@ -81,6 +87,13 @@ pub(super) struct Watch {
     races: u64,
     racing: bool,
     causes: u64,
+}
+
+impl Promises {
+    /// But for calls that failed.
+    pub(super) fn has_arrived_all(&self) -> bool {
+        self.messages.iter().all(|message| message.state == State::Failed || !message.arrived.is_empty())
+    }
 }
 
 impl Watch {
@@ -177,6 +190,26 @@ impl World {
         self.promises.messages.iter().filter(same).any(|message| message.key == Some(key))
     }
 
+    /// A gateway has read a message: its own, or one for a node that it may know.
+    pub(super) fn delivered_to_gateway(&mut self, gateway: usize, id: u32) {
+        let (now, nodes) = (self.now, self.nodes.len());
+        let is_its_own = self.gateway_of(self.promises.messages[id as usize].to) == Some(gateway);
+        let message = &mut self.promises.messages[id as usize];
+        let is_passed_on = message.to < nodes && message.key.is_none();
+        let elsewhere = message.arrived.iter().any(|(at, _)| *at < nodes);
+        let again = !message.arrived.is_empty();
+        message.arrived.push((nodes + gateway, 0));
+        message.arrived_at.get_or_insert(now);
+        trace!(self, "message {id} arrives at gateway {gateway}");
+        if !is_its_own && !is_passed_on {
+            self.breaks(format!("message {id} arrives at gateway {gateway}, which it is not for"));
+        } else if elsewhere {
+            self.breaks(format!("message {id} arrives at a node and at a gateway"));
+        } else if again && self.scenario.theme == Theme::Calm {
+            self.breaks(format!("message {id} arrives at gateway {gateway} twice, though nothing went wrong"));
+        }
+    }
+
     pub(super) fn delivered(&mut self, node: usize, id: u32) {
         let (starts, key) = (self.nodes[node].starts, self.keys[self.nodes[node].key]);
         let now = self.now;
@@ -199,6 +232,10 @@ impl World {
         }
         if again {
             return self.breaks(format!("message {id} arrives twice"));
+        }
+        let nodes = self.nodes.len();
+        if self.promises.messages[id as usize].arrived.iter().any(|(at, _)| *at >= nodes) {
+            return self.breaks(format!("message {id} arrives at a node and at a gateway"));
         }
         if !keyed {
             let last = self.promises.orders.insert(pair, order).unwrap_or(0);
@@ -234,11 +271,28 @@ impl World {
 
     pub(super) fn watch_loss(&mut self, node: usize, peer: usize) {
         let now = self.now;
+        let link = self.nodes[node].peers[peer].link.and_then(|link| self.conn(link));
+        if link.is_some_and(|link| link.is_open() && link.dialect == Dialect::Macula) {
+            self.breaks(format!("node {node} gives up a link to a gateway that works"));
+        }
         let watch = &mut self.nodes[node].peers[peer].watch;
         watch.causes += 1;
         if now < watch.up_at + SHORT_LIFE {
             watch.not_before = now + LEAST_PAUSE;
         }
+    }
+
+    /// A silent peer is noticed in time, also where a host stood still. `shortest`: what a round trip took at best.
+    pub(super) fn watch_patience(&mut self, node: usize, patience: Duration, shortest: Duration) {
+        if patience > LONGEST_SILENCE.max(shortest * 6) {
+            self.breaks(format!("node {node} lets a peer be silent for {patience:?}, and is {shortest:?} away"));
+        }
+    }
+
+    pub(super) fn watch_given_up(&mut self, link: ConnId) {
+        let other = self.conn(link).filter(|conn| conn.is_open()).and_then(|conn| conn.other);
+        let both = other.and_then(|other| self.conn(other)).is_some_and(|other| other.is_open());
+        self.promises.given_up += usize::from(both);
     }
 
     pub(super) fn watch_doubt(&mut self, node: usize, peer: usize) {
@@ -396,7 +450,7 @@ impl World {
         for node in 0..self.nodes.len() {
             let sessions = self.nodes[node].sessions();
             let most = 64 * self.nodes.len();
-            let owed: usize = self.nodes[node].peers.iter().map(|peer| peer.session.len()).sum();
+            let owed: usize = self.nodes[node].peers.iter().map(Peer::owed).sum();
             let waiting = self.promises.messages.len();
             if sessions > most || owed > waiting {
                 return self.breaks(format!("node {node} knows {sessions} sessions and owes {owed} messages"));

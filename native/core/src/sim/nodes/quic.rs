@@ -10,6 +10,7 @@ use super::network::{Body, Event, HostId, MS, SECOND, Time};
 use super::world::World;
 use crate::proto::control::{FromNode, FromRelay};
 use crate::trust::Answer;
+use crate::types::Dialect;
 
 /// Before a round trip is measured (RFC 9002, 6.2.2), and where both sides know that packets pass.
 const INITIAL_RTT: Time = 333 * MS;
@@ -78,12 +79,18 @@ impl QuicPacket {
 #[derive(Debug, Clone)]
 pub(super) enum Frame {
     ClientHello,
-    /// The server's flight, with its key.
-    ServerFlight(KeyId),
+    /// The server's flight: its key, what it speaks, and how many streams it allows at once.
+    ServerFlight {
+        key: KeyId,
+        dialect: Dialect,
+        streams: u32,
+    },
     /// The client's, with its key.
     Finished(KeyId),
     /// The handshake is confirmed, and streams are allowed.
     Allow,
+    /// Another stream is allowed.
+    Credit,
     Data {
         stream: StreamId,
         at: u32,
@@ -112,6 +119,8 @@ pub(super) enum Item {
     Session(Rc<Opened>),
     Number(u64),
     Message(u32),
+    /// A message that has its stream for itself, as in the dialect `macula`.
+    Whole(u32),
     Greeting {
         known: bool,
         run: crate::proto::session::Run,
@@ -137,12 +146,19 @@ pub(super) struct Opened {
 impl Frame {
     fn len(&self) -> u64 {
         match self {
-            Self::ClientHello | Self::ServerFlight(_) => 1160,
+            Self::ClientHello | Self::ServerFlight { .. } => 1160,
             Self::Finished(_) => 700,
-            Self::Data { item: Item::Message(_), .. } => 300,
+            Self::Data { item: Item::Message(_) | Item::Whole(_), .. } => 300,
             Self::Data { .. } => 60,
             Self::Datagram { packet, .. } => packet.len().min(1160),
-            Self::Allow | Self::Reset { .. } | Self::Stop { .. } | Self::Ping => 10,
+            Self::Allow | Self::Credit | Self::Reset { .. } | Self::Stop { .. } | Self::Ping => 10,
+        }
+    }
+
+    fn whole_stream(&self) -> Option<StreamId> {
+        match self {
+            Self::Data { stream, item: Item::Whole(_), .. } => Some(*stream),
+            _ => None,
         }
     }
 
@@ -180,6 +196,23 @@ pub(super) enum Carrier {
     Circuit { outer: ConnId, circuit: u32 },
 }
 
+/// Who accepts a connection.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Serves {
+    pub(super) key: KeyId,
+    pub(super) timeouts: Timeouts,
+    pub(super) dialect: Dialect,
+    /// How many streams it allows at once.
+    pub(super) streams: u32,
+}
+
+impl Serves {
+    /// A node, or a relay.
+    pub(super) fn peer1(key: KeyId, timeouts: Timeouts) -> Self {
+        Self { key, timeouts, dialect: Dialect::MaculaPeer1, streams: u32::MAX }
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Timeouts {
     /// 0: none are sent.
@@ -213,11 +246,16 @@ pub(super) struct Conn {
     pub(super) shown: Option<KeyId>,
     /// The other end allows streams.
     pub(super) allowed: bool,
+    pub(super) dialect: Dialect,
+    /// How many more of them.
+    streams_left: u32,
     /// Packets that came.
     pub(super) heard: u64,
     /// Packets that must be acknowledged.
     pub(super) asked: u64,
     pub(super) round_trip: Option<Time>,
+    /// The shortest that was measured.
+    pub(super) shortest: Time,
     key: KeyId,
     initial_rtt: Time,
     variation: Time,
@@ -245,6 +283,10 @@ pub(super) enum Notice {
     Open,
     /// The other end allows streams.
     Allowed,
+    /// It allows another one.
+    Credit,
+    /// All that was written to a stream has arrived. Told in the dialect `macula` only.
+    Acknowledged(StreamId),
     Closed(Why),
     Item(StreamId, Item),
     WasReset(StreamId, u8),
@@ -270,6 +312,7 @@ impl Conn {
     }
 
     fn measure(&mut self, sample: Time) {
+        self.shortest = self.shortest.min(sample);
         match self.round_trip {
             None => (self.round_trip, self.variation) = (Some(sample), sample / 2),
             Some(known) => {
@@ -306,18 +349,19 @@ impl Conn {
         &mut self.streams[place]
     }
 
-    /// The frames of packets that count as lost go out again.
-    fn acknowledged(&mut self, largest: u64, seen: u128, now: Time) {
-        let mut newest = None;
+    /// The frames of packets that count as lost go out again. Returns streams whose only message has arrived.
+    fn acknowledged(&mut self, largest: u64, seen: u128, now: Time) -> Vec<StreamId> {
+        let (mut newest, mut whole) = (None, Vec::new());
         self.sent.retain(|sent| {
             let arrived =
                 sent.number <= largest && largest - sent.number < 128 && seen >> (largest - sent.number) & 1 == 1;
             if arrived {
                 newest = newest.max(Some((sent.number, sent.at)));
+                whole.extend(sent.frames.iter().filter_map(Frame::whole_stream));
             }
             !arrived
         });
-        let Some((number, at)) = newest else { return };
+        let Some((number, at)) = newest else { return whole };
         if number == largest {
             self.measure(now - at);
         }
@@ -331,6 +375,7 @@ impl Conn {
             }
             !lost
         });
+        whole
     }
 }
 
@@ -352,7 +397,7 @@ impl World {
         rtt: Option<Time>,
         timeouts: Timeouts,
     ) -> ConnId {
-        let id = self.new_conn(host, key, carrier, true, rtt, timeouts);
+        let id = self.new_conn(host, Serves::peer1(key, timeouts), carrier, true, rtt);
         self.queue(id, Frame::ClientHello);
         id
     }
@@ -361,6 +406,18 @@ impl World {
         let Some(conn) = self.conn_mut(id) else { return 0 };
         conn.next_stream += 2;
         conn.next_stream
+    }
+
+    /// `None`: the other end allows no more at present.
+    pub(super) fn try_open_stream(&mut self, id: ConnId) -> Option<StreamId> {
+        let conn = self.conn_mut(id)?;
+        conn.streams_left = conn.streams_left.checked_sub(1)?;
+        Some(self.open_stream(id))
+    }
+
+    /// A stream of the other end's has ended, and it may open another.
+    pub(super) fn give_credit(&mut self, id: ConnId) {
+        self.queue(id, Frame::Credit);
     }
 
     pub(super) fn write(&mut self, id: ConnId, stream: StreamId, item: Item) {
@@ -423,15 +480,8 @@ impl World {
 
 // The protocol.
 impl World {
-    fn new_conn(
-        &mut self,
-        host: HostId,
-        key: KeyId,
-        carrier: Carrier,
-        client: bool,
-        rtt: Option<Time>,
-        timeouts: Timeouts,
-    ) -> ConnId {
+    fn new_conn(&mut self, host: HostId, server: Serves, carrier: Carrier, client: bool, rtt: Option<Time>) -> ConnId {
+        let Serves { key, timeouts, .. } = server;
         self.next_conn += 1;
         let place = self.free_conns.pop().unwrap_or(self.conns.len() as u32);
         let id = ConnId { place, number: self.next_conn };
@@ -444,9 +494,12 @@ impl World {
             other: None,
             shown: None,
             allowed: false,
+            dialect: server.dialect,
+            streams_left: server.streams,
             heard: 0,
             asked: 0,
             round_trip: None,
+            shortest: Time::MAX,
             key,
             initial_rtt: rtt.unwrap_or(INITIAL_RTT),
             variation: 0,
@@ -585,9 +638,9 @@ impl World {
         let id = match to.or_else(|| self.initials.get(&(host, from)).copied()) {
             Some(id) => id,
             None => match self.accepts(host, carrier, &content) {
-                Some((key, timeouts)) => {
+                Some(server) => {
                     let rtt = matches!(carrier, Carrier::Circuit { .. }).then_some(KNOWN_PATH_RTT);
-                    let id = self.new_conn(host, key, carrier, false, rtt, timeouts);
+                    let id = self.new_conn(host, server, carrier, false, rtt);
                     self.conn_mut(id).unwrap().other = Some(from);
                     self.initials.insert((host, from), id);
                     id
@@ -620,7 +673,7 @@ impl World {
         if let (State::Handshaking, Content::Frames { frames, .. }) = (conn.state, &content)
             && !frames
                 .iter()
-                .any(|frame| matches!(frame, Frame::ClientHello | Frame::ServerFlight(_) | Frame::Finished(_)))
+                .any(|frame| matches!(frame, Frame::ClientHello | Frame::ServerFlight { .. } | Frame::Finished(_)))
         {
             // Its keys are not known yet.
             return;
@@ -646,7 +699,8 @@ impl World {
                 }
             }
             Content::Ack { largest, seen } => {
-                conn.acknowledged(largest, seen, now);
+                let whole = conn.acknowledged(largest, seen, now);
+                self.notices.extend(whole.into_iter().map(|stream| (id, Notice::Acknowledged(stream))));
                 self.flush(id);
             }
             Content::Close(code) => self.end(id, Why::There(code)),
@@ -668,10 +722,16 @@ impl World {
         let Some(conn) = self.conn_mut(id).filter(|conn| !matches!(conn.state, State::Closed(_))) else { return };
         let key = conn.key;
         match frame {
-            Frame::ClientHello if conn.state == State::Handshaking => self.queue(id, Frame::ServerFlight(key)),
+            Frame::ClientHello if conn.state == State::Handshaking => {
+                let (dialect, streams) = (conn.dialect, conn.streams_left);
+                self.queue(id, Frame::ServerFlight { key, dialect, streams });
+            }
             Frame::ClientHello => {}
-            Frame::ServerFlight(shown) | Frame::Finished(shown) => {
+            Frame::ServerFlight { key: shown, .. } | Frame::Finished(shown) => {
                 if conn.state == State::Handshaking {
+                    if let Frame::ServerFlight { dialect, streams, .. } = frame {
+                        (conn.dialect, conn.streams_left) = (*dialect, *streams);
+                    }
                     conn.shown = Some(*shown);
                     conn.state = State::Open;
                     conn.idle_at = now + conn.timeouts.idle;
@@ -688,6 +748,10 @@ impl World {
                 if !std::mem::replace(&mut conn.allowed, true) {
                     self.notices.push_back((id, Notice::Allowed));
                 }
+            }
+            Frame::Credit => {
+                conn.streams_left += 1;
+                self.notices.push_back((id, Notice::Credit));
             }
             Frame::Data { stream, at, item } => {
                 let stream = *stream;

@@ -12,13 +12,15 @@ use crate::errors::{CircuitError, ConnectError};
 use crate::liveness::Liveness;
 use crate::proto::control::{FromNode, FromRelay, Id, Reason, Refusal};
 use crate::race::{AttemptId, Ended};
-use crate::registration::{Action, Registrant, RelayEvent, Wants, Watch};
+use crate::registration::{self, Action, Registrant, RelayEvent, Wants, Watch};
+use crate::types::Dialect;
 use crate::unanswered::Counted;
 
 /// As the engine's.
 const TIMEOUTS: Timeouts = Timeouts { keep_alive: 15 * SECOND, idle: 45 * SECOND };
 const CONNECT_TIMEOUT: Time = 5 * SECOND;
 const ASK_AGAIN: Time = 100 * MS;
+const NOT_A_RELAY_FOR: Time = registration::NOT_A_RELAY_FOR.as_micros() as Time;
 const UNUSED_FOR: Duration = Duration::from_secs(60);
 
 /// This node at one relay.
@@ -45,6 +47,7 @@ pub(super) struct Registration {
 
 /// An attempt of a peer's that waits for the relay's word.
 pub(super) struct Ask {
+    relay: SocketAddr,
     pub(super) peer: usize,
     pub(super) attempt: AttemptId,
     punch: bool,
@@ -226,6 +229,11 @@ impl World {
 
     /// The relay has answered a dial.
     pub(super) fn relay_dialled(&mut self, node: usize, at: usize, conn: ConnId) {
+        if self.conn(conn).is_some_and(|conn| conn.dialect == Dialect::Macula) {
+            self.nodes[node].uses.remove(&conn);
+            self.close(conn, 0);
+            return self.dial_ended(node, at, Err(CircuitError::NotARelay));
+        }
         self.nodes[node].registrations[at].dialled = Some(conn);
         self.dial_ended(node, at, Ok(()));
         // The machine has no use for it if the old connection was heard again.
@@ -300,6 +308,9 @@ impl World {
     }
 
     fn ask_failed(&mut self, node: usize, ask: &Ask, error: CircuitError) {
+        if error == CircuitError::NotARelay {
+            self.nodes[node].not_relays.insert(ask.relay, self.now + NOT_A_RELAY_FOR);
+        }
         let how = if ask.punch { Ended::NotPunched(error.into()) } else { Ended::NoCircuit(error) };
         self.attempt_failed(node, ask.peer, ask.attempt, how);
     }
@@ -327,12 +338,27 @@ impl World {
 
     /// A peer wants a circuit, or a direct path, with the help of a relay.
     pub(super) fn ask_relay(&mut self, node: usize, relay: SocketAddr, peer: usize, attempt: AttemptId, punch: bool) {
+        if self.nodes[node].not_relays.get(&relay).is_some_and(|until| *until > self.now) {
+            let error = CircuitError::NotARelay;
+            let how = if punch { Ended::NotPunched(error.into()) } else { Ended::NoCircuit(error) };
+            return self.attempt_failed(node, peer, attempt, how);
+        }
         let at = self.registration_at(node, relay, false);
         let target = self.id_of(self.nodes[node].peers[peer].name);
         let until = if punch { self.now + CONNECT_TIMEOUT } else { Time::MAX };
         self.arm_node(node, until);
         let registration = &mut self.nodes[node].registrations[at];
-        registration.asks.push(Ask { peer, attempt, punch, session: None, target, at: self.now, tries: 0, until });
+        registration.asks.push(Ask {
+            relay,
+            peer,
+            attempt,
+            punch,
+            session: None,
+            target,
+            at: self.now,
+            tries: 0,
+            until,
+        });
         self.follow_registration(node, at);
         self.say_asks(node, at);
     }
@@ -506,7 +532,7 @@ impl World {
             super::network::Is::Node(_) => {
                 self.quic_packet(host, Carrier::Circuit { outer, circuit }, (**packet).clone());
             }
-            super::network::Is::Closed | super::network::Is::Silent => {}
+            super::network::Is::Gateway(_) | super::network::Is::Closed | super::network::Is::Silent => {}
         }
     }
 }

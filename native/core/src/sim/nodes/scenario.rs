@@ -73,6 +73,7 @@ impl Default for Scenario {
 enum Step {
     Send {
         from: usize,
+        /// The number of a name.
         to: usize,
         deadline: Option<Time>,
         key: bool,
@@ -91,6 +92,7 @@ enum Step {
         relay: usize,
         keeps_key: bool,
     },
+    RestartGateway(usize),
     Move(usize),
     Pause {
         host: usize,
@@ -122,9 +124,12 @@ enum Step {
     },
 }
 
+/// Nodes that only a gateway leads to. The last ones get messages in the quiet end alone.
+const BEHIND_GATEWAY: usize = 3;
+
 impl World {
     /// Draws a run of so long.
-    pub(super) fn populate(&mut self, theme: Theme, length: Time) {
+    pub(super) fn populate(&mut self, theme: Theme, gateways: bool, length: Time) {
         self.scenario.theme = theme;
         self.scenario.quiet_at = length / 2 - 5 * SECOND;
         self.scenario.hard = self.random.u8(..16) == 0;
@@ -135,9 +140,32 @@ impl World {
             self.at(SECOND, Event::Relay(relay as u32));
         }
         self.make_nodes(relays);
+        if gateways {
+            let streams = [3, 8, 100][self.random.usize(..3)];
+            self.add_gateway(BEHIND_GATEWAY, streams);
+        }
         self.make_wrong_endpoints();
         self.make_faults();
         self.make_traffic(length);
+    }
+
+    /// Two nodes with a satellite between them that loses packets: a round trip takes 1.5 s.
+    pub(super) fn populate_slow(&mut self, length: Time) {
+        self.scenario.quiet_at = length;
+        let relay = self.add_relay();
+        self.at(SECOND, Event::Relay(relay as u32));
+        for node in 0..2 {
+            self.add_node(Kind::Open, None, vec![relay]);
+            let host = self.nodes[node].host;
+            self.hosts[host].delay = 750 * MS;
+        }
+        self.weather = Weather { loss: 30_000, jitter: 50 * MS };
+        let mut at = 5 * SECOND;
+        while at < length - 20 * SECOND {
+            let step = Step::Send { from: 0, to: 1, deadline: None, key: false };
+            self.plan(at, step);
+            at += self.random.u64(100..3000) * MS;
+        }
     }
 
     fn make_nodes(&mut self, relays: usize) {
@@ -226,6 +254,15 @@ impl World {
                 self.plan(at, step);
             }
         }
+        if has(Relays) && !self.gateways.is_empty() {
+            let (at, gateway) = (self.when(), self.random.usize(..self.gateways.len()));
+            let (host, time) = (self.gateways[gateway].host, self.random.u64(..10) * SECOND);
+            let step = match self.random.bool() {
+                true => Step::Pause { host, time: time.min(quiet - at) },
+                false => Step::RestartGateway(gateway),
+            };
+            self.plan(at, step);
+        }
         if has(Moves) {
             for _ in 0..self.random.usize(1..=3) {
                 let (at, node) = (self.when(), node(self));
@@ -282,6 +319,19 @@ impl World {
                 }
             }
         }
+        for gateway in 0..self.gateways.len() {
+            let (own, behind) = (self.gateways[gateway].name, self.gateways[gateway].behind());
+            for to in [own, behind.start] {
+                let from = self.random.usize(..self.nodes.len());
+                pairs.push((from, to));
+            }
+            for to in behind.skip(1) {
+                let from = self.random.usize(..self.nodes.len());
+                let step = Step::Send { from, to, deadline: Some(5 * SECOND), key: false };
+                let at = length - 9 * SECOND + self.random.u64(..SECOND);
+                self.plan(at, step);
+            }
+        }
         let together = SECOND + self.random.u64(..SECOND);
         for (from, to) in pairs {
             self.plan_send(together, from, to);
@@ -329,6 +379,7 @@ impl World {
             Step::Start(node) if !self.nodes[node].up => self.start_node(node),
             Step::Stop { .. } | Step::Start(_) => {}
             Step::RestartRelay { relay, keeps_key } => self.restart_relay(relay, keeps_key),
+            Step::RestartGateway(gateway) => self.restart_gateway(gateway),
             Step::Move(node) => self.move_node(node),
             Step::Pause { host, time } => self.hosts[host].paused_until = self.hosts[host].paused_until.max(now + time),
             Step::Mute { host, time } => self.hosts[host].mute_until = self.hosts[host].mute_until.max(now + time),
@@ -346,8 +397,7 @@ impl World {
                 }
             }
             Step::Invalidate { from, to } => {
-                let name = self.nodes[to].name;
-                if let Some(peer) = self.nodes[from].peers.iter().position(|peer| peer.name == name) {
+                if let Some(peer) = self.nodes[from].peers.iter().position(|peer| peer.name == to) {
                     self.invalidate(from, peer);
                 }
             }
@@ -370,9 +420,9 @@ impl World {
         if !self.nodes[from].up || self.hosts[self.nodes[from].host].paused_until > self.now {
             return;
         }
-        let name = self.nodes[to].name;
-        let key = key.then(|| self.keys[self.nodes[to].key]);
-        let peer = self.peer(from, name);
+        // Gateways have no keys that count.
+        let key = self.nodes.get(to).filter(|_| key).map(|node| self.keys[node.key]);
+        let peer = self.peer(from, to);
         let candidates = self.ways_to(to, 0);
         if self.learn_ways(from, peer, candidates) {
             let starts = self.nodes[from].starts;
@@ -389,8 +439,14 @@ impl World {
 
     /// What callers and lookups say. The relays of a node are known; its address may be a wrong one.
     fn ways_to(&mut self, to: usize, lookup: u8) -> Candidates {
-        let relays: Vec<Endpoint> =
+        if to >= self.nodes.len() {
+            return self.ways_to_gateway(to, lookup);
+        }
+        let mut relays: Vec<Endpoint> =
             self.nodes[to].relays.iter().map(|relay| endpoint(self.relay_address(*relay))).collect();
+        if !self.gateways.is_empty() && self.random.u8(..3) == 0 {
+            relays.push(endpoint(self.gateway_address(0)));
+        }
         let mut endpoints = Vec::new();
         let wrong = matches!(self.scenario.theme, Theme::WrongEndpoints | Theme::Everything);
         if wrong && self.random.u8(..4) == 0 {
@@ -402,12 +458,18 @@ impl World {
         Candidates { endpoints: endpoints.into_iter().map(endpoint).collect(), relays, ..Candidates::default() }
     }
 
+    /// A gateway is known by its address. Only lookups know that it leads to others.
+    fn ways_to_gateway(&self, to: usize, lookup: u8) -> Candidates {
+        let gateway = self.gateway_of(to).filter(|gateway| lookup > 0 && self.gateways[*gateway].name != to);
+        let relays = gateway.map(|gateway| endpoint(self.gateway_address(gateway))).into_iter().collect();
+        Candidates { relays, ..Candidates::default() }
+    }
+
     fn lookup_ends(&mut self, node: usize, starts: u32, to: usize) {
         if !self.nodes[node].up || self.nodes[node].starts != starts {
             return;
         }
-        let name = self.nodes[to].name;
-        let peer = self.peer(node, name);
+        let peer = self.peer(node, to);
         let candidates = self.ways_to(to, 1);
         self.found_ways(node, peer, candidates, true);
     }

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use hashbrown::{HashMap, HashSet};
 
+use super::gateway::Gateway;
 use super::network::{Body, Cut, Event, Host, HostId, INTERNET, Is, Owner, Packet, Scheduled, Slab, Time, Weather};
 use super::node::Node;
 use super::promises::Promises;
-use super::quic::{Conn, ConnId, KeyId, Notice};
+use super::quic::{Conn, ConnId, KeyId, Notice, Serves};
 use super::relay::Relay;
 use super::scenario::Scenario;
 use crate::sim::gate::Gate;
@@ -49,6 +50,7 @@ pub(super) struct World {
     pub(super) names: Vec<NodeId>,
     pub(super) nodes: Vec<Node>,
     pub(super) relays: Vec<Relay>,
+    pub(super) gateways: Vec<Gateway>,
     /// Peers of nodes whose machines have something to do.
     pub(super) dirty: VecDeque<(usize, usize)>,
     pub(super) scenario: Scenario,
@@ -96,6 +98,7 @@ impl World {
             names: Vec::new(),
             nodes: Vec::new(),
             relays: Vec::new(),
+            gateways: Vec::new(),
             dirty: VecDeque::new(),
             scenario: Scenario::default(),
             promises: Promises::default(),
@@ -184,6 +187,7 @@ impl World {
         match self.hosts[conn.host].is {
             Is::Node(node) => self.node_notice(node, id, notice),
             Is::Relay(relay) => self.relay_notice(relay, id, notice),
+            Is::Gateway(gateway) => self.gateway_notice(gateway, id, &notice),
             Is::Closed | Is::Silent => {}
         }
     }
@@ -194,14 +198,15 @@ impl World {
         host: HostId,
         carrier: super::quic::Carrier,
         content: &super::quic::Content,
-    ) -> Option<(KeyId, super::quic::Timeouts)> {
+    ) -> Option<Serves> {
         let super::quic::Content::Frames { frames, .. } = content else { return None };
         if !frames.iter().any(|frame| matches!(frame, super::quic::Frame::ClientHello)) {
             return None;
         }
         match self.hosts[host].is {
             Is::Node(node) => self.node_accepts(node, carrier),
-            Is::Relay(relay) => Some((self.relays[relay].key, super::relay::TIMEOUTS)),
+            Is::Relay(relay) => Some(Serves::peer1(self.relays[relay].key, super::relay::TIMEOUTS)),
+            Is::Gateway(gateway) => Some(self.gateways[gateway].serves()),
             Is::Closed | Is::Silent => None,
         }
     }
@@ -210,6 +215,7 @@ impl World {
         match self.hosts[host].is {
             Is::Node(node) => Some(self.nodes[node].key),
             Is::Relay(relay) => Some(self.relays[relay].key),
+            Is::Gateway(gateway) => Some(self.gateways[gateway].key),
             Is::Closed | Is::Silent => None,
         }
     }
