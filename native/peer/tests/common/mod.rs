@@ -265,6 +265,11 @@ impl Forwarder {
         self.mute.store(true, Ordering::Relaxed);
     }
 
+    /// What the server sends comes again.
+    pub fn unmute(&self) {
+        self.mute.store(false, Ordering::Relaxed);
+    }
+
     /// From now on the server sees the client at another address.
     pub fn move_away(&self) {
         self.moves.store(true, Ordering::Relaxed);

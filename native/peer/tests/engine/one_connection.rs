@@ -3,8 +3,10 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::common::{endpoint, listener, member, member_of, message, node_id, over, relay, send_to_node, until};
-use macula_peer::{Candidates, Config, Engine, HolePunching, Path};
+use crate::common::{
+    Forwarder, endpoint, listener, member, member_of, message, node_id, over, relay, send_to_node, until,
+};
+use macula_peer::{Candidates, Config, Engine, HolePunching, Path, Target};
 use macula_peer_wire::MessageType::Publish;
 
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -104,6 +106,87 @@ fn a_connection_that_the_other_side_uses_is_not_idle() {
     let circuits = relay.stats().relay.unwrap().circuits;
     assert_eq!(circuits, 1);
     for engine in [a, b, relay] {
+        engine.stop();
+    }
+}
+
+fn at(address: &str) -> Candidates {
+    Candidates { endpoints: vec![endpoint(address)], ..Candidates::default() }
+}
+
+fn path(node: &Engine) -> Option<Path> {
+    node.stats().peers.first()?.link.as_ref().map(|link| link.path)
+}
+
+/// The node that had accepted the direct connection gave it up, because nothing came of what it sent, and never looked at it
+/// again. The other node, which had sent nothing and noticed nothing, kept it. Each had a connection of its own for ever.
+#[test]
+fn a_connection_that_one_side_gave_up_is_taken_up_again_when_the_other_uses_it() {
+    let (relay, relay_address) = relay(0);
+    let (a, a_inbox) = member("a", &[&relay_address]);
+    let (b, b_inbox, b_address) = listener(Config { hole_punching: HolePunching::Off, ..Config::default() });
+    b.register(node_id("b"), vec![endpoint(&relay_address)]);
+    let way = Forwarder::new(b_address.parse().unwrap(), 1, 0.0, Duration::ZERO);
+    send_to_node(&a, "b", at(&way.address.to_string()), message(Publish, 0, TIMEOUT)).unwrap();
+    send_to_node(&b, "a", over(&[&relay_address]), message(Publish, 0, TIMEOUT)).unwrap();
+    until("both use the direct one", || [&a, &b].into_iter().all(|node| path(node) == Some(Path::Direct)));
+    until("the circuit is gone", || relay.stats().relay.unwrap().circuits == 0);
+    until("all arrived", || a_inbox.len() == 1 && b_inbox.len() == 1);
+
+    way.mute();
+    send_to_node(&b, "a", over(&[&relay_address]), message(Publish, 1, TIMEOUT)).unwrap();
+    until("it arrives over the relay", || a_inbox.len() == 2);
+    assert!(matches!(path(&b), Some(Path::Relay(_))));
+    assert_eq!(path(&a), Some(Path::Direct), "it has noticed nothing");
+    way.unmute();
+    send_to_node(&a, "b", Candidates::default(), message(Publish, 1, TIMEOUT)).unwrap();
+    until("it arrives", || b_inbox.len() == 2);
+    until("both use the direct one again", || path(&b) == Some(Path::Direct));
+    until("the circuit is gone", || relay.stats().relay.unwrap().circuits == 0);
+    assert_eq!((a_inbox.disorder(), b_inbox.disorder()), (None, None));
+    for engine in [a, b, relay] {
+        engine.stop();
+    }
+}
+
+/// A node waited for a connection of the peer's to allow streams, because its own link was silent. The link was heard again,
+/// and the connection forgotten, which the peer kept. Each had a connection of its own for ever.
+#[test]
+fn a_connection_that_was_waited_for_during_a_false_alarm_is_not_forgotten() {
+    let node = |name: &str| {
+        let (node, inbox, address) = listener(Config { hole_punching: HolePunching::Off, ..Config::default() });
+        node.register(node_id(name), vec![]);
+        (node, inbox, address)
+    };
+    let (b, b_inbox, b_address) = node("b");
+    // Its connection is the one that both prefer.
+    let (a, a_inbox, a_address) = loop {
+        let a = node("a");
+        if a.0.fingerprint() < b.fingerprint() {
+            break a;
+        }
+        a.0.stop();
+    };
+    let to_a = Forwarder::new(a_address.parse().unwrap(), 1, 0.0, Duration::ZERO);
+    let to_b = Forwarder::new(b_address.parse().unwrap(), 2, 0.0, Duration::from_secs(1));
+    send_to_node(&b, "a", at(&to_a.address.to_string()), message(Publish, 0, TIMEOUT)).unwrap();
+    until("acknowledged", || b.stats().peers[0].acknowledged == 1);
+
+    to_a.mute();
+    b.send_now(&Target::Node(&node_id("a")), message(Publish, 1, TIMEOUT), Instant::now()).map_err(drop).unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| send_to_node(&a, "b", at(&to_b.address.to_string()), message(Publish, 0, TIMEOUT)).unwrap());
+        until("it waits for the peer's connection", || path(&b).is_none() && b.stats().accepted.len() == 1);
+        to_a.unmute();
+        until("its own is heard again", || path(&b).is_some());
+        assert!(b.stats().accepted.len() == 1 && path(&a).is_none(), "the peer's allows no streams yet");
+    });
+    until("all arrived", || a_inbox.len() == 2 && b_inbox.len() == 1);
+    until("the other connection is gone", || a.stats().accepted.is_empty());
+    send_to_node(&b, "a", Candidates::default(), message(Publish, 2, TIMEOUT)).unwrap();
+    until("it arrives", || a_inbox.len() == 3);
+    assert_eq!(b.stats().accepted.len(), 1);
+    for engine in [a, b] {
         engine.stop();
     }
 }
