@@ -35,7 +35,7 @@ const SHORT_LIFE: Duration = Duration::from_secs(1);
 /// restarted is back within some seconds, and its nodes with it.
 const AWAY: Duration = Duration::from_secs(30);
 
-/// How long a legacy relay gets the messages for a node before other ways are tried again.
+/// How long a legacy relay gets the messages for a node before other paths are tried again.
 const PASSED_ON_FOR: Duration = Duration::from_secs(60);
 
 /// How long a peer that is stopped may send what is on its way.
@@ -82,7 +82,7 @@ pub enum Action {
     PassOn(Endpoint),
     StopPassingOn,
     /// No link was to be had. Calls from before `begun` fail with that, and later ones unless `later_stay` or they came with
-    /// other ways.
+    /// other candidates.
     Fail {
         error: SendError,
         begun: Instant,
@@ -94,7 +94,7 @@ pub enum Action {
     },
     /// What is known of paths that failed has changed.
     Failures(Failures),
-    /// The peer is reached in another way than before.
+    /// The peer is reached over another path than before.
     Path(Path),
 }
 
@@ -118,13 +118,13 @@ pub struct Demand {
 /// What to look for now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
-    /// Any link, or another one than the suspect.
+    /// Any link, or one beside the suspect.
     Link,
     /// A link to the holder of another key, beside the present one.
     OtherKey,
     /// A better path than a relay.
     Better,
-    /// The race under way tries ways that were learned since.
+    /// The race under way tries candidates that were learned since.
     MoreWays,
 }
 
@@ -317,7 +317,7 @@ impl LinkState {
             }
             Want::OtherKey => {
                 self.redial_at = None;
-                // A race for a better link tries direct ways only.
+                // A race for a better link tries direct paths only.
                 self.stop_race();
                 let race = self.new_race(now);
                 if let Mode::Linked { search, .. } = &mut self.mode {
@@ -435,7 +435,7 @@ impl LinkState {
         }
     }
 
-    /// A lookup has found ways that were unknown, or the legacy relay takes no more messages.
+    /// A lookup has found new candidates, or the legacy relay takes no more messages.
     pub fn stop_passing_on(&mut self) {
         if let Mode::PassedOn { linked_until, .. } = self.mode {
             self.mode = Mode::Unlinked { race: None, linked_until };
@@ -527,7 +527,7 @@ impl LinkState {
             Mode::Linked { .. } | Mode::Leaving { .. } => Some(Action::Replace),
             Mode::Unlinked { .. } | Mode::PassedOn { .. } => None,
         };
-        // Direct ways are tried on while a relay carries the messages.
+        // Direct paths are still tried while a relay carries the messages.
         let mut race = self.take_race();
         match &mut race {
             Some(race) if link.path.is_relayed() => race.keep_direct(),
@@ -1017,7 +1017,7 @@ mod tests {
     }
 
     #[test]
-    fn ways_that_are_learned_join_the_race() {
+    fn candidates_that_are_learned_join_the_race() {
         let mut life = Life::new();
         life.search(Want::Link);
         assert_eq!(life.wants(Demand { learned: true, ..call() }), Some(Want::MoreWays));
@@ -1153,11 +1153,11 @@ mod tests {
         let worse = life.link(relayed(), true, 9);
         let done = life.comes_to(circuit(), worse, false);
         assert_eq!(done, [Action::Retire, Action::Use(worse.id), Action::Path(relayed())]);
-        assert_eq!(life.under_way(), [dial(), punch()], "direct ways are tried on");
+        assert_eq!(life.under_way(), [dial(), punch()], "direct paths are still tried");
     }
 
     #[test]
-    fn a_suspect_goes_when_the_peer_is_not_to_be_had_and_stays_when_this_host_is_at_fault() {
+    fn a_suspect_is_given_up_when_the_peer_cannot_be_reached_and_kept_when_this_host_is_at_fault() {
         for (error, stays) in
             [(ConnectError::NoRoute, true), (ConnectError::Unresolved, true), (ConnectError::Refused, false)]
         {
@@ -1320,7 +1320,7 @@ mod tests {
     }
 
     #[test]
-    fn better_ways_that_are_learned_are_tried_at_once_over_a_relay_and_not_over_a_direct_link() {
+    fn better_candidates_that_are_learned_are_tried_at_once_over_a_relay_and_not_over_a_direct_link() {
         let (mut life, _) = Life::linked_by(relayed());
         let better = Demand { better: true, learned: true, ..Demand::default() };
         assert_eq!(life.wants(better), Some(Want::Better));
@@ -1418,7 +1418,7 @@ mod tests {
     }
 
     #[test]
-    fn a_legacy_relay_gets_the_messages_for_a_minute_or_until_a_way_is_found() {
+    fn a_legacy_relay_gets_the_messages_for_a_minute_or_until_a_path_is_found() {
         for found in [true, false] {
             let mut life = Life::new();
             life.tries.candidates.endpoints.clear();

@@ -1,4 +1,4 @@
-//! The race for a link: every way to a peer at once. The first link that is up carries the messages, and a better one
+//! The race for a link: it tries all candidates of a peer at once. The first link that is up carries the messages, and a better one
 //! replaces it.
 //!
 //! Direct dials get a short head start over relays, and relays over each other. A relay is asked for a circuit and for its
@@ -18,7 +18,7 @@ const HEAD_START: Duration = Duration::from_millis(50);
 /// What a relay has before the next one is asked too. One that does not know the node says so at once.
 const RELAY_STAGGER: Duration = Duration::from_millis(200);
 
-/// What lookups have before a legacy relay gets the messages. Any way that they find is better.
+/// What lookups have before a legacy relay gets the messages. Any candidate that they find is better.
 const LEGACY_RELAY_AFTER: Duration = Duration::from_millis(200);
 
 /// Connections begun by the peer that a race waits for. A peer that begins more of them wants none.
@@ -31,7 +31,7 @@ pub struct AttemptId {
     attempt: u32,
 }
 
-/// One way to get a link.
+/// One attempt to get a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Attempt {
     /// Dial an address.
@@ -75,7 +75,7 @@ pub enum Ended {
 /// How the race ended without a link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// No way is left to try.
+    /// Nothing is left to try.
     Lost(SendError),
     /// A relay that speaks only `macula` may pass the messages on.
     LegacyRelay(Endpoint),
@@ -90,7 +90,7 @@ pub struct Setup {
     pub connect_timeout: Duration,
 }
 
-/// The ways that a race may try.
+/// What a race may try.
 #[derive(Debug, Clone, Default)]
 pub struct Tries {
     /// What callers and lookups know.
@@ -119,7 +119,7 @@ pub struct Race {
     left_out: bool,
     /// Relays to ask, and when.
     waiting: VecDeque<(Instant, Endpoint)>,
-    /// Every way that was taken into the race.
+    /// Every candidate that was taken into the race.
     taken: Candidates,
     bound: bool,
     resolving: Option<Instant>,
@@ -131,7 +131,7 @@ pub struct Race {
 }
 
 impl Race {
-    /// `number`: another one for each race of a peer.
+    /// `number`: unique among the races of a peer.
     pub fn new(number: u64, setup: Setup, now: Instant) -> Self {
         Self {
             number,
@@ -157,7 +157,7 @@ impl Race {
         self.begun
     }
 
-    /// Tries these ways too, except those that it has tried.
+    /// Tries these too, except those that it has tried.
     pub fn add(&mut self, tries: &Tries, now: Instant) {
         let Tries { candidates, own_relays, resolving, bound } = tries;
         (self.resolving, self.bound) = (*resolving, *bound);
@@ -217,7 +217,7 @@ impl Race {
             return;
         }
         if self.attempts.iter().any(|(_, attempt)| matches!(attempt, Attempt::Punch(_))) {
-            // Two attempts at once would be in each other's way.
+            // Two punches at once would disturb each other.
             return self.helpers.push_back(relay);
         }
         self.begin(Attempt::Punch(relay), now);
@@ -384,9 +384,9 @@ fn rank(error: &RouteError) -> u8 {
 
 fn take_new<'a>(candidates: impl Iterator<Item = &'a Endpoint>, taken: &mut Vec<Endpoint>) -> Vec<Endpoint> {
     let before = taken.len();
-    for way in candidates {
-        if !taken.contains(way) {
-            taken.push(way.clone());
+    for candidate in candidates {
+        if !taken.contains(candidate) {
+            taken.push(candidate.clone());
         }
     }
     taken[before..].to_vec()
@@ -507,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn with_no_way_at_all_no_relay_is_known() {
+    fn without_any_candidate_no_relay_is_known() {
         assert_eq!(Run::new(Candidates::default(), &[]).poll(0), Some(Outcome::Lost(RouteError::NoRelay.into())));
     }
 
@@ -523,6 +523,40 @@ mod tests {
         assert_eq!(run.under_way(), [Attempt::Dial(at("peer:1"))]);
         run.ended(Attempt::Dial(at("peer:1")), Ended::NotDialled(ConnectError::TimedOut), 400);
         assert_eq!(run.poll(400), Some(Outcome::Lost(RouteError::NoRelay.into())));
+    }
+
+    #[test]
+    fn a_race_without_candidates_ends_with_its_lookup() {
+        let mut run = Run::new(Candidates::default(), &[]);
+        run.race.add(&Tries { resolving: Some(run.at(300)), ..Tries::default() }, run.start);
+        assert_eq!(run.poll(299), None);
+        assert_eq!(run.poll(300), Some(Outcome::Lost(RouteError::NoRelay.into())));
+    }
+
+    #[test]
+    fn a_node_with_the_wrong_key_at_an_endpoint_is_reported_while_relays_are_asked_and_when_none_helps() {
+        for error in [ConnectError::Untrusted, ConnectError::WrongNode] {
+            let mut run = Run::new(endpoints(&["peer:1"]), &[]);
+            run.race.add(&Tries { resolving: Some(run.at(300)), ..Tries::default() }, run.start);
+            run.poll(0);
+            assert_eq!(run.race.failure(), None);
+            run.ended(Attempt::Dial(at("peer:1")), Ended::NotDialled(error.clone()), 1);
+            let expected = SendError::from(RouteError::Node(error));
+            assert_eq!(run.race.failure(), Some(&expected));
+            assert_eq!(run.poll(300), Some(Outcome::Lost(expected)));
+        }
+    }
+
+    #[test]
+    fn a_peer_that_is_named_by_its_address_is_only_dialled_and_told_why_that_failed() {
+        let start = Instant::now();
+        let mut race = Race::new(0, Setup { to_node: false, connect_timeout: TIMEOUT }, start);
+        race.add(&Tries { candidates: endpoints(&["peer:1"]), own_relays: all(&["one:1"]), ..Tries::default() }, start);
+        assert_eq!(race.poll(start + HEAD_START), None);
+        let Some(Action::Begin { id, attempt: Attempt::Dial(_), .. }) = race.next_action() else { panic!("no dial") };
+        assert_eq!(race.next_action(), None, "no relay is asked");
+        race.ended(id, Ended::NotDialled(ConnectError::Refused), start);
+        assert_eq!(race.poll(start), Some(Outcome::Lost(ConnectError::Refused.into())));
     }
 
     #[test]
@@ -579,6 +613,16 @@ mod tests {
     }
 
     #[test]
+    fn no_relay_is_asked_to_help_while_the_other_node_punches() {
+        let mut run = Run::new(Candidates::default(), &["one:1", "two:1"]);
+        run.poll(200);
+        run.ended(Attempt::Punch(at("one:1")), Ended::NotPunched(PunchError::Refused(Refusal::InProgress)), 210);
+        run.ended(Attempt::Circuit(at("one:1")), Ended::NoCircuit(CircuitError::NotRegistered), 220);
+        assert_eq!(run.poll(220), None);
+        assert_eq!(run.under_way(), [Attempt::Circuit(at("two:1"))]);
+    }
+
+    #[test]
     fn a_punch_that_the_other_node_has_begun_is_no_failure() {
         let mut run = Run::new(Candidates::default(), &["one:1"]);
         run.poll(0);
@@ -609,7 +653,7 @@ mod tests {
     }
 
     #[test]
-    fn with_a_relayed_link_only_direct_ways_are_tried_on() {
+    fn beside_a_relayed_link_only_direct_paths_are_still_tried() {
         let mut run = Run::new(endpoints(&["peer:1"]), &["one:1", "two:1"]);
         run.poll(50);
         run.ended(Attempt::Circuit(at("one:1")), Ended::Linked, 60);
