@@ -1185,7 +1185,7 @@ mod tests {
         assert_eq!(life.wants(call()), None, "held off");
         life.after(100);
         assert_eq!(life.wants(call()), Some(Want::Link));
-        life.after(AWAY.as_millis() as u64).search(Want::Link);
+        life.after(AWAY.as_millis() as u64 - 100).search(Want::Link);
         let done = life.loses(ConnectError::TimedOut, CircuitError::NotRegistered);
         assert!(done.iter().any(is_fail), "it was away for too long");
     }

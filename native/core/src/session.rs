@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_owed_is_kept_in_order_until_it_is_acknowledged_or_taken() {
+    fn messages_are_kept_in_order_until_they_are_acknowledged_or_taken() {
         let mut outgoing = Outgoing::default();
         let (now, later) = (Instant::now(), Instant::now() + std::time::Duration::from_secs(1));
         assert_eq!((outgoing.len(), outgoing.oldest(), outgoing.is_under_way()), (0, None, false));
@@ -468,6 +468,7 @@ mod tests {
         assert_eq!((outgoing.len(), outgoing.oldest(), outgoing.is_under_way()), (3, None, false));
         outgoing.write(now);
         outgoing.write(later);
+        assert!(!outgoing.is_empty());
         assert_eq!((outgoing.len(), outgoing.oldest(), outgoing.is_under_way()), (3, Some(now), true));
         outgoing.acknowledge(1).for_each(drop);
         assert_eq!((outgoing.len(), outgoing.oldest(), outgoing.unwritten()), (2, Some(later), 1));
@@ -521,6 +522,8 @@ mod tests {
             [Repeated, Doubtful, Doubtful, Doubtful]
         });
         assert_eq!([0, 1, 2, 3, 4].map(|next| incoming.expected(next)), [1, 1, 2, 3, 4]);
+        incoming.accept(4);
+        assert_eq!(incoming.expected(4), 5, "all that was refused has been said on this stream");
         incoming.begin(2);
         assert_eq!([1, 2, 3].map(|number| incoming.arrival(number)), {
             use Arrival::{Doubtful, Repeated};
@@ -528,11 +531,28 @@ mod tests {
         });
         incoming.begin(4);
         assert_eq!([2, 3].map(|number| incoming.arrival(number)), [Arrival::Repeated; 2]);
-        assert_eq!(incoming.expected(0), 4);
+        assert_eq!(incoming.expected(0), 5);
     }
 
     #[test]
-    fn what_is_on_its_way_is_not_given_up() {
+    fn a_new_stream_goes_on_where_the_receiver_says() {
+        let mut outgoing = Outgoing::default();
+        ['a', 'b', 'c'].into_iter().for_each(|message| outgoing.push(message));
+        assert!(!outgoing.may_have_arrived());
+        outgoing.write(Instant::now());
+        outgoing.write(Instant::now());
+        outgoing.rewind();
+        assert!(outgoing.may_have_arrived());
+        assert_eq!(outgoing.resume(1).collect::<Vec<_>>(), ['a']);
+        assert_eq!(outgoing.write(Instant::now()), Some(Next { number: 1, announce: true, message: &'b' }));
+        // It may say so after something was written.
+        outgoing.write(Instant::now());
+        assert_eq!(outgoing.resume(2).collect::<Vec<_>>(), ['b']);
+        assert_eq!((outgoing.unwritten(), outgoing.is_under_way()), (0, true));
+    }
+
+    #[test]
+    fn messages_on_their_way_are_not_given_up() {
         let mut outgoing = Outgoing::default();
         outgoing.push(1);
         outgoing.push(2);
@@ -543,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_receiver_that_has_forgotten_may_have_is_given_back_and_the_rest_starts_again() {
+    fn messages_that_a_forgetful_receiver_may_have_are_given_back_and_the_rest_is_numbered_from_0() {
         let mut outgoing = Outgoing::default();
         ['a', 'b', 'c'].into_iter().for_each(|message| outgoing.push(message));
         outgoing.write(Instant::now());
@@ -561,7 +581,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_never_written_takes_no_number() {
+    fn a_message_that_was_never_written_takes_no_number() {
         let mut outgoing = Outgoing::default();
         outgoing.push('a');
         outgoing.push('b');
@@ -585,7 +605,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_over_is_abandoned_when_it_alone_is_on_its_way() {
+    fn an_expired_message_is_abandoned_when_it_alone_is_on_its_way() {
         let mut outgoing = Outgoing::default();
         outgoing.push('a');
         outgoing.push('b');
@@ -602,7 +622,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_rejected_is_the_first_that_is_on_its_way() {
+    fn the_first_message_on_its_way_is_the_one_that_is_rejected() {
         let mut outgoing = Outgoing::default();
         outgoing.push('a');
         assert_eq!(outgoing.reject(), None);

@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn much_is_written_again_only_from_where_the_receiver_says() {
+    fn many_bytes_are_written_again_only_from_where_the_receiver_says() {
         let (now, mut sender) = (Instant::now(), sender(false));
         linked(&mut sender, 1, now);
         for _ in 0..3 {
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_restarted_receiver_may_have_had_is_lost_where_nothing_may_arrive_twice() {
+    fn a_message_that_a_restarted_receiver_may_have_had_is_lost_where_nothing_may_arrive_twice() {
         for (at_most_once, lost, again) in [(true, 1, vec![]), (false, 0, vec![Some(0)])] {
             let (now, mut sender) = (Instant::now(), sender(at_most_once));
             linked(&mut sender, 1, now);

@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_opened_for_another_run_was_restarted() {
+    fn only_a_session_opened_for_another_run_was_restarted() {
         let mut table = SessionTable::new(1000);
         let mut opened = |key, met| table.open(key, network(1), met, 0, || ()).unwrap();
         let (one, other) = (session(1, 1), session(1, 2));
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_counted_is_what_is_there_after_any_sequence() {
+    fn the_counts_match_the_sessions_after_any_sequence() {
         for seed in 0..200 {
             let mut random = fastrand::Rng::with_seed(seed);
             let mut table = SessionTable { most_open_of_key: 8, ..SessionTable::new(30) };

@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_bounded_and_keeps_what_was_seen_last() {
+    fn the_table_is_bounded_and_keeps_the_names_that_were_seen_last() {
         let (start, mut store) = (Instant::now(), TofuStore::default());
         for n in 0..MAX_NAMES {
             store.bind(node(n), key(1), start + Duration::from_millis(n as u64));
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_changes_is_written_and_after_a_fault_everything() {
+    fn only_changes_are_written_and_everything_after_a_fault() {
         let (now, mut store) =
             (Instant::now(), TofuStore::kept(vec![(node(1), key(1)), (node(2), key(2))], Instant::now()));
         store.bind(node(1), key(1), now);
