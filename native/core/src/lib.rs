@@ -42,6 +42,7 @@ pub mod race;
 pub mod registration;
 pub mod relay;
 pub mod reports;
+pub mod request_sender;
 pub mod requests;
 pub mod retry;
 pub mod sending;

@@ -13,7 +13,7 @@ use macula_peer_core::errors::{Rejection, RequestError};
 use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::proto::codes::stream::{REQUEST_FORGOTTEN, WRONG_NODE};
 use macula_peer_core::proto::session::{REQUEST, put_header};
-use macula_peer_core::requests::RequestId;
+use macula_peer_core::request_sender::{Lost, Named};
 use macula_peer_core::types::{Dialect, NodeId, Sender};
 use macula_peer_wire::{FrameError, HEADER_LEN, RawFrame};
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
@@ -33,34 +33,21 @@ const PROBE_AFTER: Duration = Duration::from_secs(1);
 /// The payload of the frame before a request: its id, and whether only a peer that knows it is to answer.
 const NAMED_LEN: usize = 17;
 
-/// What the peer knows a request by, over whichever link it is asked.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Named {
-    id: RequestId,
-    /// Only a peer that has had it may answer: it was acknowledged, or may be handed over only once.
-    pub(crate) again: bool,
+/// The frame before a request.
+fn name(Named { id, again }: Named) -> Bytes {
+    let mut frame = BytesMut::with_capacity(HEADER_LEN + NAMED_LEN);
+    put_header(&mut frame, REQUEST, NAMED_LEN);
+    frame.put_slice(&id);
+    frame.put_u8(again.into());
+    frame.freeze()
 }
 
-impl Named {
-    pub(crate) fn new() -> Self {
-        Self { id: fastrand::u128(..).to_be_bytes(), again: false }
-    }
-
-    fn frame(self) -> Bytes {
-        let mut frame = BytesMut::with_capacity(HEADER_LEN + NAMED_LEN);
-        put_header(&mut frame, REQUEST, NAMED_LEN);
-        frame.put_slice(&self.id);
-        frame.put_u8(self.again.into());
-        frame.freeze()
-    }
-
-    /// What a frame before a request says; `None`: it is none.
-    pub(crate) fn parse(payload: &[u8]) -> Option<(RequestId, bool)> {
-        let (id, rest) = payload.split_first_chunk()?;
-        match rest {
-            [again @ (0 | 1)] => Some((*id, *again == 1)),
-            _ => None,
-        }
+/// What a frame before a request says; `None`: it is none.
+pub(crate) fn parse_name(payload: &[u8]) -> Option<Named> {
+    let (id, rest) = payload.split_first_chunk()?;
+    match rest {
+        [again @ (0 | 1)] => Some(Named { id: *id, again: *again == 1 }),
+        _ => None,
     }
 }
 
@@ -70,21 +57,11 @@ pub(crate) enum End {
     Failed,
     /// The caller is gone.
     Cancelled,
-    /// The link died before anything was written.
-    Unsent,
-    /// The link died and nothing says that the peer has the request. It may have it.
-    Unacknowledged,
-    /// The link died, and the peer, which has the request, can be asked again.
-    Acknowledged,
-    /// The peer says that the request is for another node.
-    WrongNode,
+    Lost(Lost),
 }
 
 enum Failure {
-    Unsent,
-    Unacknowledged,
-    Acknowledged,
-    WrongNode,
+    Lost(Lost),
     LinkLost,
     Rejected(Rejection),
     Malformed(FrameError),
@@ -129,10 +106,7 @@ pub(crate) async fn run(
             });
             return End::Answered;
         }
-        Err(Failure::Unsent) => return End::Unsent,
-        Err(Failure::Unacknowledged) => return End::Unacknowledged,
-        Err(Failure::Acknowledged) => return End::Acknowledged,
-        Err(Failure::WrongNode) => return End::WrongNode,
+        Err(Failure::Lost(how)) => return End::Lost(how),
         Err(Failure::LinkLost) => RequestError::LinkLost,
         Err(Failure::Rejected(why)) => RequestError::Rejected(why),
         Err(Failure::Malformed(error)) => RequestError::Malformed(error),
@@ -183,10 +157,10 @@ async fn exchange(
         opened = link.connection.open_bi() => opened.ok(),
         () = link.silent() => None,
     };
-    let (send, mut receive) = opened.ok_or(Failure::Unsent)?;
+    let (send, mut receive) = opened.ok_or(Failure::Lost(Lost::Unsent))?;
     let target = target.filter(|_| link.dialect == Dialect::MaculaPeer1);
     let address = target.as_ref().map(hello::addressed_to).unwrap_or_default();
-    let name = named.map(Named::frame).unwrap_or_default();
+    let name = named.map(self::name).unwrap_or_default();
     link.line_up(&send, message.frame.len());
     let mut sending = Sending { send, whole: false };
     let send = &mut sending.send;
@@ -194,18 +168,18 @@ async fn exchange(
     tokio::select! {
         written = send.write_all_chunks(&mut chunks) => written.map_err(|error| match error {
             WriteError::Stopped(code) => refused(link, code).unwrap_or(Failure::LinkLost),
-            _ => Failure::Unacknowledged,
+            _ => Failure::Lost(Lost::Unacknowledged),
         })?,
-        () = link.silent() => return Err(Failure::Unacknowledged),
+        () = link.silent() => return Err(Failure::Lost(Lost::Unacknowledged)),
     }
-    send.finish().map_err(|_| Failure::Unacknowledged)?;
+    send.finish().map_err(|_| Failure::Lost(Lost::Unacknowledged))?;
     sending.whole = true;
     tokio::select! {
         // An answer that has come counts, whatever has become of the link.
         biased;
         answer = answered(link, &sending.send, &mut receive) => answer,
         () = lost(link, &sending.send) => {
-            let failure = link_lost(link, &sending.send);
+            let failure = link_lost(&sending.send);
             // Asked again over another link, it should not arrive over this one as well.
             sending.whole = false;
             Err(failure)
@@ -217,19 +191,15 @@ async fn exchange(
 fn refused(link: &Link, code: VarInt) -> Option<Failure> {
     match link.dialect {
         Dialect::Macula => None,
-        Dialect::MaculaPeer1 if code == WRONG_NODE.into() => Some(Failure::WrongNode),
+        Dialect::MaculaPeer1 if code == WRONG_NODE.into() => Some(Failure::Lost(Lost::WrongNode)),
         Dialect::MaculaPeer1 if code == REQUEST_FORGOTTEN.into() => Some(Failure::LinkLost),
         Dialect::MaculaPeer1 => Rejection::of(code.into_inner()).map(Failure::Rejected),
     }
 }
 
-/// What becomes of a request whose link is lost.
-fn link_lost(link: &Link, send: &SendStream) -> Failure {
-    match (link.dialect, is_acknowledged(send)) {
-        (_, false) => Failure::Unacknowledged,
-        (Dialect::MaculaPeer1, true) => Failure::Acknowledged,
-        (Dialect::Macula, true) => Failure::LinkLost,
-    }
+/// What is known of a request whose link is lost.
+fn link_lost(send: &SendStream) -> Failure {
+    Failure::Lost(if is_acknowledged(send) { Lost::Acknowledged } else { Lost::Unacknowledged })
 }
 
 /// Returns when the link is given up and the request can be asked over another.
@@ -261,7 +231,7 @@ async fn answered(link: &Link, send: &SendStream, receive: &mut RecvStream) -> R
             probed = link.probe();
         } else if link.is_dead() {
             // It was replaced, and nobody looks after it.
-            return Err(link_lost(link, send));
+            return Err(link_lost(send));
         } else {
             link.doubted.notify_one();
         }
@@ -284,7 +254,7 @@ async fn answer(link: &Link, send: &SendStream, receive: &mut RecvStream) -> Res
                 link.connection.closed().await;
                 return Err(Failure::LinkLost);
             }
-            Err(_) => return Err(link_lost(link, send)),
+            Err(_) => return Err(link_lost(send)),
         }
         if let Some(frame) = frames.next_frame().map_err(Failure::Malformed)? {
             return Ok(frame);

@@ -16,6 +16,7 @@ use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::proto::answers;
 use macula_peer_core::proto::codes::stream::{MALFORMED, NOT_A_RELAY, REQUEST_FORGOTTEN, TOO_SLOW, WRONG_NODE};
 use macula_peer_core::proto::session::{ASK_NODE, FOR_NODE, OPEN_CONTROL, OPEN_SESSION, REQUEST};
+use macula_peer_core::request_sender::Named;
 use macula_peer_core::requests::RequestId;
 use macula_peer_core::sync::now_or_never;
 use macula_peer_core::turns::{Piece, Spent};
@@ -31,7 +32,7 @@ use crate::deadline::deadline;
 use crate::frame_memory::Reserved;
 use crate::inbound::{AnswerQueue, Route};
 use crate::relay::server::Opener;
-use crate::request::Named;
+use crate::request;
 use crate::server::{Accepted, Server};
 use crate::transfer::{self, Write, is_acknowledged, write_now};
 use crate::{hello, session};
@@ -451,9 +452,9 @@ impl Stream {
                     }
                     FOR_NODE if self.server.keys.serves(frame.payload()) => continue,
                     FOR_NODE => return Delivered::ForAnother,
-                    REQUEST => match Named::parse(frame.payload()) {
-                        Some(request) => {
-                            self.request = Some(request);
+                    REQUEST => match request::parse_name(frame.payload()) {
+                        Some(Named { id, again }) => {
+                            self.request = Some((id, again));
                             continue;
                         }
                         None => {

@@ -19,6 +19,7 @@ use macula_peer_core::errors::{Failures, RequestError, SendError, UndeliveredRea
 use macula_peer_core::events::Event;
 use macula_peer_core::knowledge::Knowledge;
 use macula_peer_core::queue::{Queue, Queued};
+use macula_peer_core::request_sender::RequestSender;
 use macula_peer_core::stats::{PathStatus, PeerStats};
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::{Candidates, Dialect, Fingerprint, Path, PeerName, Target};
@@ -31,7 +32,6 @@ use crate::call::{Call, Cancel};
 use crate::conn::LinkOwner;
 use crate::link::{DIRECT_WRITES, Link, Partial, Written};
 use crate::message::Envelope;
-use crate::request;
 use crate::session::send::Session;
 use crate::surroundings::Surroundings;
 
@@ -86,8 +86,8 @@ struct Job {
     deadline: Option<Instant>,
     since: Instant,
     who: Who,
-    /// A request that was asked over a link of `macula-peer/1`.
-    named: Option<request::Named>,
+    /// What a request is asked as.
+    request: RequestSender,
     /// What it takes up.
     space: Option<Space>,
 }
@@ -370,7 +370,14 @@ impl Peer {
         }
         self.push(
             &mut state,
-            Job { message: Some(message), deadline, since: Instant::now(), who, named: None, space: None },
+            Job {
+                message: Some(message),
+                deadline,
+                since: Instant::now(),
+                who,
+                request: self.new_request(),
+                space: None,
+            },
         );
         Ok(Waiting { call: Arc::downgrade(&call), peer: Some(self.clone()) })
     }
@@ -459,6 +466,10 @@ impl Peer {
         self.counters.failed.add(1);
         job.fail(SendError::Overloaded);
         Ok(())
+    }
+
+    fn new_request(&self) -> RequestSender {
+        RequestSender::new(self.node.config.delivery == Delivery::AtMostOnce)
     }
 
     /// Gives a message to the session, whose link is live. Returns whether the task is to go on with it.
@@ -567,7 +578,14 @@ impl Queued for Job {
 
 impl Job {
     fn accepted(message: Option<Envelope>, deadline: Option<Instant>) -> Self {
-        Self { message, deadline, since: Instant::now(), who: Who::Accepted, named: None, space: None }
+        Self {
+            message,
+            deadline,
+            since: Instant::now(),
+            who: Who::Accepted,
+            request: RequestSender::new(false),
+            space: None,
+        }
     }
 
     fn size(&self) -> usize {
@@ -587,7 +605,7 @@ impl Job {
         match self.who {
             Who::Accepted => {}
             Who::Sender(call) => call.answer(Err(error)),
-            Who::Requester(call) if self.named.is_some_and(|named| named.again) => {
+            Who::Requester(call) if self.request.is_asked_again() => {
                 call.answer(Err(RequestError::LinkLost));
             }
             Who::Requester(call) => call.answer(Err(error.into())),

@@ -16,6 +16,7 @@ use macula_peer_core::link_state::{self, Action, Demand, LinkState, Offer, REPLA
 use macula_peer_core::nat::Description;
 use macula_peer_core::queue::{GivenUp, OWED_WITHOUT_DEADLINE, Queued, distinct};
 use macula_peer_core::race::{self, Attempt, AttemptId, Ended, Tries};
+use macula_peer_core::request_sender::Lost;
 use macula_peer_core::session_sender::Taken;
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::{self, Dialect, LinkId, Path, PeerName, Target};
@@ -108,7 +109,7 @@ enum WriteFailure {
 
 struct RequestOutcome {
     job: Job,
-    connection: usize,
+    link: Arc<Link>,
     end: request::End,
     _asked: Space,
 }
@@ -269,7 +270,7 @@ impl Task {
             match job.who {
                 Who::Accepted => expired += 1,
                 Who::Sender(call) => self.fail(|| call.answer(Err(error))),
-                Who::Requester(call) if linked || job.named.is_some() => {
+                Who::Requester(call) if linked || job.request.is_named() => {
                     self.fail(|| call.answer(Err(RequestError::Timeout)));
                 }
                 Who::Requester(call) => self.fail(|| call.answer(Err(error.into()))),
@@ -345,23 +346,18 @@ impl Task {
     /// Sends a request, and waits for its answer in a task.
     fn ask(&mut self, link: &Arc<Link>, mut job: Job) {
         let (Who::Requester(call), Some(message)) = (&job.who, job.message.clone()) else { return };
-        let named = match link.dialect {
-            Dialect::MaculaPeer1 => Some(*job.named.get_or_insert_with(request::Named::new)),
-            Dialect::Macula if job.named.is_some_and(|named| named.again) => {
-                // The peer is another one than before.
-                let call = call.clone();
-                job.space = None;
-                return self.fail(|| call.answer(Err(RequestError::LinkLost)));
-            }
-            Dialect::Macula => None,
+        let Some(named) = job.request.ask(link.dialect, fastrand::u128(..).to_be_bytes()) else {
+            let call = call.clone();
+            job.space = None;
+            return self.fail(|| call.answer(Err(RequestError::LinkLost)));
         };
         let target = self.peer.name.node().cloned();
         let decoding = self.node().inbox.decoding.clone();
         let exchange = request::run(link.clone(), target, named, call.clone(), message, decoding);
         self.peer.counters.sent.add(1);
         let asked = Space::asked(&self.peer.counts);
-        let connection = link.connection.stable_id();
-        self.requests.spawn(async move { RequestOutcome { job, connection, end: exchange.await, _asked: asked } });
+        let link = link.clone();
+        self.requests.spawn(async move { RequestOutcome { job, link, end: exchange.await, _asked: asked } });
     }
 
     /// Keeps a job that the link's peer may not get until another holder of its key is found, if it is for a node.
@@ -663,7 +659,7 @@ impl Task {
         lock(&self.peer.state).queue.put_back(job);
     }
 
-    fn request_ended(&mut self, RequestOutcome { mut job, connection, end, _asked }: RequestOutcome) {
+    fn request_ended(&mut self, RequestOutcome { mut job, link, end, _asked }: RequestOutcome) {
         match end {
             request::End::Answered => {
                 self.peer.counters.acknowledged.add(1);
@@ -673,29 +669,16 @@ impl Task {
                 self.peer.counters.failed.add(1);
             }
             request::End::Cancelled => {}
-            request::End::Unsent => self.ask_again(job),
-            request::End::WrongNode => {
-                self.ask_again(job);
-                if self.link.as_ref().is_some_and(|link| link.connection.stable_id() == connection) {
-                    self.wrong_node();
-                }
-            }
-            request::End::Unacknowledged => match (self.node().config.delivery, &job.who, &mut job.named) {
-                (Delivery::AtMostOnce, Who::Requester(call), None) => {
+            request::End::Lost(how) => {
+                if job.request.lost(how, link.dialect) {
+                    self.ask_again(job);
+                } else if let Who::Requester(call) = &job.who {
                     job.space = None;
                     self.fail(|| call.answer(Err(RequestError::LinkLost)));
                 }
-                (Delivery::AtMostOnce, _, Some(named)) => {
-                    named.again = true;
-                    self.ask_again(job);
+                if how == Lost::WrongNode && self.link.as_ref().is_some_and(|present| Arc::ptr_eq(present, &link)) {
+                    self.wrong_node();
                 }
-                _ => self.ask_again(job),
-            },
-            request::End::Acknowledged => {
-                if let Some(named) = &mut job.named {
-                    named.again = true;
-                }
-                self.ask_again(job);
             }
         }
     }

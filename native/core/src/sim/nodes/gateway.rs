@@ -76,6 +76,11 @@ impl World {
                 self.give_credit(id);
                 self.delivered_to_gateway(gateway, *message);
             }
+            Notice::Item(stream, Item::Request(requested)) => {
+                self.give_credit(id);
+                self.request_arrived(self.nodes.len() + gateway, 0, requested.number);
+                self.write(id, *stream, Item::Reply);
+            }
             // It makes nothing of anything else.
             Notice::Item(stream, _) => {
                 self.stop_stream(id, *stream, WRONG_NODE);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use self::network::SECOND;
-use self::scenario::Theme;
+use self::scenario::{More, Theme};
 use self::world::World;
 
 mod gateway;
@@ -19,6 +19,7 @@ mod punch;
 mod quic;
 mod registration;
 mod relay;
+mod request;
 mod scenario;
 mod world;
 
@@ -30,7 +31,12 @@ fn variable(name: &str) -> Option<u64> {
 fn play(seed: u64, seconds: u64, traced: bool) -> Result<u64, String> {
     let theme = Theme::ALL[(seed % Theme::ALL.len() as u64) as usize];
     let mut world = World::new(seed, traced);
-    world.populate(theme, seed / Theme::ALL.len() as u64 % 5 == 4, seconds * SECOND);
+    let more = match seed / Theme::ALL.len() as u64 % 5 {
+        3 => More::Requests,
+        4 => More::Gateways,
+        _ => More::Nothing,
+    };
+    world.populate(theme, more, seconds * SECOND);
     world.run(seconds * SECOND);
     world.check_all();
     match world.promises.broken {

@@ -15,6 +15,7 @@ use super::world::{World, trace};
 use crate::accepted::{self, GivenUp};
 use crate::proto::session::{NO_RUN, Run};
 use crate::race::AttemptId;
+use crate::requests::Requests;
 use crate::session::Arrival;
 use crate::session_receiver::{Channel, Greeting, met};
 use crate::session_table::{KEEP, Refused, SessionKey, SessionTable};
@@ -27,7 +28,8 @@ pub(super) const TOO_MANY: u8 = 3;
 pub(super) const WRONG_NODE: u8 = 7;
 pub(super) const FORGOTTEN: u8 = 11;
 
-/// Sessions that a node remembers.
+/// Requests and sessions that a node remembers.
+const MAX_KNOWN_REQUESTS: usize = 256;
 const MAX_KNOWN_SESSIONS: usize = 256;
 
 pub(super) struct Node {
@@ -57,6 +59,8 @@ pub(super) struct Node {
     table: SessionTable<usize>,
     incoming: Vec<[Channel; 2]>,
     reading: Vec<Reading>,
+    /// What it was asked, and where the answers go.
+    pub(super) requests: Requests<(ConnId, StreamId)>,
     pub(super) registrations: Vec<Registration>,
     /// Where there was no relay, and until when that is believed.
     pub(super) not_relays: HashMap<SocketAddr, Time>,
@@ -131,6 +135,7 @@ impl World {
             table: SessionTable::new(MAX_KNOWN_SESSIONS),
             incoming: Vec::new(),
             reading: Vec::new(),
+            requests: Requests::new(MAX_KNOWN_REQUESTS),
             registrations: Vec::new(),
             not_relays: HashMap::new(),
             nat: Nat::default(),
@@ -167,6 +172,7 @@ impl World {
         stopped.table = SessionTable::new(MAX_KNOWN_SESSIONS);
         stopped.incoming.clear();
         stopped.reading.clear();
+        stopped.requests = Requests::new(MAX_KNOWN_REQUESTS);
         stopped.registrations.clear();
         stopped.not_relays.clear();
         stopped.nat = Nat::default();
@@ -294,6 +300,7 @@ impl World {
             std::mem::take(&mut closing.reading).into_iter().partition(|reading| reading.conn == id);
         closing.reading = left;
         ended.into_iter().for_each(|reading| self.read_no_more(node, &reading));
+        self.requests_lost(node, id);
         let used = self.nodes[node].uses.remove(&id);
         self.circuit_closed(node, id);
         match used {
@@ -320,11 +327,13 @@ impl World {
             Item::Greeting { .. } | Item::Expected(_) => self.sender_hears(node, id, stream, &item),
             Item::Answer(answer) => self.asked(node, id, stream, Ok(answer)),
             Item::FromRelay(told) => self.relay_told(node, id, &told),
-            Item::Whole(_) | Item::FromNode(_) => {}
+            Item::Request(requested) => self.request_came(node, id, stream, &requested),
+            Item::Reply => self.reply_came(node, id, stream),
+            Item::Part | Item::Whole(_) | Item::FromNode(_) => {}
         }
     }
 
-    fn refuse_stream(&mut self, id: ConnId, stream: StreamId, code: u8) {
+    pub(super) fn refuse_stream(&mut self, id: ConnId, stream: StreamId, code: u8) {
         self.stop_stream(id, stream, code);
         self.reset_stream(id, stream, code);
     }
@@ -380,10 +389,7 @@ impl World {
     }
 
     fn message_came(&mut self, node: usize, id: ConnId, stream: StreamId, message: u32) {
-        // A connection that was given up as silent may be the one that the other node keeps.
-        if self.nodes[node].given_up.get(&id).is_some_and(GivenUp::is_heard_again) {
-            self.offer_to_peers(node, id);
-        }
+        self.heard_again(node, id);
         let reader = &mut self.nodes[node];
         let Some(reading) = reader.reading.iter_mut().find(|known| (known.conn, known.stream) == (id, stream)) else {
             return;
@@ -397,6 +403,13 @@ impl World {
             self.delivered(node, message);
         }
         self.write(id, stream, Item::Expected(expected));
+    }
+
+    /// A connection that was given up as silent may be the one that the other node keeps.
+    pub(super) fn heard_again(&mut self, node: usize, id: ConnId) {
+        if self.nodes[node].given_up.get(&id).is_some_and(GivenUp::is_heard_again) {
+            self.offer_to_peers(node, id);
+        }
     }
 
     fn read_no_more(&mut self, node: usize, reading: &Reading) {
@@ -413,6 +426,7 @@ impl World {
         if code == WRONG_NODE {
             self.asked(node, id, stream, Err(()));
         }
+        self.request_refused(node, id, stream, code);
         self.sender_stream_ended(node, id, stream, code);
     }
 

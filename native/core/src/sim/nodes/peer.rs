@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use super::network::{Event, MS, Time};
 use super::node::{FORGOTTEN, Node, Said, Use, WRONG_NODE, link_id, refusal};
 use super::quic::{Carrier, ConnId, Item, Opened, StreamId, Why};
+use super::request::{Asking, Request};
 use super::world::{World, trace};
 use crate::drive::{self, Owner};
 use crate::errors::{CircuitError, ConnectError, PunchError, SendError, UndeliveredReason};
@@ -24,12 +25,16 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const SWEEP_EVERY: Time = link_state::SWEEP_EVERY.as_micros() as Time;
 const REPLACED_FOR: Time = link_state::REPLACED_FOR.as_micros() as Time;
 
+/// Of a large message.
+const PARTS: usize = 62;
+
 /// A message on its way.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Envelope {
     pub(super) id: u32,
     pub(super) deadline: Option<Instant>,
     pub(super) key: Option<Fingerprint>,
+    pub(super) large: bool,
 }
 
 impl Peer {
@@ -56,12 +61,12 @@ impl Peer {
 /// A message that a link or a session held.
 fn owed(envelope: Envelope, now: Instant) -> Job {
     let deadline = Some(envelope.deadline.unwrap_or(now + OWED_WITHOUT_DEADLINE));
-    Job { envelope: Envelope { deadline, ..envelope }, at: now, accepted: true }
+    Job { envelope: Envelope { deadline, ..envelope }, at: now, accepted: true, request: None }
 }
 
 impl Owed for Envelope {
     fn size(&self) -> usize {
-        300
+        if self.large { PARTS * 1100 } else { 300 }
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -75,12 +80,13 @@ impl Envelope {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Job {
-    envelope: Envelope,
-    at: Instant,
+    pub(super) envelope: Envelope,
+    pub(super) at: Instant,
     /// Its sender has its `ok`.
-    accepted: bool,
+    pub(super) accepted: bool,
+    pub(super) request: Option<Request>,
 }
 
 impl Queued for Job {
@@ -89,7 +95,7 @@ impl Queued for Job {
     }
 
     fn is_wanted(&self) -> bool {
-        true
+        self.request.as_ref().is_none_or(|request| !request.cancelled.get())
     }
 
     fn queued_at(&self) -> Instant {
@@ -113,7 +119,9 @@ pub(super) struct Peer {
     /// The number of its node id.
     pub(super) name: usize,
     pub(super) state: LinkState,
-    queue: Queue<Job>,
+    pub(super) queue: Queue<Job>,
+    /// Requests that wait for their answers.
+    pub(super) asking: Vec<Asking>,
     pub(super) session: SessionSender<Envelope>,
     streams: [Option<Out>; 2],
     /// Whether it is a gateway, known by its address.
@@ -194,6 +202,7 @@ impl World {
             name,
             state: LinkState::new(setup, now),
             queue: Queue::default(),
+            asking: Vec::new(),
             session: SessionSender::new(id, target, false),
             streams: [None, None],
             gateway,
@@ -252,7 +261,7 @@ impl World {
         let sending = &mut self.nodes[node].peers[peer];
         let accepted = fits && sending.visible && sending.queue.may_accept();
         sending.watch.calls += u64::from(!accepted);
-        sending.queue.push(Job { envelope, at, accepted });
+        sending.queue.push(Job { envelope, at, accepted, request: None });
         if accepted {
             self.accepted(node, envelope.id);
         }
@@ -285,6 +294,7 @@ impl World {
     }
 
     pub(super) fn whole_arrived(&mut self, node: usize, id: ConnId, stream: StreamId) {
+        self.request_acknowledged(node, id, stream);
         for peer in self.nodes[node].peers.iter_mut().filter(|peer| peer.link == Some(id)) {
             peer.written
                 .iter_mut()
@@ -431,10 +441,10 @@ impl World {
 
     fn demand(&self, node: usize, peer: usize) -> Demand {
         let now = self.clock();
-        let Peer { queue, session, known, written, .. } = &self.nodes[node].peers[peer];
+        let Peer { queue, session, known, written, asking, .. } = &self.nodes[node].peers[peer];
         Demand {
             waited_for: queue.is_waited_for(now),
-            owed: !queue.is_empty() || !session.is_empty() || !written.is_empty(),
+            owed: !queue.is_empty() || !session.is_empty() || !written.is_empty() || !asking.is_empty(),
             parked: queue.has_parked(),
             parked_waited_for: queue.is_other_key_waited_for(now),
             learned: known.has_learned(),
@@ -446,7 +456,8 @@ impl World {
         let now = self.clock();
         let at = &self.nodes[node].peers[peer];
         let sweep = at.link.is_some() && (at.oldest().is_some() || at.state.is_suspect());
-        let attempts = at.trying.iter().filter_map(|trying| trying.until).min();
+        let attempts = at.trying.iter().filter_map(|trying| trying.until);
+        let attempts = attempts.chain(at.asking.iter().filter_map(Asking::deadline)).min();
         let times = [at.state.next_timeout(now), at.queue.expiry(), attempts];
         let mut next = times.into_iter().flatten().min().map_or(Time::MAX, |at| self.time(at));
         if sweep {
@@ -668,9 +679,11 @@ impl World {
             }
             while let Some(write) = self.nodes[node].peers[peer].session.write(channel, now) {
                 let (number, message) = (write.number, write.message.id);
+                let parts = if write.message.large { PARTS - 1 } else { 0 };
                 if let Some(number) = number {
                     self.write(conn, stream, Item::Number(number));
                 }
+                (0..parts).for_each(|_| self.write(conn, stream, Item::Part));
                 self.write(conn, stream, Item::Message(message));
             }
         }
@@ -701,6 +714,7 @@ impl World {
             self.nodes[node].peers[peer].replaced.push((conn, self.now + REPLACED_FOR));
             return;
         }
+        self.requests_lost(node, conn);
         self.watch_given_up(conn);
         if let Some(heard) = self.conn(conn).filter(|conn| !conn.client).map(|conn| conn.heard) {
             self.nodes[node].given_up.entry(conn).or_default().mark(heard);
@@ -721,13 +735,14 @@ impl World {
 
     fn end_replaced(&mut self, node: usize, peer: usize) {
         let now = self.now;
-        let over: Vec<ConnId> = {
-            let replaced = &mut self.nodes[node].peers[peer].replaced;
-            let over = replaced.iter().filter(|(_, until)| *until <= now).map(|(conn, _)| *conn).collect();
-            replaced.retain(|(_, until)| *until > now);
-            over
-        };
-        over.into_iter().for_each(|conn| self.close_own(conn));
+        let Peer { replaced, asking, .. } = &mut self.nodes[node].peers[peer];
+        // As long again while a request waits on it.
+        let asked = |conn: ConnId| asking.iter().any(|asking| asking.is_on(conn));
+        replaced.iter_mut().filter(|(conn, until)| *until <= now && asked(*conn)).for_each(|(_, until)| {
+            *until = now + REPLACED_FOR;
+        });
+        let over: Vec<(ConnId, Time)> = replaced.extract_if(.., |(_, until)| *until <= now).collect();
+        over.into_iter().for_each(|(conn, _)| self.close_own(conn));
     }
 
     /// Gives the queue to the link.
@@ -740,12 +755,22 @@ impl World {
             }
             let shown = at.state.link().and_then(|link| link.shown);
             let Some(job) = at.queue.pop() else { return };
+            if !job.is_wanted() {
+                continue;
+            }
             if !job.envelope.is_for(shown) {
                 match at.gateway {
                     Some(_) => self.job_failed(node, &job, UndeliveredReason::Untrusted),
                     None => at.queue.park(job, now),
                 }
                 continue;
+            }
+            if job.request.is_some() {
+                match self.ask_over(node, peer, job) {
+                    Ok(()) => continue,
+                    // The next stream that is allowed wakes the task.
+                    Err(job) => return self.nodes[node].peers[peer].queue.put_back(job),
+                }
             }
             if !self.give(node, peer, job.envelope) {
                 // The next stream that is allowed wakes the task.
@@ -774,6 +799,9 @@ impl World {
     }
 
     fn job_failed(&mut self, node: usize, job: &Job, why: UndeliveredReason) {
+        if job.request.is_some() {
+            return self.request_failed(job);
+        }
         match job.accepted {
             true => self.undelivered(node, job.envelope.id, why),
             false => self.call_failed(node, job.envelope.id),
@@ -785,7 +813,7 @@ impl World {
         let at = &mut self.nodes[node].peers[peer];
         let later_stay = later_stay || at.known.has_learned();
         let failed = at.queue.fail(begun, later_stay);
-        failed.into_iter().for_each(|job| self.call_failed(node, job.envelope.id));
+        failed.into_iter().for_each(|job| self.job_failed(node, &job, UndeliveredReason::Expired));
     }
 
     // The session's streams.
@@ -808,12 +836,7 @@ impl World {
         let new = self.new_session_id();
         let at = &mut self.nodes[node].peers[peer];
         if code == WRONG_NODE {
-            // What was for this node takes another path.
-            if let Some(shown) = at.state.link().and_then(|link| link.shown) {
-                let name = self.names[at.name].clone();
-                self.nodes[node].tofu.disown(&name, shown);
-            }
-            return self.link_died(node, peer);
+            return self.wrong_node(node, peer);
         }
         let end = if code == FORGOTTEN { StreamEnd::Forgotten } else { StreamEnd::Broken };
         let (settled, goes_on) = at.session.ended(channel, end, new);
@@ -831,6 +854,16 @@ impl World {
             }
         }
         self.touch(node, peer);
+    }
+
+    /// What was for the node at the other end of the link takes another path.
+    pub(super) fn wrong_node(&mut self, node: usize, peer: usize) {
+        let at = &self.nodes[node].peers[peer];
+        if let Some(shown) = at.state.link().and_then(|link| link.shown) {
+            let name = self.names[at.name].clone();
+            self.nodes[node].tofu.disown(&name, shown);
+        }
+        self.link_died(node, peer);
     }
 
     fn sender_of(&self, node: usize, id: ConnId, stream: StreamId) -> Option<(usize, usize)> {
@@ -1089,6 +1122,7 @@ impl Owner for Driven<'_> {
 
     fn expire(&mut self, _now: Instant) {
         let Self { world, node, peer } = self;
+        world.expire_requests(*node, *peer);
         world.expire(*node, *peer);
         world.end_attempts(*node, *peer);
         world.end_replaced(*node, *peer);

@@ -7,6 +7,7 @@ use hashbrown::HashMap;
 use super::network::{INTERNET, MS, SECOND, Time};
 use super::peer::Peer;
 use super::quic::{Carrier, ConnId};
+use super::request::Watched;
 use super::scenario::Theme;
 use super::world::{World, trace};
 use crate::errors::UndeliveredReason;
@@ -35,8 +36,10 @@ const SETTLES_WITHIN: Time = 3 * SECOND;
 pub(super) struct Promises {
     pub(super) broken: Option<String>,
     pub(super) messages: Vec<Message>,
-    /// For each sender and receiver, as often as they were started, the order of the last message that arrived.
-    orders: HashMap<[usize; 4], u64>,
+    pub(super) requests: Vec<Watched>,
+    /// For each sender and receiver, as often as they were started, and for large messages apart, the order of the last
+    /// message that arrived.
+    orders: HashMap<[usize; 5], u64>,
     /// For each sender, as often as it was started, the key with which a name first got a message.
     bound: HashMap<(usize, u32, usize), Fingerprint>,
     accepted: u64,
@@ -51,6 +54,7 @@ pub(super) struct Message {
     starts: u32,
     to: usize,
     key: Option<Fingerprint>,
+    large: bool,
     sent: Time,
     deadline: Option<Time>,
     order: u64,
@@ -108,7 +112,7 @@ impl World {
         &mut self,
         from: usize,
         to: usize,
-        key: Option<Fingerprint>,
+        (key, large): (Option<Fingerprint>, bool),
         deadline: Option<Time>,
         patience: Time,
     ) -> u32 {
@@ -118,6 +122,7 @@ impl World {
             starts,
             to,
             key,
+            large,
             sent: self.now,
             deadline,
             order: 0,
@@ -144,6 +149,67 @@ impl World {
         message.state = State::Failed;
         if !message.arrived.is_empty() {
             self.breaks("a call failed whose message arrived".to_owned());
+        }
+    }
+
+    pub(super) fn new_request(&mut self, from: usize, to: usize, deadline: Time, patience: Time) -> u32 {
+        let (starts, sent) = (self.nodes[from].starts, self.now);
+        let (cancelled, arrived, ended) = (std::rc::Rc::default(), Vec::new(), None);
+        let watched = Watched { from, starts, to, sent, deadline, patience, cancelled, arrived, ended };
+        self.promises.requests.push(watched);
+        self.promises.requests.len() as u32 - 1
+    }
+
+    /// A request is handed over at a node, or at a gateway, in this run of it.
+    pub(super) fn request_arrived(&mut self, at: usize, starts: u32, id: u32) {
+        trace!(self, "request {id} arrives at {at}");
+        let nodes = self.nodes.len();
+        let request = &mut self.promises.requests[id as usize];
+        let again = request.arrived.contains(&(at, starts));
+        let wrong = at < nodes && self.nodes[at].name != request.to;
+        request.arrived.push((at, starts));
+        if again && at < nodes {
+            self.breaks(format!("request {id} is handed over twice"));
+        } else if wrong {
+            self.breaks(format!("request {id} arrives at node {at}, which it is not for"));
+        }
+    }
+
+    /// Its caller is told. Without an answer, why.
+    pub(super) fn request_ends(&mut self, id: u32, answered: bool) {
+        trace!(self, "request {id} ends, answered: {answered}");
+        let now = self.now;
+        let Watched { from, deadline, .. } = self.promises.requests[id as usize];
+        let latest = deadline.max(self.hosts[self.nodes[from].host].paused_until) + LATE;
+        let request = &mut self.promises.requests[id as usize];
+        if request.cancelled.get() {
+            return;
+        }
+        let (before, arrived) = (request.ended.replace(answered), !request.arrived.is_empty());
+        if before.is_some() {
+            self.breaks(format!("request {id} ended twice"));
+        } else if now > latest {
+            self.breaks(format!("request {id} ended after its deadline"));
+        } else if answered && !arrived {
+            self.breaks(format!("request {id} is answered and was not handed over"));
+        }
+    }
+
+    fn check_requests(&mut self) {
+        let (end, settled_by) = (self.now, self.scenario.quiet_at + RECOVERED_AFTER);
+        for id in 0..self.promises.requests.len() {
+            let Watched { from, starts, to, sent, deadline, patience, ref cancelled, ended, .. } =
+                self.promises.requests[id];
+            let lives = self.nodes[from].up && self.nodes[from].starts == starts && !cancelled.get();
+            let has_time = deadline >= sent + ARRIVES_WITHIN + patience;
+            let what = match ended {
+                None if lives && deadline + LATE < end => "has not ended",
+                Some(false) if sent > settled_by && has_time && self.is_reachable(from, to) => {
+                    "has no answer, though all was quiet"
+                }
+                _ => continue,
+            };
+            return self.breaks(format!("request {id} of node {from} to {to} {what}"));
         }
     }
 
@@ -215,7 +281,7 @@ impl World {
         let now = self.now;
         let message = &mut self.promises.messages[id as usize];
         let (from, order) = (message.from, message.order);
-        let pair = [from, message.starts as usize, node, starts as usize];
+        let pair = [from, message.starts as usize, node, starts as usize, usize::from(message.large)];
         let wrong = self.nodes[node].name != message.to || message.key.is_some_and(|wanted| wanted != key);
         let again = message.arrived.contains(&(node, starts));
         message.arrived.push((node, starts));
@@ -316,6 +382,7 @@ impl World {
     pub(super) fn check_all(&mut self) {
         if self.promises.broken.is_none() {
             self.check_messages();
+            self.check_requests();
             self.check_connections();
             self.check_paths();
             self.check_tables();

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::network::{Body, Event, HostId, MS, SECOND, Time};
 use super::world::World;
 use crate::proto::control::{FromNode, FromRelay};
+use crate::request_sender::Named;
 use crate::trust::Answer;
 use crate::types::Dialect;
 
@@ -121,6 +122,11 @@ pub(super) enum Item {
     Message(u32),
     /// A message that has its stream for itself, as in the dialect `macula`.
     Whole(u32),
+    /// A part of a large message, whose last part is the message.
+    Part,
+    /// A request, on a stream of its own, and its answer.
+    Request(Rc<Requested>),
+    Reply,
     Greeting {
         known: bool,
         run: crate::proto::session::Run,
@@ -132,6 +138,14 @@ pub(super) enum Item {
     Answer(Answer),
     FromNode(Rc<FromNode>),
     FromRelay(Rc<FromRelay>),
+}
+
+#[derive(Debug)]
+pub(super) struct Requested {
+    pub(super) number: u32,
+    /// The name that it is for, and what it is called where that has a meaning.
+    pub(super) target: usize,
+    pub(super) named: Option<Named>,
 }
 
 /// What opens a stream of a session.
@@ -148,7 +162,8 @@ impl Frame {
         match self {
             Self::ClientHello | Self::ServerFlight { .. } => 1160,
             Self::Finished(_) => 700,
-            Self::Data { item: Item::Message(_) | Item::Whole(_), .. } => 300,
+            Self::Data { item: Item::Part, .. } => 1100,
+            Self::Data { item: Item::Message(_) | Item::Whole(_) | Item::Request(_) | Item::Reply, .. } => 300,
             Self::Data { .. } => 60,
             Self::Datagram { packet, .. } => packet.len().min(1160),
             Self::Allow | Self::Credit | Self::Reset { .. } | Self::Stop { .. } | Self::Ping => 10,
@@ -157,7 +172,7 @@ impl Frame {
 
     fn whole_stream(&self) -> Option<StreamId> {
         match self {
-            Self::Data { stream, item: Item::Whole(_), .. } => Some(*stream),
+            Self::Data { stream, item: Item::Whole(_) | Item::Request(_), .. } => Some(*stream),
             _ => None,
         }
     }
@@ -285,7 +300,7 @@ pub(super) enum Notice {
     Allowed,
     /// It allows another one.
     Credit,
-    /// All that was written to a stream has arrived. Told in the dialect `macula` only.
+    /// All that was written to a stream with one message or request has arrived.
     Acknowledged(StreamId),
     Closed(Why),
     Item(StreamId, Item),

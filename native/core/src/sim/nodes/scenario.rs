@@ -4,7 +4,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::network::{Cut, Event, Is, MS, SECOND, Time, Weather};
 use super::peer::{Envelope, endpoint};
+use super::quic::KeyId;
 use super::world::{World, trace};
+use crate::requests::RequestId;
 use crate::sim::gate::Kind;
 use crate::types::{Candidates, Endpoint};
 
@@ -43,8 +45,19 @@ impl Theme {
     ];
 }
 
+/// What there is beside nodes and relays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum More {
+    #[default]
+    Nothing,
+    /// Requests, and large messages.
+    Requests,
+    Gateways,
+}
+
 pub(super) struct Scenario {
     pub(super) theme: Theme,
+    more: More,
     /// Whether attempts with hundreds of sockets and packets are made.
     pub(super) hard: bool,
     /// Nobody of the run.
@@ -60,6 +73,7 @@ impl Default for Scenario {
     fn default() -> Self {
         Self {
             theme: Theme::Calm,
+            more: More::Nothing,
             hard: false,
             bystander: IpAddr::V4(Ipv4Addr::new(9, 9, 9, 9)),
             quiet_at: 0,
@@ -70,7 +84,26 @@ impl Default for Scenario {
 }
 
 #[derive(Debug, Clone)]
-enum Step {
+pub(super) enum Step {
+    Ask {
+        from: usize,
+        to: usize,
+        deadline: Time,
+        /// When the caller dies.
+        dies: Option<Time>,
+    },
+    Cancel {
+        from: usize,
+        starts: u32,
+        to: usize,
+        number: u32,
+    },
+    Reply {
+        node: usize,
+        starts: u32,
+        to: KeyId,
+        id: RequestId,
+    },
     Send {
         from: usize,
         /// The number of a name.
@@ -129,8 +162,8 @@ const BEHIND_GATEWAY: usize = 3;
 
 impl World {
     /// Draws a run of so long.
-    pub(super) fn populate(&mut self, theme: Theme, gateways: bool, length: Time) {
-        self.scenario.theme = theme;
+    pub(super) fn populate(&mut self, theme: Theme, more: More, length: Time) {
+        (self.scenario.theme, self.scenario.more) = (theme, more);
         self.scenario.quiet_at = length / 2 - 5 * SECOND;
         self.scenario.hard = self.random.u8(..16) == 0;
         self.weather = Weather { loss: 0, jitter: self.random.u64(0..5) * MS };
@@ -140,8 +173,8 @@ impl World {
             self.at(SECOND, Event::Relay(relay as u32));
         }
         self.make_nodes(relays);
-        if gateways {
-            let streams = [3, 8, 100][self.random.usize(..3)];
+        if more == More::Gateways {
+            let streams = [2, 8, 100][self.random.usize(..3)];
             self.add_gateway(BEHIND_GATEWAY, streams);
         }
         self.make_wrong_endpoints();
@@ -212,7 +245,7 @@ impl World {
         SocketAddr::new(self.hosts[self.nodes[node].host].ip, self.nodes[node].port)
     }
 
-    fn plan(&mut self, at: Time, step: Step) {
+    pub(super) fn plan(&mut self, at: Time, step: Step) {
         self.scenario.steps.push(step);
         let step = self.scenario.steps.len() as u32 - 1;
         self.at(at, Event::Step(step));
@@ -346,11 +379,30 @@ impl World {
                     self.plan(at, Step::Invalidate { from, to });
                 }
             }
+            if self.scenario.more == More::Requests && to < self.nodes.len() {
+                self.plan_requests(length, from, to);
+            }
             // In the quiet end.
             for n in 0..3 {
                 let step = Step::Send { from, to, deadline: Some(5 * SECOND), key: false };
                 self.plan(length - (9 - 2 * n) * SECOND, step);
             }
+        }
+    }
+
+    fn plan_requests(&mut self, length: Time, from: usize, to: usize) {
+        let mut at = SECOND;
+        while at < length - 10 * SECOND {
+            at += self.random.u64(20..8000) * MS;
+            for _ in 0..[1, 1, 3][self.random.usize(..3)] {
+                let deadline = self.random.u64(1..100) * 100 * MS;
+                let dies = (self.random.u8(..8) == 0).then(|| self.random.u64(..deadline));
+                self.plan(at, Step::Ask { from, to, deadline, dies });
+            }
+        }
+        for n in 0..2 {
+            let step = Step::Ask { from, to, deadline: 6 * SECOND, dies: None };
+            self.plan(length - (9 - n) * SECOND, step);
         }
     }
 
@@ -363,10 +415,18 @@ impl World {
     pub(super) fn step(&mut self, step: usize) {
         let step = self.scenario.steps[step].clone();
         let now = self.now;
-        if !matches!(step, Step::Send { .. }) {
+        if !matches!(step, Step::Send { .. } | Step::Ask { .. } | Step::Reply { .. }) {
             trace!(self, "{step:?}");
         }
         match step {
+            Step::Ask { from, to, deadline, dies } => self.caller_asks(from, to, deadline, dies),
+            Step::Cancel { from, starts, to, number } => {
+                if self.nodes[from].up && self.nodes[from].starts == starts {
+                    let peer = self.peer(from, to);
+                    self.cancel(from, peer, number);
+                }
+            }
+            Step::Reply { node, starts, to, id } => self.reply(node, starts, to, id),
             Step::Send { from, to, deadline, key } => self.caller_sends(from, to, deadline, key),
             Step::Found { node, starts, to } => self.lookup_ends(node, starts, to),
             Step::Stop { node, keeps_key } if self.nodes[node].up => {
@@ -416,12 +476,12 @@ impl World {
         }
     }
 
-    fn caller_sends(&mut self, from: usize, to: usize, deadline: Option<Time>, key: bool) {
-        if !self.nodes[from].up || self.hosts[self.nodes[from].host].paused_until > self.now {
-            return;
-        }
-        // Gateways have no keys that count.
-        let key = self.nodes.get(to).filter(|_| key).map(|node| self.keys[node.key]);
+    fn is_calling(&self, from: usize) -> bool {
+        self.nodes[from].up && self.hosts[self.nodes[from].host].paused_until <= self.now
+    }
+
+    /// The peer that a caller names, and how long its link may be silent.
+    fn peer_of_caller(&mut self, from: usize, to: usize) -> (usize, Time) {
         let peer = self.peer(from, to);
         let candidates = self.ways_to(to, 0);
         if self.learn_ways(from, peer, candidates) {
@@ -429,11 +489,39 @@ impl World {
             let at = self.now + self.random.u64(1..800) * MS;
             self.plan(at, Step::Found { node: from, starts, to });
         }
+        (peer, self.patience(from, peer).as_micros() as Time)
+    }
+
+    fn caller_asks(&mut self, from: usize, to: usize, deadline: Time, dies: Option<Time>) {
+        if !self.is_calling(from) {
+            return;
+        }
+        let (peer, patience) = self.peer_of_caller(from, to);
+        let until = self.now + deadline;
+        let id = self.new_request(from, to, until, patience);
+        trace!(self, "request {id}: node {from} asks node {to}, for {deadline:?}");
+        if let Some(dies) = dies {
+            let starts = self.nodes[from].starts;
+            self.plan(self.now + dies, Step::Cancel { from, starts, to, number: id });
+        }
+        let envelope = Envelope { id, deadline: Some(self.instant(until)), key: None, large: false };
+        self.request(from, peer, envelope);
+    }
+
+    fn caller_sends(&mut self, from: usize, to: usize, deadline: Option<Time>, key: bool) {
+        if !self.is_calling(from) {
+            return;
+        }
+        // Gateways have no keys that count.
+        let key = self.nodes.get(to).filter(|_| key).map(|node| self.keys[node.key]);
+        let (peer, patience) = self.peer_of_caller(from, to);
         let until = deadline.map(|deadline| self.now + deadline);
-        let patience = self.patience(from, peer).as_micros() as Time;
-        let id = self.new_message(from, to, key, until, patience);
+        // Slow uplinks would carry nothing else for long.
+        let large =
+            self.scenario.more == More::Requests && self.now < self.scenario.quiet_at && self.random.u8(..16) == 0;
+        let id = self.new_message(from, to, (key, large), until, patience);
         trace!(self, "message {id}: node {from} sends to node {to}, for {deadline:?}");
-        let envelope = Envelope { id, deadline: until.map(|until| self.instant(until)), key };
+        let envelope = Envelope { id, deadline: until.map(|until| self.instant(until)), key, large };
         self.send(from, peer, envelope);
     }
 
@@ -458,9 +546,10 @@ impl World {
         Candidates { endpoints: endpoints.into_iter().map(endpoint).collect(), relays, ..Candidates::default() }
     }
 
-    /// A gateway is known by its address. Only lookups know that it leads to others.
-    fn ways_to_gateway(&self, to: usize, lookup: u8) -> Candidates {
-        let gateway = self.gateway_of(to).filter(|gateway| lookup > 0 && self.gateways[*gateway].name != to);
+    /// A gateway is known by its address. That it leads to others is what lookups know, and some callers.
+    fn ways_to_gateway(&mut self, to: usize, lookup: u8) -> Candidates {
+        let known = lookup > 0 || self.random.bool();
+        let gateway = self.gateway_of(to).filter(|gateway| known && self.gateways[*gateway].name != to);
         let relays = gateway.map(|gateway| endpoint(self.gateway_address(gateway))).into_iter().collect();
         Candidates { relays, ..Candidates::default() }
     }
