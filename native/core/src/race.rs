@@ -666,9 +666,14 @@ mod tests {
     #[test]
     fn each_connection_that_the_peer_begins_is_waited_for_once_and_few_at_once() {
         let mut run = Run::new(Candidates::default(), &[]);
-        for n in [0, 0].into_iter().chain(0..2 * MAX_ADOPTING as u64) {
+        for n in [0, 0].into_iter().chain(0..MAX_ADOPTING as u64).chain([0]) {
             run.race.adopt(LinkId::new(n), run.start);
         }
+        assert!(!run.race.leaves_out());
+        for n in 0..2 * MAX_ADOPTING as u64 {
+            run.race.adopt(LinkId::new(n), run.start);
+        }
+        assert!(run.race.leaves_out());
         run.poll(0);
         assert_eq!(run.under_way().len(), MAX_ADOPTING);
         run.ended(Attempt::Adopt(LinkId::new(0)), Ended::NotAdopted, 1);

@@ -513,6 +513,16 @@ mod tests {
     }
 
     #[test]
+    fn a_link_of_macula_gives_everything_back_and_one_of_macula_peer_1_carries_the_session_on() {
+        let (now, mut sender) = (Instant::now(), sender(false));
+        sender.push(envelope(10));
+        assert_eq!(sender.link(Dialect::MaculaPeer1, [1; 16], now).owed.len(), 0);
+        assert_eq!((sender.missing(), sender.len()), (Some(0), 1));
+        assert_eq!(sender.link(Dialect::Macula, [2; 16], now).owed.len(), 1);
+        assert_eq!((sender.missing(), sender.len()), (None, 0));
+    }
+
+    #[test]
     fn a_message_without_a_deadline_is_owed_for_a_minute_after_its_link_died() {
         let (now, mut sender) = (Instant::now(), sender(false));
         linked(&mut sender, 1, now);
