@@ -14,7 +14,8 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 #[test]
 fn one_of_two_circuits_remains_when_both_begin_at_once() {
     let (relay, address) = relay(0);
-    for round in 0..20 {
+    // The simulation of whole nodes plays the other thousands of orders in which this may happen.
+    for round in 0..3 {
         let names = [format!("a{round}"), format!("b{round}")];
         let nodes = names.each_ref().map(|name| member(name, &[&address]));
         let [(a, a_inbox), (b, b_inbox)] = &nodes;
