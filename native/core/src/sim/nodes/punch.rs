@@ -273,20 +273,17 @@ impl World {
     pub(super) fn coordinated(&mut self, node: usize, at: usize, told: &Coordinate) {
         let (now, clock) = (self.now, self.clock());
         let registration = &mut self.nodes[node].registrations[at];
-        let (relay, seen) = (registration.relay, registration.seen);
+        let relay = registration.relay;
         let asked = registration.asks.iter().position(|ask| ask.session.as_ref() == Some(&told.session_id));
         let attempt = asked.map(|place| registration.asks.swap_remove(place)).map(|ask| (ask.peer, ask.attempt));
         if let Some((peer, attempt)) = attempt {
             self.attempt_punches(node, peer, attempt, told.key);
         }
         if attempt.is_none() && told.role == Role::Initiator {
+            self.punch_ended(node, relay, &told.session_id);
             return self.give_up_punch(node, relay, told.session_id.clone(), PunchFailure::Unwanted);
         }
         let mut candidates = told.candidates.clone();
-        // At another address a local one is somebody else's.
-        if seen.map(|seen| seen.ip()) != Some(told.address.ip()) {
-            candidates.clear();
-        }
         let (ours, own) = self.nodes[node].nat.description.clone().unwrap_or_default();
         candidates.retain(|to| is_local(*to) && !own.contains(to));
         let hard = self.scenario.hard;
@@ -411,10 +408,12 @@ impl World {
         let due = |session: &&Session| session.next <= now;
         let due: Vec<Id> = self.nodes[node].punches.iter().filter(due).map(|session| session.id.clone()).collect();
         due.into_iter().for_each(|id| self.poll_punch(node, id));
+        let mut ended = Vec::new();
         let Node { punches, nat, .. } = &mut self.nodes[node];
         punches.retain(|session| {
             let gone = session.over.is_some_and(|at| at + LINGER <= now);
             if gone {
+                ended.push((session.relay, session.id.clone()));
                 session.extra.iter().for_each(|port| {
                     if !matches!(nat.sockets.get(port), Some(Socket::Kept)) {
                         nat.sockets.remove(port);
@@ -423,6 +422,7 @@ impl World {
             }
             !gone
         });
+        ended.into_iter().for_each(|(relay, id)| self.punch_ended(node, relay, &id));
     }
 
     fn poll_punch(&mut self, node: usize, id: Id) {
@@ -507,6 +507,7 @@ impl World {
     /// The socket is another one: what was proven for the old one is not for this.
     pub(super) fn interrupt_punches(&mut self, node: usize) {
         for session in std::mem::take(&mut self.nodes[node].punches) {
+            self.punch_ended(node, session.relay, &session.id);
             if session.over.is_some() {
                 continue;
             }

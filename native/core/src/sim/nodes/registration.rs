@@ -8,9 +8,10 @@ use super::network::{MS, SECOND, Time};
 use super::node::{Node, Use};
 use super::quic::{Carrier, ConnId, Item, KNOWN_PATH_RTT, QuicPacket, StreamId, Timeouts, Why};
 use super::world::{World, trace};
+use crate::circuits::{self, Circuits};
 use crate::errors::{CircuitError, ConnectError};
 use crate::liveness::Liveness;
-use crate::proto::control::{FromNode, FromRelay, Id, Reason, Refusal};
+use crate::proto::control::{FromNode, FromRelay, Id, Refusal};
 use crate::race::{AttemptId, Ended};
 use crate::registration::{self, Action, Registrant, RelayEvent, Wants, Watch};
 use crate::types::Dialect;
@@ -42,7 +43,10 @@ pub(super) struct Registration {
     pub(super) seen: Option<SocketAddr>,
     standing: bool,
     pub(super) asks: Vec<Ask>,
-    circuits: Vec<Circuit>,
+    /// While the node is registered.
+    pub(super) circuits: Option<Circuits>,
+    /// The connections over circuits.
+    inner: Vec<(u32, ConnId)>,
 }
 
 /// An attempt of a peer's that waits for the relay's word.
@@ -60,17 +64,10 @@ pub(super) struct Ask {
     until: Time,
 }
 
-/// One end of a circuit.
-struct Circuit {
-    circuit: u32,
-    ours: bool,
-    conn: Option<ConnId>,
-}
-
 impl Registration {
     fn wants(&self, name: &Id) -> Wants {
         let standing = self.standing.then(|| name.clone());
-        Wants { standing, waiting: self.asks.len(), circuits: self.circuits.len() }
+        Wants { standing, waiting: self.asks.len(), circuits: self.circuits.as_ref().map_or(0, Circuits::count) }
     }
 
     /// When to look at it, but for what the machine waits for.
@@ -82,11 +79,16 @@ impl Registration {
     }
 }
 
+/// A connection's number for the machine.
+fn number(conn: ConnId) -> usize {
+    (conn.place as usize) << 32 | conn.number as usize
+}
+
 impl Node {
     /// Whether a connection may begin over this circuit.
     pub(super) fn is_free_circuit(&self, outer: ConnId, circuit: u32) -> bool {
         let at = self.registrations.iter().find(|at| at.up.is_some_and(|(conn, _)| conn == outer));
-        at.is_some_and(|at| at.circuits.iter().all(|known| known.circuit != circuit))
+        at.and_then(|at| at.circuits.as_ref()).is_some_and(|circuits| circuits.is_free(circuit))
     }
 
     fn registration(&self, relay: SocketAddr) -> Option<usize> {
@@ -121,7 +123,8 @@ impl World {
             seen: None,
             standing,
             asks: Vec::new(),
-            circuits: Vec::new(),
+            circuits: None,
+            inner: Vec::new(),
         });
         self.arm_node(node, self.now);
         self.nodes[node].registrations.len() - 1
@@ -133,7 +136,8 @@ impl World {
 
     pub(super) fn next_registration(&self, node: usize) -> Time {
         let next = |at: &Registration| {
-            let life = [at.life.next_timeout(), at.watch.as_ref().map(Watch::look_at)];
+            let overdue = at.circuits.as_ref().and_then(Circuits::overdue);
+            let life = [at.life.next_timeout(), at.watch.as_ref().map(Watch::look_at), overdue];
             life.into_iter().flatten().map(|at| self.time(at)).fold(at.next(), Time::min)
         };
         self.nodes[node].registrations.iter().map(next).min().unwrap_or(Time::MAX)
@@ -155,6 +159,10 @@ impl World {
                 self.relay_answers(node, at, Err(CircuitError::RelayLost));
             }
             self.nodes[node].registrations[at].life.timeout(clock);
+            let overdue = self.nodes[node].registrations[at].circuits.as_ref().and_then(Circuits::overdue);
+            if overdue.is_some_and(|overdue| overdue <= clock) {
+                self.registration_lost(node, at, CircuitError::RelayLost);
+            }
             self.follow_registration(node, at);
             self.say_asks(node, at);
         }
@@ -269,6 +277,7 @@ impl World {
         if let Ok(address) = result {
             registration.up = Some((conn, stream));
             registration.seen = Some(address);
+            registration.circuits = Some(Circuits::new(address));
             registration.liveness.linked(clock);
             registration.watch = Some(Watch::new(counted, clock));
         }
@@ -278,7 +287,10 @@ impl World {
     }
 
     fn leave_relay(&mut self, node: usize, at: usize) {
-        self.end_circuits(node, at);
+        let registration = &mut self.nodes[node].registrations[at];
+        registration.circuits = None;
+        let inner = std::mem::take(&mut registration.inner);
+        inner.into_iter().for_each(|(_, conn)| self.end(conn, Why::Carrier));
         let registration = &mut self.nodes[node].registrations[at];
         registration.watch = None;
         registration.asks.iter_mut().for_each(|ask| ask.session = None);
@@ -294,17 +306,21 @@ impl World {
 
     /// A connection to a relay has ended.
     pub(super) fn relay_closed(&mut self, node: usize, at: usize, conn: ConnId, why: Why) {
-        let (clock, draw) = (self.clock(), self.random.f64());
-        let registration = &mut self.nodes[node].registrations[at];
+        let registration = &self.nodes[node].registrations[at];
         if registration.dial.is_some_and(|(dial, _)| dial == conn) {
             let error = if why == Why::Unreachable { ConnectError::Unreachable } else { ConnectError::TimedOut };
             self.dial_ended(node, at, Err(CircuitError::Relay(error)));
         } else if registration.asking.is_some_and(|(asking, ..)| asking == conn) {
             self.relay_answers(node, at, Err(CircuitError::RelayLost));
         } else if registration.up.is_some_and(|(up, _)| up == conn) {
-            registration.life.lost(CircuitError::RelayLost, draw, clock);
-            self.follow_registration(node, at);
+            self.registration_lost(node, at, CircuitError::RelayLost);
         }
+    }
+
+    fn registration_lost(&mut self, node: usize, at: usize, error: CircuitError) {
+        let (clock, draw) = (self.clock(), self.random.f64());
+        self.nodes[node].registrations[at].life.lost(error, draw, clock);
+        self.follow_registration(node, at);
     }
 
     fn ask_failed(&mut self, node: usize, ask: &Ask, error: CircuitError) {
@@ -370,23 +386,26 @@ impl World {
     }
 
     fn say_asks(&mut self, node: usize, at: usize) {
-        let now = self.now;
-        let registration = &self.nodes[node].registrations[at];
-        let Some((conn, stream)) = registration.up.filter(|_| registration.usable) else { return };
+        let (now, until) = (self.now, self.clock() + Duration::from_micros(CONNECT_TIMEOUT));
+        if !self.nodes[node].registrations[at].usable {
+            return;
+        }
         for place in 0..self.nodes[node].registrations[at].asks.len() {
             let session = Id::new(self.random.u64(..).to_be_bytes().to_vec()).unwrap();
-            let ask = &mut self.nodes[node].registrations[at].asks[place];
+            let Registration { asks, circuits: Some(circuits), .. } = &mut self.nodes[node].registrations[at] else {
+                return;
+            };
+            let ask = &mut asks[place];
             if ask.session.is_some() || ask.at > now {
                 continue;
             }
             ask.session = Some(session.clone());
-            let target_id = ask.target.clone();
-            let said = match ask.punch {
-                true => FromNode::PunchRequest { session_id: session, target_id },
-                false => FromNode::RelayRequest { session_id: session, target_id },
-            };
-            self.say(node, conn, stream, said);
+            match ask.punch {
+                true => circuits.request_punch(session, ask.target.clone(), until),
+                false => circuits.request(session, ask.target.clone(), until),
+            }
         }
+        self.carry_out_circuits(node, at);
     }
 
     fn say(&mut self, node: usize, conn: ConnId, stream: StreamId, said: FromNode) {
@@ -430,97 +449,132 @@ impl World {
         let asking = self.nodes[node].registrations[at].asking.is_some();
         match told {
             FromRelay::Registered { address, .. } if asking => self.relay_answers(node, at, Ok(*address)),
-            FromRelay::Registered { address, .. } => {
-                let clock = self.clock();
-                let registration = &mut self.nodes[node].registrations[at];
-                registration.seen = Some(*address);
-                registration.life.moved(*address, clock);
-                self.follow_registration(node, at);
-            }
             FromRelay::Refused { error } if asking => {
                 self.nodes[node].uses.remove(&id);
                 self.relay_answers(node, at, Err(CircuitError::Refused(*error)));
                 self.close(id, 0);
             }
-            FromRelay::Refused { error } => {
-                let (clock, draw) = (self.clock(), self.random.f64());
-                self.nodes[node].registrations[at].life.lost(CircuitError::Refused(*error), draw, clock);
-                self.follow_registration(node, at);
-            }
-            FromRelay::Opened { session_id, circuit } => self.circuit_opened(node, at, session_id, *circuit),
-            FromRelay::NotOpened { session_id, error } | FromRelay::NotPunched { session_id, error } => {
-                let asks = &mut self.nodes[node].registrations[at].asks;
-                let Some(place) = asks.iter().position(|ask| ask.session.as_ref() == Some(session_id)) else { return };
-                let mut ask = asks.swap_remove(place);
-                if *error == Refusal::NotReady && ask.tries < 4 {
-                    // The other node is about to find out what NAT it is behind.
-                    (ask.session, ask.at, ask.tries) = (None, self.now + (ASK_AGAIN << ask.tries), ask.tries + 1);
-                    asks.push(ask);
-                    return self.arm_node(node, self.now + ASK_AGAIN);
+            told => {
+                let clock = self.clock();
+                let Some(circuits) = &mut self.nodes[node].registrations[at].circuits else { return };
+                if let Err(error) = circuits.told(told.clone(), clock) {
+                    return self.registration_lost(node, at, error);
                 }
-                let error = match error {
-                    Refusal::NotRegistered => CircuitError::NotRegistered,
-                    error => CircuitError::Refused(*error),
-                };
-                self.ask_failed(node, &ask, error);
+                self.carry_out_circuits(node, at);
             }
-            FromRelay::Disconnect { circuit, reason } => self.circuit_disconnected(node, at, *circuit, *reason),
-            FromRelay::Dropped { .. } => {}
-            FromRelay::PunchCoordinate(told) => self.coordinated(node, at, told),
-            FromRelay::PunchExecute { session_id, ports } => self.ports_told(node, session_id, ports),
-            FromRelay::PunchResult { session_id, result } => self.punch_over(node, session_id, *result),
         }
+    }
+
+    /// Carries out what was decided for circuits and punches.
+    pub(super) fn carry_out_circuits(&mut self, node: usize, at: usize) {
+        loop {
+            let registration = &mut self.nodes[node].registrations[at];
+            let Some(action) = registration.circuits.as_mut().and_then(Circuits::poll) else { return };
+            match action {
+                circuits::Action::Say(said) | circuits::Action::SayIfRead(said) => {
+                    if let Some((conn, stream)) = registration.up {
+                        self.say(node, conn, stream, said);
+                    }
+                }
+                circuits::Action::Moved(address) => {
+                    registration.seen = Some(address);
+                    let clock = self.clock();
+                    self.nodes[node].registrations[at].life.moved(address, clock);
+                    self.follow_registration(node, at);
+                }
+                circuits::Action::Opened { session_id, circuit } => {
+                    self.circuit_opened(node, at, &session_id, circuit);
+                }
+                circuits::Action::NotOpened { session_id, error }
+                | circuits::Action::NotPunched { session_id, error } => {
+                    self.ask_refused(node, at, &session_id, error);
+                }
+                circuits::Action::Ended { circuit, .. } => {
+                    if let Some(place) = registration.inner.iter().position(|(known, _)| *known == circuit) {
+                        let (_, conn) = registration.inner.swap_remove(place);
+                        self.end(conn, Why::Carrier);
+                    }
+                }
+                circuits::Action::Dropped { .. } => {}
+                circuits::Action::Punch(coordinate) => self.coordinated(node, at, &coordinate),
+                circuits::Action::Ports { session_id, ports } => self.ports_told(node, &session_id, &ports),
+                circuits::Action::PunchOver { session_id, result } => self.punch_over(node, &session_id, result),
+            }
+        }
+    }
+
+    fn ask_refused(&mut self, node: usize, at: usize, session_id: &Id, error: CircuitError) {
+        let asks = &mut self.nodes[node].registrations[at].asks;
+        let Some(place) = asks.iter().position(|ask| ask.session.as_ref() == Some(session_id)) else { return };
+        let mut ask = asks.swap_remove(place);
+        if error == CircuitError::Refused(Refusal::NotReady) && ask.tries < 4 {
+            // The other node is about to find out what NAT it is behind.
+            (ask.session, ask.at, ask.tries) = (None, self.now + (ASK_AGAIN << ask.tries), ask.tries + 1);
+            asks.push(ask);
+            return self.arm_node(node, self.now + ASK_AGAIN);
+        }
+        self.ask_failed(node, &ask, error);
     }
 
     fn circuit_opened(&mut self, node: usize, at: usize, session: &Id, circuit: u32) {
         let Node { host, key, timeouts, .. } = self.nodes[node];
-        let registration = &mut self.nodes[node].registrations[at];
-        let Some((outer, stream)) = registration.up else { return };
-        let Some(place) = registration.asks.iter().position(|ask| ask.session.as_ref() == Some(session)) else {
-            // Nobody waits any more.
-            let said = FromNode::Disconnect { circuit, reason: Reason::Closed };
-            return self.say(node, outer, stream, said);
+        let Registration { up: Some((outer, _)), circuits: Some(circuits), asks, .. } =
+            &mut self.nodes[node].registrations[at]
+        else {
+            return;
         };
-        let Ask { peer, attempt, .. } = registration.asks.swap_remove(place);
+        let outer = *outer;
+        let Some(place) = asks.iter().position(|ask| ask.session.as_ref() == Some(session)) else {
+            // The attempt has ended.
+            circuits.abandoned(circuit);
+            return;
+        };
+        let Ask { peer, attempt, .. } = asks.swap_remove(place);
         let conn = self.connect(host, key, Carrier::Circuit { outer, circuit }, Some(KNOWN_PATH_RTT), timeouts);
-        self.nodes[node].registrations[at].circuits.push(Circuit { circuit, ours: true, conn: Some(conn) });
+        self.carries(node, at, circuit, conn);
         self.nodes[node].uses.insert(conn, Use::Attempt(peer, attempt));
         self.attempt_connects(node, peer, attempt, conn);
+    }
+
+    fn carries(&mut self, node: usize, at: usize, circuit: u32, conn: ConnId) {
+        let registration = &mut self.nodes[node].registrations[at];
+        if let Some(circuits) = &mut registration.circuits
+            && circuits.carries(circuit, number(conn))
+        {
+            registration.inner.push((circuit, conn));
+        }
+    }
+
+    /// An attempt at a direct path is over.
+    pub(super) fn punch_ended(&mut self, node: usize, relay: SocketAddr, session_id: &Id) {
+        let at = self.nodes[node].registration(relay);
+        if let Some(circuits) = at.and_then(|at| self.nodes[node].registrations[at].circuits.as_mut()) {
+            circuits.punch_ended(session_id);
+        }
     }
 
     /// Another node has begun a connection over a circuit, if it is one.
     pub(super) fn circuit_carries(&mut self, node: usize, id: ConnId) {
         let Some(Carrier::Circuit { outer, circuit }) = self.conn(id).map(|conn| conn.carrier) else { return };
         let registrations = &mut self.nodes[node].registrations;
-        if let Some(at) = registrations.iter_mut().find(|at| at.up.is_some_and(|(conn, _)| conn == outer)) {
-            at.circuits.push(Circuit { circuit, ours: false, conn: Some(id) });
+        let Some(at) = registrations.iter().position(|at| at.up.is_some_and(|(conn, _)| conn == outer)) else { return };
+        if registrations[at].circuits.as_mut().is_some_and(|circuits| circuits.accepting(circuit)) {
+            self.carries(node, at, circuit, id);
         }
     }
 
     /// An inner connection has ended.
     pub(super) fn circuit_closed(&mut self, node: usize, id: ConnId) {
         for at in 0..self.nodes[node].registrations.len() {
-            let registration = &mut self.nodes[node].registrations[at];
-            let Some(place) = registration.circuits.iter().position(|known| known.conn == Some(id)) else { continue };
-            let Circuit { circuit, ours, .. } = registration.circuits.swap_remove(place);
-            // The node that accepted leaves the circuit to the one that asked for it.
-            if let (true, Some((conn, stream))) = (ours, registration.up) {
-                self.say(node, conn, stream, FromNode::Disconnect { circuit, reason: Reason::Closed });
+            let Registration { inner, circuits: Some(circuits), .. } = &mut self.nodes[node].registrations[at] else {
+                continue;
+            };
+            if let Some(place) = inner.iter().position(|(_, conn)| *conn == id) {
+                let (circuit, _) = inner.swap_remove(place);
+                circuits.inner_ended(circuit, number(id));
+                self.carry_out_circuits(node, at);
             }
         }
-    }
-
-    fn circuit_disconnected(&mut self, node: usize, at: usize, circuit: u32, _reason: Reason) {
-        let circuits = &mut self.nodes[node].registrations[at].circuits;
-        let Some(place) = circuits.iter().position(|known| known.circuit == circuit) else { return };
-        if let Some(conn) = circuits.swap_remove(place).conn {
-            self.end(conn, Why::Carrier);
-        }
-    }
-
-    fn end_circuits(&mut self, node: usize, at: usize) {
-        let circuits = std::mem::take(&mut self.nodes[node].registrations[at].circuits);
-        circuits.into_iter().filter_map(|circuit| circuit.conn).for_each(|conn| self.end(conn, Why::Carrier));
     }
 
     /// A packet of a circuit has come over a registration.
