@@ -16,6 +16,7 @@ pub mod config;
 pub mod coordinate;
 pub mod counter;
 pub mod descriptors;
+pub mod detection;
 pub mod drive;
 pub mod errors;
 pub mod events;

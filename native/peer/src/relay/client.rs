@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use macula_peer_core::detection::Probed;
 use macula_peer_core::errors::{CircuitError, ConnectError};
 use macula_peer_core::liveness::Liveness;
 use macula_peer_core::nat::Description;
-use macula_peer_core::proto::control::{Id, Probes};
+use macula_peer_core::proto::control::Id;
 use macula_peer_core::registration::{self, Action, Registrant, RegistrationState, RelayEvent};
 use macula_peer_core::sync::lock;
 use quinn::{ClientConfig, Connection, ServerConfig};
@@ -62,30 +63,6 @@ pub(crate) struct RegistrationStatus {
     pub(crate) since: Instant,
     /// Circuits that exist, whoever opened them.
     pub(crate) circuits: usize,
-}
-
-/// A relay that can be probed.
-#[derive(Debug, Clone)]
-pub(crate) struct Probed {
-    /// Where it is.
-    pub(crate) relay: SocketAddr,
-    /// What it sees this node at.
-    pub(crate) seen_at: SocketAddr,
-    pub(crate) probes: Probes,
-}
-
-impl Probed {
-    /// Its other port.
-    pub(crate) fn other_port(&self) -> SocketAddr {
-        SocketAddr::new(self.relay.ip(), self.probes.port)
-    }
-
-    /// Its other address, if it has one that is of any use.
-    pub(crate) fn other_address(&self) -> Option<SocketAddr> {
-        let relay = self.relay.ip();
-        let ip = self.probes.ip.filter(|&ip| ip.is_ipv4() == relay.is_ipv4() && ip != relay)?;
-        Some(SocketAddr::new(ip, self.probes.port))
-    }
 }
 
 /// This node at one relay.

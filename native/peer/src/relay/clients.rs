@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hashbrown::HashMap;
 use macula_peer_core::config::Config;
+use macula_peer_core::detection::Probed;
 use macula_peer_core::errors::{CircuitError, ConnectError};
 use macula_peer_core::events::{Event, Registration};
 use macula_peer_core::nat::Description;
@@ -19,7 +20,7 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, ServerConfig, TransportConfig};
 use tokio::sync::watch;
 
-use super::client::{Probed, RelayClient, Settings};
+use super::client::{RelayClient, Settings};
 use super::registration::{IncomingCircuit, PunchSession};
 use crate::inbox::Inbox;
 use crate::keys::Keys;
