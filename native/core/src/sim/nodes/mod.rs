@@ -3,13 +3,17 @@
 //! ([`promises`]); docs/internals/simulation.md has the table of scenarios.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use self::network::SECOND;
+use self::promises::Promises;
 use self::scenario::{More, Theme};
 use self::world::World;
+use crate::sync::lock;
 
+mod detection;
 mod gateway;
 mod network;
 mod node;
@@ -27,8 +31,17 @@ fn variable(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
+/// What there was in some runs.
+#[derive(Debug, Default)]
+struct Played {
+    events: u64,
+    /// How often a node found out something about its NAT, and how often it took it for stricter than it is.
+    looks: u64,
+    too_strict: u64,
+}
+
 /// Plays one run. An error says which promise it broke.
-fn play(seed: u64, seconds: u64, traced: bool) -> Result<u64, String> {
+fn play(seed: u64, seconds: u64, traced: bool) -> Result<Played, String> {
     let theme = Theme::ALL[(seed % Theme::ALL.len() as u64) as usize];
     let mut world = World::new(seed, traced);
     let more = match seed / Theme::ALL.len() as u64 % 5 {
@@ -41,7 +54,10 @@ fn play(seed: u64, seconds: u64, traced: bool) -> Result<u64, String> {
     world.check_all();
     match world.promises.broken {
         Some(broken) => Err(format!("{theme:?}: {broken}")),
-        None => Ok(world.happened),
+        None => {
+            let Promises { looks, too_strict, .. } = world.promises;
+            Ok(Played { events: world.happened, looks, too_strict })
+        }
     }
 }
 
@@ -72,7 +88,7 @@ fn nodes_keep_their_promises_whatever_happens() {
     }
     let runs = variable("RUNS").unwrap_or(20_000);
     let first = variable("FIRST").unwrap_or(0);
-    let (next, events, begun) = (AtomicU64::new(first), AtomicU64::new(0), Instant::now());
+    let (next, played, begun) = (AtomicU64::new(first), Mutex::new(Played::default()), Instant::now());
     let failures = std::thread::scope(|scope| {
         let play_some = || {
             loop {
@@ -81,7 +97,12 @@ fn nodes_keep_their_promises_whatever_happens() {
                     return None;
                 }
                 match play(seed, seconds, false) {
-                    Ok(happened) => drop(events.fetch_add(happened, Ordering::Relaxed)),
+                    Ok(Played { events, looks, too_strict }) => {
+                        let mut all = lock(&played);
+                        all.events += events;
+                        all.looks += looks;
+                        all.too_strict += too_strict;
+                    }
                     Err(broken) => {
                         // The other thread ends too.
                         next.store(u64::MAX / 2, Ordering::Relaxed);
@@ -93,6 +114,9 @@ fn nodes_keep_their_promises_whatever_happens() {
         let threads = [(); 2].map(|()| scope.spawn(play_some));
         threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
     });
-    println!("{runs} runs, {} events, {:?}", events.load(Ordering::Relaxed), begun.elapsed());
+    let played = lock(&played);
+    println!("{runs} runs, {played:?}, {:?}", begun.elapsed());
     assert!(failures.is_empty(), "{failures:#?}");
+    // An answer that comes unasked is lost three times.
+    assert!(played.too_strict * 100 <= played.looks, "{played:?}");
 }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::quic::{ConnId, QuicPacket};
 use super::world::World;
-use crate::proto::signal::Role;
+use crate::proto::signal::{self, Role};
 use crate::punch::Signal;
 use crate::sim::gate::{Gate, Kind};
 
@@ -70,16 +70,8 @@ pub(super) struct Packet {
 #[derive(Debug, Clone)]
 pub(super) enum Body {
     Quic(QuicPacket),
-    /// Asks a relay where it sees the socket.
-    Probe {
-        from_other_port: bool,
-    },
-    /// What a relay says to that.
-    Answer {
-        asked: SocketAddr,
-        seen: SocketAddr,
-        from_other_port: bool,
-    },
+    /// Asks a relay where it sees a socket, or is its answer. Only the two can make it.
+    Probe(signal::Signal),
     /// Only the two ends of a punch can make it.
     Signal {
         session: u64,
@@ -257,6 +249,12 @@ impl World {
 
     /// A host sends a packet by one of its ports.
     pub(super) fn transmit(&mut self, host: HostId, port: u16, to: SocketAddr, body: Body) {
+        let from = SocketAddr::new(self.hosts[host].ip, port);
+        self.transmit_from(host, from, to, body);
+    }
+
+    /// It may have several addresses.
+    pub(super) fn transmit_from(&mut self, host: HostId, mut from: SocketAddr, to: SocketAddr, body: Body) {
         self.account(host, to, &body);
         let sender = &mut self.hosts[host];
         if sender.mute_until > self.now {
@@ -271,7 +269,7 @@ impl World {
             left = free + takes;
             sender.uplink_free = left;
         }
-        let (mut network, mut from) = (sender.network, SocketAddr::new(sender.ip, port));
+        let mut network = sender.network;
         loop {
             if self.owners.contains_key(&(network, to.ip())) {
                 break;

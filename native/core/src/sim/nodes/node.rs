@@ -6,9 +6,10 @@ use std::rc::Rc;
 
 use hashbrown::{HashMap, HashSet};
 
+use super::detection::Nat;
 use super::network::{Body, Event, HostId, Is, MS, Packet, SECOND, Time};
 use super::peer::Peer;
-use super::punch::{Nat, Session};
+use super::punch::Session;
 use super::quic::{Carrier, Conn, ConnId, Item, KeyId, Notice, Opened, Serves, StreamId, Timeouts};
 use super::registration::Registration;
 use super::world::{World, trace};
@@ -65,6 +66,8 @@ pub(super) struct Node {
     /// Where there was no relay, and until when that is believed.
     pub(super) not_relays: HashMap<SocketAddr, Time>,
     pub(super) nat: Nat,
+    /// Of the next socket beside the main one.
+    pub(super) next_port: u16,
     pub(super) punches: Vec<Session>,
     /// When the earliest event for its timers comes.
     pub(super) armed: Time,
@@ -138,7 +141,8 @@ impl World {
             requests: Requests::new(MAX_KNOWN_REQUESTS),
             registrations: Vec::new(),
             not_relays: HashMap::new(),
-            nat: Nat::default(),
+            nat: Nat::new(self.clock()),
+            next_port: port,
             punches: Vec::new(),
             armed: Time::MAX,
         });
@@ -163,6 +167,7 @@ impl World {
         let host = self.nodes[node].host;
         self.drop_conns_of(host);
         self.promises_of_stopped(node);
+        let now = self.clock();
         let stopped = &mut self.nodes[node];
         stopped.up = false;
         stopped.peers.clear();
@@ -175,7 +180,7 @@ impl World {
         stopped.requests = Requests::new(MAX_KNOWN_REQUESTS);
         stopped.registrations.clear();
         stopped.not_relays.clear();
-        stopped.nat = Nat::default();
+        stopped.nat = Nat::new(now);
         stopped.punches.clear();
         stopped.tofu = TofuStore::default();
         stopped.earned.clear();
@@ -215,12 +220,10 @@ impl World {
                 self.earn(host, from);
                 self.quic_packet(host, Carrier::Udp { port, to: from }, packet);
             }
-            Body::Answer { asked, seen, from_other_port } => {
-                self.probe_answered(node, port, asked, seen, from_other_port)
-            }
+            Body::Probe(signal) => self.probe_answered(node, port, from, signal),
             Body::Signal { session, by, signal } => self.signalled(node, port, from, session, by, signal),
             Body::Unreachable(at) => self.unreachable(node, at),
-            Body::Quic(_) | Body::Probe { .. } => {}
+            Body::Quic(_) => {}
         }
     }
 
@@ -308,6 +311,7 @@ impl World {
             Some(Use::Attempt(peer, attempt)) => self.attempt_closed(node, peer, attempt, why),
             Some(Use::Link) | None => {}
         }
+        self.adopted_closed(node, id);
         self.link_closed(node, id);
     }
 
@@ -541,7 +545,7 @@ impl World {
         self.tend_registrations(node);
         self.tend_nat(node);
         self.tend_punches(node);
-        let next = self.next_registration(node).min(self.nodes[node].nat.next()).min(self.next_punch(node));
+        let next = self.next_registration(node).min(self.next_detection(node)).min(self.next_punch(node));
         if next < Time::MAX {
             self.arm_node(node, next.max(self.now + MS));
         }

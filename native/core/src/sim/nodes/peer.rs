@@ -1035,6 +1035,17 @@ impl World {
         }
     }
 
+    /// A connection that the peer began has ended before it allowed streams.
+    pub(super) fn adopted_closed(&mut self, node: usize, id: ConnId) {
+        for peer in 0..self.nodes[node].peers.len() {
+            let adopts = |trying: &&Trying| trying.conn == Some(id) && matches!(trying.attempt, Attempt::Adopt(_));
+            let adopting = self.nodes[node].peers[peer].trying.iter().find(adopts).map(|trying| trying.id);
+            if let Some(attempt) = adopting {
+                self.attempt_failed(node, peer, attempt, Ended::NotAdopted);
+            }
+        }
+    }
+
     fn said(&mut self, node: usize, peer: usize, id: AttemptId) -> Said {
         self.trying(node, peer, id).map_or(Said::default(), |trying| Said {
             key: trying.key,

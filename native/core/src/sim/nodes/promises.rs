@@ -45,6 +45,11 @@ pub(super) struct Promises {
     accepted: u64,
     /// Links that were given up though both ends had them.
     pub(super) given_up: usize,
+    /// When a host last moved, or a NAT forgot its mappings.
+    pub(super) disturbed: Time,
+    /// How often nodes found out something about their NAT, and how often they took it for stricter than it is.
+    pub(super) looks: u64,
+    pub(super) too_strict: u64,
     /// Nodes that have lost their key.
     pub(super) lost_keys: Vec<usize>,
 }

@@ -9,11 +9,12 @@ use super::node::{Node, Use};
 use super::quic::{Carrier, ConnId, Item, KNOWN_PATH_RTT, QuicPacket, StreamId, Timeouts, Why};
 use super::world::{World, trace};
 use crate::circuits::{self, Circuits};
+use crate::detection::Probed;
 use crate::errors::{CircuitError, ConnectError};
 use crate::liveness::Liveness;
-use crate::proto::control::{FromNode, FromRelay, Id, Refusal};
+use crate::proto::control::{FromNode, FromRelay, Id, Probes, Refusal};
 use crate::race::{AttemptId, Ended};
-use crate::registration::{self, Action, Registrant, RelayEvent, Wants, Watch};
+use crate::registration::{self, Action, Registrant, RegistrationState, RelayEvent, Wants, Watch};
 use crate::types::Dialect;
 use crate::unanswered::Counted;
 
@@ -41,6 +42,7 @@ pub(super) struct Registration {
     usable: bool,
     /// What the relay sees the node at.
     pub(super) seen: Option<SocketAddr>,
+    probes: Option<Probes>,
     standing: bool,
     pub(super) asks: Vec<Ask>,
     /// While the node is registered.
@@ -121,6 +123,7 @@ impl World {
             up: None,
             usable: false,
             seen: None,
+            probes: None,
             standing,
             asks: Vec::new(),
             circuits: None,
@@ -128,6 +131,18 @@ impl World {
         });
         self.arm_node(node, self.now);
         self.nodes[node].registrations.len() - 1
+    }
+
+    /// Whether some relays have not said yet whether they register the node.
+    pub(super) fn is_registering(&self, node: usize) -> bool {
+        let connecting = |at: &Registration| *at.life.state().0 == RegistrationState::Connecting;
+        self.nodes[node].registrations.iter().any(connecting)
+    }
+
+    /// The relays at which the node is registered.
+    pub(super) fn probed(&self, node: usize) -> Vec<Probed> {
+        let up = self.nodes[node].registrations.iter().filter(|at| at.up.is_some());
+        up.filter_map(|at| Some(Probed { relay: at.relay, seen_at: at.seen?, probes: at.probes.clone()? })).collect()
     }
 
     pub(super) fn id_of(&self, name: usize) -> Id {
@@ -448,7 +463,10 @@ impl World {
         let Some(at) = self.nodes[node].registrations.iter().position(uses) else { return };
         let asking = self.nodes[node].registrations[at].asking.is_some();
         match told {
-            FromRelay::Registered { address, .. } if asking => self.relay_answers(node, at, Ok(*address)),
+            FromRelay::Registered { address, probes } if asking => {
+                self.nodes[node].registrations[at].probes.clone_from(probes);
+                self.relay_answers(node, at, Ok(*address));
+            }
             FromRelay::Refused { error } if asking => {
                 self.nodes[node].uses.remove(&id);
                 self.relay_answers(node, at, Err(CircuitError::Refused(*error)));

@@ -1,6 +1,7 @@
 //! The relays: control streams, circuits and punches, with the real books behind them.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -8,12 +9,13 @@ use super::network::{Body, Event, HostId, Packet, SECOND, Time};
 use super::quic::{Carrier, ConnId, Item, KeyId, Notice, QuicPacket, StreamId, Timeouts};
 use super::world::{World, trace};
 use crate::coordinate::{Coordinate, Coordinator, Party};
-use crate::proto::control::{FromNode, FromRelay, Id, Reason, Refusal};
+use crate::proto::control::{FromNode, FromRelay, Id, Probes, Reason, Refusal};
+use crate::proto::signal::{self, AnswerFrom, SECRET_LEN, Secret, Signal};
 use crate::relay::{Book, Ended, Generation, Opened, Registered, Traffic};
 use crate::types::RelayConfig;
 
-pub(super) const RELAY_PORT: u16 = 9443;
-pub(super) const OTHER_PORT: u16 = 9444;
+const RELAY_PORT: u16 = 9443;
+const OTHER_PORT: u16 = 9444;
 
 /// As the engine's.
 pub(super) const TIMEOUTS: Timeouts = Timeouts { keep_alive: 0, idle: 45 * SECOND };
@@ -22,6 +24,8 @@ pub(super) struct Relay {
     pub(super) host: HostId,
     pub(super) key: KeyId,
     pub(super) lies: Lies,
+    /// Its second address, from which it can answer probes.
+    other_ip: Option<IpAddr>,
     config: RelayConfig,
     book: Book,
     coordinator: Coordinator,
@@ -46,6 +50,8 @@ struct Member {
     name: Id,
     key: KeyId,
     seen: SocketAddr,
+    /// Of the node's probes.
+    probes: u64,
 }
 
 /// A circuit.
@@ -62,6 +68,7 @@ impl Relay {
             host,
             key,
             lies: Lies::default(),
+            other_ip: None,
             book: Book::new(&config, now),
             config,
             coordinator: Coordinator::default(),
@@ -110,8 +117,13 @@ impl World {
         let (ip, key) = (self.public_ip(), self.new_key());
         let host = self.add_host(super::network::Is::Relay(relay), super::network::INTERNET, ip);
         self.relay_ips.insert(ip);
+        let other_ip = (self.random.u8(..4) == 0).then(|| self.public_ip());
+        if let Some(ip) = other_ip {
+            self.owners.insert((super::network::INTERNET, ip), super::network::Owner::Host(host));
+            self.relay_ips.insert(ip);
+        }
         let now = self.clock();
-        self.relays.push(Relay::new(host, key, now));
+        self.relays.push(Relay { other_ip, ..Relay::new(host, key, now) });
         relay
     }
 
@@ -121,11 +133,11 @@ impl World {
 
     /// It is back at once and knows of nothing. Without its key, it cannot tell nodes that their connections are gone.
     pub(super) fn restart_relay(&mut self, relay: usize, keeps_key: bool) {
-        let Relay { host, key, lies, .. } = self.relays[relay];
+        let Relay { host, key, lies, other_ip, .. } = self.relays[relay];
         let key = if keeps_key { key } else { self.new_key() };
         self.drop_conns_of(host);
         let now = self.clock();
-        self.relays[relay] = Relay { lies, ..Relay::new(host, key, now) };
+        self.relays[relay] = Relay { lies, other_ip, ..Relay::new(host, key, now) };
         trace!(self, "relay {relay} restarts");
     }
 
@@ -142,14 +154,29 @@ impl World {
             Body::Quic(packet) if to.port() == RELAY_PORT => {
                 self.quic_packet(host, Carrier::Udp { port: to.port(), to: from }, packet);
             }
-            Body::Probe { from_other_port } => {
-                let answer = |from_other_port| Body::Answer { asked: to, seen: from, from_other_port };
-                self.transmit(host, to.port(), from, answer(false));
-                if from_other_port {
-                    self.transmit(host, OTHER_PORT, from, answer(true));
-                }
-            }
+            Body::Probe(asked) => self.answer_probe(relay, from, to, asked),
             _ => {}
+        }
+    }
+
+    /// Answers only to the address that the node is registered from.
+    fn answer_probe(&mut self, relay: usize, from: SocketAddr, to: SocketAddr, asked: Signal) {
+        let signal::Body::ProbeRequest { from: answer_from, to_port } = asked.body else { return };
+        let Relay { host, other_ip, ref members, .. } = self.relays[relay];
+        let Some(member) = members.iter().find(|member| member.probes == asked.id) else { return };
+        if self.seen(member.conn).map(|seen| seen.ip()) != Some(from.ip()) {
+            return;
+        }
+        let source = match answer_from {
+            AnswerFrom::Same => Some(to),
+            AnswerFrom::OtherPort if to == self.relay_address(relay) => Some(SocketAddr::new(to.ip(), OTHER_PORT)),
+            AnswerFrom::OtherPort => Some(self.relay_address(relay)),
+            AnswerFrom::OtherAddress => other_ip.map(|ip| SocketAddr::new(ip, OTHER_PORT)),
+        };
+        let port = to_port.map_or(from.port(), NonZeroU16::get);
+        let answer = Signal { body: signal::Body::ProbeReply { observed: from }, ..asked };
+        if let Some(source) = source {
+            self.transmit_from(host, source, SocketAddr::new(from.ip(), port), Body::Probe(answer));
         }
     }
 
@@ -233,10 +260,13 @@ impl World {
             at.members.retain(|member| member.generation != old);
             self.circuit_ended(relay, &circuits, None, Reason::Gone);
         }
+        let probes = self.random.u64(..);
         let at = &mut self.relays[relay];
         at.coordinator.join(generation, now);
-        at.members.push(Member { generation, conn: id, stream, name, key, seen });
-        self.tell(relay, generation, FromRelay::Registered { address: seen, probes: None });
+        at.members.push(Member { generation, conn: id, stream, name, key, seen, probes });
+        let (secret, port, ip) = (Secret::from([0; SECRET_LEN]), OTHER_PORT, at.other_ip);
+        let probes = Some(Probes { id: probes, secret, port, ip });
+        self.tell(relay, generation, FromRelay::Registered { address: seen, probes });
     }
 
     fn member_left(&mut self, relay: usize, id: ConnId) {

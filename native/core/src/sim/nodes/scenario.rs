@@ -43,6 +43,11 @@ impl Theme {
         Self::LyingRelays,
         Self::Everything,
     ];
+
+    /// Whether all packets arrive, and hosts, NATs and relays stay as they are.
+    pub(super) fn is_smooth(self) -> bool {
+        matches!(self, Self::Calm | Self::WrongEndpoints | Self::LyingRelays)
+    }
 }
 
 /// What there is beside nodes and relays.
@@ -453,6 +458,7 @@ impl World {
             Step::Forget(node) => {
                 let network = self.hosts[self.nodes[node].host].network;
                 if let Some(gate) = self.uplinks[network] {
+                    self.promises.disturbed = now;
                     self.gates[gate].forget();
                 }
             }
@@ -470,6 +476,7 @@ impl World {
         let network = self.hosts[host].network;
         let ip = self.ip_in(network, self.nodes[node].kind);
         self.move_host(host, ip);
+        self.promises.disturbed = self.now;
         if self.nodes[node].up {
             self.interrupt_punches(node);
             self.look_at_nat(node);
