@@ -20,6 +20,7 @@ pub mod detection;
 pub mod drive;
 pub mod errors;
 pub mod events;
+pub mod eviction;
 pub mod faults;
 pub mod gateway_pool;
 pub mod growth;

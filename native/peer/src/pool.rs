@@ -6,6 +6,7 @@ use std::time::Instant;
 use hashbrown::HashMap;
 use macula_peer_core::config::Config;
 use macula_peer_core::counter::Counter;
+use macula_peer_core::eviction::{Usage, evicted, is_idle};
 use macula_peer_core::stats::PeerStats;
 use macula_peer_core::types::{Fingerprint, Path, PeerName, Target};
 use quinn::Connection;
@@ -35,6 +36,12 @@ struct Peers {
 }
 
 impl Peers {
+    /// The peer that leaves before there is room for another one.
+    fn evicted(&self, size: usize) -> Option<Arc<Peer>> {
+        let usage = |peer: &Peer| Usage { linked: peer.is_linked(), last_used: peer.last_used() };
+        evicted(self.pool.values().map(|peer| (peer, usage(peer))), size).cloned()
+    }
+
     fn leave(&mut self, peer: Arc<Peer>) {
         self.pool.remove(&peer.name);
         peer.retire();
@@ -69,8 +76,7 @@ impl Pool {
         self.peers.read().unwrap_or_else(PoisonError::into_inner).pool.get(target).cloned()
     }
 
-    /// The peer of a name. Makes room for a new one by letting the least recently used one go. `None` when the
-    /// engine is stopping.
+    /// The peer of a name. Others leave if a new one needs room. `None` when the engine is stopping.
     pub(crate) fn peer(self: &Arc<Self>, target: &Target<'_>) -> Option<Arc<Peer>> {
         if let Some(peer) = self.find(target) {
             return Some(peer);
@@ -82,13 +88,9 @@ impl Pool {
         if let Some(peer) = peers.pool.get(target) {
             return Some(peer.clone());
         }
-        while peers.pool.len() >= self.config.pool_size.max(1) {
-            // An address without a link gives way before one with a link.
-            let oldest = peers.pool.values().min_by_key(|peer| (peer.is_linked(), peer.last_used()));
-            if let Some(evicted) = oldest.cloned() {
-                self.evictions.add(1);
-                peers.leave(evicted);
-            }
+        while let Some(evicted) = peers.evicted(self.config.pool_size) {
+            self.evictions.add(1);
+            peers.leave(evicted);
         }
         let left = peers.leaving.remove(target).filter(|peer| peer.come_back());
         let peer = left.unwrap_or_else(|| self.start(target.to_owned(), Arc::downgrade(self) as _));
@@ -145,7 +147,7 @@ impl Host for Pool {
     /// Takes an idle peer out of the pool, unless it was used meanwhile.
     fn forget(&self, peer: &Arc<Peer>) {
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
-        if self.lifecycle.instant(peer.last_used()) + self.config.idle_timeout > Instant::now() {
+        if !is_idle(self.lifecycle.instant(peer.last_used()), self.config.idle_timeout, Instant::now()) {
             return;
         }
         if peers.pool.get(&peer.name).is_some_and(|current| Arc::ptr_eq(current, peer)) {

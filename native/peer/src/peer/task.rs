@@ -11,6 +11,7 @@ use macula_peer_core::config::Delivery;
 use macula_peer_core::drive::{self, Owner};
 use macula_peer_core::errors::{ConnectError, Rejection, RequestError, RouteError, SendError, UndeliveredReason};
 use macula_peer_core::events::Event;
+use macula_peer_core::eviction;
 use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::link_state::{self, Action, Demand, LinkState, Offer, REPLACED_FOR, SWEEP_EVERY, Want};
 use macula_peer_core::nat::Description;
@@ -720,11 +721,11 @@ impl Task {
             let is_quiet = self.is_quiet(&lock(&self.peer.state));
             return self.life.is_drained(is_quiet, now);
         }
-        let idle = self.node().config.idle_timeout;
+        let used = self.node().lifecycle.instant(self.peer.last_used());
+        let is_idle = eviction::is_idle(used, self.node().config.idle_timeout, now);
         let mut state = lock(&self.peer.state);
         // Evicted, it keeps the deadlines of what it has.
-        if !state.retired && self.is_quiet(&state) && now >= self.node().lifecycle.instant(self.peer.last_used()) + idle
-        {
+        if !state.retired && self.is_quiet(&state) && is_idle {
             drop(state);
             // Retires the peer unless somebody has used it meanwhile.
             if let Some(host) = self.peer.host.upgrade() {
