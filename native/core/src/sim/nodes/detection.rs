@@ -2,7 +2,7 @@
 //! does.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hashbrown::{HashMap, HashSet};
 
@@ -15,6 +15,9 @@ use crate::detection::{Action, Detector, Found, Probe, Relays, Socket, candidate
 use crate::nat::{Allocation, Filtering, Mapping, NatProfile};
 use crate::proto::signal::Signal;
 use crate::sim::gate::Gate;
+
+/// How long a look may take to begin: the pause after another one, and its rounds.
+const LOOKS_WITHIN: Duration = Duration::from_secs(6);
 
 /// What a node knows of its NAT, and its sockets beside the main one.
 pub(super) struct Nat {
@@ -247,6 +250,24 @@ impl World {
         if !what.is_empty() {
             let kind = self.nodes[node].kind;
             self.breaks(format!("node {node} {what}: {claimed:?} behind {kind:?}"));
+        }
+    }
+}
+
+// At the end.
+impl World {
+    /// The last look of each node asked all relays that have registered it for long.
+    pub(super) fn check_detection(&mut self) {
+        if !self.scenario.theme.is_smooth() {
+            return;
+        }
+        for node in 0..self.nodes.len() {
+            let long = self.clock() - LOOKS_WITHIN;
+            let relays = self.registered_before(node, long);
+            let missed = relays.iter().find(|relay| !self.nodes[node].nat.look.ips.contains(&relay.ip()));
+            if let Some(relay) = missed {
+                return self.breaks(format!("node {node} has not asked {relay}, which has registered it"));
+            }
         }
     }
 }

@@ -390,6 +390,7 @@ impl World {
             self.check_requests();
             self.check_connections();
             self.check_paths();
+            self.check_detection();
             self.check_tables();
         }
     }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::network::{MS, SECOND, Time};
 use super::node::{Node, Use};
@@ -143,6 +143,12 @@ impl World {
     pub(super) fn probed(&self, node: usize) -> Vec<Probed> {
         let up = self.nodes[node].registrations.iter().filter(|at| at.up.is_some());
         up.filter_map(|at| Some(Probed { relay: at.relay, seen_at: at.seen?, probes: at.probes.clone()? })).collect()
+    }
+
+    /// Those of them that were told so before a time.
+    pub(super) fn registered_before(&self, node: usize, before: Instant) -> Vec<SocketAddr> {
+        let up = self.nodes[node].registrations.iter().filter(|at| at.up.is_some());
+        up.filter(|at| at.life.state().1 < before).map(|at| at.relay).collect()
     }
 
     pub(super) fn id_of(&self, name: usize) -> Id {
