@@ -3,13 +3,16 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use super::READY;
+use crate::config::HolePunching;
 use crate::coordinate::{Coordinate, Coordinator, Party, Refused};
-use crate::nat::{NatProfile, Observations, Unsolicited};
-use crate::proto::control::{Id, PunchFailure};
-use crate::proto::signal::Role;
+use crate::detection::{self, Detector, Probed, Relays, Round, Turn};
+use crate::nat::NatProfile;
+use crate::proto::control::{Id, Probes, PunchFailure};
+use crate::proto::signal::{self, AnswerFrom, Role, SECRET_LEN, Secret};
 use crate::punch::{
     Action, MAX_BIRTHDAY_PACKETS, MAX_PACKETS, MAX_PER_STRANGER, MAX_PER_WAY, MAX_STRANGERS, Punch, Setup, Signal,
     Strategy, Via,
@@ -29,8 +32,8 @@ const RETRY: u64 = 8000 * MS;
 const RELAY_PORT: u16 = 9443;
 const OTHER_PORT: u16 = 9444;
 
-/// How often a probe is sent, each answer may be lost.
-const REPEATS: u64 = 3;
+/// After that the relays have registered a node: a round trip.
+const REGISTERED: u64 = 150 * MS;
 
 /// The network that all others are behind.
 const INTERNET: usize = 0;
@@ -49,16 +52,8 @@ struct Packet {
 }
 
 enum Body {
-    Probe {
-        local_port: u16,
-        from_other_port: bool,
-    },
-    Answer {
-        local_port: u16,
-        asked: SocketAddr,
-        seen: SocketAddr,
-        from_other_port: bool,
-    },
+    /// Asks a relay where it sees a socket, or is its answer. Only the two can make it.
+    Probe(signal::Signal),
     ToRelay {
         node: usize,
         said: ToRelay,
@@ -101,22 +96,14 @@ enum Event {
     Arrive { network: usize, packet: Packet },
     Join { node: usize },
     Alive { node: usize },
-    Probe { node: usize, step: Step },
+    Look { node: usize },
+    Detect { node: usize },
     Sample { node: usize, session: u64 },
     Wake { node: usize, session: u64 },
     Dial { node: usize, session: u64, tries: u32 },
     Forget { node: usize, session: u64 },
     Attempt { node: usize, peer: usize, relay: usize },
     Spoof { node: usize, session: u64, n: u64 },
-}
-
-#[derive(Clone, Copy)]
-enum Step {
-    Filter,
-    Mapping,
-    /// With a socket of this port.
-    Fresh(u16),
-    Conclude,
 }
 
 #[derive(Clone, Copy)]
@@ -144,9 +131,10 @@ struct Node {
     relays: Vec<usize>,
     main: u16,
     sockets: HashMap<u16, Socket>,
-    /// Which sockets sent where, in the order in which they first did, and how they were seen there.
-    probed: Vec<(u16, SocketAddr, Option<SocketAddr>)>,
-    other_port_answered: bool,
+    detector: Detector,
+    /// Ports of the sockets that the detector has opened.
+    asking: Vec<u16>,
+    detect_at: Option<u64>,
     profile: NatProfile,
     sessions: BTreeMap<u64, Session>,
     links: BTreeMap<usize, Link>,
@@ -160,8 +148,10 @@ enum Socket {
         session: u64,
         n: u16,
     },
-    /// For probes only.
-    Fresh,
+    /// For questions of the detector.
+    Asking(usize),
+    /// For the sample of a session.
+    Sampling(u64),
 }
 
 struct Session {
@@ -175,7 +165,7 @@ struct Session {
     candidates: Vec<SocketAddr>,
     birthday: bool,
     extra: Vec<u16>,
-    sample: Option<u16>,
+    sample: Option<(u16, Round)>,
     wake: Option<u64>,
     path: Option<(Via, SocketAddr)>,
     connected: bool,
@@ -336,8 +326,9 @@ impl World {
             relays: relays.to_vec(),
             main,
             sockets: HashMap::from([(main, Socket::Main)]),
-            probed: Vec::new(),
-            other_port_answered: false,
+            detector: Detector::new(HolePunching::On, self.start),
+            asking: Vec::new(),
+            detect_at: None,
             profile: NatProfile::default(),
             sessions: BTreeMap::new(),
             links: BTreeMap::new(),
@@ -595,7 +586,8 @@ impl World {
             Event::Arrive { network, packet } => self.arrive(network, packet),
             Event::Join { node } => self.join(node),
             Event::Alive { node } => self.keep_alive(node),
-            Event::Probe { node, step } => self.probe(node, step),
+            Event::Look { node } => self.look(node),
+            Event::Detect { node } => self.detect(node),
             Event::Sample { node, session } => self.sample(node, session),
             Event::Wake { node, session } => self.wake(node, session),
             Event::Dial { node, session, tries } => self.dial(node, session, tries),
@@ -611,18 +603,30 @@ impl World {
     fn at_relay(&mut self, relay: usize, packet: Packet) {
         let Packet { from, to, body } = packet;
         match body {
-            Body::Probe { local_port, from_other_port } => {
-                let answer = |from_other_port| Body::Answer { local_port, asked: to, seen: from, from_other_port };
-                self.transmit(INTERNET, Packet { from: to, to: from, body: answer(false) });
-                if from_other_port {
-                    let mut other = to;
-                    other.set_port(OTHER_PORT);
-                    self.transmit(INTERNET, Packet { from: other, to: from, body: answer(true) });
-                }
-            }
+            Body::Probe(asked) => self.answer(relay, from, to, asked),
             Body::ToRelay { node, said } => self.hear(relay, node, from, said),
             _ => {}
         }
+    }
+
+    /// Answers only to the address that the node is registered from.
+    fn answer(&mut self, relay: usize, from: SocketAddr, to: SocketAddr, asked: signal::Signal) {
+        let signal::Body::ProbeRequest { from: answer_from, to_port } = asked.body else { return };
+        let registered = self.relays[relay].registered.get(&(asked.id as usize));
+        if registered.is_none_or(|(_, seen)| seen.ip() != from.ip()) {
+            return;
+        }
+        let source = match answer_from {
+            AnswerFrom::Same => to.port(),
+            AnswerFrom::OtherPort if to.port() == RELAY_PORT => OTHER_PORT,
+            AnswerFrom::OtherPort => RELAY_PORT,
+            AnswerFrom::OtherAddress => return,
+        };
+        let port = to_port.map_or(from.port(), NonZeroU16::get);
+        let (source, to) = (SocketAddr::new(to.ip(), source), SocketAddr::new(from.ip(), port));
+        let body = signal::Body::ProbeReply { observed: from };
+        let body = Body::Probe(signal::Signal { body, ..asked });
+        self.transmit(INTERNET, Packet { from: source, to, body });
     }
 
     fn hear(&mut self, relay: usize, node: usize, seen: SocketAddr, said: ToRelay) {
@@ -706,9 +710,7 @@ impl World {
         let Packet { from, to, body } = packet;
         let Some(&socket) = self.nodes[node].sockets.get(&to.port()) else { return };
         match body {
-            Body::Answer { local_port, asked, seen, from_other_port } => {
-                self.answered(node, local_port, asked, seen, from_other_port);
-            }
+            Body::Probe(answer) => self.answered(node, socket, from, answer),
             Body::ToNode { relay, told } => match *told {
                 ToNode::Coordinate(told) => self.begin(node, relay, told),
                 ToNode::Execute { session, ports } => self.learn_ports(node, relay, &session, &ports),
@@ -718,7 +720,7 @@ impl World {
             Body::Signal { session, by, signal } => self.signalled(node, socket, from, session, by, signal),
             Body::Connect { session } => self.accept(node, to, from, session),
             Body::Accept { session } => self.accepted(node, session),
-            Body::Probe { .. } | Body::ToRelay { .. } => {}
+            Body::ToRelay { .. } => {}
         }
     }
 
@@ -743,25 +745,11 @@ impl World {
     }
 
     fn join(&mut self, node: usize) {
-        let main = self.nodes[node].main;
         for relay in self.nodes[node].relays.clone() {
-            let address = SocketAddr::new(self.relays[relay].ip, RELAY_PORT);
-            self.nodes[node].probed.push((main, address, None));
             self.say(node, relay, ToRelay::Join);
         }
+        self.at(self.now + REGISTERED, Event::Look { node });
         self.at(self.now + 15_000 * MS, Event::Alive { node });
-        for n in 0..REPEATS {
-            self.at(self.now + (100 + 60 * n) * MS, Event::Probe { node, step: Step::Filter });
-            self.at(self.now + (600 + 60 * n) * MS, Event::Probe { node, step: Step::Mapping });
-        }
-        for fresh in 0..4 {
-            let port = self.socket(node, Socket::Fresh);
-            for n in 0..REPEATS {
-                let at = self.now + (900 + 10 * fresh + 60 * n) * MS;
-                self.at(at, Event::Probe { node, step: Step::Fresh(port) });
-            }
-        }
-        self.at(self.now + 1500 * MS, Event::Probe { node, step: Step::Conclude });
     }
 
     fn keep_alive(&mut self, node: usize) {
@@ -771,56 +759,84 @@ impl World {
         self.at(self.now + 15_000 * MS, Event::Alive { node });
     }
 
-    fn probe(&mut self, node: usize, step: Step) {
-        let (main, relays) = (self.nodes[node].main, self.nodes[node].relays.clone());
-        let address = |relay: usize, port| SocketAddr::new(self.relays[relay].ip, port);
-        let first = address(relays[0], RELAY_PORT);
-        match step {
-            Step::Filter => self.ask(node, main, first, true),
-            Step::Mapping => {
-                let mut all = vec![address(relays[0], OTHER_PORT)];
-                all.extend(relays.iter().map(|relay| address(*relay, RELAY_PORT)));
-                for to in all {
-                    self.ask(node, main, to, false);
+    fn look(&mut self, node: usize) {
+        let now = self.instant(self.now);
+        self.nodes[node].detector.wanted(false, now);
+        self.follow(node);
+    }
+
+    fn detect(&mut self, node: usize) {
+        let now = self.instant(self.now);
+        self.nodes[node].detector.timeout(false, now);
+        self.follow(node);
+    }
+
+    /// Carries out what the detector decides.
+    fn follow(&mut self, node: usize) {
+        while let Some(action) = self.nodes[node].detector.poll() {
+            let now = self.instant(self.now);
+            match action {
+                detection::Action::Begin => {
+                    let relays = Relays { usual: self.probed(node), to_check: Vec::new() };
+                    let (main, seed) = (self.nodes[node].main, self.random.u64(..));
+                    self.nodes[node].detector.begin(relays, main, seed, now);
                 }
-            }
-            Step::Fresh(port) => self.ask(node, port, first, false),
-            Step::Conclude => self.conclude(node),
-        }
-    }
-
-    fn ask(&mut self, node: usize, port: u16, to: SocketAddr, from_other_port: bool) {
-        let probed = &mut self.nodes[node].probed;
-        if probed.iter().all(|(local, asked, _)| (*local, *asked) != (port, to)) {
-            probed.push((port, to, None));
-        }
-        self.send(node, port, to, Body::Probe { local_port: port, from_other_port });
-    }
-
-    fn answered(&mut self, node: usize, port: u16, asked: SocketAddr, seen: SocketAddr, from_other_port: bool) {
-        let answering = &mut self.nodes[node];
-        answering.other_port_answered |= from_other_port;
-        if let Some(probed) = answering.probed.iter_mut().find(|(local, to, _)| (*local, *to) == (port, asked)) {
-            probed.2 = Some(seen);
-        }
-        let sampled = |session: &&mut Session| session.sample == Some(port);
-        let Some(session) = answering.sessions.values_mut().find(sampled) else { return };
-        session.sample = None;
-        let (relay, id) = (session.relay, session.id.clone());
-        let ports = answering.profile.predict(seen.port());
-        self.say(node, relay, ToRelay::Execute { session: id, ports });
-    }
-
-    fn conclude(&mut self, node: usize) {
-        let mut observations = Observations::default();
-        for (port, to, seen) in &self.nodes[node].probed {
-            if let Some(seen) = seen {
-                observations.mapped(*port, *to, *seen);
+                detection::Action::Open(count) => {
+                    let asking: Vec<u16> = (0..count).map(|n| self.socket(node, Socket::Asking(n))).collect();
+                    self.nodes[node].detector.opened(&asking, now);
+                    self.nodes[node].asking = asking;
+                }
+                detection::Action::Send(probe) => {
+                    let port = match probe.by {
+                        detection::Socket::Main => self.nodes[node].main,
+                        detection::Socket::New(n) => self.nodes[node].asking[n],
+                    };
+                    self.send(node, port, probe.to, Body::Probe(probe.signal));
+                }
+                detection::Action::Close => {
+                    for port in std::mem::take(&mut self.nodes[node].asking) {
+                        self.nodes[node].sockets.remove(&port);
+                    }
+                }
+                detection::Action::Describe(profile) => self.describe(node, profile),
+                _ => {}
             }
         }
-        observations.answered(Unsolicited::OtherPort, self.nodes[node].other_port_answered);
-        self.nodes[node].profile = observations.profile();
-        let Node { profile, ip, main, hostile, kind, .. } = self.nodes[node];
+        let next = self.nodes[node].detector.next_timeout().map(|next| self.micros(next));
+        let armed = self.nodes[node].detect_at.filter(|at| *at > self.now);
+        if let Some(next) = next.filter(|next| armed.is_none_or(|at| *next < at)) {
+            self.nodes[node].detect_at = Some(next);
+            self.at(next, Event::Detect { node });
+        }
+    }
+
+    /// The relays of a node, which are all registered.
+    fn probed(&self, node: usize) -> Vec<Probed> {
+        let probed = |relay: usize| {
+            let Relay { ip, registered, .. } = &self.relays[relay];
+            let (_, seen_at) = *registered.get(&node)?;
+            let secret = Secret::from([0; SECRET_LEN]);
+            let probes = Probes { id: node as u64, secret, port: OTHER_PORT, ip: None };
+            Some(Probed { relay: SocketAddr::new(*ip, RELAY_PORT), seen_at, probes })
+        };
+        self.nodes[node].relays.iter().filter_map(|relay| probed(*relay)).collect()
+    }
+
+    fn answered(&mut self, node: usize, socket: Socket, from: SocketAddr, answer: signal::Signal) {
+        let by = match socket {
+            Socket::Main => detection::Socket::Main,
+            Socket::Asking(n) => detection::Socket::New(n),
+            Socket::Sampling(session) => return self.sampled(node, session, from, answer),
+            Socket::Extra { .. } => return,
+        };
+        let now = self.instant(self.now);
+        self.nodes[node].detector.heard(by, from, answer, now);
+        self.follow(node);
+    }
+
+    fn describe(&mut self, node: usize, profile: NatProfile) {
+        self.nodes[node].profile = profile;
+        let Node { ip, main, hostile, kind, .. } = self.nodes[node];
         let mut candidates = Vec::new();
         if hostile {
             for n in 0..20 {
@@ -905,19 +921,49 @@ impl World {
             return self.at(self.now, Event::Spoof { node, session: number, n: 0 });
         }
         if strategy.predicts(&ours) {
-            let port = self.socket(node, Socket::Fresh);
-            self.nodes[node].sessions.get_mut(&number).unwrap().sample = Some(port);
+            let port = self.socket(node, Socket::Sampling(number));
+            let relay = SocketAddr::new(self.relays[relay].ip, RELAY_PORT);
+            let probed = self.probed(node).into_iter().find(|probed| probed.relay == relay);
+            let round = Round::sample(probed.unwrap(), self.random.u64(..), now);
+            self.nodes[node].sessions.get_mut(&number).unwrap().sample = Some((port, round));
             self.sample(node, number);
         }
         self.wake(node, number);
     }
 
     fn sample(&mut self, node: usize, number: u64) {
-        let Some(session) = self.nodes[node].sessions.get(&number) else { return };
-        let Some(port) = session.sample else { return };
-        let to = SocketAddr::new(self.relays[session.relay].ip, RELAY_PORT);
-        self.send(node, port, to, Body::Probe { local_port: port, from_other_port: false });
-        self.at(self.now + 150 * MS, Event::Sample { node, session: number });
+        let now = self.instant(self.now);
+        loop {
+            let Some(session) = self.nodes[node].sessions.get_mut(&number) else { return };
+            let Some((port, round)) = &mut session.sample else { return };
+            let port = *port;
+            match round.poll(now) {
+                Turn::Ask(probes) => {
+                    probes.iter().for_each(|probe| self.send(node, port, probe.to, Body::Probe(probe.signal)));
+                }
+                Turn::Wait(until) => return self.at(self.micros(until), Event::Sample { node, session: number }),
+                Turn::Over => {
+                    let seen = round.sampled();
+                    session.sample = None;
+                    let (relay, id) = (session.relay, session.id.clone());
+                    self.nodes[node].sockets.remove(&port);
+                    if let Some(seen) = seen {
+                        let ports = self.nodes[node].profile.predict(seen.port());
+                        self.say(node, relay, ToRelay::Execute { session: id, ports });
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn sampled(&mut self, node: usize, number: u64, from: SocketAddr, answer: signal::Signal) {
+        let now = self.instant(self.now);
+        let Some(session) = self.nodes[node].sessions.get_mut(&number) else { return };
+        if let Some((_, round)) = &mut session.sample {
+            round.heard(detection::Socket::New(0), from, answer, now);
+            self.sample(node, number);
+        }
     }
 
     fn learn_ports(&mut self, node: usize, relay: usize, id: &Id, ports: &[u16]) {
@@ -942,7 +988,7 @@ impl World {
         let via = match socket {
             Socket::Main => Via::Main,
             Socket::Extra { session, n } if session == number => Via::Extra(n),
-            Socket::Extra { .. } | Socket::Fresh => return,
+            Socket::Extra { .. } | Socket::Asking(_) | Socket::Sampling(_) => return,
         };
         let Some(session) = self.nodes[node].sessions.get_mut(&number) else { return };
         // Not its own, sent back.
