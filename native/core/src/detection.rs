@@ -211,7 +211,7 @@ impl Detector {
     }
 
     /// A relay sees this node at another address. Other relays see it there with the next packet: told again what they know, they
-    /// get one now, and not with the next keep-alive. And a direct path that was not to be had may be there now.
+    /// get one now, and not with the next keep-alive. And a direct path that failed before may work now.
     pub fn moved(&mut self, registering: bool, now: Instant) {
         if self.tell_at.is_none() {
             self.tell(now);
@@ -348,7 +348,7 @@ impl Detector {
             return self.pause(true, now);
         }
         if relays.is_empty() {
-            // Relays that answer no probes: nobody waits for what they tell.
+            // No relay answers probes. They are told something at once, because other nodes wait for it.
             if !self.described {
                 self.describe(NatProfile::default());
             }
@@ -399,7 +399,7 @@ pub fn local_addresses(
     let reachable = |ip: &IpAddr| is_reachable((*ip, bound.port()).into());
     let mut ips: Vec<IpAddr> =
         interfaces.into_iter().filter(|ip| of_socket(ip) && reachable(ip) && is_told(ip)).collect();
-    // Where two networks are in reach, the one of the older family is more often behind the NAT that is to be passed.
+    // Where two networks are in reach, the one of the older family is more often behind the NAT in the way.
     ips.sort_by_key(|ip| (Reverse(ip.is_ipv4()), *ip));
     ips.dedup();
     ips.truncate(MAX_LOCAL);

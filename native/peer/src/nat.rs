@@ -26,7 +26,7 @@ use crate::net::Net;
 use crate::relay::clients::Clients;
 use crate::socket::{AFTER_ERROR, Received, Socket};
 
-/// Answers that may wait to be looked at: more than are ever asked for at once.
+/// Answers that may wait: more than are ever asked for at once.
 const WAITING: usize = 64;
 
 /// What the rest of the node knows of the detection, and reports to it.

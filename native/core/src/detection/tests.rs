@@ -373,7 +373,7 @@ fn an_answer_to_an_earlier_round_counts_for_nothing() {
     run.detector.heard(Socket::Main, late.to, signal, run.clock());
     assert!(run.detector.poll().is_none());
     run.run(2000);
-    assert_eq!(run.found().unwrap().profile.mapping, None, "with one relay nobody can tell");
+    assert_eq!(run.found().unwrap().profile.mapping, None, "one relay cannot tell");
 }
 
 #[test]
