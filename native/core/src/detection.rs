@@ -48,6 +48,7 @@ const MAX_LOCAL: usize = 16;
 
 /// What to do.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a probe is sent at once, and most actions are probes")]
 pub enum Action {
     /// Call [`Detector::begin`] with the relays.
     Begin,
@@ -83,6 +84,7 @@ pub struct Relays {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a node has one")]
 enum Mode {
     /// Nothing is asked. Relays that did not answer are asked again then.
     Idle { again: Option<Instant> },
