@@ -148,9 +148,9 @@ access() ->
 
 %% @doc Disconnects a node; waits as {@link stats/0} does.
 -spec kick(term()) -> ok | not_started | {error, not_found | {invalid_kick, term()} | macula_peer_error:native()}.
-kick(Whom) ->
+kick(Target) ->
     Tag = make_ref(),
-    told(macula_peer_nif:kick(Tag, Whom), Tag).
+    told(macula_peer_nif:kick(Tag, Target), Tag).
 
 %% @doc Nodes of this relay; as {@link stats/0}.
 -spec relay_nodes(non_neg_integer()) ->

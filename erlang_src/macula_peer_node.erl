@@ -69,7 +69,7 @@
 %%   <dt>`handler'</dt>
 %%   <dd>As for {@link set_handler/1}. By default the handler stays as it is.</dd>
 %%   <dt>`relay'</dt>
-%%   <dd>Makes this node a relay. By default it is none.</dd>
+%%   <dd>Makes this node a relay. By default it is not one.</dd>
 %%   <dt>`key_share' (10)</dt>
 %%   <dd>The percentage of `max_accepted' connections that one key may have. A higher share suits a few busy clients; a lower one
 %%       leaves more room to others when a client opens many connections.</dd>
@@ -414,8 +414,8 @@ access() ->
 %% the callback are dropped. To keep a node away use {@link set_access/1}.
 -spec kick({key, fingerprint()} | {node_id, binary()}) ->
           ok | {error, not_found | {invalid_kick, term()} | macula_peer_error:engine()}.
-kick(Whom) ->
-    macula_peer_engine:figures(fun() -> macula_peer_call:kick(Whom) end).
+kick(Target) ->
+    macula_peer_engine:figures(fun() -> macula_peer_call:kick(Target) end).
 
 %% @equiv relay_nodes(0)
 -spec relay_nodes() -> relay_nodes() | {error, not_a_relay | macula_peer_error:engine()}.

@@ -160,8 +160,8 @@ wrong_values_are_named(_Config) ->
     ?assertEqual({error, {invalid_option, {refuse, #{}}}}, macula_peer_node:set_access(#{refuse => #{}})),
     ?assertEqual({error, {invalid_option, {deny, []}}}, macula_peer_node:set_access(#{deny => []})),
     ?assertEqual({error, {invalid_option, {access, []}}}, macula_peer_node:set_access([])),
-    [?assertEqual({error, {invalid_kick, Whom}}, macula_peer_node:kick(Whom))
-     || Whom <- [<<"a">>, {key, <<"a">>}, {node_id, <<>>}, {address, {127, 0, 0, 1}}]],
+    [?assertEqual({error, {invalid_kick, Target}}, macula_peer_node:kick(Target))
+     || Target <- [<<"a">>, {key, <<"a">>}, {node_id, <<>>}, {address, {127, 0, 0, 1}}]],
     ?assertEqual(#{allow => #{}, deny => #{}}, macula_peer_node:access()).
 
 %% ---- lists ----

@@ -193,7 +193,7 @@ a_gateway_gets_nothing_that_is_too_much(Config) ->
     macula_peer_program:stop(Gateway),
     macula_peer_test:stop_node(Node).
 
-%% ---- what everybody may send ----
+%% ---- what every node may send ----
 
 the_most_terms_arrive(Config) ->
     Node = ?config(node, Config),

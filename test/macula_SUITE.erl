@@ -247,7 +247,7 @@ a_lookup_from_inside_the_server_ends(Config) ->
     Absent = ?config(variant, Config) =:= absent,
     %% Another node stores all the same.
     _ = [ok = call(One, macula_variant, set, [macula_routing_server, normal]) || Absent],
-    _ = [ok = call(One, macula_routing_server, add_node, [#{node_id => Name}]) || Name <- [<<"two">>, <<"nobody">>]],
+    _ = [ok = call(One, macula_routing_server, add_node, [#{node_id => Name}]) || Name <- [<<"two">>, <<"unknown">>]],
     {Ms, Sent} = elapsed(fun() -> store(One, <<"key">>, <<"value">>) end),
     ct:pal("~p after ~b ms", [Sent, Ms]),
     ?assertMatch([{error, _}, ok], Sent),

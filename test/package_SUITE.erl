@@ -32,7 +32,7 @@ groups() ->
 init_per_suite(Config) ->
     case run(root(), [], "git rev-parse HEAD") of
         {0, _} -> precompiled(Config);
-        {_, Said} -> {skip, "what is committed cannot be had: " ++ Said}
+        {_, Said} -> {skip, "the committed files cannot be read: " ++ Said}
     end.
 
 precompiled(Config) ->

@@ -329,11 +329,11 @@ an_empty_list_of_relays_is_named(_Config) ->
                  send(Sender, ?NAMES, 1, #{})).
 
 a_relay_that_is_not_there_is_named(_Config) ->
-    Nobody = macula_peer_test:endpoint(macula_peer_test:closed_port()),
-    Sender = start_cold(here, bootstrap_peers([Nobody])),
+    Absent = macula_peer_test:endpoint(macula_peer_test:closed_port()),
+    Sender = start_cold(here, bootstrap_peers([Absent])),
     [?assertEqual({error, {nat_connection_failed, {relay_connect_failed, transport_down}}},
                   send(Sender, ?NAMES, 1, Opts))
-     || Opts <- [#{timeout => 2000}, #{timeout => 2000, relay_endpoint => Nobody}]].
+     || Opts <- [#{timeout => 2000}, #{timeout => 2000, relay_endpoint => Absent}]].
 
 a_relay_of_the_original_gets_the_message_itself(_Config) ->
     Gateway = macula_peer_fake_gateway:start(),

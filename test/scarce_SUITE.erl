@@ -29,7 +29,7 @@ end_per_suite(_Config) ->
     ok.
 
 init_per_testcase(_Case, Config) ->
-    %% Readable by everyone, wherever the project is.
+    %% Readable by every user, wherever the project is.
     Dir = string:trim(os:cmd("mktemp -d")),
     Library = code:lib_dir(macula_peer_connector),
     [] = os:cmd(io_lib:format("cp -RL ~ts/ebin ~ts/priv ~ts && cp ~ts/*.beam ~ts/ebin && chmod -R a+rX ~ts",

@@ -187,7 +187,7 @@ reported(Endpoint, Before) ->
     after 15000 -> ct:fail({reported, Before})
     end.
 
-%% ---- what arrives in vain ----
+%% ---- what is not handled ----
 
 unhandled_messages(Config) ->
     Endpoint = listen(),

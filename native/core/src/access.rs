@@ -77,11 +77,11 @@ fn host_bits_v6(len: u8) -> u128 {
 /// One side of [`Access`]. `None`: it says nothing about this kind.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AccessList {
-    /// Whoever has shown one of these keys.
+    /// Nodes that have shown one of these keys.
     pub keys: Option<Vec<Fingerprint>>,
-    /// Whoever registers here under one of these node ids, where this node is a relay.
+    /// Nodes that register here under one of these node ids, if this node is a relay.
     pub node_ids: Option<Vec<NodeId>>,
-    /// Whoever connects straight from an address in one of these.
+    /// Clients that connect straight from an address in one of these.
     pub networks: Option<Vec<Network>>,
 }
 
@@ -91,7 +91,7 @@ pub struct AccessList {
 pub struct Access {
     /// The only ones that may come.
     pub allow: AccessList,
-    /// Those that may not.
+    /// Nodes that are refused.
     pub deny: AccessList,
 }
 
@@ -126,7 +126,7 @@ impl Rules {
         self.networks.permits(|networks| networks.contain(ip))
     }
 
-    /// Whether anybody may be refused for the key that it shows.
+    /// Whether a node may be refused because of the key that it shows.
     pub fn select_by_key(&self) -> bool {
         self.keys.allow.is_some() || !self.keys.deny.is_empty()
     }
@@ -184,7 +184,7 @@ impl Networks {
 
 /// Prefixes contain each other or have nothing in common, so one that begins within another lies within it.
 fn disjoint<T: Ord + Copy>(mut ranges: Vec<(T, T)>) -> Vec<(T, T)> {
-    // The longest of those that begin at one address comes first.
+    // The longest prefix of those with one first address comes first.
     ranges.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
     ranges.dedup_by(|later, kept| later.0 <= kept.1);
     ranges
@@ -286,9 +286,9 @@ mod tests {
         assert!(rules.permit_key(Some(&key(1))) && !rules.permit_key(Some(&key(2))) && !rules.permit_key(None));
         assert!(rules.permit_node_id(b"a") && rules.select_by_key());
         assert_eq!(permitted(&rules, &["10.0.0.1"]), [true]);
-        let nobody = allow(AccessList { keys: Some(vec![]), node_ids: Some(vec![]), networks: Some(vec![]) });
-        assert!(!nobody.permit_key(Some(&key(1))) && !nobody.permit_node_id(b"a"));
-        assert_eq!(permitted(&nobody, &["10.0.0.1", "::1"]), [false, false]);
+        let none = allow(AccessList { keys: Some(vec![]), node_ids: Some(vec![]), networks: Some(vec![]) });
+        assert!(!none.permit_key(Some(&key(1))) && !none.permit_node_id(b"a"));
+        assert_eq!(permitted(&none, &["10.0.0.1", "::1"]), [false, false]);
     }
 
     #[test]

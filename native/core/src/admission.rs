@@ -1,4 +1,4 @@
-//! What has been said of those who come to this node, as long as it holds.
+//! Cached answers about nodes that want to come in.
 
 use std::hash::{Hash, RandomState};
 use std::net::IpAddr;
@@ -8,7 +8,7 @@ use hashlink::LruCache;
 
 use crate::types::{Fingerprint, NodeId, Path};
 
-/// Answers remembered, of each kind: a flood of strangers that are denied makes nobody forgotten that is allowed.
+/// Answers remembered, of each kind: a flood of denied strangers does not evict allowed nodes.
 const MAX_REMEMBERED: usize = 16_384;
 
 /// How long a node that was told to leave is not registered again.
@@ -29,13 +29,13 @@ pub struct Subject {
 
 /// Answers that are still good.
 #[derive(Debug)]
-pub struct Answers {
+pub struct AnswerCache {
     good_for: Duration,
     allowed: LruCache<Subject, Instant, RandomState>,
     denied: LruCache<Subject, Instant, RandomState>,
 }
 
-impl Answers {
+impl AnswerCache {
     pub fn new(good_for: Duration) -> Self {
         let cache = || LruCache::with_hasher(MAX_REMEMBERED, RandomState::new());
         Self { good_for, allowed: cache(), denied: cache() }
@@ -72,16 +72,16 @@ impl Answers {
     }
 }
 
-/// Whom to make leave.
+/// Which nodes to disconnect.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Kick {
-    /// Everybody with this key.
+    /// All nodes with this key.
     Key(Fingerprint),
-    /// Whoever is registered under this node id.
+    /// The node that is registered under this node id.
     NodeId(NodeId),
 }
 
-/// Who was told to leave a short time ago.
+/// Nodes that were kicked a short time ago.
 #[derive(Debug)]
 pub struct Kicked(LruCache<Kick, Instant, RandomState>);
 
@@ -92,8 +92,8 @@ impl Default for Kicked {
 }
 
 impl Kicked {
-    pub fn add(&mut self, whom: Kick, now: Instant) {
-        self.0.insert(whom, now + KICKED_FOR);
+    pub fn add(&mut self, target: Kick, now: Instant) {
+        self.0.insert(target, now + KICKED_FOR);
     }
 
     /// Whether a registration must wait.
@@ -101,15 +101,15 @@ impl Kicked {
         if self.0.is_empty() {
             return false;
         }
-        let whom = [Some(Kick::Key(key)), NodeId::new(node_id).map(Kick::NodeId)];
-        whom.into_iter().flatten().any(|whom| self.holds(&whom, now))
+        let target = [Some(Kick::Key(key)), NodeId::new(node_id).map(Kick::NodeId)];
+        target.into_iter().flatten().any(|target| self.holds(&target, now))
     }
 
-    fn holds(&mut self, whom: &Kick, now: Instant) -> bool {
-        match self.0.get(whom) {
+    fn holds(&mut self, target: &Kick, now: Instant) -> bool {
+        match self.0.get(target) {
             Some(until) if now < *until => true,
             Some(_) => {
-                self.0.remove(whom);
+                self.0.remove(target);
                 false
             }
             None => false,
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn an_answer_holds_for_its_time_and_its_question() {
-        let (start, mut answers) = (Instant::now(), Answers::new(Duration::from_secs(1)));
+        let (start, mut answers) = (Instant::now(), AnswerCache::new(Duration::from_secs(1)));
         let [allowed, denied] = [subject(1), subject(2)];
         answers.remember(allowed.clone(), true, start);
         answers.remember(denied.clone(), false, start);
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn the_last_answer_counts() {
-        let (now, mut answers) = (Instant::now(), Answers::new(Duration::from_secs(1)));
+        let (now, mut answers) = (Instant::now(), AnswerCache::new(Duration::from_secs(1)));
         for allowed in [true, false, true] {
             answers.remember(subject(1), allowed, now);
             assert_eq!(answers.find(&subject(1), now), Some(allowed));
@@ -163,14 +163,14 @@ mod tests {
 
     #[test]
     fn no_answer_is_remembered_for_no_time() {
-        let (now, mut answers) = (Instant::now(), Answers::new(Duration::ZERO));
+        let (now, mut answers) = (Instant::now(), AnswerCache::new(Duration::ZERO));
         answers.remember(subject(1), true, now);
         assert_eq!((answers.find(&subject(1), now), answers.allowed.len()), (None, 0));
     }
 
     #[test]
     fn a_flood_of_denied_clients_evicts_no_allowed_one() {
-        let (now, mut answers) = (Instant::now(), Answers::new(Duration::from_secs(1)));
+        let (now, mut answers) = (Instant::now(), AnswerCache::new(Duration::from_secs(1)));
         answers.remember(subject(0), true, now);
         for n in 1..MAX_REMEMBERED as u32 + 10 {
             answers.remember(subject(n), false, now);

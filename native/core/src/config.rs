@@ -10,8 +10,8 @@ use crate::access::Access;
 use crate::places::PlaceLimits;
 use crate::types::{Endpoint, NodeId, Secret, Verify};
 
-/// In percent of all: room for the largest frame, or who sends one would wait for ever. What an address may have depends on
-/// what the others have.
+/// In percent of the total: room for the largest frame, or its sender would wait for ever. What an address may have
+/// depends on what the others have.
 pub const FRAME_KEY_SHARE: u8 = 25;
 
 /// How much there must be. `max_frame`: the size of the largest.
@@ -23,14 +23,14 @@ pub fn least_frame_memory(max_frame: usize) -> usize {
 /// peers expect.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Local address of the one UDP socket. `None` (default): every address of both families, or every IPv4 address where
-    /// the host has no IPv6.
+    /// Local address of the UDP socket. `None` (default): every address of both families, or every IPv4 address if the
+    /// host has no IPv6.
     pub ip: Option<IpAddr>,
-    /// Local port of the one UDP socket. Default 0: the system chooses.
+    /// Local port of the UDP socket. Default 0: the system chooses.
     pub port: u16,
-    /// Largest frame and deepest nesting, both ways. Default 16 MiB and 64.
+    /// Largest frame and deepest nesting, in both directions. Default 16 MiB and 64.
     pub limits: Limits,
-    /// How many peers are kept at once; the least recently used one gives way. Default 100, as in the original's pool.
+    /// How many peers are kept at once; the least recently used one is evicted. Default 100, as in the original's pool.
     pub pool_size: usize,
     /// A link that carried nothing for this long is closed. Default 60 s, as in the original's pool.
     pub idle_timeout: Duration,
@@ -64,8 +64,8 @@ pub struct Config {
     /// Memory for frames above 32 KiB that are arriving, in bytes; one key may have a quarter of it. Less than four of the
     /// largest frames counts as four. Default `None`: 16 of the largest, or of 1 MiB where that is more.
     pub frame_memory: Option<usize>,
-    /// How long a frame that has begun to arrive may go without growing by 16 KiB or being complete. Default 30 s: 550
-    /// bytes a second. The total time has no limit: a large frame takes as long as its path needs.
+    /// How long an incomplete frame may go without growing by 16 KiB. Default 30 s: 550 bytes a second. The total time
+    /// has no limit: a large frame takes as long as its path needs.
     pub frame_timeout: Duration,
     /// The PEM file of this node's key, made if it is not there. Default `None`: a new key at every start.
     pub identity_file: Option<PathBuf>,
@@ -75,12 +75,12 @@ pub struct Config {
     /// The file of the keys that node ids are bound to, made if it is not there. Default `None`: they are forgotten when the
     /// engine stops.
     pub known_keys_file: Option<PathBuf>,
-    /// Whose certificates are good enough. Default [`Verify::FirstSeen`].
+    /// Which certificates are accepted. Default [`Verify::FirstSeen`].
     pub verify: Verify,
-    /// Which nodes may connect to this one, until `Engine::set_access` says otherwise. Default: anybody.
+    /// Which nodes may connect to this one, until `Engine::set_access` replaces it. Default: any.
     pub access: Access,
-    /// Whether those who connect directly must meet `verify` too, unless `Listen::verify` says
-    /// whom to let in. Default true. False: anybody may connect.
+    /// Whether clients that connect directly must meet `verify` too, unless `Listen::verify` says which are let in.
+    /// Default true. False: any client may connect.
     pub verify_clients: bool,
     /// What the nodes and relays of a realm have in common. Default `None`: no realm.
     pub realm_secret: Option<Secret>,
@@ -103,7 +103,7 @@ pub struct Shares {
     /// What one address may have of the connections and of the handshakes, an IPv4 address or 64 bits of an IPv6 address, in
     /// percent. Default 50: many nodes may be behind one NAT.
     pub address: u8,
-    /// Handshakes begun per second, in bursts of up to two seconds' worth. Default 500: on one processor they take about a
+    /// Handshakes per second, in bursts of up to two seconds' worth. Default 500: on one processor they take about a
     /// third of it.
     pub handshake_rate: usize,
 }

@@ -18,33 +18,33 @@ use crate::types::Fingerprint;
 /// Sessions in all: at a few seconds each a relay so begins some hundreds a second.
 const MAX_SESSIONS: usize = 2048;
 
-/// Sessions that a node has asked for, and as many that others have asked for with it. A node has one for each peer, and
-/// retries them after pauses.
+/// Sessions that a node has requested, and as many that others have requested with it. A node has one for each peer,
+/// and retries them after pauses.
 const MAX_SESSIONS_PER_NODE: usize = 16;
 
-/// Those that others have asked for with one node: what one key may have, whatever its names, and one address, whatever its
-/// keys.
+/// Of the sessions that others have requested with one node: the share of one key, whatever its names, and of one
+/// address, whatever its keys.
 const WITH_ONE_NODE: Limits =
     Limits { total: MAX_SESSIONS_PER_NODE, per_key: 2, per_address: MAX_SESSIONS_PER_NODE / 2 };
 
-/// All sessions, by who has asked for them.
+/// All sessions, by the node that requested them.
 const ALL: Limits = Limits { total: MAX_SESSIONS, per_key: MAX_SESSIONS / 32, per_address: MAX_SESSIONS / 4 };
 
 /// Sessions that a node asks for, per second, after a burst of as many as it may have.
 const REQUESTS_PER_SECOND: u64 = 4;
 
-/// Round trips count as no longer than that: a node that keeps back its acknowledgements makes nobody wait for long.
+/// Round trips count as no longer than that: a node that delays its acknowledgements does not delay others for long.
 const LONGEST_ROUND_TRIP: Duration = Duration::from_millis(500);
 
 /// What a node needs to get ready, to open hundreds of sockets for instance.
 const PREPARATION: Duration = Duration::from_millis(20);
 
-/// How long a session lives: until both have begun, at the latest, until it is over, and the result is said.
+/// How long a session lives: until both have begun, at the latest, until it is over, and its result is reported.
 const LIFE: Duration = Duration::from_secs(6);
 const _: () = assert!(LIFE.as_millis() > 3 * LONGEST_ROUND_TRIP.as_millis() + LONGEST.as_millis() + 500);
 
 /// How long a node that has just registered may take to find out what NAT it is behind: three rounds of questions of a relay
-/// that is not near. An attempt of the wrong kind would take longer, in vain.
+/// that is not near. An attempt of the wrong kind would take longer and fail.
 pub const DESCRIBED_WITHIN: Duration = Duration::from_millis(1500);
 
 /// Why there is no session.
@@ -52,7 +52,7 @@ pub const DESCRIBED_WITHIN: Duration = Duration::from_millis(1500);
 pub enum Refused {
     #[error("one of the two is not registered, or both are the same")]
     NotRegistered,
-    #[error("the other one is about to find out what NAT it is behind")]
+    #[error("the other node is still finding out what its NAT does")]
     NotReady,
     #[error("a session of the two is in progress")]
     InProgress,
@@ -63,7 +63,7 @@ pub enum Refused {
     #[error("as many sessions exist as may, or of this key or network")]
     Sessions,
     #[error(
-        "the node has asked for as many sessions as it may, or others with the target, or the asking one's key or network"
+        "the node has requested as many sessions as it may, or others with the target have, or the node's key or network"
     )]
     SessionsPerNode,
     #[error("the node asked too often")]
@@ -88,7 +88,7 @@ pub struct Coordinate {
     pub to: Generation,
     pub session: Id,
     pub role: Role,
-    /// The other one.
+    /// The other node.
     pub peer: Id,
     pub key: Fingerprint,
     pub seen: SocketAddr,
@@ -116,7 +116,7 @@ pub struct Coordinator {
     sessions: HashMap<u64, Session>,
     /// When each ends.
     expiring: BTreeSet<(Instant, u64)>,
-    /// Who has asked for them.
+    /// The node that requested them.
     asked: Counts,
     next_session: u64,
 }
@@ -129,9 +129,9 @@ struct Node {
     profile: NatProfile,
     /// At most `MAX_CANDIDATES`.
     candidates: Vec<SocketAddr>,
-    /// At most `MAX_SESSIONS_PER_NODE` that it asked for, and as many that others did.
+    /// At most `MAX_SESSIONS_PER_NODE` that it requested, and as many that others did.
     sessions: HashMap<Id, u64>,
-    /// Those that others did.
+    /// The sessions that others requested.
     asked: Counts,
 }
 
@@ -139,7 +139,7 @@ struct Node {
 struct Session {
     id: Id,
     until: Instant,
-    /// The one that asked is the first.
+    /// The first is the node that requested it.
     ends: [Generation; 2],
     asking: Client,
     /// How many more ports each may name.
@@ -183,7 +183,7 @@ impl Coordinator {
             node.profile = profile;
             node.candidates.clear();
             for &candidate in candidates {
-                // A node has one socket: who names several ports of a host means another's.
+                // A node has one socket: if it names several ports of a host, all but one belong to others.
                 if node.candidates.len() < MAX_CANDIDATES
                     && is_local(candidate)
                     && node.candidates.iter().all(|known| known.ip() != candidate.ip())
@@ -194,7 +194,7 @@ impl Coordinator {
         }
     }
 
-    /// One node asks to be brought together with another. What both are to be told.
+    /// A node requests a session with another. Returns what to tell both.
     pub fn request(
         &mut self,
         from: &Party,
@@ -205,7 +205,7 @@ impl Coordinator {
     ) -> Result<[Coordinate; 2], Refused> {
         self.expire(now);
         let asking = self.nodes.get_mut(&from.node).ok_or(Refused::NotRegistered)?;
-        // Whatever is answered: who is told to wait must not ask without end either.
+        // Counts whatever the answer is: a node that is told to wait must not ask without limit either.
         if !asking.requests.take(1, now) {
             return Err(Refused::Rate);
         }
@@ -241,7 +241,8 @@ impl Coordinator {
             key: peer.key,
             seen: peer.seen,
             profile,
-            // Seen at one address they may be in one network. At two, a local address of one is somebody else's at the other.
+            // Seen at one address they may be in one network. At two, a local address of one belongs to another host at
+            // the other.
             candidates: match self.nodes.get(&peer.node) {
                 Some(node) if to.seen.ip() == peer.seen.ip() => node.candidates.clone(),
                 _ => Vec::new(),
@@ -255,7 +256,7 @@ impl Coordinator {
         ])
     }
 
-    /// One of the two tells ports of its address. What the other is to be told, unless there is no such session.
+    /// One of the two names ports of its address. Returns what to tell the other, unless there is no such session.
     pub fn execute(&mut self, from: Generation, session: &Id, ports: &[u16], now: Instant) -> Option<Execute> {
         self.expire(now);
         let number = self.nodes.get(&from)?.sessions.get(session)?;
@@ -272,8 +273,8 @@ impl Coordinator {
         (!execute.ports.is_empty()).then_some(execute)
     }
 
-    /// One of the two says how its attempt went. That ends the session, but for a path that the responder claims to have: the
-    /// initiator decides for one. The other one, who is to be told, if it has ended with this.
+    /// One of the two reports how its attempt went. That ends the session, unless the responder claims a path: only the
+    /// initiator chooses one. Returns the other node, which must be told, if the session has ended.
     pub fn result(&mut self, from: Generation, session: &Id, success: bool, now: Instant) -> Option<Generation> {
         self.expire(now);
         let number = *self.nodes.get(&from)?.sessions.get(session)?;
@@ -341,7 +342,7 @@ impl Coordinator {
 /// How long each of the two waits, so that they begin at the same moment, and not before they know what they need.
 fn delays(round_trips: [Duration; 2], profiles: [NatProfile; 2]) -> [Duration; 2] {
     let [a, b] = round_trips.map(|round_trip| round_trip.min(LONGEST_ROUND_TRIP));
-    // Told, a probe there and back, the ports there, and told to the other one.
+    // The message, a probe and its answer, the message with the ports, and that to the other node.
     let predicted = |ours: usize, own: Duration, other: Duration| {
         let (ours, theirs) = (&profiles[ours], &profiles[1 - ours]);
         let predicts = Strategy::choose(ours, theirs, true).predicts(ours);
@@ -351,7 +352,7 @@ fn delays(round_trips: [Duration; 2], profiles: [NatProfile; 2]) -> [Duration; 2
     [begin - a / 2, begin - b / 2]
 }
 
-/// Whether nobody but a node in the same network is to be found at an address.
+/// Whether only a node in the same network can be reached at an address.
 pub fn is_local(address: SocketAddr) -> bool {
     let local = match address.ip() {
         IpAddr::V4(ip) => {
@@ -600,13 +601,13 @@ mod tests {
         relay.request(&a, &b, "s").unwrap();
         assert_eq!(relay.refused(&b, &a, "t"), Some(Refused::InProgress));
         assert_eq!(relay.refused(&a, &b, "t"), Some(Refused::InProgress));
-        assert_eq!(relay.refused(&a, &c, "s"), Some(Refused::IdInUse), "at the one that asks");
+        assert_eq!(relay.refused(&a, &c, "s"), Some(Refused::IdInUse), "at the requesting node");
         assert_eq!(relay.refused(&c, &b, "s"), Some(Refused::IdInUse), "at the other");
         let mut result =
             |from: &Party, session, success| relay.coordinator.result(from.node, &id(session), success, relay.start);
         assert_eq!(result(&b, "s", true), None, "the initiator decides for a path");
         for success in [true, false] {
-            assert_eq!(result(&c, "s", success), None, "it is none of the two");
+            assert_eq!(result(&c, "s", success), None, "it is neither of the two");
             assert_eq!(result(&a, "t", success), None, "there is no such session");
         }
         assert_eq!(result(&a, "s", true), Some(b.node));
@@ -776,7 +777,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens, each session has two ends that know of it, each pair has one, and all are gone in time.
+        /// After any sequence, each session has two ends that know of it, each pair has one, and all are gone in time.
         #[test]
         fn the_tables_agree(steps in steps()) {
             let mut relay = Relay::new();

@@ -1,5 +1,5 @@
 //! How many of the process's descriptors the engine may take. They belong to the whole BEAM: the application's files
-//! and sockets fail when there are none left.
+//! and sockets fail when none are left.
 
 /// A lookup holds a descriptor or two while it asks a DNS server.
 const LOOKUPS: (u64, u64) = (8, 128);

@@ -13,20 +13,20 @@ use crate::types::{Endpoint, Fingerprint, Path, PeerName};
 pub enum Event {
     /// Messages that had been accepted were not delivered, as far as can be known.
     Undelivered {
-        /// Whom they were for.
+        /// The peer they were for.
         peer: PeerName,
         /// How many.
         count: u64,
         /// Why.
         reason: UndeliveredReason,
     },
-    /// Messages to a peer take another path than before, or a better one than theirs could not be had.
+    /// Messages to a peer take another path than before, or no better one was found.
     Path {
         /// The peer.
         peer: PeerName,
         /// The path.
         path: Path,
-        /// Why others could not be had.
+        /// Why other paths failed.
         failures: Failures,
     },
     /// A sender goes on with a session that this node does not know: it was restarted, or had forgotten it. What was
@@ -34,7 +34,7 @@ pub enum Event {
     SessionRestarted {
         /// Where the sender is.
         peer: SocketAddr,
-        /// Who it is.
+        /// The node.
         key: Fingerprint,
     },
     /// This node's registration at a relay has changed.
@@ -73,9 +73,9 @@ pub enum Registration {
 pub struct NatStatus {
     /// How it maps and filters.
     pub profile: NatProfile,
-    /// Where others see the one socket. `None`: no relay has told.
+    /// Where relays see the socket. `None`: no relay has reported it.
     pub observed: Option<SocketAddr>,
-    /// The addresses that the host itself has for the one socket, without those that only it or its link knows.
+    /// The host's own addresses of the socket, without those that only the host or its link knows.
     pub local: Vec<SocketAddr>,
     /// When it was last found out.
     pub since: Option<SystemTime>,

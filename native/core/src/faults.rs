@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Up to so many errors in a row are read without a pause: ICMP errors about packets that were sent come like that.
+/// Up to this many errors in a row are read without a pause: ICMP errors about sent packets come in such bursts.
 const AT_ONCE: u32 = 32;
 
 /// Then there are pauses, which double.
@@ -13,7 +13,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const BROKEN_AFTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum FaultVerdict {
     /// Try again.
     Again,
     /// Try again after a pause.
@@ -31,16 +31,16 @@ pub struct Faults {
 }
 
 impl Faults {
-    pub fn failed(&mut self, now: Instant) -> Verdict {
+    pub fn failed(&mut self, now: Instant) -> FaultVerdict {
         self.in_a_row = self.in_a_row.saturating_add(1);
         let since = *self.since.get_or_insert(now);
         if self.in_a_row <= AT_ONCE {
-            return Verdict::Again;
+            return FaultVerdict::Again;
         }
         self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
         match now >= since + BROKEN_AFTER {
-            true => Verdict::Broken(self.pause),
-            false => Verdict::Pause(self.pause),
+            true => FaultVerdict::Broken(self.pause),
+            false => FaultVerdict::Pause(self.pause),
         }
     }
 
@@ -67,9 +67,9 @@ mod tests {
             let verdict = faults.failed(now);
             news += usize::from(faults.is_news());
             match verdict {
-                Verdict::Again => {}
-                Verdict::Pause(pause) => now += pause,
-                Verdict::Broken(pause) => {
+                FaultVerdict::Again => {}
+                FaultVerdict::Pause(pause) => now += pause,
+                FaultVerdict::Broken(pause) => {
                     assert!(pause <= LONGEST_PAUSE);
                     break;
                 }
@@ -88,7 +88,7 @@ mod tests {
             if n % AT_ONCE == 0 {
                 faults.worked();
             }
-            assert_eq!(faults.failed(now + BROKEN_AFTER * n), Verdict::Again);
+            assert_eq!(faults.failed(now + BROKEN_AFTER * n), FaultVerdict::Again);
         }
     }
 }

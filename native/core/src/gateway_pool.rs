@@ -36,23 +36,23 @@ impl Presence {
 
 /// Which connection a message takes.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Line {
+pub enum PoolSlot {
     Present(usize),
     New,
 }
 
 /// `slow` is the number of slow messages in flight on each connection, without this one.
-pub fn line(slow: &[usize], is_slow: bool) -> Line {
+pub fn line(slow: &[usize], is_slow: bool) -> PoolSlot {
     let first = match is_slow {
         // One connection is enough for all messages that are answered at once.
         false => slow.first().map(|_| 0),
         true => slow.iter().position(|&waiting| waiting < MAX_SLOW),
     };
     match first {
-        Some(index) => Line::Present(index),
-        None if slow.len() < MAX_LINES => Line::New,
+        Some(index) => PoolSlot::Present(index),
+        None if slow.len() < MAX_LINES => PoolSlot::New,
         // One of the waiting messages loses its answer.
-        None => (0..slow.len()).min_by_key(|&index| slow[index]).map_or(Line::New, Line::Present),
+        None => (0..slow.len()).min_by_key(|&index| slow[index]).map_or(PoolSlot::New, PoolSlot::Present),
     }
 }
 
@@ -77,20 +77,20 @@ mod tests {
         let mut slow = Vec::new();
         for n in 0..MAX_LINES * MAX_SLOW {
             match line(&slow, true) {
-                Line::New => slow.push(1),
-                Line::Present(index) => slow[index] += 1,
+                PoolSlot::New => slow.push(1),
+                PoolSlot::Present(index) => slow[index] += 1,
             }
             assert_eq!(slow.len(), n / MAX_SLOW + 1);
         }
         assert_eq!(slow, [MAX_SLOW; MAX_LINES]);
-        assert_eq!(line(&slow, true), Line::Present(0), "no more connections than that");
+        assert_eq!(line(&slow, true), PoolSlot::Present(0), "no more connections than that");
         slow[5] -= 1;
-        assert_eq!(line(&slow, true), Line::Present(5));
+        assert_eq!(line(&slow, true), PoolSlot::Present(5));
     }
 
     #[test]
     fn fast_messages_take_the_first_connection() {
-        assert_eq!(line(&[], false), Line::New);
-        assert_eq!(line(&[MAX_SLOW, 0], false), Line::Present(0));
+        assert_eq!(line(&[], false), PoolSlot::New);
+        assert_eq!(line(&[MAX_SLOW, 0], false), PoolSlot::Present(0));
     }
 }

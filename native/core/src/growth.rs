@@ -1,4 +1,4 @@
-//! Whether a transfer that has begun still makes progress.
+//! Whether a running transfer still makes progress.
 //!
 //! A transfer takes as long as the path needs: 16 MiB at 400 kbit/s take more than five minutes. What counts is the
 //! time spent waiting for the other side without enough progress. That also bounds how long a peer that sends a byte
@@ -6,12 +6,12 @@
 
 use std::time::Duration;
 
-/// So many bytes must come within the time without growth. With the default of 30 s that is 550 bytes a second, so a
+/// The bytes that must come within the time without growth. With the default of 30 s that is 550 bytes a second, so a
 /// link of 400 kbit/s can carry ninety transfers at once. No more than a stream takes at once, or a single wait could
 /// not yield it.
 const STEP: usize = 16 << 10;
 
-/// One transfer under way.
+/// One running transfer.
 #[derive(Debug, Default)]
 pub struct Growth {
     /// Time spent waiting since it last grew by a step.
@@ -101,7 +101,7 @@ mod tests {
         let mut growth = Growth::default();
         growth.waited(Duration::from_secs(29), 100);
         assert_eq!(growth.left(TIMEOUT), Duration::from_secs(1));
-        // A minute later, in which nobody read.
+        // A minute later, in which no task read.
         assert_eq!(growth.left(TIMEOUT), Duration::from_secs(1));
         growth.waited(Duration::from_secs(1), STEP);
         assert_eq!(growth.left(TIMEOUT), TIMEOUT);

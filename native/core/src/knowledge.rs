@@ -1,4 +1,4 @@
-//! What is known of the ways to a peer: what callers say, and what was found by looking up.
+//! A peer's candidates: from callers, and from lookups.
 
 use std::time::Instant;
 
@@ -10,7 +10,7 @@ pub struct Knowledge {
     /// What callers say.
     said: Candidates,
     lookup: Lookup,
-    /// There are ways that no race has tried.
+    /// There are candidates that no race has tried.
     learned: bool,
     /// Some of these may be better than a relay.
     better: bool,
@@ -28,12 +28,13 @@ impl Knowledge {
         self.learned = true;
     }
 
-    /// Whether to look up the rest now. If so, the caller begins, and calls [`Knowledge::resolved`] whatever comes of it.
+    /// Whether to look up the rest now. If so, the caller starts, and calls [`Knowledge::resolved`] whatever the
+    /// outcome.
     pub fn begin_lookup(&mut self, now: Instant) -> bool {
         self.lookup.begin(now)
     }
 
-    /// A lookup has found ways. Returns whether any of them was unknown.
+    /// A lookup has found candidates. Returns whether any of them was unknown.
     pub fn found(&mut self, candidates: Candidates) -> bool {
         let known = self.candidates();
         let endpoints = has_new(&candidates.endpoints, &known.endpoints);
@@ -51,7 +52,7 @@ impl Knowledge {
         self.learned = true;
     }
 
-    /// Every way to the peer. What callers say comes first.
+    /// All candidates of the peer. Those from callers come first.
     pub fn candidates(&self) -> Candidates {
         self.said.and(&self.lookup.candidates())
     }
@@ -81,7 +82,7 @@ impl Knowledge {
 }
 
 fn has_new(candidates: &[Endpoint], known: &[Endpoint]) -> bool {
-    candidates.iter().any(|way| !known.contains(way))
+    candidates.iter().any(|candidate| !known.contains(candidate))
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ const NONE: &str = "-";
 /// What a file says.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Contents {
-    /// The bindings, the one that was made first before the others.
+    /// The bindings, oldest first.
     pub keys: Vec<(NodeId, Fingerprint)>,
     /// The length of what can be read. What follows was being written when the node or its host failed.
     pub len: usize,

@@ -18,8 +18,8 @@ const BURST_GAP: Duration = Duration::from_millis(3);
 const ACK_DELAY: Duration = Duration::from_millis(25);
 
 /// How long a fresh lane rests after its first message. The gateway has to look at a new stream before it takes each
-/// chunk by itself, and nothing shows when it has. One process does this and the handshakes, and a client that vanishes
-/// during one holds it up for 5 s.
+/// chunk separately, and nothing shows when it has. One process does this and the handshakes, and a client that
+/// vanishes during one blocks it for 5 s.
 const FIRST_REST: Duration = Duration::from_secs(6);
 
 /// Lanes per link: a message every 10 ms over a round trip of 100 ms, with the time it takes to prove its arrival,

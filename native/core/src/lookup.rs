@@ -1,10 +1,10 @@
-//! When the ways to a node are looked up, and how long what was found holds.
+//! When a node is looked up, and how long the results hold.
 
 use std::time::{Duration, Instant};
 
 use crate::types::{Candidates, Fingerprint};
 
-/// How long more ways are waited for once somebody has begun to look them up.
+/// How long to wait for more candidates after a lookup has started.
 const AT_IT_FOR: Duration = Duration::from_secs(5);
 
 /// How long an answer is good for, also that there is nothing: a node may have moved, but one that is nowhere to be found
@@ -33,7 +33,7 @@ enum Phase {
 }
 
 impl Lookup {
-    /// Whether the node is to be looked up now. Whoever is told so begins.
+    /// Whether to look up the node now. A caller that gets true must start.
     pub fn begin(&mut self, now: Instant) -> bool {
         let wanted = match self.phase {
             Phase::Unasked => true,
@@ -51,8 +51,8 @@ impl Lookup {
         self.finding.learn(candidates);
     }
 
-    /// No more will come. What was found takes the place of the last answer; if nobody could be asked, that stays, and the
-    /// next one who wants to know may begin again.
+    /// The lookup is over. Its results replace the last ones; if the resolver could not be asked, those stay, and the
+    /// next caller may start another lookup.
     pub fn ended(&mut self, answered: bool, now: Instant) {
         let finding = std::mem::take(&mut self.finding);
         if answered {
@@ -70,12 +70,12 @@ impl Lookup {
         }
     }
 
-    /// The newest first. Until there is an answer the last one holds: who is asked may be slow.
+    /// The newest first. Until there is a result the last one holds: a resolver may be slow.
     pub fn candidates(&self) -> Candidates {
         self.finding.and(&self.found)
     }
 
-    /// The key that the node has, if somebody said so.
+    /// The node's key, if a server named it.
     pub fn key(&self) -> Option<Fingerprint> {
         self.finding.key.or(self.found.key)
     }
@@ -122,7 +122,7 @@ mod tests {
         let later = start + AT_IT_FOR;
         assert_eq!(lookup.until(later), None);
         assert!(lookup.begin(later));
-        assert_eq!(known(&lookup), [""; 0], "half an answer is none");
+        assert_eq!(known(&lookup), [""; 0], "half an answer does not count");
     }
 
     #[test]
@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(known(&lookup), ["both:1", "old:1"]);
         let later = start + ANSWERED_FOR;
         assert!(lookup.begin(later));
-        assert_eq!(known(&lookup), ["both:1", "old:1"], "who is asked may be slow");
+        assert_eq!(known(&lookup), ["both:1", "old:1"], "a resolver may be slow");
         lookup.found(candidates(&["new:1", "both:1"]));
         assert_eq!(known(&lookup), ["new:1", "both:1", "old:1"]);
         lookup.ended(true, later);

@@ -1,7 +1,7 @@
 //! Which host names are looked up, and which wait.
 //!
-//! The system's resolver holds a thread for each name, for ten seconds or more where a DNS server is dead, and cannot
-//! be interrupted. So one lookup of a name serves all who ask for it meanwhile, a failure holds for a moment, and names
+//! The system's resolver blocks a thread for each name, for ten seconds or more if a DNS server is dead, and cannot be
+//! interrupted. So one lookup of a name serves all callers that ask meanwhile, a failure holds for a moment, and names
 //! that hung the last time share a few of the threads. That leaves the rest to others, and some threads to names that
 //! are known to resolve.
 
@@ -22,7 +22,7 @@ const REMEMBERED: Duration = Duration::from_secs(600);
 const MAX_NAMES: usize = 2048;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ask {
+pub enum NameStatus {
     /// To be looked up now.
     Start,
     /// Its turn comes later.
@@ -71,17 +71,17 @@ impl Names {
         Self { limit, running: 0, hung: 0, names: HashMap::new(), waiting: Default::default() }
     }
 
-    pub fn ask(&mut self, name: &str, now: Instant) -> Ask {
+    pub fn ask(&mut self, name: &str, now: Instant) -> NameStatus {
         let class = match self.names.get(name) {
-            Some(Name { stage: Stage::Waiting | Stage::Running { .. }, .. }) => return Ask::Join,
+            Some(Name { stage: Stage::Waiting | Stage::Running { .. }, .. }) => return NameStatus::Join,
             Some(Name { stage: Stage::Over { at, failed: true }, class }) if now < *at + lasts(*class) => {
-                return Ask::Failed;
+                return NameStatus::Failed;
             }
             Some(Name { stage: Stage::Over { at, .. }, class }) if now < *at + REMEMBERED => *class,
             _ => Class::Unknown,
         };
         if !self.names.contains_key(name) && !self.make_room(now) {
-            return Ask::Failed;
+            return NameStatus::Failed;
         }
         let starts = self.may_run(class);
         let stage = if starts { self.start(class, now) } else { Stage::Waiting };
@@ -89,7 +89,7 @@ impl Names {
             self.waiting[class as usize].push_back(name.into());
         }
         self.names.insert(name.into(), Name { class, stage });
-        if starts { Ask::Start } else { Ask::Wait }
+        if starts { NameStatus::Start } else { NameStatus::Wait }
     }
 
     /// A lookup is over.
@@ -176,9 +176,9 @@ mod tests {
     fn a_name_is_looked_up_once_for_all_callers() {
         let now = Instant::now();
         let mut names = Names::new(LIMIT);
-        assert_eq!([0; 3].map(|_| names.ask("a", now)), [Ask::Start, Ask::Join, Ask::Join]);
+        assert_eq!([0; 3].map(|_| names.ask("a", now)), [NameStatus::Start, NameStatus::Join, NameStatus::Join]);
         names.done("a", true, now + ms(1));
-        assert_eq!(names.ask("a", now + ms(1)), Ask::Start, "an answer is not kept");
+        assert_eq!(names.ask("a", now + ms(1)), NameStatus::Start, "an answer is not kept");
     }
 
     #[test]
@@ -189,8 +189,8 @@ mod tests {
             names.ask("a", start);
             let end = start + took;
             names.done("a", false, end);
-            assert_eq!(names.ask("a", end + holds - ms(1)), Ask::Failed);
-            assert_eq!(names.ask("a", end + holds), Ask::Start);
+            assert_eq!(names.ask("a", end + holds - ms(1)), NameStatus::Failed);
+            assert_eq!(names.ask("a", end + holds), NameStatus::Start);
         }
     }
 
@@ -201,9 +201,9 @@ mod tests {
         names.ask("good", start);
         names.done("good", true, start);
         let asked: Vec<_> = (0..100).map(|n| names.ask(&bad(n), start)).collect();
-        assert_eq!(asked.iter().filter(|ask| **ask == Ask::Start).count(), LIMIT - LIMIT / 4);
-        assert_eq!(names.ask("good", start), Ask::Start, "is known to resolve");
-        // All hang, and are asked for again and again.
+        assert_eq!(asked.iter().filter(|ask| **ask == NameStatus::Start).count(), LIMIT - LIMIT / 4);
+        assert_eq!(names.ask("good", start), NameStatus::Start, "is known to resolve");
+        // All lookups hang, and are requested again and again.
         let mut now = start;
         for _ in 0..20 {
             now += ms(10_000);
@@ -214,8 +214,8 @@ mod tests {
         (0..100).for_each(|n| names.done(&bad(n), false, now));
         now += HUNG_FOR;
         let asked: Vec<_> = (0..100).map(|n| names.ask(&bad(n), now)).collect();
-        assert_eq!(asked.iter().filter(|ask| **ask == Ask::Start).count(), LIMIT / 4);
-        assert_eq!(names.ask("new", now), Ask::Start);
+        assert_eq!(asked.iter().filter(|ask| **ask == NameStatus::Start).count(), LIMIT / 4);
+        assert_eq!(names.ask("new", now), NameStatus::Start);
     }
 
     #[test]
@@ -223,13 +223,13 @@ mod tests {
         let now = Instant::now();
         let mut names = Names::new(4);
         assert_eq!(
-            [1, 2, 3, 4, 5].map(|n| names.ask(&bad(n), now)).map(|ask| ask == Ask::Start),
+            [1, 2, 3, 4, 5].map(|n| names.ask(&bad(n), now)).map(|ask| ask == NameStatus::Start),
             [true, true, true, false, false]
         );
         assert!(started(&mut names, now).is_empty());
         names.done(&bad(1), true, now);
         assert_eq!(names.next(now, |name| name != bad(4)).as_deref(), Some(&*bad(5)));
-        assert_eq!(names.ask(&bad(4), now), Ask::Wait);
+        assert_eq!(names.ask(&bad(4), now), NameStatus::Wait);
         names.done(&bad(2), true, now);
         assert_eq!(started(&mut names, now), [bad(4).into_boxed_str()]);
         assert_eq!(names.running, 3);
@@ -243,8 +243,8 @@ mod tests {
             names.ask(&bad(n), now);
         });
         assert_eq!(names.names.len(), MAX_NAMES);
-        assert_eq!(names.ask("one more", now), Ask::Failed);
+        assert_eq!(names.ask("one more", now), NameStatus::Failed);
         names.done(&bad(0), false, now);
-        assert_eq!(names.ask("one more", now + HUNG_FOR), Ask::Start);
+        assert_eq!(names.ask("one more", now + HUNG_FOR), NameStatus::Start);
     }
 }

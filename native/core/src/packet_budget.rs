@@ -36,7 +36,7 @@ const MAX_UNHEARD: usize = 64;
 #[derive(Debug)]
 pub struct PacketBudget {
     all: Bucket,
-    /// At most `MAX_TARGETS`: those whose buckets are not full again.
+    /// At most `MAX_TARGETS`: those whose buckets are not full.
     each: HashMap<IpAddr, Bucket>,
     /// At most `MAX_UNHEARD`.
     unheard: HashMap<SocketAddr, Unheard>,
@@ -194,7 +194,7 @@ mod tests {
         let (known, more) = (0..MAX_TARGETS as u32, MAX_TARGETS as u32..2 * MAX_TARGETS as u32);
         assert!(known.clone().all(|n| budget.take(to(n), now)));
         assert!(!budget.take(to(more.start), now), "there is no room");
-        assert!(budget.take(to(0), now), "for those that are known there is");
+        assert!(budget.take(to(0), now), "there is for known targets");
         let later = now + Duration::from_secs(1);
         assert!(more.into_iter().all(|n| budget.take(to(n), later)));
         assert!(budget.each.len() <= MAX_TARGETS);

@@ -1,8 +1,8 @@
-//! The places of accepted connections: so many in all, and of them a share for one key and for one address.
+//! The places of accepted connections: a limit in total, and shares of it for one key and for one address.
 //!
-//! A connection takes a place with its first packet, before anything is done for it, and counts for its key as well once
-//! it has shown one. The last places are kept for addresses that have none, so whoever is new gets in however many others
-//! have come.
+//! A connection takes a place with its first packet, before anything is done for it, and counts for its key as well
+//! once it has shown one. The last places are kept for addresses that have none, so a newcomer gets in however many
+//! others are connected.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use crate::shares::{Client, Counts, Exceeded, Limits, Rates};
 use crate::types::Fingerprint;
 
-/// From this many handshakes at once on, who has not proven its address must (RFC 9000, section 8.1.2). So no one who
-/// writes somebody else's address on its packets takes many of that address's places.
+/// With this many handshakes pending, validate addresses with Retry (RFC 9000, section 8.1.2). So a client that forges
+/// source addresses takes few of their places.
 const UNPROVEN_HANDSHAKES: usize = 64;
 
 /// The part of the places that is kept for addresses without any.
@@ -24,7 +24,7 @@ const BURST: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlaceLimits {
     pub connections: usize,
-    /// Handshakes begun per second.
+    /// Handshakes per second.
     pub handshake_rate: usize,
     /// In percent of both.
     pub key_share: u8,
@@ -35,9 +35,9 @@ macro_rules! limits {
     ($($(#[$about:meta])* $variant:ident $name:literal,)*) => {
         /// The limit that does not allow a connection.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        pub enum Over { $($(#[$about])* $variant,)* }
+        pub enum ExceededLimit { $($(#[$about])* $variant,)* }
 
-        impl Over {
+        impl ExceededLimit {
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
             pub fn name(self) -> &'static str {
@@ -56,14 +56,14 @@ limits! {
     HandshakeRatePerAddress "handshake_rate_per_address",
 }
 
-/// What is to be done with who wants to connect.
+/// What to do with a new client.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Arrival {
+pub enum PlaceDecision {
     /// It has a place, in the handshake: [`Places::handshake_over`] ends that, [`Places::leave`] all.
     Placed,
     /// It is to prove its address.
     Prove,
-    Refused(Over),
+    Refused(ExceededLimit),
 }
 
 #[derive(Debug)]
@@ -88,7 +88,7 @@ impl Places {
         }
     }
 
-    /// From now on these limits hold. Who has a place keeps it.
+    /// From now on these limits hold. Existing connections keep their places.
     pub fn limit(&mut self, limits: &PlaceLimits, now: Instant) {
         let (networks, keys) = counted(limits);
         self.kept = kept(limits);
@@ -97,25 +97,27 @@ impl Places {
         self.rates = rates(limits, now);
     }
 
-    /// Somebody wants to connect. `proven`: it has shown that its address is its own.
-    pub fn arrive(&mut self, address: IpAddr, proven: bool, now: Instant) -> Arrival {
+    /// A client wants to connect. `proven`: its address has been validated.
+    pub fn arrive(&mut self, address: IpAddr, proven: bool, now: Instant) -> PlaceDecision {
         if self.handshakes >= UNPROVEN_HANDSHAKES && !proven {
-            return Arrival::Prove;
+            return PlaceDecision::Prove;
         }
         if let Err(over) = self.has_room(address) {
-            return Arrival::Refused(over);
+            return PlaceDecision::Refused(over);
         }
         match self.rates.take(&Client::new(None, address), 1, now) {
             Ok(()) => {}
-            Err(Exceeded::Address | Exceeded::Key) => return Arrival::Refused(Over::HandshakeRatePerAddress),
-            Err(Exceeded::Total) => return Arrival::Refused(Over::HandshakeRate),
+            Err(Exceeded::Address | Exceeded::Key) => {
+                return PlaceDecision::Refused(ExceededLimit::HandshakeRatePerAddress);
+            }
+            Err(Exceeded::Total) => return PlaceDecision::Refused(ExceededLimit::HandshakeRate),
         }
         match self.enter(address) {
             Ok(()) => {
                 self.handshakes += 1;
-                Arrival::Placed
+                PlaceDecision::Placed
             }
-            Err(over) => Arrival::Refused(over),
+            Err(over) => PlaceDecision::Refused(over),
         }
     }
 
@@ -125,26 +127,26 @@ impl Places {
     }
 
     /// Takes a place for a connection whose handshake was, or is, bounded elsewhere.
-    pub fn enter(&mut self, address: IpAddr) -> Result<(), Over> {
+    pub fn enter(&mut self, address: IpAddr) -> Result<(), ExceededLimit> {
         self.has_room(address)?;
         self.networks.take(&Client::new(None, address), 1).map_err(over_address)
     }
 
-    fn has_room(&self, address: IpAddr) -> Result<(), Over> {
+    fn has_room(&self, address: IpAddr) -> Result<(), ExceededLimit> {
         let client = Client::new(None, address);
         self.networks.allows(&client, 1).map_err(over_address)?;
         match self.networks.of_network(&client) > 0 && self.networks.left() <= self.kept {
-            true => Err(Over::Connections),
+            true => Err(ExceededLimit::Connections),
             false => Ok(()),
         }
     }
 
     /// A connection with a place has shown its key.
-    pub fn show(&mut self, key: Fingerprint, address: IpAddr) -> Result<(), Over> {
-        self.keys.take(&Client::new(key, address), 1).map_err(|_| Over::ConnectionsPerKey)
+    pub fn show(&mut self, key: Fingerprint, address: IpAddr) -> Result<(), ExceededLimit> {
+        self.keys.take(&Client::new(key, address), 1).map_err(|_| ExceededLimit::ConnectionsPerKey)
     }
 
-    /// A connection gives its place back. `key`: the one that it has been counted for.
+    /// A connection gives its place back. `key`: the key that it has been counted for.
     pub fn leave(&mut self, key: Option<Fingerprint>, address: IpAddr) {
         self.networks.give_back(&Client::new(None, address), 1);
         if key.is_some() {
@@ -158,10 +160,10 @@ impl Places {
     }
 }
 
-fn over_address(exceeded: Exceeded) -> Over {
+fn over_address(exceeded: Exceeded) -> ExceededLimit {
     match exceeded {
-        Exceeded::Key | Exceeded::Address => Over::ConnectionsPerAddress,
-        Exceeded::Total => Over::Connections,
+        Exceeded::Key | Exceeded::Address => ExceededLimit::ConnectionsPerAddress,
+        Exceeded::Total => ExceededLimit::Connections,
     }
 }
 
@@ -193,12 +195,12 @@ mod tests {
     }
 
     /// One after the other, until one is refused.
-    fn connect(places: &mut Places, from: u8, now: Instant) -> (usize, Over) {
+    fn connect(places: &mut Places, from: u8, now: Instant) -> (usize, ExceededLimit) {
         for count in 0.. {
             match places.arrive(address(from), true, now) {
-                Arrival::Placed => places.handshake_over(),
-                Arrival::Refused(over) => return (count, over),
-                Arrival::Prove => panic!("it has proven its address"),
+                PlaceDecision::Placed => places.handshake_over(),
+                PlaceDecision::Refused(over) => return (count, over),
+                PlaceDecision::Prove => panic!("it has proven its address"),
             }
         }
         unreachable!()
@@ -208,15 +210,15 @@ mod tests {
     fn an_address_has_its_share_and_one_that_has_nothing_still_gets_in() {
         let now = Instant::now();
         let mut places = Places::new(&LIMITS, now);
-        assert_eq!(connect(&mut places, 1, now), (40, Over::ConnectionsPerAddress));
-        assert_eq!(connect(&mut places, 2, now), (30, Over::Connections));
+        assert_eq!(connect(&mut places, 1, now), (40, ExceededLimit::ConnectionsPerAddress));
+        assert_eq!(connect(&mut places, 2, now), (30, ExceededLimit::Connections));
         for new in 3..13 {
-            assert_eq!(connect(&mut places, new, now), (1, Over::Connections));
+            assert_eq!(connect(&mut places, new, now), (1, ExceededLimit::Connections));
         }
-        assert_eq!(connect(&mut places, 13, now), (0, Over::Connections));
+        assert_eq!(connect(&mut places, 13, now), (0, ExceededLimit::Connections));
         places.leave(None, address(1));
-        assert_eq!(connect(&mut places, 1, now), (0, Over::Connections), "the last ones are for others");
-        assert_eq!(connect(&mut places, 13, now), (1, Over::Connections));
+        assert_eq!(connect(&mut places, 1, now), (0, ExceededLimit::Connections), "the last ones are for others");
+        assert_eq!(connect(&mut places, 13, now), (1, ExceededLimit::Connections));
         assert_eq!(places.of_address(address(1)), 39);
     }
 
@@ -229,7 +231,7 @@ mod tests {
             places.show(key, address(from)).unwrap();
         }
         places.enter(address(9)).unwrap();
-        assert_eq!(places.show(key, address(9)), Err(Over::ConnectionsPerKey));
+        assert_eq!(places.show(key, address(9)), Err(ExceededLimit::ConnectionsPerKey));
         places.leave(None, address(9));
         places.leave(Some(key), address(1));
         places.enter(address(9)).unwrap();
@@ -241,13 +243,13 @@ mod tests {
         let now = Instant::now();
         let mut places = Places::new(&PlaceLimits { connections: 1000, ..LIMITS }, now);
         let arrived: Vec<_> = (0..100).map(|_| places.arrive(address(1), false, now)).collect();
-        assert!(arrived[..64].iter().all(|arrival| *arrival == Arrival::Placed));
-        assert!(arrived[64..].iter().all(|arrival| *arrival == Arrival::Prove));
-        assert_eq!(places.arrive(address(1), true, now), Arrival::Placed);
+        assert!(arrived[..64].iter().all(|arrival| *arrival == PlaceDecision::Placed));
+        assert!(arrived[64..].iter().all(|arrival| *arrival == PlaceDecision::Prove));
+        assert_eq!(places.arrive(address(1), true, now), PlaceDecision::Placed);
         for _ in 0..2 {
             places.handshake_over();
         }
-        assert_eq!(places.arrive(address(1), false, now), Arrival::Placed);
+        assert_eq!(places.arrive(address(1), false, now), PlaceDecision::Placed);
     }
 
     #[test]
@@ -256,18 +258,18 @@ mod tests {
         let mut places = Places::new(&PlaceLimits { connections: 1000, handshake_rate: 100, ..LIMITS }, start);
         let mut begin = |from, now| {
             let arrival = places.arrive(address(from), true, now);
-            if arrival == Arrival::Placed {
+            if arrival == PlaceDecision::Placed {
                 places.handshake_over();
                 places.leave(None, address(from));
             }
             arrival
         };
         for _ in 0..100 {
-            assert_eq!(begin(1, start), Arrival::Placed);
+            assert_eq!(begin(1, start), PlaceDecision::Placed);
         }
-        assert_eq!(begin(1, start), Arrival::Refused(Over::HandshakeRatePerAddress));
-        assert_eq!(begin(2, start), Arrival::Placed);
-        assert_eq!(begin(1, start + Duration::from_millis(20)), Arrival::Placed);
+        assert_eq!(begin(1, start), PlaceDecision::Refused(ExceededLimit::HandshakeRatePerAddress));
+        assert_eq!(begin(2, start), PlaceDecision::Placed);
+        assert_eq!(begin(1, start + Duration::from_millis(20)), PlaceDecision::Placed);
     }
 
     #[test]
@@ -277,8 +279,8 @@ mod tests {
         assert_eq!(connect(&mut places, 1, now).0, 40);
         places.limit(&PlaceLimits { connections: 8, ..LIMITS }, now);
         assert_eq!(places.of_address(address(1)), 40);
-        assert_eq!(connect(&mut places, 2, now), (0, Over::Connections));
+        assert_eq!(connect(&mut places, 2, now), (0, ExceededLimit::Connections));
         (0..40).for_each(|_| places.leave(None, address(1)));
-        assert_eq!(connect(&mut places, 2, now), (4, Over::ConnectionsPerAddress));
+        assert_eq!(connect(&mut places, 2, now), (4, ExceededLimit::ConnectionsPerAddress));
     }
 }

@@ -1,8 +1,8 @@
 //! One attempt of two nodes to reach each other through their NATs, as one of them takes part in it.
 //!
-//! Both send pings to where the other may be, from the same moment on, and answer those that come with a pong. A NAT
-//! lets in what looks like an answer, so each side's pings open the way for the other's. Who gets a pong knows that
-//! packets go both ways between exactly that socket and that address.
+//! Both send pings to where the other may be, from the same moment on, and answer pings with a pong. A NAT lets in what
+//! looks like an answer, so each side's pings open the path for the other's. A node that gets a pong knows that packets
+//! pass in both directions between exactly that socket and that address.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ use super::proto::signal::Role;
 /// The first pings go out in this pause: less than most round trips, so that a lost one costs little time.
 const FAST: Duration = Duration::from_millis(30);
 
-/// So many of them: 300 ms, in which the two sides have begun for certain, and the answers of all but far peers come.
+/// For 300 ms, within which the two sides have begun for certain, and the answers of all but far peers come.
 const FAST_PINGS: u32 = 10;
 
 /// The later ones: what is still unanswered waits for a lost packet or a late peer.
@@ -34,7 +34,7 @@ const LONGEST_LOCAL: Duration = Duration::from_secs(1);
 /// shorter than that.
 const GRACE: Duration = Duration::from_millis(10);
 
-/// Sockets that a node opens whose NAT gives each a port that nobody can tell. With as many, and `PROBES`, two of the 64,512
+/// Sockets that a node opens whose NAT gives each an unpredictable port. With as many, and `PROBES`, two of the 64,512
 /// ports meet with a probability of 98 %: 1 - (1 - 256 / 64,512)^1,024.
 const EXTRA_SOCKETS: u16 = 256;
 
@@ -44,7 +44,7 @@ const PROBES: u32 = 1024;
 /// In which they are tried, and the extra sockets used: some 100 kB/s, which no home's uplink drops.
 const PACE: Duration = Duration::from_millis(1);
 
-/// Of the birthday's packets so many may leave at once: timers are 1 ms coarse, and fire late on a busy machine.
+/// How many of the birthday's packets may leave at once: timers are 1 ms coarse, and fire late on a busy machine.
 const LATE: Duration = Duration::from_millis(10);
 
 /// When the extra sockets are used once more: all probes have left by then, and what they opened is open.
@@ -59,22 +59,22 @@ pub(super) const LOWEST_PORT: u16 = 1024;
 /// Local addresses of the peer that are looked at.
 pub const MAX_CANDIDATES: usize = 4;
 
-/// Candidates on which the peer was heard, other than those that were known, and that are answered.
+/// Unknown addresses at which the peer was heard, and which are answered.
 const MAX_SOURCES: usize = 8;
 
-/// Of these, those with an address that nobody named. Nobody but the peer can make a ping, but the peer can write
-/// somebody else's address on it.
+/// Of these, addresses that were never named. Only the peer can make a ping, but it can forge the ping's source
+/// address.
 pub(super) const MAX_STRANGERS: usize = 2;
 
 /// Packets to one address and port from one socket: pings for as long as it takes, and as many pongs.
-pub(super) const MAX_PER_WAY: u32 = 80;
+pub(super) const MAX_PER_PAIR: u32 = 80;
 
-/// As `MAX_PER_WAY`, to a local address that the peer has named: no one but the peer knows who is there. It answers at once, or
-/// not; each ping that comes from there is worth two more packets, the answer and a ping.
+/// As `MAX_PER_PAIR`, to a local address that the peer has named: only the peer knows which host is there. It answers at
+/// once, or not; each ping that comes from there is worth two more packets, the answer and a ping.
 pub(super) const MAX_PER_LOCAL: u32 = FAST_PINGS;
 const PER_LOCAL_PING: u32 = 2;
 
-/// As `MAX_PER_WAY`, to a stranger.
+/// As `MAX_PER_PAIR`, to a stranger.
 pub(super) const MAX_PER_STRANGER: u32 = 8;
 
 /// Packets in all, and in all with the birthday's.
@@ -88,7 +88,7 @@ pub enum Strategy {
     Plain,
     /// As `Plain`, but a sequential NAT's node tells the ports that it gets next, and those are pinged.
     Predicted,
-    /// This node opens many sockets, each with a port that nobody knows, and the peer guesses.
+    /// This node opens many sockets, each with an unknown port, and the peer guesses.
     BirthdayOpen,
     /// This node guesses the ports of the peer.
     BirthdayProbe,
@@ -119,7 +119,7 @@ pub struct Setup {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Via {
     Main,
-    /// Of those that were opened for this session, the first is 0.
+    /// Of the sockets that were opened for this session, the first is 0.
     Extra(u16),
 }
 
@@ -130,18 +130,18 @@ pub enum Signal {
     Pong { nonce: u64 },
 }
 
-/// What the node is to do.
+/// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Open so many sockets, and say how many there are (`opened`).
+    /// Open that many sockets, and report their number (`opened`).
     Open(u16),
     Send {
         via: Via,
         to: SocketAddr,
         signal: Signal,
     },
-    /// Packets go both ways between this socket and that address. To the initiator it is said once, of the path that it
-    /// shall take. To the responder of each path, for the initiator may take any.
+    /// Packets pass in both directions between this socket and that address. The initiator is told once, of the path to
+    /// take. The responder is told of each path, for the initiator may take any.
     Proven {
         via: Via,
         to: SocketAddr,
@@ -160,7 +160,7 @@ impl Strategy {
             }
             (Kind::Random, Kind::Strict) => birthday(Self::BirthdayOpen),
             (Kind::Strict, Kind::Random) => birthday(Self::BirthdayProbe),
-            // Who sends first to an open one needs not be known to it.
+            // A node that sends first to an open one need not be known to it.
             (Kind::Open, _) | (_, Kind::Open) => Self::Plain,
             (Kind::Sequential, _) | (_, Kind::Sequential) => Self::Predicted,
             (Kind::Strict | Kind::Unknown | Kind::Random, _) => Self::Plain,
@@ -177,9 +177,9 @@ impl Strategy {
 /// A profile, as far as it matters to the other side.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
-    /// One port for all, and it lets in whom it has sent to from any port.
+    /// One port for all destinations, and filtering by address.
     Open,
-    /// One port for all, and it lets in only who is where it has sent to.
+    /// One port for all destinations, and filtering by address and port.
     Strict,
     /// As far as is known nothing is against one port for all.
     Unknown,
@@ -206,26 +206,26 @@ pub struct Punch {
     strategy: Strategy,
     random: fastrand::Rng,
     end: Instant,
-    /// To be done at once.
+    /// Actions that are due now.
     ready: VecDeque<Action>,
     /// In the order in which they are pinged, which a sequential NAT's ports follow.
-    candidates: Vec<Way>,
+    pairs: Vec<Pair>,
     birthday: Option<Birthday>,
-    /// The pings that were sent, at most `packets_left` of the beginning.
+    /// The pings that were sent: at most the initial `packets_left`.
     pings: HashMap<u64, (Via, SocketAddr)>,
     /// The pings that were answered; as many as there are pongs.
     answered: HashSet<u64>,
     packets_left: u32,
     /// The best so far, and when it is good enough.
     best: Option<(Instant, Rank, Via, SocketAddr)>,
-    /// Whether a path is proven, and decided for.
+    /// Whether a path is proven and chosen.
     settled: bool,
     over: bool,
 }
 
-/// A socket of ours with an address of the peer's.
+/// A candidate pair (RFC 8445): a socket of this node and an address of the peer.
 #[derive(Debug)]
-struct Way {
+struct Pair {
     via: Via,
     to: SocketAddr,
     origin: Origin,
@@ -283,7 +283,7 @@ impl Punch {
             random: fastrand::Rng::with_seed(setup.seed),
             end: setup.begin + LONGEST,
             ready: VecDeque::new(),
-            candidates: Vec::new(),
+            pairs: Vec::new(),
             packets_left: if birthday.is_some() { MAX_BIRTHDAY_PACKETS } else { MAX_PACKETS },
             birthday,
             pings: HashMap::new(),
@@ -303,13 +303,13 @@ impl Punch {
             Strategy::None(_) => self.end = self.setup.begin + LONGEST_LOCAL,
             Strategy::BirthdayOpen => self.ready.push_back(Action::Open(EXTRA_SOCKETS)),
             Strategy::BirthdayProbe => {}
-            // Nobody is at the port that the relay sees.
+            // The peer is not at the port that the relay sees.
             Strategy::Predicted if self.setup.theirs.is_hard() => {}
             Strategy::Plain | Strategy::Predicted => self.name(self.setup.peer, Origin::Named, now),
         }
         let ports = std::mem::take(&mut self.setup.ports);
         self.learn_ports(&ports, now);
-        // After the others: no NAT is on the way to these, but if it is, it gives them a port.
+        // After the others: usually no NAT is on the path to these, but if one is, it assigns a port.
         for n in 0..self.setup.candidates.len() {
             self.name(self.setup.candidates[n], Origin::Local, now);
         }
@@ -358,16 +358,16 @@ impl Punch {
         if !self.settled {
             next = self.best.map_or(next, |(good, ..)| next.min(good));
             if self.packets_left > 0 {
-                let candidates =
-                    self.candidates.iter().filter(|way| way.packets_left > 0 && !way.proven).map(|way| way.next);
+                let pairs =
+                    self.pairs.iter().filter(|pair| pair.packets_left > 0 && !pair.proven).map(|pair| pair.next);
                 let birthday = self.birthday.as_ref().filter(|birthday| birthday.is_due(self.strategy));
-                next = candidates.chain(birthday.map(|birthday| birthday.next)).fold(next, Instant::min);
+                next = pairs.chain(birthday.map(|birthday| birthday.next)).fold(next, Instant::min);
             }
         }
         Some(next.max(self.setup.begin))
     }
 
-    /// So many extra sockets were opened.
+    /// That many extra sockets were opened.
     pub fn opened(&mut self, sockets: u16) {
         if let Some(birthday) = &mut self.birthday {
             birthday.sockets = sockets.min(EXTRA_SOCKETS);
@@ -382,8 +382,8 @@ impl Punch {
         let mut peer = self.setup.peer;
         for &port in ports {
             peer.set_port(port);
-            let told = |way: &&Way| way.to.ip() == peer.ip() && way.origin == Origin::Named;
-            if port >= LOWEST_PORT && self.candidates.iter().filter(told).count() < MAX_PORTS {
+            let told = |pair: &&Pair| pair.to.ip() == peer.ip() && pair.origin == Origin::Named;
+            if port >= LOWEST_PORT && self.pairs.iter().filter(told).count() < MAX_PORTS {
                 self.name(peer, Origin::Named, now);
             }
         }
@@ -410,28 +410,28 @@ impl Punch {
     }
 
     fn pinged(&mut self, via: Via, from: SocketAddr, nonce: u64, now: Instant) {
-        // Once only: somebody may have kept the packet to send it again, with another's address.
+        // Once only: an attacker may have kept the packet to send it again, from another address.
         if self.answered.contains(&nonce) {
             return;
         }
         // Where it has come from is pinged at once, though it is not time yet.
         self.setup.begin = self.setup.begin.min(now);
         self.learn_source(via, from, now);
-        let Some(way) = self.candidates.iter_mut().find(|way| (way.via, way.to) == (via, from)) else { return };
-        if way.origin == Origin::Local && way.pings_heard < MAX_PER_WAY {
-            way.pings_heard += 1;
-            way.packets_left += PER_LOCAL_PING;
+        let Some(pair) = self.pairs.iter_mut().find(|pair| (pair.via, pair.to) == (via, from)) else { return };
+        if pair.origin == Origin::Local && pair.pings_heard < MAX_PER_PAIR {
+            pair.pings_heard += 1;
+            pair.packets_left += PER_LOCAL_PING;
         }
-        if way.packets_left > 0 && self.packets_left > 0 {
+        if pair.packets_left > 0 && self.packets_left > 0 {
             self.answered.insert(nonce);
-            way.packets_left -= 1;
+            pair.packets_left -= 1;
             self.packets_left -= 1;
             self.ready.push_back(Action::Send { via, to: from, signal: Signal::Pong { nonce } });
         }
     }
 
     fn ponged(&mut self, via: Via, from: SocketAddr, nonce: u64, now: Instant) {
-        // It counts only if it came on the same way: a connection needs that too.
+        // It counts only if it came on the same path: a connection needs that too.
         if self.pings.get(&nonce) != Some(&(via, from)) {
             return;
         }
@@ -448,9 +448,9 @@ impl Punch {
                 });
             }
             Role::Responder => {
-                let way = self.candidates.iter_mut().find(|way| (way.via, way.to) == (via, from) && !way.proven);
-                if let Some(way) = way {
-                    way.proven = true;
+                let pair = self.pairs.iter_mut().find(|pair| (pair.via, pair.to) == (via, from) && !pair.proven);
+                if let Some(pair) = pair {
+                    pair.proven = true;
                     self.settled = true;
                     self.ready.push_back(Action::Proven { via, to: from });
                 }
@@ -467,47 +467,47 @@ impl Punch {
     }
 
     fn hopes_for_better(&self, rank: Rank) -> bool {
-        self.candidates.iter().any(|way| self.rank(way.via, way.to) < rank)
+        self.pairs.iter().any(|pair| self.rank(pair.via, pair.to) < rank)
     }
 
-    /// Takes the way on which the peer was heard among those to be pinged.
+    /// Adds the path on which the peer was heard to those that are pinged.
     fn learn_source(&mut self, via: Via, from: SocketAddr, now: Instant) {
-        if self.candidates.iter().any(|way| (way.via, way.to) == (via, from)) {
+        if self.pairs.iter().any(|pair| (pair.via, pair.to) == (via, from)) {
             return;
         }
-        let count = |origin| self.candidates.iter().filter(|way| way.origin == origin).count();
+        let count = |origin| self.pairs.iter().filter(|pair| pair.origin == origin).count();
         let named = self.setup.peer.ip() == from.ip() || self.setup.candidates.iter().any(|to| to.ip() == from.ip());
         if named && count(Origin::Learned) < MAX_SOURCES {
-            self.way(via, from, Origin::Learned, now);
+            self.add_pair(via, from, Origin::Learned, now);
         } else if !named && count(Origin::Stranger) < MAX_STRANGERS {
-            self.way(via, from, Origin::Stranger, now);
+            self.add_pair(via, from, Origin::Stranger, now);
         }
     }
 
     fn name(&mut self, to: SocketAddr, origin: Origin, now: Instant) {
-        if self.candidates.iter().all(|way| (way.via, way.to) != (Via::Main, to)) {
-            self.way(Via::Main, to, origin, now);
+        if self.pairs.iter().all(|pair| (pair.via, pair.to) != (Via::Main, to)) {
+            self.add_pair(Via::Main, to, origin, now);
         }
     }
 
-    fn way(&mut self, via: Via, to: SocketAddr, origin: Origin, now: Instant) {
+    fn add_pair(&mut self, via: Via, to: SocketAddr, origin: Origin, now: Instant) {
         let packets_left = match origin {
-            Origin::Named | Origin::Learned => MAX_PER_WAY,
+            Origin::Named | Origin::Learned => MAX_PER_PAIR,
             Origin::Local => MAX_PER_LOCAL,
             Origin::Stranger => MAX_PER_STRANGER,
         };
         let next = now.max(self.setup.begin);
-        self.candidates.push(Way { via, to, origin, next, pings: 0, pings_heard: 0, packets_left, proven: false });
+        self.pairs.push(Pair { via, to, origin, next, pings: 0, pings_heard: 0, packets_left, proven: false });
     }
 
     fn ping(&mut self, now: Instant) -> Option<Action> {
-        let way = self.candidates.iter_mut().find(|way| way.next <= now && way.packets_left > 0 && !way.proven)?;
-        let pause = if way.pings < FAST_PINGS { FAST } else { SLOW };
-        way.next = now + pause - JITTER + JITTER.mul_f64(2.0 * self.random.f64());
-        way.pings += 1;
-        let left = way.packets_left - 1;
-        let (via, to) = (way.via, way.to);
-        way.packets_left = left;
+        let pair = self.pairs.iter_mut().find(|pair| pair.next <= now && pair.packets_left > 0 && !pair.proven)?;
+        let pause = if pair.pings < FAST_PINGS { FAST } else { SLOW };
+        pair.next = now + pause - JITTER + JITTER.mul_f64(2.0 * self.random.f64());
+        pair.pings += 1;
+        let left = pair.packets_left - 1;
+        let (via, to) = (pair.via, pair.to);
+        pair.packets_left = left;
         self.send_ping(via, to)
     }
 
@@ -877,7 +877,7 @@ mod tests {
         side.hear(Via::Main, from, Signal::Ping { nonce: 7 });
         side.hear(Via::Main, other, Signal::Ping { nonce: 7 });
         side.run(100);
-        assert_eq!(side.pongs(), 1, "somebody may have kept it");
+        assert_eq!(side.pongs(), 1, "an attacker may have kept it");
         assert!(!side.pinged().contains(&other));
         side.answer(from);
         assert_eq!(side.proven(), [(Via::Main, from)]);
@@ -918,7 +918,7 @@ mod tests {
         for ours in [SEQUENTIAL, STRICT] {
             let mut side = Side::new(ours, SEQUENTIAL, |setup| setup.candidates = vec![local()]);
             side.run(20);
-            assert_eq!(side.pinged(), [local()], "nobody is where the relay sees it");
+            assert_eq!(side.pinged(), [local()], "the peer is not where the relay sees it");
             side.punch.learn_ports(&[7003, 7002, 7001], side.now());
             side.run(20);
             let told = [7003, 7002, 7001].map(|port| SocketAddr::new(peer().ip(), port));
@@ -1029,7 +1029,7 @@ mod tests {
         Run(u64),
         Stop,
         Ping(u16, u8, u64),
-        /// Of one of the pings that were sent, and whether on the way that it went.
+        /// Answers one of the sent pings, and whether on its path.
         Pong(prop::sample::Index, bool),
         Ports(Vec<u16>),
     }
@@ -1039,15 +1039,15 @@ mod tests {
             50 => (0..200u64).prop_map(Step::Run),
             1 => Just(Step::Stop),
             50 => (0..4u16, 0..4u8, 0..50u64).prop_map(|(port, ip, nonce)| Step::Ping(port, ip, nonce)),
-            50 => (any::<prop::sample::Index>(), prop::bool::weighted(0.1)).prop_map(|(which, way)| Step::Pong(which, way)),
+            50 => (any::<prop::sample::Index>(), prop::bool::weighted(0.1)).prop_map(|(which, same_path)| Step::Pong(which, same_path)),
             50 => vec(any::<u16>(), 0..20).prop_map(Step::Ports),
         ];
         vec(step, 0..200)
     }
 
     proptest! {
-        /// Whatever comes, it ends, says how exactly once, sends only to whom it was named or heard from, and no more
-        /// than it may.
+        /// After any input, it ends, reports how exactly once, sends only to addresses it was told or heard from, and
+        /// no more than it may.
         #[test]
         fn a_session_ends_and_keeps_to_its_bounds(
             ours in 0..5usize, theirs in 0..5usize, responds: bool, near: bool, seed: u64, steps in steps(),
@@ -1068,11 +1068,11 @@ mod tests {
                         heard.insert(from);
                         side.hear(if port == 3 { Via::Extra(3) } else { Via::Main }, from, Signal::Ping { nonce });
                     }
-                    Step::Pong(which, way) => {
+                    Step::Pong(which, same_path) => {
                         let pings = side.pings();
                         if !pings.is_empty() {
                             let (_, via, to, nonce) = *which.get(&pings);
-                            let from = if way { to } else { address("20.0.0.2:1") };
+                            let from = if same_path { to } else { address("20.0.0.2:1") };
                             side.hear(via, from, Signal::Pong { nonce });
                         }
                     }
@@ -1086,15 +1086,15 @@ mod tests {
             let proven = side.proven();
             prop_assert_eq!(over, usize::from(proven.is_empty()));
             prop_assert!(responds || proven.len() <= 1);
-            let mut candidates: HashMap<_, u32> = HashMap::new();
+            let mut sent: HashMap<_, u32> = HashMap::new();
             for (_, action) in &side.log {
                 if let Action::Send { via, to, .. } = *action {
-                    *candidates.entry((via, to)).or_default() += 1;
+                    *sent.entry((via, to)).or_default() += 1;
                     prop_assert!(to.ip() == peer().ip() || to == local() || heard.contains(&to), "{}", to);
                 }
             }
-            prop_assert!(candidates.values().sum::<u32>() <= MAX_BIRTHDAY_PACKETS);
-            prop_assert!(candidates.values().all(|sent| *sent <= MAX_PER_WAY + 2));
+            prop_assert!(sent.values().sum::<u32>() <= MAX_BIRTHDAY_PACKETS);
+            prop_assert!(sent.values().all(|packets| *packets <= MAX_PER_PAIR + 2));
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The messages that wait for a peer's link: those that were accepted, in order, then the calls that wait; and apart from
-//! them those for another key than the link's.
+//! The messages that wait for a peer's link: accepted ones, in order, then those of waiting calls; and separately those
+//! for another key than the link's.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -143,14 +143,14 @@ impl<J: Queued> Queue<J> {
         GivenUp { queued, parked }
     }
 
-    /// No link was to be had. Takes the calls that fail with that: those from before the race began, or all of them unless
-    /// `later_stay`. What was accepted keeps its deadline.
+    /// No link could be made. Takes the calls that fail with that: those from before the race began, or all of them
+    /// unless `later_stay`. Accepted messages keep their deadlines.
     pub fn fail(&mut self, begun: Instant, later_stay: bool) -> Vec<J> {
         split_off(&mut self.jobs, |job| job.is_accepted() || (later_stay && job.queued_at() > begun))
     }
 
-    /// No holder of another key was found. Takes the calls that fail with that: a later one may name another key, or have
-    /// come with other ways.
+    /// No holder of another key was found. Takes the calls that fail with that: a later one may name another key, or
+    /// have come with other candidates.
     pub fn fail_parked(&mut self, begun: Instant) -> Vec<J> {
         self.sought.clear();
         split_off(&mut self.parked, |job| job.is_accepted() || job.queued_at() > begun)

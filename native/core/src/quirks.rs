@@ -11,7 +11,7 @@ const LASTS: Duration = Duration::from_secs(600);
 /// How long a packet may be unmarked to see whether that gets through. No dial lasts longer by default.
 const TRIAL: Duration = Duration::from_secs(10);
 
-/// How many destinations are remembered. Those that would expire first make room for others.
+/// How many destinations are remembered. Those that would expire first are evicted.
 const MAX_REMEMBERED: usize = 1024;
 
 #[derive(Debug, Default)]
@@ -23,7 +23,7 @@ pub struct Quirks {
 }
 
 impl Quirks {
-    /// Whether there are none, which saves looking for one.
+    /// Whether there are none, which saves a lookup.
     pub fn is_empty(&self) -> bool {
         self.unsegmented.until.is_empty() && self.unmarked.until.is_empty()
     }

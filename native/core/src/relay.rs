@@ -1,9 +1,9 @@
-//! A relay's book-keeping: who is registered, which circuits exist, what one of them may carry.
+//! A relay's tables: which nodes are registered, which circuits exist, and what a circuit may carry.
 //!
-//! Names and circuits are limited in total, for one key and for one address ([`super::shares`]). A name takes a share as
-//! long as its owner is there, and then as long as the owner had it, within the grace period. For the rest of that period
-//! it is still kept, but gives way when the relay is full; those go first whose owners had them for the shortest time. So
-//! a node that restarts finds its name, whoever fills the relay, and nodes that come and go leave little behind.
+//! Names and circuits are limited in total, for one key and for one address ([`super::shares`]). A name takes a share
+//! as long as its owner is registered, and then as long as the owner had it, within the grace period. For the rest of
+//! that period it is still kept, but evicted when the relay is full, first those that their owners had for the shortest
+//! time. So a node that restarts finds its name even on a full relay, and nodes that come and go leave little behind.
 
 use std::cmp::{max, min};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -28,15 +28,15 @@ const NOTICE_EVERY: Duration = Duration::from_secs(1);
 /// At once come as many registrations as in this time.
 const ACCEPT_BURST: Duration = Duration::from_secs(1);
 
-/// Names whose time has come that one call deals with. A call adds one at the most, so they do not pile up; and when ten
-/// thousand nodes have left together, no single call deals with all of them.
+/// Expired names that one call removes. A call adds one at the most, so they do not pile up; and when ten thousand
+/// nodes have left together, no single call removes all of them.
 const SETTLED_AT_ONCE: usize = 64;
 
 /// One registration of one node id. Never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Generation(pub u64);
 
-/// A circuit that has just ended, and whose it was.
+/// A circuit that has just ended, and the node it belonged to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended {
     pub circuit: u32,
@@ -56,7 +56,7 @@ pub struct Opened {
     pub target: Generation,
 }
 
-/// Who is registered, and which circuits exist.
+/// The registered nodes and their circuits.
 #[derive(Debug)]
 pub struct Book {
     max_registrations: usize,
@@ -68,14 +68,14 @@ pub struct Book {
     name_shares: Counts,
     /// At most `max_registrations`.
     names: HashMap<Id, Name>,
-    /// The names that nobody has at the moment, by when they are free.
+    /// The names without a registered owner, by when they are free.
     vacant: BTreeMap<(Instant, Generation), Id>,
     /// Of these, those that take a share, by until when.
     kept: BTreeMap<(Instant, Generation), Id>,
     /// The others, by how long their owners had them.
     yielding: BTreeMap<(Duration, Generation), Id>,
     live: HashMap<Generation, Live>,
-    /// Of the circuits, by who opened them.
+    /// Of the circuits, by the node that opened them.
     circuit_shares: Counts,
     circuits: HashMap<u32, Circuit>,
     next_generation: u64,
@@ -85,7 +85,7 @@ pub struct Book {
 #[derive(Debug)]
 struct Name {
     owner: Fingerprint,
-    /// Whose share it takes.
+    /// The client whose share it takes.
     client: Client,
     generation: Generation,
     since: Instant,
@@ -111,7 +111,7 @@ struct Live {
     circuits: HashSet<u32>,
     /// How many of them this node has opened.
     opened: usize,
-    /// The others, by who opened them.
+    /// The others, by the node that opened them.
     incoming: Counts,
 }
 
@@ -213,8 +213,8 @@ impl Book {
         self.end_live(generation)
     }
 
-    /// A circuit from one node to another. There is none from a node to itself: to it, no *other* node has that id. What one
-    /// node opens and what others open to it are counted apart: nobody keeps it from opening its own.
+    /// A circuit from one node to another. There is none from a node to itself: no *other* node has that id. What one
+    /// node opens and what others open to it are counted separately: no other node can keep it from opening its own.
     pub fn open(&mut self, from: Generation, target: &Id) -> Result<Opened, Refusal> {
         let target = self.find(from, target).ok_or(Refusal::NotRegistered)?;
         // It may have been replaced a moment ago.
@@ -248,7 +248,7 @@ impl Book {
         Ok(Opened { circuit, target })
     }
 
-    /// Another node than the one that asks.
+    /// Another node than the requesting one.
     pub fn find(&self, from: Generation, target: &Id) -> Option<Generation> {
         let name = self.names.get(target).filter(|name| name.vacant.is_none() && name.generation != from);
         name.map(|name| name.generation)
@@ -268,7 +268,7 @@ impl Book {
         self.circuits.len()
     }
 
-    /// Who owns the name, or whether there is room for it.
+    /// The owner of the name, or whether there is room for it.
     fn may_have(&self, node_id: &Id, client: &Client, owner: Fingerprint) -> Result<(), Refusal> {
         match self.names.get(node_id) {
             Some(name) if name.owner != owner => Err(Refusal::NodeIdTaken),
@@ -281,8 +281,8 @@ impl Book {
         }
     }
 
-    /// Takes a share for a name that may be had, and returns whose it is: an owner who comes back from an address that has its
-    /// share already keeps what it had at the other one.
+    /// Takes a share for a free name, and returns whose it is: an owner that comes back from an address without a share
+    /// left keeps the share that it had at the other one.
     fn take_share(&mut self, client: Client, previous: Option<&Name>) -> Client {
         if self.name_shares.take(&client, 1).is_ok() {
             self.make_room();
@@ -294,7 +294,7 @@ impl Book {
         before
     }
 
-    /// Where there are as many names as may be, and not all take a share, one that does not gives way.
+    /// With all names taken, one that takes no share is evicted, if there is one.
     fn make_room(&mut self) {
         if self.names.len() >= self.max_registrations
             && let Some(weakest) = self.yielding.first_key_value().map(|(_, node_id)| node_id.clone())
@@ -403,7 +403,7 @@ impl Traffic {
         Self { bandwidth: Bucket::new(config.bandwidth, burst, now), used: now }
     }
 
-    /// Whether so many bytes may pass.
+    /// Whether that many bytes may pass.
     pub fn pass(&mut self, bytes: usize, now: Instant) -> bool {
         self.used = now;
         self.bandwidth.take(bytes as u64, now)
@@ -420,7 +420,7 @@ impl Traffic {
 pub struct Notices([Option<Instant>; Limit::ALL.len()]);
 
 impl Notices {
-    /// Whether the node is to be told now.
+    /// Whether to tell the node now.
     pub fn due(&mut self, limit: Limit, now: Instant) -> bool {
         let Some(last) = self.0.get_mut(limit as usize) else { return false };
         let due = last.is_none_or(|last| now >= last + NOTICE_EVERY);
@@ -535,7 +535,7 @@ mod tests {
         let (start, _) = clock();
         let mut book = book(&unshared(), start);
         let a = registered(&mut book, "a", alice(), start);
-        assert_eq!(book.open(a, &id("nobody")), Err(Refusal::NotRegistered));
+        assert_eq!(book.open(a, &id("unknown")), Err(Refusal::NotRegistered));
         assert_eq!(book.open(a, &id("a")), Err(Refusal::NotRegistered));
         let b = registered(&mut book, "b", alice(), start);
         book.end(b, start);
@@ -627,7 +627,7 @@ mod tests {
         assert_eq!(book.register(id("d"), bob(), AWAY, at(19)), Err(Refusal::Registrations));
         assert_eq!(book.names.len(), 3);
         registered(&mut book, "d", bob(), at(20));
-        assert_eq!(book.register(id("a"), bob(), AWAY, at(20)), Err(Refusal::NodeIdTaken), "b gave way");
+        assert_eq!(book.register(id("a"), bob(), AWAY, at(20)), Err(Refusal::NodeIdTaken), "b was evicted");
         assert_eq!(book.register(id("b"), bob(), AWAY, at(29)), Err(Refusal::Registrations));
         assert!(book.register(id("b"), bob(), AWAY, at(30)).is_ok());
         assert_eq!(book.register(id("a"), alice(), HOME, at(30)), Err(Refusal::Registrations));
@@ -693,7 +693,7 @@ mod tests {
         assert_eq!(book.register(id("c"), other, HOME, at(1500)), Err(Refusal::RegistrationsPerAddress));
     }
 
-    /// Whoever asks for what is somebody else's uses up nothing that honest nodes need.
+    /// Attempts at names of others use up nothing that honest nodes need.
     #[test]
     fn attempts_at_taken_names_use_up_no_registrations() {
         let (start, at) = clock();
@@ -779,8 +779,8 @@ mod tests {
         assert!(!traffic.pass(1200, at(1000)));
         assert!(traffic.pass(1000, at(1000)));
 
-        let mut shut = Traffic::new(&RelayConfig { bandwidth: 0, ..unshared() }, start);
-        assert!(!(0..100).any(|_| shut.pass(70_000, at(1000))));
+        let mut closed = Traffic::new(&RelayConfig { bandwidth: 0, ..unshared() }, start);
+        assert!(!(0..100).any(|_| closed.pass(70_000, at(1000))));
         let mut open = Traffic::new(&RelayConfig { bandwidth: u64::MAX, ..unshared() }, start);
         assert!((0..1000).all(|_| open.pass(usize::MAX >> 16, start)));
     }
@@ -868,9 +868,9 @@ mod tests {
         start: Instant,
         ms: u64,
         names: HashMap<u8, Seen>,
-        /// Everybody who was ever registered.
+        /// All nodes that were ever registered.
         all: Vec<(Generation, u8)>,
-        /// By who opened them.
+        /// By the node that opened them.
         circuits: HashMap<u32, (u8, [Generation; 2])>,
         /// What honest keys may register at the moment.
         rates: [Bucket; HONEST as usize],
@@ -1035,8 +1035,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(512))]
 
-        /// Whatever hostile nodes do: an honest one is registered and opens circuits whenever its own share allows, no name
-        /// passes to another key before its time, no table is larger than it may be, and all of them agree.
+        /// Whatever hostile nodes do: an honest one is registered and opens circuits whenever its own share allows, no
+        /// name passes to another key too early, no table exceeds its bound, and all of them agree.
         #[test]
         fn the_books_keep_their_promises(steps in steps()) {
             let mut world = World::new();

@@ -1,10 +1,10 @@
 //! The requests that this node was asked. One that is asked again, because its link died, is not handed over again: its
 //! answer goes to where it was asked last, also if there was one by then.
 //!
-//! A request is kept until the answer has arrived, or for [`KEPT_FOR`]. A key that has its share loses its own oldest. When
-//! the table is full, the client with the most makes room (`weights.rs`): for a request the one with the most
-//! requests, for an answer the one with the most bytes of answers. A request that is forgotten and asked again fails if the
-//! requester knows that it had arrived.
+//! A request is kept until the answer has arrived, or for [`KEPT_FOR`]. A key above its share loses its own oldest.
+//! When the table is full, the client with the most makes room (`weights.rs`): for a request the one with the most
+//! requests, for an answer the one with the most bytes of answers. A request that is forgotten and repeated fails if
+//! the requester knows that it had arrived.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -78,7 +78,7 @@ pub enum Asked {
 /// Why a request that was handed over has no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// Nobody will answer.
+    /// No answer will come.
     Unanswered,
     /// Nothing is known of it any more.
     Forgotten,
@@ -92,7 +92,7 @@ pub struct MadeRoom {
 }
 
 impl<R> Requests<R> {
-    /// With room for so many.
+    /// With room for `most`.
     pub fn new(most: usize) -> Self {
         Self {
             most,
@@ -104,7 +104,8 @@ impl<R> Requests<R> {
         }
     }
 
-    /// A request came, whose answer goes to `route`. `again`: the requester knows that it came before, or it may not come twice.
+    /// A request came, whose answer goes to `route`. `again`: the requester knows that it came before, or it may not
+    /// come twice.
     pub fn ask(&mut self, owner: Owner, id: RequestId, again: bool, route: R, now: Instant) -> Asked {
         self.expire(now);
         if let Some(request) = self.requests.get_mut(&(owner.key, id)) {
@@ -227,7 +228,7 @@ impl<R> Requests<R> {
     }
 }
 
-/// What is kept, by whose it is.
+/// Entries, by client.
 #[derive(Debug, Default)]
 struct Book {
     weight: usize,
@@ -438,7 +439,7 @@ mod tests {
         assert_eq!(left, [(true, 24), (true, 8), (false, 0)]);
     }
 
-    /// Whatever happens, nothing is handed over twice within the bounds, and the books agree.
+    /// After any sequence, nothing is handed over twice within the bounds, and the tables agree.
     #[test]
     fn the_tables_agree_and_nothing_is_handed_over_twice() {
         for seed in 0..300 {

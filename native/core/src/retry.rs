@@ -44,7 +44,7 @@ const LONGEST_PAUSE_KICKED: Duration = Duration::from_secs(60);
 const FIRST_PAUSE_TAKEN_OVER: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE_TAKEN_OVER: Duration = Duration::from_secs(300);
 
-/// A registration that lasted this long is undisputed: the other one of two nodes never waits so long.
+/// A registration that lasted this long is undisputed: of two nodes with one key, the other never waits that long.
 const UNDISPUTED: Duration = Duration::from_secs(600);
 
 /// The second time that a registration is taken over, the other node is there to stay.
@@ -130,7 +130,7 @@ mod tests {
         let (mut nodes, mut said) = ([Registering::default(), Registering::default()], [None; 2]);
         let (mut now, mut since, mut lasted, mut turn) = (Duration::ZERO, [Duration::ZERO; 2], Vec::new(), 0);
         while now < Duration::from_secs(hours * 3600) {
-            // The one whose turn it is registers, and takes the registration from the other.
+            // The node whose turn it is registers, and takes the registration from the other.
             let other = 1 - turn;
             if now > Duration::ZERO {
                 lasted.push(now - since[other]);

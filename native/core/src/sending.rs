@@ -1,8 +1,8 @@
 //! What to do about a packet that the kernel did not send.
 //!
-//! An error of `sendmsg` can be about this packet's destination, about something that the packet asks for (segmentation
-//! offload, a source address, an ECN mark), or about another packet: ICMP errors of a socket surface in whatever call comes
-//! next. Nothing here outlives the packet, so one destination's error cannot change how the next packet is sent.
+//! An error of `sendmsg` can be about this packet's destination, about an option of the packet (segmentation offload, a
+//! source address, an ECN mark), or about another packet: ICMP errors of a socket surface in any later call. Nothing
+//! here outlives the packet, so one destination's error cannot change how the next packet is sent.
 
 use std::io;
 
@@ -48,7 +48,7 @@ const WITHOUT: [Asks; 4] = [
 pub enum Fault {
     /// Another packet: ICMP said that its port is closed.
     Others,
-    /// Something that was asked for, or the destination: `EINVAL`, `EIO`.
+    /// An option of the packet, or the destination: `EINVAL`, `EIO`.
     Unsupported,
     /// The destination, or an ICMP error about another packet: no route, or a forbidden one.
     NoRoute,
@@ -106,7 +106,7 @@ pub enum Next {
 
 /// One packet that is being sent.
 #[derive(Debug)]
-pub struct Attempt {
+pub struct SendAttempt {
     asked: Asks,
     asks: Asks,
     /// The next of `WITHOUT`.
@@ -116,7 +116,7 @@ pub struct Attempt {
     in_a_row: u8,
 }
 
-impl Attempt {
+impl SendAttempt {
     pub fn new(asked: Asks) -> Self {
         Self { asked, asks: asked, rung: 0, tries: 0, last: None, in_a_row: 0 }
     }
@@ -142,7 +142,7 @@ impl Attempt {
         }
     }
 
-    /// The same packet with less asked for.
+    /// The same packet with fewer options.
     fn less(&mut self) -> Option<Asks> {
         while let Some(without) = WITHOUT.get(self.rung) {
             self.rung += 1;
@@ -166,7 +166,7 @@ mod tests {
 
     /// What becomes of a packet where the kernel returns this.
     fn sent(asked: Asks, mut kernel: impl FnMut(Asks) -> Result<(), Fault>) -> (Result<Asks, Next>, usize) {
-        let (mut attempt, mut asks, mut tries) = (Attempt::new(asked), asked, 0);
+        let (mut attempt, mut asks, mut tries) = (SendAttempt::new(asked), asked, 0);
         loop {
             tries += 1;
             match kernel(asks).map_err(|fault| attempt.failed(fault)) {

@@ -1,12 +1,13 @@
-//! Shares: what strangers can use up is limited in total, for one key and for one address, so that nobody takes all of it.
+//! Shares: what strangers can use up is limited in total, for one key and for one address, so that no client takes all
+//! of it.
 //!
 //! - [`Counts`] limit what clients have at the same time: connections, names, circuits, sessions, bytes in memory.
-//!   `macula-peer` gives back by itself what a task had.
+//!   `macula-peer` has guards that give back what a task had.
 //! - [`Rates`] limit what clients do in a second: handshakes, registrations.
 //!
-//! A client is known by the key that it has shown, if it has, and by its network: an IPv4 address, or the /64 of an IPv6
-//! address, which is what one subscriber has at the least (RFC 6177). Keys cost nothing, so the share of one address is
-//! what limits somebody who makes many. All tables are bounded, and their hashing is keyed.
+//! A client is known by the key that it has shown, if any, and by its network: an IPv4 address, or the /64 of an IPv6
+//! address, which is the least that one subscriber has (RFC 6177). Keys cost nothing, so the share of one address is
+//! what limits an attacker that makes many. All tables are bounded, and their hashing is keyed.
 
 use std::cmp::max;
 use std::collections::HashMap;
@@ -18,8 +19,8 @@ use hashlink::LinkedHashMap;
 
 use crate::types::Fingerprint;
 
-/// Keys and addresses whose buckets are remembered, of each. Of more the least recently used are forgotten, which makes
-/// their buckets full: that limits no client too much.
+/// Keys and addresses whose buckets are remembered, of each. Beyond that the least recently used are forgotten, which
+/// makes their buckets full: that limits no client too much.
 const MAX_REMEMBERED: usize = 16_384;
 
 /// What one address is counted as.
@@ -39,7 +40,7 @@ impl From<IpAddr> for Network {
     }
 }
 
-/// Who takes something.
+/// The client that takes something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Client {
     key: Option<Fingerprint>,
@@ -66,7 +67,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Shares in percent, rounded up: of a total of 1 or more nobody's share is 0.
+    /// Shares in percent, rounded up: of a total of 1 or more no share is 0.
     pub fn percent(total: usize, per_key: u8, per_address: u8) -> Self {
         let share = |percent: u8| {
             let share = (total as u128 * u128::from(percent)).div_ceil(100);
@@ -102,7 +103,7 @@ pub enum Exceeded {
 pub struct Counts {
     limits: Limits,
     total: usize,
-    /// Only those that have something: no more than `limits.total`.
+    /// Only clients that have something: no more than `limits.total`.
     keys: HashMap<Fingerprint, usize>,
     networks: HashMap<Network, usize>,
 }
@@ -117,7 +118,7 @@ impl Counts {
         self.limits = limits;
     }
 
-    /// Gives the client so much, or nothing.
+    /// Gives the client that amount, or nothing.
     pub fn take(&mut self, client: &Client, amount: usize) -> Result<(), Exceeded> {
         self.allows(client, amount)?;
         self.total += amount;
@@ -128,7 +129,7 @@ impl Counts {
         Ok(())
     }
 
-    /// Whether the client could take so much.
+    /// Whether the client could take that amount.
     pub fn allows(&self, client: &Client, amount: usize) -> Result<(), Exceeded> {
         let Limits { total, per_key, per_address } = self.limits;
         let fits = |taken: usize, limit| taken.saturating_add(amount) <= limit;
@@ -155,7 +156,7 @@ impl Counts {
         self.total
     }
 
-    /// What nobody has.
+    /// What no client has.
     pub fn left(&self) -> usize {
         self.limits.total.saturating_sub(self.total)
     }
@@ -201,7 +202,7 @@ impl Rates {
         Self { limits: per_second, total: bucket(total), keys, networks }
     }
 
-    /// Lets the client do it so many times, or not at all. What is refused takes nothing from anybody.
+    /// Lets the client do it that many times, or not at all. A refusal takes nothing from any client.
     pub fn take(&mut self, client: &Client, times: u64, now: Instant) -> Result<(), Exceeded> {
         let key = self.key_after(client, times, now)?;
         let network = self.network_after(client, times, now)?;
@@ -213,7 +214,7 @@ impl Rates {
         Ok(())
     }
 
-    /// The same for what a client asks for in vain: it takes from the share of its key alone, or of its address if it has
+    /// The same for requests that fail: they take from the share of its key alone, or of its address if it has
     /// shown none.
     pub fn take_own(&mut self, client: &Client, times: u64, now: Instant) -> Result<(), Exceeded> {
         match self.key_after(client, times, now)? {
@@ -250,7 +251,7 @@ impl<K: Hash + Eq> Buckets<K> {
         Self { full, used: LinkedHashMap::with_hasher(RandomState::new()) }
     }
 
-    /// What is left when so much is taken.
+    /// What is left after taking that amount.
     fn after(&self, key: &K, tokens: u64, now: Instant) -> Option<Bucket> {
         self.used.get(key).unwrap_or(&self.full).after(tokens, now)
     }
@@ -301,7 +302,7 @@ impl Bucket {
     }
 }
 
-/// In which so many tokens come, at most a day: more would be as much as any use of it can notice.
+/// The time in which that many tokens come, at most a day: longer makes no difference to any use of it.
 fn time(tokens: u64, rate: u64) -> Duration {
     const DAY: u128 = 86_400_000_000_000;
     let nanos = u128::from(tokens) * 1_000_000_000 / u128::from(rate);
@@ -468,7 +469,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is taken and given back, no share is passed, the counts agree, and nothing is left in the end.
+        /// After any sequence, no share is exceeded, the counts agree, and nothing is left in the end.
         #[test]
         fn counts_agree_and_stay_within_their_limits(
             steps in vec((0..4u32, 0..4u8, 0..5usize, any::<bool>(), any::<prop::sample::Index>()), 0..200)
@@ -506,8 +507,8 @@ mod tests {
             prop_assert!(counts.total() == 0 && counts.keys.is_empty() && counts.networks.is_empty());
         }
 
-        /// In no window of time does a key or an address get more than its burst and its rate; and one that keeps to its
-        /// rate always gets it, whatever others do within a part of the total.
+        /// In no window of time does a key or an address get more than its burst and its rate; and one that keeps to
+        /// its rate always gets it, whatever others do within a part of the total.
         #[test]
         fn rates_hold_over_any_period_and_senders_within_them_are_never_refused(
             hostile in vec((0..3u32, 1..4u64, 0..40u64), 1..400)

@@ -35,7 +35,7 @@ const CHECK_EVERY: Duration = Duration::from_secs(600);
 pub enum Failed {
     /// Nothing came.
     Silent,
-    /// ICMP, or the system, said that nobody is there.
+    /// ICMP, or the system, reported that no socket is there.
     Refused,
 }
 
@@ -150,7 +150,7 @@ mod tests {
         *START + Duration::from_secs(seconds)
     }
 
-    /// Dials `count` times, every so many seconds, and never hears anything; which dials left by another port.
+    /// Dials `count` times, at this interval in seconds, without any answer; returns which dials left by another port.
     fn dialled(ports: &mut SourcePorts, how: Failed, count: u64, every: u64) -> Vec<bool> {
         let mut left = Vec::new();
         for n in 0..count {

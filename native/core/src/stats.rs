@@ -18,9 +18,9 @@ pub struct Stats {
     pub hits: u64,
     /// Calls that did not.
     pub misses: u64,
-    /// Peers that gave way to others because the pool was full.
+    /// Peers evicted because the pool was full.
     pub evictions: u64,
-    /// Links that were dialled and whose peer may be anybody: its certificate was not checked in any way.
+    /// Dialled links whose peer is not verified: its certificate was not checked.
     pub unverified: u64,
     /// Messages that had been accepted and were not delivered.
     pub undelivered: u64,
@@ -30,7 +30,7 @@ pub struct Stats {
     pub malformed: u64,
     /// What was refused, had to wait or was forgotten, by the limit that did not allow it.
     pub refused: Vec<(&'static str, u64)>,
-    /// What became of those who came, by the lists and by the callback.
+    /// Incoming connections and registrations, by the outcome of the lists and the callback.
     pub admission: AdmissionStats,
     /// Sessions of senders that this node knows.
     pub sessions: usize,
@@ -85,7 +85,7 @@ pub struct PeerStats {
     pub received: u64,
     /// Calls that got an error and accepted messages that were not delivered.
     pub failed: u64,
-    /// Dials begun.
+    /// Dials started.
     pub dials: u64,
     /// Bytes queued or not yet acknowledged.
     pub unacknowledged_bytes: usize,
@@ -109,7 +109,7 @@ pub struct LinkStats {
 pub struct PathStatus {
     /// The link that carries the messages, if there is one.
     pub link: Option<LinkStats>,
-    /// Why other paths could not be had. Those of paths that are no better than the link's are from before it was up.
+    /// Why other paths failed. Those of paths that are no better than the link's are from before it was up.
     pub failures: Failures,
 }
 
@@ -122,7 +122,7 @@ pub struct AcceptedStats {
     pub received: u64,
 }
 
-/// What became of those who came.
+/// The outcome of incoming connections and registrations.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AdmissionStats {
     /// Questions that were put to the callback.
@@ -138,7 +138,7 @@ pub struct AdmissionStats {
 pub struct RelayNode {
     /// What it is registered as.
     pub node_id: NodeId,
-    /// Who it is.
+    /// The node.
     pub key: Fingerprint,
     /// Where its packets come from.
     pub address: SocketAddr,

@@ -12,7 +12,7 @@ pub fn now_or_never<F: Future>(future: F) -> Option<F::Output> {
     }
 }
 
-/// A poisoned lock is taken all the same: no state here is left half changed by a panic that could matter more than
+/// A poisoned lock is taken anyway: no state here is left half changed by a panic that could matter more than
 /// every later caller's failure.
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

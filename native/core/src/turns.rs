@@ -1,4 +1,4 @@
-//! Whose turn it is where only so many work at a time.
+//! Turns, for work that only a few may do at a time.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -22,8 +22,8 @@ impl Piece {
     }
 }
 
-/// How long a task has worked since others last went first. tokio runs a task for as long as it does not wait, so one that
-/// always has work waits for a turn by itself.
+/// How long a task has worked since others last went first. tokio runs a task until it waits, so one that always has
+/// work must wait for a turn explicitly.
 #[derive(Debug, Default)]
 pub struct Spent(Duration);
 
@@ -48,8 +48,8 @@ impl Spent {
     }
 }
 
-/// Those who wait, by sender: senders take turns, and of one sender the first to come is the first. So one that has much
-/// to do holds up the others by one piece of work each.
+/// The waiting tasks, by sender: senders take turns, and the tasks of one sender go in order. So a sender with much
+/// work delays the others by one piece of it each.
 #[derive(Debug)]
 pub struct Turns<S, W> {
     /// How many may work at a time.
@@ -81,7 +81,7 @@ impl<S: Copy + Eq + Hash, W> Turns<S, W> {
         of_sender.push_back(waiter);
     }
 
-    /// A turn is over. Returns who is next.
+    /// A turn is over. Returns the next.
     pub fn end(&mut self) -> Option<W> {
         let next = self.next();
         if next.is_none() {
@@ -168,7 +168,7 @@ mod tests {
             let mut random = fastrand::Rng::with_seed(seed);
             let (most, others) = (random.usize(1..4), random.usize(4..20));
             let mut turns = Turns::new(most);
-            // Those that have a turn, and how long they have worked in it.
+            // The tasks that have a turn, and how long they have worked in it.
             let mut ready: VecDeque<(usize, Spent)> = VecDeque::new();
             for other in 0..others {
                 match turns.begin() {
@@ -180,7 +180,7 @@ mod tests {
             let mut now = start;
             let mut longest = Duration::ZERO;
             for _ in 0..500 {
-                // The light task is woken here, behind those that are ready.
+                // The light task is woken here, after those that are ready.
                 let woken = now;
                 for _ in 0..ready.len() {
                     let Some((other, mut spent)) = ready.pop_front() else { break };

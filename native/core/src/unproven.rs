@@ -1,5 +1,5 @@
-//! What may be sent to an address from which something came, as long as nobody has proved to be there: three times what
-//! came (RFC 9000, section 8). Anybody can write somebody else's address on a packet.
+//! What may be sent to an unproven address: three times the bytes that came from it (RFC 9000, section 8). Any host can
+//! forge a packet's source address.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -11,7 +11,7 @@ const FACTOR: u64 = 3;
 /// How long what came from an address counts. A handshake is over by then.
 const LIFE: Duration = Duration::from_secs(10);
 
-/// Addresses at once. Beyond that the oldest gives way: what came from there no longer counts.
+/// Addresses at once. Beyond that the oldest is dropped: what came from there no longer counts.
 const MAX_ADDRESSES: usize = 16_384;
 
 /// Addresses that have proved nothing.
@@ -19,7 +19,7 @@ const MAX_ADDRESSES: usize = 16_384;
 pub struct Unproven {
     /// At most `MAX_ADDRESSES`.
     addresses: HashMap<SocketAddr, Account>,
-    /// The same, the oldest first, and with them those that were forgotten before their time.
+    /// The same, the oldest first, including those that were forgotten early.
     order: VecDeque<(Instant, SocketAddr)>,
 }
 
@@ -31,7 +31,7 @@ struct Account {
 }
 
 impl Unproven {
-    /// So many bytes came from there.
+    /// Bytes came from there.
     pub fn received(&mut self, from: SocketAddr, bytes: usize, now: Instant) {
         self.expire(now);
         if let Some(account) = self.addresses.get_mut(&from) {
@@ -45,7 +45,7 @@ impl Unproven {
         self.order.push_back((now, from));
     }
 
-    /// Whether so many bytes may be sent there; then they count as sent.
+    /// Whether that many bytes may be sent there; then they count as sent.
     pub fn take(&mut self, to: SocketAddr, bytes: usize, now: Instant) -> bool {
         self.expire(now);
         let Some(account) = self.addresses.get_mut(&to) else { return false };
@@ -57,7 +57,7 @@ impl Unproven {
         allowed
     }
 
-    /// Somebody has proved to be there.
+    /// The address is proven.
     pub fn forget(&mut self, address: SocketAddr) {
         self.addresses.remove(&address);
         if self.addresses.is_empty() {

@@ -65,7 +65,7 @@ impl Upgrade {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
     pub relayed: bool,
-    /// Who dialled it.
+    /// The node that dialled it.
     pub dialler: Fingerprint,
 }
 

@@ -9,7 +9,7 @@ use std::hash::Hash;
 use crate::shares::Network;
 use crate::types::Fingerprint;
 
-/// Whose an entry is.
+/// The client of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Owner {
     pub key: Fingerprint,
@@ -19,7 +19,7 @@ pub struct Owner {
 /// How much of something each holder has, and which one has the most.
 #[derive(Debug)]
 pub struct Weights<K> {
-    /// Only those that have something.
+    /// Only clients that have something.
     weights: HashMap<K, usize>,
     order: BTreeSet<(usize, K)>,
 }

@@ -1,7 +1,7 @@
 //! The parts that matter of a certificate without an authority: its version and its public key.
 //!
-//! webpki reads only version 3 and refuses what RFC 5280 does not allow. A 0.14.3 gateway shows whatever its operator
-//! made, and only its key counts.
+//! webpki reads only version 3 and refuses what RFC 5280 does not allow. A 0.14.3 gateway shows any certificate that
+//! its operator has made, and only its key counts.
 
 use rustls_pki_types::{CertificateDer, SubjectPublicKeyInfoDer};
 

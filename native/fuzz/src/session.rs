@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::BytesMut;
 use libfuzzer_sys::fuzz_target;
-use macula_peer_core::proto::session::{Opening, Word, Words, parse_number, put_number};
+use macula_peer_core::proto::session::{Opening, Record, Words, parse_number, put_number};
 use macula_peer_core::session::Outgoing;
 use macula_peer_wire::HEADER_LEN;
 
@@ -38,9 +38,9 @@ fuzz_target!(|input: &[u8]| {
         outgoing.write(now);
         (pushed, written) = (pushed + 2, written + 1);
         match word {
-            Word::Greeting { expected, .. } => let_go.extend(outgoing.resume(expected)),
-            Word::Expected(expected) => let_go.extend(outgoing.acknowledge(expected)),
-            Word::Refused(_, number) => {
+            Record::Greeting { expected, .. } => let_go.extend(outgoing.resume(expected)),
+            Record::Expected(expected) => let_go.extend(outgoing.acknowledge(expected)),
+            Record::Refused(_, number) => {
                 let_go.extend(outgoing.acknowledge(number));
                 let_go.extend(outgoing.refused(number));
             }
@@ -51,7 +51,7 @@ fuzz_target!(|input: &[u8]| {
     assert_eq!(let_go, (0..pushed).collect::<Vec<_>>());
 });
 
-fn read<const N: usize>(pieces: [&[u8]; N]) -> Vec<Word> {
+fn read<const N: usize>(pieces: [&[u8]; N]) -> Vec<Record> {
     let mut words = Words::default();
     let mut all = Vec::new();
     for piece in pieces {

@@ -12,7 +12,7 @@ use rustler::{Atom, Encoder, Env, ListIterator, Resource, ResourceArc, Term};
 use crate::atoms;
 use crate::errors::bytes_term;
 use crate::inbound::{address, path};
-use crate::non_scheduler::{Kept, NonScheduler, map};
+use crate::non_scheduler::{KeptTerm, NonScheduler, map};
 use crate::options::{InvalidOption, each, fingerprint, ip, proper_list, text};
 use crate::recipient::node_id;
 
@@ -24,7 +24,7 @@ pub(crate) const NODES_AT_ONCE: usize = 1000;
 
 /// Asks the function `{Module, Function, Args}`, which the process `macula_peer_admission` calls.
 struct Callback {
-    function: Kept,
+    function: KeptTerm,
     timeout: Duration,
 }
 
@@ -99,7 +99,7 @@ impl Options<'_> {
     pub(crate) fn admission(self) -> Option<AdmissionCallback> {
         let Self { function, timeout, good_for } = self;
         let timeout = timeout.unwrap_or(Duration::from_secs(1));
-        let callback = Callback { function: Kept::new(function?), timeout };
+        let callback = Callback { function: KeptTerm::new(function?), timeout };
         let good_for = good_for.unwrap_or(Duration::from_secs(60));
         Some(AdmissionCallback { admit: std::sync::Arc::new(callback), timeout, good_for })
     }

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use macula_peer::Waiting;
+use macula_peer::WaitingCall;
 use rustler::env::SavedTerm;
 use rustler::{Encoder, Env, LocalPid, Monitor, OwnedEnv, Resource, ResourceArc, Term};
 
@@ -41,9 +41,9 @@ impl Caller {
 
 /// A caller that asks for what the engine can tell at once. If this is dropped unanswered, the caller learns that there
 /// is no engine.
-pub(crate) struct Asking(Option<Caller>);
+pub(crate) struct Query(Option<Caller>);
 
-impl Asking {
+impl Query {
     pub(crate) fn new(caller: Caller) -> Self {
         Self(Some(caller))
     }
@@ -55,7 +55,7 @@ impl Asking {
     }
 }
 
-impl Drop for Asking {
+impl Drop for Query {
     fn drop(&mut self) {
         if let Some(caller) = self.0.take() {
             caller.answer(|env| atoms::not_started().encode(env));
@@ -68,7 +68,7 @@ pub(crate) struct InProgress(Mutex<State>);
 
 enum State {
     Calling,
-    Waiting(Waiting),
+    Waiting(WaitingCall),
     CallerDied,
 }
 
@@ -95,7 +95,7 @@ impl InProgress {
     }
 
     /// The call is queued.
-    pub(crate) fn waiting(&self, waiting: Waiting) {
+    pub(crate) fn waiting(&self, waiting: WaitingCall) {
         let mut state = self.lock();
         match *state {
             State::CallerDied => waiting.cancel(),

@@ -40,11 +40,11 @@ impl Reason for ConnectError {
 }
 
 /// What is wrapped differently where it is told.
-pub(crate) trait Why {
+pub(crate) trait InnerReason {
     fn why<'a>(&self, env: Env<'a>) -> Term<'a>;
 }
 
-impl Why for ConnectError {
+impl InnerReason for ConnectError {
     fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
             Self::Unresolved | Self::Unreachable | Self::NoRoute | Self::TimedOut => {
@@ -67,7 +67,7 @@ impl Reason for RouteError {
     }
 }
 
-impl Why for RouteError {
+impl InnerReason for RouteError {
     fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
             // Whether other relays were meant is known to Erlang.
@@ -79,7 +79,7 @@ impl Why for RouteError {
     }
 }
 
-impl Why for PunchError {
+impl InnerReason for PunchError {
     fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
             Self::Skipped => atoms::hole_punch_skipped().encode(env),
@@ -263,7 +263,7 @@ impl Reason for UndeliveredReason {
     }
 }
 
-impl Why for Rejection {
+impl InnerReason for Rejection {
     fn why<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
             Self::TooLarge => atoms::too_large(),

@@ -16,20 +16,20 @@ use rustler::{Atom, Encoder, Env, LocalPid, Resource, ResourceArc, Term};
 
 use crate::atoms;
 use crate::decode::{self, Decoded};
-use crate::errors::{Reason, Why, binary, bytes_term};
+use crate::errors::{InnerReason, Reason, binary, bytes_term};
 use crate::nat;
 use crate::non_scheduler::{Dead, NonScheduler, map};
 
 /// The process that gets what arrives.
 pub(crate) struct Process {
     pub(crate) pid: LocalPid,
-    pub(crate) way: Way,
+    pub(crate) sender: MessageSender,
 }
 
 impl Handler for Process {
     fn message(&self, mut inbound: Inbound) -> Result<(), Unhandled> {
         let reply = inbound.reply.take();
-        self.way.send(self.pid, &inbound, |env, message| {
+        self.sender.send(self.pid, &inbound, |env, message| {
             let reply = match reply {
                 Some(token) => ResourceArc::new(Token(token)).encode(env),
                 None => atoms::none().encode(env),
@@ -70,7 +70,7 @@ impl Handler for Process {
 
 /// The process `macula_gateway`, where it runs and listens nowhere that this library knows of.
 pub(crate) struct Cast {
-    pub(crate) way: Way,
+    pub(crate) sender: MessageSender,
 }
 
 impl Fallback for Cast {
@@ -80,7 +80,7 @@ impl Fallback for Cast {
     fn message(&self, inbound: Inbound) -> Result<(), NotTaken> {
         let gateway = NonScheduler::here().and_then(|here| here.whereis(atoms::macula_gateway()));
         let Some(gateway) = gateway else { return Err(NotTaken::Absent(Box::new(inbound))) };
-        let sent = self.way.send(gateway, &inbound, |env, message| {
+        let sent = self.sender.send(gateway, &inbound, |env, message| {
             let (kind, stream) = (atoms::name_of(inbound.kind), env.make_ref());
             let from = (atoms::ok(), address(env, inbound.from));
             match message {
@@ -96,9 +96,9 @@ impl Fallback for Cast {
     }
 }
 
-/// The path of messages to a process.
+/// Sends messages to a process, with the help of the finisher for maps that this thread may not build.
 #[derive(Clone)]
-pub(crate) struct Way {
+pub(crate) struct MessageSender {
     limits: Limits,
     backlog: Arc<Backlog>,
     finisher: ResourceArc<Finisher>,
@@ -124,7 +124,7 @@ impl Finisher {
     }
 }
 
-impl Way {
+impl MessageSender {
     pub(crate) fn new(engine: &Engine, finisher: ResourceArc<Finisher>) -> Self {
         Self { limits: engine.config().limits, backlog: engine.backlog(), finisher }
     }
@@ -234,7 +234,7 @@ fn fields<'a>(env: Env<'a>, event: &Event) -> Vec<(Atom, Term<'a>)> {
     }
 }
 
-/// Why paths could not be had.
+/// Why other paths failed.
 pub(crate) fn failures<'a>(env: Env<'a>, failures: &Failures) -> Term<'a> {
     let Failures { direct, hole_punch, relay } = failures;
     let all = [

@@ -28,12 +28,12 @@ use macula_peer_wire::{FrameError, Limits, MessageType, PayloadError, RawFrame};
 use rustler::{Atom, Binary, Decoder, Encoder, Env, LocalPid, NifResult, Resource, ResourceArc, Term};
 
 use crate::admission::AnswerToken;
-use crate::calls::{Asking, Caller, InProgress};
+use crate::calls::{Caller, InProgress, Query};
 use crate::decode::{Decoded, Terms};
 use crate::encode::{On, Refusal};
 use crate::errors::{Reason, error};
-use crate::inbound::{Cast, Finisher, Process, Receipt, Token, Way};
-use crate::recipient::{Recipient, Text};
+use crate::inbound::{Cast, Finisher, MessageSender, Process, Receipt, Token};
+use crate::recipient::{EndpointText, Recipient};
 
 /// Longer timeouts than this are no timeout: 49 days, as in `receive`.
 const LONGEST_TIMEOUT: u64 = u32::MAX as u64;
@@ -124,7 +124,7 @@ fn start<'a>(
         Ok(started) => started,
         Err(failed) => return error(env, &failed),
     };
-    started.set_fallback(Some(Arc::new(Cast { way: Way::new(&started, finisher.clone()) })));
+    started.set_fallback(Some(Arc::new(Cast { sender: MessageSender::new(&started, finisher.clone()) })));
     let function = handle(&started, finisher.clone(), handler);
     if let Some(Err(failed)) = listen.map(|listen| started.listen(listen)) {
         started.stop();
@@ -241,7 +241,7 @@ fn submit<'a>(
     let Ok(deadline) = deadline(timeout, now) else {
         return (atoms::error(), (atoms::invalid_timeout(), timeout)).encode(env);
     };
-    let text = Text::of(to);
+    let text = EndpointText::of(to);
     match Recipient::read(to, &text) {
         Ok(recipient) => {
             let message = Message { frame, kind, deadline, key: recipient.key() };
@@ -475,8 +475,8 @@ fn set_handler<'a>(env: Env<'a>, handler: Term<'a>) -> Term<'a> {
 fn handle(engine: &Engine, finisher: ResourceArc<Finisher>, handler: Term<'_>) -> Option<LocalPid> {
     let function = handler.decode::<(Atom, LocalPid)>().ok().map(|(_, pid)| pid);
     let process = function.or_else(|| handler.decode().ok());
-    let way = Way::new(engine, finisher);
-    engine.set_handler(process.map(|pid| Arc::new(Process { pid, way }) as Arc<dyn Handler>));
+    let sender = MessageSender::new(engine, finisher);
+    engine.set_handler(process.map(|pid| Arc::new(Process { pid, sender }) as Arc<dyn Handler>));
     function
 }
 
@@ -532,7 +532,7 @@ fn handed_over(receipt: ResourceArc<Receipt>) -> Atom {
 /// Closes the link to a peer.
 #[rustler::nif]
 fn invalidate<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
-    let text = Text::of(peer);
+    let text = EndpointText::of(peer);
     match (Recipient::read(peer, &text), engine()) {
         (Ok(recipient), Some(engine)) => {
             engine.invalidate(&recipient.target());
@@ -625,7 +625,7 @@ where
     T: for<'b> FnOnce(Env<'b>) -> Term<'b> + Send + 'static,
 {
     let Some(engine) = engine() else { return atoms::not_started() };
-    let asking = Asking::new(Caller::new(env, tag));
+    let asking = Query::new(Caller::new(env, tag));
     let asked = engine.clone();
     engine.run(move || asking.answer(read(&asked)));
     atoms::wait()
@@ -633,7 +633,7 @@ where
 
 #[rustler::nif]
 fn path<'a>(env: Env<'a>, peer: Term<'a>) -> Term<'a> {
-    let text = Text::of(peer);
+    let text = EndpointText::of(peer);
     match (Recipient::read(peer, &text), engine()) {
         (Ok(recipient), Some(engine)) => (atoms::ok(), stats::path(env, &engine.path(&recipient.target()))).encode(env),
         (Err(invalid), _) => invalid.error(env, peer),

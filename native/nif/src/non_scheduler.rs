@@ -86,9 +86,9 @@ impl NonScheduler {
 }
 
 /// A term that outlives the NIF call it was passed to, so that messages can contain it.
-pub(crate) struct Kept(Mutex<(OwnedEnv, SavedTerm)>);
+pub(crate) struct KeptTerm(Mutex<(OwnedEnv, SavedTerm)>);
 
-impl Kept {
+impl KeptTerm {
     /// Must be called in a NIF.
     #[expect(clippy::disallowed_methods, reason = "copies a term")]
     pub(crate) fn new(term: Term<'_>) -> Self {

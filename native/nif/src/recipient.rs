@@ -37,12 +37,12 @@ impl InvalidRecipient<'_> {
 }
 
 /// The text of an endpoint's term, which an [`EndpointRef`] borrows from.
-pub(crate) enum Text<'a> {
+pub(crate) enum EndpointText<'a> {
     Binary(Binary<'a>),
     String(Option<String>),
 }
 
-impl<'a> Text<'a> {
+impl<'a> EndpointText<'a> {
     pub(crate) fn of(term: Term<'a>) -> Self {
         match term.decode() {
             Ok(binary) => Self::Binary(binary),
@@ -61,7 +61,7 @@ impl<'a> Text<'a> {
 
 impl<'t> Recipient<'t> {
     /// `text` is the text of `term`.
-    pub(crate) fn read<'a>(term: Term<'a>, text: &'t Text<'a>) -> Result<Self, InvalidRecipient<'a>> {
+    pub(crate) fn read<'a>(term: Term<'a>, text: &'t EndpointText<'a>) -> Result<Self, InvalidRecipient<'a>> {
         if let Ok((_, name, candidates)) = term.decode::<(Atom, Term<'_>, Term<'_>)>() {
             let node = node_id(name).ok_or(InvalidRecipient::Node)?;
             let candidates = if atoms::none() == candidates { None } else { Some(self::candidates(candidates)?) };
@@ -142,8 +142,9 @@ fn all<'a>(
     by: fn(EndpointError) -> InvalidRecipient<'a>,
     bad_endpoint: &mut Option<InvalidRecipient<'a>>,
 ) -> Option<Vec<Endpoint>> {
-    let endpoints: Result<_, _> =
-        options::proper_list(list)?.map(|term| Text::of(term).endpoint().map(|endpoint| endpoint.to_owned())).collect();
+    let endpoints: Result<_, _> = options::proper_list(list)?
+        .map(|term| EndpointText::of(term).endpoint().map(|endpoint| endpoint.to_owned()))
+        .collect();
     endpoints.map_err(|invalid| *bad_endpoint = Some(by(invalid))).ok()
 }
 
@@ -152,5 +153,5 @@ pub(crate) fn node_id(term: Term<'_>) -> Option<NodeId> {
 }
 
 pub(crate) fn endpoint(term: Term<'_>) -> Option<Endpoint> {
-    Text::of(term).endpoint().ok().map(|endpoint| endpoint.to_owned())
+    EndpointText::of(term).endpoint().ok().map(|endpoint| endpoint.to_owned())
 }

@@ -1,10 +1,10 @@
-//! Addresses are earned: who has proved to be reached where.
+//! Earned addresses: which addresses the other ends of connections have proved.
 //!
 //! A connection's other end proves its address in the handshake, and proves another one by answering a challenge that
-//! was sent there (RFC 9000, section 8.2). Until then it is a claim: quinn sends to a new address, and names it, from the
-//! first packet on that came from there, and anybody who has a connection can write somebody else's address on a packet.
-//! So nothing but quinn looks at `Connection::remote_address`, everything else at [`Remote`]; and what quinn sends to an
-//! address that is only claimed is limited here.
+//! was sent there (RFC 9000, section 8.2). Until then it is a claim: quinn sends to a new address, and names it, from
+//! the first packet on that came from there, and any client can put a third party's address on a packet. So only quinn
+//! looks at `Connection::remote_address`, everything else at [`Remote`]; and what quinn sends to an address that is
+//! only claimed is limited here.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -26,10 +26,10 @@ use crate::congestion::{Observer, observed};
 /// What may be sent to addresses of which a node knows nothing but what others say, by QUIC and as signals.
 #[derive(Debug)]
 pub(crate) struct Addresses {
-    /// Those that somebody has proved, or that this node dials, and how many connections have each.
+    /// Addresses that are proven, or that this node dials, and how many connections have each.
     proven: RwLock<HashMap<SocketAddr, usize>>,
     unproven: Mutex<Unproven>,
-    /// Whether there are unproven ones: as a rule there are none, and nothing is looked up.
+    /// Whether there are unproven addresses: usually there are none, and no lookup is needed.
     any_unproven: AtomicBool,
     /// What signals may be sent.
     budget: Mutex<PacketBudget>,
@@ -59,7 +59,7 @@ impl Addresses {
         Proof { addresses: self.clone(), address }
     }
 
-    /// So many bytes came from an address.
+    /// Bytes came from an address.
     pub(crate) fn received(&self, from: SocketAddr, bytes: usize) {
         let from = canonical(from);
         if bytes > 0 && !self.is_proven(from) {
@@ -67,7 +67,7 @@ impl Addresses {
         }
     }
 
-    /// Whether so many bytes may be sent to an address.
+    /// Whether that many bytes may be sent to an address.
     pub(crate) fn may_send(&self, to: SocketAddr, bytes: usize) -> bool {
         if !self.any_unproven.load(Ordering::Relaxed) {
             return true;
@@ -76,17 +76,17 @@ impl Addresses {
         self.is_proven(to) || self.change(|unproven| unproven.take(to, bytes, Instant::now()))
     }
 
-    /// Whether a signal may be sent to an address that a relay sees somebody at, or to a relay.
+    /// Whether a signal may be sent to a relay, or to an address at which a relay sees a node.
     pub(crate) fn may_signal(&self, to: SocketAddr) -> bool {
         lock(&self.budget).take(to, Instant::now())
     }
 
-    /// Whether a signal may be sent to an address that somebody else has named.
+    /// Whether a signal may be sent to an address that another node or relay has named.
     pub(crate) fn may_signal_unheard(&self, to: SocketAddr) -> bool {
         lock(&self.budget).take_unheard(to, Instant::now())
     }
 
-    /// An answer has come from there that only who got the question can make.
+    /// An answer has come from there that only the receiver of the request can make.
     pub(crate) fn heard(&self, from: SocketAddr) {
         lock(&self.budget).heard(from);
     }
@@ -161,7 +161,7 @@ impl Remote {
         Arc::new(Self::new(address, FIRST))
     }
 
-    /// Somebody begins a connection from there. To be made the controller factory of the connection, and of no other.
+    /// A client begins a connection from there. Must become the controller factory of this connection, and of no other.
     pub(crate) fn following(address: SocketAddr) -> Arc<Self> {
         Arc::new(Self::new(address, NONE))
     }
@@ -176,7 +176,7 @@ impl Remote {
         }
     }
 
-    /// The handshake has succeeded: whoever sees the server's first packets is where they were sent.
+    /// The handshake has succeeded: the client has read the server's first packets, so it is where they were sent.
     pub(crate) fn is_connected(&self, addresses: &Arc<Addresses>) {
         let mut known = lock(&self.known);
         known.proof = Some(addresses.prove(known.address));

@@ -1,8 +1,8 @@
-//! Who is let in: connections that others begin, and registrations, where this node is a relay.
+//! Which nodes are let in: incoming connections, and registrations if this node is a relay.
 //!
-//! Lists ([`Access`]) are looked at here; an [`Admit`] is asked what they leave open, and its answers are remembered.
-//! Whoever is let in is kept in a table of guests, so that those whom new lists deny can be found: in parts, so that
-//! nobody waits for the table.
+//! Lists ([`Access`]) are checked here; an [`Admit`] is asked about nodes that no list decides on, and its answers are
+//! cached. Connections that are let in are kept in a table of guests, so that those that new lists deny can be found:
+//! in parts, so that no task waits for the table.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use macula_peer_core::access::{Access, Rules};
-use macula_peer_core::admission::{Answers, Kick, Kicked, Subject};
+use macula_peer_core::admission::{AnswerCache, Kick, Kicked, Subject};
 use macula_peer_core::counter::Counter;
 use macula_peer_core::proto::codes::connection::{DENIED, UNDECIDED};
 use macula_peer_core::shares::{Client, Limits};
@@ -25,25 +25,26 @@ use tokio::time::timeout;
 use crate::addresses::Remote;
 use crate::shares::{Held, Shares};
 
-/// Questions that wait for their answers: in all, about one key, and about one address. Those that are more are not asked.
+/// Questions that wait for their answers: in total, about one key, and about one address. Beyond that no question is
+/// asked.
 const MAX_ASKED: Limits = Limits { total: 256, per_key: 32, per_address: 64 };
 
-/// Who is asked sees to its time itself. This is how much later nobody waits any more.
+/// The callback keeps its own timeout. This is how much later the waiting tasks give up.
 const LATE: Duration = Duration::from_millis(500);
 
 /// Guests that are looked at under the lock of their table.
 const PAGE: usize = 256;
 
-/// Decides about those whom no list names.
+/// Decides about nodes that no list decides on.
 pub trait Admit: Send + Sync {
     /// Must not block. The answer may be given by any thread; dropped, it is [`NotAdmitted::Crash`].
     fn ask(&self, question: &AdmissionQuestion, answer: AdmissionAnswer);
 }
 
-/// Whom a listener asks.
+/// The callback of a listener.
 #[derive(Clone)]
 pub struct AdmissionCallback {
-    /// Who decides.
+    /// The callback.
     pub admit: Arc<dyn Admit>,
     /// How long it may take.
     pub timeout: Duration,
@@ -61,7 +62,7 @@ impl std::fmt::Debug for AdmissionCallback {
     }
 }
 
-/// Who wants to come in.
+/// A node that wants to come in.
 #[derive(Debug, Clone)]
 pub struct AdmissionQuestion {
     /// What it has shown. `None`: nothing, as clients of 0.14.3.
@@ -86,7 +87,7 @@ impl AdmissionQuestion {
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident $name:literal,)*) => {
-        /// Why somebody is not let in.
+        /// Why a node is not let in.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
         pub enum NotAdmitted {
             $($(#[$doc])* #[error($name)] $variant,)*
@@ -126,7 +127,7 @@ reasons! {
 }
 
 impl NotAdmitted {
-    /// Whether the next attempt may well go another way.
+    /// Whether the next attempt may well have another result.
     pub(crate) fn is_undecided(self) -> bool {
         matches!(self, Self::Timeout | Self::Crash | Self::Busy)
     }
@@ -136,9 +137,9 @@ impl NotAdmitted {
     }
 }
 
-/// The way to answer one question.
+/// The token that answers one question.
 pub struct AdmissionAnswer {
-    asked: Arc<Asked>,
+    asked: Arc<CallbackQuestions>,
     subject: Option<Subject>,
     _held: Held,
 }
@@ -160,7 +161,7 @@ impl AdmissionAnswer {
             Err(_) => {}
         }
         drop(state);
-        // Those that have given up meanwhile hear nothing.
+        // Tasks that have given up meanwhile are not told.
         for waiting in waiting.into_iter().flatten() {
             let _ = waiting.send(answer);
         }
@@ -174,21 +175,21 @@ impl Drop for AdmissionAnswer {
 }
 
 /// Questions to one callback.
-struct Asked {
+struct CallbackQuestions {
     admission: AdmissionCallback,
     state: Mutex<State>,
     shares: Shares,
 }
 
 struct State {
-    answers: Answers,
-    /// At most `MAX_ASKED`. Those who ask the same wait for one answer.
+    answers: AnswerCache,
+    /// At most `MAX_ASKED`. Equal questions wait for one answer.
     waiting: HashMap<Subject, Vec<oneshot::Sender<Result<(), NotAdmitted>>>>,
 }
 
-impl Asked {
+impl CallbackQuestions {
     fn new(admission: AdmissionCallback) -> Arc<Self> {
-        let state = State { answers: Answers::new(admission.good_for), waiting: HashMap::new() };
+        let state = State { answers: AnswerCache::new(admission.good_for), waiting: HashMap::new() };
         Arc::new(Self { admission, state: Mutex::new(state), shares: Shares::new(MAX_ASKED) })
     }
 }
@@ -208,11 +209,11 @@ struct Lists {
     rules: Rules,
 }
 
-/// Decides who is let in.
+/// Decides which nodes are let in.
 #[derive(Default)]
 pub(crate) struct Admissions {
     lists: RwLock<Arc<Lists>>,
-    asked: RwLock<Option<Arc<Asked>>>,
+    asked: RwLock<Option<Arc<CallbackQuestions>>>,
     kicked: Mutex<Kicked>,
     guests: Mutex<Guests>,
     counters: Counters,
@@ -224,7 +225,7 @@ struct Guests {
     next: u64,
 }
 
-/// Somebody at the other end of a connection whose messages are taken.
+/// The other end of a connection whose messages are taken.
 #[derive(Clone)]
 struct Guest {
     key: Option<Fingerprint>,
@@ -234,12 +235,12 @@ struct Guest {
 }
 
 /// A place in the table of guests, until this is dropped.
-pub(crate) struct Place {
+pub(crate) struct GuestEntry {
     admissions: Arc<Admissions>,
     id: u64,
 }
 
-impl Drop for Place {
+impl Drop for GuestEntry {
     fn drop(&mut self) {
         lock(&self.admissions.guests).table.remove(&self.id);
     }
@@ -256,31 +257,31 @@ impl Admissions {
         self.lists().access.clone()
     }
 
-    /// Those whom the lists deny from now on are still there: see [`Self::enforce`].
+    /// Guests that the new lists deny stay until [`Self::enforce`].
     pub(crate) fn set_access(&self, access: Access) {
         let lists = Arc::new(Lists { rules: Rules::new(&access), access });
         *self.lists.write().unwrap_or_else(PoisonError::into_inner) = lists;
     }
 
-    /// Whom to ask from now on about those who come.
+    /// Sets the callback.
     pub(crate) fn set_callback(&self, admission: Option<AdmissionCallback>) {
-        *self.asked.write().unwrap_or_else(PoisonError::into_inner) = admission.map(Asked::new);
+        *self.asked.write().unwrap_or_else(PoisonError::into_inner) = admission.map(CallbackQuestions::new);
     }
 
     fn lists(&self) -> Arc<Lists> {
         self.lists.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn asked(&self) -> Option<Arc<Asked>> {
+    fn asked(&self) -> Option<Arc<CallbackQuestions>> {
         self.asked.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether somebody may be refused for the key that it will show.
+    /// Whether a node may be refused because of the key that it will show.
     pub(crate) fn select_by_key(&self) -> bool {
         self.lists().rules.select_by_key() || self.asked().is_some()
     }
 
-    /// Whether somebody at an address may begin a handshake. Counts it if not.
+    /// Whether a handshake from an address may begin. Counts it if not.
     pub(crate) fn permit_address(&self, address: SocketAddr) -> bool {
         let permitted = self.lists().rules.permit_address(address.ip());
         if !permitted {
@@ -289,17 +290,17 @@ impl Admissions {
         permitted
     }
 
-    /// Lets in who has connected, or closes the connection. From here on it is a guest.
+    /// Lets in a connection, or closes it. From here on it is a guest.
     pub(crate) async fn admit_connection(
         self: &Arc<Self>,
         connection: &Connection,
         key: Option<Fingerprint>,
         path: Path,
         remote: &Arc<Remote>,
-    ) -> Option<Place> {
+    ) -> Option<GuestEntry> {
         let direct = (!path.is_relayed()).then(|| remote.clone());
         let guest = Guest { key, direct, connection: connection.clone() };
-        // Before the lists are looked at: who changes them then finds it.
+        // Before the lists are checked: a change of the lists then finds it.
         let place = self.enter(guest.clone());
         let address = remote.address(connection);
         let admitted = match self.lists().judge_guest(&guest) {
@@ -317,7 +318,11 @@ impl Admissions {
     }
 
     /// Whether the node at the other end of a link that this one began may send on it too. `None`: no.
-    pub(crate) fn admit_link(self: &Arc<Self>, connection: &Connection, key: Option<Fingerprint>) -> Option<Place> {
+    pub(crate) fn admit_link(
+        self: &Arc<Self>,
+        connection: &Connection,
+        key: Option<Fingerprint>,
+    ) -> Option<GuestEntry> {
         let guest = Guest { key, direct: None, connection: connection.clone() };
         let place = self.enter(guest.clone());
         match self.lists().judge_guest(&guest) {
@@ -363,15 +368,15 @@ impl Admissions {
         }
     }
 
-    /// Closes the connections of those whom the lists deny, but those with these ids.
+    /// Closes the connections that the lists deny, except those with these ids.
     pub(crate) fn enforce(&self, but: &HashSet<usize>) {
         let lists = self.lists();
         self.dismiss(but, |guest| lists.judge_guest(guest).err());
     }
 
     /// From now on a kicked node is not registered for a while, and the callback is asked about it again.
-    pub(crate) fn kick(&self, whom: &Kick) {
-        lock(&self.kicked).add(whom.clone(), Instant::now());
+    pub(crate) fn kick(&self, target: &Kick) {
+        lock(&self.kicked).add(target.clone(), Instant::now());
         if let Some(asked) = self.asked() {
             lock(&asked.state).answers.forget_all();
         }
@@ -401,12 +406,12 @@ impl Admissions {
         }
     }
 
-    fn enter(self: &Arc<Self>, guest: Guest) -> Place {
+    fn enter(self: &Arc<Self>, guest: Guest) -> GuestEntry {
         let mut guests = lock(&self.guests);
         let id = guests.next;
         guests.next += 1;
         guests.table.insert(id, guest);
-        Place { admissions: self.clone(), id }
+        GuestEntry { admissions: self.clone(), id }
     }
 
     async fn ask(&self, question: AdmissionQuestion) -> Result<(), NotAdmitted> {
@@ -493,7 +498,7 @@ mod tests {
     const STRANGER: [u8; 4] = [10, 0, 0, 1];
 
     /// The key and the name of one of many.
-    type Who = fn(u32) -> (u32, u32);
+    type MakeClient = fn(u32) -> (u32, u32);
 
     fn stuck() -> (Arc<Admissions>, Arc<Stuck>) {
         let (admissions, stuck) =
@@ -509,11 +514,11 @@ mod tests {
         admissions.admit_registration(bytes.into(), (ip, 1).into(), &name.to_be_bytes()).await
     }
 
-    /// So many registrations that wait for answers, and how many were refused at once.
-    async fn flood(admissions: &Arc<Admissions>, who: Who) -> (JoinSet<()>, u64) {
+    /// Starts this many registrations that wait for answers; returns how many were refused at once.
+    async fn flood(admissions: &Arc<Admissions>, client: MakeClient) -> (JoinSet<()>, u64) {
         let mut waiting = JoinSet::new();
         for n in 0..400 {
-            let (key, name) = who(n);
+            let (key, name) = client(n);
             let registering = register(admissions.clone(), key, STRANGER, name);
             waiting.spawn(async move {
                 let _ = registering.await;
@@ -527,10 +532,10 @@ mod tests {
 
     #[tokio::test]
     async fn one_address_and_one_key_leave_questions_to_others() {
-        let floods: [(Who, usize); 2] = [(|n| (n, n), 64), (|n| (1, n), 32)];
-        for (who, most) in floods {
+        let floods: [(MakeClient, usize); 2] = [(|n| (n, n), 64), (|n| (1, n), 32)];
+        for (client, most) in floods {
             let (admissions, stuck) = stuck();
-            let (_waiting, refused) = flood(&admissions, who).await;
+            let (_waiting, refused) = flood(&admissions, client).await;
             assert_eq!((lock(&stuck.1).len(), refused), (most, 400 - most as u64));
             for n in 0..400 {
                 assert_eq!(register(admissions.clone(), 1000 + n, [10, 0, 0, 2], n).await, Ok(()));
@@ -548,8 +553,8 @@ mod tests {
         assert_eq!((admissions.stats().asked, register(admissions.clone(), 1, STRANGER, 1).await), (1, Ok(())));
     }
 
-    /// Room is given back when the question is answered or dropped, not when nobody waits any more: it is still being
-    /// worked on.
+    /// The room is free again when the question is answered or dropped, not when its last waiting task gives up: the
+    /// callback is still working on it.
     #[tokio::test]
     async fn a_client_that_gives_up_makes_no_room_for_more_questions() {
         let (admissions, stuck) = stuck();

@@ -1,4 +1,4 @@
-//! Messages on their way to a handler that something else has to work on first.
+//! Messages that need more work before the handler can have them.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,8 +14,8 @@ const SHARE: usize = 1 << 20;
 const TOTAL: usize = 32 << 20;
 
 /// The messages that were handed over but have not reached the handler yet, by sender. A handler that cannot take some
-/// messages directly keeps the order by sending a sender's later messages the same way while [`Backlog::holds`] says so.
-/// The engine reads no more from a sender that has too much in here.
+/// messages directly keeps the order by queueing the sender's later messages too while [`Backlog::holds`] says so. The
+/// engine does not read on from a sender that has too much in here.
 #[derive(Debug, Default)]
 pub struct Backlog {
     /// Usually none, and then the lock is not taken.
@@ -47,7 +47,7 @@ pub struct Ticket {
 }
 
 impl Backlog {
-    /// Takes in a message with a payload of so many bytes.
+    /// Takes in a message with a payload of that many bytes.
     pub fn enter(self: &Arc<Self>, sender: Sender, bytes: usize) -> Ticket {
         let mut held = lock(&self.held);
         held.bytes += bytes;

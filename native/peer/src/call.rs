@@ -25,8 +25,9 @@ impl<T> Abandoned for Result<T, RequestError> {
 
 type Reply<T> = Box<dyn FnOnce(T) + Send>;
 
-/// The way back to one waiting caller. The first answer goes out, later ones go nowhere; dropped unanswered, the caller
-/// learns that the engine stopped, so that a panic or a shutdown leaves nobody waiting.
+/// Returns the result to one waiting caller. The first answer goes out, later ones go nowhere; if it is dropped
+/// unanswered, the caller learns that the engine stopped, so that neither a panic nor a shutdown leaves a caller
+/// waiting.
 pub(crate) struct Call<T: Abandoned> {
     reply: Mutex<Option<Reply<T>>>,
     ended: Notify,
@@ -57,9 +58,9 @@ impl<T: Abandoned> Call<T> {
     }
 }
 
-/// Something whose caller can give it up.
+/// Something that its caller can cancel.
 pub(crate) trait Cancel: Send + Sync {
-    /// Nobody wants the answer any more; nothing is answered from here on.
+    /// The caller has cancelled; nothing is answered from here on.
     fn cancel(&self);
 }
 

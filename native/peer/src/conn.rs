@@ -1,4 +1,4 @@
-//! One QUIC connection with a node or a gateway, which either side may have begun. Links and accepted connections are made of it.
+//! One QUIC connection with a node or a gateway, dialled or accepted. Links and accepted connections are made of it.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -35,7 +35,7 @@ impl Conn {
         Arc::new(Self { connection, dialect, path, shown, remote, received, given_up })
     }
 
-    /// The key of who sends what comes over it. Only `macula-peer/1` binds messages to keys.
+    /// The key of the sender at its other end. Only `macula-peer/1` binds messages to keys.
     pub(crate) fn key(&self) -> Option<Fingerprint> {
         self.shown.filter(|_| self.dialect == Dialect::MaculaPeer1)
     }
@@ -45,12 +45,12 @@ impl Conn {
         self.remote.address(&self.connection)
     }
 
-    /// Whose share it takes from.
+    /// The client whose share it takes from.
     pub(crate) fn client(&self) -> Client {
         Client::new(self.key(), self.remote().ip())
     }
 
-    /// Whose messages it carries.
+    /// The sender of its messages.
     pub(crate) fn sender(&self) -> Sender {
         self.key().map_or_else(|| Sender::Address(self.remote()), Sender::Key)
     }

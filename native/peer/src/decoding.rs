@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 use crate::backlog::Backlog;
 use crate::turns::{Queue, Turn};
 
-/// The one place for such work.
+/// Only one frame is decoded at a time.
 #[derive(Debug)]
 pub(crate) struct Decoding {
     turns: Arc<Queue<Sender>>,
@@ -22,13 +22,13 @@ impl Decoding {
         Arc::new(Self { turns: Queue::new(1), backlog })
     }
 
-    /// Waits for a turn. Whoever waits reads nothing more meanwhile from where the frame came, so those who wait are as
-    /// many as there are streams and callers.
+    /// Waits for a turn. A waiting task does not read on from the stream of its frame, so there are at most as many
+    /// waiting tasks as streams and callers.
     pub(crate) async fn turn(&self, sender: Sender) -> Option<Turn<Sender>> {
         self.turns.turn(sender).await
     }
 
-    /// Does a sender's work when it has a turn. It goes on also if nobody waits for it any more. `None`: the engine is
+    /// Does a sender's work when it has a turn. The work goes on even if its caller has given up. `None`: the engine is
     /// stopping, or the work panicked.
     pub(crate) async fn run<T: Send + 'static>(
         self: &Arc<Self>,
@@ -37,7 +37,7 @@ impl Decoding {
     ) -> Option<T> {
         let turn = self.turn(sender).await?;
         let (done, turn) = spawn_blocking(move || (work(), turn)).await.ok()?;
-        // What could not be finished here is still much work for those who do.
+        // A frame that could not be finished here is still much work for the process that finishes it.
         self.backlog.light().await;
         drop(turn);
         Some(done)
@@ -76,7 +76,7 @@ mod tests {
             done.extend(timeout(Duration::from_secs(10), task).await.unwrap().ok().flatten());
         }
         assert_eq!(done, [1, 1, 3]);
-        // A turn that was given to somebody who was gone by then is not lost either.
+        // A turn that was given to a task that was gone by then is not lost either.
         assert!(timeout(Duration::from_secs(10), decoding.turn(sender(4))).await.is_ok());
     }
 

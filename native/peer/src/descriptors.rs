@@ -1,6 +1,6 @@
 //! The process's file descriptors.
 
-/// Above this limit they are not counted: a process that may have so many has some left.
+/// Above this limit they are not counted: a process that may have that many has some left.
 const WORTH_COUNTING: u64 = 1 << 16;
 
 /// How many the process may have. `None`: no limit, or not known.

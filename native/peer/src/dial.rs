@@ -25,7 +25,7 @@ use crate::handshake::{handshake, not_begun, not_connected};
 use crate::link::Link;
 use crate::names::Resolver;
 use crate::ports::Ports;
-use crate::socket::{Current, ExtraGuard, Refusals, Why, refused};
+use crate::socket::{Current, ExtraGuard, RefusalReason, Refusals, refused};
 use crate::tls::dialect_of;
 use crate::transport::{self, DIALLED_WINDOW, KNOWN_PATH_ROUND_TRIP, STREAM_WINDOW, set_idle_timeout};
 
@@ -69,8 +69,8 @@ pub(crate) struct Dialer {
     pub(crate) path: Path,
 }
 
-/// Dials that go on when nobody waits for them any more: a 0.14.3 gateway reads nothing for 5 s when a handshake is broken
-/// off.
+/// Dials that go on after their callers have given up: a 0.14.3 gateway reads nothing for 5 s when a handshake is
+/// broken off.
 #[derive(Default)]
 pub(crate) struct SecondDials(Mutex<JoinSet<()>>);
 
@@ -129,7 +129,7 @@ impl Dialer {
         let port = endpoint.port();
         let found: Vec<SocketAddr> = match endpoint.ip() {
             Some(ip) => vec![(ip, port).into()],
-            // RFC 6761, section 6.3: known without asking anybody.
+            // RFC 6761, section 6.3: known without a lookup.
             None if endpoint.host() == "localhost" => {
                 vec![(Ipv6Addr::LOCALHOST, port).into(), (Ipv4Addr::LOCALHOST, port).into()]
             }
@@ -183,7 +183,7 @@ impl Dialer {
                 let (tell, told) = oneshot::channel();
                 let dial = self.clone().dial_again(address, name.clone(), give_up);
                 self.second_dials.spawn(async move {
-                    // Where nobody waits any more, the link is dropped and closed.
+                    // If its caller has given up, the link is dropped and closed.
                     let _ = tell.send(dial.await);
                 });
                 if let Ok(Ok(Some(again))) = timeout(SECOND_DIAL, told).await {
@@ -225,8 +225,8 @@ impl Dialer {
         let connection = tokio::select! {
             connection = handshake(&self.socket, address, connecting) => connection.map_err(not_connected)?,
             why = refused(&mut refusals, address) => return Err(match why {
-                Why::Unreachable => ConnectError::Unreachable,
-                Why::NoRoute => ConnectError::NoRoute,
+                RefusalReason::Unreachable => ConnectError::Unreachable,
+                RefusalReason::NoRoute => ConnectError::NoRoute,
             }),
         };
         let dialect = dialect_of(&connection).ok_or(ConnectError::NoProtocol)?;
@@ -251,7 +251,7 @@ impl Dialer {
         let mut transport = TransportConfig::default();
         transport
             .keep_alive_interval(Some(self.config.keep_alive))
-            // Raised when it is known who the peer is.
+            // Raised when the peer's key is known.
             .max_concurrent_bidi_streams(0u8.into())
             .max_concurrent_uni_streams(0u8.into())
             .receive_window(DIALLED_WINDOW.into())

@@ -22,7 +22,7 @@ use crate::error::{ListenError, StartError};
 use crate::inbound::{Fallback, Handler, Unhandled};
 use crate::message::{Envelope, Message};
 use crate::node::{Node, Secrets};
-use crate::peer::{Peer, Retired, Waiting};
+use crate::peer::{Peer, Retired, WaitingCall};
 use crate::renewal::{self, Renew};
 use crate::server_config::Admission;
 use crate::tls::{self, Certificate, Trust};
@@ -33,7 +33,7 @@ const BLOCKING_THREADS: usize = 64;
 /// When the peers' time is over, tasks are dropped.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// A running engine. Dropping it without [`Engine::stop`] loses what is on its way.
+/// A running engine. Dropping it without [`Engine::stop`] loses messages in flight.
 pub struct Engine {
     node: Arc<Node>,
     runtime: Mutex<Option<Runtime>>,
@@ -43,18 +43,17 @@ pub struct Engine {
 /// Where to listen.
 #[derive(Debug, Clone, Default)]
 pub struct Listen {
-    /// The local address; `None`: the one that the engine's socket has.
+    /// The local address; `None`: that of the engine's socket.
     pub ip: Option<IpAddr>,
-    /// The port. `None`, like 0: the one that the engine's socket has already, or any with another address. Live links
-    /// move along.
+    /// The port. `None`, like 0: the port of the engine's socket, or any with another address. Live links move to it.
     pub port: Option<u16>,
-    /// What to show to those who connect.
+    /// The certificate for clients.
     pub certificate: Certificate,
-    /// Who may connect; `None`: as for those who are dialled, unless [`Config::verify_clients`] is false.
+    /// Which clients may connect; `None`: as for dialled peers, unless [`Config::verify_clients`] is false.
     pub verify: Option<Verify>,
     /// Whether to be a relay for others, and what to give them.
     pub relay: Option<RelayConfig>,
-    /// Who decides about those whom no list names; `None`: they are let in.
+    /// The callback for nodes that no list decides on; `None`: they are let in.
     pub admission: Option<AdmissionCallback>,
     /// How much of the listener one stranger may have.
     pub shares: Shares,
@@ -80,7 +79,7 @@ impl Engine {
         if config.port != 0 && reserved == Some(config.port) {
             return Err(StartError::GatewayPort(config.port));
         }
-        // Whatever is wrong with the files is said before a thread is started.
+        // Errors in the files are returned before a thread is started.
         let secrets = Secrets::load(&config)?;
         let workers = config.workers.max(1);
         // And one for work that must not block a worker.
@@ -127,7 +126,7 @@ impl Engine {
         target: &Target<'_>,
         message: Message,
         reply: impl FnOnce(Result<(), SendError>) + Send + 'static,
-    ) -> Option<Waiting> {
+    ) -> Option<WaitingCall> {
         let call = Call::new(reply);
         self.enqueue(target, &call, |peer| peer.send(message.clone().into(), &call))
     }
@@ -138,13 +137,13 @@ impl Engine {
         target: &Target<'_>,
         message: Message,
         reply: impl FnOnce(Result<RawFrame, RequestError>) + Send + 'static,
-    ) -> Option<Waiting> {
+    ) -> Option<WaitingCall> {
         let call = Call::new(reply);
         self.enqueue(target, &call, |peer| peer.request(message.clone().into(), &call))
     }
 
-    /// Closes the link to a peer, if there is one and this engine began it. What is on its way and not acknowledged goes
-    /// over the next, which is dialled when something is to be sent.
+    /// Closes the link to a peer, if there is one and this engine began it. Unacknowledged messages go over the next
+    /// link, which is dialled when there is something to send.
     pub fn invalidate(&self, target: &Target<'_>) {
         if let Some(peer) = self.node.pool.find(target) {
             peer.invalidate();
@@ -157,8 +156,8 @@ impl Engine {
         self.node.forget_key(node);
     }
 
-    /// Tells what is known of the ways to a node, before something is sent to it. True if more should be looked up: then
-    /// [`Engine::resolved`] is to be called, whatever comes of it.
+    /// Adds a node's candidates, before a message is sent to it. Returns true if the caller should look up more: then
+    /// it must call [`Engine::resolved`], whatever the outcome.
     pub fn learn(&self, node: &NodeId, candidates: Candidates) -> bool {
         self.learn_for(node, candidates, None)
     }
@@ -168,15 +167,15 @@ impl Engine {
         self.node.pool.peer(&Target::Node(node)).is_some_and(|peer| peer.learn(candidates, key))
     }
 
-    /// Tells what was found by looking up the ways to a node; more may come. It holds until they are looked up the next time.
+    /// Adds candidates that a lookup has found; more may follow. They hold until the next lookup.
     pub fn found(&self, node: &NodeId, candidates: Candidates) {
         if let Some(peer) = self.node.pool.find(&Target::Node(node)) {
             peer.found(candidates);
         }
     }
 
-    /// Tells that looking up the ways to a node is over. With `answered` that holds for a minute, if nothing was found too;
-    /// without, who was to be asked could not be, and the next call may try again.
+    /// Ends the lookup of a node. With `answered` the result holds for a minute, even if nothing was found; without it
+    /// the resolver could not be asked, and the next call may try again.
     pub fn resolved(&self, node: &NodeId, answered: bool) {
         if let Some(peer) = self.node.pool.find(&Target::Node(node)) {
             peer.resolved(answered);
@@ -240,8 +239,8 @@ impl Engine {
         self.node.server.listening.send_replace(None).is_some()
     }
 
-    /// Sets which nodes may connect to this one. Those that are connected and may not be are gone when this returns: their
-    /// connections are closed. It may take some milliseconds.
+    /// Sets which nodes may connect to this one. When this returns, connected nodes that are no longer allowed are
+    /// gone: their connections are closed. It may take some milliseconds.
     pub fn set_access(&self, access: Access) {
         self.node.role.set_access(access);
     }
@@ -251,10 +250,10 @@ impl Engine {
         self.node.server.admissions.access()
     }
 
-    /// Makes somebody leave: ends its registrations here, which it is told, and its connections. It is not registered again
-    /// for 30 s. False if it was not here.
-    pub fn kick(&self, whom: &Kick) -> bool {
-        self.node.role.kick(whom)
+    /// Disconnects a node: ends its registrations here, which it is told, and its connections. It is not registered
+    /// again for 30 s. False if it was not connected.
+    pub fn kick(&self, target: &Kick) -> bool {
+        self.node.role.kick(target)
     }
 
     /// Nodes that are registered here, in the order in which they were, from a number on; and the number from which on there
@@ -263,17 +262,17 @@ impl Engine {
         Some(self.node.role.relay()?.nodes(from, most))
     }
 
-    /// The address of the one socket.
+    /// The address of the engine's socket.
     pub fn local_address(&self) -> std::io::Result<SocketAddr> {
         self.node.net.quic.local_addr()
     }
 
-    /// Who gets what arrives from now on.
+    /// Sets the receiver of messages and events.
     pub fn set_handler(&self, handler: Option<Arc<dyn Handler>>) {
         self.node.inbox.set_handler(handler);
     }
 
-    /// Who gets what the local gateway does not take, before the handler does.
+    /// Sets what gets messages that the local gateway does not take, before the handler does.
     pub fn set_fallback(&self, fallback: Option<Arc<dyn Fallback>>) {
         self.node.inbox.set_fallback(fallback);
     }
@@ -308,13 +307,13 @@ impl Engine {
         self.node.stats()
     }
 
-    /// Sends what is on its way, for a second at most, answers every call that still waits and ends all threads. Blocks;
-    /// must not be called on a thread of the runtime.
+    /// Sends messages in flight, for at most a second, answers every waiting call and ends all threads. Blocks; must
+    /// not be called on a thread of the runtime.
     pub fn stop(&self) {
         let Some(runtime) = lock(&self.runtime).take() else { return };
         runtime.block_on(async {
             self.node.stop().await;
-            // Says goodbye to those who are connected.
+            // Closes the accepted connections.
             let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, self.node.net.quic.wait_idle()).await;
         });
         runtime.shutdown_timeout(SHUTDOWN_TIMEOUT);
@@ -330,8 +329,8 @@ impl Engine {
         &self,
         target: &Target<'_>,
         call: &Arc<Call<T>>,
-        enqueue: impl Fn(&Arc<Peer>) -> Result<Waiting, Retired>,
-    ) -> Option<Waiting> {
+        enqueue: impl Fn(&Arc<Peer>) -> Result<WaitingCall, Retired>,
+    ) -> Option<WaitingCall> {
         loop {
             let Some(peer) = self.node.pool.peer(target) else {
                 call.answer(T::abandoned());

@@ -19,10 +19,10 @@ pub enum StartError {
     /// The port is the local gateway's.
     #[error("port {0} is the local gateway's")]
     GatewayPort(u16),
-    /// The node's key cannot be had.
+    /// The node's key cannot be read or made.
     #[error("identity: {0}")]
     Identity(#[from] IdentityError),
-    /// A key that the node had before cannot be had.
+    /// An earlier key of the node cannot be read.
     #[error("previous identity {}: {why}", file.display())]
     PreviousIdentity {
         /// The file.
@@ -30,7 +30,7 @@ pub enum StartError {
         /// What is wrong with it.
         why: IdentityError,
     },
-    /// Keys that names are bound to cannot be had, or not be kept.
+    /// Keys that names are bound to cannot be read or written.
     #[error("known keys: {0}")]
     KnownKeys(#[from] KnownKeysError),
     /// Peers could not be verified.
@@ -50,7 +50,7 @@ pub enum IdentityError {
         /// The permission bits.
         mode: u32,
     },
-    /// The file belongs to a user other than root and the one that this process runs as.
+    /// The file belongs to a user other than root and the user of this process.
     #[error("it belongs to user {owner}")]
     ForeignOwner {
         /// The owner's user id.
@@ -86,7 +86,7 @@ pub enum KnownKeysError {
         /// The permission bits.
         mode: u32,
     },
-    /// It belongs to a user other than root and the one that this process runs as.
+    /// It belongs to a user other than root and the user of this process.
     #[error("it belongs to user {owner}")]
     ForeignOwner {
         /// The owner's user id.
@@ -186,7 +186,7 @@ pub enum ListenError {
         /// What it is.
         why: PemError,
     },
-    /// Who connects could not be verified.
+    /// The client could not be verified.
     #[error("tls: {0}")]
     Tls(#[from] TlsError),
 }

@@ -20,13 +20,13 @@ pub(crate) const EXPECTED_FOR: Duration = Duration::from_secs(10);
 const MAX_EXPECTED: usize = 1024;
 const MAX_EXPECTED_PER_KEY: usize = 32;
 
-/// Who may connect from where.
+/// Which node may connect from which address.
 #[derive(Default)]
 pub(crate) struct Expected(Mutex<Table>);
 
 struct Table {
     /// One address may have several callers: the address of a packet may be forged.
-    callers: HashMap<SocketAddr, Vec<Caller>>,
+    callers: HashMap<SocketAddr, Vec<ExpectedNode>>,
     taken: Counts,
     next_ticket: u64,
 }
@@ -39,7 +39,7 @@ impl Default for Table {
 }
 
 #[derive(Clone)]
-pub(crate) struct Caller {
+pub(crate) struct ExpectedNode {
     ticket: u64,
     pub(crate) key: Fingerprint,
     /// The socket that hears it, if that is not the main one.
@@ -69,7 +69,7 @@ impl Expected {
     }
 
     /// The callers that are expected at an address.
-    pub(crate) fn at(&self, address: SocketAddr) -> Option<Vec<Caller>> {
+    pub(crate) fn at(&self, address: SocketAddr) -> Option<Vec<ExpectedNode>> {
         lock(&self.0).callers.get(&address).cloned()
     }
 }
@@ -91,14 +91,14 @@ impl Table {
         self.taken.take(&Client::new(key, address.ip()), 1).ok()?;
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.callers.entry(address).or_default().push(Caller { ticket, key, extra, connected });
+        self.callers.entry(address).or_default().push(ExpectedNode { ticket, key, extra, connected });
         Some(ticket)
     }
 
     fn remove(&mut self, address: SocketAddr, ticket: u64) {
         let Some(callers) = self.callers.get_mut(&address) else { return };
         let index = callers.iter().position(|caller| caller.ticket == ticket);
-        if let Some(Caller { key, .. }) = index.map(|index| callers.remove(index)) {
+        if let Some(ExpectedNode { key, .. }) = index.map(|index| callers.remove(index)) {
             self.taken.give_back(&Client::new(key, address.ip()), 1);
         }
         if callers.is_empty() {

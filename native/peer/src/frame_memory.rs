@@ -1,4 +1,4 @@
-//! Memory for frames that are arriving: so much in all, and of it a share for one key and for one address.
+//! Memory for frames that are arriving: limited in total, with a share for one key and for one address.
 //!
 //! A frame gets what it needs before it is read, or waits unread: two that had half of it each would wait for ever.
 
@@ -37,8 +37,8 @@ impl FrameMemory {
         Arc::new(Self { taken: Mutex::new(Counts::new(limits)), room: Notify::new(), waited: Counter::default() })
     }
 
-    /// Room for a frame, if there is any for this client. An address may have as much as is left for others then, so those
-    /// who hold what they have never leave nothing.
+    /// Room for a frame, if there is any for this client. An address may have as much as is then left for others, so
+    /// that some is always left.
     pub(crate) fn take(self: &Arc<Self>, client: Client, bytes: usize) -> Option<Reserved> {
         let mut taken = lock(&self.taken);
         let of_network = taken.of_network(&client);

@@ -1,7 +1,7 @@
 //! The local gateway of macula: what arrives at this node is handed over to it.
 //!
-//! A gateway answers on the stream that a message came on, so a message goes to it over a stream of its own, frame
-//! untouched, and what comes back there goes to the sender. The connections are those of a [`Peer`]: politeness, doubt and
+//! A gateway answers on the stream that a message came on, so a message goes to it over its own stream, frame
+//! untouched, and the answers on it go to the sender. The connections are those of a [`Peer`]: pacing, suspicion and
 //! what happens to messages whose connection dies are as for any 0.14.3 gateway.
 
 use std::net::SocketAddr;
@@ -38,13 +38,14 @@ const WITHIN: Duration = Duration::from_secs(5);
 /// How long the answer to a message that is looked up in tables, and not computed, is listened for.
 const SOON: Duration = Duration::from_secs(5);
 
-/// Messages that may wait for the gateway before less is read of those who send: some milliseconds of what it takes.
+/// Messages that may wait for the gateway before less is read from their senders: as many as it takes in some
+/// milliseconds.
 const MAX_AHEAD: usize = 1024;
 
 /// Makes a peer whose task runs. `None`: the engine is gone.
 type Start = dyn Fn(PeerName, Weak<dyn Host>) -> Option<Arc<Peer>> + Send + Sync;
 
-/// The gateway, and the messages that are on their way to it.
+/// The gateway, and the messages in flight to it.
 pub(crate) struct Gateway {
     config: Arc<Config>,
     lifecycle: Arc<Lifecycle>,
@@ -52,7 +53,7 @@ pub(crate) struct Gateway {
     endpoint: Endpoint,
     when: HandOver,
     /// More than one where many slow answers are waited for.
-    lines: Mutex<Vec<Line>>,
+    lines: Mutex<Vec<GatewayConnection>>,
     presence: Mutex<Presence>,
     /// Messages that were not taken yet.
     waiting: AtomicUsize,
@@ -63,7 +64,7 @@ pub(crate) struct Gateway {
 }
 
 /// One connection, or several one after the other.
-struct Line {
+struct GatewayConnection {
     peer: Arc<Peer>,
     /// Slow answers that are waited for.
     slow: Arc<AtomicUsize>,
@@ -156,10 +157,10 @@ impl Gateway {
         }
         let waiting: Vec<_> = lines.iter().map(|line| line.slow.load(Ordering::Relaxed)).collect();
         let index = match gateway_pool::line(&waiting, slow) {
-            gateway_pool::Line::Present(index) => index,
-            gateway_pool::Line::New => {
+            gateway_pool::PoolSlot::Present(index) => index,
+            gateway_pool::PoolSlot::New => {
                 let peer = (self.start)(PeerName::Gateway(self.endpoint.clone()), Arc::downgrade(self) as _)?;
-                lines.push(Line { peer, slow: Arc::default() });
+                lines.push(GatewayConnection { peer, slow: Arc::default() });
                 lines.len() - 1
             }
         };
@@ -297,7 +298,7 @@ fn answer(inbox: &Inbox, limits: Limits, inbound: &Inbound) -> Result<(), Reject
         _ => answers::pong(&inbound.payload, SystemTime::now(), limits),
     };
     match frame {
-        // Who asked may be gone.
+        // The requester may be gone.
         Some(frame) => drop(token.reply(frame)),
         None => return Err(inbox.malformed()),
     }
@@ -312,7 +313,7 @@ impl Host for Gateway {
 
     fn forget(&self, peer: &Arc<Peer>) {
         let mut lines = lock(&self.lines);
-        let idle = |line: &Line| Arc::ptr_eq(&line.peer, peer) && line.slow.load(Ordering::Relaxed) == 0;
+        let idle = |line: &GatewayConnection| Arc::ptr_eq(&line.peer, peer) && line.slow.load(Ordering::Relaxed) == 0;
         if lines.iter().any(idle) {
             lines.retain(|line| !idle(line));
             peer.retire();

@@ -19,7 +19,7 @@ const ECN_PATIENCE: Duration = Duration::from_millis(500);
 const ALERTS: u64 = 0x100;
 const NO_APPLICATION_PROTOCOL: u64 = ALERTS + 120;
 
-/// Waits for a handshake, which either side may have begun, and continues it without ECN where that may be the
+/// Waits for a handshake, of a dialled or an accepted connection, and continues it without ECN if that may be the
 /// obstacle. quinn itself stops marking when the first acknowledgement tells it that no mark has arrived.
 pub(crate) async fn handshake(
     socket: &Current,

@@ -15,7 +15,7 @@ use crate::succession;
 /// The type id of the frame that asks for the word of an old key.
 pub(crate) const ASK_SUCCESSION: u8 = 0xF6;
 
-/// The one byte of the answer.
+/// The answer's single byte.
 const HAS_NONE: u8 = 0;
 const HAS_IT: u8 = 1;
 

@@ -1,4 +1,4 @@
-//! Who a node is: its key, the certificate that shows it, and what is derived from it.
+//! A node's identity: its key, the certificate that shows it, and what is derived from it.
 
 use std::fmt;
 use std::fs::{self, File, TryLockError};
@@ -76,7 +76,7 @@ impl PreviousKey {
         Ok(Self { key, fingerprint, signed: Mutex::default() })
     }
 
-    /// Signed anew when half of its time is over: a node may run for longer than a statement holds.
+    /// Renewed after half of its time: a node may run for longer than a statement holds.
     fn statement(&self, successor: Fingerprint, now: SystemTime) -> Option<Bytes> {
         let mut signed = lock(&self.signed);
         if signed.as_ref().is_none_or(|signed| signed.is_old(now)) {
@@ -124,7 +124,7 @@ impl Identity {
         let mut id_key = [0; 8];
         id_key.copy_from_slice(&self.derived(CONNECTION_ID_LABEL).as_ref()[..8]);
         let id_key = u64::from_be_bytes(id_key);
-        // Packets whose connection id no generator with this key has made are not answered with a reset.
+        // Packets whose connection id was not made with this key are not answered with a reset.
         endpoint.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)));
         endpoint
     }

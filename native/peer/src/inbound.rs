@@ -1,4 +1,4 @@
-//! Messages that arrived, the way back to their senders, and who takes them.
+//! Incoming messages, the tokens that answer them, and their receivers.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -32,12 +32,12 @@ pub struct Inbound {
     pub dialect: Dialect,
     /// The sender's key. `None` in the `macula` dialect, which has none.
     pub key: Option<Fingerprint>,
-    /// The way to answer it, unless the sender has said that it reads no answer.
+    /// The token for the answer, unless the sender has said that it reads none.
     pub reply: Option<ReplyToken>,
 }
 
 impl Inbound {
-    /// Whose message it is.
+    /// The sender.
     pub fn sender(&self) -> Sender {
         Sender::new(self.key, self.from)
     }
@@ -57,7 +57,7 @@ pub(crate) enum ReplyTo {
     Session(Weak<dyn AnswerSession>),
 }
 
-/// The way back to the sender of a session.
+/// Sends answers to the sender of a session.
 pub(crate) trait AnswerSession: Send + Sync {
     /// Sends an answer on a stream of its own.
     fn answer(&self, frame: Bytes) -> Result<(), ReplyError>;
@@ -78,7 +78,7 @@ impl Route {
     pub(crate) fn send(self, frame: Option<Bytes>) -> bool {
         match (self, frame) {
             (Self::Stream(queue), Some(frame)) => queue.push(frame),
-            // It waits for those who could answer.
+            // It waits for tasks that could answer.
             (Self::Stream(_), None) => true,
             (Self::Connection(stream, task), frame) => task.send((stream, frame)).is_ok(),
         }
@@ -137,7 +137,7 @@ impl ReplyToken {
         if sent { Ok(()) } else { Err(ReplyError::Gone) }
     }
 
-    /// The same token for somebody else: this one is used.
+    /// The same token for another holder: this one is used.
     pub(crate) fn hand_on(&self) -> Option<Self> {
         self.take().map(Self::new)
     }
@@ -161,7 +161,7 @@ impl Drop for ReplyToken {
     }
 }
 
-/// Who gets what arrives.
+/// Receives messages and events.
 pub trait Handler: Send + Sync {
     /// A message arrived. Called on a runtime thread: it must not block. What could not be handled is counted.
     fn message(&self, message: Inbound) -> Result<(), Unhandled>;
@@ -170,9 +170,9 @@ pub trait Handler: Send + Sync {
     fn event(&self, event: Event) -> bool;
 }
 
-/// Who gets what the local gateway did not take, before the [`Handler`] does.
+/// Gets messages that the local gateway did not take, before the [`Handler`] does.
 pub trait Fallback: Send + Sync {
-    /// A message arrived. As [`Handler::message`], but gives it back if nobody is there.
+    /// A message arrived. As [`Handler::message`], but gives the message back if there is no receiver.
     fn message(&self, message: Inbound) -> Result<(), NotTaken>;
 }
 
@@ -181,7 +181,7 @@ pub trait Fallback: Send + Sync {
 pub enum NotTaken {
     /// The payload is not valid.
     Malformed(PayloadError),
-    /// Nobody is there.
+    /// There is no receiver.
     Absent(Box<Inbound>),
 }
 
@@ -191,7 +191,7 @@ pub enum Unhandled {
     /// The payload is not valid.
     #[error(transparent)]
     Malformed(#[from] PayloadError),
-    /// Who handled messages is gone.
+    /// The process that handled messages is gone.
     #[error("the handler is gone")]
     NoHandler,
     /// The local gateway does not keep up.

@@ -1,4 +1,4 @@
-//! What arrives at this node: who takes it, and what the handler is told.
+//! Incoming messages and events: which receiver gets a message, and what the handler is told.
 
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -20,11 +20,11 @@ use crate::decoding::Decoding;
 use crate::inbound::{Fallback, Handler, Inbound, NotTaken, Unhandled};
 use crate::lifecycle::Lifecycle;
 
-/// How long events wait for the first handler: the one of the settings is set once the engine has started.
+/// How long events wait for the first handler: that of the settings is set after the engine has started.
 const EARLY: Duration = Duration::from_secs(1);
 const MAX_EARLY: usize = 64;
 
-/// Who gets what arrives before the handler does.
+/// The receivers that come before the handler.
 pub(crate) trait Forward: Send + Sync {
     /// Whether it gets messages. `handled`: there is a handler.
     fn is_wanted(&self, handled: bool) -> bool;
@@ -96,7 +96,7 @@ impl Inbox {
         let is_set = handler.is_some();
         *self.handler.write().unwrap_or_else(PoisonError::into_inner) = handler;
         if is_set && lock(&self.early).is_some() {
-            // All events come from the engine's threads, or some would overtake others on their way to the handler.
+            // All events come from the engine's threads, or some would overtake others before they reach the handler.
             let inbox = self.clone();
             self.lifecycle.spawn(async move { inbox.tell_early() });
         }
@@ -141,7 +141,7 @@ impl Inbox {
         }
     }
 
-    /// Whether a message like this can be handed over. Those that were not are found again by this.
+    /// Whether a message like this can be handed over. Messages that were not are found again by this.
     pub(crate) fn can_take(&self, frame: &RawFrame) -> Result<(), Rejection> {
         if MessageType::from_id(frame.type_id()).is_none() {
             return Err(Rejection::Malformed);

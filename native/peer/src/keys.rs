@@ -36,15 +36,15 @@ impl Said {
 }
 
 /// For each message that waits for a link to a node, the only key that may get it, if it names one.
-type Waiting = dyn Fn(&NodeId) -> Vec<Option<Fingerprint>> + Send + Sync;
+type WaitingKeys = dyn Fn(&NodeId) -> Vec<Option<Fingerprint>> + Send + Sync;
 
 pub(crate) struct Keys {
     pub(crate) identity: Identity,
     known: KnownKeys,
     config: Arc<Config>,
     pub(crate) standing: Standing,
-    waiting: Box<Waiting>,
-    /// Links whose peer may be anybody.
+    waiting: Box<WaitingKeys>,
+    /// Links to unverified peers.
     unverified: Counter,
 }
 
@@ -115,7 +115,7 @@ impl Keys {
         if succession::is_valid(&statement, known, shown, SystemTime::now())
             && self.known.with(|names| names.hand_on(node, known, shown, Instant::now()))
         {
-            tracing::warn!(?node, before = %known, now = %shown, "a node has another key, as the one before says");
+            tracing::warn!(?node, before = %known, now = %shown, "a node has another key, as its old key has stated");
         }
     }
 
@@ -194,10 +194,12 @@ impl Keys {
         target.is_empty() || self.answer(target).is_some()
     }
 
-    /// Counts a new link if its peer may be anybody.
+    /// Counts a new link if its peer is not verified.
     pub(crate) fn counted_unverified(&self, dialect: Dialect) {
         if self.config.verify.leaves_open(dialect) && self.unverified.add(1) == 0 {
-            tracing::warn!("a peer's certificate is not verified, and it may be anybody; statistics count such links");
+            tracing::warn!(
+                "a peer's certificate is not verified, so any node can pose as it; statistics count such links"
+            );
         }
     }
 

@@ -1,7 +1,7 @@
 //! The keys that names are bound to, and the file that they are kept in.
 //!
-//! Only a thread of its own waits for the disk. Whoever binds a name tells it that there is something to write; it takes
-//! all that has changed by then, so there is no queue. What could not be written is written later, with the rest.
+//! Only a thread of its own waits for the disk. A task that binds a name tells it that there is something to write; it
+//! takes all changes up to then, so there is no queue. What could not be written is written later, with the rest.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};
@@ -335,7 +335,7 @@ mod tests {
                 lock(&store).bind(node(1), key(1), Instant::now());
                 signal.tell(|told| told.unsaved = true);
                 let until = Instant::now() + Duration::from_secs(20);
-                // After the fault everything is to be written.
+                // After the fault everything must be written.
                 while !lock(&store).is_unsaved() || lock(&signal.state).unsaved {
                     assert!(Instant::now() < until);
                     std::thread::yield_now();

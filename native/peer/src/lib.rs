@@ -84,6 +84,6 @@ pub use macula_peer_core::types::{
     RelayConfig, Secret, Sender, Target, Verify,
 };
 pub use message::Message;
-pub use peer::Waiting;
+pub use peer::WaitingCall;
 pub use relay::clients::MAX_RELAYS;
 pub use tls::Certificate;

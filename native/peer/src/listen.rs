@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::addresses::Remote;
 use crate::conn::{Conn, LinkOwner};
-use crate::expected::Caller;
+use crate::expected::ExpectedNode;
 use crate::handshake::handshake;
 use crate::places::{Arrived, Place};
 use crate::relay::registration::IncomingCircuit;
@@ -131,11 +131,11 @@ async fn accept_with(server: &Server, admission: &Admission, incoming: Incoming,
 }
 
 /// A connection on a path that both nodes have made.
-async fn accept_expected(server: Arc<Server>, callers: Vec<Caller>, incoming: Incoming) {
-    let admission = server.known_ways.clone();
+async fn accept_expected(server: Arc<Server>, callers: Vec<ExpectedNode>, incoming: Incoming) {
+    let admission = server.known_paths.clone();
     let Some(conn) = accept_with(&server, &admission, incoming, Path::HolePunch).await else { return };
     let mut meant = callers.into_iter().filter(|caller| Some(caller.key) == conn.shown);
-    let Some(Caller { extra: _extra, connected, .. }) = meant.next() else {
+    let Some(ExpectedNode { extra: _extra, connected, .. }) = meant.next() else {
         tracing::warn!(from = %conn.remote(), "another node than the expected one");
         return conn.connection.close(UNEXPECTED.into(), b"unexpected key");
     };
@@ -182,7 +182,7 @@ pub(crate) async fn accept_circuit(server: Arc<Server>, incoming: IncomingCircui
     let relay = incoming.relay;
     // It cannot move. Its acknowledgements tell how long it may be silent.
     let remote = Remote::following(relay);
-    let config = server.known_ways.following(server.admissions.select_by_key(), remote.clone());
+    let config = server.known_paths.following(server.admissions.select_by_key(), remote.clone());
     if let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.accept(&config)).await {
         let Some(dialect) = dialect_of(&connection) else { return };
         let conn = Conn::new(connection, dialect, Path::Relay(relay), remote);
@@ -209,7 +209,7 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         self.server.accepted.remove(&self.accepted.conn);
-        // Others hold on to it, who do not serve it.
+        // Others hold a reference to it and do not serve it.
         self.accepted.connection.close(0u8.into(), b"");
         self.accepted.place.iter().for_each(|place| place.leave());
     }

@@ -1,4 +1,4 @@
-//! Messages on their way out.
+//! Outgoing messages.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -32,44 +32,44 @@ impl Message {
     }
 }
 
-/// A message on its way, and who its answer is for.
+/// An outgoing message, and the receiver of its answer.
 #[derive(Debug, Clone)]
 pub(crate) struct Envelope {
     message: Message,
     reader: Reader,
 }
 
-/// Who reads the answer to a message that was sent without waiting.
+/// The receiver of the answer to a message that was sent without waiting.
 #[derive(Debug, Clone)]
 enum Reader {
     /// The handler, where messages of this type are answered.
     Handler,
-    /// Nobody, whatever the type is.
-    Nobody,
-    /// Who sent the message to this node, which only hands it on.
+    /// None, whatever the type is.
+    None,
+    /// The node that sent the message to this one, which only hands it on.
     Requester(Arc<Requester>),
 }
 
 impl Envelope {
-    /// One that is handed on; `None`: nobody reads an answer.
+    /// A message that is handed on; `None`: its answer is not read.
     pub(crate) fn handed_on(message: Message, requester: Option<Arc<Requester>>) -> Self {
-        Self { message, reader: requester.map_or(Reader::Nobody, Reader::Requester) }
+        Self { message, reader: requester.map_or(Reader::None, Reader::Requester) }
     }
 
     /// How long an answer is listened for. `usual`: to messages of types that are answered.
     pub(crate) fn listens_for(&self, usual: Duration) -> Option<Duration> {
         match &self.reader {
             Reader::Handler => self.message.kind.is_answered().then_some(usual),
-            Reader::Nobody => None,
+            Reader::None => None,
             Reader::Requester(requester) => Some(requester.patience),
         }
     }
 
-    /// The one who alone gets the answer: it needs a stream of its own.
+    /// The only receiver of the answer: the message needs its own stream.
     pub(crate) fn requester(&self) -> Option<&Arc<Requester>> {
         match &self.reader {
             Reader::Requester(requester) => Some(requester),
-            Reader::Handler | Reader::Nobody => None,
+            Reader::Handler | Reader::None => None,
         }
     }
 
@@ -92,7 +92,7 @@ impl Deref for Envelope {
     }
 }
 
-/// Who waits for the gateway's answer to one message.
+/// Waits for the gateway's answer to one message.
 #[derive(Debug)]
 pub(crate) struct Requester {
     pub(crate) token: ReplyToken,

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use macula_peer_core::descriptors;
-use macula_peer_core::names::{Ask, Names};
+use macula_peer_core::names::{NameStatus, Names};
 use macula_peer_core::sync::lock;
 use thiserror::Error;
 use tokio::sync::watch;
@@ -24,13 +24,13 @@ const STACK: usize = 512 << 10;
 pub(crate) struct Unresolved;
 
 type Found = Result<Vec<SocketAddr>, Unresolved>;
-type Lookup = dyn Fn(&str) -> Found + Send + Sync;
+type Resolve = dyn Fn(&str) -> Found + Send + Sync;
 
 /// Threads that hang are left behind when it is dropped: nothing can interrupt the system's resolver.
 #[derive(Clone)]
 pub(crate) struct Resolver {
     shared: Arc<Mutex<Shared>>,
-    lookup: Arc<Lookup>,
+    lookup: Arc<Resolve>,
 }
 
 struct Shared {
@@ -62,13 +62,13 @@ impl Resolver {
     fn ask(&self, host: &str) -> Result<watch::Receiver<Option<Found>>, Unresolved> {
         let mut shared = lock(&self.shared);
         let ask = shared.names.ask(host, Instant::now());
-        if ask == Ask::Failed {
+        if ask == NameStatus::Failed {
             return Err(Unresolved);
         }
         let answers = shared.answers.entry(host.into()).or_insert_with(|| watch::Sender::new(None));
         let answer = answers.subscribe();
         drop(shared);
-        if ask == Ask::Start && !self.start(host.into()) {
+        if ask == NameStatus::Start && !self.start(host.into()) {
             return Err(Unresolved);
         }
         Ok(answer)

@@ -1,4 +1,4 @@
-//! The one socket, QUIC on it, and how to dial over it.
+//! The UDP socket, QUIC on it, and dialling over it.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -22,13 +22,13 @@ use crate::link::Link;
 use crate::names::Resolver;
 use crate::ports::Ports;
 use crate::runtime::BatchingRuntime;
-use crate::socket::{self, Current, Received, Refusals, Signals, Socket, Via};
+use crate::socket::{self, Current, Received, ReceivedBy, Refusals, Signals, Socket};
 
 /// How often to try to get the old port back.
 const PORT_AGAIN: Duration = Duration::from_secs(1);
 
 /// What comes over the socket and is not QUIC's.
-pub(crate) type Heard = mpsc::Receiver<(Via, Received)>;
+pub(crate) type ReceivedSignals = mpsc::Receiver<(ReceivedBy, Received)>;
 
 pub(crate) struct Net {
     config: Arc<Config>,
@@ -51,7 +51,7 @@ pub(crate) struct Net {
     loopback: Mutex<Option<Loopback>>,
 }
 
-/// How to check the certificates of those that are dialled.
+/// How to check the certificates of dialled peers.
 pub(crate) struct Tls {
     pub(crate) peers: Arc<QuicClientConfig>,
     /// Of a gateway on this host: any process that may bind a port of this host could as well read this one's memory.
@@ -72,7 +72,7 @@ impl Net {
         server: ServerConfig,
         tls: Tls,
         lifecycle: Arc<Lifecycle>,
-    ) -> io::Result<(Arc<Self>, Heard)> {
+    ) -> io::Result<(Arc<Self>, ReceivedSignals)> {
         let _inside = lifecycle.enter();
         let refusals = socket::refusals();
         let (signals, heard) = socket::signals();
@@ -174,7 +174,7 @@ impl Net {
         Ok((quic, socket))
     }
 
-    /// The one socket.
+    /// The socket.
     pub(crate) fn socket(&self) -> Arc<Socket> {
         self.current_socket().get()
     }
@@ -217,7 +217,7 @@ impl Net {
                 () = socket.broken() => {}
                 () = tokio::time::sleep(PORT_AGAIN), if wanted.is_some() => {}
                 Ok(()) = moves.changed() => {
-                    // Somebody has moved it meanwhile.
+                    // It was moved meanwhile.
                     wanted = None;
                     continue;
                 }
@@ -232,7 +232,7 @@ impl Net {
     /// Binds a socket instead of one that is broken or at the wrong port. Returns the port that is still wanted.
     fn replace_socket(&self, old: &Socket, wanted: Option<u16>) -> Option<u16> {
         if !std::ptr::eq(old, &*self.socket()) {
-            // Somebody has moved it meanwhile.
+            // It was moved meanwhile.
             return None;
         }
         let (ip, port) = (old.local().ip(), wanted.unwrap_or(old.local().port()));
@@ -262,7 +262,7 @@ impl Net {
         self.socket().addresses().expire();
     }
 
-    /// Ends what does not end by itself when the engine stops.
+    /// Closes what does not end with the engine by itself.
     pub(crate) fn stop(&self) {
         lock(&self.errors).abort();
         if let Some(loopback) = &*lock(&self.loopback) {

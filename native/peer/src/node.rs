@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use macula_peer_core::config::Config;
 use macula_peer_core::errors::{CircuitError, PunchError};
-use macula_peer_core::proto::signal::{Kind, Unverified};
+use macula_peer_core::proto::signal::{SignalKind, Unverified};
 use macula_peer_core::stats::Stats;
 use macula_peer_core::types::{Endpoint, Fingerprint, NodeId, Target};
 use quinn::crypto::rustls::QuicClientConfig;
@@ -28,7 +28,7 @@ use crate::known_keys::KnownKeys;
 use crate::lifecycle::Lifecycle;
 use crate::link::Link;
 use crate::nat::{self, Detection, Nat};
-use crate::net::{Heard, Net, Tls};
+use crate::net::{Net, ReceivedSignals, Tls};
 use crate::pool::Pool;
 use crate::punch::{self, Puncher};
 use crate::relay::clients::{CircuitTls, Clients, Handles, Hooks};
@@ -36,7 +36,7 @@ use crate::relay::role::Role;
 use crate::renewal::Renew;
 use crate::server::{Parts, Server};
 use crate::server_config::Admission;
-use crate::socket::{Received, Via};
+use crate::socket::{Received, ReceivedBy};
 use crate::surroundings::{Others, Surroundings, Waits};
 use crate::tls::{self, Trust};
 use crate::{listen, ports};
@@ -59,15 +59,15 @@ pub(crate) struct Node {
     gateway: Option<Arc<Gateway>>,
 }
 
-/// What the files say: this node's key, the keys of others, and whom it trusts.
+/// The contents of the files: this node's key, the keys of others, and which keys are trusted.
 pub(crate) struct Secrets {
     identity: Identity,
     known: KnownKeys,
     trust: Trust,
     tls: Tls,
     circuits: QuicClientConfig,
-    /// How nodes are let in that come by ways of which a relay knows.
-    known_ways: Admission,
+    /// How nodes are admitted that come over paths that a relay knows.
+    known_paths: Admission,
 }
 
 impl Secrets {
@@ -84,11 +84,11 @@ impl Secrets {
         let known = KnownKeys::open(config.known_keys_file.as_deref())?;
         let trust = Trust::new(&config.verify)?;
         let peers = Arc::new(tls::client(&identity, &trust)?);
-        let gateway = Arc::new(tls::client(&identity, &Trust::Anybody)?);
+        let gateway = Arc::new(tls::client(&identity, &Trust::AnyKey)?);
         let circuits = tls::circuit_client(&identity, &trust)?;
         let circuit_server = tls::circuit_server(&identity, &trust)?;
-        let known_ways = Admission::over_known_ways(circuit_server, config.verify.is_strict(), config);
-        Ok(Self { identity, known, trust, tls: Tls { peers, gateway }, circuits, known_ways })
+        let known_paths = Admission::over_known_paths(circuit_server, config.verify.is_strict(), config);
+        Ok(Self { identity, known, trust, tls: Tls { peers, gateway }, circuits, known_paths })
     }
 
     /// What is read from files and may change while the engine runs.
@@ -104,27 +104,27 @@ struct Basis {
     net: Arc<Net>,
     identity: Identity,
     known: KnownKeys,
-    known_ways: Admission,
+    known_paths: Admission,
     circuits: CircuitTls,
 }
 
 impl Node {
     /// Binds the socket and starts the tasks.
     pub(crate) fn start(config: Arc<Config>, secrets: Secrets, runtime: Handle) -> Result<Arc<Self>, StartError> {
-        let Secrets { identity, known, tls, circuits, known_ways, .. } = secrets;
+        let Secrets { identity, known, tls, circuits, known_paths, .. } = secrets;
         let lifecycle = Arc::new(Lifecycle::new(runtime));
-        let server = ServerConfig::clone(&known_ways.config);
+        let server = ServerConfig::clone(&known_paths.config);
         let bound = Net::bind(config.clone(), &identity, server.clone(), tls, lifecycle.clone());
         let (net, heard) = bound.map_err(StartError::Bind)?;
         let circuits = CircuitTls { client: circuits, server };
-        let basis = Basis { config, lifecycle, net, identity, known, known_ways, circuits };
+        let basis = Basis { config, lifecycle, net, identity, known, known_paths, circuits };
         let node = Arc::new_cyclic(|this| Self::wire(basis, this));
         node.start_tasks(heard);
         Ok(node)
     }
 
     fn wire(basis: Basis, this: &Weak<Self>) -> Self {
-        let Basis { config, lifecycle, net, identity, known, known_ways, circuits } = basis;
+        let Basis { config, lifecycle, net, identity, known, known_paths, circuits } = basis;
         let keys = Arc::new(Keys::new(identity, known, config.clone(), waiting(this.clone())));
         let description = watch::Sender::new(None);
         let gateway = config.gateway.as_ref().map(|gateway| {
@@ -179,15 +179,15 @@ impl Node {
             role: role.clone(),
             accepted,
             expected: expected.clone(),
-            known_ways,
+            known_paths,
         };
         let server = Server::new(parts, elsewhere, arrived);
         let puncher = Puncher::new(detection.clone(), keys.clone(), expected);
         Self { config, lifecycle, net, keys, inbox, pool, server, role, clients, detection, puncher, gateway }
     }
 
-    /// Those that run as long as the engine does.
-    fn start_tasks(self: &Arc<Self>, heard: Heard) {
+    /// Tasks that run as long as the engine does.
+    fn start_tasks(self: &Arc<Self>, heard: ReceivedSignals) {
         let Self { lifecycle, net, inbox, server, detection, .. } = &**self;
         let nat = detection.nat.clone();
         lifecycle.spawn(self.clone().hear_signals(heard));
@@ -209,7 +209,7 @@ impl Node {
     }
 
     /// Hands out what comes over the socket and is not QUIC's, until the engine stops.
-    async fn hear_signals(self: Arc<Self>, mut signals: Heard) {
+    async fn hear_signals(self: Arc<Self>, mut signals: ReceivedSignals) {
         let mut stopping = self.lifecycle.stopping();
         loop {
             tokio::select! {
@@ -220,20 +220,20 @@ impl Node {
         }
     }
 
-    fn hear(&self, via: Via, received: &Received) {
+    fn hear(&self, via: ReceivedBy, received: &Received) {
         match Unverified::parse(received.bytes()).map(|signal| signal.kind()) {
-            Some(Kind::ProbeRequest) if via == Via::Main => {
+            Some(SignalKind::ProbeRequest) if via == ReceivedBy::Main => {
                 if let Some(relay) = self.role.relay() {
                     relay.responder().answer_main(&self.net, received);
                 }
             }
-            Some(Kind::ProbeReply) if via == Via::Main => self.detection.nat.hear(received),
-            Some(Kind::Ping | Kind::Pong) => self.puncher.received(via, received),
+            Some(SignalKind::ProbeReply) if via == ReceivedBy::Main => self.detection.nat.hear(received),
+            Some(SignalKind::Ping | SignalKind::Pong) => self.puncher.received(via, received),
             _ => {}
         }
     }
 
-    /// Ends every task; peers have their time to send what is on its way.
+    /// Ends every task; peers have their time to send messages in flight.
     pub(crate) async fn stop(&self) {
         self.pool.stop();
         self.clients.stop();

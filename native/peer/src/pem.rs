@@ -40,7 +40,7 @@ pub(crate) fn read(file: File) -> io::Result<Vec<u8>> {
     Ok(pem)
 }
 
-/// The contents of a file that says whom to trust, or as whom to be trusted.
+/// The contents of a file with a key, a certificate, or trusted authorities.
 pub(crate) fn read_path(path: &Path) -> io::Result<Vec<u8>> {
     let file = open(path)?;
     private::check_unaltered(&file)?;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use macula_peer_core::counter::Counter;
-use macula_peer_core::places::{self, Arrival, Over, PlaceLimits};
+use macula_peer_core::places::{self, ExceededLimit, PlaceDecision, PlaceLimits};
 use macula_peer_core::proto::codes::connection::OVER_LIMIT;
 use macula_peer_core::sync::lock;
 use macula_peer_core::types::Fingerprint;
@@ -15,7 +15,7 @@ use quinn::Connection;
 pub(crate) struct Places {
     taken: Mutex<places::Places>,
     /// In the order of the limits.
-    refused: [Counter; Over::ALL.len()],
+    refused: [Counter; ExceededLimit::ALL.len()],
 }
 
 /// The place of one connection.
@@ -37,7 +37,7 @@ enum Has {
     Nothing,
 }
 
-/// What becomes of who wants to connect.
+/// What happens to a new client.
 pub(crate) enum Arrived {
     Placed(Place),
     Prove,
@@ -55,13 +55,13 @@ impl Places {
         lock(&self.taken).limit(limits, Instant::now());
     }
 
-    /// Somebody wants to connect.
+    /// A client wants to connect.
     pub(crate) fn arrive(self: &Arc<Self>, address: IpAddr, proven: bool) -> Arrived {
         let arrival = lock(&self.taken).arrive(address, proven, Instant::now());
         match arrival {
-            Arrival::Placed => Arrived::Placed(self.place(address, Has::Handshake)),
-            Arrival::Prove => Arrived::Prove,
-            Arrival::Refused(over) => {
+            PlaceDecision::Placed => Arrived::Placed(self.place(address, Has::Handshake)),
+            PlaceDecision::Prove => Arrived::Prove,
+            PlaceDecision::Refused(over) => {
                 self.count(over);
                 Arrived::Refused
             }
@@ -79,7 +79,7 @@ impl Places {
         Place { places: self.clone(), address, has: Mutex::new(has) }
     }
 
-    fn count(&self, over: Over) {
+    fn count(&self, over: ExceededLimit) {
         // Every limit has a counter.
         if self.refused[over as usize].add(1) == 0 {
             tracing::warn!(limit = over.name(), "a connection is refused");
@@ -88,7 +88,7 @@ impl Places {
 
     /// How many connections each limit has refused.
     pub(crate) fn refused(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        Over::ALL.iter().zip(&self.refused).map(|(over, count)| (over.name(), count.get()))
+        ExceededLimit::ALL.iter().zip(&self.refused).map(|(over, count)| (over.name(), count.get()))
     }
 }
 
@@ -122,7 +122,7 @@ impl Place {
         (u64::from(all) * u64::from(full) / u64::from(connections)) as u32
     }
 
-    /// Gives it back, although somebody still holds on to the connection.
+    /// Gives it back, although there may still be references to the connection.
     pub(crate) fn leave(&self) {
         self.connected();
         if let Has::Place(key) = std::mem::replace(&mut *lock(&self.has), Has::Nothing) {
@@ -130,7 +130,7 @@ impl Place {
         }
     }
 
-    fn refuse(&self, connection: &Connection, over: Over) {
+    fn refuse(&self, connection: &Connection, over: ExceededLimit) {
         self.places.count(over);
         connection.close(OVER_LIMIT.into(), over.name().as_bytes());
     }
@@ -146,7 +146,7 @@ impl Place {
         SetAside { place: self.clone(), connection: connection.clone() }
     }
 
-    fn take_again(&self) -> Result<(), Over> {
+    fn take_again(&self) -> Result<(), ExceededLimit> {
         let mut has = lock(&self.has);
         let Has::Aside(key) = *has else { return Ok(()) };
         let mut taken = lock(&self.places.taken);

@@ -28,7 +28,7 @@ pub(crate) struct Ports {
 #[derive(Default)]
 struct State {
     failing: SourcePorts,
-    /// Those of dials under way. All together at most `MAX_PORTS`.
+    /// The ports of running dials. All together at most `MAX_PORTS`.
     trying: HashMap<SocketAddr, Weak<ExtraGuard>>,
     kept: HashMap<SocketAddr, (Kept, Arc<ExtraGuard>)>,
 }

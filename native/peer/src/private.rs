@@ -1,4 +1,4 @@
-//! Files that say who this node is, or whom it trusts: no other user may write them, or read what is secret in them.
+//! Files with this node's key, or the keys it trusts: no other user may write them, or read the secret ones.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -14,12 +14,12 @@ pub(crate) enum NotPrivate {
     Owner(u32),
 }
 
-/// A new file for nobody else.
+/// A new file that only this user can access.
 pub(crate) fn create(path: &Path) -> io::Result<File> {
     options().create_new(true).open(path)
 }
 
-/// What a file is opened with to write to it, for nobody else if it is made.
+/// The options to open a file for writing; if it is created, only this user can access it.
 pub(crate) fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.write(true);
@@ -57,7 +57,7 @@ pub(crate) fn check(_: &File) -> Result<(), NotPrivate> {
     Ok(())
 }
 
-/// Whether only this user and root can write the file, whoever may read it.
+/// Whether only this user and root can write the file; others may read it.
 #[cfg(unix)]
 pub(crate) fn check_unaltered(file: &File) -> io::Result<()> {
     use std::os::unix::fs::MetadataExt;
@@ -74,7 +74,7 @@ pub(crate) fn check_unaltered(_: &File) -> io::Result<()> {
 #[cfg(unix)]
 fn is_unaltered(mode: u32, owner: u32, us: u32) -> Result<(), String> {
     if owner != us && owner != 0 {
-        return Err(format!("it belongs to user {owner}, neither root nor the one that runs this node"));
+        return Err(format!("it belongs to user {owner}, neither root nor the user of this node"));
     }
     if mode & 0o022 == 0 { Ok(()) } else { Err(format!("others than its owner may write it: mode {mode:o}")) }
 }
@@ -126,7 +126,7 @@ mod tests {
             (0o640, ROOT, US, false, true),
             (0o440, ROOT, ROOT, true, true),
             (0o440, ROOT, ROOT, false, false),
-            // And without `fsGroup`: by default Kubernetes lets everybody read.
+            // And without `fsGroup`: by default Kubernetes lets every user read.
             (0o644, ROOT, US, true, false),
             (0o444, ROOT, ROOT, true, false),
             (0o460, ROOT, US, true, false),

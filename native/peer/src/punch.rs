@@ -35,7 +35,7 @@ use crate::net::Net;
 use crate::relay::clients::Clients;
 use crate::relay::registration::PunchSession;
 use crate::shares::{Held, Shares};
-use crate::socket::{AFTER_ERROR, ExtraGuard, Received, Socket, Via};
+use crate::socket::{AFTER_ERROR, ExtraGuard, Received, ReceivedBy, Socket};
 
 /// Attempts that this node has begun and takes part in at once, and as many that others have begun: each is some hundred
 /// packets in three seconds.
@@ -103,7 +103,7 @@ struct Heard {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum HeardBy {
-    Socket(Via),
+    Socket(ReceivedBy),
     /// A socket that QUIC does not use yet.
     Extra(u16),
 }
@@ -142,7 +142,7 @@ impl Puncher {
     }
 
     /// A signal came by a socket that QUIC uses too. What is not of a session is nothing.
-    pub(crate) fn received(&self, via: Via, received: &Received) {
+    pub(crate) fn received(&self, via: ReceivedBy, received: &Received) {
         let Some(unverified) = Unverified::parse(received.bytes()) else { return };
         let session = lock(&self.sessions).get(&unverified.id()).cloned();
         if let Some(session) = session
@@ -299,7 +299,7 @@ struct Attempt {
     heard: mpsc::Receiver<Heard>,
     role: Role,
     punch: Punch,
-    /// What `Via::Extra` counts.
+    /// What `ReceivedBy::Extra` counts.
     sockets: Vec<Extra>,
     /// The tasks that listen at those which QUIC does not use yet.
     listening: JoinSet<Heard>,
@@ -488,8 +488,8 @@ impl Attempt {
 
     fn hear(&mut self, Heard { via, from, signal }: Heard) {
         let via = match via {
-            HeardBy::Socket(Via::Main) => punch::Via::Main,
-            HeardBy::Socket(Via::Extra(id)) => {
+            HeardBy::Socket(ReceivedBy::Main) => punch::Via::Main,
+            HeardBy::Socket(ReceivedBy::Extra(id)) => {
                 let shared = |extra: &Extra| matches!(extra, Extra::Shared(guard) if guard.id == id);
                 let Some(index) = self.sockets.iter().position(shared) else { return };
                 // There are no more than were asked for.

@@ -1,4 +1,4 @@
-//! A request: a message on a stream of its own, and the one frame that answers it.
+//! A request: a message on a stream of its own, and the frame that answers it.
 //!
 //! In `macula-peer/1` a request has an id. When its link dies it is asked again over the next one, and the peer, if it has
 //! had it, sends the answer there (`macula_peer_core::requests`).
@@ -26,8 +26,8 @@ use crate::link::Link;
 use crate::message::Envelope;
 use crate::transfer::is_acknowledged;
 
-/// A peer that takes this long to answer, and says nothing else, is asked for a sign of life: nothing would show otherwise
-/// that answers do not come through any more.
+/// A peer that takes this long to answer, and is otherwise silent, is probed: nothing else would show that answers do
+/// not come through any more.
 const PROBE_AFTER: Duration = Duration::from_secs(1);
 
 /// The payload of the frame before a request: its id, and whether only a peer that knows it is to answer.
@@ -52,7 +52,7 @@ pub(crate) fn parse_name(payload: &[u8]) -> Option<Named> {
 }
 
 /// How a request ended. The first two have answered the caller.
-pub(crate) enum End {
+pub(crate) enum RequestEnd {
     Answered,
     Failed,
     /// The caller is gone.
@@ -67,7 +67,7 @@ enum Failure {
     Malformed(FrameError),
 }
 
-/// `target`: the node that it is for; `None`, whoever is at the other end. `named`: in `macula-peer/1`.
+/// `target`: the node that it is for; `None`: any node at the other end. `named`: in `macula-peer/1`.
 pub(crate) async fn run(
     link: Arc<Link>,
     target: Option<NodeId>,
@@ -75,7 +75,7 @@ pub(crate) async fn run(
     call: Arc<Call<Result<RawFrame, RequestError>>>,
     message: Envelope,
     decoding: Arc<Decoding>,
-) -> End {
+) -> RequestEnd {
     let until = message.deadline;
     let _asked = Asked::new(&link);
     let answered = async {
@@ -90,29 +90,29 @@ pub(crate) async fn run(
         outcome = answered => outcome,
         () = deadline(until) => {
             call.answer(Err(RequestError::Timeout));
-            return End::Failed;
+            return RequestEnd::Failed;
         }
-        () = call.cancelled() => return End::Cancelled,
+        () = call.cancelled() => return RequestEnd::Cancelled,
     };
     let error = match outcome {
         Ok((frame, None)) => {
             call.answer(Ok(frame));
-            return End::Answered;
+            return RequestEnd::Answered;
         }
         Ok((frame, Some(turn))) => {
             tokio::task::spawn_blocking(move || {
                 call.answer(Ok(frame));
                 drop(turn);
             });
-            return End::Answered;
+            return RequestEnd::Answered;
         }
-        Err(Failure::Lost(how)) => return End::Lost(how),
+        Err(Failure::Lost(how)) => return RequestEnd::Lost(how),
         Err(Failure::LinkLost) => RequestError::LinkLost,
         Err(Failure::Rejected(why)) => RequestError::Rejected(why),
         Err(Failure::Malformed(error)) => RequestError::Malformed(error),
     };
     call.answer(Err(error));
-    End::Failed
+    RequestEnd::Failed
 }
 
 /// Counts a request as long as it runs.
@@ -175,7 +175,7 @@ async fn exchange(
     send.finish().map_err(|_| Failure::Lost(Lost::Unacknowledged))?;
     sending.whole = true;
     tokio::select! {
-        // An answer that has come counts, whatever has become of the link.
+        // An answer that has come counts, even if the link has died.
         biased;
         answer = answered(link, &sending.send, &mut receive) => answer,
         () = lost(link, &sending.send) => {

@@ -15,8 +15,8 @@ use crate::socket::Outbox;
 /// 45 full ones fill a send.
 const MOST_POLLS: usize = 4;
 
-/// A [`TokioRuntime`] whose connection drivers let everything else that is ready run first, and send what they have in as
-/// few sends as possible.
+/// A [`TokioRuntime`] whose connection drivers let all other ready tasks run first, and send their packets in as few
+/// sends as possible.
 ///
 /// tokio runs a task that was just woken before all others. For a connection driver that means one packet per written
 /// message; at the back of the queue it finds many messages and fills packets, which makes a stream per message about

@@ -64,7 +64,7 @@ pub(crate) struct Server {
     /// Addresses that nodes are about to connect from, whether this one listens or not.
     pub(crate) expected: Arc<Expected>,
     /// How nodes are let in that come by ways of which a relay knows.
-    pub(crate) known_ways: Admission,
+    pub(crate) known_paths: Admission,
     /// For handshakes to begin.
     pub(crate) handshakes: Arc<Queue<shares::Network>>,
     /// For those who have used up their time.
@@ -84,7 +84,7 @@ pub(crate) struct Parts {
     pub(crate) role: Arc<Role>,
     pub(crate) accepted: Arc<AcceptedTable>,
     pub(crate) expected: Arc<Expected>,
-    pub(crate) known_ways: Admission,
+    pub(crate) known_paths: Admission,
 }
 
 impl Server {
@@ -94,7 +94,7 @@ impl Server {
         elsewhere: impl Fn(Fingerprint) -> Option<Connection> + Send + Sync + 'static,
         arrived: impl Fn(Fingerprint) + Send + Sync + 'static,
     ) -> Arc<Self> {
-        let Parts { config, lifecycle, net, keys, inbox, admissions, role, accepted, expected, known_ways } = parts;
+        let Parts { config, lifecycle, net, keys, inbox, admissions, role, accepted, expected, known_paths } = parts;
         let unread = Unread::new(config.limits.max_frame);
         Arc::new(Self {
             places: Places::new(&config::Shares::default().limits(config.max_accepted)),
@@ -115,7 +115,7 @@ impl Server {
             role,
             accepted,
             expected,
-            known_ways,
+            known_paths,
         })
     }
 

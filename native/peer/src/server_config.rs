@@ -17,8 +17,8 @@ use crate::transport::{
 /// each, and a registration at a relay needs no more.
 const FIRST_STREAMS: u32 = 32;
 
-/// What is allowed in our dialect however little is configured: a session has two streams, a relay's node one more, and
-/// somebody may ask something.
+/// The least that our dialect allows, however little is configured: a session has two streams, a relay's node one more,
+/// and a question needs one.
 const LEAST_STREAMS: u32 = 4;
 
 /// Streams that a sender may open and needs no answer on. As a 0.14.3 gateway has it.
@@ -29,20 +29,20 @@ const ONE_WAY_STREAMS: u8 = 3;
 pub(crate) struct Admission {
     pub(crate) config: Arc<ServerConfig>,
     transport: Transport,
-    /// The same where not everybody is let in.
+    /// The same if some nodes are not let in.
     strict: Arc<ServerConfig>,
     strict_transport: Transport,
 }
 
 impl Admission {
-    /// `strict`: not everybody is let in. Streams are then allowed to those who are, which is how they know. `relay`:
+    /// `strict`: not every node is let in. Streams are then allowed only to nodes that are, which tells them. `relay`:
     /// packets of circuits are taken.
     pub(crate) fn new(tls: QuicServerConfig, strict: bool, relay: bool, config: &Config) -> Self {
         Self::with_transport(tls, strict, |strict| {
             let mut transport = Transport::new(strict, config);
             if relay {
                 transport.datagrams = Some(RELAY_RECEIVE_BUFFER);
-                // Nodes probe at their own pace, whatever this one's is for others.
+                // Nodes probe at their own pace, whatever this node's pace is.
                 transport.idle_timeout = RELAY_IDLE_TIMEOUT.max(transport.idle_timeout);
             }
             transport
@@ -50,7 +50,7 @@ impl Admission {
     }
 
     /// For connections over circuits, and on paths that both nodes have made.
-    pub(crate) fn over_known_ways(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
+    pub(crate) fn over_known_paths(tls: QuicServerConfig, strict: bool, config: &Config) -> Self {
         Self::with_transport(tls, strict, |strict| Transport {
             initial_round_trip: Some(KNOWN_PATH_ROUND_TRIP),
             ..Transport::new(strict, config)

@@ -22,7 +22,7 @@ impl Shares {
         Self(Arc::new(Mutex::new(Counts::new(limits))))
     }
 
-    /// Gives the client so much, or nothing.
+    /// Gives the client that amount, or nothing.
     pub(crate) fn take(&self, client: Client, amount: usize) -> Result<Held, Exceeded> {
         lock(&self.0).take(&client, amount)?;
         Ok(Held { counts: self.0.clone(), client, amount })
@@ -55,7 +55,7 @@ impl Unread {
         Self { shares: Shares::new(Limits { total, per_key, per_address: total / 2 }), per_key }
     }
 
-    /// Room for so many bytes, as long as it is held. `None`: the requester, or all together, have too many.
+    /// Room for that many bytes, as long as it is held. `None`: the requester, or all together, have too many.
     pub(crate) fn begin(&self, requester: Client, bytes: usize) -> Option<Held> {
         self.hold(requester, bytes.max(Self::COST))
     }

@@ -1,9 +1,9 @@
-//! The one UDP socket: quinn's, plus the word of ICMP, plus signals, plus sockets beside it.
+//! The UDP socket: quinn's, plus ICMP errors, signals, and extra sockets.
 //!
 //! A plain unconnected UDP socket never learns that a port is closed, so a dial to it would last until the handshake
-//! times out. With `IP_RECVERR` Linux queues each ICMP error with the destination that it is about. Two things follow
-//! that this module takes care of: the error also surfaces, once, from the next send or receive whatever its
-//! destination, where it must hurt nobody; and it leaves tokio's write readiness set for good, where a full socket
+//! times out. With `IP_RECVERR` Linux queues each ICMP error with the destination that it is about. This has two
+//! consequences that this module handles: the error also surfaces, once, from the next send or receive for any
+//! destination, where it must have no effect; and it leaves tokio's write readiness set for good, where a full socket
 //! would spin.
 
 use std::convert::Infallible;
@@ -29,12 +29,12 @@ use tokio::sync::broadcast;
 use crate::addresses::{Addresses, Proof};
 
 use self::demux::demux;
-pub(crate) use self::demux::{Received, Signals, Via, signals};
+pub(crate) use self::demux::{Received, ReceivedBy, Signals, signals};
 pub(crate) use self::extras::ExtraId;
 use self::extras::{AddExtraError, Extra, Extras};
 pub(crate) use self::outbox::Outbox;
 use self::receive::Receiver;
-use self::send::{Outcome, Sender};
+use self::send::{Outcome, PacketSender};
 
 mod demux;
 mod extras;
@@ -52,23 +52,23 @@ pub(crate) const AFTER_ERROR: Duration = Duration::from_millis(10);
 /// Socket buffers: the kernel's default of 208 KB holds 150 full packets, less than one burst of a fast sender.
 const SOCKET_BUFFER: usize = 4 << 20;
 
-/// Room for unread refusals. Whoever lags behind misses some and finds out by timeout.
+/// Room for unread refusals. A reader that lags behind misses some and finds out by timeout.
 const REFUSALS: usize = 256;
 
 /// Destinations that nothing can be sent to.
-pub(crate) type Refusals = broadcast::Sender<Refused>;
+pub(crate) type Refusals = broadcast::Sender<SendRefusal>;
 
 /// A destination that nothing can be sent to at present.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Refused {
+pub(crate) struct SendRefusal {
     pub(crate) destination: SocketAddr,
-    pub(crate) why: Why,
+    pub(crate) why: RefusalReason,
 }
 
 /// Why nothing can be sent there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Why {
-    /// ICMP said that nobody listens there.
+pub(crate) enum RefusalReason {
+    /// ICMP said that no socket listens there.
     Unreachable,
     /// This host has no route, or no address to send from. That says nothing about the destination.
     NoRoute,
@@ -77,7 +77,7 @@ pub(crate) enum Why {
 pub(crate) struct Socket {
     io: UdpSocket,
     state: UdpSocketState,
-    sender: Sender,
+    sender: PacketSender,
     receiver: Receiver,
     /// Another socket has replaced it.
     replaced: AtomicBool,
@@ -118,7 +118,7 @@ impl Socket {
         Ok(Arc::new_cyclic(|this| Self {
             io,
             state,
-            sender: Sender::default(),
+            sender: PacketSender::default(),
             receiver: Receiver::default(),
             replaced: AtomicBool::new(false),
             local,
@@ -163,7 +163,7 @@ impl Socket {
     pub(crate) fn send_signal_from(&self, source: Option<IpAddr>, to: SocketAddr, signal: &[u8]) {
         let Some(destination) = self.reachable(to) else { return };
         let transmit = Transmit { destination, ecn: None, contents: signal, segment_size: None, src_ip: source };
-        // A signal that is lost is sent again by those who wait for an answer. Without tokio's readiness, which a new
+        // A lost signal is sent again while its sender waits for an answer. Without tokio's readiness, which a new
         // socket does not have yet.
         let _ = self.send(&transmit);
     }
@@ -259,7 +259,7 @@ impl Socket {
     ) -> Poll<io::Result<usize>> {
         let received = ready!(self.receiver.poll(&self.io, &self.state, cx, bufs, meta))?;
         for (buffer, meta) in bufs.iter_mut().zip(meta.iter_mut()).take(received) {
-            demux(buffer, meta, Via::Main, &self.signals);
+            demux(buffer, meta, ReceivedBy::Main, &self.signals);
         }
         Poll::Ready(Ok(received))
     }
@@ -289,8 +289,8 @@ impl Socket {
     /// Tells the dials of a destination that it cannot be reached.
     fn note(&self, destination: SocketAddr, outcome: Outcome) {
         if outcome == Outcome::Refused {
-            // No receiver means that nobody dials.
-            let _ = self.refusals.send(Refused { destination, why: Why::NoRoute });
+            // Without a receiver there are no dials.
+            let _ = self.refusals.send(SendRefusal { destination, why: RefusalReason::NoRoute });
         }
     }
 }
@@ -389,8 +389,8 @@ async fn watch_errors(io: &UdpSocket, refusals: &Refusals) {
         let _ = io.try_io(Interest::ERROR, || -> io::Result<()> {
             for destination in icmp_refused(io) {
                 tracing::debug!(%destination, "port unreachable");
-                // No receiver means that nobody dials.
-                let _ = refusals.send(Refused { destination, why: Why::Unreachable });
+                // Without a receiver there are no dials.
+                let _ = refusals.send(SendRefusal { destination, why: RefusalReason::Unreachable });
             }
             Err(io::ErrorKind::WouldBlock.into())
         });
@@ -398,7 +398,7 @@ async fn watch_errors(io: &UdpSocket, refusals: &Refusals) {
 }
 
 /// Returns when nothing can be sent to `address`.
-pub(crate) async fn refused(refusals: &mut broadcast::Receiver<Refused>, address: SocketAddr) -> Why {
+pub(crate) async fn refused(refusals: &mut broadcast::Receiver<SendRefusal>, address: SocketAddr) -> RefusalReason {
     loop {
         match refusals.recv().await {
             Ok(refused) if refused.destination == address => return refused.why,
@@ -515,7 +515,7 @@ impl AsyncUdpSocket for Socket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         if !self.addresses.may_send(transmit.destination, transmit.contents.len()) {
-            tracing::trace!(to = %transmit.destination, "too much for an address that nobody has proved");
+            tracing::trace!(to = %transmit.destination, "too much for an unproven address");
             // Lost, as if by the network.
             return Ok(());
         }

@@ -15,7 +15,7 @@ impl Standing {
         before.map_or_else(Vec::new, |(_, relays)| relays)
     }
 
-    /// The relays that this node is to be registered at.
+    /// The relays that this node should be registered at.
     pub(crate) fn relays(&self) -> Vec<Endpoint> {
         lock(&self.0).as_ref().map_or_else(Vec::new, |(_, relays)| relays.clone())
     }

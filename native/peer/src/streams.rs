@@ -1,7 +1,8 @@
 //! The streams of an accepted connection: what arrives on them, and the answers to it.
 //!
-//! Each connection is bounded: streams by QUIC's own limit, unread bytes by flow control, and a frame that was begun by the
-//! time that it may go without growing. Connections, and memory for large frames, are bounded for each key and address.
+//! Each connection is bounded: streams by QUIC's own limit, unread bytes by flow control, and an incomplete frame by
+//! the time that it may go without growing. Connections, and memory for large frames, are bounded for each key and
+//! address.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -40,11 +41,12 @@ use crate::{hello, session};
 /// A token that is kept longer than this answers nothing: the stream and its memory are let go.
 pub(crate) const REPLY_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// How often a connection on which nothing begins is looked through for streams whose answer is no longer wanted: a
-/// sender without credit begins nothing.
+/// How often a connection without new streams is searched for streams whose answer is no longer wanted: a sender
+/// without credit opens none.
 const RELEASE_EVERY: Duration = Duration::from_millis(20);
 
-/// Answers of one stream that may wait to be written. Beyond that nothing more is read from who does not read them.
+/// Answers of one stream that may wait to be written. Beyond that nothing more is read from a sender that does not read
+/// them.
 const MAX_WAITING_ANSWERS: usize = 64;
 
 /// Bytes taken from a stream at once, more than a packet holds. While a stream waits, quinn may join all that has come to
@@ -57,7 +59,7 @@ const READ_AT_FIRST: usize = 32 << 10;
 /// More than a sender of this library listens on: some of them must be given up.
 const MANY_ANSWERABLE: usize = 128;
 
-/// Streams begun in one turn of a connection's loop. What they are for may be the work of tasks, which no turn bounds.
+/// Streams opened in one turn of a connection's loop. They may start work in tasks, which no turn bounds.
 const ACCEPT_BATCH: usize = 16;
 
 /// Serves what its other end begins on a connection, until that ends.
@@ -100,7 +102,7 @@ pub(crate) async fn serve(server: Arc<Server>, accepted: Arc<Accepted>) {
                 serving.release_all_stopped();
                 serving.release_arrived();
             }
-            // From now on more than an answer may be sent there, whether anybody asks where it is or not.
+            // Records the new address as proven, so that more than answers may be sent there.
             () = serving.accepted.remote.changed() => { serving.accepted.remote(); }
         }
         let _turn = if behind { server.busy.late_turn(sender, 1).await } else { None };
@@ -116,7 +118,7 @@ struct Serving {
     streams: JoinSet<()>,
     /// Streams that carried their one message and may be answered, oldest first.
     answerable: VecDeque<Answerable>,
-    /// The streams of requests whose answers are on their way.
+    /// The streams of requests whose answers are in flight.
     answered: VecDeque<(RequestId, SendStream)>,
     next: u64,
     replies: mpsc::UnboundedSender<(u64, Option<Bytes>)>,
@@ -150,7 +152,7 @@ impl Serving {
     fn begin(&mut self, send: Option<SendStream>, receive: RecvStream) {
         self.release_stopped();
         self.release_arrived();
-        let mut stream = Stream {
+        let mut stream = IncomingStream {
             server: self.server.clone(),
             accepted: self.accepted.clone(),
             receive,
@@ -268,7 +270,7 @@ impl Serving {
 }
 
 /// One stream of an accepted connection.
-pub(crate) struct Stream {
+pub(crate) struct IncomingStream {
     pub(crate) server: Arc<Server>,
     pub(crate) accepted: Arc<Accepted>,
     pub(crate) receive: RecvStream,
@@ -303,7 +305,7 @@ enum Delivered {
     Forgotten,
 }
 
-impl Stream {
+impl IncomingStream {
     /// Reads the stream to its end, and writes the answers to what it carried. `heavy`: its first frame, if that is much
     /// work.
     async fn serve(mut self, mut send: Option<SendStream>, mut heavy: Option<RawFrame>) {
@@ -610,7 +612,7 @@ impl Drop for WaitingFrame<'_> {
     }
 }
 
-/// Tells who waits for an answer on a stream that there will be none.
+/// Tells the requester on a stream that there will be no answer.
 fn not_taken(send: Option<SendStream>, why: Rejection) {
     if let Some(mut send) = send {
         // It may be closed already, which has the same effect.

@@ -15,7 +15,7 @@ use webpki::RawPublicKeyEntity;
 /// (RFC 8446, section 4.4.3), nor certificates, which are DER.
 const CONTEXT: &[u8] = b"macula-peer/1 key succession\0";
 
-/// How long a statement holds: who steals the new key cannot use it for much longer once the node has a third one.
+/// How long a statement holds: a thief of the new key cannot use it for much longer once the node has a third one.
 const HOLDS_FOR: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The longest statement: of an RSA key of 8192 bits.
@@ -59,7 +59,7 @@ pub(crate) fn sign(key: &dyn SigningKey, successor: Fingerprint, now: SystemTime
     (statement.len() <= MAX_LEN).then(|| Signed { statement: statement.into(), until })
 }
 
-/// Whose statement it claims to be. Says nothing of whether it is.
+/// The key whose statement it claims to be. Says nothing about its validity.
 pub(crate) fn signer(statement: &[u8]) -> Option<Fingerprint> {
     Some(Fingerprint::of_public_key(&Parts::of(statement)?.public))
 }

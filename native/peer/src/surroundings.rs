@@ -126,7 +126,8 @@ impl Surroundings {
         }
     }
 
-    /// A link to a node over a connection that it began. It allows streams when it has taken us for whom it wanted.
+    /// A link to a node over a connection that it began. It allows streams when it has accepted this node as the one it
+    /// wanted.
     pub(crate) async fn adopt(
         self: Arc<Self>,
         name: PeerName,
@@ -137,7 +138,7 @@ impl Surroundings {
         self.keys.admit(&name, Said::by(key), self.adopted(accepted, stream)).await
     }
 
-    /// The same, if it can be had at once.
+    /// The same, if that is possible without waiting.
     pub(crate) fn adopt_now(&self, name: &PeerName, accepted: &Arc<Conn>, key: Option<Fingerprint>) -> Option<Link> {
         let stream = now_or_never(accepted.connection.open_bi())?.ok()?;
         self.keys.admit_now(name, Said::by(key), self.adopted(accepted.clone(), stream))

@@ -1,4 +1,4 @@
-//! Certificates, ALPN and who is trusted.
+//! Certificates, ALPN and trust.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -71,12 +71,12 @@ pub(crate) fn server(
     }
 }
 
-/// TLS for who begins a connection over a circuit.
+/// TLS for the side that begins a connection over a circuit.
 pub(crate) fn circuit_client(identity: &Identity, trust: &Trust) -> Result<QuicClientConfig, TlsError> {
     client_config(identity, Verifier::new(trust, Over::Circuit), &[Dialect::MaculaPeer1])
 }
 
-/// TLS for who gets a connection over a circuit.
+/// TLS for the side that accepts a connection over a circuit.
 pub(crate) fn circuit_server(identity: &Identity, trust: &Trust) -> Result<QuicServerConfig, TlsError> {
     let resumes = trust.renewed().is_none();
     server_config(identity.shown(), Verifier::new(trust, Over::Circuit), &[Dialect::MaculaPeer1], resumes)
@@ -190,7 +190,7 @@ struct Verifier {
 /// What [`Verify`] says, ready for use.
 #[derive(Debug, Clone)]
 pub(crate) enum Trust {
-    Anybody,
+    AnyKey,
     Keys(Vec<Fingerprint>),
     Authorities {
         /// The last usable contents of the file.
@@ -208,7 +208,7 @@ pub(crate) struct Authorities {
 impl Trust {
     pub(crate) fn new(verify: &Verify) -> Result<Self, TlsError> {
         Ok(match verify {
-            Verify::FirstSeen | Verify::None => Self::Anybody,
+            Verify::FirstSeen | Verify::None => Self::AnyKey,
             Verify::Pin(keys) => Self::Keys(keys.clone()),
             Verify::CaFile(file) | Verify::CaFileAnyName(file) => {
                 let path = file.clone();
@@ -221,7 +221,7 @@ impl Trust {
     /// What changes with a file.
     pub(crate) fn renewed(&self) -> Option<Arc<dyn Renew>> {
         match self {
-            Self::Anybody | Self::Keys(_) => None,
+            Self::AnyKey | Self::Keys(_) => None,
             Self::Authorities { latest, .. } => Some(latest.clone()),
         }
     }
@@ -263,7 +263,7 @@ impl ServerCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         match &self.trust {
-            Trust::Anybody => {}
+            Trust::AnyKey => {}
             Trust::Keys(keys) => Self::is_pinned(keys, certificate)?,
             Trust::Authorities { latest, any_name } => {
                 let servers = &latest.latest().servers;
@@ -303,10 +303,10 @@ impl ServerCertVerifier for Verifier {
 
 impl ClientCertVerifier for Verifier {
     fn client_auth_mandatory(&self) -> bool {
-        self.over == Over::Circuit || !matches!(self.trust, Trust::Anybody)
+        self.over == Over::Circuit || !matches!(self.trust, Trust::AnyKey)
     }
 
-    /// A node has one certificate and shows it whatever authorities are asked for.
+    /// A node has one certificate and shows it whatever authorities the other side names.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }
@@ -318,7 +318,7 @@ impl ClientCertVerifier for Verifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         match &self.trust {
-            Trust::Anybody => {}
+            Trust::AnyKey => {}
             Trust::Keys(keys) => Self::is_pinned(keys, certificate)?,
             Trust::Authorities { latest, .. } => {
                 return latest.latest().clients.verify_client_cert(certificate, intermediates, now);
@@ -376,7 +376,7 @@ mod tests {
         let to = accepting.local_addr().unwrap();
         let client = dialling.connect_with(ClientConfig::new(Arc::new(client)), to, "no.such.name").unwrap();
         let (client, server) = tokio::join!(client, async { accepting.accept().await.unwrap().await });
-        // Who accepts knows last whether all is well.
+        // The accepting side is the last to know whether the handshake succeeded.
         Ok(Connected { server: server?, client: client?, _endpoints: [accepting, dialling] })
     }
 
@@ -406,16 +406,16 @@ mod tests {
         assert!(connect(client, at_circuit(&b, &Verify::None)).await.is_err());
         let client = circuit(&a, &Verify::None);
         assert!(connect(client, at_circuit(&b, &pin(&c))).await.is_err());
-        // Without a certificate, whoever is let in.
-        let nobody = rustls::ClientConfig::builder_with_provider(provider())
+        // A client without a certificate, in every mode.
+        let anonymous = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .dangerous()
-            .with_custom_certificate_verifier(Verifier::new(&Trust::Anybody, Over::Circuit));
-        let mut nobody = nobody.with_no_client_auth();
-        nobody.alpn_protocols = alpn(&BOTH);
-        let nobody = QuicClientConfig::try_from(nobody).unwrap();
-        assert!(connect(nobody, at_circuit(&b, &Verify::None)).await.is_err());
+            .with_custom_certificate_verifier(Verifier::new(&Trust::AnyKey, Over::Circuit));
+        let mut anonymous = anonymous.with_no_client_auth();
+        anonymous.alpn_protocols = alpn(&BOTH);
+        let anonymous = QuicClientConfig::try_from(anonymous).unwrap();
+        assert!(connect(anonymous, at_circuit(&b, &Verify::None)).await.is_err());
     }
 
     #[tokio::test]

@@ -33,7 +33,7 @@ pub(crate) async fn read(
     }
 }
 
-/// Writes all of `bytes`. False: the stream is gone, or nobody reads it.
+/// Writes all of `bytes`. False: the stream is gone, or is no longer read.
 pub(crate) async fn write(send: &mut SendStream, bytes: Bytes) -> bool {
     let mut growth = Growth::default();
     let mut rest = [bytes];
@@ -68,8 +68,8 @@ pub(crate) fn write_now(send: &mut SendStream, frame: &Bytes) -> Write {
     }
 }
 
-/// Whether all data of a finished stream, its end included, is acknowledged: the transport has forgotten the stream.
-/// Asking for its priority is the cheapest way to find out; `stopped` would keep a waker for each.
+/// Whether all data of a finished stream, including its end, is acknowledged: the transport has forgotten the stream.
+/// Querying its priority is the cheapest way to find out; `stopped` would keep a waker for each.
 pub(crate) fn is_acknowledged(send: &SendStream) -> bool {
     send.priority().is_err()
 }

@@ -16,8 +16,7 @@ pub(crate) const STREAM_WINDOW: u32 = 1 << 20;
 /// Answers, to messages sent without waiting, that the peer may send at once.
 pub(crate) const MAX_ANSWERING: u32 = 64;
 
-/// The window of a connection on which answers come too: those that wait to be read, because they are large, must not
-/// hold up the others.
+/// The window of a connection that answers come on too: large answers that wait to be read must not delay the others.
 pub(crate) const DIALLED_WINDOW: u32 = CONNECTION_WINDOW + MAX_ANSWERING * STREAM_WINDOW;
 
 /// The round trip that is assumed, until it is measured, on a path over which packets have just passed: most are

@@ -1,4 +1,4 @@
-//! Turns at work that would hold up others if all did theirs at once.
+//! Turns at work that would delay others if all of it were done at once.
 //!
 //! tokio runs tasks in the order in which they are woken, and each for as long as it does not wait. So one that has little to
 //! do waits for all that those with much to do have ready. Here they work for a short time, and one after the other.
@@ -11,7 +11,7 @@ use macula_peer_core::turns::Turns;
 use tokio::sync::oneshot;
 use tokio::task::yield_now;
 
-/// Those who wait for a turn.
+/// The tasks that wait for a turn.
 #[derive(Debug)]
 pub(crate) struct Queue<S: Copy + Eq + Hash>(Mutex<Turns<S, oneshot::Sender<Turn<S>>>>);
 
@@ -39,8 +39,8 @@ impl<S: Copy + Eq + Hash> Queue<S> {
         told.await.ok()
     }
 
-    /// The same, and lets all that is ready go first, so many times. The turn is held meanwhile, so of all who wait only
-    /// `most` are ready themselves.
+    /// Like [`Self::turn`], but lets all ready tasks go first, `times` times. The turn is held meanwhile, so of all
+    /// waiting tasks only `most` are ready themselves.
     pub(crate) async fn late_turn(self: &Arc<Self>, sender: S, times: usize) -> Option<Turn<S>> {
         let turn = self.turn(sender).await;
         for _ in 0..times {
@@ -56,7 +56,7 @@ impl<S: Copy + Eq + Hash> Drop for Turn<S> {
         while let Some(next) = { lock(&queue.0).end() } {
             match next.send(Self(Some(queue.clone()))) {
                 Ok(()) => return,
-                // It does not wait any more. Dropped like this, it does not ask who is next.
+                // That task has given up. Its turn is dropped without passing it on again.
                 Err(mut unwanted) => drop(unwanted.0.take()),
             }
         }
@@ -74,7 +74,7 @@ mod tests {
 
     use super::*;
 
-    /// Work that is done while a message passes through so many tasks, beside others that always have more to do.
+    /// Work that is done while a message passes through this many tasks, beside others that always have more to do.
     async fn work_beside(tasks: usize, others: usize) -> usize {
         let (queue, work) = (Queue::new(1), Arc::new(AtomicUsize::new(0)));
         let mut busy = JoinSet::new();

@@ -39,7 +39,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 const SIGNAL_LEN: usize = 35;
 
 /// What a node sends at most to one address and port in one session.
-const MAX_PER_WAY: usize = 80;
+const MAX_PER_PAIR: usize = 80;
 
 /// As often as a relay allows.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
@@ -180,7 +180,7 @@ fn a_node_can_name_only_ports_of_its_own_address_and_those_get_little() {
         (control, connection)
     });
     named.quiet();
-    assert!((10..=MAX_PER_WAY).contains(&named.count()), "{}", named.count());
+    assert!((10..=MAX_PER_PAIR).contains(&named.count()), "{}", named.count());
     assert_eq!((named.longest(), described.count(), elsewhere.count()), (SIGNAL_LEN, 0, 0));
     drop(control);
     stop(&[&victim, &relay]);
@@ -274,7 +274,7 @@ fn a_flood_of_punch_requests_disturbs_no_other_node() {
     assert!(asked > 200 && (17..=17 + 4 * seconds).contains(&punches), "{asked} asked, {punches} made");
     assert!(refused(&relay, "request_rate") > 100);
     bystander.quiet();
-    assert!(bystander.count() as u64 <= MAX_PER_WAY as u64 * punches, "{}", bystander.count());
+    assert!(bystander.count() as u64 <= MAX_PER_PAIR as u64 * punches, "{}", bystander.count());
     for (victim, _) in &victims {
         let state = victim.stats().registrations[0].state;
         assert_eq!(state, Registration::Registered);
@@ -942,7 +942,7 @@ fn when_the_socket_moves_a_link_over_an_extra_socket_falls_back_to_the_relay() {
     let (target, _other_liar) = deceived(&fake, false, HolePunching::On, "target");
     let inbox = Arc::new(Inbox::default());
     target.set_handler(Some(inbox.clone()));
-    let (gate, nobody) = (Gate::new(local(&target)), Bystander::new(Ipv4Addr::LOCALHOST, 1));
+    let (gate, absent) = (Gate::new(local(&target)), Bystander::new(Ipv4Addr::LOCALHOST, 1));
     let send = |n| send_to_node(&sender, "target", Candidates::default(), message(Publish, n, TIMEOUT)).unwrap();
     send(0);
     until("asked", || !fake.said(PunchRequest).is_empty());
@@ -950,8 +950,8 @@ fn when_the_socket_moves_a_link_over_an_extra_socket_falls_back_to_the_relay() {
     let keys = [&sender, &target].map(|node| *node.fingerprint().as_bytes());
     runtime.block_on(async {
         // It does not guess ports, which may be of other tests, nor find the main socket.
-        let nobody = (Ipv4Addr::LOCALHOST, nobody.ports[0]).into();
-        fake.say("target", &punch.coordinate(Punch::RESPONDER, nobody, keys[0], &unknown())).await;
+        let absent = (Ipv4Addr::LOCALHOST, absent.ports[0]).into();
+        fake.say("target", &punch.coordinate(Punch::RESPONDER, absent, keys[0], &unknown())).await;
         fake.say("sender", &punch.coordinate(Punch::INITIATOR, gate.address, keys[1], &strict())).await;
     });
     until("punched", || path(&sender, "target") == Some(Path::HolePunch));

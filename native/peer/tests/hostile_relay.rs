@@ -243,7 +243,7 @@ fn circuits_are_limited_in_all_and_for_each_node_and_only_their_ends_close_them(
         c.circuit_to("d").await.unwrap();
         let last = c.circuit_to("d").await.unwrap();
         assert_eq!(c.circuit_to("d").await, Err("sessions".into()));
-        assert_eq!(c.circuit_to("nobody").await, Err("not_registered".into()));
+        assert_eq!(c.circuit_to("unknown").await, Err("not_registered".into()));
 
         // Not its own: nothing is closed.
         for circuit in &open {

@@ -168,21 +168,21 @@ fn undelivered_messages_are_logged_once_for_each_peer_where_no_handler_is_told()
     log();
     let (target, _, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), 1, 0.0, Duration::ZERO);
-    let way = forwarder.address.to_string();
+    let address = forwarder.address.to_string();
     let sender = engine(Config { connect_timeout: Duration::from_millis(500), ..Config::default() });
     let lose = |n| {
-        send(&sender, &way, message(Publish, n, TIMEOUT)).unwrap();
+        send(&sender, &address, message(Publish, n, TIMEOUT)).unwrap();
         until("it arrives", || owes_nothing(&sender));
         forwarder.swallow(true);
-        send(&sender, &way, message(Publish, n + 1, Duration::from_millis(50))).unwrap();
+        send(&sender, &address, message(Publish, n + 1, Duration::from_millis(50))).unwrap();
         let before = sender.stats().undelivered;
         until("it is given up", || sender.stats().undelivered > before);
         forwarder.swallow(false);
     };
     lose(0);
-    until("it is logged", || logged("were not delivered", &way) == 1);
+    until("it is logged", || logged("were not delivered", &address) == 1);
     lose(2);
-    assert_eq!(logged("were not delivered", &way), 1);
+    assert_eq!(logged("were not delivered", &address), 1);
     // If there is a handler, it gets the event instead.
     let inbox = Arc::new(Inbox::default());
     sender.set_handler(Some(inbox.clone()));

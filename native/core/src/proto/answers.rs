@@ -1,4 +1,4 @@
-//! Answers that this node gives by itself: it alone knows where a message came from.
+//! Answers that this node gives without a handler: only it knows where a message came from.
 
 use std::net::SocketAddr;
 use std::time::{SystemTime, UNIX_EPOCH};

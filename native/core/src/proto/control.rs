@@ -82,7 +82,7 @@ pub enum FromRelay {
     Registered { address: SocketAddr, probes: Option<Probes> },
     /// The node is not registered, or no longer: nothing follows.
     Refused { error: Refusal },
-    /// The circuit that was asked for.
+    /// The requested circuit.
     Opened { session_id: Id, circuit: u32 },
     /// Why there is no circuit.
     NotOpened { session_id: Id, error: Refusal },
@@ -131,7 +131,7 @@ pub struct Probes {
     pub ip: Option<IpAddr>,
 }
 
-/// Texts that the protocol lists, with a place for those that a later version may add.
+/// Texts that the protocol lists, and an unknown one for those of later versions.
 macro_rules! names {
     ($(#[$doc:meta])* $vis:vis $type:ident { $($(#[$variant_doc:meta])* $variant:ident $name:literal,)* }) => {
         $(#[$doc])*
@@ -169,7 +169,7 @@ macro_rules! names {
 }
 
 names! {
-    /// Why a relay does not do what it was asked for.
+    /// Why a relay refuses a request.
     pub Refusal {
         /// Another key has the node id, or had it a short time ago.
         NodeIdTaken "node_id_taken",
@@ -209,11 +209,11 @@ names! {
         Malformed "malformed",
         /// Another connection with the node's key has taken its registration over.
         TakenOver "taken_over",
-        /// Whoever runs the relay does not want the node.
+        /// The relay's operator refuses the node.
         Denied "denied",
         /// It could not be found out whether the relay wants the node.
         Undecided "undecided",
-        /// Whoever runs the relay made the node leave, and it may come back later.
+        /// The relay's operator has kicked the node, and it may return later.
         Kicked "kicked",
     }
 }

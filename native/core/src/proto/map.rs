@@ -241,7 +241,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for List<T> {
             }
         }
 
-        // A sequence that is asked for might be a binary too.
+        // A requested sequence might be a binary too.
         deserializer.deserialize_any(Read(PhantomData))
     }
 }

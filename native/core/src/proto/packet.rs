@@ -1,7 +1,7 @@
 //! A circuit's packets as QUIC datagrams: the circuit's number, the form, and a packet or half of one.
 //!
-//! A packet that does not fit is cut in two, by its sender or, where only the way from the relay is too narrow, by the
-//! relay. Each of the two numbers what it cuts by itself, so their halves are told apart by the form.
+//! A packet that does not fit is cut in two, by its sender or, if only the path from the relay is too narrow, by the
+//! relay. Each of the two numbers its own halves, so the form tells them apart.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -12,15 +12,15 @@ use bytes::{BufMut, Bytes, BytesMut};
 const WHOLE_HEADER: usize = 5;
 const HALF_HEADER: usize = 7;
 
-/// Halves that wait for the other one. Both halves leave together, so more than a few means loss; at 1,200 bytes each this
+/// Halves that wait for their other half. Both leave together, so more than a few means loss; at 1,200 bytes each this
 /// is 77 KB at most.
 const MAX_PENDING: usize = 64;
 
-/// How long a half waits. Halves that took the same way arrive within the jitter of one round trip, and what comes a
-/// second late QUIC has declared lost.
+/// How long a half waits. Halves that took the same path arrive within the jitter of one round trip, and QUIC has
+/// declared lost what comes a second late.
 const HALF_LIFETIME: Duration = Duration::from_secs(1);
 
-/// Who cut a packet in two.
+/// Which side cut a packet in two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SplitBy {
     Sender,
@@ -189,7 +189,7 @@ impl Joiner {
             (Some(Pending { half: Half::Second, bytes: second, .. }), Half::First) => {
                 Some((circuit, join(&bytes, &second)))
             }
-            // The same half again: the other one of the earlier packet was lost, and the number came round.
+            // The same half again: the other half of the earlier packet was lost, and the number has wrapped around.
             (Some(_) | None, half) => {
                 if self.pending.len() == MAX_PENDING {
                     self.pending.pop_front();
@@ -268,7 +268,7 @@ mod tests {
             assert_eq!(joiner.push(half(Half::First, id), now), None);
         }
         assert_eq!(joiner.push(half(Half::Second, 1), now), Some((1, Bytes::from_static(b"xx"))));
-        assert_eq!(joiner.push(half(Half::Second, 0), now), None, "gave way");
+        assert_eq!(joiner.push(half(Half::Second, 0), now), None, "evicted");
         assert!(joiner.pending.len() <= MAX_PENDING);
     }
 
@@ -306,7 +306,7 @@ mod tests {
         ) {
             let now = Instant::now();
             let (mut sender, mut relay) = (Splitter::default(), Splitter::default());
-            let mut on_the_way = Vec::new();
+            let mut in_flight = Vec::new();
             let mut expected = Vec::new();
             let mut lost = lost.into_iter();
             for (circuit, packet, by) in packets {
@@ -317,13 +317,13 @@ mod tests {
                 if arriving.len() == parts.len() {
                     expected.push((circuit, Bytes::from(packet)));
                 }
-                on_the_way.extend(arriving);
+                in_flight.extend(arriving);
             }
             let mut joiner = Joiner::default();
             let mut came = Vec::new();
             for index in order {
-                if !on_the_way.is_empty() {
-                    let datagram = on_the_way.swap_remove(index.index(on_the_way.len()));
+                if !in_flight.is_empty() {
+                    let datagram = in_flight.swap_remove(index.index(in_flight.len()));
                     came.extend(joiner.push(parse(datagram).unwrap(), now));
                 }
             }

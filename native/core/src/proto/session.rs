@@ -95,7 +95,7 @@ pub fn parse_number(mut payload: &[u8]) -> Option<(u64, u32)> {
 
 /// What a receiver says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Word {
+pub enum Record {
     /// The first word of a stream: whether the receiver knew the session, its run, and the number it expects next.
     Greeting { known: bool, run: Run, expected: u64 },
     /// The number it expects next.
@@ -104,7 +104,7 @@ pub enum Word {
     Refused(u8, u64),
 }
 
-impl Word {
+impl Record {
     pub fn put(self, words: &mut BytesMut) {
         let (about, number) = match self {
             Self::Greeting { known, run, expected } => {
@@ -126,7 +126,7 @@ impl Word {
     }
 }
 
-/// The words of one stream, which come in whatever pieces.
+/// The records of one stream, which come in chunks of any size.
 #[derive(Debug, Default)]
 pub struct Words {
     /// Less than a word, between two pieces.
@@ -139,7 +139,7 @@ impl Words {
         self.rest.extend_from_slice(piece);
     }
 
-    pub fn next_word(&mut self) -> Option<Word> {
+    pub fn next_word(&mut self) -> Option<Record> {
         if self.rest.len() < if self.greeted { WORD_LEN } else { GREETING_LEN } {
             return None;
         }
@@ -147,10 +147,10 @@ impl Words {
         if !std::mem::replace(&mut self.greeted, true) {
             let mut run = NO_RUN;
             self.rest.copy_to_slice(&mut run);
-            return Some(Word::Greeting { known: about != 0, run, expected: self.rest.get_u64() });
+            return Some(Record::Greeting { known: about != 0, run, expected: self.rest.get_u64() });
         }
         let number = self.rest.get_u64();
-        Some(if about == EXPECTED { Word::Expected(number) } else { Word::Refused(about, number) })
+        Some(if about == EXPECTED { Record::Expected(number) } else { Record::Refused(about, number) })
     }
 
     /// Whether the first word has come.

@@ -1,4 +1,4 @@
-//! Signals: small authenticated datagrams that share the one socket with QUIC.
+//! Signals: small authenticated datagrams that share the UDP socket with QUIC.
 //!
 //! A signal begins with a byte that no QUIC packet begins with, and ends with a code that only the two ends of it can make:
 //! they share a secret, which a relay has given them over an authenticated connection. What is not verified says nothing
@@ -29,10 +29,10 @@ pub const MAX_LEN: usize = HEADER_LEN + PROBE_LEN + MAC_LEN;
 /// The first byte, the kind, the id and the nonce.
 const HEADER_LEN: usize = 18;
 
-/// 128 of HMAC-SHA256's 256 bits: who guesses has as many tries as packets arrive.
+/// 128 of HMAC-SHA256's 256 bits: an attacker that guesses has as many tries as packets arrive.
 const MAC_LEN: usize = 16;
 
-/// A request is as long as its answer, so that nobody gets more out of a relay than he puts in.
+/// A request is as long as its answer, so that a relay amplifies nothing.
 const PROBE_LEN: usize = 18;
 
 const ROLE_LEN: usize = 1;
@@ -108,8 +108,8 @@ pub enum Body {
     },
     /// Where the request came from.
     ProbeReply { observed: SocketAddr },
-    /// A node looks for a way to another one. Who it is is said, so that it is not taken for the other's when it comes
-    /// back.
+    /// A node looks for a path to another one. Its role is included, so that a ping is not taken for the other's when
+    /// it comes back.
     Ping { sender: Role },
     /// The answer to a ping.
     Pong { sender: Role },
@@ -131,14 +131,14 @@ impl AnswerFrom {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum SignalKind {
     ProbeRequest,
     ProbeReply,
     Ping,
     Pong,
 }
 
-impl Kind {
+impl SignalKind {
     fn from_number(number: u8) -> Option<Self> {
         [Self::ProbeRequest, Self::ProbeReply, Self::Ping, Self::Pong].into_iter().find(|kind| kind.number() == number)
     }
@@ -193,18 +193,18 @@ impl Signal {
 /// What has the form of a signal.
 #[derive(Debug, Clone, Copy)]
 pub struct Unverified<'a> {
-    kind: Kind,
+    kind: SignalKind,
     bytes: &'a [u8],
 }
 
 impl<'a> Unverified<'a> {
     pub fn parse(bytes: &'a [u8]) -> Option<Self> {
         let &[FIRST_BYTE, kind, ..] = bytes else { return None };
-        let kind = Kind::from_number(kind)?;
+        let kind = SignalKind::from_number(kind)?;
         (bytes.len() == HEADER_LEN + kind.body_len() + MAC_LEN).then_some(Self { kind, bytes })
     }
 
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> SignalKind {
         self.kind
     }
 
@@ -234,12 +234,12 @@ impl<'a> Unverified<'a> {
 }
 
 impl Body {
-    fn kind(&self) -> Kind {
+    fn kind(&self) -> SignalKind {
         match self {
-            Self::ProbeRequest { .. } => Kind::ProbeRequest,
-            Self::ProbeReply { .. } => Kind::ProbeReply,
-            Self::Ping { .. } => Kind::Ping,
-            Self::Pong { .. } => Kind::Pong,
+            Self::ProbeRequest { .. } => SignalKind::ProbeRequest,
+            Self::ProbeReply { .. } => SignalKind::ProbeReply,
+            Self::Ping { .. } => SignalKind::Ping,
+            Self::Pong { .. } => SignalKind::Pong,
         }
     }
 
@@ -263,21 +263,21 @@ impl Body {
     }
 
     /// `from` has the length of its kind.
-    fn get(kind: Kind, from: &[u8]) -> Option<Self> {
+    fn get(kind: SignalKind, from: &[u8]) -> Option<Self> {
         let port = |at: usize| u16::from_be_bytes([from[at], from[at + 1]]);
         let sender = || [Role::Initiator, Role::Responder].into_iter().find(|&role| role as u8 == from[0]);
         match kind {
-            Kind::ProbeRequest => {
+            SignalKind::ProbeRequest => {
                 let to_port = NonZeroU16::new(port(1));
                 let from = AnswerFrom::ALL.into_iter().find(|&known| known as u8 == from[0])?;
                 Some(Self::ProbeRequest { from, to_port })
             }
-            Kind::ProbeReply => {
+            SignalKind::ProbeReply => {
                 let ip: [u8; 16] = from[..16].try_into().ok()?;
                 Some(Self::ProbeReply { observed: (Ipv6Addr::from(ip).to_canonical(), port(16)).into() })
             }
-            Kind::Ping => Some(Self::Ping { sender: sender()? }),
-            Kind::Pong => Some(Self::Pong { sender: sender()? }),
+            SignalKind::Ping => Some(Self::Ping { sender: sender()? }),
+            SignalKind::Pong => Some(Self::Pong { sender: sender()? }),
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use super::{Endpoint, Fingerprint};
 
-/// Endpoints and relays remembered for a peer, from callers and from each looking up; the oldest give way.
-const MAX_WAYS: usize = 16;
+/// Endpoints and relays remembered for a peer, from callers and from each lookup; the oldest are dropped.
+const MAX_REMEMBERED: usize = 16;
 
 /// How a peer can be reached.
 #[derive(Debug, Clone, Default)]
@@ -14,7 +14,7 @@ pub struct Candidates {
     pub relays: Vec<Endpoint>,
     /// Relays to ask when the others have been, all at once.
     pub last_resorts: Vec<Endpoint>,
-    /// The key that it has, where somebody knows.
+    /// The peer's key, if it is known.
     pub key: Option<Fingerprint>,
     /// Whether to look for a direct path through NATs, if a call or a lookup has said so.
     pub hole_punch: Option<bool>,
@@ -55,6 +55,6 @@ impl Candidates {
 fn merge(known: &mut Vec<Endpoint>, mut new: Vec<Endpoint>) {
     known.retain(|endpoint| !new.contains(endpoint));
     new.append(known);
-    new.truncate(MAX_WAYS);
+    new.truncate(MAX_REMEMBERED);
     *known = new;
 }

@@ -25,10 +25,10 @@ pub struct EndpointRef<'a> {
     port: u16,
 }
 
-/// Whom a message is for, borrowed from the caller.
+/// The target of a message, borrowed from the caller.
 #[derive(Clone)]
 pub enum Target<'a> {
-    /// Whoever is at an address.
+    /// Any node at an address.
     Endpoint(EndpointRef<'a>),
     /// A node, wherever it is: its name.
     Node(&'a NodeId),

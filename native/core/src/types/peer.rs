@@ -1,4 +1,4 @@
-//! Whom we send to, and how packets travel there.
+//! The peer that messages go to, and the path of their packets.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -37,7 +37,7 @@ impl fmt::Debug for NodeId {
     }
 }
 
-/// Whom we send to.
+/// The peer that messages go to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PeerName {
     /// The node at an address.

@@ -1,10 +1,10 @@
-//! Whose messages arrive.
+//! The senders of incoming messages.
 
 use std::net::SocketAddr;
 
 use super::Fingerprint;
 
-/// Whose messages keep their order among themselves.
+/// A sender's messages keep their order among themselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Sender {
     /// A node, over whichever connection.

@@ -4,31 +4,31 @@ use std::path::PathBuf;
 
 use super::{Dialect, Fingerprint};
 
-/// Whose certificate is good enough. That the other side holds the key of the certificate it shows is checked always.
+/// Which certificates are accepted. That the other side holds the key of its certificate is always checked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Verify {
-    /// Any. Between nodes that run this library each knows the other's key, and a node id belongs to the key that it was
-    /// first seen with; a 0.14.3 peer may be anybody.
+    /// Any. Between nodes that run this library each knows the other's key, and a node id belongs to the key that it
+    /// was first seen with; any node can pose as a 0.14.3 peer.
     #[default]
     FirstSeen,
     /// Any, and nothing is made of it.
     None,
-    /// One with a key of these. Who connects must show one, so 0.14.3 clients cannot.
+    /// A certificate with one of these keys. Clients must show one, so 0.14.3 clients cannot connect.
     Pin(Vec<Fingerprint>),
-    /// One that leads to a certificate authority of this PEM file, and is for the host that was dialled. Who connects
-    /// must show one, for any name.
+    /// A certificate that leads to an authority of this PEM file, and is for the dialled host. Clients must show one,
+    /// for any name.
     CaFile(PathBuf),
     /// The same, but a peer that is dialled may also show one for any name.
     CaFileAnyName(PathBuf),
 }
 
 impl Verify {
-    /// Whether not everybody is let in.
+    /// Whether some nodes are not let in.
     pub fn is_strict(&self) -> bool {
         matches!(self, Self::Pin(_) | Self::CaFile(_) | Self::CaFileAnyName(_))
     }
 
-    /// Whether the other end of a link in this dialect may be anybody.
+    /// Whether any node can pose as the other end of a link in this dialect.
     pub fn leaves_open(&self, dialect: Dialect) -> bool {
         match self {
             Self::FirstSeen => dialect == Dialect::Macula,

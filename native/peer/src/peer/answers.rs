@@ -78,9 +78,9 @@ pub(super) fn hand_over(peer: &Peer, link: &Link, frame: RawFrame) -> Result<(),
     let (from, dialect, path, key) = (link.remote(), link.dialect, link.path, link.key());
     let inbound = |kind, payload| Inbound { kind, payload, from, path, key, dialect, reply: None };
     match &peer.name {
-        // Nobody asked for it.
+        // An unsolicited answer.
         PeerName::Gateway(_) => {
-            tracing::debug!("the gateway says something by itself");
+            tracing::debug!("an unsolicited message from the gateway");
             Ok(())
         }
         // Its answer to this very node: it is not told what it said.

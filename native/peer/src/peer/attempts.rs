@@ -15,7 +15,7 @@ use crate::surroundings::Surroundings;
 
 type Attempted = Result<Link, Ended>;
 
-/// The attempts under way. Dropping them aborts all.
+/// The running attempts. Dropping them aborts all.
 #[derive(Default)]
 pub(super) struct Attempts {
     tasks: JoinSet<(AttemptId, Attempted)>,
@@ -84,7 +84,7 @@ impl Attempts {
         }
     }
 
-    /// How the next attempt ended. Pending for ever where none is under way. May be dropped and called again.
+    /// How the next attempt ended. Pending for ever if none is running. Cancel safe.
     pub(super) async fn next(&mut self) -> (AttemptId, Attempted) {
         loop {
             let ended = match self.tasks.join_next().await {

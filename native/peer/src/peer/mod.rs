@@ -1,4 +1,4 @@
-//! A peer: its queue, its link, and the task that moves the one over the other.
+//! A peer: its queue, its link, and the task that moves messages from the queue to the link.
 //!
 //! Callers hand messages over under a short lock: straight to the link when it is not busy and the queue is empty, else to
 //! the queue. The task carries out what [`LinkState`](macula_peer_core::link_state::LinkState) decides, empties the queue and
@@ -60,14 +60,14 @@ struct State {
     /// The link that callers write to: live and not suspect.
     link: Option<Arc<Link>>,
     queue: Queue<Job>,
-    /// What is on its way over a link of `macula-peer/1`, or goes on over the next.
+    /// Messages in flight over a link of `macula-peer/1`, or that go on over the next.
     session: Session,
     known: Knowledge,
-    /// A lookup has found ways that were unknown.
-    ways_found: bool,
+    /// A lookup has found new candidates.
+    candidates_found: bool,
     /// The peer has begun connections that the task has not looked at.
     arrived: bool,
-    /// Why paths could not be had.
+    /// Why other paths failed.
     failures: Failures,
     /// Messages of which a stream took only a part.
     partials: Vec<(Arc<Link>, Job, Partial)>,
@@ -85,29 +85,29 @@ struct Job {
     message: Option<Envelope>,
     deadline: Option<Instant>,
     since: Instant,
-    who: Who,
+    waiter: Waiter,
     /// What a request is asked as.
     request: RequestSender,
     /// What it takes up.
     space: Option<Space>,
 }
 
-/// Whom a message is owed to.
-enum Who {
+/// The call that waits for the outcome of a message.
+enum Waiter {
     /// Its sender has its `ok`.
     Accepted,
     Sender(Arc<Call<Result<(), SendError>>>),
     Requester(Arc<Call<Result<RawFrame, RequestError>>>),
 }
 
-/// A call that waits; dropping this does nothing, [`Waiting::cancel`] gives it up.
-pub struct Waiting {
-    /// Weak: the call's way back may hold this very value.
+/// A call that waits; dropping this does nothing, [`WaitingCall::cancel`] gives it up.
+pub struct WaitingCall {
+    /// Weak: the call may hold this very value.
     call: Weak<dyn Cancel>,
     peer: Option<Arc<Peer>>,
 }
 
-impl Waiting {
+impl WaitingCall {
     /// Gives the call up: nothing is answered any more, and what was not sent is not sent.
     pub fn cancel(&self) {
         if let Some(call) = self.call.upgrade() {
@@ -129,7 +129,7 @@ struct PeerCounters {
     pub(crate) dials: Counter,
 }
 
-/// Who keeps a peer.
+/// The owner of a peer.
 pub(crate) trait Host: Send + Sync {
     /// The peer of another name. `None`: the engine is stopping, or there are no others.
     fn peer(self: Arc<Self>, target: &Target<'_>) -> Option<Arc<Peer>>;
@@ -178,7 +178,7 @@ impl Peer {
             queue: Queue::default(),
             session: Session::new(name.node().cloned(), node.config.delivery == Delivery::AtMostOnce),
             known,
-            ways_found: false,
+            candidates_found: false,
             arrived: false,
             failures: Failures::default(),
             partials: Vec::new(),
@@ -277,9 +277,9 @@ impl Peer {
         self: &Arc<Self>,
         message: Envelope,
         call: &Arc<Call<Result<(), SendError>>>,
-    ) -> Result<Waiting, Retired> {
+    ) -> Result<WaitingCall, Retired> {
         let deadline = message.deadline;
-        self.enqueue(message, deadline, Who::Sender(call.clone()), call.clone(), || {
+        self.enqueue(message, deadline, Waiter::Sender(call.clone()), call.clone(), || {
             call.answer(Err(SendError::Overloaded));
         })
     }
@@ -289,9 +289,9 @@ impl Peer {
         self: &Arc<Self>,
         message: Envelope,
         call: &Arc<Call<Result<RawFrame, RequestError>>>,
-    ) -> Result<Waiting, Retired> {
+    ) -> Result<WaitingCall, Retired> {
         let deadline = message.deadline;
-        self.enqueue(message, deadline, Who::Requester(call.clone()), call.clone(), || {
+        self.enqueue(message, deadline, Waiter::Requester(call.clone()), call.clone(), || {
             call.answer(Err(SendError::Overloaded.into()));
         })
     }
@@ -304,7 +304,7 @@ impl Peer {
         self.wake.notify_one();
     }
 
-    /// Leaves the pool. The task sends what is on its way and ends.
+    /// Leaves the pool. The task sends messages in flight and ends.
     pub(crate) fn retire(&self) {
         lock(&self.state).retired = true;
         self.wake.notify_one();
@@ -353,10 +353,10 @@ impl Peer {
         self: &Arc<Self>,
         message: Envelope,
         deadline: Option<Instant>,
-        who: Who,
+        waiter: Waiter,
         call: Arc<dyn Cancel>,
         overloaded: impl FnOnce(),
-    ) -> Result<Waiting, Retired> {
+    ) -> Result<WaitingCall, Retired> {
         self.touch(Instant::now());
         let mut state = lock(&self.state);
         if state.retired {
@@ -366,7 +366,7 @@ impl Peer {
             drop(state);
             self.counters.failed.add(1);
             overloaded();
-            return Ok(Waiting { call: Arc::downgrade(&call), peer: None });
+            return Ok(WaitingCall { call: Arc::downgrade(&call), peer: None });
         }
         self.push(
             &mut state,
@@ -374,16 +374,16 @@ impl Peer {
                 message: Some(message),
                 deadline,
                 since: Instant::now(),
-                who,
+                waiter,
                 request: self.new_request(),
                 space: None,
             },
         );
-        Ok(Waiting { call: Arc::downgrade(&call), peer: Some(self.clone()) })
+        Ok(WaitingCall { call: Arc::downgrade(&call), peer: Some(self.clone()) })
     }
 
-    /// What a caller knows of the ways to this peer, who may want the holder of a key alone. Returns whether to look up the
-    /// rest: then [`Peer::resolved`] follows, whatever comes of it.
+    /// A caller's candidates for this peer; the caller may accept only the holder of a key. Returns whether to look up
+    /// the rest: then [`Peer::resolved`] follows, whatever the outcome.
     pub(crate) fn learn(&self, candidates: Candidates, key: Option<Fingerprint>) -> bool {
         let now = Instant::now();
         let mut state = lock(&self.state);
@@ -398,7 +398,7 @@ impl Peer {
     /// What was found by looking up, so far.
     pub(crate) fn found(&self, candidates: Candidates) {
         let mut state = lock(&self.state);
-        state.ways_found |= state.known.found(candidates);
+        state.candidates_found |= state.known.found(candidates);
         self.wake.notify_one();
     }
 
@@ -451,7 +451,7 @@ impl Peer {
         if keys.is_empty() { state.queue.sought().to_vec() } else { keys }
     }
 
-    /// Takes over a message for somebody else, or gives it back.
+    /// Takes over a message for another peer, or gives it back.
     fn adopt(&self, job: Job) -> Result<(), Box<Job>> {
         self.touch(Instant::now());
         let mut state = lock(&self.state);
@@ -498,7 +498,7 @@ impl Peer {
         }
     }
 
-    /// Those who wait for room are as much again as what there is room for.
+    /// Twice the bound: as much may wait for room as there is room for.
     fn may_wait(&self, state: &State, size: usize) -> bool {
         let waiting = self.counts.waiting();
         let fits = waiting == 0 || waiting + size <= self.node.config.max_unacknowledged;
@@ -548,14 +548,14 @@ impl State {
 
 impl Queued for Job {
     fn is_accepted(&self) -> bool {
-        matches!(self.who, Who::Accepted)
+        matches!(self.waiter, Waiter::Accepted)
     }
 
     fn is_wanted(&self) -> bool {
-        match &self.who {
-            Who::Accepted => true,
-            Who::Sender(call) => call.is_open(),
-            Who::Requester(call) => call.is_open(),
+        match &self.waiter {
+            Waiter::Accepted => true,
+            Waiter::Sender(call) => call.is_open(),
+            Waiter::Requester(call) => call.is_open(),
         }
     }
 
@@ -582,7 +582,7 @@ impl Job {
             message,
             deadline,
             since: Instant::now(),
-            who: Who::Accepted,
+            waiter: Waiter::Accepted,
             request: RequestSender::new(false),
             space: None,
         }
@@ -594,21 +594,21 @@ impl Job {
 
     fn answer_sent(self) {
         drop(self.space);
-        if let Who::Sender(call) = self.who {
+        if let Waiter::Sender(call) = self.waiter {
             call.answer(Ok(()));
         }
     }
 
-    /// Tells who waits, if somebody does.
+    /// Answers the waiting caller, if there is one.
     fn fail(self, error: SendError) {
         drop(self.space);
-        match self.who {
-            Who::Accepted => {}
-            Who::Sender(call) => call.answer(Err(error)),
-            Who::Requester(call) if self.request.is_asked_again() => {
+        match self.waiter {
+            Waiter::Accepted => {}
+            Waiter::Sender(call) => call.answer(Err(error)),
+            Waiter::Requester(call) if self.request.is_asked_again() => {
                 call.answer(Err(RequestError::LinkLost));
             }
-            Who::Requester(call) => call.answer(Err(error.into())),
+            Waiter::Requester(call) => call.answer(Err(error.into())),
         }
     }
 
@@ -635,7 +635,7 @@ mod tests {
     use super::*;
     use crate::pool::Pool;
     use crate::relay::testing::PATIENCE;
-    use crate::socket::{Refused, Why};
+    use crate::socket::{RefusalReason, SendRefusal};
     use crate::{Config, Engine, Listen, Message, NodeId};
 
     #[track_caller]
@@ -695,7 +695,7 @@ mod tests {
         client.send(&target, message.clone(), move |sent| answer.send(sent).unwrap());
         answered.recv_timeout(PATIENCE).unwrap().unwrap();
         let peer = Pool::peer(&client.node().pool, &target).unwrap();
-        // Not in doubt, which it may be for a moment on a slow machine: from then on this link is kept.
+        // Not suspect, which it may be for a moment on a slow machine: from then on this link is kept.
         until("it is acknowledged", || peer.stats().unacknowledged_bytes == 0 && lock(&peer.state).link.is_some());
         let connection = lock(&peer.state).link.clone().unwrap().connection.clone();
         cut.store(true, Ordering::Relaxed);
@@ -703,7 +703,7 @@ mod tests {
         let no_route = Some(ConnectError::NoRoute);
         until("a dial has failed", || {
             let destination = connection.remote_address();
-            let _ = client.node().net.refusals.send(Refused { destination, why: Why::NoRoute });
+            let _ = client.node().net.refusals.send(SendRefusal { destination, why: RefusalReason::NoRoute });
             peer.path().failures.direct == no_route
         });
         sleep(Duration::from_millis(50));

@@ -29,14 +29,14 @@ use tokio::time::sleep_until;
 use super::answers::{LARGE_ANSWERS, hand_over, hand_over_heavy, read_answers};
 use super::attempts::Attempts;
 use super::space::Space;
-use super::{Given, Job, Peer, State, Who};
+use super::{Given, Job, Peer, State, Waiter};
 use crate::conn::Conn;
 use crate::deadline::deadline;
 use crate::link::{Answered, Link, Partial, Swept, Written, link_id};
 use crate::message::Envelope;
 use crate::request;
 use crate::session::send::Progress;
-use crate::socket::{Refused, Why, refused};
+use crate::socket::{RefusalReason, SendRefusal, refused};
 use crate::surroundings::Surroundings;
 
 /// When a connection is closed, a 0.14.3 gateway drops what it has acknowledged but not read. This is how long it gets
@@ -91,7 +91,7 @@ struct Task {
     helpers: JoinSet<()>,
     /// Answers that are much work to hand over.
     heavy_answers: JoinSet<()>,
-    refusals: broadcast::Receiver<Refused>,
+    refusals: broadcast::Receiver<SendRefusal>,
 }
 
 struct WriteOutcome {
@@ -111,7 +111,7 @@ enum WriteFailure {
 struct RequestOutcome {
     job: Job,
     link: Arc<Link>,
-    end: request::End,
+    end: request::RequestEnd,
     _asked: Space,
 }
 
@@ -234,7 +234,7 @@ impl Task {
     fn next_look(&self, now: Instant) -> Instant {
         let state = lock(&self.peer.state);
         let idle = self.node().lifecycle.instant(self.peer.last_used()) + self.node().config.idle_timeout;
-        // Past, it waits for whatever is not over yet.
+        // If that is past, something still keeps the peer: look again later.
         let idle = if idle > now { idle } else { now + self.node().config.idle_timeout };
         let unproven = self.life.is_suspect() || (self.link.is_some() && self.peer.counts.held() > 0);
         let sweep = unproven.then(|| self.swept_at + SWEEP_EVERY);
@@ -244,7 +244,7 @@ impl Task {
         times.into_iter().flatten().fold(idle, Instant::min)
     }
 
-    /// Calls and messages whose time is over, or whose callers are gone.
+    /// Calls and messages that have expired, or whose callers are gone.
     fn answer_expired(&mut self, now: Instant) {
         let (given_up, GivenUp { queued, parked }) = {
             let mut state = lock(&self.peer.state);
@@ -260,7 +260,7 @@ impl Task {
         let linked = self.life.is_usable() || self.life.is_leaving();
         let mut expired = 0;
         for mut job in queued {
-            // Whoever is answered may use it at once.
+            // A caller that gets its answer may use it at once.
             job.space = None;
             let error = match () {
                 () if job.had_no_time() => SendError::Timeout,
@@ -268,13 +268,13 @@ impl Task {
                 () if linked => SendError::NoRoom,
                 () => self.life.why_not_reached(self.has_relays()),
             };
-            match job.who {
-                Who::Accepted => expired += 1,
-                Who::Sender(call) => self.fail(|| call.answer(Err(error))),
-                Who::Requester(call) if linked || job.request.is_named() => {
+            match job.waiter {
+                Waiter::Accepted => expired += 1,
+                Waiter::Sender(call) => self.fail(|| call.answer(Err(error))),
+                Waiter::Requester(call) if linked || job.request.is_named() => {
                     self.fail(|| call.answer(Err(RequestError::Timeout)));
                 }
-                Who::Requester(call) => self.fail(|| call.answer(Err(error.into()))),
+                Waiter::Requester(call) => self.fail(|| call.answer(Err(error.into()))),
             }
         }
         self.undelivered(expired, self.why_late());
@@ -308,7 +308,7 @@ impl Task {
             if !job.is_wanted() {
                 continue;
             }
-            if matches!(job.who, Who::Sender(_)) && !self.peer.has_room(&state, job.size()) {
+            if matches!(job.waiter, Waiter::Sender(_)) && !self.peer.has_room(&state, job.size()) {
                 // Acknowledgements make room, and wake this task.
                 state.queue.put_back(job);
                 return;
@@ -317,7 +317,7 @@ impl Task {
                 self.park(state, job);
                 continue;
             }
-            if let Who::Requester(_) = &job.who {
+            if let Waiter::Requester(_) = &job.waiter {
                 drop(state);
                 self.ask(&link, job);
                 continue;
@@ -346,7 +346,7 @@ impl Task {
 
     /// Sends a request, and waits for its answer in a task.
     fn ask(&mut self, link: &Arc<Link>, mut job: Job) {
-        let (Who::Requester(call), Some(message)) = (&job.who, job.message.clone()) else { return };
+        let (Waiter::Requester(call), Some(message)) = (&job.waiter, job.message.clone()) else { return };
         let Some(named) = job.request.ask(link.dialect, fastrand::u128(..).to_be_bytes()) else {
             let call = call.clone();
             job.space = None;
@@ -490,7 +490,7 @@ impl Task {
         if let Some(link) = &self.link {
             let mut state = lock(&self.peer.state);
             broken |= closed && !state.session.reopen(link);
-            // With nothing on its way any more, no sweep would find that out.
+            // With nothing in flight any more, no sweep would find that out.
             self.oldest = state.session.oldest();
         }
         if wrong_node {
@@ -635,8 +635,8 @@ impl Task {
 
     fn not_delivered(&self, job: Job, reason: UndeliveredReason, error: SendError) {
         drop(job.space);
-        match job.who {
-            Who::Sender(call) => self.fail(|| call.answer(Err(error))),
+        match job.waiter {
+            Waiter::Sender(call) => self.fail(|| call.answer(Err(error))),
             _ => self.undelivered(1, reason),
         }
     }
@@ -662,18 +662,18 @@ impl Task {
 
     fn request_ended(&mut self, RequestOutcome { mut job, link, end, _asked }: RequestOutcome) {
         match end {
-            request::End::Answered => {
+            request::RequestEnd::Answered => {
                 self.peer.counters.acknowledged.add(1);
                 self.peer.counters.received.add(1);
             }
-            request::End::Failed => {
+            request::RequestEnd::Failed => {
                 self.peer.counters.failed.add(1);
             }
-            request::End::Cancelled => {}
-            request::End::Lost(how) => {
+            request::RequestEnd::Cancelled => {}
+            request::RequestEnd::Lost(how) => {
                 if job.request.lost(how, link.dialect) {
                     self.ask_again(job);
-                } else if let Who::Requester(call) = &job.who {
+                } else if let Waiter::Requester(call) = &job.waiter {
                     job.space = None;
                     self.fail(|| call.answer(Err(RequestError::LinkLost)));
                 }
@@ -690,10 +690,10 @@ impl Task {
             PeerName::Endpoint(_) | PeerName::Gateway(_) => SendError::from(ConnectError::Untrusted),
             PeerName::Node(_) => RouteError::Node(ConnectError::Untrusted).into(),
         };
-        match job.who {
-            Who::Accepted => self.undelivered(1, UndeliveredReason::Untrusted),
-            Who::Sender(call) => self.fail(|| call.answer(Err(error()))),
-            Who::Requester(call) => self.fail(|| call.answer(Err(error().into()))),
+        match job.waiter {
+            Waiter::Accepted => self.undelivered(1, UndeliveredReason::Untrusted),
+            Waiter::Sender(call) => self.fail(|| call.answer(Err(error()))),
+            Waiter::Requester(call) => self.fail(|| call.answer(Err(error().into()))),
         }
     }
 
@@ -727,7 +727,7 @@ impl Task {
         // Evicted, it keeps the deadlines of what it has.
         if !state.retired && self.is_quiet(&state) && is_idle {
             drop(state);
-            // Retires the peer unless somebody has used it meanwhile.
+            // Retires the peer unless it was used meanwhile.
             if let Some(host) = self.peer.host.upgrade() {
                 host.forget(&self.peer);
             }
@@ -790,15 +790,15 @@ impl Owner for Task {
     }
 
     fn look_at_callers(&mut self, now: Instant) {
-        let (invalidated, ways_found, arrived) = {
+        let (invalidated, candidates_found, arrived) = {
             let mut state = lock(&self.peer.state);
-            let State { invalidated, ways_found, arrived, .. } = &mut *state;
-            (take(invalidated), take(ways_found), take(arrived))
+            let State { invalidated, candidates_found, arrived, .. } = &mut *state;
+            (take(invalidated), take(candidates_found), take(arrived))
         };
         if let (true, Some(link)) = (invalidated, &self.link) {
             self.life.invalidate(link.patience(), now);
         }
-        if ways_found {
+        if candidates_found {
             self.life.stop_passing_on();
         }
         if arrived {
@@ -975,7 +975,7 @@ async fn answers(link: Option<&Link>) -> Vec<Answered> {
     .await
 }
 
-async fn unreachable(refusals: &mut broadcast::Receiver<Refused>, remote: Option<SocketAddr>) -> Why {
+async fn unreachable(refusals: &mut broadcast::Receiver<SendRefusal>, remote: Option<SocketAddr>) -> RefusalReason {
     match remote {
         Some(remote) => refused(refusals, remote).await,
         None => std::future::pending().await,
@@ -993,7 +993,7 @@ async fn write_rest(link: Arc<Link>, job: Job, partial: Partial) -> WriteOutcome
         },
         () = link.dead() => Err(WriteFailure::Lost),
         () = deadline(job.deadline) => Err(WriteFailure::Expired),
-        () = cancelled(&job.who) => Err(WriteFailure::Cancelled),
+        () = cancelled(&job.waiter) => Err(WriteFailure::Cancelled),
     };
     if result.is_err() {
         // A dropped stream would be finished, and the part taken for the whole.
@@ -1002,9 +1002,9 @@ async fn write_rest(link: Arc<Link>, job: Job, partial: Partial) -> WriteOutcome
     WriteOutcome { link, job, message, result: result.map(|()| (send, receive)) }
 }
 
-async fn cancelled(who: &Who) {
-    match who {
-        Who::Sender(call) => call.cancelled().await,
-        Who::Accepted | Who::Requester(_) => std::future::pending().await,
+async fn cancelled(waiter: &Waiter) {
+    match waiter {
+        Waiter::Sender(call) => call.cancelled().await,
+        Waiter::Accepted | Waiter::Requester(_) => std::future::pending().await,
     }
 }

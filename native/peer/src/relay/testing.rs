@@ -24,14 +24,14 @@ pub(crate) fn transport() -> TransportConfig {
 }
 
 pub(crate) fn client_config(transport: TransportConfig) -> ClientConfig {
-    let mut config = ClientConfig::new(Arc::new(tls::client(&Identity::generate().unwrap(), &Trust::Anybody).unwrap()));
+    let mut config = ClientConfig::new(Arc::new(tls::client(&Identity::generate().unwrap(), &Trust::AnyKey).unwrap()));
     config.transport_config(Arc::new(transport));
     config
 }
 
 pub(crate) fn server_config(transport: TransportConfig) -> ServerConfig {
     let identity = Identity::generate().unwrap();
-    let (tls, _) = tls::server(&identity, &Certificate::Identity, &Trust::Anybody).unwrap();
+    let (tls, _) = tls::server(&identity, &Certificate::Identity, &Trust::AnyKey).unwrap();
     let mut config = ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport));
     config

@@ -12,7 +12,7 @@ use macula_peer_core::errors::{Rejection, ReplyError};
 use macula_peer_core::events::Event;
 use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::proto::codes::stream::{MALFORMED, SESSION_FORGOTTEN, TOO_MANY_SESSIONS, TOO_SLOW};
-use macula_peer_core::proto::session::{NUMBER, Opening, Run, Word, parse_number};
+use macula_peer_core::proto::session::{NUMBER, Opening, Record, Run, parse_number};
 use macula_peer_core::session::{Acknowledged, Arrival};
 use macula_peer_core::session_receiver::{Channel, Greeting, met};
 use macula_peer_core::session_table::{Opened, Refused, SessionKey, SessionTable};
@@ -29,7 +29,7 @@ use crate::hello;
 use crate::inbound::{AnswerSession, ReplyTo, ReplyToken};
 use crate::lifecycle::Lifecycle;
 use crate::shares::Unread;
-use crate::streams::{REPLY_TIMEOUT, Stream};
+use crate::streams::{IncomingStream, REPLY_TIMEOUT};
 use crate::transfer::{self, Write, write_now};
 
 /// How often a sender that waits for room here is told that this node lives: less than half of the time after which it
@@ -39,7 +39,7 @@ const STILL_HERE: Duration = Duration::from_millis(200);
 /// Frames handed over before the stream's task lets others run.
 const BATCH: usize = 128;
 
-/// The clock is looked at after so many, or after one with so many bytes for each of them.
+/// The clock is read after this many messages, or after one with as many bytes as these.
 const TIMED: usize = 8;
 const TIMED_BYTES: usize = 256;
 
@@ -47,7 +47,7 @@ const TIMED_BYTES: usize = 256;
 /// last ones count.
 const MAX_CONNECTIONS: usize = 4;
 
-/// The sessions of those who send to this node.
+/// The sessions of the nodes that send to this one.
 pub(crate) struct Sessions {
     table: Mutex<SessionTable<Arc<Answers>>>,
     run: Run,
@@ -56,7 +56,7 @@ pub(crate) struct Sessions {
     back: Arc<Back>,
 }
 
-/// What answers need on their way back.
+/// What answers need to reach the sender.
 struct Back {
     lifecycle: Arc<Lifecycle>,
     unread: Unread,
@@ -64,8 +64,8 @@ struct Back {
     elsewhere: Box<dyn Fn(Fingerprint) -> Option<Connection> + Send + Sync>,
 }
 
-/// One session, and the way back to its sender: over the connection that it was last heard on, or another one with the
-/// sender, which may have let go of that one while it waited for its answer.
+/// One session, and how to reach its sender: over the connection that it was last heard on, or another one with the
+/// sender, which may have dropped that one while it waited for its answer.
 pub(crate) struct Answers {
     sender: Client,
     channels: [Mutex<Channel>; 2],
@@ -109,7 +109,7 @@ impl Sessions {
     fn open(
         self: &Arc<Self>,
         (key, id): SessionKey,
-        stream: &Stream,
+        stream: &IncomingStream,
         run: Run,
     ) -> Result<(Open, Opened<Arc<Answers>>), Refused> {
         let connection = &stream.accepted.connection;
@@ -159,7 +159,7 @@ impl Drop for Open {
 }
 
 /// Reads a stream of a session to its end. `opening` is the payload of the frame that began it.
-pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: Bytes) {
+pub(crate) async fn receive(mut stream: IncomingStream, mut send: SendStream, opening: Bytes) {
     let key = stream.accepted.key();
     let (Some(key), Some(Opening { id, channel, run, target })) = (key, Opening::parse(&opening)) else {
         // It may be closed already, which has the same effect.
@@ -190,7 +190,7 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
     };
     drop(busy);
     let Greeting { known, expected } = lock(&open.session.channels[channel]).greet(known, run);
-    let greeting = Word::Greeting { known, run: server.sessions.run, expected };
+    let greeting = Record::Greeting { known, run: server.sessions.run, expected };
     if !say(&mut stream, &mut send, greeting.bytes()).await {
         return;
     }
@@ -210,11 +210,11 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
             }
             let expected = acknowledged.due(open.session.expected(channel, number), false, Instant::now());
             let expected = expected.unwrap_or(acknowledged.expected());
-            if !say(&mut stream, &mut send, Word::Expected(expected).bytes()).await {
+            if !say(&mut stream, &mut send, Record::Expected(expected).bytes()).await {
                 return;
             }
         };
-        // Waited for by itself: a task that has a turn must go on, and a word may take long to be written.
+        // In a task of its own: a task that has a turn must go on, and an answer may take long to be written.
         let busy = if behind { server.busy.late_turn(sender, 1).await } else { None };
         // Its id may be another one by now, and this one another node's.
         if !server.keys.serves(target) {
@@ -229,13 +229,13 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
         // What was refused is said at once, and what was handed over before it with it.
         let more = matches!(batch, Batch::Full) && words.is_empty();
         if let Some(expected) = acknowledged.due(open.session.expected(channel, next), more, now) {
-            Word::Expected(expected).put(&mut words);
+            Record::Expected(expected).put(&mut words);
         }
         if !words.is_empty() && !say(&mut stream, &mut send, words.split().freeze()).await {
             return;
         }
         match batch {
-            // The sender learns which one it was: the one that is expected next.
+            // The sender learns which one it was: the message that is expected next.
             Batch::Refused(why) => return stream.refuse(why),
             Batch::Full | Batch::Crowded => drop(turn),
             Batch::Last => {
@@ -259,13 +259,14 @@ pub(crate) async fn receive(mut stream: Stream, mut send: SendStream, opening: B
                     match timeout(STILL_HERE, &mut taken).await {
                         Ok(taken) => break taken,
                         Err(_)
-                            if say(&mut stream, &mut send, Word::Expected(acknowledged.expected()).bytes()).await => {}
+                            if say(&mut stream, &mut send, Record::Expected(acknowledged.expected()).bytes()).await => {
+                        }
                         Err(_) => return,
                     }
                 };
                 match taken {
                     Some(Ok(())) => {}
-                    Some(Err(why)) => Word::Refused(why.code(), heavy).put(&mut words),
+                    Some(Err(why)) => Record::Refused(why.code(), heavy).put(&mut words),
                     // What follows it must not be handed over before.
                     None => return,
                 }
@@ -292,7 +293,7 @@ enum Batch {
 
 /// Hands over some of what is there. `words`: what to tell the sender of it.
 fn read_batch(
-    stream: &mut Stream,
+    stream: &mut IncomingStream,
     open: &Open,
     channel: usize,
     number: &mut Option<u64>,
@@ -335,7 +336,7 @@ fn read_batch(
             return Batch::Heavy(current, frame);
         }
         if let Err(why) = hand_over(stream, &open.session, channel, current, frame) {
-            Word::Refused(why.code(), current).put(words);
+            Record::Refused(why.code(), current).put(words);
         }
     }
     Batch::Full
@@ -343,7 +344,7 @@ fn read_batch(
 
 /// Small words on a stream of their own: one that takes none for so long has a sender that reads none of them. What has
 /// come of its messages is let go.
-async fn say(stream: &mut Stream, send: &mut SendStream, word: Bytes) -> bool {
+async fn say(stream: &mut IncomingStream, send: &mut SendStream, word: Bytes) -> bool {
     match timeout(stream.server.config.frame_timeout, send.write_chunk(word)).await {
         Ok(written) => written.is_ok(),
         Err(_) => {
@@ -355,7 +356,7 @@ async fn say(stream: &mut Stream, send: &mut SendStream, word: Bytes) -> bool {
 
 /// Under the channel's lock, because an older stream of the session may still carry the same message.
 fn hand_over(
-    stream: &Stream,
+    stream: &IncomingStream,
     session: &Arc<Answers>,
     channel: usize,
     number: u64,
@@ -375,10 +376,10 @@ fn hand_over(
     taken
 }
 
-/// Hands over a message that is much work. It counts as arrived when that is done, and until then no other stream of the
-/// channel goes on, whatever becomes of this one. `None`: it was not done.
+/// Hands over an expensive message. It counts as arrived when that is done, and until then no other stream of the
+/// channel goes on, even if this one ends. `None`: it was not done.
 fn take_heavy(
-    stream: &Stream,
+    stream: &IncomingStream,
     turn: Turn,
     number: u64,
     frame: RawFrame,

@@ -11,7 +11,7 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use macula_peer_core::errors::Rejection;
 use macula_peer_core::proto::codes::stream::{SESSION_FORGOTTEN, WRONG_NODE};
-use macula_peer_core::proto::session::{MAX_OPEN_LEN, Word, Words, put_number};
+use macula_peer_core::proto::session::{MAX_OPEN_LEN, Record, Words, put_number};
 use macula_peer_core::session_sender::{Owed, SessionSender, Settled, StreamEnd, Taken, Write};
 use macula_peer_core::session_table::SessionId;
 use macula_peer_core::sync::now_or_never;
@@ -134,7 +134,7 @@ impl Session {
         let Some(stream) = &mut self.streams[channel] else { return Sent::default() };
         let first = self.sender.unwritten(channel) == 1;
         if !first || !self.sender.is_resumed(channel) || !stream.is_clear() {
-            // The first of those that wait has woken the task.
+            // The first waiting message has woken the task.
             return Sent { written: false, wake: first };
         }
         stream.write_one(&mut self.sender, now)
@@ -171,7 +171,7 @@ impl Session {
         }
     }
 
-    /// Gives up what is not on its way and whose time is over. Returns it, and when to look again.
+    /// Gives up expired messages that are not in flight. Returns them, and when to look again.
     pub(crate) fn expire(&mut self, now: Instant) -> (Vec<Envelope>, Option<Instant>) {
         self.sender.expire(now)
     }
@@ -356,13 +356,15 @@ impl Stream {
             let mut expected = None;
             while let Some(word) = self.words.next_word() {
                 let settled = match word {
-                    Word::Greeting { known, run, expected } => sender.greeting(self.channel, known, run, expected, now),
+                    Record::Greeting { known, run, expected } => {
+                        sender.greeting(self.channel, known, run, expected, now)
+                    }
                     // The last one says it all.
-                    Word::Expected(number) => {
+                    Record::Expected(number) => {
                         expected = Some(number);
                         continue;
                     }
-                    Word::Refused(error, number) => {
+                    Record::Refused(error, number) => {
                         let why = Rejection::of(error.into()).unwrap_or(Rejection::Unread);
                         sender.refused(self.channel, number, why)
                     }

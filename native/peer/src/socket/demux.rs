@@ -10,22 +10,22 @@ use tokio::sync::mpsc;
 
 use super::extras::ExtraId;
 
-/// Room for signals that nobody has looked at yet. Somebody who looks for a way to this node sends some hundred within a
-/// second; what is more is dropped, and sent again.
+/// Room for unread signals. A node that looks for a path to this one sends some hundred within a second; signals beyond
+/// that are dropped, and sent again.
 const WAITING: usize = 1024;
 
 /// QUIC's packets have one of these bits set (RFC 9443).
 const QUIC_BITS: u8 = 0xC0;
 
 /// Where signals go.
-pub(crate) type Signals = mpsc::Sender<(Via, Received)>;
+pub(crate) type Signals = mpsc::Sender<(ReceivedBy, Received)>;
 
-/// Something of the form of a signal, from anybody.
+/// A datagram of the form of a signal, from any sender.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Received {
     bytes: [u8; MAX_LEN],
     len: usize,
-    /// Who sent it, IPv4 written as IPv4.
+    /// The source address, IPv4 written as IPv4.
     pub(crate) from: SocketAddr,
     /// The local address that it came to, if the system tells.
     pub(crate) to: Option<IpAddr>,
@@ -33,13 +33,13 @@ pub(crate) struct Received {
 
 /// Which socket a signal came by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Via {
+pub(crate) enum ReceivedBy {
     Main,
     Extra(ExtraId),
 }
 
 impl Received {
-    /// `None` if it is none.
+    /// `None` if it is not a signal.
     pub(crate) fn new(bytes: &[u8], from: SocketAddr, to: Option<IpAddr>) -> Option<Self> {
         if bytes.first() != Some(&FIRST_BYTE) || bytes.len() > MAX_LEN {
             return None;
@@ -54,13 +54,13 @@ impl Received {
     }
 }
 
-pub(crate) fn signals() -> (Signals, mpsc::Receiver<(Via, Received)>) {
+pub(crate) fn signals() -> (Signals, mpsc::Receiver<(ReceivedBy, Received)>) {
     mpsc::channel(WAITING)
 }
 
 /// Takes out of one receive buffer what is not QUIC's, and hands on what may be signals. The kernel may have put several
 /// datagrams into it, all of one length but the last.
-pub(super) fn demux(buffer: &mut [u8], meta: &mut RecvMeta, via: Via, signals: &Signals) {
+pub(super) fn demux(buffer: &mut [u8], meta: &mut RecvMeta, via: ReceivedBy, signals: &Signals) {
     if meta.addr.port() == 0 {
         // No answer can be sent there.
         meta.len = 0;
@@ -105,7 +105,7 @@ mod tests {
     fn sifted(buffer: &mut [u8], stride: usize) -> (Vec<u8>, Vec<Received>) {
         let (signals, mut waiting) = signals();
         let mut meta = meta(buffer.len(), stride);
-        demux(buffer, &mut meta, Via::Main, &signals);
+        demux(buffer, &mut meta, ReceivedBy::Main, &signals);
         assert_eq!(meta.stride, stride);
         (
             buffer[..meta.len].to_vec(),
@@ -146,7 +146,7 @@ mod tests {
             let mut datagram = [first; 20];
             let mut meta = meta(datagram.len(), datagram.len());
             meta.addr.set_port(0);
-            demux(&mut datagram, &mut meta, Via::Main, &signals);
+            demux(&mut datagram, &mut meta, ReceivedBy::Main, &signals);
             assert_eq!(meta.len, 0);
         }
         assert!(waiting.try_recv().is_err());
@@ -158,7 +158,7 @@ mod tests {
         for number in 0..WAITING + 10 {
             let mut signal = [&[FIRST_BYTE][..], &number.to_be_bytes()].concat();
             let mut meta = meta(signal.len(), signal.len());
-            demux(&mut signal, &mut meta, Via::Main, &signals);
+            demux(&mut signal, &mut meta, ReceivedBy::Main, &signals);
             assert_eq!(meta.len, 0);
         }
         let kept: Vec<_> = std::iter::from_fn(|| waiting.try_recv().ok().map(|(_, received)| received)).collect();

@@ -1,4 +1,4 @@
-//! Sockets beside the one: where only packets from another port get through to a peer, that port is one of these.
+//! Sockets beside the main one: if packets reach a peer only from another port, that port belongs to one of these.
 //!
 //! To QUIC they are not there. What comes by one of them is received as if it had come by the main socket, and what goes to
 //! an address that was heard by one of them leaves by it.
@@ -17,10 +17,10 @@ use thiserror::Error;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-use super::demux::{Signals, Via, demux};
+use super::demux::{ReceivedBy, Signals, demux};
 use super::enlarge_buffers;
 use super::receive::Receiver;
-use super::send::{Outcome, Sender};
+use super::send::{Outcome, PacketSender};
 
 /// How many there may be: every one is looked at whenever something has come.
 const MAX_EXTRAS: usize = 64;
@@ -46,7 +46,7 @@ pub(super) struct Extra {
     io: UdpSocket,
     state: UdpSocketState,
     receiver: Receiver,
-    /// Whom it is for. What others send to it is nothing.
+    /// The destination. Packets from others to this socket are dropped.
     peer: IpAddr,
     /// How often something came from there.
     heard: AtomicU64,
@@ -55,14 +55,14 @@ pub(super) struct Extra {
 }
 
 pub(super) struct Extras {
-    /// As many as the table has, for those who need not look.
+    /// The length of the table, for readers that need not lock it.
     count: AtomicUsize,
     table: RwLock<Table>,
-    /// Counts up: who is to be looked at first.
+    /// Counts up: which socket is read first.
     turn: AtomicUsize,
-    /// The one that had no room for a packet.
+    /// The socket that had no room for a packet.
     full: Mutex<Option<Arc<Extra>>>,
-    /// Who receives, and is to be told of new ones.
+    /// Tasks that receive, which new sockets must wake.
     receiver: Mutex<Option<Waker>>,
 }
 
@@ -149,7 +149,7 @@ impl Extras {
         }
     }
 
-    /// Whether there are any: all that who has none pays for.
+    /// Whether there are any: the only cost for a node that has none.
     pub(super) fn any(&self) -> bool {
         self.count.load(Ordering::Relaxed) != 0
     }
@@ -159,7 +159,7 @@ impl Extras {
         table.extras.iter().find(|(extra, _)| extra.id == id).map(|(extra, _)| extra.clone())
     }
 
-    /// By which one an address is to be reached, if not by the main socket.
+    /// The socket for an address, if not the main socket.
     pub(super) fn towards(&self, destination: SocketAddr) -> Option<Arc<Extra>> {
         if !self.any() {
             return None;
@@ -167,7 +167,12 @@ impl Extras {
         self.table.read().unwrap_or_else(PoisonError::into_inner).routes.get(&canonical(destination)).cloned()
     }
 
-    pub(super) fn send(&self, extra: &Arc<Extra>, sender: &Sender, transmit: &Transmit<'_>) -> io::Result<Outcome> {
+    pub(super) fn send(
+        &self,
+        extra: &Arc<Extra>,
+        sender: &PacketSender,
+        transmit: &Transmit<'_>,
+    ) -> io::Result<Outcome> {
         let sent = extra.io.try_io(Interest::WRITABLE, || extra.send_now(sender, transmit));
         if sent.is_err() {
             *lock(&self.full) = Some(extra.clone());
@@ -175,17 +180,17 @@ impl Extras {
         sent
     }
 
-    /// The one that last had no room, told once.
+    /// The socket that last had no room, returned once.
     pub(super) fn full(&self) -> Option<Arc<Extra>> {
         lock(&self.full).take()
     }
 
-    /// Whether they are to be asked before the main socket. Neither may keep the other from being heard.
+    /// Whether they are read before the main socket. Neither may starve the other.
     pub(super) fn are_first(&self) -> bool {
         self.any() && self.turn.fetch_add(1, Ordering::Relaxed).is_multiple_of(2)
     }
 
-    /// Receives from one of them. Who waits is woken too when one is added.
+    /// Receives from one of them. The waiting task is also woken when one is added.
     pub(super) fn poll_recv(
         &self,
         cx: &mut Context<'_>,
@@ -195,7 +200,7 @@ impl Extras {
     ) -> Poll<usize> {
         {
             let mut receiver = lock(&self.receiver);
-            // Before the table is looked at: who adds one looks for this after.
+            // Before the table is read: a task that adds a socket wakes the waiting ones afterwards.
             if !receiver.as_ref().is_some_and(|receiver| receiver.will_wake(cx.waker())) {
                 *receiver = Some(cx.waker().clone());
             }
@@ -234,7 +239,7 @@ impl Extras {
             return;
         }
         extra.heard.fetch_add(1, Ordering::Relaxed);
-        demux(buffer, meta, Via::Extra(extra.id), signals);
+        demux(buffer, meta, ReceivedBy::Extra(extra.id), signals);
         if meta.len == 0 {
             return;
         }
@@ -263,7 +268,7 @@ impl Table {
 }
 
 impl Extra {
-    pub(super) fn send_now(&self, sender: &Sender, transmit: &Transmit<'_>) -> io::Result<Outcome> {
+    pub(super) fn send_now(&self, sender: &PacketSender, transmit: &Transmit<'_>) -> io::Result<Outcome> {
         sender.send(&self.io, &self.state, transmit)
     }
 

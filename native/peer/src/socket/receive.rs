@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
-use macula_peer_core::faults::{Faults, Verdict};
+use macula_peer_core::faults::{FaultVerdict, Faults};
 use macula_peer_core::sync::lock;
 use quinn::udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use tokio::io::Interest;
@@ -91,9 +91,9 @@ impl Receiver {
         let mut faults = lock(&self.faults);
         self.failing.store(true, Ordering::Relaxed);
         let pause = match faults.failed(Instant::now()) {
-            Verdict::Again => return,
-            Verdict::Pause(pause) => pause,
-            Verdict::Broken(pause) => {
+            FaultVerdict::Again => return,
+            FaultVerdict::Pause(pause) => pause,
+            FaultVerdict::Broken(pause) => {
                 self.broken.notify_one();
                 pause
             }

@@ -3,7 +3,7 @@
 //! quinn-udp would answer the first `EINVAL` by giving up segmentation offload, and ECN for IPv4, for as long as the
 //! socket lives. But Linux also returns `EINVAL` for a blackhole route, a source address that has been removed, and
 //! port 0, which any stranger can send from. So on Linux its state never sees an error: this module makes the system
-//! call, and judges an error for the one packet that it was about (`macula_peer_core::sending`).
+//! call, and attributes an error to its packet alone (`macula_peer_core::sending`).
 
 use std::io;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use std::sync::{PoisonError, RwLock};
 use std::time::Instant;
 
 use macula_peer_core::quirks::Quirks;
-use macula_peer_core::sending::{Asks, Attempt, Fault, Next};
+use macula_peer_core::sending::{Asks, Fault, Next, SendAttempt};
 use quinn::udp::{Transmit, UdpSocketState};
 use tokio::net::UdpSocket;
 
@@ -28,13 +28,13 @@ pub(super) enum Outcome {
 
 /// What all sockets of a node know about their destinations.
 #[derive(Default)]
-pub(super) struct Sender {
+pub(super) struct PacketSender {
     /// Whether there are quirks to look at: most nodes have none.
     quirky: AtomicBool,
     quirks: RwLock<Quirks>,
 }
 
-impl Sender {
+impl PacketSender {
     /// Sends a transmit. The only error is that there is no room (`WouldBlock`).
     pub(super) fn send(&self, io: &UdpSocket, state: &UdpSocketState, transmit: &Transmit<'_>) -> io::Result<Outcome> {
         if transmit.destination.port() == 0 {
@@ -67,7 +67,7 @@ impl Sender {
         mut error: io::Error,
     ) -> io::Result<Outcome> {
         let asked = asks(transmit);
-        let mut attempt = Attempt::new(asked);
+        let mut attempt = SendAttempt::new(asked);
         loop {
             let fault = Fault::of(&error);
             let less = match attempt.failed(fault) {

@@ -19,7 +19,7 @@ use crate::runtime::BatchingRuntime;
 struct Side {
     socket: Arc<Socket>,
     quic: Endpoint,
-    received: mpsc::Receiver<(Via, Received)>,
+    received: mpsc::Receiver<(ReceivedBy, Received)>,
 }
 
 fn side(server: bool) -> Side {
@@ -42,7 +42,7 @@ async fn connected(from: &Side, to: &Side, at: SocketAddr) -> (Connection, Conne
     (dialled, accepted)
 }
 
-/// Moves so many bytes from one side to the other, and looks whether they are the same.
+/// Moves that many bytes from one side to the other, and checks that they are the same.
 async fn moved(from: &Connection, to: &Connection, len: usize) {
     let sent: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
     let expected = sent.clone();
@@ -69,15 +69,15 @@ fn key() -> Key {
 }
 
 /// By the socket that it came by.
-fn answer(socket: &Socket, via: Via, received: &Received, answer: &[u8]) {
+fn answer(socket: &Socket, via: ReceivedBy, received: &Received, answer: &[u8]) {
     match via {
-        Via::Main => socket.send_signal(received.from, answer),
-        Via::Extra(id) => socket.send_signal_by(id, received.from, answer),
+        ReceivedBy::Main => socket.send_signal(received.from, answer),
+        ReceivedBy::Extra(id) => socket.send_signal_by(id, received.from, answer),
     }
 }
 
 /// Answers every ping that is one, and lets nothing else pass.
-async fn pong(socket: Arc<Socket>, mut received: mpsc::Receiver<(Via, Received)>) {
+async fn pong(socket: Arc<Socket>, mut received: mpsc::Receiver<(ReceivedBy, Received)>) {
     let key = key();
     while let Some((via, received)) = received.recv().await {
         let signal = Unverified::parse(received.bytes()).unwrap().verify(&key).unwrap();
@@ -112,7 +112,7 @@ async fn quic_at_full_speed_and_signals_share_a_socket() {
         }
         // The kernel may have dropped some of either kind: those are sent again.
         while let Ok(Some((via, received))) = timeout(Duration::from_millis(20), client.received.recv()).await {
-            assert_eq!((received.from, via), (address, Via::Main));
+            assert_eq!((received.from, via), (address, ReceivedBy::Main));
             let pong = Unverified::parse(received.bytes()).unwrap().verify(&key).unwrap();
             assert_eq!(pong.body, Body::Pong { sender: Role::Responder });
             missing.remove(&pong.nonce);
@@ -144,7 +144,7 @@ async fn a_connection_is_accepted_over_an_extra_socket_and_others_over_the_main_
     let (client, other, server) = (side(false), side(false), side(true));
     let extra = server.socket.open_beside().unwrap();
     let address = extra.local_addr().unwrap();
-    // Somebody waits on the main socket by now, and the extra one is heard nevertheless. The peer's port is yet to be learnt.
+    // A task waits on the main socket by now, and the extra one is read nevertheless. The peer's port is not known yet.
     let (beside, beside_accepted) = connected(&other, &server, server.socket.local).await;
     server.socket.add_extra(extra, (Ipv4Addr::LOCALHOST, 1).into()).unwrap();
     let (dialled, accepted) = connected(&client, &server, address).await;
@@ -157,7 +157,7 @@ async fn a_connection_is_accepted_over_an_extra_socket_and_others_over_the_main_
 #[tokio::test]
 async fn signals_by_an_extra_socket_are_answered_by_it() {
     let (mut client, mut server) = (side(false), side(false));
-    // From here on somebody waits, and is to be told of the extra socket.
+    // From here on a task waits, and must be told of the extra socket.
     client.socket.send_signal(server.socket.local, &ping(1).encode(&key()));
     assert!(timeout(PATIENCE, server.received.recv()).await.is_ok());
     let extra = server.socket.open_beside().unwrap();
@@ -166,13 +166,13 @@ async fn signals_by_an_extra_socket_are_answered_by_it() {
     let (sent, key) = (ping(3).encode(&key()), key());
     client.socket.send_signal(address, &sent);
     let (via, received) = timeout(PATIENCE, server.received.recv()).await.unwrap().unwrap();
-    assert_eq!((received.bytes(), received.from, via), (&*sent, client.socket.local, Via::Extra(id)));
+    assert_eq!((received.bytes(), received.from, via), (&*sent, client.socket.local, ReceivedBy::Extra(id)));
     answer(&server.socket, via, &received, &ping(4).encode(&key));
     let (via, answer) = timeout(PATIENCE, client.received.recv()).await.unwrap().unwrap();
-    assert_eq!((answer.from, via), (address, Via::Main));
+    assert_eq!((answer.from, via), (address, ReceivedBy::Main));
 }
 
-/// An address that nobody listens at.
+/// An address without a listener.
 #[cfg(target_os = "linux")]
 fn closed_port() -> SocketAddr {
     std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
@@ -198,7 +198,7 @@ async fn a_full_extra_socket_is_waited_for_after_an_icmp_error() {
     let mut first = true;
     let waited = std::future::poll_fn(|cx| {
         let polled = room.as_mut().poll_writable(cx);
-        assert!(!std::mem::take(&mut first) || polled.is_pending(), "who tries again at once would spin");
+        assert!(!std::mem::take(&mut first) || polled.is_pending(), "a task that tries again at once would spin");
         polled
     });
     timeout(PATIENCE, waited).await.unwrap().unwrap();
@@ -310,7 +310,7 @@ async fn a_burst_of_signals_that_the_kernel_joins_comes_apart_again() {
     assert!(len <= MAX_LEN);
 }
 
-/// Sends so many datagrams in one transmit, and waits until all have come.
+/// Sends that many datagrams in one transmit, and waits until all have come.
 async fn arrive(from: &Side, to: &mut Side, destination: SocketAddr, src_ip: Option<IpAddr>) {
     let signals: Vec<_> = (0..4).map(|nonce| ping(nonce).encode(&key()).to_vec()).collect();
     let (contents, len) = (signals.concat(), signals[0].len());
@@ -328,7 +328,7 @@ async fn arrive(from: &Side, to: &mut Side, destination: SocketAddr, src_ip: Opt
 async fn a_source_address_that_is_gone_is_left_out() {
     let (client, mut server) = (side(false), side(true));
     let segments = client.socket.max_transmit_segments();
-    // RFC 5737: nobody's, so not this host's.
+    // RFC 5737: no host's address, so not this host's.
     let gone = Some(Ipv4Addr::new(192, 0, 2, 1).into());
     let destination = server.socket.local;
     arrive(&client, &mut server, destination, gone).await;
@@ -354,7 +354,7 @@ async fn the_errors_of_one_destination_cost_others_nothing() {
     assert!(!client.socket.sender.is_quirky());
 }
 
-/// The kernel says EINVAL to so many segments, as to a device that cannot cut them.
+/// The kernel returns EINVAL for that many segments, as for a device that cannot segment.
 #[tokio::test]
 async fn a_transmit_is_cut_here_where_the_kernel_does_not() {
     const SEGMENTS: u64 = 200;
@@ -496,7 +496,7 @@ fn an_outbox_waits_for_the_socket_that_is_full() {
     is_done.recv_timeout(PATIENCE).unwrap();
 }
 
-/// The sizes of the next receives that bring so many bytes, and the bytes.
+/// The sizes of the next receives that bring that many bytes, and the bytes.
 #[cfg(target_os = "linux")]
 fn received(socket: &std::net::UdpSocket, state: &UdpSocketState, len: usize) -> (Vec<usize>, Vec<u8>) {
     let (mut sizes, mut bytes) = (Vec::new(), Vec::new());

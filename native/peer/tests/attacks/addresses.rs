@@ -213,7 +213,7 @@ fn many_forged_packets_draw_at_most_three_times_their_size() {
         let (came, forged) = (tokio::task::block_in_place(|| forger.came()), forger.forged());
         assert!(forged > 2000 && came <= FACTOR * forged, "{came} bytes for {forged}");
         // The connection is where it was.
-        assert!(control.circuit_to("nobody").await.is_err());
+        assert!(control.circuit_to("unknown").await.is_err());
         let said = control.circuit_to("attacker").await;
         assert_eq!(said, Err("not_registered".into()));
     });

@@ -142,7 +142,7 @@ fn a_second_control_stream_is_refused_and_the_first_goes_on() {
             let said = second.ask(connect_as(node_id, &[])).await;
             assert_eq!(said.text("error").as_deref(), Some("malformed"));
         }
-        assert_eq!(first.circuit_to("nobody").await, Err("not_registered".into()));
+        assert_eq!(first.circuit_to("unknown").await, Err("not_registered".into()));
     });
     server.stop();
 }

@@ -24,7 +24,7 @@ use tokio::runtime::Runtime;
 /// Longer than anything here takes on a busy machine; only a failing test waits for it.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Everybody here has one address, and many have one key.
+/// All nodes here have one address, and many have one key.
 pub const ALL: Shares = Shares { key: 100, address: 100, handshake_rate: 100_000 };
 
 /// Gathers what arrives.
@@ -185,7 +185,7 @@ impl Forwarder {
         let (set_rate, held) = (rate.clone(), hold.clone());
         let thread = std::thread::spawn(move || {
             let (swallow, mute, widest, too_wide, moves, stop) = flags;
-            let mut candidates = [Way::default(), Way::default()];
+            let mut directions = [Direction::default(), Direction::default()];
             let mut random = fastrand::Rng::with_seed(seed);
             let mut client = None;
             let mut queue: VecDeque<(Instant, bool, Vec<u8>)> = VecDeque::new();
@@ -206,13 +206,13 @@ impl Forwarder {
                         continue;
                     }
                     client = Some(from);
-                    if let Some(out) = candidates[0].pass(n, set_rate.load(Ordering::Relaxed)) {
+                    if let Some(out) = directions[0].pass(n, set_rate.load(Ordering::Relaxed)) {
                         queue.push_back((out + delay, true, buffer[..n].to_vec()));
                     }
                 }
                 while let Ok(n) = back.recv(&mut buffer) {
                     idle = false;
-                    if let Some(out) = candidates[1].pass(n, set_rate.load(Ordering::Relaxed)) {
+                    if let Some(out) = directions[1].pass(n, set_rate.load(Ordering::Relaxed)) {
                         queue.push_back((out + delay, false, buffer[..n].to_vec()));
                     }
                 }
@@ -286,11 +286,11 @@ const QUEUE: Duration = Duration::from_millis(300);
 
 /// One direction of a slow path.
 #[derive(Default)]
-struct Way {
+struct Direction {
     busy_until: Option<Instant>,
 }
 
-impl Way {
+impl Direction {
     /// When a packet has passed, if there is room for it.
     fn pass(&mut self, len: usize, rate: usize) -> Option<Instant> {
         let now = Instant::now();

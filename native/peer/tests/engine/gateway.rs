@@ -158,7 +158,7 @@ fn a_slow_gateway_slows_its_senders() {
     }
     let received = || node.stats().accepted.iter().map(|accepted| accepted.received).sum::<u64>();
     until("the gateway is full", || received() > 1000);
-    // Longer than it takes to doubt a link.
+    // Longer than it takes to suspect a link.
     let begun = Instant::now();
     until("no more is read", || settled(&received) && begun.elapsed() > Duration::from_millis(1500));
     assert_eq!(client.stats().peers[0].dials, 1);
@@ -185,8 +185,8 @@ fn settled(count: &impl Fn() -> u64) -> bool {
 /// Beside the gateway a handler gets what it does not take, and what is its own.
 #[test]
 fn the_handler_gets_messages_while_the_gateway_is_absent() {
-    let nobody = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let (node, address) = node(nobody);
+    let absent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (node, address) = node(absent);
     let inbox = Arc::new(Inbox::default());
     node.set_handler(Some(inbox.clone()));
     let client = engine(Config::default());

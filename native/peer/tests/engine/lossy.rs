@@ -39,8 +39,8 @@ fn a_first_message_arrives_through_a_relay_though_many_packets_are_lost() {
 
 /// How long it took to arrive, and how often its sender began to look for a link.
 fn first_message(run: u64, relay: &str) -> (Duration, u64) {
-    let way = |side| Forwarder::new(relay.parse().unwrap(), run * 2 + side, LOSS, DELAY);
-    let (to_target, to_sender) = (way(0), way(1));
+    let leg = |side| Forwarder::new(relay.parse().unwrap(), run * 2 + side, LOSS, DELAY);
+    let (to_target, to_sender) = (leg(0), leg(1));
     let name = format!("target-{run}");
     let (target, inbox) = member(&name, &[&to_target.address.to_string()]);
     let relay = to_sender.address.to_string();

@@ -11,7 +11,7 @@ use macula_peer_wire::MessageType::Publish;
 /// A UDP packet of IPv6 on a link of 1,280 bytes, the smallest that there is: 40 bytes of header, 8 of UDP's.
 const NARROW: usize = 1280 - 48;
 
-/// After this a link is doubted.
+/// After this a link is suspect.
 const SILENCE: Duration = Duration::from_millis(500);
 
 /// Sender and target, each behind a path of its own to the relay.

@@ -139,27 +139,27 @@ fn a_node_that_moves_is_told_where_it_is_seen_and_looks_again() {
 #[test]
 fn relays_that_hear_nothing_of_a_node_know_when_it_has_moved() {
     let ((busy, first), (quiet, second)) = (relay(), relay());
-    let candidates = [&first, &second].map(|relay| Forwarder::new(relay.parse().unwrap(), 0, 0.0, Duration::ZERO));
-    let [busy_way, quiet_way] = candidates.each_ref().map(|way| way.address.to_string());
-    let (node, _) = member("node", &[&busy_way, &quiet_way]);
+    let forwarders = [&first, &second].map(|relay| Forwarder::new(relay.parse().unwrap(), 0, 0.0, Duration::ZERO));
+    let [busy_address, quiet_address] = forwarders.each_ref().map(|forwarder| forwarder.address.to_string());
+    let (node, _) = member("node", &[&busy_address, &quiet_address]);
     let (other, inbox) = member("other", &[&first]);
     let addresses = || {
         let mut all: Vec<_> = node.stats().registrations.into_iter().map(|r| (r.relay, r.address)).collect();
-        all.sort_by_key(|(relay, _)| *relay == endpoint(&quiet_way));
+        all.sort_by_key(|(relay, _)| *relay == endpoint(&quiet_address));
         all.into_iter().filter_map(|(_, address)| address).collect::<Vec<_>>()
     };
     let before = addresses();
     let moved = Instant::now();
-    candidates.iter().for_each(Forwarder::move_away);
+    forwarders.iter().for_each(Forwarder::move_away);
     until("both know", || {
         let n = inbox.len() as u64;
-        send_to_node(&node, "other", over(&[&busy_way]), message(Publish, n, PATIENCE)).unwrap();
+        send_to_node(&node, "other", over(&[&busy_address]), message(Publish, n, PATIENCE)).unwrap();
         let now = addresses();
         now.len() == 2 && now.iter().zip(&before).all(|(now, before)| now != before)
     });
     let took = moved.elapsed();
     assert!(took < Duration::from_secs(10), "{took:?}");
-    drop(candidates);
+    drop(forwarders);
     for engine in [node, other, busy, quiet] {
         engine.stop();
     }
@@ -357,7 +357,7 @@ fn a_relay_answers_only_its_nodes_at_their_addresses_and_within_limits() {
         elsewhere.send_to(&good, requester.relay).unwrap();
         let to_third = requester.request(2, SAME, third.local_addr().unwrap().port());
         elsewhere.send_to(&to_third, requester.relay).unwrap();
-        // A server's port, which not everybody may listen at.
+        // A server's port, which needs privileges.
         let server = (512..1024).find_map(|port| UdpSocket::bind((Ipv4Addr::LOCALHOST, port)).ok());
         let port = server.as_ref().map_or(53, |server| server.local_addr().unwrap().port());
         requester.socket.send_to(&requester.request(3, SAME, port), requester.relay).unwrap();

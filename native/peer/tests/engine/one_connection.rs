@@ -38,7 +38,7 @@ fn one_of_two_circuits_remains_when_both_begin_at_once() {
         for (from, to) in [(a, &names[1]), (b, &names[0])] {
             send_to_node(from, to, Candidates::default(), message(Publish, 10, TIMEOUT)).unwrap();
         }
-        until("it is good for both", || a_inbox.len() == 11 && b_inbox.len() == 11);
+        until("both use it", || a_inbox.len() == 11 && b_inbox.len() == 11);
         assert_eq!(relay.stats().relay.unwrap().circuits, 1);
         for (node, _) in &nodes {
             node.stop();

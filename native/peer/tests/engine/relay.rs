@@ -70,7 +70,7 @@ fn after_a_relay_without_the_node_the_next_relay_is_asked() {
     let relays = over(&[&first_address, &second_address]);
     send_to_node(&sender, "target", relays, message(Publish, 1, TIMEOUT)).unwrap();
     until("it arrives", || inbox.len() == 1);
-    let unknown = send_to_node(&sender, "nobody", over(&[&first_address]), message(Publish, 1, TIMEOUT));
+    let unknown = send_to_node(&sender, "unknown", over(&[&first_address]), message(Publish, 1, TIMEOUT));
     let not_registered = macula_peer::Refusal::NotRegistered;
     assert_eq!(unknown, Err(SendError::Route(RouteError::Setup(not_registered))));
     assert_eq!(

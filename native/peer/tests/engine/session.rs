@@ -450,9 +450,9 @@ fn smaller_messages_do_not_starve_one_that_waits_for_room() {
     server.stop();
 }
 
-/// What had been queued in doubt waited for the next thing to happen.
+/// What had been queued while the link was suspect waited for another event.
 #[test]
-fn a_call_made_in_doubt_goes_out_when_the_link_is_heard_again() {
+fn a_call_made_while_the_link_is_suspect_goes_out_when_it_is_heard_again() {
     let (server, inbox, address) = listener(Config::default());
     let forwarder = Forwarder::new(address.parse().unwrap(), 7, 0.0, Duration::ZERO);
     let endpoint = forwarder.address.to_string();
@@ -469,7 +469,7 @@ fn a_call_made_in_doubt_goes_out_when_the_link_is_heard_again() {
             })
         };
         let asked = calling(100, true);
-        until("in doubt", || client.stats().peers[0].link.is_none());
+        until("suspect", || client.stats().peers[0].link.is_none());
         let sent = calling(200, false);
         std::thread::sleep(Duration::from_millis(100));
         forwarder.swallow(false);

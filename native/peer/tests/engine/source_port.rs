@@ -225,7 +225,7 @@ fn a_registration_returns_to_the_usual_port_that_works_after_all() {
     // The network is away, until another port is tried.
     let before = mapper.clients();
     mapper.swallow(true);
-    let _ = send_to_node(&node, "nobody", over(&[&mapper.endpoint()]), message(Publish, 1, Duration::from_millis(1)));
+    let _ = send_to_node(&node, "unknown", over(&[&mapper.endpoint()]), message(Publish, 1, Duration::from_millis(1)));
     until("another port is tried", || mapper.clients() > before);
     mapper.swallow(false);
     until("registered over that", || address().is_some_and(|address| address != usual));

@@ -7,7 +7,7 @@
 //! - `bare_quinn echo`, with the same options and commands, returns the frame of each bidirectional stream.
 //! - `bare_quinn source --addr ADDR [--shape bi|framed|sync|framed-sync] [--senders N] [--messages M] [--size BYTES]
 //!   [--coalesce N] [--driver plain|yield] [--alpn NAME] [--workers N]` sends and reports. The framed shapes write all
-//!   frames to one stream, so many at a time, and then a call is what writes them.
+//!   frames to one stream, in batches of `--coalesce`; a call is then one batch.
 //! - `bare_quinn request --addr ADDR [--senders N] [--messages M] [--size BYTES] [--driver plain|yield] [--alpn NAME]
 //!   [--workers N]` asks an echo and reports.
 

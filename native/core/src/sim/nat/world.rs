@@ -14,7 +14,7 @@ use crate::nat::NatProfile;
 use crate::proto::control::{Id, Probes, PunchFailure};
 use crate::proto::signal::{self, AnswerFrom, Role, SECRET_LEN, Secret};
 use crate::punch::{
-    Action, MAX_BIRTHDAY_PACKETS, MAX_PACKETS, MAX_PER_STRANGER, MAX_PER_WAY, MAX_STRANGERS, Punch, Setup, Signal,
+    Action, MAX_BIRTHDAY_PACKETS, MAX_PACKETS, MAX_PER_PAIR, MAX_PER_STRANGER, MAX_STRANGERS, Punch, Setup, Signal,
     Strategy, Via,
 };
 use crate::relay::{Book, Generation};
@@ -1077,8 +1077,8 @@ impl World {
         let sent = *sent;
         let most = match (named, session.birthday && to == session.seen) {
             (false, _) => MAX_PER_STRANGER,
-            (true, false) => MAX_PER_WAY + 1,
-            (true, true) => MAX_PER_WAY + 2,
+            (true, false) => MAX_PER_PAIR + 1,
+            (true, true) => MAX_PER_PAIR + 2,
         };
         if !named {
             session.strangers.insert((via, to));
