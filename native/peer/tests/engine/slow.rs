@@ -15,7 +15,7 @@ const RATE: usize = 150_000;
 const LARGE: usize = 500_000;
 
 /// How long a frame may go without growing.
-const STALL: Duration = Duration::from_millis(1500);
+const STALL: Duration = Duration::from_millis(2500);
 
 const TIMEOUT: Duration = Duration::from_secs(15);
 
