@@ -584,7 +584,10 @@ impl World {
         let gateway = (0..self.gateways.len()).find(|gateway| self.gateway_address(*gateway) == relay);
         trace!(self, "node {node} gives {relay} the messages for {}", self.nodes[node].peers[peer].name);
         match gateway.map(|gateway| self.gateways[gateway].name) {
-            Some(name) => self.nodes[node].peers[peer].legacy_relay = Some(self.peer(node, name)),
+            Some(name) => {
+                self.promises.passed_on.insert((node, self.nodes[node].peers[peer].name));
+                self.nodes[node].peers[peer].legacy_relay = Some(self.peer(node, name));
+            }
             None => self.nodes[node].peers[peer].state.stop_passing_on(),
         }
     }
