@@ -73,9 +73,8 @@ check: setup nif
 	$(REBAR) dialyzer
 	$(REBAR) edoc
 
-# The tests wait for packets and timers more than they work.
 test-rust: setup
-	RUST_TEST_THREADS=4 $(CARGO) test --workspace --exclude macula-peer-nif --locked
+	$(CARGO) test --workspace --exclude macula-peer-nif --locked
 
 test-erlang: setup testkit
 	$(REBAR) eunit
