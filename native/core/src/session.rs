@@ -634,7 +634,7 @@ mod tests {
         assert_eq!((outgoing.unwritten(), outgoing.is_empty()), (0, true));
     }
 
-    /// Acknowledgements took a third of the packets of a busy session.
+    /// One was said after each 100 us of work.
     #[test]
     fn a_busy_receiver_acknowledges_many_messages_at_once() {
         let start = Instant::now();
