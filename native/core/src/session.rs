@@ -1,7 +1,7 @@
 //! The numbering of messages: what makes delivery in order and exactly once across links (docs/protocol.md).
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// The sender's side of one channel.
 ///
@@ -247,41 +247,6 @@ impl Incoming {
             Some((lowest, highest)) if next <= highest => self.expected.min(next.max(lowest)),
             _ => self.expected,
         }
-    }
-}
-
-/// While more messages are there, a receiver acknowledges so many at once. With fewer, more packets and wake-ups go into
-/// acknowledgements; with more, the sender keeps messages for longer.
-const ACK_EVERY: u64 = 128;
-
-/// What has come is acknowledged within this time, as in RFC 9000, 13.2.1.
-const MAX_ACK_DELAY: Duration = Duration::from_millis(5);
-
-/// What a receiver has acknowledged on one stream.
-#[derive(Debug, Clone, Copy)]
-pub struct Acknowledged {
-    expected: u64,
-    at: Instant,
-}
-
-impl Acknowledged {
-    pub fn new(expected: u64, now: Instant) -> Self {
-        Self { expected, at: now }
-    }
-
-    /// The number that was last said to be expected next.
-    pub fn expected(&self) -> u64 {
-        self.expected
-    }
-
-    /// The number to say, if it is time to say one. `more`: more messages follow at once.
-    pub fn due(&mut self, expected: u64, more: bool, now: Instant) -> Option<u64> {
-        let news = expected.abs_diff(self.expected);
-        let due = news > 0 && (!more || news >= ACK_EVERY || now >= self.at + MAX_ACK_DELAY);
-        due.then(|| {
-            *self = Self { expected, at: now };
-            expected
-        })
     }
 }
 
@@ -632,21 +597,5 @@ mod tests {
         outgoing.acknowledge(1).for_each(drop);
         assert_eq!(outgoing.reject(), Some('b'));
         assert_eq!((outgoing.unwritten(), outgoing.is_empty()), (0, true));
-    }
-
-    /// One was said after each 100 us of work.
-    #[test]
-    fn a_busy_receiver_acknowledges_many_messages_at_once() {
-        let start = Instant::now();
-        let mut acknowledged = Acknowledged::new(0, start);
-        assert_eq!(acknowledged.due(16, true, start), None);
-        assert_eq!(acknowledged.due(127, true, start), None);
-        assert_eq!(acknowledged.due(128, true, start), Some(128));
-        assert_eq!(acknowledged.due(129, true, start), None);
-        assert_eq!(acknowledged.due(129, false, start), Some(129), "no more follow");
-        assert_eq!(acknowledged.due(129, false, start + MAX_ACK_DELAY), None, "it is known");
-        assert_eq!(acknowledged.due(130, true, start + MAX_ACK_DELAY), Some(130));
-        assert_eq!(acknowledged.expected(), 130);
-        assert_eq!(acknowledged.due(100, false, start), Some(100), "what was refused is expected again");
     }
 }

@@ -13,7 +13,7 @@ use macula_peer_core::events::Event;
 use macula_peer_core::heavy::is_heavy;
 use macula_peer_core::proto::codes::stream::{MALFORMED, SESSION_FORGOTTEN, TOO_MANY_SESSIONS, TOO_SLOW};
 use macula_peer_core::proto::session::{NUMBER, Opening, Record, Run, parse_number};
-use macula_peer_core::session::{Acknowledged, Arrival};
+use macula_peer_core::session::Arrival;
 use macula_peer_core::session_receiver::{Channel, Greeting, met};
 use macula_peer_core::session_table::{Opened, Refused, SessionKey, SessionTable};
 use macula_peer_core::shares::Client;
@@ -36,7 +36,7 @@ use crate::transfer::{self, Write, write_now};
 /// would doubt that.
 const STILL_HERE: Duration = Duration::from_millis(200);
 
-/// Frames handed over before the stream's task lets others run.
+/// Frames handed over before the stream's task lets others run and acknowledges them.
 const BATCH: usize = 128;
 
 /// The clock is read after this many messages, or after one with as many bytes as these.
@@ -194,7 +194,7 @@ pub(crate) async fn receive(mut stream: IncomingStream, mut send: SendStream, op
     if !say(&mut stream, &mut send, greeting.bytes()).await {
         return;
     }
-    let mut acknowledged = Acknowledged::new(expected, Instant::now());
+    let mut said = expected;
     let mut number = None;
     let mut words = BytesMut::new();
     let mut spent = Spent::default();
@@ -208,13 +208,11 @@ pub(crate) async fn receive(mut stream: IncomingStream, mut send: SendStream, op
             if let Ok(turn) = timeout(STILL_HERE, &mut ready).await {
                 break turn;
             }
-            let expected = acknowledged.due(open.session.expected(channel, number), false, Instant::now());
-            let expected = expected.unwrap_or(acknowledged.expected());
-            if !say(&mut stream, &mut send, Record::Expected(expected).bytes()).await {
+            if !say(&mut stream, &mut send, Record::Expected(said).bytes()).await {
                 return;
             }
         };
-        // In a task of its own: a task that has a turn must go on, and an answer may take long to be written.
+        // Not before: a task that has a turn must go on, and an acknowledgement may take long to write.
         let busy = if behind { server.busy.late_turn(sender, 1).await } else { None };
         // Its id may be another one by now, and this one another node's.
         if !server.keys.serves(target) {
@@ -222,14 +220,13 @@ pub(crate) async fn receive(mut stream: IncomingStream, mut send: SendStream, op
         }
         let piece = Piece::begin(Instant::now());
         let batch = read_batch(&mut stream, &open, channel, &mut number, &mut words);
-        let now = Instant::now();
-        spent.add(piece, now);
+        spent.add(piece, Instant::now());
         drop(busy);
         let next = if let Batch::Heavy(heavy, _) = &batch { Some(*heavy) } else { number };
-        // What was refused is said at once, and what was handed over before it with it.
-        let more = matches!(batch, Batch::Full) && words.is_empty();
-        if let Some(expected) = acknowledged.due(open.session.expected(channel, next), more, now) {
-            Record::Expected(expected).put(&mut words);
+        let expected = open.session.expected(channel, next);
+        if expected != said {
+            said = expected;
+            Record::Expected(said).put(&mut words);
         }
         if !words.is_empty() && !say(&mut stream, &mut send, words.split().freeze()).await {
             return;
@@ -237,7 +234,7 @@ pub(crate) async fn receive(mut stream: IncomingStream, mut send: SendStream, op
         match batch {
             // The sender learns which one it was: the message that is expected next.
             Batch::Refused(why) => return stream.refuse(why),
-            Batch::Full | Batch::Crowded => drop(turn),
+            Batch::Full => drop(turn),
             Batch::Last => {
                 drop(turn);
                 let mut more = pin!(stream.more());
@@ -258,9 +255,7 @@ pub(crate) async fn receive(mut stream: IncomingStream, mut send: SendStream, op
                 let taken = loop {
                     match timeout(STILL_HERE, &mut taken).await {
                         Ok(taken) => break taken,
-                        Err(_)
-                            if say(&mut stream, &mut send, Record::Expected(acknowledged.expected()).bytes()).await => {
-                        }
+                        Err(_) if say(&mut stream, &mut send, Record::Expected(said).bytes()).await => {}
                         Err(_) => return,
                     }
                 };
@@ -281,8 +276,6 @@ pub(crate) async fn receive(mut stream: IncomingStream, mut send: SendStream, op
 enum Batch {
     /// There may be more.
     Full,
-    /// There may be more, and the handler has no room for it.
-    Crowded,
     /// There is no more until bytes come.
     Last,
     /// The message of this number comes next, and is much work.
@@ -308,7 +301,7 @@ fn read_batch(
             }
         }
         if stream.server.inbox.is_crowded(Sender::Key(open.key.0)) {
-            return Batch::Crowded;
+            break;
         }
         let frame = match stream.next_frame() {
             Ok(Some(frame)) => frame,
