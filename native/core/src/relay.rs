@@ -28,7 +28,7 @@ const NOTICE_EVERY: Duration = Duration::from_secs(1);
 /// At once come as many registrations as in this time.
 const ACCEPT_BURST: Duration = Duration::from_secs(1);
 
-/// Expired names that one call removes. A call adds one at the most, so they do not pile up; and when ten thousand
+/// Expired names that one call removes. A call adds at most one, so they do not pile up; and when ten thousand
 /// nodes have left together, no single call removes all of them.
 const SETTLED_AT_ONCE: usize = 64;
 

@@ -1,11 +1,11 @@
-//! The receiver's half of a session of `macula-peer/1` (docs/protocol.md): whom the sender has met, and what was handed over
-//! of each channel.
+//! The receiver's half of a session of `macula-peer/1` (docs/protocol.md): which run of this node the sender knows, and what
+//! was handed over on each channel.
 
 use crate::proto::session::{NO_RUN, Run};
 use crate::session::{Arrival, Incoming};
 use crate::session_table::Met;
 
-/// Whom a sender has met that names this run. `own`: the receiver's.
+/// Whether the run that a sender names is the receiver's `own`.
 pub fn met(run: Run, own: Run) -> Met {
     match run {
         NO_RUN => Met::Nobody,

@@ -211,7 +211,7 @@ pub(super) enum Carrier {
     Circuit { outer: ConnId, circuit: u32 },
 }
 
-/// Who accepts a connection.
+/// The host that accepts a connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Serves {
     pub(super) key: KeyId,
